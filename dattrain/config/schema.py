@@ -1,0 +1,282 @@
+"""The schema of a recipe: frozen pydantic models, unknown keys refused. Derived values are in ``derive``; files in ``load``.
+
+Every field that can be wrong together with another one is checked here, when the config is read, with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Size = int | tuple[int, int]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and a misspelled key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Model(Section):
+    """Which network. ``overrides`` are keyword arguments of the variant (``dattrain.models.zoo``): the ablations."""
+
+    name: str = "dat_tiny"
+    img_size: Size = 224
+    num_classes: Count = 1000
+    in_chans: Count = 3
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    init: Literal["paper", "trunc_normal"] = "paper"
+    overrides: dict[str, Any] = {}
+
+
+class Data(Section):
+    """Where images come from and in which order they are seen."""
+
+    train: str | None = None
+    """Shards: a folder, a file, or a brace pattern, local or ``s3://``, ``gs://``, ``https://``, ``hf://``; or an image folder."""
+    val: str | None = None
+    labels: Literal["imagenet-1k", "imagenet-22k", "imagenet-22k-winter21", "imagenet-21k-p"] | None = None
+    """Label set; the loader refuses a label outside it, or outside the head when None."""
+    lanes: Count = 64
+    """Canonical lanes from which the global order is woven: part of the recipe, independent of the world size."""
+    window: Count = 4
+    """Shuffle window of a lane, in shards of mean length."""
+    shuffle: bool = True
+    reader: Literal["index", "dali", "webdataset"] = "index"
+    """``index`` is exact; ``dali`` keeps DALI's own order and state; ``webdataset`` streams, and is not exact."""
+    decoder: Literal["cpu", "dali"] = "cpu"
+    workers: Annotated[int, Field(ge=0)] = 4
+    prefetch: Count = 2
+    """Micro-batches each worker (or DALI's queue) holds ready."""
+    on_bad: Literal["error", "skip"] = "error"
+    """``skip`` keeps a bad sample's place in the order with zero loss weight, counts it and names it."""
+    verify: bool = True
+    """Check shard sizes against their index before the first step."""
+    cache_dir: str | None = None
+    cache_gb: Positive = 100.0
+    dali_threads: Count = 4
+    dali_hw_decoder_load: Probability = 0.65
+    dali_preallocate_mb: Annotated[int, Field(ge=0)] = 0
+
+
+class Augment(Section):
+    """Training augmentation, drawn per sample from (seed, epoch, sample), and the normalisation of every image."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    hflip: Probability = 0.5
+    randaugment: str | None = "rand-m9-mstd0.5-inc1"
+    color_jitter: Annotated[float, Field(ge=0.0)] = 0.0
+    """Brightness, contrast and saturation strength; timm, and so the authors' recipe, leaves it out where RandAugment is on."""
+    erase_prob: Probability = 0.25
+    erase_mode: Literal["pixel", "const"] = "pixel"
+    mixup: Annotated[float, Field(ge=0.0)] = 0.8
+    cutmix: Annotated[float, Field(ge=0.0)] = 1.0
+    mix_prob: Probability = 1.0
+    mix_switch: Probability = 0.5
+    label_smoothing: Probability = 0.1
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether neighbouring samples are mixed in pairs."""
+        return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+
+class Eval(Section):
+    """Evaluation transform. ``resize=squash`` with crop_pct .875 is what the authors' logged accuracies used."""
+
+    every_epochs: Positive = 1.0
+    batch: Count = 64
+    resize: Literal["shorter", "squash"] = "shorter"
+    crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 0.875
+    ema: bool = True
+    """Evaluate the EMA weights too, when there are any."""
+
+
+class Optim(Section):
+    """AdamW. ``lr`` is stated at ``lr_batch`` and scaled linearly with the global batch (Goyal et al. 2017)."""
+
+    lr: Positive = 5e-4
+    lr_batch: Count = 512
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    clip: Annotated[float, Field(ge=0.0)] = 5.0
+    """Global gradient norm limit; 0 switches clipping off."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Multiplier of the learning rate per layer counted from the head; 1 switches it off."""
+    freeze_backbone: bool = False
+    """Train the head alone: a linear probe."""
+
+
+class Schedule(Section):
+    """Learning rate by update. Epochs are of ``data.train``; rates are stated at ``optim.lr_batch`` like ``optim.lr``."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    epochs: Positive = 300.0
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 20.0
+    min_lr: Annotated[float, Field(ge=0.0)] = 5e-6
+    warmup_lr: Annotated[float, Field(ge=0.0)] = 5e-7
+
+
+class Progressive(Section):
+    """From ``epoch`` on (fractions allowed), train at ``img_size``; tables are resized as ``init.bias_table`` says."""
+
+    epoch: Annotated[float, Field(ge=0.0)]
+    img_size: Size
+
+
+class Offload(Section):
+    """DeepSpeed's offload blocks, passed through as they are."""
+
+    optimizer: dict[str, Any] | None = None
+    param: dict[str, Any] | None = None
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO. ``extra`` is merged into DeepSpeed's ``zero_optimization`` block."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    offload: Offload = Offload()
+    extra: dict[str, Any] = {}
+
+
+class Profile(Section):
+    """Trace steps [a, b) into the run folder, with a table per module and a memory snapshot on CUDA."""
+
+    steps: tuple[int, int] | None = None
+
+
+class Health(Section):
+    """What is done about non-finite steps and stalled ranks."""
+
+    max_bad_steps: Count = 5
+    """Consecutive non-finite steps that are skipped before rolling back to the last checkpoint."""
+    max_rollbacks: Annotated[int, Field(ge=0)] = 2
+    stall_seconds: Positive = 1800.0
+    """A rank silent for longer than this dumps every rank's stack and ends the job."""
+
+
+class Train(Section):
+    """The run itself. The batch is stated globally; accumulation follows from world size and ``micro_batch``."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    global_batch: Count = 1024
+    micro_batch: Count = 128
+    """Samples per device and forward pass."""
+    precision: Literal["fp32", "bf16", "bf16-pure", "fp16"] = "bf16"
+    """``bf16`` is autocast over fp32 weights; ``bf16-pure`` keeps bf16 weights with fp32 masters; ``fp16`` has a dynamic loss scale."""
+    remat: Literal["none", "stage", "block", "selective"] = "none"
+    """Activation checkpointing: recompute whole stages, blocks, or the attention and MLP interiors only."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """0 switches the exponential moving average off."""
+    compile: Literal["none", "block", "stage"] = "none"
+    channels_last: bool = False
+    deterministic: bool = False
+    """torch.use_deterministic_algorithms: bit-exact on CUDA too, slower."""
+    max_steps: Count | None = None
+    """Stop early after this many updates; the schedule keeps its length."""
+    log_every: Count = 50
+    gc_every: Count = 100
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Intra-op CPU threads per rank; 0 leaves torch's choice."""
+    profile: Profile = Profile()
+    health: Health = Health()
+    progressive: tuple[Progressive, ...] = ()
+
+
+class Checkpoint(Section):
+    """When to save and what to keep. A preemption's save counts among ``keep_last``."""
+
+    every_steps: Count | None = None
+    every_epochs: Positive = 1.0
+    """Used when ``every_steps`` is None."""
+    keep_last: Count = 2
+    keep_every_epochs: Positive | None = None
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    metric: str = "top1"
+    background: bool = True
+    verify: bool = True
+    """Check the checksums of what is loaded."""
+
+
+class Init(Section):
+    """Start from the weights of another run or file (a fine-tune): weights alone, new optimizer and schedule."""
+
+    from_: Annotated[str | None, Field(alias="from")] = None
+    ema: bool = True
+    """Take the EMA weights where the source has them."""
+    bias_table: Literal["resize", "sample"] = "resize"
+    """Deformable bias tables: bicubic ``resize`` to the new map, or keep the continuous table and ``sample`` it unchanged."""
+    head: Literal["keep", "new", "map"] = "keep"
+    """``map`` picks the head's rows by synset (22K to 1K); ``new`` draws it afresh."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+
+
+class Config(Section):
+    """A whole recipe."""
+
+    name: str = "run"
+    description: str = ""
+    """Source of the values, expected devices and hours, and whether we have run it."""
+    model: Model = Model()
+    data: Data = Data()
+    augment: Augment = Augment()
+    eval: Eval = Eval()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    zero: Zero = Zero()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    init: Init = Init()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        t, z = self.train, self.zero
+        if z.stage == 0 and t.precision in ("bf16-pure", "fp16"):
+            why = {
+                "bf16-pure": "DeepSpeed's bf16 engine starts with an optimizer step on zero gradients there, which puts Adam's step count off by one",
+                "fp16": "DeepSpeed never scales the loss there",
+            }[t.precision]
+            raise ValueError(
+                f"zero.stage=0 with train.precision={t.precision} trains wrongly: {why}; use zero.stage 1-3, or precision bf16 or fp32"
+            )
+        if t.global_batch % t.micro_batch:
+            raise ValueError(
+                f"train.micro_batch={t.micro_batch} does not divide train.global_batch={t.global_batch}; "
+                f"the nearest divisor is {_nearest_divisor(t.global_batch, t.micro_batch)}"
+            )
+        if self.augment.mixes and t.micro_batch % 2:
+            raise ValueError(
+                f"train.micro_batch={t.micro_batch} is odd, but augment.mixup/cutmix mix neighbouring samples in pairs; "
+                "use an even micro-batch, or augment.mix_prob=0"
+            )
+        for size in (self.model.img_size, *(p.img_size for p in t.progressive)):
+            for side in (size,) if isinstance(size, int) else size:
+                if side < 32 or side % 32:
+                    raise ValueError(f"img_size={size} must be a multiple of 32 (the network's total stride)")
+        if list(t.progressive) != sorted(t.progressive, key=lambda p: p.epoch):
+            raise ValueError("train.progressive must be in order of epoch")
+        if self.schedule.warmup_epochs > self.schedule.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs={self.schedule.warmup_epochs} is longer than schedule.epochs={self.schedule.epochs}"
+            )
+        if z.stage < 1 and z.offload.optimizer or z.stage < 3 and z.offload.param:
+            raise ValueError(f"zero.offload needs zero.stage 1-3 (optimizer) or 3 (param), not zero.stage={z.stage}")
+        if self.data.reader != "index" and self.data.decoder == "dali" and self.data.reader == "webdataset":
+            raise ValueError("data.reader=webdataset decodes on the CPU; data.decoder=dali needs data.reader index or dali")
+        if self.data.reader == "dali" and self.data.decoder != "dali":
+            raise ValueError("data.reader=dali needs data.decoder=dali")
+        return self
+
+
+def _nearest_divisor(total: int, value: int) -> int:
+    return min((d for d in range(1, total + 1) if total % d == 0), key=lambda d: abs(d - value))

@@ -1,0 +1,22 @@
+"""The one exception that a user should ever see without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something that the person at the keyboard can put right.
+
+    The message names the file or setting, the value seen, and what would be right. ``dattrain.cli`` prints it as one
+    line and exits with ``exit_code``: 2 for usage and configuration, 1 for everything met while running.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used; ``exit_code`` is 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, exit_code=2)

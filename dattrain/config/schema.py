@@ -269,10 +269,14 @@ class Config(Section):
             raise ValueError(
                 f"schedule.warmup_epochs={self.schedule.warmup_epochs} is longer than schedule.epochs={self.schedule.epochs}"
             )
-        if z.stage < 1 and z.offload.optimizer or z.stage < 3 and z.offload.param:
-            raise ValueError(f"zero.offload needs zero.stage 1-3 (optimizer) or 3 (param), not zero.stage={z.stage}")
+        if (z.stage < 1 and z.offload.optimizer) or (z.stage < 3 and z.offload.param):
+            raise ValueError(
+                f"zero.offload needs zero.stage 1-3 (optimizer) or 3 (param), not zero.stage={z.stage}"
+            )
         if self.data.reader != "index" and self.data.decoder == "dali" and self.data.reader == "webdataset":
-            raise ValueError("data.reader=webdataset decodes on the CPU; data.decoder=dali needs data.reader index or dali")
+            raise ValueError(
+                "data.reader=webdataset decodes on the CPU; data.decoder=dali needs data.reader index or dali"
+            )
         if self.data.reader == "dali" and self.data.decoder != "dali":
             raise ValueError("data.reader=dali needs data.decoder=dali")
         return self

@@ -1,0 +1,67 @@
+"""The command line: verbs to functions. A verb's module is imported when the verb runs, so help never loads torch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from dattrain import __version__
+from dattrain.errors import UserError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "train": ("dattrain.tools.train", "train a recipe, or go on with a run folder"),
+    "eval": ("dattrain.tools.evaluate", "accuracy and more of a run or checkpoint"),
+    "predict": ("dattrain.tools.predict", "classes of images"),
+    "viz": ("dattrain.tools.viz", "draw sampling points, offsets and attention on images"),
+    "data": ("dattrain.tools.data", "pack, verify, index, list and describe shards"),
+    "ckpt": ("dattrain.tools.ckpt", "list, inspect, verify, import, prune and export checkpoints"),
+    "import": ("dattrain.tools.importer", "read weights that the authors released"),
+    "export": ("dattrain.tools.export", "write weights for other programs"),
+    "submit": ("dattrain.tools.submit", "submit a recipe or a chain to Slurm"),
+    "status": ("dattrain.tools.status", "state, speed and restarts of runs"),
+    "logs": ("dattrain.tools.logs", "show a run's logs"),
+    "cancel": ("dattrain.tools.cancel", "cancel a run's jobs"),
+    "stop": ("dattrain.tools.stop", "save at the next step's edge, then stop"),
+    "plan": ("dattrain.tools.plan", "memory, time and data rate before anything is queued"),
+    "bench": ("dattrain.tools.bench", "side-by-side measurements: attention, model, data, checkpoint"),
+    "config": ("dattrain.tools.config", "show a resolved recipe, or the difference of two"),
+    "demo": ("dattrain.tools.demo", "the whole road on Fashion-MNIST, in minutes on a laptop"),
+    "doctor": ("dattrain.tools.doctor", "what this machine has, and whether it works"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 1 (a user error while running), 2 (usage or configuration)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="dattrain", description="Pre-train and fine-tune DAT at ImageNet-22K scale."
+    )
+    parser.add_argument("--version", action="version", version=f"dattrain {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    for verb, (module, help_text) in VERBS.items():
+        sub = verbs.add_parser(verb, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+        if verb == asked:
+            loaded = importlib.import_module(module)
+            loaded.add_arguments(sub)
+            sub.set_defaults(run=loaded.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"dattrain {args.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader (head, less) has gone; point stdout elsewhere so that the interpreter's flush at exit is quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print(f"dattrain {args.verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What follows from a recipe, a world size and a data set. Pure; computed and shown, never written back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from dattrain.config.schema import Config
+from dattrain.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Derived values; steps are optimizer updates, rates are those of the global batch."""
+
+    world: int
+    accumulation: int
+    """Micro-batches per rank and update."""
+    steps_per_epoch: float
+    total_steps: int
+    """Length of the schedule; ``train.max_steps`` may stop earlier."""
+    last_step: int
+    """The update after which the run is done."""
+    warmup_steps: int
+    peak_lr: float
+    min_lr: float
+    warmup_lr: float
+    checkpoint_steps: int
+    """Updates between two checkpoints."""
+    eval_steps: int
+    """Updates between two evaluations."""
+
+
+def derive(config: Config, *, world: int, samples_per_epoch: int) -> Derived:
+    """Derive steps, accumulation and rates for ``world`` devices and ``samples_per_epoch`` training samples.
+
+    Raises:
+        ConfigError: the micro-batch times the world size does not divide the global batch, or there are fewer samples
+            than one global batch.
+    """
+    train, schedule, optim = config.train, config.schedule, config.optim
+    if train.global_batch % (train.micro_batch * world):
+        fits = [m for m in range(1, train.global_batch + 1) if train.global_batch % (m * world) == 0]
+        if not fits:
+            raise ConfigError(
+                f"train.global_batch={train.global_batch} cannot be split over {world} devices; "
+                f"use a number of devices that divides it"
+            )
+        best = min(fits, key=lambda m: (abs(m - train.micro_batch), m))
+        raise ConfigError(
+            f"train.micro_batch={train.micro_batch} on {world} devices does not divide train.global_batch="
+            f"{train.global_batch}; train.micro_batch={best} does"
+        )
+    if samples_per_epoch < train.global_batch:
+        raise ConfigError(
+            f"data.train={config.data.train} has {samples_per_epoch} samples, fewer than one "
+            f"train.global_batch={train.global_batch}; use more data or a smaller global batch"
+        )
+    scale = train.global_batch / optim.lr_batch
+    per_epoch = samples_per_epoch / train.global_batch
+    total = ceil(schedule.epochs * per_epoch)
+    save = config.checkpoint.every_steps or max(1, round(config.checkpoint.every_epochs * per_epoch))
+    return Derived(
+        world=world,
+        accumulation=train.global_batch // (train.micro_batch * world),
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        last_step=min(total, train.max_steps or total),
+        warmup_steps=round(schedule.warmup_epochs * per_epoch),
+        peak_lr=optim.lr * scale,
+        min_lr=schedule.min_lr * scale,
+        warmup_lr=schedule.warmup_lr * scale,
+        checkpoint_steps=save,
+        eval_steps=max(1, round(config.eval.every_epochs * per_epoch)),
+    )

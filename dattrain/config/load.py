@@ -1,0 +1,291 @@
+"""Read a recipe: YAML with ``extends:``, ``key=value`` overrides, and the place where each value came from.
+
+Pure but for reading files. The schema is in ``schema``; what follows from a config and a world size in ``derive``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dattrain.config.schema import Config
+from dattrain.errors import ConfigError
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-4`` as a string and ``on`` as a boolean; a recipe means a float, and true or false alone."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in rules
+        if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
+    ]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"
+    ),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A validated config and, for each dotted key, where its value came from (``file:line`` or ``command line``)."""
+
+    config: Config
+    provenance: Mapping[str, str]
+
+
+@dataclass
+class _Tree:
+    """Raw values by dotted key, with their places; mappings are kept as nested dicts."""
+
+    values: dict[str, Any]
+    places: dict[str, str]
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Load the recipe at ``path`` and apply ``overrides`` (``section.key=value``, the value in YAML).
+
+    Raises:
+        ConfigError: the file is missing or not YAML, ``extends`` runs in a circle, a key is unknown (the nearest one is
+            named), or a value does not fit; the message names file and line, or "command line".
+    """
+    return resolve(_read(Path(path), ()), overrides)
+
+
+def loads(text: str, overrides: Sequence[str] = (), *, source: str = "<text>") -> Loaded:
+    """As ``load``, from a string without ``extends`` (a run folder's resolved config, or a test)."""
+    tree = _parse(text, source)
+    if "extends" in tree.values:
+        raise ConfigError(f"{source}: extends needs a file to be relative to")
+    return resolve(tree, overrides)
+
+
+def resolve(tree: _Tree, overrides: Sequence[str]) -> Loaded:
+    """Validate a raw tree after applying the overrides."""
+    for override in overrides:
+        key, sep, raw = override.partition("=")
+        if not sep or not key or key.strip() != key:
+            raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
+        tree = _merge(tree, _nest(key, raw))
+    try:
+        config = Config.model_validate(tree.values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item, tree) for item in error.errors())) from None
+    return Loaded(config, tree.places)
+
+
+def dump(config: Config) -> str:
+    """The whole config as YAML; ``loads`` gives back an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, width=110)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key to value, in the schema's order; free-form mappings count as one value."""
+
+    def walk(model: BaseModel, prefix: str) -> Iterable[tuple[str, Any]]:
+        for name, field in type(model).model_fields.items():
+            key = prefix + (field.alias or name)
+            value = getattr(model, name)
+            if isinstance(value, BaseModel):
+                yield from walk(value, key + ".")
+            else:
+                yield key, value
+
+    return dict(walk(config, ""))
+
+
+def show(loaded: Loaded) -> str:
+    """One line per key: ``key: value  # where it came from``."""
+    rows = [
+        (f"{key}: {_scalar(value)}", origin(loaded, key)) for key, value in flatten(loaded.config).items()
+    ]
+    width = min(60, max(len(row) for row, _ in rows))
+    return "\n".join(f"{row:<{width}}  # {place}" for row, place in rows)
+
+
+def diff(a: Loaded, b: Loaded) -> list[tuple[str, str, str]]:
+    """Keys whose values differ: (key, value in a with its place, value in b with its place)."""
+    left, right = flatten(a.config), flatten(b.config)
+    return [
+        (key, f"{_scalar(left[key])}  ({origin(a, key)})", f"{_scalar(right[key])}  ({origin(b, key)})")
+        for key in left
+        if left[key] != right[key]
+    ]
+
+
+def origin(loaded: Loaded, key: str) -> str:
+    """Where the value of ``key`` came from; a mapping's place is that of its last entry."""
+    places = [
+        place for known, place in loaded.provenance.items() if known == key or known.startswith(key + ".")
+    ]
+    return places[-1] if places else DEFAULT
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = [item.model_dump() if isinstance(item, BaseModel) else item for item in value]
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).strip().removesuffix("...").strip()
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> _Tree:
+    path = path.resolve() if chain else path
+    if path.resolve() in chain:
+        raise ConfigError(f"{path}: extends runs in a circle: {' -> '.join(str(p) for p in (*chain, path))}")
+    if not path.is_file():
+        where = f"{chain[-1]}: extends: " if chain else ""
+        raise ConfigError(f"{where}{path}: no such config{_similar_file(path)}")
+    tree = _parse(path.read_text(encoding="utf-8"), str(path))
+    bases = tree.values.pop("extends", None)
+    place = tree.places.pop("extends", str(path))
+    if bases is None:
+        return tree
+    if isinstance(bases, str):
+        bases = [bases]
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{place}: extends must be a file or a list of files, not {bases!r}")
+    merged = _Tree({}, {})
+    for base in bases:
+        merged = _merge(merged, _read(path.parent / base, (*chain, path.resolve())))
+    return _merge(merged, tree)
+
+
+def _similar_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (there is no folder {path.parent})"
+    names = [p.name for p in path.parent.glob("*.yaml")]
+    near = difflib.get_close_matches(path.name, names, 1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _parse(text: str, source: str) -> _Tree:
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ConfigError(f"{source}:{line}: not YAML: {error.problem}") from None
+    tree = _Tree({}, {})
+    if node is None:
+        return tree
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{source}:1: a config is a mapping of sections, not a list or a single value")
+    _walk(node, tree.values, "", tree.places, source)
+    return tree
+
+
+def _walk(
+    node: yaml.MappingNode, into: dict[str, Any], prefix: str, places: dict[str, str], source: str
+) -> None:
+    for key_node, value_node in node.value:
+        key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key in into:
+            raise ConfigError(f"{source}:{line}: {prefix}{key} is set twice")
+        if isinstance(value_node, yaml.MappingNode):
+            into[key] = {}
+            if not value_node.value:
+                places[prefix + key] = f"{source}:{line}"
+            _walk(value_node, into[key], f"{prefix}{key}.", places, source)
+        else:
+            loader = _Loader("")
+            try:
+                into[key] = loader.construct_object(value_node, deep=True)
+            except yaml.YAMLError as error:
+                raise ConfigError(
+                    f"{source}:{line}: {prefix}{key}: {getattr(error, 'problem', error)}"
+                ) from None
+            finally:
+                loader.dispose()
+            places[prefix + key] = f"{source}:{line}"
+
+
+def _nest(key: str, raw: str) -> _Tree:
+    try:
+        value = yaml.load(raw, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"{COMMAND_LINE}: {key}={raw}: the value is not YAML") from None
+    nested: Any = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return _Tree(nested, {key: COMMAND_LINE})
+
+
+def _merge(base: _Tree, over: _Tree) -> _Tree:
+    places = dict(base.places)
+    for key in over.places:
+        parents = [".".join(key.split(".")[:n]) for n in range(1, key.count(".") + 1)]
+        for stale in [k for k in places if k.startswith(key + ".") or k in parents]:
+            del places[stale]
+    return _Tree(_merge_values(base.values, over.values), {**places, **over.places})
+
+
+def _merge_values(base: Any, over: Any) -> Any:
+    if isinstance(base, dict) and isinstance(over, dict):
+        return {**base, **{key: _merge_values(base.get(key), value) for key, value in over.items()}}
+    return over
+
+
+def _explain(item: Any, tree: _Tree) -> str:
+    loc = [str(part) for part in item["loc"]]
+    place, key = _place(loc, tree.places)
+    if item["type"] == "extra_forbidden":
+        names = _names(loc[:-1])
+        near = difflib.get_close_matches(loc[-1], names, 1, cutoff=0.5)
+        hint = (
+            f"did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"known here: {', '.join(names)}"
+        )
+        return f"{place}: unknown key {'.'.join(loc)}; {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    if not loc:
+        named = dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_]+)+", message))
+        places = "; ".join(f"{key}: {tree.places[key]}" for key in named if key in tree.places)
+        return f"{message} ({places})" if places else message
+    seen = "" if item["type"] == "missing" else f", not {item['input']!r}"
+    return f"{place}: {key}: {message[0].lower()}{message[1:]}{seen}"
+
+
+def _place(loc: Sequence[str], places: Mapping[str, str]) -> tuple[str, str]:
+    """Place and name of the longest part of a pydantic location that the recipe set (unions add parts of their own)."""
+    for n in range(len(loc), 0, -1):
+        key = ".".join(loc[:n])
+        hits = [place for known, place in places.items() if known == key or known.startswith(key + ".")]
+        if hits:
+            return hits[-1], key
+    return DEFAULT, ".".join(loc)
+
+
+def _names(loc: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in loc:
+        fields = {field.alias or name: field for name, field in model.model_fields.items()}
+        inner = _section(fields[part].annotation) if part in fields else None
+        if inner is not None:
+            model = inner
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, tuple):
+        return next((inner for inner in map(_section, get_args(annotation)) if inner), None)
+    return None

@@ -1,0 +1,37 @@
+"""``dattrain config show|diff``: a resolved recipe with the origin of each value, and the difference of two."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dattrain.config.load import Loaded, diff, dump, load, show
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    one = actions.add_parser("show", help="every value and where it came from")
+    one.add_argument("config", metavar="CONFIG|RUN")
+    one.add_argument("overrides", nargs="*", metavar="key=value")
+    one.add_argument("--yaml", action="store_true", help="plain YAML, ready to be saved")
+    two = actions.add_parser("diff", help="keys whose values differ")
+    two.add_argument("a", metavar="A")
+    two.add_argument("b", metavar="B")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0; ``diff`` gives 1 where something differs, as diff(1) does."""
+    if args.action == "show":
+        loaded = _load(args.config, args.overrides)
+        print(dump(loaded.config).rstrip() if args.yaml else show(loaded))
+        return 0
+    rows = diff(_load(args.a), _load(args.b))
+    for key, left, right in rows:
+        print(f"{key}\n  A: {left}\n  B: {right}")
+    return 1 if rows else 0
+
+
+def _load(path: str, overrides: list[str] | None = None) -> Loaded:
+    folder = Path(path)
+    return load(folder / "config.yaml" if (folder / "config.yaml").is_file() else folder, overrides or [])

@@ -1,0 +1,52 @@
+# The README's two commands are `make demo` and `make test`. Both build .venv from requirements.lock when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test test-full test-slurm lint format lock clean
+
+help:
+	@echo "make demo        pack Fashion-MNIST, pre-train, interrupt, resume, fine-tune, evaluate: minutes on 2 cores"
+	@echo "make test        lint, types, and the tests (a real Slurm too where root and apt are there)"
+	@echo "make test-full   the long matrix as well: hours"
+	@echo "make test-slurm  the tests on a real four-node Slurm alone (root, Debian or Ubuntu)"
+	@echo "make format      rewrite the sources in the house's format"
+	@echo "make lock        write requirements.lock anew from pyproject.toml"
+
+.venv/.stamp: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: .venv/.stamp
+	$(BIN)/dattrain demo --out demo-out
+
+lint: .venv/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-full: lint
+	$(BIN)/python -m pytest --full
+
+test-slurm: .venv/.stamp
+	$(BIN)/python -m pytest tests/slurm
+
+format: .venv/.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The header line keeps the command; torch stays at a release that has a matching torchvision.
+lock: .venv/.stamp
+	$(PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install -q uv
+	echo "torch==2.14.1" | .venv-lock/bin/uv pip compile --universal --python-version 3.10 --extra dev --no-header --no-annotate \
+	  --no-emit-index-url -q pyproject.toml -c - -o requirements.lock.new
+	{ sed -n 1p requirements.lock; cat requirements.lock.new; } >.lock && mv .lock requirements.lock
+	rm -rf requirements.lock.new .venv-lock
+
+clean:
+	rm -rf .venv demo-out build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,129 @@
+"""Reading recipes: merging, numbers, the origin of values, and one clear message for each mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from dattrain.config.derive import derive
+from dattrain.config.load import diff, dump, load, loads, show
+from dattrain.errors import ConfigError
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    (tmp_path / "base.yaml").write_text(
+        "name: base\noptim:\n  lr: 1e-4\n  clip: 1\nmodel: {overrides: {a: 1}}\n"
+    )
+    path = tmp_path / "child.yaml"
+    path.write_text("extends: base.yaml\nname: child\noptim:\n  eps: 1e-6\nmodel: {overrides: {b: 2}}\n")
+    return path
+
+
+def test_extends_merges_sections_and_overrides_win(recipe):
+    config = load(recipe, ["optim.lr=2E-5", "init.from=runs/a", "model.img_size=[224, 256]"]).config
+    assert (config.name, config.optim.lr, config.optim.clip, config.optim.eps) == ("child", 2e-5, 1.0, 1e-6)
+    assert config.model.overrides == {"a": 1, "b": 2}
+    assert config.init.from_ == "runs/a" and config.model.img_size == (224, 256)
+
+
+def test_every_value_knows_where_it_came_from(recipe):
+    shown = show(load(recipe, ["optim.clip=3"]))
+    places = {line.split(":")[0]: line.rsplit("# ", 1)[1] for line in shown.splitlines()}
+    base = recipe.parent / "base.yaml"
+    assert places["optim.lr"] in (f"{base}:3", f"{base.resolve()}:3")
+    assert places["optim.eps"] == f"{recipe}:4"
+    assert places["optim.clip"] == "command line" and places["optim.betas"] == "default"
+
+
+def test_dump_is_read_back_equal(recipe):
+    config = load(recipe, ["train.progressive=[{epoch: 1, img_size: 96}]", "init.from=x"]).config
+    assert loads(dump(config)).config == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E3", 1e3),
+        ("-.5e+2", -50.0),
+        ("1.", 1.0),
+        ("7", 7),
+        ("on", "on"),
+        ("true", True),
+        ("1e", "1e"),
+    ],
+)
+def test_scalars_mean_what_a_researcher_reads(text, value):
+    loaded = loads(f"model: {{overrides: {{x: {text}}}}}").config.model.overrides["x"]
+    assert loaded == value and type(loaded) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optm.lr=1", "command line: unknown key optm; did you mean optim?"),
+        ("optim.lrr=1", "did you mean optim.lr?"),
+        ("optim.lr=-1", "command line: optim.lr"),
+        ("optim.lr=fast", "not 'fast'"),
+        ("train.micro_batch=48", "nearest divisor"),
+        ("train.micro_batch=1", "odd"),
+        ("model.img_size=100", "multiple of 32"),
+        ("optim.lr", "not of the form"),
+        ("train.progressive=[{epoh: 1, img_size: 96}]", "train.progressive.0.epoch"),
+        ("optim.lr=.nan", "optim.lr"),
+    ],
+)
+def test_mistakes_on_the_command_line(recipe, override, says):
+    with pytest.raises(ConfigError) as error:
+        load(recipe, [override])
+    assert says in str(error.value) and error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16-pure"])
+def test_stage_0_is_refused_where_deepspeed_trains_wrongly(recipe, precision):
+    with pytest.raises(ConfigError, match="zero.stage=0"):
+        load(recipe, ["zero.stage=0", f"train.precision={precision}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("optim:\n  lr: 1\n  lr: 2\n", ":3: optim.lr is set twice"),
+        ("optim: [\n", "not YAML"),
+        ("- a\n", ":1: a config is a mapping"),
+        (
+            "name: x\noptim:\n  weight_decy: 1\n",
+            ":3: unknown key optim.weight_decy; did you mean optim.weight_decay?",
+        ),
+        ("extends: nowhere.yaml\n", "no such config"),
+        ("extends: [3]\n", "must be a file"),
+    ],
+)
+def test_mistakes_in_a_file_name_file_and_line(tmp_path, text, says):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert says in str(error.value) and "bad.yaml" in str(error.value)
+
+
+def test_extends_in_a_circle(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(ConfigError, match="circle"):
+        load(tmp_path / "a.yaml")
+
+
+def test_diff_names_only_what_differs(recipe):
+    rows = diff(load(recipe), load(recipe, ["optim.lr=3e-4"]))
+    assert [(key, a.split()[0], b.split()[0]) for key, a, b in rows] == [("optim.lr", "0.0001", "0.0003")]
+
+
+def test_derive_names_a_micro_batch_that_divides():
+    config = loads("train: {global_batch: 96, micro_batch: 32}").config
+    with pytest.raises(ConfigError, match="train.micro_batch=24 does"):
+        derive(config, world=2, samples_per_epoch=1000)
+    with pytest.raises(ConfigError, match="fewer than one"):
+        derive(config, world=1, samples_per_epoch=95)
+    derived = derive(config, world=3, samples_per_epoch=1000)
+    assert derived.accumulation == 1 and derived.total_steps == 3125

@@ -124,6 +124,39 @@ def show(loaded: Loaded) -> str:
     return "\n".join(f"{row:<{width}}  # {place}" for row, place in rows)
 
 
+def reference() -> str:
+    """Every key with its type, default and meaning, as Markdown: ``docs/keys.md`` is this text."""
+    lines = [
+        "# Every key of a recipe",
+        "",
+        "Written by `dattrain config keys`; the meanings live in `dattrain/config/schema.py`.",
+    ]
+    for name, field in Config.model_fields.items():
+        section = _section(field.annotation)
+        if section is None:
+            continue
+        lines += ["", f"## {name}", "", " ".join((section.__doc__ or "").split()), ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for inner, info in section.model_fields.items():
+            nested = _section(info.annotation)
+            if nested and isinstance(info.default, BaseModel):
+                for leaf, sub in nested.model_fields.items():
+                    lines.append(_row(f"{name}.{inner}.{leaf}", sub, nested))
+            else:
+                lines.append(_row(f"{name}.{info.alias or inner}", info, nested))
+    return "\n".join(lines) + "\n"
+
+
+def _row(key: str, info: Any, section: type[BaseModel] | None) -> str:
+    kind = re.sub(
+        r"typing\.|Annotated\[|dattrain\.config\.schema\.|<class '|'>|NoneType", "", str(info.annotation)
+    )
+    kind = kind.replace(" | None", "").replace("|", "\\|")
+    default = _scalar(info.default).replace("|", "\\|")
+    meaning = info.description or (section.__doc__ if section else "") or ""
+    return f"| `{key}` | {kind} | `{default}` | {' '.join(meaning.split())} |".replace("|  |", "| |")
+
+
 def diff(a: Loaded, b: Loaded) -> list[tuple[str, str, str]]:
     """Keys whose values differ: (key, value in a with its place, value in b with its place)."""
     left, right = flatten(a.config), flatten(b.config)

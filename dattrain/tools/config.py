@@ -1,11 +1,11 @@
-"""``dattrain config show|diff``: a resolved recipe with the origin of each value, and the difference of two."""
+"""``dattrain config show|diff|keys``: a resolved recipe with the origin of each value, and the difference of two."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from dattrain.config.load import Loaded, diff, dump, load, show
+from dattrain.config.load import Loaded, diff, dump, load, reference, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("config", metavar="CONFIG|RUN")
     one.add_argument("overrides", nargs="*", metavar="key=value")
     one.add_argument("--yaml", action="store_true", help="plain YAML, ready to be saved")
+    actions.add_parser("keys", help="every key with its type, default and meaning, as Markdown")
     two = actions.add_parser("diff", help="keys whose values differ")
     two.add_argument("a", metavar="A")
     two.add_argument("b", metavar="B")
@@ -22,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; ``diff`` gives 1 where something differs, as diff(1) does."""
+    if args.action == "keys":
+        print(reference(), end="")
+        return 0
     if args.action == "show":
         loaded = _load(args.config, args.overrides)
         print(dump(loaded.config).rstrip() if args.yaml else show(loaded))

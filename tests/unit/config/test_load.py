@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dattrain.config.derive import derive
-from dattrain.config.load import diff, dump, load, loads, show
+from dattrain.config.load import diff, dump, load, loads, reference, show
 from dattrain.errors import ConfigError
 
 
@@ -127,3 +127,8 @@ def test_derive_names_a_micro_batch_that_divides():
         derive(config, world=1, samples_per_epoch=95)
     derived = derive(config, world=3, samples_per_epoch=1000)
     assert derived.accumulation == 1 and derived.total_steps == 3125
+
+
+def test_the_page_of_keys_is_current():
+    page = Path(__file__).parents[3] / "docs" / "keys.md"
+    assert page.read_text() == reference(), "dattrain config keys > docs/keys.md"

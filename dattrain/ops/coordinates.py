@@ -1,0 +1,50 @@
+"""Where queries and keys meet the bias table: coordinates separable by axis.
+
+The bias of query (i, j) and key k is the table read at ``(query - position) / 2`` (Xia et al., CVPR 2022, eq. 9). Along
+one axis that is ``table_index[k, i] = start[k] + i * step``: keys times (height + width) numbers describe all of it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+QueryGrid = Literal["center", "corner"]
+
+
+def query_coordinates(size: int, grid: QueryGrid, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Normalised coordinate of each of ``size`` query rows (or columns), shape (size,).
+
+    ``center`` is ``(i + .5) / size * 2 - 1`` (DAT's released CVPR code), ``corner`` is ``i / max(size - 1, 1) * 2 - 1``
+    (DAT++).
+    """
+    index = torch.arange(size, device=device, dtype=dtype)
+    if grid == "center":
+        return (index + 0.5) / size * 2 - 1
+    return index / max(size - 1, 1) * 2 - 1
+
+
+def table_indices(positions: Tensor, size: int, table_size: int, grid: QueryGrid) -> Tensor:
+    """Continuous table index of every (key, query row) along one axis.
+
+    Args:
+        positions: (..., Ns), one axis of the key positions, normalised.
+        size: queries along that axis.
+        table_size: entries of the table along that axis.
+        grid: which convention of query coordinates.
+
+    Returns:
+        (..., Ns, size), in the dtype of ``positions``; entries outside [0, table_size - 1] lie outside the table.
+    """
+    query = query_coordinates(size, grid, device=positions.device, dtype=positions.dtype)
+    return ((query - positions.unsqueeze(-1)) / 2 + 1) * ((table_size - 1) / 2)
+
+
+def start_and_step(size: int, table_size: int, grid: QueryGrid) -> tuple[float, float, float]:
+    """(a, b, step) such that ``table_index[k, i] = a + b * position[k] + step * i``."""
+    half = (table_size - 1) / 2
+    first, last = (1 / size - 1, 1 - 1 / size) if grid == "center" else (-1.0, 1.0 if size > 1 else -1.0)
+    step = (last - first) / 2 * half / max(size - 1, 1)
+    return (first / 2 + 1) * half, -half / 2, step

@@ -1,0 +1,57 @@
+"""The equations of deformable attention as plain torch, every matrix materialised: the oracle, not the fast path."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dattrain.ops.coordinates import QueryGrid, query_coordinates
+
+
+def sampled_bias(bias_table: Tensor, positions: Tensor, height: int, width: int, grid: QueryGrid) -> Tensor:
+    """The table read bilinearly at every displacement.
+
+    Args:
+        bias_table: heads x Th x Tw.
+        positions: B x groups x Ns x 2 (y, x), normalised.
+
+    Returns:
+        B x heads x (height*width) x Ns, in the dtype of ``bias_table``.
+    """
+    batch, groups, keys, _ = positions.shape
+    heads, table_height, table_width = bias_table.shape
+    y = query_coordinates(height, grid, device=positions.device, dtype=positions.dtype)
+    x = query_coordinates(width, grid, device=positions.device, dtype=positions.dtype)
+    query = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).view(1, 1, height * width, 1, 2)
+    displacement = (query - positions.unsqueeze(2)) / 2
+    tables = bias_table.view(1, groups, heads // groups, table_height, table_width)
+    tables = tables.expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    bias = F.grid_sample(
+        tables, displacement.flip(-1).flatten(0, 1).to(tables.dtype), align_corners=True, mode="bilinear"
+    )
+    return bias.view(batch, heads, height * width, keys)
+
+
+def deform_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    bias_table: Tensor | None,
+    height: int,
+    width: int,
+    grid: QueryGrid,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T + bias) v, logits and softmax in the dtype of ``positions``.
+
+    Returns:
+        output (as q) and the log-sum-exp of the logits, B x heads x (height*width).
+    """
+    accumulate = positions.dtype
+    logits = (q.to(accumulate) @ k.to(accumulate).transpose(-2, -1)) * scale
+    if bias_table is not None:
+        logits = logits + sampled_bias(bias_table.to(accumulate), positions, height, width, grid)
+    out = torch.softmax(logits, dim=-1) @ v.to(accumulate)
+    return out.to(q.dtype), torch.logsumexp(logits, dim=-1)

@@ -1,0 +1,122 @@
+"""What DAT++ (arXiv 2309.01430) adds to DAT, on B x H x W x C maps: stages and blocks are those of ``dat``.
+
+Convolutional stem and downsampling, the local perception unit, the MLP with a depthwise convolution, and neighbourhood
+attention in place of windows. Its deformable attention is ``deformable``'s with other conventions (corner query grid,
+reference points over size - 1, offsets without range limit, clamped to the map).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dattrain.models.blocks import recompute
+from dattrain.models.init import init_table
+from dattrain.ops.neighborhood import neighborhood_attention
+
+
+def conv_map(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution on a B x H x W x C map: the permuted view is channels-last memory, so nothing is copied."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ConvStem(nn.Module):
+    """3 x 3 convolution, LayerNorm, GELU, 3 x 3 convolution, LayerNorm, each of stride patch_size / 2.
+
+    B x C x H x W image to a B x H/patch x W/patch x dim map.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        stride = patch_size // 2
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride, 1)
+        self.norm1 = nn.LayerNorm(dim // 2)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride, 1)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).permute(0, 2, 3, 1)
+        return self.norm2(conv_map(self.conv2, self.act(self.norm1(x))))
+
+
+class ConvDownsample(nn.Module):
+    """3 x 3 convolution of stride 2 without bias, then LayerNorm."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, 3, 2, 1, bias=False)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(conv_map(self.conv, x))
+
+
+class LocalPerception(nn.Conv2d):
+    """3 x 3 depthwise convolution of a map; the block adds it to its input."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ConvMlp(nn.Module):
+    """Linear, plus a 3 x 3 depthwise convolution of itself, exact GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+        self.checkpoint_interior = False
+
+    def _tail(self, hidden: Tensor) -> Tensor:
+        hidden = self.drop(hidden)
+        return self.drop(self.fc2(self.act(hidden + conv_map(self.dwconv, hidden))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        if self.checkpoint_interior and hidden.requires_grad:
+            return recompute(self._tail, hidden, random=self.drop.p > 0)
+        return self._tail(hidden)
+
+
+class NeighborhoodAttention(nn.Module):
+    """Attention to the ``kernel`` x ``kernel`` window around each token, shifted inside at the border.
+
+    Args:
+        kernel: odd side of the window. Maps smaller than it are attended whole.
+    """
+
+    def __init__(self, dim: int, heads: int, kernel: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.kernel = kernel
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.drop = nn.Dropout(drop)
+        self.bias_table = nn.Parameter(torch.empty(heads, 2 * kernel - 1, 2 * kernel - 1))
+        self.checkpoint_interior = False
+        init_table(self.bias_table)
+
+    def core_flops(self, height: int, width: int) -> int:
+        """Multiply-accumulates of q k^T and of the weighted sum for one map, keys inside the windows alone."""
+        keys = min(self.kernel, height) * min(self.kernel, width)
+        return 2 * height * width * keys * self.proj.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B x H x W x C to the same."""
+        qkv = self.qkv(x)
+        if self.checkpoint_interior and qkv.requires_grad:
+            return recompute(self._interior, qkv, random=self.drop.p > 0)
+        return self._interior(qkv)
+
+    def _interior(self, qkv: Tensor) -> Tensor:
+        batch, height, width, _ = qkv.shape
+        q, k, v = qkv.view(batch, height, width, 3, self.heads, -1).permute(3, 0, 4, 1, 2, 5)
+        out = neighborhood_attention(q, k, v, self.bias_table, kernel_size=self.kernel)
+        return self.drop(self.proj(out.permute(0, 2, 3, 1, 4).reshape(batch, height, width, -1)))

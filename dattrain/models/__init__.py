@@ -1,0 +1,5 @@
+"""DAT and DAT++; importing this package registers their variants with timm."""
+
+from dattrain.models.zoo import VARIANTS, create
+
+__all__ = ["VARIANTS", "create"]

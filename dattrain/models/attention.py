@@ -1,0 +1,188 @@
+"""Attention over windows and over reduced maps, on B x H x W x C maps. Deformable attention is in ``deformable``.
+
+A bias table of relative displacements is heads x (2h - 1) x (2w - 1) everywhere, read at query - key + (h - 1, w - 1).
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dattrain.models.blocks import Interior, PatchConv, recompute
+from dattrain.models.init import init_table
+
+Shift = Literal["ceil", "floor"]
+
+MASKED = -100.0
+"""Logit added between tokens which the shift made neighbours (Swin's and the authors' value)."""
+
+
+def relative_bias(table: Tensor, height: int, width: int) -> Tensor:
+    """Dense bias of every (query, key) pair of a height x width map.
+
+    Overlapping windows of the table, so neither an index buffer nor an atomic scatter in the backward pass.
+
+    Args:
+        table: heads x (2 height - 1) x (2 width - 1).
+
+    Returns:
+        heads x (height*width) x (height*width), dtype of ``table``.
+    """
+    windows = table.unfold(1, height, 1).unfold(2, width, 1)
+    return windows.flip(3, 4).reshape(table.shape[0], height * width, height * width)
+
+
+def shift_mask(
+    height: int, width: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Mask of shifted windows: -100 between tokens that come from different regions of the map before the roll.
+
+    Args:
+        height, width: of the padded map, multiples of the window.
+
+    Returns:
+        windows x area x area, fp32.
+    """
+
+    def regions(size: int, extent: int, by: int) -> Tensor:
+        place = torch.arange(size, device=device)
+        return (place >= size - extent).long() + (place >= size - by).long()
+
+    rows, columns = (regions(*each) for each in zip((height, width), window, shift))
+    region = (rows[:, None] * 3 + columns).view(height // window[0], window[0], width // window[1], window[1])
+    region = region.transpose(1, 2).reshape(-1, window[0] * window[1])
+    return (region[:, :, None] != region[:, None, :]).float() * MASKED
+
+
+class WindowAttention(Interior):
+    """Local attention in windows, with Swin's relative position bias; shifted by half a window when asked.
+
+    Maps that the window does not divide are padded with zeros at right and bottom after the normalisation, without
+    masking the padded keys, and cropped afterwards (the authors' detection code).
+
+    Args:
+        window: (height, width).
+        shift: None, or how half a window is rounded: ``ceil`` in the authors' code (4 of 7), ``floor`` in Swin.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, window: tuple[int, int], shift: Shift | None = None, drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.shift = shift
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.drop = nn.Dropout(drop)
+        self.window = window
+        self.bias_table = nn.Parameter(torch.empty(heads, 2 * window[0] - 1, 2 * window[1] - 1))
+        self._mask: tuple[object, Tensor | None] = (None, None)
+        init_table(self.bias_table)
+
+    @property
+    def shift_size(self) -> tuple[int, int]:
+        """Rows and columns by which the map is rolled."""
+        if self.shift is None:
+            return (0, 0)
+        height, width = self.window
+        return (ceil(height / 2), ceil(width / 2)) if self.shift == "ceil" else (height // 2, width // 2)
+
+    def core_flops(self, height: int, width: int) -> int:
+        """Multiply-accumulates of q k^T and of the weighted sum for one height x width map."""
+        area = self.window[0] * self.window[1]
+        padded = ceil(height / self.window[0]) * ceil(width / self.window[1]) * area
+        return 2 * padded * area * self.proj.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B x H x W x C to the same."""
+        _, height, width, _ = x.shape
+        (wh, ww), (sh, sw) = self.window, self.shift_size
+        if height % wh or width % ww:
+            x = F.pad(x, (0, 0, 0, -width % ww, 0, -height % wh))
+        if sh or sw:
+            x = x.roll((-sh, -sw), (1, 2))
+        batch, padded_height, padded_width, dim = x.shape
+        rows, columns = padded_height // wh, padded_width // ww
+        x = x.reshape(batch, rows, wh, columns, ww, dim).transpose(2, 3)
+        x = x.reshape(batch, rows * columns, wh * ww, dim)
+        mask = self._shift_mask(padded_height, padded_width, x.device) if sh or sw else None
+        qkv = self.qkv(x)
+        if self.checkpoint_interior and qkv.requires_grad:
+            x = recompute(self._interior, qkv, mask, random=self.drop.p > 0)
+        else:
+            x = self._interior(qkv, mask)
+        x = (
+            x.view(batch, rows, columns, wh, ww, dim)
+            .transpose(2, 3)
+            .reshape(batch, padded_height, padded_width, dim)
+        )
+        if sh or sw:
+            x = x.roll((sh, sw), (1, 2))
+        return x[:, :height, :width]
+
+    def _interior(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention within each window and the output projection; qkv is B x windows x area x 3C."""
+        batch, windows, area, _ = qkv.shape
+        bias = relative_bias(self.bias_table, *self.window)
+        q, k, v = qkv.view(batch, windows, area, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)
+        if mask is None:
+            q, k, v = (each.flatten(0, 1) for each in (q, k, v))
+            bias = bias.unsqueeze(0)
+        else:
+            # Windows join the heads, so that their masks broadcast over the batch and are never written per sample.
+            q, k, v = (each.flatten(1, 2) for each in (q, k, v))
+            bias = (bias + mask.unsqueeze(1).to(bias.dtype)).flatten(0, 1).unsqueeze(0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        out = out.view(batch, windows, self.heads, area, -1).transpose(2, 3).flatten(3)
+        return self.drop(self.proj(out))
+
+    def _shift_mask(self, height: int, width: int, device: torch.device) -> Tensor:
+        if torch.compiler.is_compiling():
+            return shift_mask(height, width, self.window, self.shift_size, device)
+        key = (height, width, self.window, device)
+        if self._mask[0] != key:
+            self._mask = (key, shift_mask(height, width, self.window, self.shift_size, device))
+        assert self._mask[1] is not None
+        return self._mask[1]
+
+
+class SpatialReductionAttention(Interior):
+    """Global attention to a map reduced by a strided convolution (PVT): the ``P`` of the paper's Table 6.
+
+    Args:
+        reduction: side of the patches that become one key; 1 attends to every token.
+    """
+
+    def __init__(self, dim: int, heads: int, reduction: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.reduction = reduction
+        self.q = nn.Linear(dim, dim)
+        self.reduce = nn.Identity() if reduction == 1 else PatchConv(dim, dim, reduction)
+        self.norm = nn.Identity() if reduction == 1 else nn.LayerNorm(dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def core_flops(self, height: int, width: int) -> int:
+        """Multiply-accumulates of q k^T and of the weighted sum for one height x width map."""
+        keys = ceil(height / self.reduction) * ceil(width / self.reduction)
+        return 2 * height * width * keys * self.proj.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B x H x W x C to the same."""
+        q, kv = self.q(x), self.kv(self.norm(self.reduce(x)))
+        if self.checkpoint_interior and q.requires_grad:
+            return recompute(self._interior, q, kv, random=self.drop.p > 0)
+        return self._interior(q, kv)
+
+    def _interior(self, q: Tensor, kv: Tensor) -> Tensor:
+        batch, height, width, dim = q.shape
+        query = q.view(batch, height * width, self.heads, -1).transpose(1, 2)
+        k, v = kv.view(batch, -1, 2, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(query, k, v)
+        return self.drop(self.proj(out.transpose(1, 2).reshape(batch, height, width, dim)))

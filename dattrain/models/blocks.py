@@ -1,0 +1,135 @@
+"""What is between the attentions: patch convolutions, MLP, drop path, block. All maps are B x H x W x C, channels last.
+
+Attention itself is in ``attention``; the assembly of stages is in ``dat``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute(function: Callable[..., Any], *args: Any, random: bool = False) -> Any:
+    """Run ``function`` under torch's non-reentrant activation checkpoint.
+
+    Its early stop ends the recomputation where the last saved tensor was packed, so a closing matrix product whose output
+    nobody saves is not run a second time. ``random`` keeps the generator's state, for functions that draw (dropout).
+    """
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
+
+
+class Interior(nn.Module):
+    """A module that can recompute what lies between its matrix products: activation checkpointing's ``selective`` mode."""
+
+    checkpoint_interior: bool = False
+
+
+class PatchConv(nn.Conv2d):
+    """Convolution whose stride is its kernel, written as one matrix product over patches.
+
+    Weight and bias have ``nn.Conv2d``'s layout. Maps whose size the kernel does not divide are padded with zeros at right
+    and bottom, so no pixel is lost.
+
+    Args:
+        image: the input is B x C x H x W (an image) and not B x H x W x C (a map).
+    """
+
+    def __init__(
+        self, in_chans: int, out_chans: int, kernel: int, *, bias: bool = True, image: bool = False
+    ) -> None:
+        super().__init__(in_chans, out_chans, kernel, stride=kernel, bias=bias)
+        self.image = image
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns B x ceil(H / kernel) x ceil(W / kernel) x out_chans."""
+        kernel = self.kernel_size[0]
+        if self.image:
+            x = F.pad(x, (0, -x.shape[-1] % kernel, 0, -x.shape[-2] % kernel))
+            batch, channels, height, width = x.shape
+            x = x.reshape(batch, channels, height // kernel, kernel, width // kernel, kernel)
+            x, weight = x.permute(0, 2, 4, 1, 3, 5), self.weight
+        else:
+            x = F.pad(x, (0, 0, 0, -x.shape[2] % kernel, 0, -x.shape[1] % kernel))
+            batch, height, width, channels = x.shape
+            x = x.reshape(batch, height // kernel, kernel, width // kernel, kernel, channels)
+            x, weight = x.permute(0, 1, 3, 2, 4, 5), self.weight.permute(0, 2, 3, 1)
+        return F.linear(x.flatten(3), weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Stem: non-overlapping patches of the image, then LayerNorm. B x C x H x W -> B x H/patch x W/patch x dim."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = PatchConv(in_chans, dim, patch_size, image=True)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x))
+
+
+class Downsample(nn.Module):
+    """Between stages: 2 x 2 convolution of stride 2 without bias, then LayerNorm (Swin normalises first)."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.conv = PatchConv(dim, out_dim, 2, bias=False)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class Mlp(Interior):
+    """Linear, exact GELU, linear. ``checkpoint_interior`` recomputes the activation in the backward pass."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def _tail(self, hidden: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(hidden))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        if self.checkpoint_interior and hidden.requires_grad:
+            return recompute(self._tail, hidden, random=self.drop.p > 0)
+        return self._tail(hidden)
+
+
+class Block(nn.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x)); before both, x + local(x) where DAT++ has a perception unit."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, local: nn.Module | None = None) -> None:
+        super().__init__()
+        self.local = local
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """One block.
+
+        Args:
+            x: B x H x W x C.
+            scale: B x 2 fp32, the factor of each sample's two residual branches: 0 where drop path drops it, else
+                1 / (1 - rate); None without drop path.
+        """
+        if self.local is not None:
+            x = x + self.local(x)
+        x = x + _scaled(self.attn(self.norm1(x)), scale, 0)
+        return x + _scaled(self.mlp(self.norm2(x)), scale, 1)
+
+
+def _scaled(branch: Tensor, scale: Tensor | None, column: int) -> Tensor:
+    if scale is None:
+        return branch
+    return branch * scale[:, column].to(branch.dtype).view(-1, 1, 1, 1)

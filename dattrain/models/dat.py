@@ -1,0 +1,482 @@
+"""DAT assembled: stem, four stages, head; timm's model protocol over it. Variants are in ``zoo``.
+
+One layout from the stem to the head: B x H x W x C. DAT++ overrides the five ``_make_*`` methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import Any, Literal, get_args
+
+import torch
+from timm.layers import ClassifierHead
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+
+from dattrain.errors import UserError
+from dattrain.models.attention import Shift, SpatialReductionAttention, WindowAttention
+from dattrain.models.blocks import Block, Downsample, Interior, Mlp, PatchEmbed, recompute
+from dattrain.models.deformable import (
+    Conventions,
+    DeformableAttention,
+    OffsetRange,
+    Position,
+    QueryGrid,
+    Reference,
+)
+from dattrain.models.init import Init, init_weights
+from dattrain.models.resize import resize_fixed_table, resize_table
+
+Size = int | tuple[int, int]
+Remat = Literal["stage", "block", "selective"]
+
+BLOCK_KINDS = "LSDP"
+
+
+class Stage(nn.Module):
+    """Downsampling (but for the first stage), then blocks on B x H x W x C."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.checkpoint_blocks = False
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x: B x H x W x C; scale: B x (2 * blocks), see ``Block``."""
+        x = self.downsample(x)
+        for index, block in enumerate(self.blocks):
+            columns = None if scale is None else scale[:, 2 * index : 2 * index + 2]
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = recompute(block, x, columns, random=_draws(block))
+            else:
+                x = block(x, columns)
+        return x
+
+
+class DAT(nn.Module):
+    """Vision Transformer with Deformable Attention (Xia et al., CVPR 2022).
+
+    Sequences have one entry per stage. Any input size works in ``forward``; ``img_size`` lays out windows and tables.
+
+    Args:
+        img_size: side, or (height, width).
+        dims: channels.
+        blocks: one string per stage, one letter per block: L local windows, S shifted windows, D deformable,
+            P spatial reduction (PVT).
+        heads, groups: attention heads, offset groups of D blocks.
+        strides: how many pixels apart the keys of D blocks are.
+        offset_kernels: of the offset networks.
+        sr_ratios: reduction of P blocks.
+        window_size: of L and S blocks; one for all stages or one each, never larger than the stage's map. None takes
+            the shorter side of the image / ``window_divisor`` (7 at 224, 12 at 384: the authors' settings).
+        shift: how half a window is rounded in S blocks: ``ceil`` (authors) or ``floor`` (Swin).
+        offsets, offset_range, reference, query_grid, position: see ``deformable.Conventions``.
+        drop_rate, proj_drop_rate: dropout before the classifier; after projections and in the MLP.
+        drop_path_rate: of the last block; it grows linearly from 0 over the blocks, the same for both branches.
+        init: ``paper`` or ``trunc_normal``, see ``init``.
+
+    Raises:
+        UserError: settings that do not fit together, by name.
+    """
+
+    output_fmt = "NHWC"
+
+    def __init__(
+        self,
+        img_size: Size = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: Sequence[int] = (96, 192, 384, 768),
+        blocks: Sequence[str] = ("LS", "LS", "LDLDLD", "LD"),
+        heads: Sequence[int] = (3, 6, 12, 24),
+        groups: Sequence[int] = (1, 2, 3, 6),
+        strides: Sequence[int] = (4, 2, 1, 1),
+        offset_kernels: Sequence[int] = (9, 7, 5, 3),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        window_size: int | Sequence[int] | None = None,
+        window_divisor: int = 32,
+        shift: Shift = "ceil",
+        mlp_ratio: float = 4.0,
+        offsets: bool = True,
+        offset_range: OffsetRange = 2.0,
+        reference: Reference = "center",
+        query_grid: QueryGrid = "center",
+        position: Position = "relative",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        init: Init = "paper",
+    ) -> None:
+        super().__init__()
+        _check_choices(
+            shift=(shift, Shift),
+            reference=(reference, Reference),
+            query_grid=(query_grid, QueryGrid),
+            position=(position, Position),
+        )
+        if not (
+            offset_range in ("free", "tanh", "clamp")
+            or (isinstance(offset_range, (int, float)) and offset_range > 0)
+        ):
+            raise UserError(
+                f"offset_range={offset_range!r} must be a number above 0, 'free', 'tanh' or 'clamp'"
+            )
+        per_stage = {
+            "dims": dims, "heads": heads, "groups": groups, "strides": strides,
+            "offset_kernels": offset_kernels, "sr_ratios": sr_ratios,
+        }  # fmt: skip
+        for name, values in per_stage.items():
+            if len(values) != len(blocks):
+                raise UserError(
+                    f"{name}={list(values)} has {len(values)} entries, but blocks={list(blocks)} has {len(blocks)} stages"
+                )
+        for stage, kinds in enumerate(blocks):
+            _check_stage(stage, kinds, dims[stage], heads[stage], groups[stage], self._block_kinds())
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.patch_size = patch_size
+        self.img_size = _pair(img_size)
+        self.dims, self.blocks, self.heads, self.groups = (
+            tuple(dims),
+            tuple(blocks),
+            tuple(heads),
+            tuple(groups),
+        )
+        self.strides, self.offset_kernels, self.sr_ratios = (
+            tuple(strides),
+            tuple(offset_kernels),
+            tuple(sr_ratios),
+        )
+        self.window_size = (
+            window_size if window_size is None or isinstance(window_size, int) else tuple(window_size)
+        )
+        self.window_divisor = window_divisor
+        self.shift: Shift = shift
+        self.mlp_ratio = mlp_ratio
+        self.conventions = Conventions(offsets, offset_range, reference, query_grid, position)
+        self.proj_drop_rate = proj_drop_rate
+        self.drop_path_rate = drop_path_rate
+        self.init: Init = init
+        self.depths = tuple(len(kinds) for kinds in blocks)
+        self.num_layers = sum(self.depths) + 1
+        self.num_drop_path = 2 * sum(self.depths)
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": patch_size * 2**index, "module": f"stages.{index}"}
+            for index, dim in enumerate(dims)
+        ]
+
+        self.patch_embed = self._make_stem()
+        sizes, windows = self.map_sizes(self.img_size), self._windows(self.img_size)
+        self.stages = nn.ModuleList(
+            Stage(
+                self._make_downsample(stage) if stage else nn.Identity(),
+                [self._make_block(stage, kind, sizes[stage], windows[stage]) for kind in kinds],
+            )
+            for stage, kinds in enumerate(blocks)
+        )
+        self.norm: nn.Module = nn.LayerNorm(dims[-1])
+        self.head = ClassifierHead(
+            dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt
+        )
+        self._checkpoint_stages = False
+        init_weights(self, init)
+
+    # Assembly -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _block_kinds(cls) -> str:
+        """Letters that ``blocks`` may hold."""
+        return BLOCK_KINDS
+
+    def _make_stem(self) -> nn.Module:
+        return PatchEmbed(self.in_chans, self.dims[0], self.patch_size)
+
+    def _make_downsample(self, stage: int) -> nn.Module:
+        """What leads into ``stage``."""
+        return Downsample(self.dims[stage - 1], self.dims[stage])
+
+    def _make_mlp(self, stage: int) -> nn.Module:
+        return Mlp(self.dims[stage], int(self.mlp_ratio * self.dims[stage]), self.proj_drop_rate)
+
+    def _make_attention(
+        self, stage: int, kind: str, size: tuple[int, int], window: tuple[int, int]
+    ) -> nn.Module:
+        dim, heads, drop = self.dims[stage], self.heads[stage], self.proj_drop_rate
+        if kind == "P":
+            return SpatialReductionAttention(dim, heads, self.sr_ratios[stage], drop)
+        if kind == "D":
+            kernel, stride = self.offset_kernels[stage], self.strides[stage]
+            return DeformableAttention(
+                dim, heads, self.groups[stage], size, kernel, stride, self.conventions, drop
+            )
+        return WindowAttention(dim, heads, window, self.shift if kind == "S" else None, drop)
+
+    def _make_block(self, stage: int, kind: str, size: tuple[int, int], window: tuple[int, int]) -> nn.Module:
+        return Block(self.dims[stage], self._make_attention(stage, kind, size, window), self._make_mlp(stage))
+
+    def map_sizes(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """(height, width) of every stage's map."""
+        height, width = (ceil(side / self.patch_size) for side in img_size)
+        return [(ceil(height / 2**stage), ceil(width / 2**stage)) for stage in range(len(self.dims))]
+
+    def _windows(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """(height, width) of every stage's windows."""
+        wanted = self.window_size
+        if wanted is None:
+            wanted = max(1, ceil(min(img_size) / self.window_divisor))
+        sides = (wanted,) * len(self.dims) if isinstance(wanted, int) else wanted
+        if len(sides) != len(self.dims):
+            raise UserError(
+                f"window_size={list(sides)} has {len(sides)} entries, but the model has {len(self.dims)} stages"
+            )
+        return [(min(side, h), min(side, w)) for side, (h, w) in zip(sides, self.map_sizes(img_size))]
+
+    # Forward ------------------------------------------------------------------------------------------------------
+
+    def drop_path_rates(self, device: torch.device | None = None) -> Tensor:
+        """Rate of each residual branch, num_drop_path, fp32: 0 to ``drop_path_rate`` over the blocks."""
+        return torch.linspace(0, self.drop_path_rate, sum(self.depths), device=device).repeat_interleave(2)
+
+    def _drop_path_scale(self, x: Tensor, noise: Tensor | None) -> Tensor | None:
+        if not self.training or self.drop_path_rate == 0:
+            return None
+        if noise is None:
+            noise = torch.rand(x.shape[0], self.num_drop_path, device=x.device)
+        elif tuple(noise.shape) != (x.shape[0], self.num_drop_path):
+            raise ValueError(
+                f"drop_path_noise is {tuple(noise.shape)}, not {(x.shape[0], self.num_drop_path)}"
+            )
+        rates = self.drop_path_rates(x.device)
+        return torch.where(noise < rates, torch.zeros_like(rates), 1 / (1 - rates))
+
+    def _run_stages(self, x: Tensor, noise: Tensor | None, count: int) -> list[Tensor]:
+        """Maps after the stem and the first ``count`` stages, one per stage."""
+        scale = self._drop_path_scale(x, noise)
+        x = self.patch_embed(x)
+        maps, first = [], 0
+        for depth, stage in zip(self.depths[:count], self.stages):
+            columns = None if scale is None else scale[:, first : first + 2 * depth]
+            first += 2 * depth
+            if self._checkpoint_stages and torch.is_grad_enabled():
+                x = recompute(stage, x, columns, random=_draws(stage))
+            else:
+                x = stage(x, columns)
+            maps.append(x)
+        return maps
+
+    def forward_features(self, x: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
+        """Normalised map of the last stage: B x 3 x H x W -> B x H/32 x W/32 x C."""
+        return self.norm(self._run_stages(x, drop_path_noise, len(self.stages))[-1])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooled features (``pre_logits``) or logits of a map of ``forward_features``."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
+        """Logits.
+
+        Args:
+            x: B x in_chans x H x W, any H and W.
+            drop_path_noise: B x num_drop_path fp32 uniforms in [0, 1): branch j of sample b is dropped where
+                noise[b, j] < rate_j. None draws from torch's generator. Without effect outside training.
+
+        Returns:
+            B x num_classes.
+        """
+        return self.forward_head(self.forward_features(x, drop_path_noise))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps of the stages ``indices`` (the last n for an int, all for None), B x C x H x W or B x H x W x C.
+
+        Args:
+            norm: apply the final norm to the last stage's map.
+            stop_early: do not run the stages after the last one asked for.
+            output_fmt: ``NCHW`` or ``NHWC``.
+            intermediates_only: leave out the final map (B x H x W x C) that otherwise comes first.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NHWC'")
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        maps = self._run_stages(x, None, last + 1 if stop_early else len(self.stages))
+        complete = len(maps) == len(self.depths)
+        final = self.norm(maps[-1]) if complete else maps[-1]
+        if norm and complete:
+            maps = maps[:-1] + [final]
+        chosen = [maps[index] for index in wanted]
+        if output_fmt == "NCHW":
+            chosen = [each.permute(0, 3, 1, 2).contiguous() for each in chosen]
+        return chosen if intermediates_only else (final, chosen)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages after the last of ``indices``, and with them (or when asked) final norm and head."""
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if shortened:
+            self.num_features = self.head_hidden_size = self.dims[last]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return wanted
+
+    # timm's protocol ----------------------------------------------------------------------------------------------
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of position biases; norms and biases are 1-D and excluded by that."""
+        return {
+            name for name, _ in self.named_parameters() if "bias_table" in name or "position_conv" in name
+        }
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that group parameters into layers: stages, or blocks."""
+        blocks = (
+            r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ]
+        )
+        return {"stem": r"^patch_embed", "blocks": blocks}
+
+    def layer_of(self, parameter_name: str) -> int:
+        """Depth of a parameter, for layer decay: 0 stem, then one per block, ``num_layers`` final norm and head.
+
+        A stage's downsampling counts with its first block.
+
+        Raises:
+            ValueError: not a name of this model's parameters.
+        """
+        parts = parameter_name.split(".")
+        if parts[0] == "patch_embed":
+            return 0
+        if parts[0] in ("norm", "head"):
+            return self.num_layers
+        if parts[0] != "stages":
+            raise ValueError(f"{parameter_name!r} is not a parameter of {type(self).__name__}")
+        block = int(parts[3]) if parts[2] == "blocks" else 0
+        return sum(self.depths[: int(parts[1])]) + block + 1
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True, mode: Remat = "block") -> None:
+        """Recompute activations in the backward pass, with torch's non-reentrant checkpoint.
+
+        Args:
+            enable: False stores everything.
+            mode: ``stage`` recomputes whole stages (least memory), ``block`` blocks, ``selective`` only the interiors
+                between two matrix products: windows, scores and weighted sums of attention, and the MLP's activation.
+        """
+        _check_choices(mode=(mode, Remat))
+        self._checkpoint_stages = enable and mode == "stage"
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.checkpoint_blocks = enable and mode == "block"
+            elif isinstance(module, Interior):
+                module.checkpoint_interior = enable and mode == "selective"
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier: linear layer, or identity without classes."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for ``num_classes`` (0: none), drawn as ``init`` says."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
+        parameter = next(self.parameters())
+        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features)
+        self.head.to(device=parameter.device, dtype=parameter.dtype)
+        self.head_hidden_size = self.head.num_features
+        init_weights(self.head, self.init)
+
+    def set_input_size(
+        self, img_size: Size | None = None, window_size: int | Sequence[int] | None = None
+    ) -> None:
+        """Lay windows and bias tables out for another size; tables are resized bicubically, in place.
+
+        Args:
+            img_size: side or (height, width); None keeps it.
+            window_size: as in the constructor; None keeps the rule that the model was made with.
+        """
+        size = self.img_size if img_size is None else _pair(img_size)
+        if window_size is not None:
+            self.window_size = window_size if isinstance(window_size, int) else tuple(window_size)
+        self.img_size = size
+        for stage, map_size, window in zip(self.stages, self.map_sizes(size), self._windows(size)):
+            for module in stage.modules():
+                if isinstance(module, WindowAttention):
+                    module.window = window
+                    shape = (2 * window[0] - 1, 2 * window[1] - 1)
+                    module.bias_table = _replaced(
+                        module.bias_table, resize_table(module.bias_table.detach(), shape)
+                    )
+                elif isinstance(module, DeformableAttention):
+                    _resize_deformable(module, map_size)
+        update_model_input_size(self, size, window_size=window_size)
+
+
+def _resize_deformable(module: DeformableAttention, size: tuple[int, int]) -> None:
+    table, old, module.size = module.bias_table, module.size, size
+    if table is None:
+        return
+    if module.conventions.position == "fixed":
+        resized = resize_fixed_table(table.detach(), module.map_sizes(old), module.map_sizes(size))
+    else:
+        resized = resize_table(table.detach(), module.table_size(size))
+    module.bias_table = _replaced(table, resized)
+
+
+def _replaced(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    if value.shape == parameter.shape:
+        return parameter
+    return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether dropout below ``module`` draws random numbers, whose generator a checkpoint must then restore."""
+    return any(isinstance(child, nn.Dropout) and child.p > 0 for child in module.modules())
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise UserError(f"img_size={size} must be positive")
+    return int(height), int(width)
+
+
+def _check_choices(**choices: tuple[object, Any]) -> None:
+    for name, (value, literal) in choices.items():
+        if value not in get_args(literal):
+            raise UserError(f"{name}={value!r} is not known; choose one of {', '.join(get_args(literal))}")
+
+
+def _check_stage(stage: int, kinds: str, dim: int, heads: int, groups: int, known: str) -> None:
+    if not kinds or set(kinds) - set(known):
+        raise UserError(f"blocks[{stage}]={kinds!r} must be a string of the letters {', '.join(known)}")
+    if dim % heads:
+        raise UserError(f"dims[{stage}]={dim} is not a multiple of heads[{stage}]={heads}")
+    if "D" in kinds and (groups < 1 or heads % groups):
+        raise UserError(f"heads[{stage}]={heads} is not a multiple of groups[{stage}]={groups}")

@@ -1,0 +1,169 @@
+"""Variants by name, for us (``create``) and for timm (``timm.create_model`` after ``import dattrain.models``)."""
+
+from __future__ import annotations
+
+import inspect
+from difflib import get_close_matches
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from dattrain.errors import UserError
+from dattrain.models.dat import DAT, Size
+from dattrain.models.init import Init
+
+VARIANTS: dict[str, tuple[type[DAT], dict[str, Any]]] = {
+    "dat_tiny": (
+        DAT,
+        {
+            "dims": (96, 192, 384, 768),
+            "blocks": ("LS", "LS", "LD" * 3, "LD"),
+            "heads": (3, 6, 12, 24),
+            "groups": (1, 2, 3, 6),
+        },
+    ),
+    "dat_small": (
+        DAT,
+        {
+            "dims": (96, 192, 384, 768),
+            "blocks": ("LS", "LS", "LD" * 9, "LD"),
+            "heads": (3, 6, 12, 24),
+            "groups": (1, 2, 3, 6),
+        },
+    ),
+    "dat_base": (
+        DAT,
+        {
+            "dims": (128, 256, 512, 1024),
+            "blocks": ("LS", "LS", "LD" * 9, "LD"),
+            "heads": (4, 8, 16, 32),
+            "groups": (1, 2, 4, 8),
+        },
+    ),
+    # Ours, not the paper's: small enough to train on a CPU in minutes, at 64 x 64 with windows of 4.
+    "dat_atto": (
+        DAT,
+        {
+            "img_size": 64,
+            "dims": (32, 64, 128, 256),
+            "blocks": ("L", "S", "LD", "D"),
+            "heads": (2, 4, 8, 16),
+            "groups": (1, 1, 2, 4),
+            "window_divisor": 16,
+        },
+    ),
+}
+"""Class and keyword arguments of each variant."""
+
+
+def create(
+    name: str,
+    *,
+    num_classes: int,
+    img_size: Size,
+    in_chans: int = 3,
+    drop_path_rate: float = 0.0,
+    init: Init = "paper",
+    **overrides: Any,
+) -> DAT:
+    """Build a variant with fresh weights from torch's generator.
+
+    Args:
+        name: a key of ``VARIANTS``.
+        img_size: side or (height, width) that windows and bias tables are laid out for.
+        overrides: other arguments of ``DAT``: the ablations.
+
+    Raises:
+        UserError: unknown variant or argument (with the nearest known one), or settings that do not fit together.
+    """
+    if name not in VARIANTS:
+        raise UserError(
+            f"model {name!r} is not known{_nearest(name, list(VARIANTS))}; there are {', '.join(VARIANTS)}"
+        )
+    kind, arguments = VARIANTS[name]
+    known = [each for each in inspect.signature(kind.__init__).parameters if each != "self"]
+    for each in overrides:
+        if each not in known:
+            raise UserError(f"model.overrides.{each} is not an argument of {name}{_nearest(each, known)}")
+    given = {
+        "num_classes": num_classes,
+        "img_size": img_size,
+        "in_chans": in_chans,
+        "drop_path_rate": drop_path_rate,
+    }
+    return kind(**{**arguments, **given, "init": init, **overrides})
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    match = get_close_matches(name, known, 1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _config(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "crop_mode": "squash",
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "dat_tiny.untrained": _config(),
+        "dat_small.untrained": _config(),
+        "dat_base.untrained": _config(),
+        "dat_atto.untrained": _config(input_size=(3, 64, 64), pool_size=(2, 2)),
+    }
+)
+
+
+def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    kind, arguments = VARIANTS[name]
+    out_indices = kwargs.pop("out_indices", tuple(range(len(arguments["dims"]))))
+    return build_model_with_cfg(
+        kind,
+        name,
+        pretrained,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **{**arguments, **kwargs},
+    )
+
+
+@register_model
+def dat_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DAT-T: 28.3M parameters, 4.6G at 224."""
+    return _build("dat_tiny", pretrained, **kwargs)
+
+
+@register_model
+def dat_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DAT-S: 49.7M parameters, 9.0G at 224."""
+    return _build("dat_small", pretrained, **kwargs)
+
+
+@register_model
+def dat_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DAT-B: 87.9M parameters, 15.8G at 224."""
+    return _build("dat_base", pretrained, **kwargs)
+
+
+@register_model
+def dat_atto(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DAT-atto, ours: for CPU demos and tests at 64."""
+    return _build("dat_atto", pretrained, **kwargs)
+
+
+__all__ = ["VARIANTS", "create", "dat_atto", "dat_base", "dat_small", "dat_tiny"]

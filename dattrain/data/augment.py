@@ -1,0 +1,273 @@
+"""The augmentation plan: everything random about a batch's images, drawn beforehand as small arrays on the CPU.
+
+Both decoders carry out the same plan. A sample's draws are a function of (seed, stream, position) alone, where the
+position holds the epoch and the place in it; so a run that resumes on another number of ranks, or on the other
+decoder, sees the same crops.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dattrain.config.schema import Augment
+from dattrain.data import randaugment
+from dattrain.data.philox import Stream, normal, uniform, uniform32
+
+_ATTEMPTS = 10
+_ERASE_AREA = (0.02, 1 / 3)
+_ERASE_ASPECT = (0.3, 1 / 0.3)
+_GAMMA_ATTEMPTS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The drawn augmentation of B samples for images of ``size``.
+
+    Attributes:
+        size: (height, width) of the network's input.
+        interpolation: of crops and geometric operations, ``bicubic`` or ``bilinear``.
+        fill: RGB of what geometric operations uncover, the mean colour.
+        crop_ratio: limits of width / height of a crop, for the fallback of ``crop_box``.
+        crop: B x 10 x 4 float64; per attempt the area as a fraction of the image, the ratio width / height, and two
+            uniform draws that place it from the top and the left. ``crop_box`` turns them into pixels.
+        flip: B bool, left to right, after the crop.
+        ops: B x layers int8 of ``randaugment.Op``, after the flip. Layers may be 0.
+        args: B x layers float32.
+        jitter: B x 3 float32, factors of brightness, contrast, saturation, after ``ops``; 1 leaves as it is.
+        jitter_order: B x 3 int8, in which order they come.
+        erase: B x 4 int32, (top, left, height, width) of the box that is erased after normalisation; height 0: none.
+        erase_key: B int64 below 2**32, keys of the noise that fills it.
+        erase_noise: whether the box is filled with normal noise, else with zeros (the mean colour).
+        mix: B // 2 float32, weight of each sample in its own mixture with the other of the pair (2j, 2j + 1); 1: none.
+        mix_box: B // 2 x 4 int32, (top, left, height, width) exchanged between the two (cutmix); height 0: mixup.
+    """
+
+    size: tuple[int, int]
+    interpolation: str
+    fill: tuple[int, int, int]
+    crop_ratio: tuple[float, float]
+    crop: NDArray[np.float64]
+    flip: NDArray[np.bool_]
+    ops: NDArray[np.int8]
+    args: NDArray[np.float32]
+    jitter: NDArray[np.float32]
+    jitter_order: NDArray[np.int8]
+    erase: NDArray[np.int32]
+    erase_key: NDArray[np.int64]
+    erase_noise: bool
+    mix: NDArray[np.float32]
+    mix_box: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.flip)
+
+    def without_mixing(self, bad: NDArray[np.bool_]) -> Plan:
+        """The plan with the pairs unmixed that have a bad sample, whose pixels must not enter a good one."""
+        pairs = len(self.mix)
+        hit = bad[0 : 2 * pairs : 2] | bad[1 : 2 * pairs : 2]
+        if not hit.any():
+            return self
+        return replace(
+            self,
+            mix=np.where(hit, np.float32(1), self.mix),
+            mix_box=np.where(hit[:, None], np.int32(0), self.mix_box),
+        )
+
+
+def draw(config: Augment, seed: int, positions: ArrayLike, size: tuple[int, int]) -> Plan:
+    """Draw the plan of the samples at ``positions`` (B int64, global) for images of ``size`` (height, width).
+
+    The pairs that are mixed are the neighbours in ``positions``, keyed by the first; where mixing is on, B is even.
+    """
+    at = np.asarray(positions, dtype=np.int64)
+    ops, args = _ops(config, seed, at)
+    jitter, jitter_order = _jitter(config, seed, at)
+    erase, erase_key = _erase(config, seed, at, size)
+    mix, mix_box = _mix(config, seed, at[0 : len(at) // 2 * 2 : 2], size)
+    return Plan(
+        size=size,
+        interpolation=config.interpolation,
+        fill=fill_color(config),
+        crop_ratio=config.crop_ratio,
+        crop=_crop(config, seed, at),
+        flip=uniform(seed, Stream.FLIP, at, 1)[:, 0] < config.hflip,
+        ops=ops,
+        args=args,
+        jitter=jitter,
+        jitter_order=jitter_order,
+        erase=erase,
+        erase_key=erase_key,
+        erase_noise=config.erase_mode == "pixel",
+        mix=mix,
+        mix_box=mix_box,
+    )
+
+
+def drop_path_noise(seed: int, positions: ArrayLike, branches: int) -> NDArray[np.float32]:
+    """Uniform draws in [0, 1) that decide which residual branches a sample drops: B x branches float32."""
+    return uniform32(seed, Stream.DROP_PATH, positions, branches)
+
+
+def fill_color(config: Augment) -> tuple[int, int, int]:
+    """The mean colour as 8-bit RGB, as timm fills what geometric operations uncover."""
+    red, green, blue = (min(255, round(255 * mean)) for mean in config.mean)
+    return red, green, blue
+
+
+def crop_box(
+    attempts: NDArray[np.float64], height: int, width: int, ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Random resized crop (Szegedy et al. 2015) in pixels, as torchvision and timm define it.
+
+    Args:
+        attempts: 10 x 4, one sample's ``Plan.crop``; the first that fits is taken.
+        height, width: of the image.
+        ratio: limits of width / height, for the centred crop that is taken when none fits.
+
+    Returns:
+        top, left, height, width.
+    """
+    area = height * width
+    w = np.rint(np.sqrt(attempts[:, 0] * area * attempts[:, 1])).astype(np.int64)
+    h = np.rint(np.sqrt(attempts[:, 0] * area / attempts[:, 1])).astype(np.int64)
+    fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
+    first = int(fits.argmax())
+    if fits[first]:
+        ch, cw = int(h[first]), int(w[first])
+        return (
+            int(attempts[first, 2] * (height - ch + 1)),
+            int(attempts[first, 3] * (width - cw + 1)),
+            ch,
+            cw,
+        )
+    ch, cw = height, width
+    if width / height < ratio[0]:
+        ch = min(height, max(1, round(width / ratio[0])))
+    elif width / height > ratio[1]:
+        cw = min(width, max(1, round(height * ratio[1])))
+    return (height - ch) // 2, (width - cw) // 2, ch, cw
+
+
+def eval_geometry(
+    height: int, width: int, size: tuple[int, int], *, resize: str, crop_pct: float
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Size to which an image is resized for evaluation, and top and left of the central crop of ``size`` there.
+
+    ``shorter`` scales the image until ``size / crop_pct`` just fits into it (rounding as torchvision does for square
+    sizes); ``squash`` resizes both sides to ``size / crop_pct`` and so distorts, as the authors' evaluation did.
+    """
+    target = [math.floor(side / crop_pct) for side in size]
+    if resize == "squash":
+        new_h, new_w = target
+    elif target[0] == target[1]:
+        short = target[0]
+        new_h, new_w = (
+            (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+        )
+    else:
+        scale = min(height / target[0], width / target[1])
+        new_h, new_w = max(size[0], round(height / scale)), max(size[1], round(width / scale))
+    return (new_h, new_w), (round((new_h - size[0]) / 2), round((new_w - size[1]) / 2))
+
+
+def _crop(config: Augment, seed: int, at: NDArray[np.int64]) -> NDArray[np.float64]:
+    u = uniform(seed, Stream.CROP, at, 4 * _ATTEMPTS).reshape(len(at), _ATTEMPTS, 4)
+    low, high = config.crop_scale
+    log_low, log_high = (math.log(r) for r in config.crop_ratio)
+    u[..., 0] = low + u[..., 0] * (high - low)
+    u[..., 1] = np.exp(log_low + u[..., 1] * (log_high - log_low))
+    return u
+
+
+def _ops(config: Augment, seed: int, at: NDArray[np.int64]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    if config.randaugment is None:
+        return np.zeros((len(at), 0), np.int8), np.zeros((len(at), 0), np.float32)
+    return randaugment.draw(randaugment.parse(config.randaugment), seed, at)
+
+
+def _jitter(
+    config: Augment, seed: int, at: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
+    if not config.color_jitter:
+        return np.ones((len(at), 3), np.float32), np.tile(np.arange(3, dtype=np.int8), (len(at), 1))
+    u = uniform(seed, Stream.JITTER, at, 6)
+    low, high = max(0.0, 1.0 - config.color_jitter), 1.0 + config.color_jitter
+    return (low + u[:, :3] * (high - low)).astype(np.float32), np.argsort(u[:, 3:], axis=1).astype(np.int8)
+
+
+def _erase(
+    config: Augment, seed: int, at: NDArray[np.int64], size: tuple[int, int]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    u = uniform(seed, Stream.ERASE, at, 2 + 4 * _ATTEMPTS)
+    height, width = size
+    tries = u[:, 2:].reshape(len(at), _ATTEMPTS, 4)
+    area = (_ERASE_AREA[0] + tries[..., 0] * (_ERASE_AREA[1] - _ERASE_AREA[0])) * height * width
+    log_low, log_high = (math.log(r) for r in _ERASE_ASPECT)
+    aspect = np.exp(log_low + tries[..., 1] * (log_high - log_low))
+    h, w = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (h < height) & (w < width) & (h > 0) & (w > 0)
+    box = np.stack(
+        (np.floor(tries[..., 2] * (height - h + 1)), np.floor(tries[..., 3] * (width - w + 1)), h, w), axis=-1
+    )
+    first = fits.argmax(axis=1)
+    chosen = box[np.arange(len(at)), first]
+    erased = (u[:, 0] < config.erase_prob) & fits.any(axis=1)
+    return np.where(erased[:, None], chosen, 0).astype(np.int32), np.floor(u[:, 1] * 2**32).astype(np.int64)
+
+
+def _mix(
+    config: Augment, seed: int, first: NDArray[np.int64], size: tuple[int, int]
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Zhang et al., "mixup" (2018) and Yun et al., "CutMix" (2019) with timm's box and corrected weight."""
+    pairs = len(first)
+    if not config.mixes:
+        return np.ones(pairs, np.float32), np.zeros((pairs, 4), np.int32)
+    gammas = 2 * (3 * _GAMMA_ATTEMPTS + 1)
+    u = uniform(seed, Stream.MIX, first, 4 + 2 * gammas)
+    both = config.mixup > 0 and config.cutmix > 0
+    cut = u[:, 1] < config.mix_switch if both else np.full(pairs, config.cutmix > 0)
+    lam_mixup = _beta(config.mixup, u[:, 4 : 4 + gammas])
+    lam_cut = _beta(config.cutmix, u[:, 4 + gammas :])
+    height, width = size
+    side = np.sqrt(1.0 - lam_cut)
+    h, w = np.floor(height * side), np.floor(width * side)
+    y, x = np.floor(u[:, 2] * height), np.floor(u[:, 3] * width)
+    top, bottom = np.clip(y - h // 2, 0, height), np.clip(y + (h + 1) // 2, 0, height)
+    left, right = np.clip(x - w // 2, 0, width), np.clip(x + (w + 1) // 2, 0, width)
+    box = np.stack((top, left, bottom - top, right - left), axis=1)
+    box[box[:, 3] == 0] = 0
+    lam_cut = 1.0 - box[:, 2] * box[:, 3] / (height * width)
+    mixed = u[:, 0] < config.mix_prob
+    lam = np.where(mixed, np.where(cut, lam_cut, lam_mixup), 1.0)
+    return lam.astype(np.float32), np.where((mixed & cut)[:, None], box, 0).astype(np.int32)
+
+
+def _beta(alpha: float, u: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Beta(alpha, alpha) from two gamma draws, whose logarithms are compared, since small alphas underflow."""
+    if alpha <= 0:
+        return np.ones(len(u))
+    half = u.shape[1] // 2
+    difference = _log_gamma_draw(alpha, u[:, half:]) - _log_gamma_draw(alpha, u[:, :half])
+    return 1.0 / (1.0 + np.exp(np.clip(difference, -700.0, 700.0)))
+
+
+def _log_gamma_draw(alpha: float, u: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Logarithm of a Gamma(alpha, 1) draw: Marsaglia and Tsang (2000) for alpha + 1, boosted down by u^(1/alpha).
+
+    Of eight attempts the first that is accepted is taken; for alpha > 0 all eight fail with a chance below 1e-10,
+    and then the distribution's mode is taken.
+    """
+    d = alpha + 1.0 - 1.0 / 3.0
+    n = _GAMMA_ATTEMPTS
+    x = normal(u[:, :n], u[:, n : 2 * n])
+    v = (1.0 + x / math.sqrt(9.0 * d)) ** 3
+    positive = np.where(v > 0, v, 1.0)
+    accepted = (v > 0) & (np.log(u[:, 2 * n : 3 * n]) < 0.5 * x * x + d * (1.0 - positive + np.log(positive)))
+    first = accepted.argmax(axis=1)
+    rows = np.arange(len(u))
+    chosen = np.where(accepted[rows, first], positive[rows, first], 1.0)
+    return np.log(d * chosen) + np.log(u[:, 3 * n]) / alpha

@@ -1,0 +1,232 @@
+"""Sets of tar shards: what a pattern names, how many samples each shard has, and reading a byte range of one.
+
+``Source`` is the protocol of whoever delivers bytes: ``LocalSource`` here, the cache of remote shards in
+``dattrain.data.remote``.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dattrain.data.index import Entry, ShardIndex, read_catalogue, read_index
+from dattrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shards:
+    """An ordered set of shards.
+
+    Attributes:
+        paths: path or URL of each.
+        samples: per shard, int64.
+        sizes: bytes per shard, int64.
+        sha256: per shard, "" where unknown.
+    """
+
+    paths: tuple[str, ...]
+    samples: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    sha256: tuple[str, ...]
+
+    @classmethod
+    def build(cls, paths: Sequence[str], entries: Sequence[Entry]) -> Shards:
+        """From one catalogue entry per path."""
+        return cls(
+            tuple(paths),
+            np.asarray([e.samples for e in entries], dtype=np.int64),
+            np.asarray([e.size for e in entries], dtype=np.int64),
+            tuple(e.sha256 for e in entries),
+        )
+
+
+class Source(Protocol):
+    """Delivers bytes of the shards of a set, by shard number. Calls may come from several threads."""
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``. Raises UserError when the shard is gone, shorter, or of another size
+        than its index says."""
+        ...
+
+    def index(self, shard: int) -> ShardIndex:
+        """The shard's index. Raises UserError when there is none."""
+        ...
+
+    def ahead(self, shards: Sequence[int]) -> None:
+        """Hint: the shards that will be read next, in the order of need. Called in the rank's main process."""
+        ...
+
+    def close(self) -> None:
+        """Release files and background work."""
+        ...
+
+
+class _File:
+    """An open file that closes itself when the last reader lets go."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class LocalSource:
+    """Shards on a local or parallel file system, read with pread; at most ``max_open`` are held open."""
+
+    def __init__(self, shards: Shards, *, max_open: int = 256) -> None:
+        self.shards = shards
+        self.max_open = max_open
+        self._open: OrderedDict[int, _File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """See ``Source.read``."""
+        file = self._file(shard)
+        parts, missing = [], length
+        while missing:
+            part = os.pread(file.fd, missing, offset + length - missing)
+            if not part:
+                raise UserError(
+                    f"{self.shards.paths[shard]}: ends before byte {offset + length}, which its index says it has; "
+                    "the shard was cut short under the run: restore it, or index it anew with `dattrain data index`"
+                )
+            parts.append(part)
+            missing -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def index(self, shard: int) -> ShardIndex:
+        """See ``Source.index``."""
+        return read_index(self.shards.paths[shard])
+
+    def ahead(self, shards: Sequence[int]) -> None:
+        """Nothing: the file system reads ahead by itself."""
+
+    def close(self) -> None:
+        """Let go of the open files."""
+        with self._lock:
+            self._open.clear()
+
+    def _file(self, shard: int) -> _File:
+        with self._lock:
+            file = self._open.get(shard)
+            if file is None:
+                path = self.shards.paths[shard]
+                try:
+                    file = _File(path)
+                except OSError as error:
+                    raise UserError(f"{path}: cannot be opened ({error.strerror})") from error
+                check_size(path, os.fstat(file.fd).st_size, int(self.shards.sizes[shard]))
+                self._open[shard] = file
+                if len(self._open) > self.max_open:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(shard)
+            return file
+
+
+def check_size(path: str, found: int, expected: int) -> None:
+    """Raise UserError where a shard's size is not that of its index."""
+    if found != expected:
+        raise UserError(
+            f"{path}: has {found} bytes, but its index was built for {expected}; the shard was changed or cut short: "
+            "restore it, or index it anew with `dattrain data index --force`"
+        )
+
+
+def expand(pattern: str) -> list[str]:
+    """Shard paths that a pattern names: a folder, a .tar, a .txt list, a brace or glob pattern, or several with ``::``.
+
+    Raises:
+        UserError: nothing is there, or a folder holds the shards of more than one split.
+    """
+    if "::" in pattern and "://" not in pattern.replace("::", ""):
+        return [path for part in pattern.split("::") for path in expand(part)]
+    if os.path.isdir(pattern):
+        paths = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
+        check_one_split(pattern, [os.path.basename(path) for path in paths])
+        return paths
+    if pattern.endswith(".txt") and os.path.isfile(pattern):
+        base = os.path.dirname(pattern)
+        lines = [line.strip() for line in Path(pattern).read_text().splitlines()]
+        return [os.path.join(base, line) for line in lines if line and not line.startswith("#")]
+    if os.path.exists(pattern):
+        return [pattern]
+    paths = brace_expand(pattern)
+    if any(re.search(r"[*?\[]", path) for path in paths):
+        paths = sorted(found for path in paths for found in glob.glob(path))
+    if not paths or (len(paths) == 1 and not os.path.exists(paths[0])):
+        raise UserError(f"{pattern}: there is no such shard, folder or pattern of shards")
+    return paths
+
+
+def brace_expand(pattern: str) -> list[str]:
+    """``a-{00..12}.tar`` and ``{a,b}.tar``, as a shell expands them."""
+    from braceexpand import braceexpand
+
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"{pattern}: its braces do not match ({error})") from None
+
+
+def check_one_split(folder: str, names: Sequence[str]) -> None:
+    """Raise UserError where the names of a folder's shards differ by more than their numbers."""
+    prefixes = sorted({re.sub(r"\d+(?=\D*$)", "*", name) for name in names})
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{folder}: holds the shards of several sets ({', '.join(prefixes[:4])}); name one, "
+            f"as in {os.path.join(folder, prefixes[0])}"
+        )
+
+
+def open_local(paths: Sequence[str]) -> Shards:
+    """Samples and sizes of local shards, from the catalogues of their folders or else from their own indexes.
+
+    Raises:
+        UserError: a shard is neither in a catalogue nor has an index.
+    """
+    catalogues = {
+        folder: read_catalogue(folder) for folder in {os.path.dirname(path) or "." for path in paths}
+    }
+    entries: list[Entry | None] = [
+        catalogues[os.path.dirname(path) or "."].get(os.path.basename(path)) for path in paths
+    ]
+    missing = [i for i, entry in enumerate(entries) if entry is None]
+    if missing:
+        with ThreadPoolExecutor(16) as pool:
+            for i, index in zip(missing, pool.map(lambda i: read_index(paths[i]), missing)):
+                entries[i] = Entry(len(index), index.size, index.sha256)
+    return Shards.build(paths, [entry for entry in entries if entry is not None])
+
+
+def verify_sizes(shards: Shards, *, rank: int = 0, world: int = 1) -> None:
+    """Compare the sizes of this rank's part of the local shards with their indexes.
+
+    Raises:
+        UserError: one is missing or of another size.
+    """
+
+    def check(shard: int) -> None:
+        path = shards.paths[shard]
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise UserError(f"{path}: cannot be opened ({error.strerror})") from error
+        check_size(path, size, int(shards.sizes[shard]))
+
+    mine = range(rank, len(shards.paths), world)
+    with ThreadPoolExecutor(min(16, max(1, len(mine) // 64))) as pool:
+        for _ in pool.map(check, mine, chunksize=64):
+            pass

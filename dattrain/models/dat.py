@@ -1,6 +1,6 @@
 """DAT assembled: stem, four stages, head; timm's model protocol over it. Variants are in ``zoo``.
 
-One layout from the stem to the head: B x H x W x C. DAT++ overrides the five ``_make_*`` methods.
+One layout from the stem to the head: B x H x W x C. DAT++ is the same network with the parts of ``datpp``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dattrain.errors import UserError
 from dattrain.models.attention import Shift, SpatialReductionAttention, WindowAttention
 from dattrain.models.blocks import Block, Downsample, Interior, Mlp, PatchEmbed, recompute
+from dattrain.models.datpp import ConvDownsample, ConvMlp, ConvStem, LocalPerception, NeighborhoodAttention
 from dattrain.models.deformable import (
     Conventions,
     DeformableAttention,
@@ -32,7 +33,10 @@ from dattrain.models.resize import resize_fixed_table, resize_table
 Size = int | tuple[int, int]
 Remat = Literal["stage", "block", "selective"]
 
-BLOCK_KINDS = "LSDP"
+StemKind = Literal["patch", "conv"]
+MlpKind = Literal["linear", "conv"]
+
+BLOCK_KINDS = "LSDPN"
 
 
 class Stage(nn.Module):
@@ -65,7 +69,7 @@ class DAT(nn.Module):
         img_size: side, or (height, width).
         dims: channels.
         blocks: one string per stage, one letter per block: L local windows, S shifted windows, D deformable,
-            P spatial reduction (PVT).
+            P spatial reduction (PVT), N neighbourhood.
         heads, groups: attention heads, offset groups of D blocks.
         strides: how many pixels apart the keys of D blocks are.
         offset_kernels: of the offset networks.
@@ -73,6 +77,10 @@ class DAT(nn.Module):
         window_size: of L and S blocks; one for all stages or one each, never larger than the stage's map. None takes
             the shorter side of the image / ``window_divisor`` (7 at 224, 12 at 384: the authors' settings).
         shift: how half a window is rounded in S blocks: ``ceil`` (authors) or ``floor`` (Swin).
+        neighborhood: odd side of the window of each token in N blocks; one for all stages or one each.
+        stem: patch embedding and downsampling by ``patch`` (non-overlapping) or ``conv`` (overlapping 3 x 3, DAT++).
+        mlp: ``linear``, or ``conv`` with a depthwise convolution inside (DAT++).
+        local_perception: a depthwise convolution added to the input of every block (DAT++).
         offsets, offset_range, reference, query_grid, position: see ``deformable.Conventions``.
         drop_rate, proj_drop_rate: dropout before the classifier; after projections and in the MLP.
         drop_path_rate: of the last block; it grows linearly from 0 over the blocks, the same for both branches.
@@ -101,6 +109,10 @@ class DAT(nn.Module):
         window_size: int | Sequence[int] | None = None,
         window_divisor: int = 32,
         shift: Shift = "ceil",
+        neighborhood: int | Sequence[int] = 7,
+        stem: StemKind = "patch",
+        mlp: MlpKind = "linear",
+        local_perception: bool = False,
         mlp_ratio: float = 4.0,
         offsets: bool = True,
         offset_range: OffsetRange = 2.0,
@@ -118,7 +130,15 @@ class DAT(nn.Module):
             reference=(reference, Reference),
             query_grid=(query_grid, QueryGrid),
             position=(position, Position),
+            stem=(stem, StemKind),
+            mlp=(mlp, MlpKind),
         )
+        if stem == "conv" and patch_size != 4:
+            raise UserError(f"stem='conv' is two convolutions of stride 2: patch_size={patch_size} must be 4")
+        neighborhood = (neighborhood,) * len(blocks) if isinstance(neighborhood, int) else tuple(neighborhood)
+        for side in neighborhood:
+            if side < 1 or side % 2 == 0:
+                raise UserError(f"neighborhood={side} must be odd")
         if not (
             offset_range in ("free", "tanh", "clamp")
             or (isinstance(offset_range, (int, float)) and offset_range > 0)
@@ -129,6 +149,7 @@ class DAT(nn.Module):
         per_stage = {
             "dims": dims, "heads": heads, "groups": groups, "strides": strides,
             "offset_kernels": offset_kernels, "sr_ratios": sr_ratios,
+            "neighborhood": neighborhood,
         }  # fmt: skip
         for name, values in per_stage.items():
             if len(values) != len(blocks):
@@ -136,7 +157,7 @@ class DAT(nn.Module):
                     f"{name}={list(values)} has {len(values)} entries, but blocks={list(blocks)} has {len(blocks)} stages"
                 )
         for stage, kinds in enumerate(blocks):
-            _check_stage(stage, kinds, dims[stage], heads[stage], groups[stage], self._block_kinds())
+            _check_stage(stage, kinds, dims[stage], heads[stage], groups[stage])
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -159,6 +180,10 @@ class DAT(nn.Module):
         )
         self.window_divisor = window_divisor
         self.shift: Shift = shift
+        self.neighborhood = neighborhood
+        self.stem: StemKind = stem
+        self.mlp: MlpKind = mlp
+        self.local_perception = local_perception
         self.mlp_ratio = mlp_ratio
         self.conventions = Conventions(offsets, offset_range, reference, query_grid, position)
         self.proj_drop_rate = proj_drop_rate
@@ -191,25 +216,26 @@ class DAT(nn.Module):
 
     # Assembly -----------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def _block_kinds(cls) -> str:
-        """Letters that ``blocks`` may hold."""
-        return BLOCK_KINDS
-
     def _make_stem(self) -> nn.Module:
+        if self.stem == "conv":
+            return ConvStem(self.in_chans, self.dims[0], self.patch_size)
         return PatchEmbed(self.in_chans, self.dims[0], self.patch_size)
 
     def _make_downsample(self, stage: int) -> nn.Module:
         """What leads into ``stage``."""
-        return Downsample(self.dims[stage - 1], self.dims[stage])
+        kind = ConvDownsample if self.stem == "conv" else Downsample
+        return kind(self.dims[stage - 1], self.dims[stage])
 
     def _make_mlp(self, stage: int) -> nn.Module:
-        return Mlp(self.dims[stage], int(self.mlp_ratio * self.dims[stage]), self.proj_drop_rate)
+        kind = ConvMlp if self.mlp == "conv" else Mlp
+        return kind(self.dims[stage], int(self.mlp_ratio * self.dims[stage]), self.proj_drop_rate)
 
     def _make_attention(
         self, stage: int, kind: str, size: tuple[int, int], window: tuple[int, int]
     ) -> nn.Module:
         dim, heads, drop = self.dims[stage], self.heads[stage], self.proj_drop_rate
+        if kind == "N":
+            return NeighborhoodAttention(dim, heads, self.neighborhood[stage], drop)
         if kind == "P":
             return SpatialReductionAttention(dim, heads, self.sr_ratios[stage], drop)
         if kind == "D":
@@ -220,7 +246,9 @@ class DAT(nn.Module):
         return WindowAttention(dim, heads, window, self.shift if kind == "S" else None, drop)
 
     def _make_block(self, stage: int, kind: str, size: tuple[int, int], window: tuple[int, int]) -> nn.Module:
-        return Block(self.dims[stage], self._make_attention(stage, kind, size, window), self._make_mlp(stage))
+        local = LocalPerception(self.dims[stage]) if self.local_perception else None
+        attention = self._make_attention(stage, kind, size, window)
+        return Block(self.dims[stage], attention, self._make_mlp(stage), local)
 
     def map_sizes(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
         """(height, width) of every stage's map."""
@@ -473,9 +501,9 @@ def _check_choices(**choices: tuple[object, Any]) -> None:
             raise UserError(f"{name}={value!r} is not known; choose one of {', '.join(get_args(literal))}")
 
 
-def _check_stage(stage: int, kinds: str, dim: int, heads: int, groups: int, known: str) -> None:
-    if not kinds or set(kinds) - set(known):
-        raise UserError(f"blocks[{stage}]={kinds!r} must be a string of the letters {', '.join(known)}")
+def _check_stage(stage: int, kinds: str, dim: int, heads: int, groups: int) -> None:
+    if not kinds or set(kinds) - set(BLOCK_KINDS):
+        raise UserError(f"blocks[{stage}]={kinds!r} must be a string of the letters {', '.join(BLOCK_KINDS)}")
     if dim % heads:
         raise UserError(f"dims[{stage}]={dim} is not a multiple of heads[{stage}]={heads}")
     if "D" in kinds and (groups < 1 or heads % groups):

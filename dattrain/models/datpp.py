@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dattrain.models.blocks import recompute
-from dattrain.models.init import init_table
+from dattrain.models.blocks import Interior, recompute
 from dattrain.ops.neighborhood import neighborhood_attention
 
 
@@ -62,7 +61,7 @@ class LocalPerception(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class ConvMlp(nn.Module):
+class ConvMlp(Interior):
     """Linear, plus a 3 x 3 depthwise convolution of itself, exact GELU, linear."""
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
@@ -72,7 +71,6 @@ class ConvMlp(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
-        self.checkpoint_interior = False
 
     def _tail(self, hidden: Tensor) -> Tensor:
         hidden = self.drop(hidden)
@@ -85,7 +83,7 @@ class ConvMlp(nn.Module):
         return self._tail(hidden)
 
 
-class NeighborhoodAttention(nn.Module):
+class NeighborhoodAttention(Interior):
     """Attention to the ``kernel`` x ``kernel`` window around each token, shifted inside at the border.
 
     Args:
@@ -100,8 +98,7 @@ class NeighborhoodAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.drop = nn.Dropout(drop)
         self.bias_table = nn.Parameter(torch.empty(heads, 2 * kernel - 1, 2 * kernel - 1))
-        self.checkpoint_interior = False
-        init_table(self.bias_table)
+        nn.init.trunc_normal_(self.bias_table, std=0.02)  # NATTEN's; the other tables have .01
 
     def core_flops(self, height: int, width: int) -> int:
         """Multiply-accumulates of q k^T and of the weighted sum for one map, keys inside the windows alone."""

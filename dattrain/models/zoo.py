@@ -14,6 +14,18 @@ from dattrain.errors import UserError
 from dattrain.models.dat import DAT, Size
 from dattrain.models.init import Init
 
+DATPP: dict[str, Any] = {
+    "blocks": ("ND", "ND" * 2, "ND" * 9, "DD"),
+    "strides": (8, 4, 2, 1),
+    "stem": "conv",
+    "mlp": "conv",
+    "local_perception": True,
+    "offset_range": "clamp",
+    "reference": "shifted",
+    "query_grid": "corner",
+}
+"""What the DAT++ variants share (arXiv 2309.01430 and the authors' configurations)."""
+
 VARIANTS: dict[str, tuple[type[DAT], dict[str, Any]]] = {
     "dat_tiny": (
         DAT,
@@ -53,6 +65,24 @@ VARIANTS: dict[str, tuple[type[DAT], dict[str, Any]]] = {
             "groups": (1, 1, 2, 4),
             "window_divisor": 16,
         },
+    ),
+    "dat_pp_tiny": (
+        DAT,
+        {**DATPP, "dims": (64, 128, 256, 512), "heads": (2, 4, 8, 16), "groups": (1, 2, 4, 8)},
+    ),
+    "dat_pp_small": (
+        DAT,
+        {**DATPP, "dims": (96, 192, 384, 768), "heads": (3, 6, 12, 24), "groups": (1, 2, 3, 6)},
+    ),
+    "dat_pp_base": (
+        DAT,
+        {**DATPP, "dims": (128, 256, 512, 1024), "heads": (4, 8, 16, 32), "groups": (2, 4, 8, 16)},
+    ),
+    # Ours: the authors announced an L++ for ImageNet-22K and published neither configuration nor weights. Widths and
+    # heads are Swin-L's; groups keep the 64 channels that a group has in their T and B.
+    "dat_pp_large": (
+        DAT,
+        {**DATPP, "dims": (192, 384, 768, 1536), "heads": (6, 12, 24, 48), "groups": (3, 6, 12, 24)},
     ),
 }
 """Class and keyword arguments of each variant."""
@@ -126,6 +156,10 @@ default_cfgs = generate_default_cfgs(
         "dat_small.untrained": _config(),
         "dat_base.untrained": _config(),
         "dat_atto.untrained": _config(input_size=(3, 64, 64), pool_size=(2, 2)),
+        "dat_pp_tiny.untrained": _config(first_conv="patch_embed.conv1"),
+        "dat_pp_small.untrained": _config(first_conv="patch_embed.conv1"),
+        "dat_pp_base.untrained": _config(first_conv="patch_embed.conv1"),
+        "dat_pp_large.untrained": _config(first_conv="patch_embed.conv1", num_classes=21841),
     }
 )
 
@@ -166,4 +200,39 @@ def dat_atto(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return _build("dat_atto", pretrained, **kwargs)
 
 
-__all__ = ["VARIANTS", "create", "dat_atto", "dat_base", "dat_small", "dat_tiny"]
+@register_model
+def dat_pp_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DAT-T++: 24.0M parameters at 224."""
+    return _build("dat_pp_tiny", pretrained, **kwargs)
+
+
+@register_model
+def dat_pp_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DAT-S++: 53.1M parameters at 224."""
+    return _build("dat_pp_small", pretrained, **kwargs)
+
+
+@register_model
+def dat_pp_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DAT-B++: 93.7M parameters at 224."""
+    return _build("dat_pp_base", pretrained, **kwargs)
+
+
+@register_model
+def dat_pp_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DAT-L++, ours, for ImageNet-22K: see ``VARIANTS``."""
+    return _build("dat_pp_large", pretrained, **kwargs)
+
+
+__all__ = [
+    "VARIANTS",
+    "create",
+    "dat_atto",
+    "dat_base",
+    "dat_pp_base",
+    "dat_pp_large",
+    "dat_pp_small",
+    "dat_pp_tiny",
+    "dat_small",
+    "dat_tiny",
+]

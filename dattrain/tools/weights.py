@@ -1,0 +1,248 @@
+"""One way to open a model for evaluation, prediction, drawing and export: run folder, checkpoint or weights file.
+
+A weights file is safetensors in our names whose metadata holds a ``Card``: enough to build the network and to feed it.
+Nothing is ever unpickled here; the authors' ``.pth`` files come in by ``dattrain import``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dattrain.config.load import load as load_config
+from dattrain.config.schema import Config
+from dattrain.errors import UserError
+from dattrain.models.dat import DAT
+from dattrain.models.zoo import create
+from dattrain.state import checkpoint, gather
+
+METADATA_KEY = "dattrain"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a set of weights beside the tensors.
+
+    ``name`` to ``in_chans`` and ``overrides`` are arguments of ``zoo.create``; ``mean``, ``std``, ``resize`` and
+    ``crop_pct`` say how images are prepared; ``labels`` names a label set of ``data.labels``; ``classes`` holds a name
+    per class, or nothing; ``source`` tells where the weights came from.
+    """
+
+    name: str
+    num_classes: int
+    img_size: tuple[int, int]
+    in_chans: int = 3
+    overrides: Mapping[str, Any] | None = None
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    resize: Literal["shorter", "squash"] = "shorter"
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    labels: str | None = None
+    classes: tuple[str, ...] = ()
+    source: str = ""
+
+    def to_json(self) -> str:
+        """As kept in a file's metadata."""
+        return json.dumps({"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Card:
+        """The reverse of ``to_json``. Raises ValueError for anything else."""
+        content = json.loads(text)
+        if content.pop("format", None) != FORMAT:
+            raise ValueError(f"not of format {FORMAT}")
+        for key in ("img_size", "mean", "std", "classes"):
+            content[key] = tuple(content[key])
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
+
+def build(card: Card, *, meta: bool = False) -> DAT:
+    """The network that the card describes, with fresh weights, or without any memory (``meta``)."""
+    with torch.device("meta" if meta else "cpu"):
+        return create(
+            card.name,
+            num_classes=card.num_classes,
+            img_size=card.img_size,
+            in_chans=card.in_chans,
+            **_tuples(card.overrides or {}),
+        )
+
+
+def load_model(
+    path: str | Path,
+    *,
+    ema: bool | None = None,
+    device: str | torch.device = "cpu",
+    img_size: int | tuple[int, int] | None = None,
+    bias_table: Literal["resize", "sample"] = "resize",
+) -> tuple[DAT, Card]:
+    """Open weights as a model in evaluation mode, fp32.
+
+    Args:
+        path: a run folder or its ``checkpoints`` (the newest whole checkpoint is taken), a checkpoint folder, a
+            safetensors file that ``dattrain import`` or ``export`` wrote, or a folder from ``export --to timm``.
+        ema: the averaged weights; None takes them where a checkpoint has them. A file holds one set of weights.
+        img_size: lay the model out for another size; None keeps that of the weights.
+        bias_table: at another size, ``resize`` window and deformable tables bicubically, or leave the continuous
+            deformable tables as they are and ``sample`` them (windows then keep their size too).
+
+    Raises:
+        UserError: there is nothing to open, it is damaged, or the tensors are not those of the model it names.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"
+    if path.is_dir():
+        model, card = _from_checkpoint(path, ema)
+    elif path.is_file():
+        model, card = _from_file(path)
+    else:
+        raise UserError(f"{path}: no such run folder, checkpoint or safetensors file")
+    if img_size is not None:
+        size = _pair(img_size)
+        if bias_table == "resize":
+            model.set_input_size(size)
+        card = replace(card, img_size=size)
+    return model.to(device).eval(), card
+
+
+def card_of(config: Config, *, source: str = "") -> Card:
+    """The card of a recipe's model."""
+    model = config.model
+    return Card(
+        name=model.name,
+        num_classes=model.num_classes,
+        img_size=_pair(model.img_size),
+        in_chans=model.in_chans,
+        overrides=dict(model.overrides),
+        mean=config.augment.mean,
+        std=config.augment.std,
+        resize=config.eval.resize,
+        crop_pct=config.eval.crop_pct,
+        interpolation=config.augment.interpolation,
+        labels=config.data.labels,
+        source=source,
+    )
+
+
+def save(path: str | Path, state: Mapping[str, Tensor], card: Card) -> None:
+    """Write a weights file: aside, then renamed, so that what has the name is whole.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.part")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, aside, {METADATA_KEY: card.to_json(), "format": "pt"})
+        aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run folder that a checkpoint, ``checkpoints`` or run folder belongs to: the one with ``config.yaml``."""
+    return next((p for p in (folder, *folder.absolute().parents[:2]) if (p / "config.yaml").is_file()), None)
+
+
+def _from_checkpoint(path: Path, ema: bool | None) -> tuple[DAT, Card]:
+    folder = checkpoint.locate(path)
+    run = run_of(folder)
+    if run is None:
+        raise UserError(
+            f"{folder}: no config.yaml in the run folder around it says which model it holds; "
+            "give the run folder, or put the run's config.yaml beside its checkpoints"
+        )
+    config = load_config(run / "config.yaml").config
+    manifest = checkpoint.read_manifest(folder)
+    if ema is None:
+        ema = "ema" in manifest.states
+    state = gather.load_tensors(folder, "ema" if ema else "param")
+    source = f"{run.name}, step {manifest.step}" + (", EMA" if ema else "")
+    card = replace(card_of(config, source=source), classes=_class_names(run))
+    # Progressive resizing: the checkpoint may be laid out for the size of a later phase.
+    sizes = [config.model.img_size, *(phase.img_size for phase in config.train.progressive)]
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for size in dict.fromkeys(map(_pair, sizes)):
+        sized = replace(card, img_size=size)
+        model = build(sized, meta=True)
+        if {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == found:
+            return _filled(model, state), sized
+    return _filled(build(card, meta=True), state, str(folder)), card
+
+
+def _from_file(path: Path) -> tuple[DAT, Card]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        hint = (
+            "; `dattrain import` reads the authors' files" if path.suffix in (".pth", ".pt", ".bin") else ""
+        )
+        raise UserError(f"{path}: not a whole safetensors file ({error}){hint}") from None
+    if METADATA_KEY not in metadata:
+        raise UserError(
+            f"{path}: its metadata does not say which model it holds; `dattrain import {path}` reads files of the authors"
+        )
+    try:
+        card = Card.from_json(metadata[METADATA_KEY])
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: its metadata is not of this version of dattrain ({error})") from None
+    return _filled(build(card, meta=True), state, str(path)), card
+
+
+def _filled(model: DAT, state: Mapping[str, Tensor], source: str = "") -> DAT:
+    """Give the (meta) model its tensors; every one must be there, of its shape, and none left over."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = [
+        f"{name} is {tuple(state[name].shape)}, not {shape}" if name in state else f"{name} is missing"
+        for name, shape in expected.items()
+        if name not in state or tuple(state[name].shape) != shape
+    ]
+    wrong += [f"{name} is unknown" for name in state if name not in expected]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{source}: the tensors are not those of its model: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict({name: _wide(tensor) for name, tensor in state.items()}, assign=True)
+    return model
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def _class_names(run: Path) -> tuple[str, ...]:
+    """Names that the run kept of its classes (``classes.json``: a list), or nothing."""
+    try:
+        names = json.loads((run / "classes.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _tuples(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}

@@ -1,0 +1,82 @@
+"""One task at a time on another thread, and the host memory that it reads from."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class OneInFlight:
+    """Runs one callable at a time on a daemon thread. Its failure is kept until somebody asks, never lost."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether the last task has not ended yet."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a task has failed and nobody has been told yet."""
+        return self._failure is not None
+
+    def start(self, task: Callable[[], None]) -> None:
+        """Run ``task`` on the thread. Waits for the one before, and raises that one's failure instead of starting."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                task()
+            except BaseException as e:
+                self._failure = e
+
+        self._thread = threading.Thread(target=run, name=self._name, daemon=True)
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Raise the failure of a task that has ended, once."""
+        if not self.running:
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise failure
+
+    def wait(self) -> None:
+        """Wait for the task, then ``poll``."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+
+class HostBuffer:
+    """Bytes in host memory, kept from one save to the next: page-aligned (for unbuffered writes), pinned beside CUDA."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """The first ``size`` bytes, uint8, 1-D. What an earlier ``take`` returned is overwritten by writing here."""
+        if self._bytes.numel() < size:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # let the old one go before its successor comes
+            if self._pinned:
+                self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            else:
+                area = mmap.mmap(-1, max(size, 1))
+                if hasattr(mmap, "MADV_HUGEPAGE"):
+                    area.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults in the first copy
+                self._bytes = torch.frombuffer(area, dtype=torch.uint8)
+        return self._bytes[:size]
+
+
+def image_of(data: Tensor) -> memoryview:
+    """The memory of a 1-D uint8 host tensor."""
+    return data.numpy().data.cast("B")

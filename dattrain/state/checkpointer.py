@@ -1,0 +1,435 @@
+"""What the trainer calls: save, poll, wait, resume, roll back. Ties engine state, folders and ranks together.
+
+Ranks agree at the beginning of a run (one broadcast of a token) and at ``resume`` and ``wait``; a save itself has no
+collective, on no thread: each rank writes its shard, leaves a marker beside it, and rank 0 publishes when it has seen all
+markers. So a rank that dies in the middle of a save leaves the others waiting for nothing but it, and a dead rank 0 leaves
+a folder that does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import functools
+import json
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dattrain.errors import UserError
+from dattrain.state import checkpoint, elastic, fragments, retention, shards
+from dattrain.state.background import HostBuffer, OneInFlight, image_of
+from dattrain.state.checkpoint import Manifest
+from dattrain.state.fragments import MOMENTS, Fragment, LocalState
+from dattrain.state.retention import Policy
+from dattrain.state.shards import Damaged, Digest, Layout, Piece
+
+if TYPE_CHECKING:
+    from dattrain.config.schema import Config
+
+log = logging.getLogger(__name__)
+_POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Description:
+    """What every manifest of this run says of the run."""
+
+    config_sha256: str = ""
+    precision: str = ""
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Checkpointer:
+    """Saves and restores one run. Made on all ranks together, after ``torch.distributed`` is up (or without it).
+
+    Args:
+        run: the run folder; checkpoints lie in its ``checkpoints``, on a file system that all ranks see.
+        policy: what to keep.
+        description: for the manifests.
+        background: whether ``save`` returns once the state is in host memory.
+        verify: whether loading checks checksums (sizes are always checked).
+        patience: seconds that rank 0 waits for the other ranks' shards before it gives a save up.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        policy: Policy | None = None,
+        description: Description | None = None,
+        *,
+        background: bool = True,
+        verify: bool = True,
+        patience: float = 1800.0,
+    ) -> None:
+        self.root = Path(run) / "checkpoints"
+        self.policy = policy or Policy()
+        self.description = description or Description()
+        self.background, self.verify, self.patience = background, verify, patience
+        self.passed_over: tuple[tuple[str, str], ...] = ()
+        """What the last ``resume`` passed over: (name, reason), newest first."""
+        self.resumed_from: Path | None = None
+        self.rank, self.world = fragments._rank_and_world()
+        self._task = OneInFlight("checkpoint")
+        self._buffer = HostBuffer(pinned=torch.cuda.is_available())
+        self._saves = 0
+        token = ""
+        if self.rank == 0:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for name in checkpoint.recover(self.root):
+                log.info("removed %s, left by a process that was killed", name)
+            token = secrets.token_hex(4)
+        self._token = _broadcast(token)
+
+    @classmethod
+    def from_config(cls, run: Path, config: Config) -> Checkpointer:
+        """As the recipe says."""
+        import hashlib
+
+        c = config.checkpoint
+        policy = Policy(c.keep_last, c.keep_every_epochs, c.keep_best, c.metric)
+        text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+        description = Description(
+            hashlib.sha256(text.encode()).hexdigest(), config.train.precision, versions()
+        )
+        return cls(run, policy, description, background=c.background, verify=c.verify)
+
+    # Saving
+
+    @property
+    def saving(self) -> bool:
+        """Whether this rank still has a save in flight."""
+        return self._task.running
+
+    @property
+    def failed(self) -> bool:
+        """Whether a background save has failed on this rank: for the ranks to agree on before ``poll`` raises."""
+        return self._task.failed
+
+    def save(
+        self,
+        engine: Any,
+        ema: list[Tensor] | None,
+        meta: Mapping[str, Any],
+        *,
+        background: bool | None = None,
+    ) -> float:
+        """Save ``engine`` and ``ema`` between two updates; all ranks call it. Returns the seconds that the caller lost.
+
+        ``meta`` is JSON and must hold the integers ``step`` and ``samples_seen``; ``epoch`` and ``metrics`` (a dict of
+        numbers) serve retention; the rest is the trainer's and comes back from ``resume``. With ``background`` (default:
+        as constructed) the call returns when the state is in host memory; else it is ``wait()`` too.
+
+        Raises:
+            UserError: the save before this one has failed, or (not in background) this one.
+        """
+        begin = time.perf_counter()
+        self._task.wait()
+        local = LocalState(engine)
+        states = ("param", *MOMENTS, *(() if ema is None else ("ema",)))
+        manifest = self._manifest(local, states, meta)
+        layout, image = self._stage(local, states, ema)
+        self._saves += 1
+        folder = checkpoint.aside(self.root, manifest.step, f"{self._token}-{self._saves}")
+        self._task.start(lambda: self._write(folder, manifest, layout, image))
+        if not (self.background if background is None else background):
+            self.wait()
+        return time.perf_counter() - begin
+
+    def poll(self) -> None:
+        """At each step's edge: raise the failure of a background save, if this rank knows of one. Not collective.
+
+        Raises:
+            UserError: the disk was full, or could not be written for another reason of the outside world.
+        """
+        self._task.poll()
+
+    def wait(self) -> None:
+        """Return when the last save is published; collective: if it failed on any rank, this raises on every rank."""
+        failure: BaseException | None = None
+        try:
+            self._task.wait()
+        except Exception as e:
+            failure = e
+        told = [m for m in _gather(None if failure is None else str(failure)) if m is not None]
+        if failure is not None:
+            raise failure
+        if told:
+            raise UserError(told[0])
+
+    def prepare(self, engine: Any, ema: list[Tensor] | None) -> None:
+        """Take the host memory that saves will need (bytes of the shard) before the first step, not in the first save."""
+        local = LocalState(engine)
+        states = ("param", *MOMENTS, *(() if ema is None else ("ema",)))
+        self._buffer.take(self._layout(local, states)[0].size).zero_()
+
+    def _manifest(self, local: LocalState, states: tuple[str, ...], meta: Mapping[str, Any]) -> Manifest:
+        kept = dict(json.loads(json.dumps(dict(meta))))
+        step, samples = kept["step"], kept["samples_seen"]
+        if not isinstance(step, int) or not isinstance(samples, int):
+            raise TypeError(f"step={step!r} and samples_seen={samples!r} must be integers")
+        return Manifest(
+            step=step,
+            samples_seen=samples,
+            world=self.world,
+            stage=local.stage,
+            precision=self.description.precision,
+            states=states,
+            parameters=local.parameters,
+            buffers=tuple(local.buffers()),
+            engine=local.scalars(),
+            groups=local.groups(),
+            meta=kept,
+            config_sha256=self.description.config_sha256,
+            versions=self.description.versions,
+            saved_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def _layout(
+        self, local: LocalState, states: tuple[str, ...]
+    ) -> tuple[Layout, dict[str, tuple[Fragment | None, str]]]:
+        pieces: list[Piece] = []
+        source: dict[str, tuple[Fragment | None, str]] = {}
+        # By state, so that whoever wants the weights alone reads the head of the file; then as they lie in memory.
+        ordered = sorted(local.fragments, key=lambda f: (f.flat, f.offset))
+        for state in states:
+            for fragment in ordered:
+                lo, hi = fragment.saved
+                if lo < hi and (fragment.flat >= 0 or state == "param"):
+                    piece = Piece(state, fragment.name, fragment.start + lo, hi - lo)
+                    source[piece.key] = (fragment, state)
+                    pieces.append(piece)
+        if self.rank == 0:
+            for name, buffer in local.buffers().items():
+                dtype = elastic.DTYPE_NAMES[buffer.dtype]
+                piece = Piece("buffer", name, 0, buffer.numel(), dtype, tuple(buffer.shape))
+                source[piece.key] = (None, "buffer")
+                pieces.append(piece)
+        return shards.layout(pieces), source
+
+    @torch.no_grad()
+    def _stage(
+        self, local: LocalState, states: tuple[str, ...], ema: list[Tensor] | None
+    ) -> tuple[Layout, memoryview]:
+        """Copy this rank's part into the host buffer, laid out as the file. All that the step loop waits for."""
+        layout, source = self._layout(local, states)
+        host = self._buffer.take(layout.size)
+        image = image_of(host)
+        image[: len(layout.header)] = layout.header
+        buffers = local.buffers()
+        run: tuple[Tensor, int, int, int] | None = (
+            None  # a master's tensor, first element, elements, first byte in the file
+        )
+        for piece, at in zip(layout.pieces, layout.offsets):
+            fragment, state = source[piece.key]
+            if fragment is None:
+                value = buffers[piece.name].detach().reshape(-1)
+                host[at : at + piece.nbytes].view(value.dtype).copy_(value, non_blocking=True)
+                continue
+            tensor = local.tensor(fragment, state, ema)
+            first = fragment.offset + fragment.saved[0]
+            if tensor is None:
+                host[at : at + piece.nbytes].zero_()
+            elif run and run[0] is tensor and run[1] + run[2] == first and run[3] + 4 * run[2] == at:
+                run = (tensor, run[1], run[2] + piece.numel, run[3])
+            else:
+                _copy_run(host, run)
+                run = (tensor, first, piece.numel, at)
+        _copy_run(host, run)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return layout, image
+
+    # On the thread
+
+    def _write(self, folder: Path, manifest: Manifest, layout: Layout, image: memoryview) -> None:
+        shard = folder / checkpoint.shard_name(self.rank)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            digest = shards.write(shard, image, len(layout.header))
+            if self.rank:
+                _leave(folder, f"{shard.name}.done", digest.to_json())
+                return
+            files = {shard.name: digest}
+            for rank in range(1, self.world):
+                name = checkpoint.shard_name(rank)
+                files[name] = self._await(folder, name)
+            for rank in range(1, self.world):
+                (folder / f"{checkpoint.shard_name(rank)}.done").unlink()
+            final = checkpoint.publish(folder, dataclasses.replace(manifest, files=files))
+            log.info("saved %s (%.1f MB)", final.name, sum(f.size for f in files.values()) / 1e6)
+        except BaseException as e:
+            self._abandon(folder, shard, e)
+            raise self._explain(manifest.step, e) from e
+        try:
+            for name in retention.prune(self.root, self.policy):
+                log.info("removed %s", name)
+        except OSError as e:
+            raise UserError(f"checkpoints under {self.root} could not be pruned: {e}") from e
+
+    def _await(self, folder: Path, name: str) -> Digest:
+        deadline = time.monotonic() + self.patience
+        while time.monotonic() < deadline:
+            if (folder / f"{name}.done").exists():
+                return Digest.from_json(json.loads((folder / f"{name}.done").read_text()))
+            if (folder / f"{name}.failed").exists():
+                raise UserError(json.loads((folder / f"{name}.failed").read_text()))
+            time.sleep(_POLL_SECONDS)
+        raise UserError(f"{name} was not written within {self.patience:.0f} s")
+
+    def _abandon(self, folder: Path, shard: Path, error: BaseException) -> None:
+        """Give the space back first; then say why, if the disk lets us."""
+        with contextlib.suppress(OSError):
+            if self.rank == 0:
+                shutil.rmtree(folder)
+            else:
+                shard.unlink(missing_ok=True)
+                _leave(folder, f"{shard.name}.failed", f"rank {self.rank}: {error}")
+
+    def _explain(self, step: int, error: BaseException) -> BaseException:
+        if isinstance(error, OSError):
+            why = os.strerror(error.errno) if error.errno else str(error)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                why += f" ({shutil.disk_usage(self.root).free / 1e9:.2f} GB free); make room or lower checkpoint.keep_last"
+        elif isinstance(error, UserError):
+            why = str(error)
+        else:
+            return error
+        newest = checkpoint.find(self.root).folder
+        left = f"the last whole checkpoint is {newest.name}" if newest else "there is no whole checkpoint yet"
+        return UserError(f"the checkpoint of step {step} could not be written to {self.root}: {why}; {left}")
+
+    # Restoring
+
+    def resume(
+        self, engine: Any, ema: list[Tensor] | None, *, folder: Path | None = None
+    ) -> dict[str, Any] | None:
+        """Restore the newest whole checkpoint (or ``folder``); collective. Returns its ``meta``, None if there is none at all.
+
+        A damaged one is passed over, by name and reason, in the log and in ``passed_over``, and the one before is taken.
+
+        Raises:
+            UserError: every checkpoint is damaged, or the newest whole one is of another model.
+        """
+        local = LocalState(engine)
+        skip: dict[str, str] = {}
+        while True:
+            chosen: tuple[Path | None, tuple[tuple[str, str], ...]] = (folder, ())
+            if self.rank == 0 and folder is None:
+                found = checkpoint.find(self.root, skip=skip)
+                chosen = (found.folder, found.passed_over)
+            source, self.passed_over = _broadcast(chosen)
+            if source is None:
+                if self.passed_over:
+                    raise UserError(checkpoint.none_whole(self.root, self.passed_over))
+                return None
+            manifest, reason = self._try(functools.partial(self._load, local, source, ema))
+            if manifest is not None:
+                break
+            if folder is not None:
+                raise UserError(f"{folder} is damaged: {reason}")
+            skip[source.name] = reason
+        for name, why in self.passed_over:
+            if self.rank == 0:
+                log.warning("passed over %s: %s", name, why)
+        local.refresh()
+        self.resumed_from = source
+        return dict(manifest.meta)
+
+    def rollback(self, engine: Any, ema: list[Tensor] | None) -> dict[str, Any]:
+        """Wait for the save in flight, then restore the newest whole checkpoint. Collective. Returns its ``meta``.
+
+        Raises:
+            UserError: there is none, or the save in flight has failed.
+        """
+        self.wait()
+        meta = self.resume(engine, ema)
+        if meta is None:
+            raise UserError(f"{self.root} holds no checkpoint to roll back to")
+        return meta
+
+    def _load(self, local: LocalState, source: Path, ema: list[Tensor] | None) -> Manifest:
+        manifest = checkpoint.check(source)
+        elastic.load(local, source, manifest, ema, verify=self.verify)
+        return manifest
+
+    def _try(self, load: Callable[[], Manifest]) -> tuple[Manifest | None, str]:
+        """Run ``load`` on every rank; damage seen by one is damage for all. Other errors are raised, on every rank."""
+        manifest: Manifest | None = None
+        damage: str | None = None
+        failure: Exception | None = None
+        try:
+            manifest = load()
+        except Damaged as e:
+            damage = str(e)
+        except Exception as e:
+            failure = e
+        told = _gather((damage, None if failure is None else f"{failure}"))
+        if failure is not None:
+            raise failure
+        for rank, (_, other) in enumerate(told):
+            if other is not None:
+                raise UserError(f"rank {rank}: {other}")
+        for theirs, _ in told:
+            if theirs is not None:
+                return None, theirs
+        return manifest, ""
+
+
+def versions() -> dict[str, str]:
+    """Versions that a manifest records."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("dattrain", "torch", "deepspeed", "timm"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _copy_run(host: Tensor, run: tuple[Tensor, int, int, int] | None) -> None:
+    if run is not None:
+        tensor, first, numel, at = run
+        target = host[at : at + 4 * numel].view(torch.float32)
+        target.copy_(fragments.read(tensor, first, numel), non_blocking=True)
+
+
+def _leave(folder: Path, name: str, value: Any) -> None:
+    part = folder / f"{name}.part"
+    part.write_text(json.dumps(value))
+    os.rename(part, folder / name)
+
+
+def _broadcast(value: Any) -> Any:
+    """Rank 0's ``value``."""
+    import torch.distributed as dist
+
+    if fragments._rank_and_world()[1] == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def _gather(value: Any) -> list[Any]:
+    """Every rank's ``value``."""
+    import torch.distributed as dist
+
+    world = fragments._rank_and_world()[1]
+    if world == 1:
+        return [value]
+    held: list[Any] = [None] * world
+    dist.all_gather_object(held, value)
+    return held

@@ -111,9 +111,9 @@ class Block(nn.Module):
         super().__init__()
         self.local = local
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = attn
+        self.attn: nn.Module = attn
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = mlp
+        self.mlp: nn.Module = mlp
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """One block.

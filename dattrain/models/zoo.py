@@ -11,6 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from dattrain.errors import UserError
+from dattrain.models import surgery
 from dattrain.models.dat import DAT, Size
 from dattrain.models.init import Init
 
@@ -171,6 +172,7 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         kind,
         name,
         pretrained,
+        pretrained_filter_fn=surgery.for_model,
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **{**arguments, **kwargs},
     )

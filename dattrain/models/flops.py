@@ -1,0 +1,57 @@
+"""Parameters and FLOPs in the paper's convention, which is fvcore's.
+
+Multiply-accumulates of convolutions, linear layers and attention, 5 per number that a LayerNorm writes, 4 per number that
+bilinear sampling writes. Attention and sampling are counted from their sizes (``core_flops``), so the count does not depend
+on which backend runs or on what a kernel fuses away.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters, buffers left out (the paper's figures leave them out too)."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops(model: nn.Module, img_size: int | tuple[int, int], in_chans: int = 3) -> int:
+    """FLOPs of one image, counted on the meta device: nothing is computed and ``model`` is left alone.
+
+    Args:
+        img_size: side or (height, width), in pixels.
+    """
+    return sum(by_module(model, img_size, in_chans).values())
+
+
+def by_module(model: nn.Module, img_size: int | tuple[int, int], in_chans: int = 3) -> dict[str, int]:
+    """FLOPs of one image by module name; an attention's own entry is its core, without its projections."""
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    twin = deepcopy(model).to("meta").eval()
+    counts: dict[str, int] = {}
+
+    def hook(name: str) -> Any:
+        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            counts[name] = counts.get(name, 0) + _count(module, inputs[0], output)
+
+        return count
+
+    for name, module in twin.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm)) or hasattr(module, "core_flops"):
+            module.register_forward_hook(hook(name))
+    with torch.no_grad():
+        twin(torch.empty(1, in_chans, height, width, device="meta"))
+    return counts
+
+
+def _count(module: nn.Module, x: Tensor, output: Tensor) -> int:
+    if isinstance(module, nn.LayerNorm):
+        return 5 * output.numel()
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        # Every output channel is a sum over this many inputs, wherever the channels lie in memory.
+        return output.numel() * module.weight[0].numel()
+    return module.core_flops(*x.shape[1:3])  # type: ignore[operator]

@@ -1,0 +1,166 @@
+"""Which model a checkpoint of the authors holds: from their configuration, or from the names and shapes of its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from math import isqrt
+from typing import Any
+
+from torch import Tensor
+
+from dattrain.errors import UserError
+from dattrain.models.deformable import OffsetRange
+
+
+def is_datpp(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are tensors of DAT++: it alone has neighbourhood attention or local perception units."""
+    return any(name.endswith(".rpb") or ".local_perception_units." in name for name in state)
+
+
+def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``DAT`` for the authors' MODEL.DAT mapping of the CVPR code.
+
+    Raises:
+        UserError: a setting that this package does not build, by name.
+    """
+    blocks = ["".join(kinds) for kinds in config["stage_spec"]]
+    if [len(kinds) for kinds in blocks] != list(config["depths"]):
+        raise UserError(f"stage_spec={config['stage_spec']} does not have depths={config['depths']} blocks")
+    _refuse(config, dim_stem=config["dims"][0], use_conv_patches=False, attn_drop_rate=0.0)
+    _refuse(config, use_dwc_mlps=[False] * len(blocks))
+    deformable = [stage for stage, kinds in enumerate(blocks) if "D" in kinds]
+
+    def common(name: str, default: Any) -> Any:
+        values = [config.get(name, [default] * len(blocks))[stage] for stage in deformable] or [default]
+        if len(set(values)) > 1:
+            raise UserError(
+                f"{name}={config[name]} differs between stages with deformable attention; one value is needed"
+            )
+        return values[0]
+
+    position = "relative"
+    if not common("use_pes", True):
+        position = "none"
+    elif common("dwc_pes", False):
+        position = "dwconv"
+    elif common("fixed_pes", False):
+        position = "fixed"
+    return {
+        "img_size": config["img_size"],
+        "patch_size": config.get("patch_size", 4),
+        "num_classes": config.get("num_classes", 1000),
+        "mlp_ratio": config.get("expansion", 4),
+        "dims": tuple(config["dims"]),
+        "blocks": tuple(blocks),
+        "heads": tuple(config["heads"]),
+        "groups": tuple(max(each, 1) for each in config["groups"]),
+        "strides": tuple(max(each, 1) for each in config["strides"]),
+        "sr_ratios": tuple(max(each, 1) for each in config.get("sr_ratios", (-1,) * len(blocks))),
+        "window_size": tuple(config["window_sizes"]),
+        "offsets": not common("no_offs", False),
+        "offset_range": offset_range(common("offset_range_factor", 2), negative="tanh"),
+        "position": position,
+        "proj_drop_rate": config.get("drop_rate", 0.0),
+        "drop_path_rate": config.get("drop_path_rate", 0.0),
+    }
+
+
+def offset_range(factor: float, negative: OffsetRange) -> OffsetRange:
+    """Their ``offset_range_factor``: a limit above 0, ``free`` at 0, below it ``tanh`` (CVPR) or ``clamp`` (DAT++)."""
+    if factor < 0:
+        return negative
+    return float(factor) or "free"
+
+
+def from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of ``DAT`` for the tensors of a CVPR checkpoint.
+
+    What tensors cannot tell is taken from the released models: strides 4, 2, 1, 1 and offsets within 2 / map size.
+
+    Raises:
+        UserError: these are not tensors of such a model.
+    """
+    try:
+        return _from_tensors(state)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"not a checkpoint of the authors' DAT ({type(error).__name__}: {error}); "
+            f"its {len(state)} tensors begin with {', '.join(list(state)[:3])}"
+        ) from error
+
+
+def _from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    count = 1 + max(int(found[1]) for name in state if (found := re.match(r"stages\.(\d+)\.", name)))
+    blocks, heads, groups, windows, kernels, dims = [], [], [], [], [], []
+    position, side = "none", 0
+    patch = state["patch_proj.0.weight"]
+    for stage in range(count):
+        prefix = f"stages.{stage}.attns."
+        depth = 1 + max(int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix))
+        attentions = [f"{prefix}{index}" for index in range(depth)]
+        blocks.append("".join(_kind(state, name) for name in attentions))
+        dim = state[f"stages.{stage}.layer_norms.0.norm.weight"].shape[0]
+        dims.append(dim)
+        stage_heads, stage_groups, window, kernel = 0, 1, 1, (9, 7, 5, 3)[min(stage, 3)]
+        for name in attentions:
+            if f"{name}.relative_position_bias_table" in state:
+                rows, stage_heads = state[f"{name}.relative_position_bias_table"].shape
+                window = (isqrt(rows) + 1) // 2
+                if f"{name}.attn_mask" in state:
+                    across = isqrt(state[f"{name}.attn_mask"].shape[0])
+                    side = side or across * window * patch.shape[-1] * 2**stage
+            if f"{name}.conv_offset.0.weight" in state:
+                channels, _, kernel, _ = state[f"{name}.conv_offset.0.weight"].shape
+                stage_groups = dim // channels
+            if f"{name}.rpe_table" in state:
+                position = "relative"
+                stage_heads, rows, columns = state[f"{name}.rpe_table"].shape
+                if rows != columns or rows % 2 == 0:
+                    raise UserError(
+                        f"{name}.rpe_table of {rows} x {columns} needs the authors' configuration to be read"
+                    )
+                side = (rows + 1) // 2 * patch.shape[-1] * 2**stage
+            elif f"{name}.rpe_table.weight" in state:
+                position = "dwconv"
+        if not stage_heads or not side:
+            raise UserError(
+                f"stage {stage} has no bias table that tells its heads or size: give the authors' configuration"
+            )
+        heads.append(stage_heads)
+        groups.append(stage_groups)
+        windows.append(window)
+        kernels.append(kernel)
+    hidden = state["stages.0.mlps.0.chunk.linear1.weight"].shape[0]
+    return {
+        "img_size": side,
+        "patch_size": patch.shape[-1],
+        "in_chans": patch.shape[1],
+        "num_classes": state["cls_head.weight"].shape[0],
+        "mlp_ratio": hidden / dims[0],
+        "dims": tuple(dims),
+        "blocks": tuple(blocks),
+        "heads": tuple(heads),
+        "groups": tuple(groups),
+        "strides": (4, 2, 1, 1)[:count],
+        "offset_kernels": tuple(kernels),
+        "window_size": tuple(windows),
+        "position": position,
+    }
+
+
+def _kind(state: Mapping[str, Tensor], name: str) -> str:
+    if f"{name}.conv_offset.0.weight" in state:
+        return "D"
+    if f"{name}.proj_qkv.weight" in state:
+        return "S" if f"{name}.attn_mask" in state else "L"
+    raise KeyError(f"{name}.proj_qkv.weight")
+
+
+def _refuse(config: Mapping[str, Any], **supported: Any) -> None:
+    for name, value in supported.items():
+        given = config.get(name, value)
+        if (list(given) if isinstance(given, Sequence) else given) != value:
+            raise UserError(f"{name}={given} of the authors' CVPR code is not built here; only {value}")

@@ -1,0 +1,311 @@
+"""Weights into another model: the authors' names, another resolution, another head. Every tensor is accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isqrt
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dattrain.errors import UserError
+from dattrain.models import authors, datpp_authors, recognise
+from dattrain.models.dat import DAT
+from dattrain.models.deformable import DeformableAttention
+from dattrain.models.resize import resize_fixed_table, resize_table
+
+Fate = Literal["kept", "resized", "new", "dropped"]
+Head = Literal["keep", "new", "map"]
+BiasTable = Literal["resize", "sample"]
+
+HEAD = ("head.fc.weight", "head.fc.bias")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of one tensor; ``detail`` says from what, or why."""
+
+    name: str
+    fate: Fate
+    detail: str = ""
+
+
+@dataclass
+class Report:
+    """What became of every tensor of the source and of the model, each name once."""
+
+    entries: list[Entry] = field(default_factory=list)
+
+    def add(self, name: str, fate: Fate, detail: str = "") -> None:
+        self.entries.append(Entry(name, fate, detail))
+
+    def names(self, fate: Fate) -> list[str]:
+        """Names of the tensors with this fate."""
+        return [entry.name for entry in self.entries if entry.fate == fate]
+
+    def __str__(self) -> str:
+        """A line of counts, then one line per tensor that was not simply kept."""
+        counts = ", ".join(f"{len(self.names(fate))} {fate}" for fate in get_args(Fate))
+        notable = [entry for entry in self.entries if entry.fate != "kept" or entry.detail]
+        width = max((len(entry.name) for entry in notable), default=0)
+        return "\n".join(
+            [f"{len(self.entries)} tensors: {counts}"]
+            + [f"  {entry.fate:8} {entry.name:{width}}  {entry.detail}".rstrip() for entry in notable]
+        )
+
+
+def from_authors(state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> DAT:
+    """Build the model that a checkpoint of the authors holds (CVPR code or DAT++), with its weights.
+
+    Args:
+        state_dict: their tensors by name, or a mapping that holds them under ``model``.
+        config: their MODEL.DAT mapping; inferred from names and shapes when None.
+
+    Returns:
+        The model in evaluation mode, on the CPU, in the dtype of the tensors.
+
+    Raises:
+        UserError: tensors missing, left over or misshapen; a setting that is not built here.
+    """
+    state = _unwrap(state_dict)
+    with torch.device("meta"):
+        model = DAT(**_recognised(state, config))
+    model.load_state_dict(authors.read_all(state, model), strict=True, assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def to_authors(model: DAT) -> dict[str, Tensor]:
+    """The state dict that the authors' code loads strictly: their names, order, shapes and buffers; on the CPU.
+
+    Raises:
+        UserError: a tensor of ours has no counterpart there (a block or a setting of ours alone).
+    """
+    return authors.write_all(model)
+
+
+def variant_of(model: DAT) -> str | None:
+    """Name in ``zoo.VARIANTS`` of the variant whose architecture this is, whatever image size and head; else None."""
+    from dattrain.models.zoo import VARIANTS
+
+    for name, (kind, arguments) in VARIANTS.items():
+        if type(model) is not kind:
+            continue
+        structure = {
+            key: value for key, value in arguments.items() if key in ("dims", "blocks", "heads", "groups")
+        }
+        if all(tuple(getattr(model, key)) == tuple(value) for key, value in structure.items()):
+            return name
+    return None
+
+
+def for_model(state: Mapping[str, Any], model: DAT) -> dict[str, Tensor]:
+    """Tensors of ours or of the authors, with tables at ``model``'s size: timm's filter of pretrained weights."""
+    tensors = _unwrap(state)
+    if "patch_proj.0.weight" in tensors:
+        with torch.device("meta"):
+            source = DAT(**_recognised(tensors, None))
+        tensors = authors.read_all(tensors, source)
+    sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    positions = _deformable_tables(model)
+    return {
+        name: _resized(name, tensor, sizes[name], positions.get(name))
+        if "bias_table" in name and name in sizes
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+@torch.no_grad()
+def resize_for(
+    model: DAT,
+    tensors: Mapping[str, Tensor],
+    *,
+    bias_table: BiasTable = "resize",
+    head: Head = "keep",
+    class_map: Sequence[int] | Any | None = None,
+) -> Report:
+    """Load weights of the same architecture at another resolution, or with another head, into ``model``.
+
+    Window tables are resized bicubically, since the window itself changes. Offsets need nothing: their range is stated
+    relative to the map.
+
+    Args:
+        tensors: by our names.
+        bias_table: deformable tables of another size are resized bicubically (``resize``), or kept as they are and read at
+            the new map's displacements (``sample``): the model's parameters then take the source's shapes.
+        head: ``keep`` needs the same classes; ``new`` leaves the model's own draw; ``map`` picks rows by ``class_map``.
+        class_map: for ``map``: the source class of each of the model's classes, -1 where there is none. Such rows stay
+            as the model drew them.
+
+    Returns:
+        A report with every tensor of either side.
+
+    Raises:
+        UserError: a tensor that fits nowhere, one that is missing, or a class map that does not fit.
+    """
+    for name, value, literal in (("bias_table", bias_table, BiasTable), ("head", head, Head)):
+        if value not in get_args(literal):
+            raise UserError(
+                f"init.{name}={value!r} is not known; choose one of {', '.join(get_args(literal))}"
+            )
+    report, left = Report(), dict(tensors)
+    positions = _deformable_tables(model)
+    missing = []
+    for name, parameter in list(model.named_parameters()):
+        if name in HEAD and head != "keep":
+            continue
+        if name not in left:
+            missing.append(name)
+            continue
+        source = left.pop(name)
+        if source.shape == parameter.shape:
+            parameter.copy_(source)
+            report.add(name, "kept")
+        elif "bias_table" not in name:
+            hint = "; choose init.head=new or map" if name in HEAD else ""
+            raise UserError(
+                f"{name} is {tuple(source.shape)} in the source, {tuple(parameter.shape)} in the model{hint}"
+            )
+        elif (
+            bias_table == "sample"
+            and name in positions
+            and positions[name].conventions.position == "relative"
+        ):
+            _adopt(positions[name], source)
+            report.add(name, "kept", f"{_shape(source)}, sampled on the model's {_shape(parameter)}")
+        else:
+            parameter.copy_(_resized(name, source, parameter.shape, positions.get(name)))
+            report.add(name, "resized", f"{_shape(source)} -> {_shape(parameter)}, bicubic")
+    if missing:
+        raise UserError(f"the source lacks {_some(missing)}")
+    if head != "keep":
+        _load_head(model, left, head, class_map, report)
+    if left:
+        raise UserError(f"the source has tensors that the model has no place for: {_some(list(left))}")
+    return report
+
+
+def adopt_tables(model: DAT, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give deformable tables the shapes that they have in a checkpoint (after ``bias_table="sample"``), values undefined.
+
+    Args:
+        shapes: of parameters by our names; others than deformable tables are passed over.
+    """
+    for name, module in _deformable_tables(model).items():
+        table = module.bias_table
+        assert table is not None
+        if name in shapes and tuple(shapes[name]) != tuple(table.shape):
+            _adopt(module, table.detach().new_zeros(tuple(shapes[name])))
+
+
+def _load_head(model: DAT, left: dict[str, Tensor], head: Head, class_map: Any, report: Report) -> None:
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in HEAD}
+    sources = {name: left.pop(name) for name in HEAD if name in left}
+    drawn = f"drawn as init={model.init}"
+    if head == "new":
+        for name, source in sources.items():
+            if name not in parameters:
+                report.add(name, "dropped", f"{_shape(source)}, the model has no head")
+        for name, parameter in parameters.items():
+            detail = f"{_shape(parameter)}, {drawn}"
+            replaced = f" in place of {_shape(sources[name])}" if name in sources else ""
+            report.add(name, "new", detail + replaced)
+        return
+    if not parameters or set(sources) != set(parameters):
+        raise UserError("init.head=map needs a head in the source and in the model")
+    index = _checked_map(class_map, model.num_classes, len(sources[HEAD[0]]))
+    matched = index >= 0
+    fresh = [int(row) for row in (~matched).nonzero().flatten()]
+    for name, parameter in parameters.items():
+        if sources[name].shape[1:] != parameter.shape[1:]:
+            raise UserError(
+                f"{name} is {tuple(sources[name].shape)} in the source, {tuple(parameter.shape)} in the model"
+            )
+        picked = sources[name].to(parameter)[index.clamp(min=0).to(parameter.device)]
+        keep = matched.to(parameter.device).view(-1, *[1] * (parameter.dim() - 1))
+        parameter.copy_(torch.where(keep, picked, parameter))
+        report.add(
+            name,
+            "kept",
+            f"{int(matched.sum())} of {len(index)} rows picked out of {len(sources[name])} classes",
+        )
+        if fresh:
+            report.add(f"{name}[{_some(fresh)}]", "new", f"no counterpart in the source; {drawn}")
+
+
+def _checked_map(class_map: Any, classes: int, source_classes: int) -> Tensor:
+    if class_map is None:
+        raise UserError("init.head=map needs a map from the model's classes to the source's")
+    index = torch.as_tensor(class_map)
+    if index.is_floating_point() or index.dim() != 1 or len(index) != classes:
+        raise UserError(
+            f"the class map is {index.dtype} of shape {tuple(index.shape)}, not {classes} integers"
+        )
+    index = index.long()
+    if classes and (int(index.max()) >= source_classes or int(index.min()) < -1):
+        raise UserError(
+            f"the class map goes from {int(index.min())} to {int(index.max())}, outside -1 ... {source_classes - 1}"
+        )
+    return index
+
+
+def _deformable_tables(model: nn.Module) -> dict[str, DeformableAttention]:
+    return {
+        f"{name}.bias_table": module
+        for name, module in model.named_modules()
+        if isinstance(module, DeformableAttention) and module.bias_table is not None
+    }
+
+
+def _adopt(module: DeformableAttention, table: Tensor) -> None:
+    old = module.bias_table
+    assert old is not None
+    module.bias_table = nn.Parameter(table.detach().to(old).clone(), requires_grad=old.requires_grad)
+    module.size = ((table.shape[1] + 1) // 2, (table.shape[2] + 1) // 2)
+
+
+def _resized(name: str, source: Tensor, shape: torch.Size, module: DeformableAttention | None) -> Tensor:
+    if source.dim() != 3 or source.shape[0] != shape[0]:
+        raise UserError(
+            f"{name} is {tuple(source.shape)} in the source, {tuple(shape)} in the model: other heads"
+        )
+    if module is None or module.conventions.position != "fixed":
+        return resize_table(source, (shape[1], shape[2]))
+    side = isqrt(source.shape[1])
+    old = module.map_sizes((side, side))
+    if (side * side, old[2] * old[3]) != tuple(source.shape[1:]):
+        raise UserError(
+            f"{name}: a fixed table of {tuple(source.shape)} is not of a square map, and cannot be resized"
+        )
+    return resize_fixed_table(source, old, module.map_sizes(module.size))
+
+
+def _recognised(state: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of ``DAT``."""
+    code = datpp_authors if recognise.is_datpp(state) else recognise
+    return code.from_tensors(state) if config is None else code.from_config(config)
+
+
+def _unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    for key in ("model", "state_dict"):
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if strange or not state:
+        raise UserError(f"expected tensors by name; {_some(strange)} is not a tensor")
+    return dict(state)
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))
+
+
+def _some(names: Iterable[Any]) -> str:
+    listed = [str(name) for name in names]
+    return (
+        ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+        if listed
+        else "nothing"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,8 @@ def deform_attention(
         ValueError: if shapes or dtypes do not fit together.
         UserError: if the backend is unknown or cannot run here.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    # The meta device, where shapes and FLOPs are counted, knows no autocast.
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, positions, bias_table, height, width, query_grid)
@@ -58,7 +61,7 @@ def deform_attention(
     table = None if bias_table is None else bias_table.to(positions.dtype)
     chosen = resolve(q.device, backend)
     if chosen == "reference" or chosen == "torch":
-        with torch.autocast(q.device.type, enabled=False):
+        with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
             return reference.deform_attention(q, k, v, positions, table, height, width, query_grid, scale)[0]
     raise NotImplementedError(chosen)
 

@@ -46,6 +46,10 @@ class Dataset(Protocol):
     name: str
     counts: NDArray[np.int64]
     """Samples per shard."""
+    max_label: int
+    """Largest label, or ``NO_LABEL`` where it is not known without reading every index."""
+    fetches: bool
+    """Whether ``ahead`` does anything."""
 
     def key(self, shard: int, sample: int) -> str:
         """``shard:key`` of a sample."""
@@ -75,7 +79,9 @@ class ShardDataset:
         self.name = name
         self.shards = shards
         self.counts = shards.samples
+        self.max_label = int(shards.max_labels.max(initial=NO_LABEL))
         self.source = source
+        self.fetches = not isinstance(source, LocalSource)
         self.max_indexes = max_indexes
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
 
@@ -164,6 +170,8 @@ class FolderDataset:
         self._names = [name for name, _ in files]
         self._labels = np.asarray([label for _, label in files], dtype=np.int64)
         self.counts = np.asarray([len(files)], dtype=np.int64)
+        self.max_label = len(classes) - 1
+        self.fetches = False
 
     def key(self, shard: int, sample: int) -> str:
         """See ``Dataset.key``; the path below the root."""

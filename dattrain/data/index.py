@@ -145,6 +145,12 @@ class Entry:
     samples: int
     size: int
     sha256: str
+    max_label: int = NO_LABEL
+
+    @classmethod
+    def of(cls, index: ShardIndex) -> Entry:
+        """The entry of an indexed shard."""
+        return cls(len(index), index.size, index.sha256, int(index.labels.max(initial=NO_LABEL)))
 
 
 def index_path(shard: str) -> str:
@@ -180,7 +186,7 @@ def parse_catalogue(data: bytes, name: str) -> dict[str, Entry]:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
         return {
-            shard: Entry(int(e["samples"]), int(e["size"]), str(e.get("sha256", "")))
+            shard: Entry(int(e["samples"]), int(e["size"]), str(e["sha256"]), int(e["max_label"]))
             for shard, e in content["shards"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -75,15 +75,23 @@ class Order:
         share = global_batch // world
         return self.batch_positions(samples_seen, global_batch)[rank * share : (rank + 1) * share]
 
-    def shards_ahead(
-        self, samples_seen: int, global_batch: int, rank: int, world: int, batches: int
-    ) -> list[int]:
-        """Shards that a rank reads in its next ``batches`` global batches, in the order of first need."""
+    def shards_ahead(self, samples_seen: int, global_batch: int, rank: int, world: int) -> list[int]:
+        """Shards that a rank needs: those of the windows that it is in, then those of the windows that follow."""
+        positions = self.rank_positions(samples_seen, global_batch, rank, world)
+        _, first = np.unique(self.lane(positions), return_index=True)
+        epochs, indexes = np.divmod(positions[first], self.samples)
         found: dict[int, None] = {}
-        for step in range(batches):
-            at = self.rank_positions(samples_seen + step * global_batch, global_batch, rank, world)
-            found.update(dict.fromkeys(self.locate(at)[0].tolist()))
-        return list(found)
+        for _ in range(2):
+            place, lane = np.divmod(indexes, self.lanes)
+            start, size, place_after, length = self._window(lane, place)
+            for e, begin, count in zip(epochs.tolist(), start.tolist(), size.tolist()):
+                permutation, ends = self._epoch(e)
+                low, high = np.searchsorted(ends, (begin, begin + count - 1), side="right")
+                found.update(dict.fromkeys(permutation[low : high + 1].tolist()))
+            over = place_after >= length
+            epochs = epochs + over
+            indexes = np.where(over, lane, place_after * self.lanes + lane)
+        return [shard for shard in found if self.counts[shard]]
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shards in the epoch's order, and where each ends on the line."""
@@ -104,20 +112,28 @@ class Order:
         if not self.shuffle:
             return indexes
         place, lane = np.divmod(indexes, self.lanes)
+        start, size, place_after, _ = self._window(lane, place)
+        first = place_after - size
+        keys = self._round_keys(epoch, lane, first)
+        return start + _permute(place - first, size, keys)
+
+    def _window(
+        self, lane: NDArray[np.int64], place: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The window that holds a lane's place: start on the line, length, the place after it, the lane's length."""
         shortest, longer = divmod(self.samples, self.lanes)
         length = shortest + (lane < longer)
-        start = lane * shortest + np.minimum(lane, longer)
         # A lane's windows are of equal length, give or take one, so that no short one is left over at its end.
         windows = -(-length // self.window_samples)
         window = place * windows // length
         first = -(-window * length // windows)
-        size = -(-(window + 1) * length // windows) - first
-        return start + first + _permute(place - first, size, self._round_keys(epoch, lane, window))
+        after = -(-(window + 1) * length // windows)
+        return lane * shortest + np.minimum(lane, longer) + first, after - first, after, length
 
     def _round_keys(
         self, epoch: int, lane: NDArray[np.int64], window: NDArray[np.int64]
     ) -> NDArray[np.uint64]:
-        """Keys of the Feistel rounds of each window: rounds x B."""
+        """Keys of the Feistel rounds of each window, named by its lane and first place: rounds x B."""
         windows, back = np.unique(np.stack((lane, window)), axis=1, return_inverse=True)
         stream = Stream.WINDOW + (epoch << 8)
         blocks = np.arange(-(-_ROUNDS // 4))[:, None]

@@ -33,12 +33,14 @@ class Shards:
         samples: per shard, int64.
         sizes: bytes per shard, int64.
         sha256: per shard, "" where unknown.
+        max_labels: largest label per shard, int64; ``NO_LABEL`` where there is none or it is unknown.
     """
 
     paths: tuple[str, ...]
     samples: NDArray[np.int64]
     sizes: NDArray[np.int64]
     sha256: tuple[str, ...]
+    max_labels: NDArray[np.int64]
 
     @classmethod
     def build(cls, paths: Sequence[str], entries: Sequence[Entry]) -> Shards:
@@ -48,6 +50,7 @@ class Shards:
             np.asarray([e.samples for e in entries], dtype=np.int64),
             np.asarray([e.size for e in entries], dtype=np.int64),
             tuple(e.sha256 for e in entries),
+            np.asarray([e.max_label for e in entries], dtype=np.int64),
         )
 
 
@@ -207,7 +210,7 @@ def open_local(paths: Sequence[str]) -> Shards:
     if missing:
         with ThreadPoolExecutor(16) as pool:
             for i, index in zip(missing, pool.map(lambda i: read_index(paths[i]), missing)):
-                entries[i] = Entry(len(index), index.size, index.sha256)
+                entries[i] = Entry.of(index)
     return Shards.build(paths, [entry for entry in entries if entry is not None])
 
 

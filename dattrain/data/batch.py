@@ -1,0 +1,53 @@
+"""One micro-batch, as the engine gets it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from dattrain.data.augment import Plan
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples.
+
+    Attributes:
+        images: B x 3 x H x W; uint8 before normalisation, or a float dtype after it. On the device.
+        labels: B int64, on the device.
+        weight: B float32, on the device: 0 for a bad sample, else 1.
+        position: B int64 on the CPU: global positions in training, places in the set in evaluation.
+        keys: B names, ``shard:key``.
+        plan: the drawn augmentation; None in evaluation.
+        bad: (key, reason) of the samples that were skipped.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    weight: torch.Tensor
+    position: torch.Tensor
+    keys: list[str]
+    plan: Plan | None = None
+    bad: tuple[tuple[str, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from where copies to a GPU do not block (called by torch's pinning thread)."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            labels=self.labels.pin_memory(),
+            weight=self.weight.pin_memory(),
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """With images, labels and weight on ``device``; copies from pinned memory do not block."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            weight=self.weight.to(device, non_blocking=True),
+        )

@@ -1,0 +1,147 @@
+"""From the number of a micro-batch to encoded images: what both decoders share.
+
+A feed is stateless: asked for micro-batch ``k`` of this rank it computes the positions, their samples and their plan,
+and reads the bytes. So any process can serve any micro-batch, and resuming is starting at another number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dattrain.config.schema import Augment
+from dattrain.data.augment import Plan, draw
+from dattrain.data.dataset import NO_LABEL, BadSample, Dataset
+from dattrain.data.images import BadImage
+from dattrain.data.order import Order
+from dattrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Request:
+    """The samples of one micro-batch: global positions, shard and sample numbers (B int64 each), and the plan."""
+
+    positions: NDArray[np.int64]
+    shards: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    plan: Plan | None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded images of one micro-batch.
+
+    ``data`` is None for a bad sample, whose reason is in ``bad`` by place; ``where`` names file, key and offset.
+    """
+
+    request: Request
+    data: list[bytes | None]
+    labels: NDArray[np.int64]
+    keys: list[str]
+    where: list[str]
+    bad: dict[int, str]
+
+
+@dataclass
+class TrainFeed:
+    """Micro-batches of one rank, for ever, from ``samples_seen`` on."""
+
+    order: Order
+    augment: Augment
+    seed: int
+    size: tuple[int, int]
+    global_batch: int
+    micro_batch: int
+    rank: int
+    world: int
+    samples_seen: int
+
+    def request(self, number: int) -> Request:
+        """Micro-batch ``number`` since ``samples_seen``."""
+        per_update = self.global_batch // self.world // self.micro_batch
+        update, part = divmod(number, per_update)
+        seen = self.samples_seen + update * self.global_batch
+        slots = self.order.rank_positions(seen, self.global_batch, self.rank, self.world)
+        positions = slots[part * self.micro_batch : (part + 1) * self.micro_batch]
+        shards, samples = self.order.locate(positions)
+        return Request(positions, shards, samples, draw(self.augment, self.seed, positions, self.size))
+
+
+@dataclass
+class EvalFeed:
+    """The batches of one rank over a whole set: it takes ``range(rank, n, world)``.
+
+    All ranks have the same number of batches, so that they can meet after each; the last ones may be shorter or empty.
+    """
+
+    counts: NDArray[np.int64]
+    batch: int
+    rank: int
+    world: int
+
+    def __len__(self) -> int:
+        longest = -(-int(self.counts.sum()) // self.world)
+        return -(-longest // self.batch)
+
+    def request(self, number: int) -> Request:
+        """Batch ``number``."""
+        mine = range(self.rank, int(self.counts.sum()), self.world)
+        positions = np.asarray(mine[number * self.batch : (number + 1) * self.batch], dtype=np.int64)
+        ends = np.cumsum(self.counts)
+        shards = np.searchsorted(ends, positions, side="right")
+        return Request(positions, shards, positions - (ends - self.counts)[shards], None)
+
+
+def fetch(
+    dataset: Dataset,
+    request: Request,
+    *,
+    num_classes: int,
+    skip_bad: bool,
+    check: Callable[[bytes], object] | None = None,
+) -> Encoded:
+    """Read the encoded images of a request.
+
+    Args:
+        num_classes: labels must be below it.
+        skip_bad: note a bad sample and go on, else raise.
+        check: called with the bytes of each image; raises ``images.BadImage`` where they cannot be used.
+
+    Raises:
+        UserError: a bad sample without ``skip_bad``; always for a damaged shard or a label that does not fit.
+    """
+    n = len(request.positions)
+    data: list[bytes | None] = [None] * n
+    labels = np.zeros(n, dtype=np.int64)
+    keys, where, bad = [""] * n, [""] * n, {}
+    for i, (shard, number) in enumerate(zip(request.shards.tolist(), request.samples.tolist())):
+        keys[i] = where[i] = dataset.key(shard, number)
+        try:
+            sample = dataset.read(shard, number)
+            where[i] = sample.where
+            if sample.label == NO_LABEL:
+                raise BadSample(f"{sample.where}: has no label (no .cls member)")
+            if not 0 <= sample.label < num_classes:
+                raise UserError(
+                    f"{sample.where}: label {sample.label}, but model.num_classes={num_classes}; "
+                    "the data set and the head do not fit"
+                )
+            if check is not None:
+                try:
+                    check(sample.data)
+                except BadImage as error:
+                    raise BadSample(f"{sample.where}: {error}") from error
+            data[i], labels[i] = sample.data, sample.label
+        except BadSample as error:
+            bad[i] = str(error)
+            if not skip_bad:
+                raise UserError(bad_sample_message(str(error))) from error
+    return Encoded(request, data, labels, keys, where, bad)
+
+
+def bad_sample_message(reason: str) -> str:
+    """What to tell the user of a bad sample that is an error."""
+    return f"{reason}; remove it, or set data.on_bad=skip to go on without it (its place stays, with zero weight)"

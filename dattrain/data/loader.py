@@ -1,0 +1,266 @@
+"""The loaders: order, data set, plan and decoder put together for one rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from dattrain.config.schema import Config
+from dattrain.data.batch import Batch
+from dattrain.data.cpu import CpuDecoder, EvalTransform, Workers
+from dattrain.data.dataset import Dataset, open_dataset
+from dattrain.data.feed import EvalFeed, TrainFeed
+from dattrain.data.order import Order
+from dattrain.errors import ConfigError
+
+_NAMES_KEPT = 1000
+_UPDATES_PER_HINT = 8
+
+
+class Decoder(Protocol):
+    """An iterator of decoded batches. Raises UserError from ``__next__``."""
+
+    def __next__(self) -> Batch: ...
+
+    def close(self) -> None:
+        """End processes and threads."""
+        ...
+
+
+@dataclass
+class Bad:
+    """Skipped samples of this rank: how many times one was skipped, and (key, reason) of the first thousand."""
+
+    count: int = 0
+    samples: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, samples: tuple[tuple[str, str], ...]) -> None:
+        """Count and name more."""
+        self.count += len(samples)
+        self.samples += samples[: _NAMES_KEPT - len(self.samples)]
+
+
+class TrainLoader:
+    """Micro-batches of one rank, for ever. See docs/design/contracts.md.
+
+    Attributes:
+        samples_per_epoch: samples of the set.
+        num_classes_seen: one more than the largest label of the set, where its catalogue says; else None.
+        bad: skipped samples.
+        exact: whether order and resume are a function of the position (``data.reader: index``).
+    """
+
+    exact = True
+
+    def __init__(self, dataset: Dataset, decoder: Decoder, *, feed: TrainFeed, device: torch.device) -> None:
+        self.dataset = dataset
+        self.feed = feed
+        self.samples_per_epoch = feed.order.samples
+        self.num_classes_seen = dataset.max_label + 1 or None
+        self.bad = Bad()
+        self._decoder = decoder
+        self._to_device = _ToDevice(device)
+        self._waited = 0.0
+        self._served = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        self._hint()
+        start = time.perf_counter()
+        batch = next(self._decoder)
+        self._waited += time.perf_counter() - start
+        self._served += 1
+        self.bad.add(batch.bad)
+        return self._to_device(batch)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds spent waiting for data since this was last read."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def close(self) -> None:
+        """End the workers and release files."""
+        self._decoder.close()
+        self.dataset.close()
+
+    def _hint(self) -> None:
+        if not self.dataset.fetches:
+            return
+        feed = self.feed
+        update, rest = divmod(self._served, feed.global_batch // feed.world // feed.micro_batch)
+        if rest == 0 and update % _UPDATES_PER_HINT == 0:
+            seen = feed.samples_seen + update * feed.global_batch
+            self.dataset.ahead(feed.order.shards_ahead(seen, feed.global_batch, feed.rank, feed.world))
+
+
+class EvalLoader:
+    """Batches of one rank over the whole evaluation set, each image once over all ranks, in a fixed order.
+
+    Every rank yields ``len(loader)`` batches; the last ones may be shorter or empty. It can be iterated repeatedly.
+
+    Attributes:
+        samples: of the whole set.
+        bad: skipped samples.
+    """
+
+    def __init__(
+        self, config: Config, dataset: Dataset, feed: EvalFeed, size: tuple[int, int], device: torch.device
+    ) -> None:
+        self.dataset = dataset
+        self.samples = int(dataset.counts.sum())
+        self.bad = Bad()
+        self._config = config
+        self._feed = feed
+        self._size = size
+        self._to_device = _ToDevice(device)
+
+    def __len__(self) -> int:
+        return len(self._feed)
+
+    def __iter__(self) -> Iterator[Batch]:
+        config = self._config
+        decoder = CpuDecoder(
+            self.dataset,
+            self._feed,
+            size=self._size,
+            num_classes=config.model.num_classes,
+            skip_bad=config.data.on_bad == "skip",
+            transform=EvalTransform(config.eval.resize, config.eval.crop_pct, config.augment.interpolation),
+        )
+        workers = _workers(config, decoder, count=len(self), device=self._to_device.device)
+        try:
+            for batch in workers:
+                self.bad.add(batch.bad)
+                yield self._to_device(batch)
+        finally:
+            workers.close()
+
+    def close(self) -> None:
+        """Release files."""
+        self.dataset.close()
+
+
+def train_loader(
+    config: Config,
+    *,
+    rank: int,
+    world: int,
+    samples_seen: int,
+    device: torch.device,
+    img_size: int | tuple[int, int],
+) -> TrainLoader:
+    """The training loader of one rank, going on at ``samples_seen``; its workers start at once.
+
+    Raises:
+        ConfigError: no ``data.train``; labels that do not fit the head; a batch that does not divide.
+        UserError: nothing there, or a shard that does not fit its index.
+    """
+    dataset = _open(config, "train", rank=rank, world=world)
+    train = config.train
+    if train.global_batch % (world * train.micro_batch):
+        raise ConfigError(
+            f"train.micro_batch={train.micro_batch} on {world} ranks does not divide "
+            f"train.global_batch={train.global_batch}"
+        )
+    order = Order(
+        dataset.counts,
+        seed=train.seed,
+        lanes=config.data.lanes,
+        window=config.data.window,
+        shuffle=config.data.shuffle,
+    )
+    if order.samples < train.global_batch:
+        raise ConfigError(
+            f"data.train={config.data.train} has {order.samples} samples, fewer than one "
+            f"train.global_batch={train.global_batch}; use more data or a smaller global batch"
+        )
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    feed = TrainFeed(
+        order,
+        config.augment,
+        train.seed,
+        size,
+        train.global_batch,
+        train.micro_batch,
+        rank,
+        world,
+        samples_seen,
+    )
+    decoder: Decoder
+    decoder = _workers(
+        config,
+        CpuDecoder(
+            dataset,
+            feed,
+            size=size,
+            num_classes=config.model.num_classes,
+            skip_bad=config.data.on_bad == "skip",
+        ),
+        count=None,
+        device=device,
+    )
+    return TrainLoader(dataset, decoder, feed=feed, device=device)
+
+
+def eval_loader(
+    config: Config, *, rank: int, world: int, device: torch.device, img_size: int | tuple[int, int]
+) -> EvalLoader:
+    """The evaluation loader of one rank over ``data.val``; its workers start when it is iterated.
+
+    Raises:
+        ConfigError: no ``data.val``, or labels that do not fit the head.
+        UserError: nothing there, or a shard that does not fit its index.
+    """
+    dataset = _open(config, "val", rank=rank, world=world)
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return EvalLoader(config, dataset, EvalFeed(dataset.counts, config.eval.batch, rank, world), size, device)
+
+
+def _open(config: Config, split: str, *, rank: int, world: int) -> Dataset:
+    data = config.data
+    spec = data.train if split == "train" else data.val
+    if spec is None:
+        raise ConfigError(f"data.{split} is not set; name a folder or pattern of shards, or an image folder")
+    dataset = open_dataset(
+        spec, cache_dir=data.cache_dir, cache_gb=data.cache_gb, verify=data.verify, rank=rank, world=world
+    )
+    if dataset.max_label >= config.model.num_classes:
+        raise ConfigError(
+            f"data.{split}={spec} has labels up to {dataset.max_label}, but model.num_classes="
+            f"{config.model.num_classes}; the data set and the head do not fit"
+        )
+    return dataset
+
+
+def _workers(config: Config, decoder: CpuDecoder, *, count: int | None, device: torch.device) -> Workers:
+    data = config.data
+    return Workers(
+        decoder, count=count, workers=data.workers, prefetch=data.prefetch, pin=device.type == "cuda"
+    )
+
+
+class _ToDevice:
+    """Moves batches to the device; on CUDA by a stream of its own, so that copies run beside the computation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        if self._stream is None:
+            return batch.to(self.device)
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._stream):
+            moved = batch.to(self.device)
+        current.wait_stream(self._stream)
+        for tensor in (moved.images, moved.labels, moved.weight):
+            # The allocator must not hand the memory out again before the consumer's stream is done with it.
+            tensor.record_stream(current)
+        return moved

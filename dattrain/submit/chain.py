@@ -1,0 +1,163 @@
+"""Chains: stages that follow one another (pre-train, fine-tune, evaluate), each from the run folder of the one before.
+
+A chain is a YAML file::
+
+    name: in22k_to_in1k_384
+    stages:
+      pretrain: {config: ../../configs/pretrain/in22k_224.yaml, nodes: 4}
+      finetune: {config: ../../configs/finetune/in1k_384.yaml, from: pretrain}
+      evaluate: {evaluate: finetune, nodes: 1}
+
+Recipes are relative to the chain's file. All stages are submitted at once, each behind the success of the one that it
+starts from. Pure but for reading files; ``dattrain.submit.launch`` submits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dattrain.config.load import Loaded, load
+from dattrain.errors import ConfigError
+from dattrain.submit.cluster import explain
+
+
+class ChainStage(BaseModel):
+    """One stage: a recipe to train, or the evaluation of another stage. What is left out comes from the command line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    config: str | None = None
+    """Recipe, relative to the chain's file."""
+    evaluate: str | None = None
+    """Stage whose run is evaluated; instead of ``config``."""
+    from_: Annotated[str | None, Field(alias="from")] = None
+    """Stage whose weights this one starts from (``init.from``)."""
+    overrides: tuple[str, ...] = ()
+    """``section.key=value``, as on the command line."""
+    nodes: Annotated[str | None, Field(coerce_numbers_to_str=True)] = None
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    time: str | None = None
+    retries: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_purpose(self) -> ChainStage:
+        if (self.config is None) == (self.evaluate is None):
+            raise ValueError("a stage has either a config to train or a stage to evaluate")
+        if self.evaluate is not None and self.from_ is not None:
+            raise ValueError("an evaluation takes the weights of the stage that it evaluates; leave from out")
+        return self
+
+    @property
+    def needs(self) -> str | None:
+        """The stage that has to end well before this one."""
+        return self.evaluate or self.from_
+
+
+class Chain(BaseModel):
+    """A named row of stages."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    description: str = ""
+    stages: Annotated[dict[str, ChainStage], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _order(self) -> Chain:
+        seen: set[str] = set()
+        for name, stage in self.stages.items():
+            if "/" in name or "." in name:
+                raise ValueError(
+                    f"stage {name!r}: a name is used as a folder and before the dot of key=value"
+                )
+            if stage.needs is not None and stage.needs not in seen:
+                known = ", ".join(seen) or "none"
+                raise ValueError(
+                    f"stage {name} needs {stage.needs!r}, which does not come before it (before it: {known})"
+                )
+            seen.add(name)
+        return self
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage with its run folder and its resolved recipe."""
+
+    name: str
+    stage: ChainStage
+    run: Path
+    loaded: Loaded
+
+
+def is_chain(path: Path) -> bool:
+    """Whether a file is a chain: it has stages."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return False
+    return isinstance(raw, dict) and "stages" in raw
+
+
+def read(path: Path) -> Chain:
+    """Read and check a chain.
+
+    Raises:
+        ConfigError: naming the file and the key.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Chain.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(item, Chain, str(path)) for item in error.errors())) from None
+
+
+def plan(path: Path, root: Path, overrides: Sequence[str] = ()) -> tuple[Chain, list[Planned]]:
+    """Stages in order, with run folders ``root/STAGE`` and recipes that start from the run folder of the stage before.
+
+    ``overrides`` are ``stage.section.key=value``.
+
+    Raises:
+        ConfigError: the chain or a recipe is wrong, or an override names no stage.
+    """
+    chain = read(path)
+    mine: dict[str, list[str]] = {name: list(stage.overrides) for name, stage in chain.stages.items()}
+    for override in overrides:
+        name, dot, rest = override.partition(".")
+        if not dot or name not in mine:
+            raise ConfigError(
+                f"command line: {override!r}: in a chain write stage.section.key=value; stages: {', '.join(mine)}"
+            )
+        mine[name].append(rest)
+    planned: dict[str, Planned] = {}
+    for name, stage in chain.stages.items():
+        if stage.evaluate is not None:
+            source = planned[stage.evaluate]
+            if source.stage.config is None:
+                raise ConfigError(
+                    f"{path}: stages.{name}: evaluate names {stage.evaluate}, which trains nothing"
+                )
+            recipe, extra = source.stage.config, mine[stage.evaluate]
+        else:
+            assert stage.config is not None
+            recipe, extra = stage.config, []
+        origin = [f"init.from={root / stage.needs}"] if stage.needs else []
+        loaded = load(path.parent / recipe, [*extra, *mine[name], *origin])
+        planned[name] = Planned(name, stage, root / name, loaded)
+    return chain, list(planned.values())
+
+
+def dependents(planned: Sequence[Planned]) -> Mapping[str, list[Path]]:
+    """Run folders that wait for each stage, directly."""
+    return {p.name: [q.run for q in planned if q.stage.needs == p.name] for p in planned}
+
+
+def settings(stage: ChainStage, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's own size over the command line's."""
+    own = {key: getattr(stage, key) for key in ("nodes", "gpus_per_node", "time", "retries")}
+    return {**given, **{key: value for key, value in own.items() if value is not None}}

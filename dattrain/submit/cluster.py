@@ -1,0 +1,244 @@
+"""Cluster profiles: what a cluster wants to hear, once, so that a submission names the profile and the size alone.
+
+A profile is a YAML file found by name in ``$XDG_CONFIG_HOME/dattrain/clusters`` (``~/.config`` by default), then among
+those shipped in ``launch/clusters``; anything with a slash or a ``.yaml`` ending is a path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+import dattrain
+from dattrain.errors import ConfigError
+
+SHIPPED = Path(dattrain.__file__).resolve().parents[1] / "launch" / "clusters"
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Container(_Section):
+    """Where the tasks run. The batch script itself stays on the host, where ``scontrol`` and ``sbatch`` are."""
+
+    runtime: Literal["pyxis", "apptainer"]
+    """``pyxis`` is srun's ``--container-image`` (enroot); ``apptainer`` also stands for singularity."""
+    image: str
+    mounts: tuple[str, ...] = ()
+    """``host`` or ``host:container``; the run folder, its snapshot and the submission's folder are always mounted."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments: of srun for pyxis (``--no-container-mount-home``), of ``apptainer exec`` for apptainer."""
+
+
+class Profile(_Section):
+    """One cluster. What is None is left to the cluster's own default."""
+
+    kind: Literal["slurm", "local"] = "slurm"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    """Nodes that are never used, in Slurm's notation (``n[1-3],n7``)."""
+    reservation: str | None = None
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    """Devices per node, and one task for each of them; 0 trains on CPUs over gloo."""
+    gpu_visibility: Literal["all", "one"] = "all"
+    """``all``: each task sees its node's devices (``--gpus-per-node``); ``one``: its own (``--gpus-per-task=1``)."""
+    tasks_per_node: Count | None = None
+    """Tasks of a node without devices; with devices it is ``gpus_per_node``."""
+    cpus_per_task: Count | None = None
+    """Cores of a task: its data workers and itself."""
+    mem_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory of a node."""
+    exclusive: bool = False
+    time: str = "24:00:00"
+    """Time limit of one job, in Slurm's notation; a run takes as many jobs as it needs."""
+    signal_delay_s: Count = 120
+    """Seconds before the time limit at which the job is told to save."""
+    requeue: Literal["scontrol", "follow-up"] = "scontrol"
+    """``scontrol`` requeues the same job; ``follow-up`` queues the next job beforehand, behind the present one's failure."""
+    setup: tuple[str, ...] = ()
+    """Shell lines that run on the first node before anything else (``module load cuda``)."""
+    environment: dict[str, str] = {}
+    """Exported to every task (``NCCL_SOCKET_IFNAME: ib0``)."""
+    container: Container | None = None
+    sbatch: dict[str, str | int | bool] = {}
+    """Further sbatch options by their long names: ``switches: 1``; ``true`` for one without a value."""
+    srun: tuple[str, ...] = ()
+    """Further arguments of srun: ``--cpu-bind=none``."""
+    python: str | None = None
+    """Python of the tasks; by default the one that submits, or ``python`` in a container."""
+    host_python: str = "python3"
+    """Any Python >= 3.8 of the node's own; it keeps the books and requeues, with the standard library alone."""
+
+    @field_validator("time")
+    @classmethod
+    def _time(cls, value: str) -> str:
+        minutes(value)
+        return value
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _time_as_text(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            # YAML 1.1 reads an unquoted 24:00:00 as a number in base 60, and so may have lost what was written.
+            raise ValueError("put the time in quotes, since YAML reads 24:00:00 as the number 86400")
+        return value
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _text_values(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {
+                key: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v
+                for key, v in value.items()
+            }
+        return value
+
+    @field_validator("environment")
+    @classmethod
+    def _names(cls, value: dict[str, str]) -> dict[str, str]:
+        for key in value:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+                raise ValueError(f"{key!r} is not the name of an environment variable")
+        return value
+
+    @field_validator("sbatch")
+    @classmethod
+    def _not_twice(cls, value: dict[str, Any]) -> dict[str, Any]:
+        owned = {
+            "partition", "account", "qos", "constraint", "exclude", "reservation", "time", "exclusive", "signal",
+            "requeue", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "gpus-per-task",
+            "cpus-per-task", "mem", "job-name", "output", "error", "open-mode", "array", "dependency",
+        }  # fmt: skip
+        clash = sorted(key for key in value if key.replace("_", "-") in owned)
+        if clash:
+            raise ValueError(
+                f"{', '.join(clash)} has a setting of its own in the profile or on the command line"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Profile:
+        if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
+            raise ValueError(
+                f"tasks_per_node={self.tasks_per_node} with gpus_per_node={self.gpus_per_node}: there is one task per "
+                "device; leave tasks_per_node out"
+            )
+        if self.kind == "local" and self.container is not None:
+            raise ValueError("container is for kind: slurm; start dattrain inside the container instead")
+        return self
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of one node."""
+        return self.gpus_per_node or self.tasks_per_node or 1
+
+
+def minutes(text: str) -> int:
+    """Minutes, rounded up, of a time in Slurm's notation: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+
+    Raises:
+        ValueError: it is none of these, or zero.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a time; write minutes, H:MM:SS, or D-HH:MM:SS")
+    days, a, b, c = (int(part) if part is not None else None for part in match.groups())
+    assert a is not None
+    if days is not None:
+        seconds = days * 86400 + a * 3600 + (b or 0) * 60 + (c or 0)
+    elif c is not None:
+        seconds = a * 3600 + (b or 0) * 60 + c
+    else:
+        seconds = a * 60 + (b or 0)
+    if seconds <= 0:
+        raise ValueError(f"{text!r} is no time at all; a time limit is at least a minute")
+    return -(-seconds // 60)
+
+
+def user_folder() -> Path:
+    """Where the user keeps profiles of their own."""
+    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(base) / "dattrain" / "clusters"
+
+
+def find(name: str) -> Path:
+    """The file of a profile.
+
+    Raises:
+        ConfigError: there is none; the nearest name is offered, or all of them.
+    """
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"--cluster {name}: no such file")
+        return path
+    folders = (user_folder(), SHIPPED)
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
+    raise ConfigError(f"--cluster {name}: no such profile; {hint} Your own go to {user_folder()}/NAME.yaml")
+
+
+def load(name: str, overrides: Mapping[str, Any] | None = None) -> Profile:
+    """Read and check a profile; ``overrides`` are settings given on the command line.
+
+    Raises:
+        ConfigError: naming the file, the key and the value; an unknown key comes with the nearest known one.
+    """
+    path = find(name)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a profile is a mapping of settings, not a {type(raw).__name__}")
+    try:
+        return Profile.model_validate({**raw, **(overrides or {})})
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(item, Profile, str(path)) for item in error.errors())) from None
+
+
+def explain(item: Any, model: type[BaseModel], place: str) -> str:
+    """One pydantic error as one line: place, key, what is wrong, what was seen; nearest name for an unknown key."""
+    loc = [str(part) for part in item["loc"]]
+    if item["type"] == "extra_forbidden":
+        names = _names(model, loc[:-1])
+        near = difflib.get_close_matches(loc[-1], names, 1, cutoff=0.5)
+        hint = (
+            f"did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"known here: {', '.join(names)}"
+        )
+        return f"{place}: unknown key {'.'.join(loc)}; {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    if not loc:
+        return f"{place}: {message}"
+    seen = "" if item["type"] == "missing" else f" (found {item['input']!r})"
+    return f"{place}: {'.'.join(loc)}: {message[0].lower()}{message[1:]}{seen}"
+
+
+def _names(model: type[BaseModel], loc: list[str]) -> list[str]:
+    for part in loc:
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
+        inner = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)]
+        nested = [a for a in inner if issubclass(a, BaseModel)]
+        if nested:
+            model = nested[0]
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -1,0 +1,234 @@
+"""The history of a run's jobs, and what follows from it: what ended an attempt, and whether there is another.
+
+Standard library alone, Python >= 3.8, since the batch script's bookkeeper (``dattrain.submit.watch``) runs this on the
+host. ``RUN/submit/history.jsonl`` has one line per event:
+
+- ``submit``: job, after (the job that it follows), by (``user`` or ``follow-up``);
+- ``begin``: job, restart (Slurm's count), nodes (names), checkpoint (step of the newest published one, or null);
+- ``end``: job, restart, reason, detail, node (the culprit of a crash), checkpoint, new (whether this attempt published
+  one), action, why;
+- ``cancel``: by ``dattrain cancel``.
+
+``classify`` and ``decide`` are pure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any, Dict, Sequence  # noqa: UP035 (Python 3.8 runs this file)
+
+Event = Dict[str, Any]  # noqa: UP006
+
+NODE_FAILURE = "node failure"
+"""A job that vanished without an end: a node went down, or Slurm took the nodes without notice."""
+
+
+def history(run: str | Path) -> list[Event]:
+    """All events of a run, oldest first; a line cut off by a power cut is passed over."""
+    path = Path(run) / "submit" / "history.jsonl"
+    events = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                continue
+    return events
+
+
+def record(run: str | Path, event: str, **fields: Any) -> Event:
+    """Append one event, whole and flushed to the disk."""
+    path = Path(run) / "submit" / "history.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entry = {"time": round(time.time(), 3), "event": event, **fields}
+    with open(path, "a+b") as file:
+        # A line that a power cut left without its end must not swallow this one.
+        file.seek(0, os.SEEK_END)
+        torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write((b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return entry
+
+
+def newest_checkpoint(run: str | Path) -> int | None:
+    """Step of the newest published checkpoint, or None. Published means that its manifest exists."""
+    steps = [
+        int(manifest.parent.name[len("step_") :])
+        for manifest in Path(run).glob("checkpoints/step_*/manifest.json")
+        if manifest.parent.name[len("step_") :].isdigit()
+    ]
+    return max(steps, default=None)
+
+
+def culprit(stderr: str) -> tuple[str | None, str | None]:
+    """Node and cause of the first task that srun saw die, from srun's messages; (None, None) if there is none.
+
+    srun alone sees all tasks in one order. A task that is killed makes its neighbours fail a moment later, each with an
+    error of its own, so neither the loudest traceback nor the earliest clock is to be believed.
+    """
+    match = re.search(r"^srun: error: ([^\s:]+): tasks? [\d,\-\[\]]+: (.+)$", stderr, re.MULTILINE)
+    return (match.group(1), match.group(2).strip()) if match else (None, None)
+
+
+def classify(
+    *,
+    status: int,
+    outcome: Event | None,
+    slurm_state: str | None,
+    elapsed_s: float,
+    time_s: float,
+    signal_delay_s: float,
+    stderr: str,
+    reports: Sequence[Event],
+) -> tuple[str, str, str | None]:
+    """What ended an attempt: (reason, detail, node).
+
+    Args:
+        status: exit status of srun.
+        outcome: what rank 0 wrote when training returned: ``{"status": ..., "step": ...}``, or None.
+        slurm_state: JobState that scontrol gave at the end, or None where it is missing.
+        elapsed_s, time_s, signal_delay_s: age of the attempt, its limit, and how early the signal comes, in seconds.
+        stderr: what srun printed in this attempt.
+        reports: errors that ranks wrote before they died: ``{"rank", "node", "error", "user_error"}``.
+    """
+    state = slurm_state or ""
+    at_limit = state == "TIMEOUT" or (time_s and elapsed_s >= time_s - signal_delay_s - 20)
+    said = (outcome or {}).get("status")
+    where = " at step {}".format(outcome["step"]) if outcome and outcome.get("step") is not None else ""
+    if said == "finished" and status == 0:
+        return "finished", "finished" + where, None
+    if said == "stopped":
+        return "stopped", "stopped by hand" + where, None
+    if state.startswith("CANCELLED"):
+        return "cancelled", "cancelled with scancel" + where, None
+    if said == "preempted":
+        return ("time limit" if at_limit else "preempted"), "saved" + where, None
+    if state == "TIMEOUT":
+        return (
+            "time limit",
+            "killed before it had saved; signal_delay_s is too short for a step and a save",
+            None,
+        )
+    node, cause = culprit(stderr)
+    report = next((r for r in reports if r.get("node") == node), reports[0] if reports else None)
+    if report is not None and report.get("user_error"):
+        return "user error", report["error"], None
+    if report is not None and (node is None or report.get("node") == node):
+        cause, node = report["error"], report.get("node", node)
+    return "crashed", cause or f"the tasks ended with status {status}", node
+
+
+def decide(events: Sequence[Event], *, retries: int, checkpoint_new: bool) -> tuple[str, str, list[str]]:
+    """What follows an attempt that ended: (action, why, nodes to exclude). Pure.
+
+    Args:
+        events: the history; the last one is the attempt's ``end``, its action not yet filled in.
+        retries: crashes that are forgiven per submission by hand.
+        checkpoint_new: whether the attempt published a checkpoint.
+
+    Actions: ``done``, ``stop``, ``again``. A preemption is the cluster's doing and always goes on. A crash, and an
+    attempt that the time limit ended, goes on only if it left a new checkpoint: what cannot make one step in a whole job
+    never will.
+    """
+    last = events[-1]
+    reason = last["reason"]
+    ends = [e for e in since_submission(events) if e["event"] == "end"]
+    if reason == "finished":
+        return "done", "finished", []
+    if cancelled(events):
+        return "stop", "cancelled by dattrain cancel", []
+    if reason in ("stopped", "cancelled"):
+        return "stop", last["detail"], []
+    if reason == "user error":
+        return "stop", "this needs a change, not another try: " + last["detail"], []
+    if reason == "preempted":
+        return "again", "preempted", []
+    if not checkpoint_new:
+        if reason == NODE_FAILURE:
+            row = 0
+            for end in reversed(ends):
+                if end["reason"] != NODE_FAILURE or end.get("new"):
+                    break
+                row += 1
+            if row <= retries:
+                return (
+                    "again",
+                    f"node failure {row} of {retries} in a row without a new checkpoint",
+                    [],
+                )
+            return "stop", f"{row} node failures in a row without a new checkpoint", []
+        return (
+            "stop",
+            "{} without having published a new checkpoint: {}".format(_past(reason), last["detail"]),
+            [],
+        )
+    if reason in ("time limit", NODE_FAILURE):
+        return "again", reason, []
+    crashes = [e for e in ends if e["reason"] == "crashed"]
+    if len(crashes) > retries:
+        return (
+            "stop",
+            "crashed {} times, and --retries is {}: {}".format(len(crashes), retries, last["detail"]),
+            [],
+        )
+    named = [str(e["node"]) for e in crashes if e.get("node")]
+    bad = sorted({node for node in named if named.count(node) >= 2})
+    return "again", f"crash {len(crashes)} of {retries} that are forgiven", bad
+
+
+def since_submission(events: Sequence[Event]) -> list[Event]:
+    """What happened since the run was last submitted by hand; the retries of a submission start anew with it."""
+    hand = [n for n, e in enumerate(events) if e["event"] == "submit" and e.get("by") == "user"]
+    return list(events[hand[-1] if hand else 0 :])
+
+
+def cancelled(events: Sequence[Event]) -> bool:
+    """Whether ``dattrain cancel`` came after the last submission by hand."""
+    return any(e["event"] == "cancel" for e in since_submission(events))
+
+
+def _past(reason: str) -> str:
+    return {"crashed": "crashed", "time limit": "reached its time limit"}.get(reason, reason)
+
+
+def read_spec(run: str | Path) -> dict[str, Any]:
+    """``submit/spec.json``: what the submission fixed (see ``dattrain.submit.launch``)."""
+    return json.loads((Path(run) / "submit" / "spec.json").read_text(encoding="utf-8"))
+
+
+def attempt_folder(run: str | Path, job: str, restart: int) -> Path:
+    """Where the ranks of one attempt leave their outcome and errors."""
+    return Path(run) / "submit" / "attempts" / f"{job}.{restart}"
+
+
+def open_attempt(events: Sequence[Event]) -> Event | None:
+    """The last attempt, if it has no end."""
+    for event in reversed(events):
+        if event["event"] == "end":
+            return None
+        if event["event"] == "begin":
+            return event
+    return None
+
+
+def expand(nodelist: str) -> list[str]:
+    """Names of a Slurm node list (``n[1-3,07],login``). ``scontrol show hostnames`` does it too, where it is."""
+    names: list[str] = []
+    for part in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", nodelist):
+        stack = [""]
+        for literal, body in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", part):
+            if literal:
+                stack = [s + literal for s in stack]
+                continue
+            pieces = []
+            for item in body.split(","):
+                low, dash, high = item.partition("-")
+                pieces += [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)] if dash else [low]
+            stack = [s + piece for s in stack for piece in pieces]
+        names += stack
+    return names

@@ -1,0 +1,101 @@
+"""What runs in each task of a job: a picklable callable that trains (or evaluates) a run folder and leaves word of how it went.
+
+submitit pickles it by reference, so a node finds this module in the snapshot (``PYTHONPATH``). Requeueing is not done
+here: a task that requeues its own job kills its neighbours while they are still closing their files. The batch script's
+bookkeeper (``dattrain.submit.watch``) does it once all tasks have ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dattrain.errors import UserError
+from dattrain.submit.history import attempt_folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of a run. ``run`` is an absolute path that all nodes share."""
+
+    run: str
+    action: Literal["train", "evaluate"] = "train"
+
+    def __call__(self) -> dict[str, Any]:
+        """Run the stage in this task; returns how it went, ``{"status": ..., "step": ...}``.
+
+        ``status`` is ``finished``, ``preempted`` (saved, to be continued) or ``stopped``.
+        """
+        try:
+            result = _evaluate(Path(self.run)) if self.action == "evaluate" else _train(Path(self.run))
+        except BaseException as error:
+            self._report(error)
+            raise
+        if _rank() == 0:
+            _publish(self._folder() / "outcome.json", {**result, "time": time.time()})
+        return result
+
+    def checkpoint(self) -> Any:
+        """submitit calls this in a signal handler, on rank 0 alone, when the signal comes before training has started.
+
+        Nothing has been trained then and nothing can be saved here, so it only leaves word that the job is to go on.
+        None tells submitit not to requeue: the bookkeeper does.
+        """
+        _publish(self._folder() / "outcome.json", {"status": "preempted", "step": None, "time": time.time()})
+        return None
+
+    def _report(self, error: BaseException) -> None:
+        if isinstance(error, SystemExit) and not error.code:
+            return
+        lines = traceback.format_exception_only(type(error), error)
+        report = {
+            "rank": _rank(),
+            "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            "error": lines[-1].strip() if isinstance(error, UserError) else "".join(lines).strip()[-2000:],
+            "user_error": isinstance(error, UserError),
+            "time": time.time(),
+        }
+        _publish(self._folder() / f"rank_{_rank():05d}.json", report)
+
+    def _folder(self) -> Path:
+        return attempt_folder(self.run, *attempt())
+
+
+def attempt() -> tuple[str, int]:
+    """Job id and restart count of this task, as the bookkeeper names them."""
+    env = os.environ
+    if env.get("SUBMITIT_EXECUTOR") == "local":
+        return env["SUBMITIT_LOCAL_JOB_ID"], 0
+    array = env.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"]
+    return job, int(env.get("SLURM_RESTART_COUNT") or 0)
+
+
+def _rank() -> int:
+    return int(os.environ.get("SUBMITIT_LOCAL_GLOBALID") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def _publish(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _train(run: Path) -> dict[str, Any]:
+    # The flag's handlers come before the heavy imports: what is told to end meanwhile saves at its first step's edge.
+    from dattrain.config.load import load
+    from dattrain.engine import trainer
+
+    outcome = trainer.train(load(run / "config.yaml").config, run)
+    return {"status": outcome.status, "step": outcome.step}
+
+
+def _evaluate(run: Path) -> dict[str, Any]:
+    raise NotImplementedError

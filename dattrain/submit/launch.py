@@ -1,0 +1,313 @@
+"""From a recipe and a profile to jobs in the queue: check everything first, then set the run folder up, then submit.
+
+``plan`` is pure but for reading files; ``submit`` is where things begin to exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from dattrain.config.derive import derive
+from dattrain.config.load import Loaded, diff, dump, load
+from dattrain.errors import ConfigError, UserError
+from dattrain.submit import history, queue, slurm, snapshot
+from dattrain.submit.cluster import Profile
+from dattrain.submit.job import Job
+from dattrain.submit.slurm import Placement
+
+STARTUP_S = 15.0
+"""Seconds that a job spends before its first step: imports, process group, data, checkpoint. A guess on the small side."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run (or an array of runs, alike but for one setting) with its size."""
+
+    name: str
+    runs: tuple[Path, ...]
+    """Run folders, absolute."""
+    loaded: tuple[Loaded, ...]
+    profile: Profile
+    profile_name: str
+    nodes: tuple[int, int]
+    minutes: int
+    retries: int = 3
+    action: Literal["train", "evaluate"] = "train"
+    after: str | None = None
+    """A dependency on a job that is there already, in sbatch's notation."""
+
+    def placement(self, dependency: str | None) -> Placement:
+        """Where its files lie."""
+        root = self.runs[0] if len(self.runs) == 1 else self.runs[0].parent
+        return Placement(
+            self.name,
+            self.runs,
+            root / "submit" / "slurm",
+            self.nodes,
+            self.minutes,
+            dependency or self.after,
+        )
+
+
+def nodes_range(text: str) -> tuple[int, int]:
+    """``2`` or ``2-4``.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    low, high = (int(match.group(1)), int(match.group(2) or match.group(1))) if match else (0, 0)
+    if not 1 <= low <= high:
+        raise ConfigError(f"--nodes {text}: write a number of nodes, or fewest-most as in 2-4")
+    return low, high
+
+
+def check(stage: Stage, images_per_second: float | None = None) -> None:
+    """Refuse what would fail later, naming the setting.
+
+    Raises:
+        ConfigError: the batch does not divide over every number of devices that the job may get, the time limit has no
+            room for a step and a save, or a local run asks for more than one node.
+    """
+    profile = stage.profile
+    if profile.kind == "local" and stage.nodes != (1, 1):
+        raise ConfigError("--cluster local is this machine alone: leave --nodes out, or use 1")
+    if stage.minutes * 60 <= profile.signal_delay_s:
+        raise ConfigError(
+            f"--time of {stage.minutes} min is not longer than the profile's signal_delay_s={profile.signal_delay_s}: "
+            f"the job would be told to save as soon as it starts; use at least "
+            f"{math.ceil((profile.signal_delay_s + STARTUP_S) / 60) + 1} min, or a shorter delay"
+        )
+    for run, loaded in zip(stage.runs, stage.loaded):
+        if stage.action == "evaluate":
+            continue
+        for nodes in range(stage.nodes[0], stage.nodes[1] + 1):
+            try:
+                derive(
+                    loaded.config,
+                    world=nodes * profile.tasks,
+                    samples_per_epoch=loaded.config.train.global_batch,
+                )
+            except ConfigError as error:
+                raise ConfigError(f"with {nodes} node(s) of {profile.tasks} device(s): {error}") from None
+        step_s, save_s = measured(run)
+        if images_per_second is not None:
+            step_s = loaded.config.train.global_batch / images_per_second
+        if step_s is not None:
+            _check_time(stage, step_s, save_s or 0.0)
+
+
+def _check_time(stage: Stage, step_s: float, save_s: float) -> None:
+    delay = stage.profile.signal_delay_s
+    need = step_s + save_s
+    if need > delay:
+        raise ConfigError(
+            f"signal_delay_s={delay} of profile {stage.profile_name} is shorter than one step ({step_s:.0f} s) and a save "
+            f"({save_s:.0f} s): the job would be killed while it saves; use at least {math.ceil(need) + 1}"
+        )
+    if stage.minutes * 60 < STARTUP_S + step_s + delay:
+        raise ConfigError(
+            f"--time of {stage.minutes} min is shorter than the start ({STARTUP_S:.0f} s), one step ({step_s:.0f} s) and the "
+            f"signal_delay_s={delay} in which the run is saved; use at least "
+            f"{math.ceil((STARTUP_S + step_s + delay) / 60)} min"
+        )
+
+
+def measured(run: Path) -> tuple[float | None, float | None]:
+    """Seconds of a step and of a save, as an earlier attempt of this run wrote them to metrics.jsonl; None if unknown."""
+    step_s = save_s = None
+    path = run / "metrics.jsonl"
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-500:]:
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                step_s = row.get("step_s", step_s)
+                save_s = row.get("save_s", save_s)
+    return step_s, save_s
+
+
+def check_run(run: Path, loaded: Loaded) -> None:
+    """Refuse to put a run into a folder that holds another one, or one that still has a job.
+
+    Raises:
+        ConfigError: naming the settings that differ.
+        UserError: naming the job.
+    """
+    recorded = run / "config.yaml"
+    if recorded.is_file():
+        rows = diff(load(recorded), loaded)
+        if rows:
+            shown = "; ".join(f"{key}: {a.split('  (')[0]} -> {b.split('  (')[0]}" for key, a, b in rows[:4])
+            raise ConfigError(
+                f"{run} holds a run with another configuration ({shown}{'; ...' if len(rows) > 4 else ''}); choose another "
+                f"--run, or continue that one with: dattrain submit {run}"
+            )
+    elif run.is_dir() and any(run.iterdir()) and not (run / "submit").is_dir():
+        raise ConfigError(f"{run} is not empty and not a run folder; choose another --run")
+    job, state = active(run)
+    if job is not None:
+        raise UserError(
+            f"{run} already has job {job} ({state}); two jobs in one run folder would overwrite each other: "
+            f"dattrain cancel {run} first, or choose another --run"
+        )
+
+
+def active(run: Path) -> tuple[str | None, str]:
+    """The job of a run that is not over, and its state."""
+    from dattrain.submit import local
+
+    jobs = [e["job"] for e in history.history(run) if e["event"] == "submit"]
+    if local.alive(run):
+        return jobs[-1] if jobs else "local", "RUNNING"
+    jobs = [job for job in jobs if not job.startswith("local")][-2:]
+    for job, state in queue.states(jobs).items():
+        if not state.final and state.state != "UNKNOWN":
+            return job, state.state
+    return None, ""
+
+
+def last_job(run: Path) -> str | None:
+    """Newest job of a run, whether it lives or not."""
+    jobs = [e["job"] for e in history.history(run) if e["event"] == "submit"]
+    return jobs[-1] if jobs else None
+
+
+def dependency_on(after: str) -> tuple[str, Path | None]:
+    """sbatch's notation for ``--after``: a job id, or a run folder (its newest job); and that folder.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if re.fullmatch(r"\d+(_\d+)?", after):
+        return f"afterok:{after}", None
+    folder = Path(after)
+    if (folder / "submit").is_dir():
+        job = last_job(folder)
+        if job is not None and not job.startswith("local"):
+            return f"afterok:{job}", folder.resolve()
+    raise UserError(f"--after {after}: neither a job id nor a run folder that was submitted to Slurm")
+
+
+def prepare(stage: Stage, dependents: Sequence[Path] = ()) -> None:
+    """Set the run folders of a stage up: resolved config, code, and what the bookkeeper needs to know."""
+    folder = stage.placement(None).folder
+    for run, loaded in zip(stage.runs, stage.loaded):
+        (run / "submit").mkdir(parents=True, exist_ok=True)
+        write(run / "config.yaml", dump(loaded.config))
+        snapshot.take(run)
+        with contextlib.suppress(FileNotFoundError):
+            (run / "stop").unlink()
+        spec = {
+            "name": stage.name,
+            "action": stage.action,
+            "cluster": stage.profile_name,
+            "nodes": list(stage.nodes),
+            "tasks_per_node": stage.profile.tasks,
+            "time_s": stage.minutes * 60,
+            "signal_delay_s": stage.profile.signal_delay_s,
+            "retries": stage.retries,
+            "requeue": stage.profile.requeue,
+            "exclude": stage.profile.exclude,
+            "folder": str(folder),
+            "dependents": [str(path) for path in dependents],
+            "profile": stage.profile.model_dump(mode="json"),
+        }
+        write(run / "submit" / "spec.json", json.dumps(spec, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def submit(stage: Stage, dependency: str | None = None) -> list[str]:
+    """Submit a prepared stage; returns one job id per run.
+
+    Raises:
+        UserError: Slurm refuses it.
+    """
+    if stage.profile.kind == "local":
+        from dattrain.submit import local
+
+        return [local.start(stage.runs[0], stage.profile)]
+    place = stage.placement(dependency)
+    jobs = [Job(str(run), stage.action) for run in stage.runs]
+    ids = _submit_slurm(stage.profile, place, jobs)
+    for run, job in zip(stage.runs, ids):
+        history.record(run, "submit", job=job, by="user", nodes=place.nodes_text, dependency=place.dependency)
+    return ids
+
+
+def _submit_slurm(profile: Profile, place: Placement, jobs: Sequence[Job]) -> list[str]:
+    from submitit.core.utils import DelayedSubmission, FailedJobError
+    from submitit.slurm.slurm import SlurmExecutor
+
+    with _outside_of_any_job():
+        try:
+            executor = SlurmExecutor(
+                place.folder, max_num_timeout=slurm.TIMEOUTS, python=slurm.python(profile, place)
+            )
+            executor.update_parameters(**slurm.parameters(profile, place))
+            if len(jobs) == 1:
+                return [executor.submit(jobs[0]).job_id]
+            # submitit's own arrays forget which Python was asked for, and so the container.
+            executor.parameters["map_count"] = len(jobs)
+            first = executor._submit_command(executor._submitit_command_str).job_id
+        except (FailedJobError, RuntimeError) as error:
+            raise UserError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
+        ids = [f"{first}_{n}" for n in range(len(jobs))]
+        for job, identity in zip(jobs, ids):
+            delayed = DelayedSubmission(job)
+            delayed.set_timeout(place.minutes, slurm.TIMEOUTS)
+            aside = place.folder / f".{identity}.tmp"
+            delayed.dump(aside)
+            os.replace(aside, place.folder / f"{identity}_submitted.pkl")
+        return ids
+
+
+@contextlib.contextmanager
+def _outside_of_any_job() -> Iterator[None]:
+    """A job submitted from within a job (or a shell inside one) would inherit that one's sizes."""
+    from dattrain.submit.watch import clean_environment
+
+    kept = dict(os.environ)
+    clean = clean_environment()
+    for key in set(kept) - set(clean):
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def refuse_what_slurm_refuses(stage: Stage, dependency: str | None = None) -> None:
+    """Ask Slurm before anything is written.
+
+    Raises:
+        UserError: what Slurm says, with the known partitions where that is the trouble.
+    """
+    if stage.profile.kind == "local":
+        return
+    place = replace(stage.placement(dependency), dependency=None)
+    why = queue.refusal(slurm.script(stage.profile, place), stage.profile.partition, stage.minutes)
+    if why is not None:
+        raise UserError(f"profile {stage.profile_name}: {why}")
+
+
+def add_dependents(run: Path, waiting: Sequence[Path]) -> None:
+    """Tell a run's bookkeeper of runs that were queued behind it, so that a follow-up job takes them along."""
+    path = run / "submit" / "spec.json"
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    spec["dependents"] = list(dict.fromkeys([*spec["dependents"], *map(str, waiting)]))
+    write(path, json.dumps(spec, indent=2) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file at once: a reader sees the old one or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

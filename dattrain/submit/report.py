@@ -1,0 +1,204 @@
+"""What ``dattrain status`` shows of a run: its history, Slurm's word and its metrics, in a few lines. Pure but for reading files."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dattrain.submit import history
+from dattrain.submit.history import Event
+from dattrain.submit.queue import UNKNOWN, JobState
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run. ``state`` is ours: ``finished``, ``running``, ``waiting``, ``stopped``, ``cancelled``, ``failed``, ``unknown``."""
+
+    run: Path
+    state: str
+    job: str | None
+    slurm: JobState
+    why: str
+    """Reason of the state, where there is one to give."""
+    step: int | None
+    last_step: int | None
+    images_per_s: float | None
+    loss: float | None
+    eta_s: float | None
+    checkpoint: int | None
+    restarts: tuple[str, ...]
+    """Why each attempt but the last ended."""
+
+
+def jobs_of(run: Path) -> list[str]:
+    """Jobs of a run that may still live: the newest two (a follow-up waits behind the one that runs)."""
+    jobs = [e["job"] for e in history.history(run) if e["event"] == "submit"]
+    return [job for job in jobs if not job.startswith("local")][-2:]
+
+
+def report(run: Path, states: Mapping[str, JobState], *, local_alive: bool = False) -> Report:
+    """Put together what is known of one run."""
+    events = history.history(run)
+    job, slurm = _current(events, states)
+    state, why = judge(events, slurm, local_alive=local_alive)
+    metrics = read_metrics(run / "metrics.jsonl")
+    ends = [e for e in history.since_submission(events) if e["event"] == "end" and e.get("action") == "again"]
+    live = state == "running"
+    return Report(
+        run=run,
+        state=state,
+        job=job,
+        slurm=slurm,
+        why=why,
+        step=metrics.get("step"),
+        last_step=metrics.get("last_step"),
+        images_per_s=metrics.get("images_per_s") if live else None,
+        loss=metrics.get("loss"),
+        eta_s=metrics.get("eta_s") if live else None,
+        checkpoint=history.newest_checkpoint(run),
+        restarts=tuple(_restart(e) for e in ends),
+    )
+
+
+def judge(events: Sequence[Event], slurm: JobState, *, local_alive: bool = False) -> tuple[str, str]:
+    """State of a run and the reason for it.
+
+    The history knows what our job decided; Slurm knows what became of it. An attempt that Slurm broke off
+    (NODE_FAIL, PREEMPTED) is followed by another as long as Slurm keeps the job.
+    """
+    now = history.since_submission(events)
+    if not now:
+        return "not submitted", ""
+    ends = [e for e in now if e["event"] == "end"]
+    last = ends[-1] if ends else None
+    begun = history.open_attempt(now) is not None
+    if any(e["event"] == "cancel" for e in now):
+        return "cancelled", "by dattrain cancel"
+    if last is not None and not begun:
+        if last["action"] == "done":
+            return "finished", ""
+        if last["action"] == "stop":
+            state = {"stopped": "stopped", "cancelled": "cancelled"}.get(last["reason"], "failed")
+            return state, last["why"]
+    if local_alive:
+        return "running", ""
+    if str(now[0].get("job", "")).startswith("local"):
+        return "failed", "its supervisor on the machine that started it is gone; see submit/local.log"
+    name = slurm.state
+    if name in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"):
+        return "running", ""
+    if slurm.waiting_in_vain:
+        return "cancelled", "the job that it waits for did not end well"
+    if name in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "REQUEUE_FED"):
+        return "waiting", slurm.reason
+    if name in ("NODE_FAIL", "PREEMPTED", "SPECIAL_EXIT"):
+        return "waiting", f"{name}; Slurm has not started it again yet"
+    if name == "CANCELLED":
+        if not begun and last is None:
+            return (
+                "cancelled",
+                "before it started: cancelled by hand, or the job that it waited for did not end well",
+            )
+        return "cancelled", "with scancel"
+    if name == "UNKNOWN":
+        return "unknown", "no answer from squeue, sacct or scontrol"
+    if name == "TIMEOUT":
+        return "failed", "reached its time limit and was killed before it had saved"
+    return "failed", f"{name} without a word from the job; see the logs"
+
+
+def _current(events: Sequence[Event], states: Mapping[str, JobState]) -> tuple[str | None, JobState]:
+    """The job that counts: the newest that has begun or lives; a follow-up that only waits does not hide the one that runs."""
+    jobs = [e["job"] for e in history.since_submission(events) if e["event"] == "submit"]
+    known = [(job, states.get(job, UNKNOWN)) for job in jobs]
+    for job, state in reversed(known):
+        if not state.final and state.state not in ("UNKNOWN", "PENDING"):
+            return job, state
+    for job, state in reversed(known):
+        if state.state == "PENDING":
+            return job, state
+    begun = [e["job"] for e in events if e["event"] == "begin"]
+    for job, state in reversed(known):
+        if job in begun[-1:]:
+            return job, state
+    return known[-1] if known else (None, UNKNOWN)
+
+
+def _restart(end: Event) -> str:
+    left = (
+        f", checkpoint of step {end['checkpoint']}"
+        if end.get("checkpoint") is not None
+        else ", no checkpoint"
+    )
+    when = time.strftime("%m-%d %H:%M", time.localtime(end["time"]))
+    return f"{when}  {end['reason']}: {end['detail']}{left}" + (
+        f"; without {', '.join(end['exclude'])} from now on" if end.get("exclude") else ""
+    )
+
+
+def read_metrics(path: Path, tail_bytes: int = 65536) -> dict[str, Any]:
+    """Newest value of each metric, from the end of metrics.jsonl; empty when there is none yet."""
+    found: dict[str, Any] = {}
+    if path.is_file():
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - tail_bytes))
+            lines = file.read().decode(errors="replace").splitlines()
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                found.update({key: value for key, value in row.items() if value is not None})
+    return found
+
+
+def render(reports: Sequence[Report]) -> str:
+    """A line for each run, and below it its restarts and the reason of its state."""
+    rows = [("RUN", "STATE", "JOB", "STEP", "IMAGES/S", "LOSS", "ETA", "CHECKPOINT", "RESTARTS")]
+    for r in reports:
+        step = "-" if r.step is None else f"{r.step}/{r.last_step}" if r.last_step else str(r.step)
+        rows.append(
+            (
+                _short(r.run),
+                r.state,
+                f"{r.job or '-'}" + (f" {r.slurm.nodes}" if r.slurm.nodes and r.state == "running" else ""),
+                step,
+                "-" if r.images_per_s is None else f"{r.images_per_s:.1f}",
+                "-" if r.loss is None else f"{r.loss:.4f}",
+                "-" if r.eta_s is None else duration(r.eta_s),
+                "-" if r.checkpoint is None else f"step {r.checkpoint}",
+                str(len(r.restarts)),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        lines.append("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
+        if number:
+            one = reports[number - 1]
+            lines += [f"    {one.state}: {one.why}"] if one.why else []
+            lines += [f"    restart {n}: {text}" for n, text in enumerate(one.restarts, 1)]
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """``1d 02h``, ``3h 04m``, ``5m 06s`` or ``7s``."""
+    left = int(seconds)
+    days, hours, mins, secs = left // 86400, left // 3600 % 24, left // 60 % 60, left % 60
+    if days:
+        return f"{days}d {hours:02d}h"
+    if hours:
+        return f"{hours}h {mins:02d}m"
+    return f"{mins}m {secs:02d}s" if mins else f"{secs}s"
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

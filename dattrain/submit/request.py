@@ -1,0 +1,292 @@
+"""What ``dattrain submit`` was asked for, as stages; then the dry run or the real one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dattrain.config.derive import derive
+from dattrain.config.load import Loaded, load
+from dattrain.errors import ConfigError
+from dattrain.submit import chain, cluster, launch, slurm
+from dattrain.submit.cluster import Profile, minutes
+from dattrain.submit.launch import Stage
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of ``dattrain submit``."""
+
+    config: str
+    overrides: tuple[str, ...] = ()
+    cluster: str = "generic"
+    nodes: str = "1"
+    gpus_per_node: int | None = None
+    partition: str | None = None
+    time: str | None = None
+    retries: int = 3
+    after: str | None = None
+    array: str | None = None
+    folder: str | None = None
+    images_per_second: float | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages in order; ``needs`` gives, by stage, the index of the one that it waits for."""
+
+    stages: tuple[Stage, ...]
+    needs: tuple[int | None, ...]
+    chain: str | None = None
+    root: Path | None = None
+    """Folder of a chain, which holds its stages' run folders."""
+
+
+def run(request: Request) -> int:
+    """Check, then print or submit."""
+    made = plan(request)
+    for stage in made.stages:
+        launch.check(stage, request.images_per_second)
+    if request.dry_run:
+        print(describe(made))
+        return 0
+    after_run = None
+    if request.after is not None:
+        _, after_run = launch.dependency_on(request.after)
+    for stage in made.stages:
+        for folder, loaded in zip(stage.runs, stage.loaded):
+            launch.check_run(folder, loaded)
+        launch.refuse_what_slurm_refuses(stage)
+    for index, stage in enumerate(made.stages):
+        waiting = [f for s, need in zip(made.stages, made.needs) if need == index for f in s.runs]
+        launch.prepare(stage, waiting)
+    if made.root is not None:
+        _remember_chain(made)
+    jobs: list[list[str]] = []
+    for stage, need in zip(made.stages, made.needs):
+        jobs.append(launch.submit(stage, f"afterok:{jobs[need][0]}" if need is not None else None))
+        for folder, job in zip(stage.runs, jobs[-1]):
+            print(f"{stage.name}: job {job}, run folder {_short(folder)}")
+    if after_run is not None:
+        launch.add_dependents(after_run, made.stages[0].runs)
+    shown = _short(
+        made.root
+        or (made.stages[0].runs[0] if len(made.stages[0].runs) == 1 else made.stages[0].runs[0].parent)
+    )
+    print(
+        f"dattrain status {shown}    dattrain logs {_short(made.stages[0].runs[0])} -f    dattrain cancel {shown}"
+    )
+    return 0
+
+
+def plan(request: Request) -> Plan:
+    """Stages of a request. Reads files, writes none.
+
+    Raises:
+        ConfigError: anything about the recipe, the chain, the profile or the command line.
+    """
+    path = Path(request.config)
+    if path.is_file() and chain.is_chain(path):
+        return _plan_chain(request, path)
+    if path.is_dir() and (path / "chain.json").is_file():
+        raise ConfigError(
+            f"{path} is the folder of a chain: submit its file again, or one stage: {path}/STAGE"
+        )
+    size = _size(request)
+    if path.is_dir():
+        return _plan_continue(request, path, size)
+    if request.array is None:
+        loaded = load(path, request.overrides)
+        folder = Path(request.folder or f"runs/{loaded.config.name}").resolve()
+        return Plan((_stage(request, loaded.config.name, (folder,), (loaded,), size),), (None,))
+    key, sep, values = request.array.partition("=")
+    if not sep or not values:
+        raise ConfigError(f"--array {request.array}: write key=v1,v2,… as in optim.lr=1e-3,5e-4")
+    listed = _split(values)
+    loaded_all = tuple(load(path, [*request.overrides, f"{key}={value}"]) for value in listed)
+    root = Path(request.folder or f"runs/{loaded_all[0].config.name}").resolve()
+    folders = tuple(root / f"{key}={value.replace('/', '_')}" for value in listed)
+    if len(set(folders)) < len(folders):
+        raise ConfigError(f"--array {request.array}: a value is there twice")
+    if _profile(request, size).kind == "local" and len(listed) > 1:
+        raise ConfigError("--array needs a Slurm cluster; on --cluster local submit one run after the other")
+    return Plan((_stage(request, loaded_all[0].config.name, folders, loaded_all, size),), (None,))
+
+
+def _plan_continue(request: Request, folder: Path, size: Mapping[str, Any]) -> Plan:
+    """The same run again: its recorded recipe, with the size and profile of this command."""
+    recorded = folder / "config.yaml"
+    if not recorded.is_file():
+        raise ConfigError(f"{folder}: neither a recipe nor a run folder (there is no config.yaml in it)")
+    if request.array is not None or request.folder is not None:
+        raise ConfigError(f"{folder} is a run to be continued: leave --array and --run out")
+    if request.overrides:
+        raise ConfigError(
+            f"{folder} is a run to be continued, and its configuration is fixed: leave {request.overrides[0]} out, "
+            f"or start a new run from {recorded}"
+        )
+    loaded = load(recorded)
+    stage = _stage(request, loaded.config.name, (folder.resolve(),), (loaded,), size)
+    spec = folder / "submit" / "spec.json"
+    if spec.is_file() and json.loads(spec.read_text(encoding="utf-8")).get("action") == "evaluate":
+        stage = replace(stage, action="evaluate")
+    return Plan((stage,), (None,))
+
+
+def _plan_chain(request: Request, path: Path) -> Plan:
+    if request.array is not None:
+        raise ConfigError("--array goes with one recipe, not with a chain")
+    name = chain.read(path).name
+    root = Path(request.folder or f"runs/{name}").resolve()
+    read, planned = chain.plan(path, root, request.overrides)
+    order = [p.name for p in planned]
+    stages = []
+    for one in planned:
+        size = chain.settings(one.stage, _size(request))
+        stage = _stage(request, f"{read.name}.{one.name}", (one.run,), (one.loaded,), size)
+        if one.stage.evaluate is not None:
+            stage = replace(stage, action="evaluate")
+        if one.stage.needs is not None:
+            stage = replace(stage, after=None)
+        stages.append(stage)
+    if any(stage.profile.kind == "local" for stage in stages) and len(stages) > 1:
+        raise ConfigError(
+            "a chain needs a Slurm cluster; on --cluster local submit its recipes one after the other"
+        )
+    needs = tuple(order.index(one.stage.needs) if one.stage.needs else None for one in planned)
+    return Plan(tuple(stages), needs, read.name, root)
+
+
+def _size(request: Request) -> dict[str, Any]:
+    return {
+        "nodes": request.nodes,
+        "gpus_per_node": request.gpus_per_node,
+        "time": request.time,
+        "retries": request.retries,
+    }
+
+
+def _profile(request: Request, size: Mapping[str, Any]) -> Profile:
+    given = {"gpus_per_node": size["gpus_per_node"], "time": size["time"], "partition": request.partition}
+    return cluster.load(request.cluster, {key: value for key, value in given.items() if value is not None})
+
+
+def _stage(
+    request: Request,
+    name: str,
+    folders: tuple[Path, ...],
+    loaded: tuple[Loaded, ...],
+    size: Mapping[str, Any],
+) -> Stage:
+    profile = _profile(request, size)
+    if size["retries"] < 0:
+        raise ConfigError(f"--retries {size['retries']}: 0 or more")
+    after = launch.dependency_on(request.after)[0] if request.after is not None else None
+    if after is not None and profile.kind == "local":
+        raise ConfigError("--after needs a Slurm cluster")
+    return Stage(
+        name=name,
+        runs=folders,
+        loaded=loaded,
+        profile=profile,
+        profile_name=request.cluster,
+        nodes=launch.nodes_range(str(size["nodes"])),
+        minutes=minutes(profile.time),
+        retries=size["retries"],
+        after=after,
+    )
+
+
+def describe(made: Plan) -> str:
+    """The plan in words and the batch scripts, as ``--dry-run`` prints them."""
+    blocks = []
+    for stage, need in zip(made.stages, made.needs):
+        waits = (
+            f", after {made.stages[need].name}"
+            if need is not None
+            else (f", {stage.after}" if stage.after else "")
+        )
+        low, high = stage.nodes
+        tasks = stage.profile.tasks
+        lines = [
+            f"{stage.name}: {low if low == high else f'{low}-{high}'} node(s) x {tasks} task(s), "
+            f"{stage.minutes} min a job, profile {stage.profile_name}{waits}"
+        ]
+        for folder, loaded in zip(stage.runs, stage.loaded):
+            config = loaded.config
+            lines.append(f"  run folder {_short(folder)}")
+            if stage.action == "train":
+                world = high * tasks
+                made_of = derive(config, world=world, samples_per_epoch=config.train.global_batch)
+                lines.append(
+                    f"  batch {config.train.global_batch} = {world} device(s) x {config.train.micro_batch} x "
+                    f"{made_of.accumulation} accumulated; peak learning rate {made_of.peak_lr:g}; "
+                    f"{config.schedule.epochs:g} epochs"
+                )
+        lines.append(
+            f"  saves {stage.profile.signal_delay_s} s before the limit and goes on by "
+            f"{'scontrol requeue' if stage.profile.requeue == 'scontrol' else 'a follow-up job'}; "
+            f"{stage.retries} crash(es) forgiven, each only after a new checkpoint"
+        )
+        if stage.profile.kind == "slurm":
+            dependency = f"afterok:<job of {made.stages[need].name}>" if need is not None else None
+            lines += ["", slurm.script(stage.profile, stage.placement(dependency)).rstrip()]
+        else:
+            lines.append("  through submitit's local executor, on this machine")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _remember_chain(made: Plan) -> None:
+    assert made.root is not None
+    content = {
+        "name": made.chain,
+        "stages": [{"name": stage.runs[0].name, "run": str(stage.runs[0])} for stage in made.stages],
+    }
+    launch.write(made.root / "chain.json", json.dumps(content, indent=2) + "\n")
+
+
+def _split(values: str) -> list[str]:
+    """Commas divide values, but not within brackets: ``[1,2],[3,4]`` is two."""
+    parts, depth, start = [], 0, 0
+    for position, letter in enumerate(values):
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0:
+            parts.append(values[start:position])
+            start = position + 1
+    return [part.strip() for part in [*parts, values[start:]] if part.strip()]
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def folders_of(given: Sequence[str]) -> list[Path]:
+    """Run folders under each given one: itself, the stages of a chain, the runs of an array, or all below a parent.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found: list[Path] = []
+    for name in given:
+        folder = Path(name)
+        if (folder / "submit" / "history.jsonl").is_file() or (folder / "config.yaml").is_file():
+            found.append(folder)
+        elif (folder / "chain.json").is_file():
+            stages = json.loads((folder / "chain.json").read_text(encoding="utf-8"))["stages"]
+            found += [folder / stage["name"] for stage in stages]
+        else:
+            below = sorted(
+                {p.parent for pattern in ("*/config.yaml", "*/*/config.yaml") for p in folder.glob(pattern)}
+            )
+            if not below:
+                raise ConfigError(f"{folder}: no run folder, and none below it")
+            found += below
+    return found

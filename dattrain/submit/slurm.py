@@ -1,0 +1,157 @@
+"""From a profile and a size to submitit's parameters and the text of a batch script. Pure: nothing is run or written.
+
+The text comes from submitit's own generator, which is what ``sbatch`` is given too, so that what ``--dry-run`` prints is
+what would be submitted.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dattrain.submit.cluster import Profile
+
+TIMEOUTS = 1_000_000_000
+"""submitit's ``max_num_timeout``: it counts each signal of a job shorter than ten minutes, and would end the run at three."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How large a job is and where its files lie."""
+
+    name: str
+    runs: tuple[Path, ...]
+    """Run folders, absolute; more than one makes an array."""
+    folder: Path
+    """Where submitit keeps scripts, pickles and per-task output."""
+    nodes: tuple[int, int]
+    """Fewest and most nodes; Slurm gives what it has in between, and a restart may get another number."""
+    minutes: int
+    dependency: str | None = None
+
+    @property
+    def nodes_text(self) -> str:
+        low, high = self.nodes
+        return str(low) if low == high else f"{low}-{high}"
+
+
+def parameters(profile: Profile, place: Placement) -> dict[str, Any]:
+    """submitit's parameters of a job; what is None is left to the cluster."""
+    extra: dict[str, Any] = {}
+    if place.nodes[0] != place.nodes[1]:
+        extra["nodes"] = place.nodes_text
+    if profile.reservation:
+        extra["reservation"] = profile.reservation
+    if place.dependency:
+        extra["kill-on-invalid-dep"] = "yes"
+    if profile.requeue == "scontrol":
+        extra["requeue"] = True
+    else:
+        extra["no-requeue"] = True
+    extra.update(
+        {key.replace("_", "-"): value for key, value in profile.sbatch.items() if value is not False}
+    )
+    found: dict[str, Any] = {
+        "job_name": place.name,
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "exclude": profile.exclude,
+        "time": place.minutes,
+        "nodes": place.nodes[1],
+        "ntasks_per_node": profile.tasks,
+        "cpus_per_task": profile.cpus_per_task,
+        "mem": _memory(profile.mem_gb),
+        "exclusive": True if profile.exclusive else None,
+        "signal_delay_s": profile.signal_delay_s,
+        "dependency": place.dependency,
+        "setup": _before(profile, place),
+        "teardown": [f'{_bookkeeper(profile)} end "$DATTRAIN_RUN" $?'],
+        "srun_args": _srun(profile, place),
+        "wckey": None,
+        "additional_parameters": extra,
+    }
+    if profile.gpus_per_node:
+        one = profile.gpu_visibility == "one"
+        found["gpus_per_task" if one else "gpus_per_node"] = 1 if one else profile.gpus_per_node
+    return {key: value for key, value in found.items() if value is not None or key == "wckey"}
+
+
+def script(profile: Profile, place: Placement) -> str:
+    """The batch script, word for word as it would be submitted."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    command = f"{python(profile, place)} -u -m submitit.core._submit {shlex.quote(str(place.folder))}"
+    count = len(place.runs) if len(place.runs) > 1 else None
+    return _make_sbatch_string(
+        command=command, folder=place.folder, map_count=count, **parameters(profile, place)
+    )
+
+
+def python(profile: Profile, place: Placement) -> str:
+    """The shell command that starts Python in a task, inside apptainer where the profile says so."""
+    box = profile.container
+    if box is None:
+        return shlex.quote(profile.python or sys.executable)
+    inner = shlex.quote(profile.python or "python")
+    if box.runtime == "pyxis":
+        return inner
+    binds = [word for mount in _mounts(profile, place) for word in ("--bind", mount)]
+    gpu = ["--nv"] if profile.gpus_per_node else []
+    return shlex.join(["apptainer", "exec", *gpu, *binds, *box.arguments, box.image]) + " " + inner
+
+
+def _before(profile: Profile, place: Placement) -> list[str]:
+    """Lines before srun: the profile's own, the environment, the snapshot, and the bookkeeper's consent."""
+    runs = " ".join(shlex.quote(str(run)) for run in place.runs)
+    lines = [*profile.setup]
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()]
+    if profile.cpus_per_task:
+        # Since Slurm 22.05 srun no longer takes it from sbatch.
+        lines.append(f"export SRUN_CPUS_PER_TASK={profile.cpus_per_task}")
+    lines += [
+        f"DATTRAIN_RUNS=({runs})",
+        'export DATTRAIN_RUN="${DATTRAIN_RUNS[${SLURM_ARRAY_TASK_ID:-0}]}"',
+        'export PYTHONPATH="$DATTRAIN_RUN/submit/code${PYTHONPATH:+:$PYTHONPATH}"',
+        # Deferred until srun returns, and not inherited by it: the books are closed even when the job is told to end.
+        "trap : TERM",
+        f'{_bookkeeper(profile)} begin "$DATTRAIN_RUN" || exit $?',
+        f'{_bookkeeper(profile)} guard "$DATTRAIN_RUN" &',
+        "export DATTRAIN_GUARD=$!",
+    ]
+    return lines
+
+
+def _bookkeeper(profile: Profile) -> str:
+    return f"{shlex.quote(profile.host_python)} -m dattrain.submit.watch"
+
+
+def _srun(profile: Profile, place: Placement) -> list[str]:
+    # One rank that dies would leave the others waiting in a collective until the time limit.
+    arguments = ["--kill-on-bad-exit=1", *profile.srun]
+    box = profile.container
+    if box is not None and box.runtime == "pyxis":
+        arguments += [
+            f"--container-image={box.image}",
+            f"--container-mounts={','.join(_mounts(profile, place))}",
+        ]
+        arguments += box.arguments
+    return arguments
+
+
+def _mounts(profile: Profile, place: Placement) -> list[str]:
+    assert profile.container is not None
+    own = [str(run) for run in place.runs]
+    if not any(place.folder.is_relative_to(run) for run in place.runs):
+        own.append(str(place.folder))
+    return [*(mount if ":" in mount else f"{mount}:{mount}" for mount in (*own, *profile.container.mounts))]
+
+
+def _memory(gb: float | None) -> str | None:
+    if gb is None:
+        return None
+    return f"{int(gb)}G" if gb == int(gb) else f"{int(gb * 1024)}M"

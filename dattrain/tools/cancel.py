@@ -1,0 +1,33 @@
+"""``dattrain cancel``: end a run's jobs, those that wait included."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, chain or array")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0. Cancelling twice is harmless; a run that is over is left as it is."""
+    from dattrain.submit import history, launch, local, queue, request
+
+    for folder in request.folders_of(args.runs):
+        job, _ = launch.active(folder)
+        if job is None:
+            print(f"{folder}: no job to cancel")
+            continue
+        # Written first: the bookkeeper of a job that ends between this line and the next must not requeue it.
+        history.record(folder, "cancel")
+        if not local.cancel(folder):
+            jobs = [
+                e["job"] for e in history.since_submission(history.history(folder)) if e["event"] == "submit"
+            ]
+            alive = [
+                j for j, state in queue.states(jobs).items() if not state.final and state.state != "UNKNOWN"
+            ]
+            queue.cancel(alive or [job])
+        print(f"{folder}: cancelled job {job}")
+    return 0

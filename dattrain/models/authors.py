@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from dattrain.errors import UserError
 from dattrain.models.attention import WindowAttention, shift_mask
-from dattrain.models.blocks import Block, Downsample, Mlp, PatchEmbed
-from dattrain.models.dat import DAT, Stage
+from dattrain.models.blocks import Block, Downsample, Mlp, PatchEmbed, Stage
+from dattrain.models.dat import DAT
 from dattrain.models.deformable import DeformableAttention, SharedDepthwiseConv
 
 

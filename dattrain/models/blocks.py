@@ -5,9 +5,10 @@ Attention itself is in ``attention``; the assembly of stages is in ``dat``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -133,3 +134,29 @@ def _scaled(branch: Tensor, scale: Tensor | None, column: int) -> Tensor:
     if scale is None:
         return branch
     return branch * scale[:, column].to(branch.dtype).view(-1, 1, 1, 1)
+
+
+class Stage(nn.Module):
+    """Downsampling (but for the first stage), then blocks on B x H x W x C."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.checkpoint_blocks = False
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x: B x H x W x C; scale: B x (2 * blocks), see ``Block``."""
+        x = self.downsample(x)
+        for index, block in enumerate(self.blocks):
+            columns = None if scale is None else scale[:, 2 * index : 2 * index + 2]
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = recompute(block, x, columns, random=draws(block))
+            else:
+                x = block(x, columns)
+        return x
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether dropout below ``module`` draws random numbers, whose generator a checkpoint must then restore."""
+    return any(isinstance(child, nn.Dropout) and child.p > 0 for child in module.modules())

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
-from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from dattrain.errors import UserError
 from dattrain.models.attention import Shift, SpatialReductionAttention, WindowAttention
-from dattrain.models.blocks import Block, Downsample, Interior, Mlp, PatchEmbed, recompute
+from dattrain.models.blocks import Block, Downsample, Mlp, PatchEmbed, Stage, draws, recompute
 from dattrain.models.datpp import ConvDownsample, ConvMlp, ConvStem, LocalPerception, NeighborhoodAttention
 from dattrain.models.deformable import (
     Conventions,
@@ -28,39 +26,20 @@ from dattrain.models.deformable import (
     Reference,
 )
 from dattrain.models.init import Init, init_weights
-from dattrain.models.resize import resize_fixed_table, resize_table
-
-Size = int | tuple[int, int]
-Remat = Literal["stage", "block", "selective"]
-
-StemKind = Literal["patch", "conv"]
-MlpKind = Literal["linear", "conv"]
-
-BLOCK_KINDS = "LSDPN"
-
-
-class Stage(nn.Module):
-    """Downsampling (but for the first stage), then blocks on B x H x W x C."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
-        self.checkpoint_blocks = False
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """x: B x H x W x C; scale: B x (2 * blocks), see ``Block``."""
-        x = self.downsample(x)
-        for index, block in enumerate(self.blocks):
-            columns = None if scale is None else scale[:, 2 * index : 2 * index + 2]
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = recompute(block, x, columns, random=_draws(block))
-            else:
-                x = block(x, columns)
-        return x
+from dattrain.models.protocol import TimmProtocol
+from dattrain.models.settings import (
+    MlpKind,
+    Size,
+    StemKind,
+    check_blocks,
+    check_choices,
+    check_offset_range,
+    pair,
+    per_stage,
+)
 
 
-class DAT(nn.Module):
+class DAT(TimmProtocol):
     """Vision Transformer with Deformable Attention (Xia et al., CVPR 2022).
 
     Sequences have one entry per stage. Any input size works in ``forward``; ``img_size`` lays out windows and tables.
@@ -125,7 +104,7 @@ class DAT(nn.Module):
         init: Init = "paper",
     ) -> None:
         super().__init__()
-        _check_choices(
+        check_choices(
             shift=(shift, Shift),
             reference=(reference, Reference),
             query_grid=(query_grid, QueryGrid),
@@ -135,52 +114,27 @@ class DAT(nn.Module):
         )
         if stem == "conv" and patch_size != 4:
             raise UserError(f"stem='conv' is two convolutions of stride 2: patch_size={patch_size} must be 4")
-        neighborhood = (neighborhood,) * len(blocks) if isinstance(neighborhood, int) else tuple(neighborhood)
-        for side in neighborhood:
-            if side < 1 or side % 2 == 0:
-                raise UserError(f"neighborhood={side} must be odd")
-        if not (
-            offset_range in ("free", "tanh", "clamp")
-            or (isinstance(offset_range, (int, float)) and offset_range > 0)
-        ):
-            raise UserError(
-                f"offset_range={offset_range!r} must be a number above 0, 'free', 'tanh' or 'clamp'"
-            )
-        per_stage = {
-            "dims": dims, "heads": heads, "groups": groups, "strides": strides,
-            "offset_kernels": offset_kernels, "sr_ratios": sr_ratios,
-            "neighborhood": neighborhood,
-        }  # fmt: skip
-        for name, values in per_stage.items():
-            if len(values) != len(blocks):
-                raise UserError(
-                    f"{name}={list(values)} has {len(values)} entries, but blocks={list(blocks)} has {len(blocks)} stages"
-                )
-        for stage, kinds in enumerate(blocks):
-            _check_stage(stage, kinds, dims[stage], heads[stage], groups[stage])
-
+        check_offset_range(offset_range)
+        stages = len(blocks)
+        self.blocks = tuple(blocks)
+        self.dims = per_stage("dims", dims, stages)
+        self.heads = per_stage("heads", heads, stages)
+        self.groups = per_stage("groups", groups, stages)
+        self.strides = per_stage("strides", strides, stages)
+        self.offset_kernels = per_stage("offset_kernels", offset_kernels, stages)
+        self.sr_ratios = per_stage("sr_ratios", sr_ratios, stages)
+        self.neighborhood = per_stage("neighborhood", neighborhood, stages)
+        check_blocks(self.blocks, self.dims, self.heads, self.groups, self.neighborhood)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
         self.patch_size = patch_size
-        self.img_size = _pair(img_size)
-        self.dims, self.blocks, self.heads, self.groups = (
-            tuple(dims),
-            tuple(blocks),
-            tuple(heads),
-            tuple(groups),
-        )
-        self.strides, self.offset_kernels, self.sr_ratios = (
-            tuple(strides),
-            tuple(offset_kernels),
-            tuple(sr_ratios),
-        )
+        self.img_size = pair(img_size)
         self.window_size = (
             window_size if window_size is None or isinstance(window_size, int) else tuple(window_size)
         )
         self.window_divisor = window_divisor
         self.shift: Shift = shift
-        self.neighborhood = neighborhood
         self.stem: StemKind = stem
         self.mlp: MlpKind = mlp
         self.local_perception = local_perception
@@ -199,7 +153,7 @@ class DAT(nn.Module):
         ]
 
         self.patch_embed = self._make_stem()
-        sizes, windows = self.map_sizes(self.img_size), self._windows(self.img_size)
+        sizes, windows = self.map_sizes(self.img_size), self.windows(self.img_size)
         self.stages = nn.ModuleList(
             Stage(
                 self._make_downsample(stage) if stage else nn.Identity(),
@@ -211,7 +165,7 @@ class DAT(nn.Module):
         self.head = ClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt
         )
-        self._checkpoint_stages = False
+        self.checkpoint_stages = False
         init_weights(self, init)
 
     # Assembly -----------------------------------------------------------------------------------------------------
@@ -255,16 +209,12 @@ class DAT(nn.Module):
         height, width = (ceil(side / self.patch_size) for side in img_size)
         return [(ceil(height / 2**stage), ceil(width / 2**stage)) for stage in range(len(self.dims))]
 
-    def _windows(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
+    def windows(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
         """(height, width) of every stage's windows."""
         wanted = self.window_size
         if wanted is None:
             wanted = max(1, ceil(min(img_size) / self.window_divisor))
-        sides = (wanted,) * len(self.dims) if isinstance(wanted, int) else wanted
-        if len(sides) != len(self.dims):
-            raise UserError(
-                f"window_size={list(sides)} has {len(sides)} entries, but the model has {len(self.dims)} stages"
-            )
+        sides = per_stage("window_size", wanted, len(self.dims))
         return [(min(side, h), min(side, w)) for side, (h, w) in zip(sides, self.map_sizes(img_size))]
 
     # Forward ------------------------------------------------------------------------------------------------------
@@ -293,8 +243,8 @@ class DAT(nn.Module):
         for depth, stage in zip(self.depths[:count], self.stages):
             columns = None if scale is None else scale[:, first : first + 2 * depth]
             first += 2 * depth
-            if self._checkpoint_stages and torch.is_grad_enabled():
-                x = recompute(stage, x, columns, random=_draws(stage))
+            if self.checkpoint_stages and torch.is_grad_enabled():
+                x = recompute(stage, x, columns, random=draws(stage))
             else:
                 x = stage(x, columns)
             maps.append(x)
@@ -350,161 +300,3 @@ class DAT(nn.Module):
         if output_fmt == "NCHW":
             chosen = [each.permute(0, 3, 1, 2).contiguous() for each in chosen]
         return chosen if intermediates_only else (final, chosen)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove the stages after the last of ``indices``, and with them (or when asked) final norm and head."""
-        wanted, last = feature_take_indices(len(self.stages), indices)
-        shortened = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        if shortened:
-            self.num_features = self.head_hidden_size = self.dims[last]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return wanted
-
-    # timm's protocol ----------------------------------------------------------------------------------------------
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of position biases; norms and biases are 1-D and excluded by that."""
-        return {
-            name for name, _ in self.named_parameters() if "bias_table" in name or "position_conv" in name
-        }
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that group parameters into layers: stages, or blocks."""
-        blocks = (
-            r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ]
-        )
-        return {"stem": r"^patch_embed", "blocks": blocks}
-
-    def layer_of(self, parameter_name: str) -> int:
-        """Depth of a parameter, for layer decay: 0 stem, then one per block, ``num_layers`` final norm and head.
-
-        A stage's downsampling counts with its first block.
-
-        Raises:
-            ValueError: not a name of this model's parameters.
-        """
-        parts = parameter_name.split(".")
-        if parts[0] == "patch_embed":
-            return 0
-        if parts[0] in ("norm", "head"):
-            return self.num_layers
-        if parts[0] != "stages":
-            raise ValueError(f"{parameter_name!r} is not a parameter of {type(self).__name__}")
-        block = int(parts[3]) if parts[2] == "blocks" else 0
-        return sum(self.depths[: int(parts[1])]) + block + 1
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True, mode: Remat = "block") -> None:
-        """Recompute activations in the backward pass, with torch's non-reentrant checkpoint.
-
-        Args:
-            enable: False stores everything.
-            mode: ``stage`` recomputes whole stages (least memory), ``block`` blocks, ``selective`` only the interiors
-                between two matrix products: windows, scores and weighted sums of attention, and the MLP's activation.
-        """
-        _check_choices(mode=(mode, Remat))
-        self._checkpoint_stages = enable and mode == "stage"
-        for module in self.modules():
-            if isinstance(module, Stage):
-                module.checkpoint_blocks = enable and mode == "block"
-            elif isinstance(module, Interior):
-                module.checkpoint_interior = enable and mode == "selective"
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The classifier: linear layer, or identity without classes."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for ``num_classes`` (0: none), drawn as ``init`` says."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pool
-        parameter = next(self.parameters())
-        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features)
-        self.head.to(device=parameter.device, dtype=parameter.dtype)
-        self.head_hidden_size = self.head.num_features
-        init_weights(self.head, self.init)
-
-    def set_input_size(
-        self, img_size: Size | None = None, window_size: int | Sequence[int] | None = None
-    ) -> None:
-        """Lay windows and bias tables out for another size; tables are resized bicubically, in place.
-
-        Args:
-            img_size: side or (height, width); None keeps it.
-            window_size: as in the constructor; None keeps the rule that the model was made with.
-        """
-        size = self.img_size if img_size is None else _pair(img_size)
-        if window_size is not None:
-            self.window_size = window_size if isinstance(window_size, int) else tuple(window_size)
-        self.img_size = size
-        for stage, map_size, window in zip(self.stages, self.map_sizes(size), self._windows(size)):
-            for module in stage.modules():
-                if isinstance(module, WindowAttention):
-                    module.window = window
-                    shape = (2 * window[0] - 1, 2 * window[1] - 1)
-                    module.bias_table = _replaced(
-                        module.bias_table, resize_table(module.bias_table.detach(), shape)
-                    )
-                elif isinstance(module, DeformableAttention):
-                    _resize_deformable(module, map_size)
-        update_model_input_size(self, size, window_size=window_size)
-
-
-def _resize_deformable(module: DeformableAttention, size: tuple[int, int]) -> None:
-    table, old, module.size = module.bias_table, module.size, size
-    if table is None:
-        return
-    if module.conventions.position == "fixed":
-        resized = resize_fixed_table(table.detach(), module.map_sizes(old), module.map_sizes(size))
-    else:
-        resized = resize_table(table.detach(), module.table_size(size))
-    module.bias_table = _replaced(table, resized)
-
-
-def _replaced(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
-    if value.shape == parameter.shape:
-        return parameter
-    return nn.Parameter(value, requires_grad=parameter.requires_grad)
-
-
-def _draws(module: nn.Module) -> bool:
-    """Whether dropout below ``module`` draws random numbers, whose generator a checkpoint must then restore."""
-    return any(isinstance(child, nn.Dropout) and child.p > 0 for child in module.modules())
-
-
-def _pair(size: Size) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise UserError(f"img_size={size} must be positive")
-    return int(height), int(width)
-
-
-def _check_choices(**choices: tuple[object, Any]) -> None:
-    for name, (value, literal) in choices.items():
-        if value not in get_args(literal):
-            raise UserError(f"{name}={value!r} is not known; choose one of {', '.join(get_args(literal))}")
-
-
-def _check_stage(stage: int, kinds: str, dim: int, heads: int, groups: int) -> None:
-    if not kinds or set(kinds) - set(BLOCK_KINDS):
-        raise UserError(f"blocks[{stage}]={kinds!r} must be a string of the letters {', '.join(BLOCK_KINDS)}")
-    if dim % heads:
-        raise UserError(f"dims[{stage}]={dim} is not a multiple of heads[{stage}]={heads}")
-    if "D" in kinds and (groups < 1 or heads % groups):
-        raise UserError(f"heads[{stage}]={heads} is not a multiple of groups[{stage}]={groups}")

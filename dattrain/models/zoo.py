@@ -12,8 +12,9 @@ from torch import nn
 
 from dattrain.errors import UserError
 from dattrain.models import surgery
-from dattrain.models.dat import DAT, Size
+from dattrain.models.dat import DAT
 from dattrain.models.init import Init
+from dattrain.models.settings import Size
 
 DATPP: dict[str, Any] = {
     "blocks": ("ND", "ND" * 2, "ND" * 9, "DD"),

@@ -1,0 +1,71 @@
+"""Checks of what ``dat.DAT`` is called with: each says what is wrong by the argument's name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from dattrain.errors import UserError
+
+Size = int | tuple[int, int]
+StemKind = Literal["patch", "conv"]
+MlpKind = Literal["linear", "conv"]
+
+BLOCK_KINDS = "LSDPN"
+
+
+def pair(size: Size | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a side or a pair, in pixels."""
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise UserError(f"img_size={size} must be a positive side, or height and width")
+    return int(sides[0]), int(sides[1])
+
+
+def check_choices(**choices: tuple[object, Any]) -> None:
+    """Each keyword is (value, Literal that must hold it)."""
+    for name, (value, literal) in choices.items():
+        if value not in get_args(literal):
+            raise UserError(
+                f"{name}={value!r} is not known; choose one of {', '.join(map(str, get_args(literal)))}"
+            )
+
+
+def per_stage(name: str, value: int | Sequence[int], stages: int) -> tuple[int, ...]:
+    """One positive integer per stage; a single one serves all."""
+    values = (value,) * stages if isinstance(value, int) else tuple(value)
+    if len(values) != stages:
+        raise UserError(f"{name}={list(values)} has {len(values)} entries, but blocks has {stages} stages")
+    if any(not isinstance(each, int) or each < 1 for each in values):
+        raise UserError(f"{name}={list(values)} must be positive integers")
+    return values
+
+
+def check_blocks(
+    blocks: Sequence[str],
+    dims: Sequence[int],
+    heads: Sequence[int],
+    groups: Sequence[int],
+    odd: Sequence[int],
+) -> None:
+    """Letters are known; heads divide channels and groups divide heads; ``odd`` (neighbourhoods) are odd."""
+    for stage, kinds in enumerate(blocks):
+        if not kinds or set(kinds) - set(BLOCK_KINDS):
+            raise UserError(
+                f"blocks[{stage}]={kinds!r} must be a string of the letters {', '.join(BLOCK_KINDS)}"
+            )
+        if dims[stage] % heads[stage]:
+            raise UserError(f"dims[{stage}]={dims[stage]} is not a multiple of heads[{stage}]={heads[stage]}")
+        if "D" in kinds and heads[stage] % groups[stage]:
+            raise UserError(
+                f"heads[{stage}]={heads[stage]} is not a multiple of groups[{stage}]={groups[stage]}"
+            )
+        if "N" in kinds and odd[stage] % 2 == 0:
+            raise UserError(f"neighborhood[{stage}]={odd[stage]} must be odd")
+
+
+def check_offset_range(value: object) -> None:
+    """A limit above 0 or one of the named ranges."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (value in ("free", "tanh", "clamp") or (number and value > 0)):  # type: ignore[operator]
+        raise UserError(f"offset_range={value!r} must be a number above 0, 'free', 'tanh' or 'clamp'")

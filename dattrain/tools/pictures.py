@@ -1,0 +1,74 @@
+"""Image files as a model wants them: decode, resize, centre crop, normalise, as a card says; and the reverse for drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dattrain.data import images
+from dattrain.data.augment import eval_geometry
+from dattrain.data.dataset import is_image_name
+from dattrain.data.transforms import resize
+from dattrain.errors import UserError
+from dattrain.tools.weights import Card
+
+
+def find(paths: Iterable[str | Path]) -> list[Path]:
+    """Image files named, and those in folders named (sorted, not deeper).
+
+    Raises:
+        UserError: a path does not exist, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.is_file() and is_image_name(p.name))
+            if not inside:
+                raise UserError(f"{path}: a folder without images")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"{path}: no such image")
+    return found
+
+
+def read(path: Path) -> Tensor:
+    """RGB pixels of a file, 3 x H x W uint8. Raises UserError for what is not an image."""
+    try:
+        return images.decode(path.read_bytes())
+    except (images.BadImage, OSError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def prepare(image: Tensor, card: Card, size: tuple[int, int] | None = None) -> Tensor:
+    """Resize and centre crop for evaluation: 3 x H x W uint8 to 3 x size uint8 (``card.img_size`` when None)."""
+    size = size or card.img_size
+    resized, (top, left) = eval_geometry(
+        image.shape[1], image.shape[2], size, resize=card.resize, crop_pct=card.crop_pct
+    )
+    return resize(image, resized, card.interpolation)[:, top : top + size[0], left : left + size[1]]
+
+
+def normalise(batch: Tensor, card: Card, device: torch.device | str = "cpu") -> Tensor:
+    """B x 3 x H x W uint8 to the model's input, float32: (x / 255 - mean) / std; one channel is the mean of three."""
+    x = batch.to(device).float() / 255
+    mean, std = (torch.tensor(each, device=x.device).view(1, -1, 1, 1) for each in (card.mean, card.std))
+    if card.in_chans == 1:
+        x, mean, std = x.mean(1, keepdim=True), mean.mean(1, keepdim=True), std.mean(1, keepdim=True)
+    return (x - mean) / std
+
+
+def from_array(image: np.ndarray) -> Tensor:
+    """H x W or H x W x 3 uint8 to 3 x H x W."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.expand(3, -1, -1) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def array(image: Tensor) -> np.ndarray:
+    """3 x H x W uint8 to H x W x 3 for drawing."""
+    return image.permute(1, 2, 0).cpu().numpy()

@@ -72,6 +72,9 @@ def from_authors(state_dict: Mapping[str, Any], config: Mapping[str, Any] | None
     state = _unwrap(state_dict)
     with torch.device("meta"):
         model = DAT(**_recognised(state, config))
+    stated, model.window_size = model.windows(model.img_size), None
+    if model.windows(model.img_size) != stated:
+        model.window_size = tuple(min(window) for window in stated)
     model.load_state_dict(authors.read_all(state, model), strict=True, assign=True)
     return model.requires_grad_(True).eval()
 
@@ -83,21 +86,6 @@ def to_authors(model: DAT) -> dict[str, Tensor]:
         UserError: a tensor of ours has no counterpart there (a block or a setting of ours alone).
     """
     return authors.write_all(model)
-
-
-def variant_of(model: DAT) -> str | None:
-    """Name in ``zoo.VARIANTS`` of the variant whose architecture this is, whatever image size and head; else None."""
-    from dattrain.models.zoo import VARIANTS
-
-    for name, (kind, arguments) in VARIANTS.items():
-        if type(model) is not kind:
-            continue
-        structure = {
-            key: value for key, value in arguments.items() if key in ("dims", "blocks", "heads", "groups")
-        }
-        if all(tuple(getattr(model, key)) == tuple(value) for key, value in structure.items()):
-            return name
-    return None
 
 
 def for_model(state: Mapping[str, Any], model: DAT) -> dict[str, Tensor]:
@@ -285,7 +273,13 @@ def _resized(name: str, source: Tensor, shape: torch.Size, module: DeformableAtt
 def _recognised(state: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Arguments of ``DAT``."""
     code = datpp_authors if recognise.is_datpp(state) else recognise
-    return code.from_tensors(state) if config is None else code.from_config(config)
+    arguments = code.from_tensors(state) if config is None else code.from_config(config)
+    try:
+        arguments["in_chans"] = state["patch_proj.0.weight"].shape[1]
+        arguments["num_classes"] = state["cls_head.weight"].shape[0]
+    except KeyError as error:
+        raise UserError(f"not a checkpoint of the authors: {error} is missing") from error
+    return arguments
 
 
 def _unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:

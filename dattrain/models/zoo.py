@@ -6,6 +6,7 @@ import inspect
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
@@ -28,66 +29,47 @@ DATPP: dict[str, Any] = {
 }
 """What the DAT++ variants share (arXiv 2309.01430 and the authors' configurations)."""
 
-VARIANTS: dict[str, tuple[type[DAT], dict[str, Any]]] = {
-    "dat_tiny": (
-        DAT,
-        {
-            "dims": (96, 192, 384, 768),
-            "blocks": ("LS", "LS", "LD" * 3, "LD"),
-            "heads": (3, 6, 12, 24),
-            "groups": (1, 2, 3, 6),
-        },
-    ),
-    "dat_small": (
-        DAT,
-        {
-            "dims": (96, 192, 384, 768),
-            "blocks": ("LS", "LS", "LD" * 9, "LD"),
-            "heads": (3, 6, 12, 24),
-            "groups": (1, 2, 3, 6),
-        },
-    ),
-    "dat_base": (
-        DAT,
-        {
-            "dims": (128, 256, 512, 1024),
-            "blocks": ("LS", "LS", "LD" * 9, "LD"),
-            "heads": (4, 8, 16, 32),
-            "groups": (1, 2, 4, 8),
-        },
-    ),
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dat_tiny": {
+        "dims": (96, 192, 384, 768),
+        "blocks": ("LS", "LS", "LD" * 3, "LD"),
+        "heads": (3, 6, 12, 24),
+        "groups": (1, 2, 3, 6),
+    },
+    "dat_small": {
+        "dims": (96, 192, 384, 768),
+        "blocks": ("LS", "LS", "LD" * 9, "LD"),
+        "heads": (3, 6, 12, 24),
+        "groups": (1, 2, 3, 6),
+    },
+    "dat_base": {
+        "dims": (128, 256, 512, 1024),
+        "blocks": ("LS", "LS", "LD" * 9, "LD"),
+        "heads": (4, 8, 16, 32),
+        "groups": (1, 2, 4, 8),
+    },
     # Ours, not the paper's: small enough to train on a CPU in minutes, at 64 x 64 with windows of 4.
-    "dat_atto": (
-        DAT,
-        {
-            "img_size": 64,
-            "dims": (32, 64, 128, 256),
-            "blocks": ("L", "S", "LD", "D"),
-            "heads": (2, 4, 8, 16),
-            "groups": (1, 1, 2, 4),
-            "window_divisor": 16,
-        },
-    ),
-    "dat_pp_tiny": (
-        DAT,
-        {**DATPP, "dims": (64, 128, 256, 512), "heads": (2, 4, 8, 16), "groups": (1, 2, 4, 8)},
-    ),
-    "dat_pp_small": (
-        DAT,
-        {**DATPP, "dims": (96, 192, 384, 768), "heads": (3, 6, 12, 24), "groups": (1, 2, 3, 6)},
-    ),
-    "dat_pp_base": (
-        DAT,
-        {**DATPP, "dims": (128, 256, 512, 1024), "heads": (4, 8, 16, 32), "groups": (2, 4, 8, 16)},
-    ),
+    "dat_atto": {
+        "img_size": 64,
+        "dims": (32, 64, 128, 256),
+        "blocks": ("L", "S", "LD", "D"),
+        "heads": (2, 4, 8, 16),
+        "groups": (1, 1, 2, 4),
+        "window_divisor": 16,
+    },
+    "dat_pp_tiny": {**DATPP, "dims": (64, 128, 256, 512), "heads": (2, 4, 8, 16), "groups": (1, 2, 4, 8)},
+    "dat_pp_small": {**DATPP, "dims": (96, 192, 384, 768), "heads": (3, 6, 12, 24), "groups": (1, 2, 3, 6)},
+    "dat_pp_base": {**DATPP, "dims": (128, 256, 512, 1024), "heads": (4, 8, 16, 32), "groups": (2, 4, 8, 16)},
     # Ours: the authors announced an L++ for ImageNet-22K and published neither configuration nor weights. Widths and
     # heads are Swin-L's; groups keep the 64 channels that a group has in their T and B.
-    "dat_pp_large": (
-        DAT,
-        {**DATPP, "dims": (192, 384, 768, 1536), "heads": (6, 12, 24, 48), "groups": (3, 6, 12, 24)},
-    ),
+    "dat_pp_large": {
+        **DATPP,
+        "dims": (192, 384, 768, 1536),
+        "heads": (6, 12, 24, 48),
+        "groups": (3, 6, 12, 24),
+    },
 }
-"""Class and keyword arguments of each variant."""
+"""Arguments of ``DAT`` for each variant."""
 
 
 def create(
@@ -114,8 +96,7 @@ def create(
         raise UserError(
             f"model {name!r} is not known{_nearest(name, list(VARIANTS))}; there are {', '.join(VARIANTS)}"
         )
-    kind, arguments = VARIANTS[name]
-    known = [each for each in inspect.signature(kind.__init__).parameters if each != "self"]
+    known = [each for each in inspect.signature(DAT.__init__).parameters if each != "self"]
     for each in overrides:
         if each not in known:
             raise UserError(f"model.overrides.{each} is not an argument of {name}{_nearest(each, known)}")
@@ -125,7 +106,28 @@ def create(
         "in_chans": in_chans,
         "drop_path_rate": drop_path_rate,
     }
-    return kind(**{**arguments, **given, "init": init, **overrides})
+    return DAT(**{**VARIANTS[name], **given, "init": init, **overrides})
+
+
+def variant_of(model: DAT) -> str | None:
+    """Name of the variant whose architecture and conventions this is, whatever its image size, windows and head."""
+
+    def outline(of: DAT) -> tuple[object, ...]:
+        shapes = {
+            name: tuple(parameter.shape)
+            for name, parameter in of.named_parameters()
+            if "bias_table" not in name and not name.startswith("head.")
+        }
+        strides = [stride for stride, kinds in zip(of.strides, of.blocks) if "D" in kinds]
+        return of.blocks, of.heads, strides, of.shift, of.conventions, shapes
+
+    wanted = outline(model)
+    for name, arguments in VARIANTS.items():
+        if arguments["dims"] == model.dims and arguments["blocks"] == model.blocks:
+            with torch.device("meta"):
+                if outline(DAT(**{**arguments, "in_chans": model.in_chans})) == wanted:
+                    return name
+    return None
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -167,10 +169,10 @@ default_cfgs = generate_default_cfgs(
 
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    kind, arguments = VARIANTS[name]
+    arguments = VARIANTS[name]
     out_indices = kwargs.pop("out_indices", tuple(range(len(arguments["dims"]))))
     return build_model_with_cfg(
-        kind,
+        DAT,
         name,
         pretrained,
         pretrained_filter_fn=surgery.for_model,
@@ -238,4 +240,5 @@ __all__ = [
     "dat_pp_tiny",
     "dat_small",
     "dat_tiny",
+    "variant_of",
 ]

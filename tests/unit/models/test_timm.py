@@ -1,0 +1,173 @@
+"""What timm asks of every model (after its own generic tests), for every variant.
+
+Variants run narrowed (8 channels a head), so that all of them fit `make test`; `make test-full` runs them at full width.
+"""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm.models._manipulate import group_parameters
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from dattrain.models import VARIANTS
+
+SIZE = 64
+
+
+def build(name: str, full: bool, **kwargs) -> nn.Module:
+    if not full:
+        kwargs["dims"] = tuple(8 * heads for heads in VARIANTS[name]["heads"])
+    return timm.create_model(name, pretrained=False, **{"num_classes": 10, "img_size": SIZE, **kwargs})
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.full)], ids=["narrow", "full"])
+def full(request) -> bool:
+    return request.param
+
+
+@pytest.fixture(params=list(VARIANTS))
+def name(request) -> str:
+    torch.manual_seed(0)
+    return request.param
+
+
+def test_forward_and_backward(name, full):
+    model = build(name, full, drop_path_rate=0.1).train()
+    images = torch.randn(2, 3, SIZE, SIZE)
+    logits = model(images)
+    logits.mean().backward()
+    assert logits.shape == (2, 10)
+    assert logits.isfinite().all()
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+
+
+def test_a_sample_does_not_depend_on_its_batch(name, full):
+    model, images = build(name, full).eval(), torch.randn(3, 3, SIZE, SIZE)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images)[1:2], model(images[1:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_default_configuration(name, full):
+    model = build(name, full)
+    config = model.default_cfg
+    modules, state = dict(model.named_modules()), model.state_dict()
+    assert config["classifier"] in modules and f"{config['classifier']}.weight" in state
+    assert f"{config['first_conv']}.weight" in state
+    side, pool = config["input_size"][-1], config["pool_size"]
+    assert model.map_sizes((side, side))[-1] == pool
+    assert model.get_classifier() is modules[config["classifier"]]
+
+
+def test_head_in_parts(name, full):
+    model, images = build(name, full).eval(), torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        features = model.forward_features(images)
+        assert features.shape == (2, 2, 2, model.num_features)
+        assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+        assert torch.equal(model.forward_head(features), model(images))
+        model.reset_classifier(0)
+        torch.testing.assert_close(model(images), features.mean((1, 2)))
+        model.reset_classifier(0, "")
+        assert torch.equal(model(images), features)
+        model.reset_classifier(7, "avg")
+        assert model(images).shape == (2, 7)
+        assert model.num_classes == 7
+
+
+def test_intermediates(name, full):
+    model, images = build(name, full).eval(), torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(images)
+        assert torch.equal(final, model.forward_features(images))
+        expected = [
+            (2, i["num_chs"], SIZE // i["reduction"], SIZE // i["reduction"]) for i in model.feature_info
+        ]
+        assert [tuple(each.shape) for each in maps] == expected
+        last = model.forward_intermediates(
+            images, indices=1, norm=True, output_fmt="NHWC", intermediates_only=True
+        )
+        assert torch.equal(last[0], final)
+        early = model.forward_intermediates(images, indices=[1], stop_early=True, intermediates_only=True)
+        assert torch.equal(early[0], maps[1])
+
+
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 2)])
+def test_features_only(name, full, out_indices):
+    model = build(name, full, features_only=True, out_indices=out_indices).eval()
+    with torch.no_grad():
+        maps = model(torch.randn(2, 3, SIZE, SIZE))
+    assert [each.shape[1] for each in maps] == model.feature_info.channels()
+    assert [SIZE // each.shape[-1] for each in maps] == model.feature_info.reduction()
+    assert len(maps) == len(out_indices)
+    stages = {name.split(".")[2] for name, _ in model.named_parameters() if name.startswith("model.stages.")}
+    assert len(stages) == out_indices[-1] + 1, "stages after the last feature are pruned"
+
+
+def test_weight_decay_groups(name, full):
+    model = build(name, full)
+    spared = model.no_weight_decay()
+    assert spared <= dict(model.named_parameters()).keys()
+    assert {n for n, p in model.named_parameters() if n.endswith("bias_table")} <= spared
+    decayed = param_groups_weight_decay(model, 0.05, no_weight_decay_list=spared)[1]["params"]
+    ids = {id(parameter) for parameter in decayed}
+    for parameter_name, parameter in model.named_parameters():
+        wanted = parameter.ndim > 1 and not parameter_name.endswith("bias_table")
+        assert (id(parameter) in ids) == wanted, parameter_name
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_every_parameter_has_a_layer(name, full, coarse):
+    model = build(name, full)
+    layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+    assert layers.keys() == dict(model.named_parameters()).keys()
+    if coarse:
+        assert max(layers.values()) == len(model.stages) + 1
+        return
+    assert sum(len(g["params"]) for g in param_groups_layer_decay(model, layer_decay=0.75)) == len(layers)
+
+
+def test_layer_of_counts_from_stem_to_head(name, full):
+    model = build(name, full)
+    layers = {n: model.layer_of(n) for n, _ in model.named_parameters()}
+    assert set(layers.values()) == set(range(model.num_layers + 1))
+    assert model.layer_of("head.fc.weight") == model.layer_of("norm.weight") == model.num_layers
+    assert list(layers.values()) == sorted(layers.values()), "parameters are registered in the order of depth"
+    with pytest.raises(ValueError, match="is not a parameter"):
+        model.layer_of("neck.weight")
+
+
+def test_state_dict_round_trip(name, full):
+    model, other = build(name, full).eval(), build(name, full).eval()
+    images = torch.randn(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        assert not torch.equal(model(images), other(images))
+        other.load_state_dict(model.state_dict(), strict=True)
+        assert torch.equal(model(images), other(images))
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys(), "no buffers in checkpoints"
+
+
+def test_set_input_size(name, full):
+    model = build(name, full).eval()
+    model.set_input_size(96)
+    fresh = build(name, full, img_size=96)
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in fresh.named_parameters()
+    }
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 96, 96)).shape == (1, 10)
+    model.set_input_size((64, 128))
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 128)).isfinite().all()
+
+
+def test_other_channels(name, full):
+    with torch.no_grad():
+        assert build(name, full, in_chans=1).eval()(torch.randn(1, 1, SIZE, SIZE)).shape == (1, 10)
+
+
+def test_pretrained_weights_do_not_exist(name):
+    with pytest.raises(RuntimeError, match="No pretrained weights"):
+        timm.create_model(name, pretrained=True)

@@ -118,7 +118,9 @@ def classify(
     report = next((r for r in reports if r.get("node") == node), reports[0] if reports else None)
     if report is not None and report.get("user_error"):
         return "user error", report["error"], None
-    if report is not None and (node is None or report.get("node") == node):
+    # A rank that was killed says nothing: the words of another rank of its node would be about the broken connection.
+    told = cause is None or cause.startswith("Exited with exit code")
+    if report is not None and told and (node is None or report.get("node") == node):
         cause, node = report["error"], report.get("node", node)
     return "crashed", cause or f"the tasks ended with status {status}", node
 

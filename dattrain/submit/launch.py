@@ -26,6 +26,17 @@ from dattrain.submit.slurm import Placement
 STARTUP_S = 15.0
 """Seconds that a job spends before its first step: imports, process group, data, checkpoint. A guess on the small side."""
 
+FIXED = (
+    "model.",
+    "data.train",
+    "data.lanes",
+    "data.window",
+    "data.shuffle",
+    "train.seed",
+    "train.global_batch",
+)
+"""What a run with checkpoints cannot change; the trainer (``dattrain.engine.runfolder``) refuses the same."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -143,12 +154,13 @@ def check_run(run: Path, loaded: Loaded) -> None:
     """
     recorded = run / "config.yaml"
     if recorded.is_file():
-        rows = diff(load(recorded), loaded)
+        trained = history.newest_checkpoint(run) is not None
+        rows = [row for row in diff(load(recorded), loaded) if trained and row[0].startswith(FIXED)]
         if rows:
             shown = "; ".join(f"{key}: {a.split('  (')[0]} -> {b.split('  (')[0]}" for key, a, b in rows[:4])
             raise ConfigError(
-                f"{run} holds a run with another configuration ({shown}{'; ...' if len(rows) > 4 else ''}); choose another "
-                f"--run, or continue that one with: dattrain submit {run}"
+                f"{run} has checkpoints of another run ({shown}{'; ...' if len(rows) > 4 else ''}); choose another --run, or "
+                f"continue that one with: dattrain submit {run}"
             )
     elif run.is_dir() and any(run.iterdir()) and not (run / "submit").is_dir():
         raise ConfigError(f"{run} is not empty and not a run folder; choose another --run")

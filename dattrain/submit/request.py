@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +110,7 @@ def plan(request: Request) -> Plan:
     listed = _split(values)
     loaded_all = tuple(load(path, [*request.overrides, f"{key}={value}"]) for value in listed)
     root = Path(request.folder or f"runs/{loaded_all[0].config.name}").resolve()
-    folders = tuple(root / f"{key}={value.replace('/', '_')}" for value in listed)
+    folders = tuple(root / re.sub(r"[^\w.=+-]", "_", f"{key}={value}") for value in listed)
     if len(set(folders)) < len(folders):
         raise ConfigError(f"--array {request.array}: a value is there twice")
     if _profile(request, size).kind == "local" and len(listed) > 1:
@@ -124,12 +125,7 @@ def _plan_continue(request: Request, folder: Path, size: Mapping[str, Any]) -> P
         raise ConfigError(f"{folder}: neither a recipe nor a run folder (there is no config.yaml in it)")
     if request.array is not None or request.folder is not None:
         raise ConfigError(f"{folder} is a run to be continued: leave --array and --run out")
-    if request.overrides:
-        raise ConfigError(
-            f"{folder} is a run to be continued, and its configuration is fixed: leave {request.overrides[0]} out, "
-            f"or start a new run from {recorded}"
-        )
-    loaded = load(recorded)
+    loaded = load(recorded, request.overrides)
     stage = _stage(request, loaded.config.name, (folder.resolve(),), (loaded,), size)
     spec = folder / "submit" / "spec.json"
     if spec.is_file() and json.loads(spec.read_text(encoding="utf-8")).get("action") == "evaluate":

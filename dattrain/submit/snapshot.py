@@ -55,7 +55,7 @@ def describe() -> tuple[dict[str, Any], bytes]:
         "version": dattrain.__version__,
         "revision": head.decode().strip() if head else None,
         "dirty": bool(diff or new) if head else None,
-        "diff": "code.diff",
+        "diff": "code.diff" if diff else None,
         "untracked": new.decode(errors="replace").splitlines(),
         "snapshot": "submit/code",
     }, diff

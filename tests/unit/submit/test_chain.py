@@ -1,0 +1,86 @@
+"""Chains: order, run folders, where each stage starts from, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import dattrain
+from dattrain.errors import ConfigError
+from dattrain.submit import chain
+
+SHIPPED = Path(dattrain.__file__).resolve().parents[1] / "launch" / "chains"
+
+CHAIN = """
+name: three
+stages:
+  first: {config: first.yaml, nodes: 2, time: "2:00:00"}
+  second: {config: second.yaml, from: first, overrides: [train.seed=5]}
+  look: {evaluate: second, nodes: 1}
+"""
+
+
+def _folder(tmp_path: Path, text: str = CHAIN) -> Path:
+    (tmp_path / "first.yaml").write_text("name: first\n")
+    (tmp_path / "second.yaml").write_text("name: second\n")
+    (tmp_path / "chain.yaml").write_text(text)
+    return tmp_path / "chain.yaml"
+
+
+def test_each_stage_starts_from_the_run_folder_of_the_one_before(tmp_path: Path) -> None:
+    path = _folder(tmp_path)
+    read, planned = chain.plan(path, Path("/runs/three"), ["second.optim.lr=1e-4"])
+    assert read.name == "three"
+    assert [p.run for p in planned] == [Path("/runs/three") / name for name in ("first", "second", "look")]
+    assert [p.loaded.config.init.from_ for p in planned] == [None, "/runs/three/first", "/runs/three/second"]
+    assert [p.loaded.config.train.seed for p in planned] == [0, 5, 5]
+    assert [p.loaded.config.optim.lr for p in planned] == [5e-4, 1e-4, 1e-4]
+    assert chain.dependents(planned)["first"] == [Path("/runs/three/second")]
+    assert chain.settings(planned[0].stage, {"nodes": "4", "time": None, "retries": 3}) == {
+        "nodes": "2", "time": "2:00:00", "retries": 3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (CHAIN.replace("from: first", "from: frist"), "stage second needs 'frist', which does not come before it"),
+        (CHAIN.replace("nodes: 2", "node: 2"), "did you mean stages.first.nodes?"),
+        (CHAIN.replace("evaluate: second", "evaluate: second, config: a.yaml"), "either a config to train or a stage"),
+        ("name: x\nstages: {}", "stages"),
+        (CHAIN.replace("look:", "a.b:"), "a name is used as a folder"),
+    ],
+)
+def test_refusals(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        chain.plan(_folder(tmp_path, text), Path("/r"))
+    assert words in str(caught.value)
+    assert "chain.yaml" in str(caught.value)
+
+
+def test_an_override_names_its_stage(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stage\.section\.key=value; stages: first, second, look"):
+        chain.plan(_folder(tmp_path), Path("/r"), ["train.seed=1"])
+
+
+def test_a_recipe_is_not_a_chain(tmp_path: Path) -> None:
+    path = _folder(tmp_path)
+    assert chain.is_chain(path)
+    assert not chain.is_chain(tmp_path / "first.yaml")
+    assert not chain.is_chain(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_chains_resolve(path: Path) -> None:
+    read, planned = chain.plan(path, Path("/r"))
+    assert len(planned) == len(read.stages) >= 2
+
+
+def test_the_road_from_22k_to_1k_ships() -> None:
+    _, planned = chain.plan(SHIPPED / "in22k_to_in1k_384.yaml", Path("/r"))
+    pretrain, finetune, evaluate = (p.loaded.config for p in planned)
+    assert (pretrain.model.num_classes, pretrain.model.img_size) == (21841, 224)
+    assert (finetune.model.num_classes, finetune.model.img_size) == (1000, 384)
+    assert finetune.init.head == "map"
+    assert evaluate.model == finetune.model

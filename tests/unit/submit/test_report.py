@@ -1,0 +1,74 @@
+"""What status makes of a history and of Slurm's word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dattrain.submit import history, report
+from dattrain.submit.queue import UNKNOWN, JobState
+
+SUBMIT: history.Event = {"event": "submit", "by": "user", "job": "1", "time": 0}
+BEGIN: history.Event = {"event": "begin", "job": "1", "restart": 0, "nodes": ["n1"], "checkpoint": None, "time": 1}
+
+
+def _end(action: str, reason: str) -> history.Event:
+    return {
+        "event": "end", "job": "1", "reason": reason, "detail": "d", "action": action, "why": "w", "time": 2, "checkpoint": 5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("events", "slurm", "state"),
+    [
+        ([SUBMIT], JobState("PENDING", "Resources"), "waiting"),
+        ([SUBMIT], JobState("PENDING", "DependencyNeverSatisfied"), "cancelled"),
+        ([SUBMIT], JobState("CANCELLED"), "cancelled"),
+        ([SUBMIT, BEGIN], JobState("RUNNING"), "running"),
+        ([SUBMIT, BEGIN], JobState("NODE_FAIL", source="sacct"), "waiting"),
+        ([SUBMIT, BEGIN], JobState("PREEMPTED", source="sacct"), "waiting"),
+        ([SUBMIT, BEGIN], JobState("TIMEOUT"), "failed"),
+        ([SUBMIT, BEGIN], JobState("FAILED"), "failed"),
+        ([SUBMIT, BEGIN], UNKNOWN, "unknown"),
+        ([SUBMIT, BEGIN, _end("again", "preempted")], JobState("PENDING", "BeginTime"), "waiting"),
+        ([SUBMIT, BEGIN, _end("done", "finished")], UNKNOWN, "finished"),
+        ([SUBMIT, BEGIN, _end("stop", "stopped")], JobState("FAILED"), "stopped"),
+        ([SUBMIT, BEGIN, _end("stop", "crashed")], JobState("FAILED"), "failed"),
+        ([SUBMIT, BEGIN, {"event": "cancel"}], JobState("CANCELLED"), "cancelled"),
+        ([SUBMIT, BEGIN, {"event": "cancel"}, SUBMIT], JobState("PENDING"), "waiting"),
+        ([], UNKNOWN, "not submitted"),
+    ],
+)
+def test_states(events: list[history.Event], slurm: JobState, state: str) -> None:
+    assert report.judge(events, slurm)[0] == state
+
+
+def test_a_report_names_step_speed_and_the_reason_of_each_restart(tmp_path: Path) -> None:
+    history.record(tmp_path, "submit", job="1", by="user")
+    history.record(tmp_path, "begin", job="1", restart=0, nodes=["n1"], checkpoint=None)
+    history.record(
+        tmp_path, "end", job="1", restart=0, reason="preempted", detail="saved at step 4", checkpoint=4, new=True,
+        action="again", why="preempted",
+    )  # fmt: skip
+    history.record(tmp_path, "begin", job="1", restart=1, nodes=["n2"], checkpoint=4)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 6, "loss": 2.5, "images_per_s": 100.0}\n{"step": 7, "lo')
+    one = report.report(tmp_path, {"1": JobState("RUNNING", "", "n2")})
+    shown = report.render([one])
+    assert one.state == "running"
+    assert (one.step, one.loss, one.images_per_s) == (6, 2.5, 100.0)
+    assert "restart 1: " in shown
+    assert "preempted: saved at step 4, checkpoint of step 4" in shown
+
+
+def test_a_waiting_follow_up_does_not_hide_the_job_that_runs(tmp_path: Path) -> None:
+    history.record(tmp_path, "submit", job="1", by="user")
+    history.record(tmp_path, "begin", job="1", restart=0, nodes=["n1"], checkpoint=None)
+    history.record(tmp_path, "submit", job="2", by="follow-up", after="1")
+    one = report.report(tmp_path, {"1": JobState("RUNNING"), "2": JobState("PENDING", "Dependency")})
+    assert (one.job, one.state) == ("1", "running")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (65, "1m 05s"), (3700, "1h 01m"), (90000, "1d 01h")])
+def test_durations(seconds: float, text: str) -> None:
+    assert report.duration(seconds) == text

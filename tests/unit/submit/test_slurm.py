@@ -1,0 +1,141 @@
+"""The batch script, word for word, for each kind of profile."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dattrain.submit import cluster, slurm
+from dattrain.submit.cluster import Container, Profile
+from dattrain.submit.slurm import Placement
+
+PLACE = Placement("demo", (Path("/r/demo"),), Path("/r/demo/submit/slurm"), (2, 2), 60)
+
+
+def _script(profile: Profile, place: Placement = PLACE) -> list[str]:
+    return slurm.script(profile, place).splitlines()
+
+
+def test_cpu_profile_word_for_word() -> None:
+    profile = Profile(tasks_per_node=2, cpus_per_task=3, mem_gb=1.5, python="/env/bin/python", partition="main")
+    assert slurm.script(profile, PLACE).rstrip() == """\
+#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=3
+#SBATCH --error=/r/demo/submit/slurm/%j_0_log.err
+#SBATCH --job-name=demo
+#SBATCH --mem=1536M
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=2
+#SBATCH --open-mode=append
+#SBATCH --output=/r/demo/submit/slurm/%j_0_log.out
+#SBATCH --partition=main
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --time=60
+
+# setup
+export SRUN_CPUS_PER_TASK=3
+DATTRAIN_RUNS=(/r/demo)
+export DATTRAIN_RUN="${DATTRAIN_RUNS[${SLURM_ARRAY_TASK_ID:-0}]}"
+export PYTHONPATH="$DATTRAIN_RUN/submit/code${PYTHONPATH:+:$PYTHONPATH}"
+trap : TERM
+python3 -m dattrain.submit.watch begin "$DATTRAIN_RUN" || exit $?
+python3 -m dattrain.submit.watch guard "$DATTRAIN_RUN" &
+export DATTRAIN_GUARD=$!
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /r/demo/submit/slurm/%j_%t_log.out --error /r/demo/submit/slurm/%j_%t_log.err --kill-on-bad-exit=1 \
+/env/bin/python -u -m submitit.core._submit /r/demo/submit/slurm
+
+
+# teardown
+python3 -m dattrain.submit.watch end "$DATTRAIN_RUN" $?""".replace("\\\n", "")
+
+
+def test_gpu_profile_shows_all_or_one_device() -> None:
+    assert "#SBATCH --gpus-per-node=8" in _script(Profile(gpus_per_node=8))
+    one = _script(Profile(gpus_per_node=8, gpu_visibility="one"))
+    assert "#SBATCH --gpus-per-task=1" in one
+    assert "#SBATCH --ntasks-per-node=8" in one
+    assert not any("gpus-per-node" in line for line in one)
+
+
+def test_follow_up_profile_is_never_requeued_by_slurm() -> None:
+    lines = _script(Profile(requeue="follow-up"))
+    assert "#SBATCH --no-requeue" in lines
+    assert "#SBATCH --requeue" not in lines
+
+
+def test_everything_a_site_may_ask_for() -> None:
+    profile = Profile(
+        account="a", qos="q", constraint="h100&ib", exclude="n[1-3]", reservation="res", exclusive=True,
+        setup=("module load x",), environment={"NCCL_SOCKET_IFNAME": "ib0", "B": "a b"},
+        sbatch={"switches": "1@30", "spread_job": True, "licenses": False}, srun=("--cpu-bind=none",),
+    )  # fmt: skip
+    lines = _script(profile)
+    for line in (
+        "#SBATCH --account=a", "#SBATCH --qos=q", "#SBATCH --constraint='h100&ib'", "#SBATCH --exclude='n[1-3]'",
+        "#SBATCH --reservation=res", "#SBATCH --exclusive", "#SBATCH --switches=1@30", "#SBATCH --spread-job",
+        "module load x", "export NCCL_SOCKET_IFNAME=ib0", "export B='a b'",
+    ):  # fmt: skip
+        assert line in lines, line
+    assert not any("licenses" in line for line in lines)
+    (srun,) = [line for line in lines if line.startswith("srun")]
+    assert "--kill-on-bad-exit=1 --cpu-bind=none" in srun
+    assert lines.index("module load x") < lines.index("export B='a b'") < lines.index("trap : TERM")
+
+
+def test_pyxis_and_apptainer_run_the_tasks_but_not_the_bookkeeper() -> None:
+    box = Container(runtime="pyxis", image="/i.sqsh", mounts=("/data", "/a:/b"), arguments=("--no-container-mount-home",))
+    (srun,) = [line for line in _script(Profile(container=box)) if line.startswith("srun")]
+    assert "--container-image=/i.sqsh --container-mounts=/r/demo:/r/demo,/data:/data,/a:/b --no-container-mount-home" in srun
+    assert srun.endswith(" python -u -m submitit.core._submit /r/demo/submit/slurm")
+
+    box = replace_box(box, runtime="apptainer", arguments=("--cleanenv",))
+    lines = _script(Profile(container=box, gpus_per_node=2))
+    (srun,) = [line for line in lines if line.startswith("srun")]
+    assert (
+        "apptainer exec --nv --bind /r/demo:/r/demo --bind /data:/data --bind /a:/b --cleanenv /i.sqsh python -u" in srun
+    )
+    assert [line for line in lines if "submit.watch" in line and line.startswith("python3")]
+
+
+def replace_box(box: Container, **changes: object) -> Container:
+    return Container.model_validate({**box.model_dump(), **changes})
+
+
+def test_array_has_one_run_folder_per_task_and_bash_finds_it() -> None:
+    place = replace(PLACE, runs=(Path("/r/x/lr=1"), Path("/r/x/lr=2 b")), folder=Path("/r/x/submit/slurm"))
+    lines = _script(Profile(), place)
+    assert "#SBATCH --array=0-1%2" in lines
+    assert "#SBATCH --output=/r/x/submit/slurm/%A_%a_0_log.out" in lines
+    (runs,) = [line for line in lines if line.startswith("DATTRAIN_RUNS")]
+    (run,) = [line for line in lines if line.startswith("export DATTRAIN_RUN=")]
+    shown = subprocess.check_output(
+        ["bash", "-c", f'SLURM_ARRAY_TASK_ID=1\n{runs}\n{run}\necho "$DATTRAIN_RUN"'], text=True
+    )
+    assert shown.strip() == "/r/x/lr=2 b"
+
+
+def test_a_range_of_nodes_and_a_dependency() -> None:
+    lines = _script(Profile(), replace(PLACE, nodes=(2, 4), dependency="afterok:7"))
+    assert "#SBATCH --nodes=2-4" in lines
+    assert "#SBATCH --dependency=afterok:7" in lines
+    assert "#SBATCH --kill-on-invalid-dep=yes" in lines
+
+
+def test_submitits_limit_of_timeouts_is_out_of_reach() -> None:
+    assert slurm.TIMEOUTS > 1_000_000
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in cluster.SHIPPED.glob("*.yaml")))
+def test_shipped_profiles_give_scripts_that_bash_can_read(name: str) -> None:
+    profile = cluster.load(name)
+    if profile.kind == "slurm":
+        subprocess.run(["bash", "-n"], input=slurm.script(profile, PLACE), text=True, check=True)

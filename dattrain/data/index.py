@@ -12,7 +12,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -206,10 +206,7 @@ def read_catalogue(folder: str | Path) -> dict[str, Entry]:
 
 def write_catalogue(folder: str | Path, entries: Mapping[str, Entry]) -> None:
     """Publish the catalogue of a local folder."""
-    shards = {
-        name: {"samples": e.samples, "size": e.size, "sha256": e.sha256}
-        for name, e in sorted(entries.items())
-    }
+    shards = {name: asdict(entry) for name, entry in sorted(entries.items())}
     text = json.dumps({"format": FORMAT, "shards": shards}, indent=0)
     write_atomically(Path(folder) / CATALOGUE, text.encode())
 

@@ -11,10 +11,12 @@ import torch
 
 from dattrain.config.schema import Config
 from dattrain.data.batch import Batch
-from dattrain.data.cpu import CpuDecoder, EvalTransform, Workers
+from dattrain.data.cpu import CpuDecoder, EvalTransform
 from dattrain.data.dataset import Dataset, open_dataset
 from dattrain.data.feed import EvalFeed, TrainFeed
+from dattrain.data.labels import check_head
 from dattrain.data.order import Order
+from dattrain.data.workers import Workers
 from dattrain.errors import ConfigError
 
 _NAMES_KEPT = 1000
@@ -228,6 +230,7 @@ def _open(config: Config, split: str, *, rank: int, world: int) -> Dataset:
     spec = data.train if split == "train" else data.val
     if spec is None:
         raise ConfigError(f"data.{split} is not set; name a folder or pattern of shards, or an image folder")
+    check_head(data.labels, config.model.num_classes)
     dataset = open_dataset(
         spec, cache_dir=data.cache_dir, cache_gb=data.cache_gb, verify=data.verify, rank=rank, world=world
     )
@@ -239,7 +242,9 @@ def _open(config: Config, split: str, *, rank: int, world: int) -> Dataset:
     return dataset
 
 
-def _workers(config: Config, decoder: CpuDecoder, *, count: int | None, device: torch.device) -> Workers:
+def _workers(
+    config: Config, decoder: CpuDecoder, *, count: int | None, device: torch.device
+) -> Workers[Batch]:
     data = config.data
     return Workers(
         decoder, count=count, workers=data.workers, prefetch=data.prefetch, pin=device.type == "cuda"

@@ -1,0 +1,217 @@
+"""What ``data pack`` reads: an image folder, a list file, IDX or npz arrays, or shards to be packed anew.
+
+Each is a ``Dataset``; a source adds names of its classes where it knows them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import re
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dattrain.data.dataset import BadSample, Dataset, FolderDataset, Sample, open_dataset
+from dattrain.errors import UserError
+
+_IMAGES, _LABELS = ("images", "x", "x_train", "data"), ("labels", "y", "y_train", "targets")
+_IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+class ListDataset:
+    """A text file with a path and a label on each line, apart by tab, comma or the last space.
+
+    Paths are relative to the list's folder, or to ``root``. Labels are integers, or names of classes, which are
+    numbered in sorted order.
+    """
+
+    def __init__(self, path: str, root: str | None = None) -> None:
+        self.name = path
+        self.root = Path(root if root is not None else os.path.dirname(path) or ".")
+        names, words = [], []
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                line = line.strip()
+                if not line or line.startswith("#"):
+                    continue
+                match = re.fullmatch(r"(.+?)\s*[\t,]\s*([^\t,]+)", line) or re.fullmatch(
+                    r"(.+)\s+(\S+)", line
+                )
+                if match is None:
+                    raise UserError(f"{path}, line {number}: {line!r} is not a path and a label")
+                names.append(match[1])
+                words.append(match[2])
+        if not names:
+            raise UserError(f"{path}: names no images")
+        self.classes: list[str] | None = None
+        if all(re.fullmatch(r"\d+", word) for word in words):
+            labels = [int(word) for word in words]
+        else:
+            self.classes = sorted(set(words))
+            number_of = {name: i for i, name in enumerate(self.classes)}
+            labels = [number_of[word] for word in words]
+        self._names = names
+        self._labels = np.asarray(labels, dtype=np.int64)
+        self.counts = np.asarray([len(names)], dtype=np.int64)
+        self.max_label = int(self._labels.max())
+        self.fetches = False
+
+    def key(self, shard: int, sample: int) -> str:
+        """See ``Dataset.key``."""
+        return f"{os.path.basename(self.name)}:{self._names[sample]}"
+
+    def label(self, shard: int, sample: int) -> int:
+        """See ``Dataset.label``."""
+        return int(self._labels[sample])
+
+    def read(self, shard: int, sample: int) -> Sample:
+        """See ``Dataset.read``."""
+        path = self.root / self._names[sample]
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BadSample(f"{path} (from {self.name}): cannot be read ({error.strerror})") from error
+        if not data:
+            raise BadSample(f"{path}: the image has zero bytes")
+        return Sample(self.key(shard, sample), str(path), self.label(shard, sample), data)
+
+    def ahead(self, shards: Sequence[int]) -> None:
+        """Nothing to fetch."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class ArrayDataset:
+    """Images in an array, N x H x W or N x H x W x 3 uint8, encoded losslessly as PNG when read."""
+
+    def __init__(self, name: str, images: NDArray[np.uint8], labels: NDArray[np.integer]) -> None:
+        if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+            images = images.transpose(0, 2, 3, 1)
+        if images.ndim == 4 and images.shape[3] == 1:
+            images = images[..., 0]
+        if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)):
+            raise UserError(
+                f"{name}: images of shape {images.shape} and type {images.dtype}; "
+                "they must be N x H x W or N x H x W x 3, uint8"
+            )
+        if labels.ndim != 1 or len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer):
+            raise UserError(
+                f"{name}: labels of shape {labels.shape} and type {labels.dtype} for {len(images)} images; "
+                "there must be one integer for each"
+            )
+        if len(labels) and labels.min() < 0:
+            raise UserError(f"{name}: label {labels.min()} of sample {int(labels.argmin())} is negative")
+        self.name = name
+        self.classes: list[str] | None = None
+        self._images, self._labels = images, labels.astype(np.int64)
+        self.counts = np.asarray([len(images)], dtype=np.int64)
+        self.max_label = int(self._labels.max(initial=-1))
+        self.fetches = False
+
+    def key(self, shard: int, sample: int) -> str:
+        """See ``Dataset.key``; the number of the sample."""
+        return f"{os.path.basename(self.name)}:{sample}"
+
+    def label(self, shard: int, sample: int) -> int:
+        """See ``Dataset.label``."""
+        return int(self._labels[sample])
+
+    def read(self, shard: int, sample: int) -> Sample:
+        """See ``Dataset.read``."""
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(self._images[sample])).save(buffer, "PNG")
+        where = f"{self.name}: sample {sample}"
+        return Sample(self.key(shard, sample), where, self.label(shard, sample), buffer.getvalue())
+
+    def ahead(self, shards: Sequence[int]) -> None:
+        """Nothing to fetch."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def open_source(path: str, *, labels: str | None = None, root: str | None = None) -> Dataset:
+    """Whatever ``path`` is, by its content and name.
+
+    Args:
+        labels: the IDX file of labels; found by name beside the images when None.
+        root: folder to which a list file's paths are relative; the list's own when None.
+
+    Raises:
+        UserError: nothing there, or nothing that can be read.
+    """
+    if "://" in path or os.path.isdir(path):
+        return open_dataset(path)
+    if os.path.isfile(path):
+        if path.endswith(".npz"):
+            return _from_npz(path)
+        if re.search(r"idx[0-9]-ubyte(\.gz)?$|\.idx3?(\.gz)?$", path):
+            return ArrayDataset(path, read_idx(path), read_idx(labels or _labels_beside(path)))
+        if re.search(r"\.(txt|csv|tsv|lst|list)$", path):
+            return ListDataset(path, root)
+    return open_dataset(path)
+
+
+def class_names(source: Dataset) -> list[str] | None:
+    """Names of a source's classes by label, where it knows them."""
+    return getattr(source, "classes", None)
+
+
+def read_idx(path: str) -> NDArray:
+    """An IDX array (the format of MNIST), gzipped or not.
+
+    Raises:
+        UserError: not an IDX file, or cut short.
+    """
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            data = file.read()
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES:
+        raise UserError(f"{path}: not an IDX file")
+    dtype, dimensions = np.dtype(_IDX_TYPES[data[2]]), data[3]
+    start = 4 + 4 * dimensions
+    shape = struct.unpack(f">{dimensions}I", data[4:start]) if len(data) >= start else ()
+    if not shape or len(data) != start + dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+        raise UserError(
+            f"{path}: {len(data)} bytes do not hold an IDX array of shape {shape}; it was cut short"
+        )
+    return np.frombuffer(data, dtype=dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def _labels_beside(images: str) -> str:
+    for old, new in (("images-idx3", "labels-idx1"), ("images.idx3", "labels.idx1"), ("images", "labels")):
+        if old in os.path.basename(images):
+            name = os.path.basename(images).replace(old, new)
+            found = os.path.join(os.path.dirname(images), name)
+            if os.path.exists(found):
+                return found
+    raise UserError(f"{images}: no file of labels beside it; name it with --labels")
+
+
+def _from_npz(path: str) -> ArrayDataset:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images = next((name for name in _IMAGES if name in file), None)
+            labels = next((name for name in _LABELS if name in file), None)
+            if images is None or labels is None:
+                raise UserError(
+                    f"{path}: holds {', '.join(file.files) or 'nothing'}; "
+                    f"it needs images ({'/'.join(_IMAGES)}) and labels ({'/'.join(_LABELS)})"
+                )
+            return ArrayDataset(path, file[images], file[labels])
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a readable npz file ({error})") from error
+
+
+__all__ = ["ArrayDataset", "FolderDataset", "ListDataset", "class_names", "open_source", "read_idx"]

@@ -22,8 +22,40 @@ from dattrain.config.load import load as load_config
 from dattrain.config.schema import Config
 from dattrain.errors import UserError
 from dattrain.models.dat import DAT
-from dattrain.models.zoo import create
+from dattrain.models.deformable import Conventions
+from dattrain.models.zoo import create, variant_of
 from dattrain.state import checkpoint, gather
+
+_SETTINGS = (
+    "patch_size",
+    "dims",
+    "blocks",
+    "heads",
+    "groups",
+    "strides",
+    "offset_kernels",
+    "sr_ratios",
+    "window_size",
+    "window_divisor",
+    "shift",
+    "neighborhood",
+    "stem",
+    "mlp",
+    "local_perception",
+    "mlp_ratio",
+)
+"""Attributes of ``DAT`` that are arguments of its constructor and shape the network."""
+_USED_BY = {
+    "groups": "D",
+    "strides": "D",
+    "offset_kernels": "D",
+    "sr_ratios": "P",
+    "neighborhood": "N",
+    "window_size": "LS",
+    "window_divisor": "LS",
+    "shift": "S",
+}
+"""Kinds of block that a setting matters to."""
 
 METADATA_KEY = "dattrain"
 FORMAT = 1
@@ -64,6 +96,7 @@ class Card:
             raise ValueError(f"not of format {FORMAT}")
         for key in ("img_size", "mean", "std", "classes"):
             content[key] = tuple(content[key])
+        content["overrides"] = _tuples(content.get("overrides") or {})
         try:
             return cls(**content)
         except TypeError as error:
@@ -139,6 +172,26 @@ def card_of(config: Config, *, source: str = "") -> Card:
     )
 
 
+def card_of_model(model: DAT, **known: Any) -> Card:
+    """The card of a model: the variant nearest to it, and as overrides what differs. ``known`` are other fields."""
+    name = variant_of(model)
+    if name is None:
+        name = "dat_pp_tiny" if any("N" in kinds for kinds in model.blocks) else "dat_tiny"
+    with torch.device("meta"):
+        usual = create(name, num_classes=model.num_classes, img_size=model.img_size, in_chans=model.in_chans)
+    overrides = {
+        key: getattr(model, key) for key in _SETTINGS if _effective(model, key) != _effective(usual, key)
+    }
+    overrides |= {
+        key: getattr(model.conventions, key)
+        for key in Conventions.__dataclass_fields__
+        if getattr(model.conventions, key) != getattr(usual.conventions, key)
+    }
+    if model.windows(model.img_size) == usual.windows(model.img_size):
+        overrides.pop("window_size", None)
+    return Card(name, model.num_classes, model.img_size, model.in_chans, overrides, **known)
+
+
 def save(path: str | Path, state: Mapping[str, Tensor], card: Card) -> None:
     """Write a weights file: aside, then renamed, so that what has the name is whole.
 
@@ -164,6 +217,18 @@ def run_of(folder: Path) -> Path | None:
     return next((p for p in (folder, *folder.absolute().parents[:2]) if (p / "config.yaml").is_file()), None)
 
 
+def _effective(model: DAT, key: str) -> Any:
+    """A setting, with None for the stages that hold no block which it matters to."""
+    letters = _USED_BY.get(key)
+    value = getattr(model, key)
+    if letters is None:
+        return value
+    stages = [bool(set(kinds) & set(letters)) for kinds in model.blocks]
+    if isinstance(value, tuple):
+        return [each if used else None for each, used in zip(value, stages)]
+    return value if any(stages) else None
+
+
 def _from_checkpoint(path: Path, ema: bool | None) -> tuple[DAT, Card]:
     folder = checkpoint.locate(path)
     run = run_of(folder)
@@ -178,7 +243,7 @@ def _from_checkpoint(path: Path, ema: bool | None) -> tuple[DAT, Card]:
         ema = "ema" in manifest.states
     state = gather.load_tensors(folder, "ema" if ema else "param")
     source = f"{run.name}, step {manifest.step}" + (", EMA" if ema else "")
-    card = replace(card_of(config, source=source), classes=_class_names(run))
+    card = card_of(config, source=source)
     # Progressive resizing: the checkpoint may be laid out for the size of a later phase.
     sizes = [config.model.img_size, *(phase.img_size for phase in config.train.progressive)]
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -229,15 +294,6 @@ def _filled(model: DAT, state: Mapping[str, Tensor], source: str = "") -> DAT:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-
-
-def _class_names(run: Path) -> tuple[str, ...]:
-    """Names that the run kept of its classes (``classes.json``: a list), or nothing."""
-    try:
-        names = json.loads((run / "classes.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ()
-    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

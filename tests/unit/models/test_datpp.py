@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dattrain.errors import UserError
-from dattrain.models import create, surgery
+from dattrain.models import create, surgery, zoo
 from dattrain.models.deformable import OffsetNetwork
 
 ASSETS = Path(__file__).parents[2] / "assets/models"
@@ -96,7 +96,7 @@ def test_released_files_are_recognised_by_their_keys(size):
     keys = keys_of(f"dat_pp_{size}")
     state = {name: torch.empty(shape, device="meta") for name, shape in keys.items()}
     model = surgery.from_authors(state)
-    assert surgery.variant_of(model) == f"dat_pp_{size}"
+    assert zoo.variant_of(model) == f"dat_pp_{size}"
     with torch.device("meta"):
         ours = create(f"dat_pp_{size}", num_classes=1000, img_size=224)
     for setting in (

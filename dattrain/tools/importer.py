@@ -1,0 +1,165 @@
+"""``dattrain import FILE``: weights that the authors released, DAT (CVPR 2022) and DAT++, become a file of ours.
+
+Nothing in the file is executed: ``torch.load`` with ``weights_only``, or safetensors. Their checkpoints also hold their
+configuration as a ``yacs`` object, which plain safe loading refuses; here it is read as the dictionary that it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dattrain.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dattrain.models.dat import DAT
+    from dattrain.tools.weights import Card
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="a .pth or .safetensors file in the authors' names"
+    )
+    parser.add_argument("--out", type=Path, help="what to write (default: FILE with .safetensors)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="the authors' YAML with MODEL.DAT, for models that tensors alone do not tell (default: from the file, or "
+        "inferred from names and shapes)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace what is at --out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, check that writing it back gives the same tensors, and save."""
+    from dattrain.tools import weights
+
+    out: Path = args.out or default_out(args.file)
+    if out.exists() and not args.force:
+        raise UserError(f"{out}: exists; choose another --out, or --force")
+    model, card, origin = read(args.file, args.config)
+    weights.save(out, model.state_dict(), card)
+    count = sum(p.numel() for p in model.parameters())
+    settings = "".join(f", {key}={value}" for key, value in (card.overrides or {}).items())
+    height, width = card.img_size
+    print(
+        f"{args.file}: {card.name}{settings}, {height} x {width}, {card.num_classes} classes, {count / 1e6:.3f}M parameters"
+    )
+    print(f"architecture {origin}; written back in the authors' names, every tensor is identical")
+    print(out)
+    return 0
+
+
+def read(file: Path, config_file: Path | None = None) -> tuple[DAT, Card, str]:
+    """The model in a file of the authors, its card, and where its architecture was read from.
+
+    Raises:
+        UserError: not such a file, or one whose model is not built here.
+    """
+    from dattrain.data.labels import infer
+    from dattrain.models.surgery import from_authors
+    from dattrain.tools.weights import card_of_model
+
+    state, own = load(file)
+    config, origin = own, f"from the configuration in {file.name}"
+    if config_file is not None:
+        config, origin = read_config(config_file), f"from {config_file}"
+    elif own is None:
+        origin = "inferred from names and shapes"
+    model = from_authors(state, config)
+    check_round_trip(model, state)
+    card = card_of_model(
+        model,
+        resize="squash",
+        labels=infer(model.num_classes),
+        source=f"the authors' {file.name}",
+    )
+    return model, card, origin
+
+
+def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors by the authors' names, and their MODEL.DAT mapping where the file has it. Raises UserError."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    with open(file, "rb") as opened:
+        head = opened.read(9)
+    if head[8:] == b"{":  # safetensors: eight bytes of length, then JSON
+        try:
+            return load_file(file), None
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a whole safetensors file ({error})") from None
+    try:
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... by where the file is damaged
+        found = re.search(r"[^\n]*GLOBAL \S+[^.\n]*|WeightsUnpickler error:\s*.+", str(error))
+        reason = found[0] if found else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{file}: cannot be read safely: {reason}. Only tensors, containers and the authors' configuration are read; "
+            "a file with other objects must be saved again with its tensors alone, by someone who trusts it"
+        ) from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{file}: holds a {type(content).__name__}, not a checkpoint")
+    state = next(
+        (content[k] for k in ("model", "state_dict") if isinstance(content.get(k), Mapping)), content
+    )
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise UserError(
+            f"{file}: holds no tensors under 'model' (its keys: {', '.join(map(str, list(content)[:5]))})"
+        )
+    return tensors, _model_dat(content.get("config"))
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """MODEL.DAT of a YAML of the authors, or the file itself where it is that mapping. Raises UserError."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as YAML ({error})") from None
+    found = _model_dat(content)
+    if found is None and isinstance(content, dict) and "stage_spec" in content:
+        return content
+    if found is None:
+        raise UserError(f"{file}: has no MODEL.DAT mapping with stage_spec")
+    return found
+
+
+def check_round_trip(model: DAT, state: Mapping[str, Tensor]) -> None:
+    """Compare what ``to_authors`` makes of the model with the file. Raises UserError at the first difference."""
+    import torch
+
+    from dattrain.models.surgery import to_authors
+
+    back = to_authors(model)
+    for name, tensor in state.items():
+        if name not in back or not torch.equal(back[name], tensor):
+            raise UserError(
+                f"{name} does not survive the way through our names and back: please report this file"
+            )
+
+
+def default_out(file: Path) -> Path:
+    """FILE with .safetensors; with .dattrain.safetensors where FILE is one already."""
+    return file.with_suffix(".dattrain.safetensors" if file.suffix == ".safetensors" else ".safetensors")
+
+
+def _model_dat(config: Any) -> dict[str, Any] | None:
+    for key in ("MODEL", "DAT"):
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return dict(config) if isinstance(config, Mapping) and "stage_spec" in config else None

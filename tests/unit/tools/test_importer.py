@@ -1,0 +1,153 @@
+"""Files as the authors saved them come in safely, and the model in them is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dattrain import cli
+from dattrain.models import create, surgery
+from dattrain.tools import importer, weights
+
+ASSETS = Path(__file__).parents[2] / "assets/models"
+
+
+def vector(name):
+    with np.load(ASSETS / f"{name}.npz", allow_pickle=False) as file:
+        state = {
+            n.removeprefix("state/"): torch.from_numpy(file[n]) for n in file.files if n.startswith("state/")
+        }
+        return (
+            state,
+            json.loads(str(file["config"])),
+            torch.from_numpy(file["input"]),
+            torch.from_numpy(file["logits"]),
+        )
+
+
+@pytest.fixture
+def cfg_node(monkeypatch):
+    """A class that pickles under yacs' name, as their config does; yacs itself is not there when the file is read."""
+    module = types.ModuleType("yacs.config")
+
+    class CfgNode(dict):
+        def __init__(self, values):
+            super().__init__({k: CfgNode(v) if isinstance(v, dict) else v for k, v in values.items()})
+            self.__dict__["__immutable__"] = True
+            self.__dict__["__deprecated_keys__"] = set()
+
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    module.CfgNode = CfgNode
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", module)
+    return CfgNode
+
+
+@pytest.mark.parametrize("name", ["dat_cvpr_small", "dat_pp_small"])
+def test_a_checkpoint_with_their_config_gives_their_logits(tmp_path, capsys, cfg_node, monkeypatch, name):
+    state, config, image, logits = vector(name)
+    file = tmp_path / "ckpt_epoch_299.pth"
+    whole = {
+        "model": state,
+        "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]},
+        "epoch": 299,
+        "max_accuracy": 82.0,
+    }
+    torch.save({**whole, "config": cfg_node({"MODEL": {"TYPE": "dat", "DAT": config}, "AMP": True})}, file)
+    monkeypatch.delitem(sys.modules, "yacs.config")
+    assert cli.main(["import", str(file)]) == 0
+    assert "every tensor is identical" in capsys.readouterr().out
+    model, card = weights.load_model(tmp_path / "ckpt_epoch_299.safetensors")
+    assert card.resize == "squash" and card.num_classes == 11
+    with torch.no_grad():
+        ours = model.double()(image.double())
+    torch.testing.assert_close(ours, logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("variant", "size"), [("dat_tiny", 224), ("dat_base", 384), ("dat_pp_tiny", 224)])
+def test_the_variant_is_told_from_the_keys_alone(tmp_path, variant, size):
+    # Real shapes: the file of a fresh model in the authors' names.
+    torch.manual_seed(0)
+    model = create(variant, num_classes=1000, img_size=size)
+    file, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
+    torch.save({"model": surgery.to_authors(model)}, file)
+    _, card, origin = importer.read(file)
+    assert (card.name, card.img_size, dict(card.overrides or {})) == (variant, (size, size), {})
+    assert card.labels == "imagenet-1k" and "inferred" in origin
+    assert cli.main(["import", str(file), "--out", str(out)]) == 0
+    loaded, _ = weights.load_model(out)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+
+
+def test_their_names_in_safetensors_need_the_yaml_for_a_small_model(tmp_path):
+    state, config, *_ = vector("dat_pp_small")
+    file, yaml = tmp_path / "theirs.safetensors", tmp_path / "small.yaml"
+    save_file({n: t.contiguous() for n, t in state.items()}, file)
+    yaml.write_text(json.dumps({"MODEL": {"DAT": config}}))
+    assert cli.main(["import", str(file), "--config", str(yaml)]) == 0
+    model, card = weights.load_model(tmp_path / "theirs.dattrain.safetensors")
+    assert card.name == "dat_pp_tiny" and card.overrides["neighborhood"] == (7, 5, 3, 3)
+    assert model.dims == (16, 32, 64, 128)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def test_code_in_a_file_is_never_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"a": torch.zeros(1)}, "extra": Malicious()}, "evil.pth")
+    assert cli.main(["import", "evil.pth"]) == 1
+    assert "cannot be read safely" in capsys.readouterr().err
+    with open("plain.pth", "wb") as file:
+        pickle.dump(Malicious(), file)
+    assert cli.main(["import", "plain.pth"]) == 1
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {"fc.weight": torch.zeros(2, 2)}}, "not a checkpoint of the authors"),
+        ({"epoch": 3}, "holds no tensors"),
+        ([1, 2], "holds a list"),
+    ],
+)
+def test_other_files_are_named_as_such(tmp_path, capsys, content, message):
+    torch.save(content, tmp_path / "other.pth")
+    assert cli.main(["import", str(tmp_path / "other.pth")]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_or_extra_tensor_or_a_cut_file_is_an_error(tmp_path, capsys):
+    state, *_ = vector("dat_cvpr_small")
+    file = tmp_path / "a.pth"
+    torch.save({"model": {n: t for n, t in state.items() if n != "cls_norm.norm.bias"}}, file)
+    assert cli.main(["import", str(file)]) == 1
+    assert "cls_norm.norm.bias" in capsys.readouterr().err
+    torch.save({"model": {**state, "surplus": torch.zeros(1)}}, file)
+    assert cli.main(["import", str(file)]) == 1
+    assert "surplus" in capsys.readouterr().err
+    file.write_bytes(file.read_bytes()[:5000])
+    assert cli.main(["import", str(file)]) == 1
+    assert "cannot be read safely" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_unasked(tmp_path, capsys):
+    state, *_ = vector("dat_cvpr_small")
+    file, out = tmp_path / "a.pth", tmp_path / "a.safetensors"
+    torch.save({"model": state}, file)
+    out.write_text("mine")
+    assert cli.main(["import", str(file)]) == 1
+    assert "--force" in capsys.readouterr().err and out.read_text() == "mine"
+    assert cli.main(["import", str(file), "--force"]) == 0

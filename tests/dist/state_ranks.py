@@ -8,14 +8,16 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from state_worker import Job
 
 from dattrain.state import checkpoint, gather
-from tests.dist.state_worker import Job
 
 HERE = Path(__file__).parent
 
@@ -32,6 +34,7 @@ def spawn(world: int, command: Sequence[str], **environment: str) -> list[subpro
     port = free_port()
     base = {
         **os.environ,
+        "PYTHONWARNINGS": "ignore",
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -52,19 +55,43 @@ def spawn(world: int, command: Sequence[str], **environment: str) -> list[subpro
     ]
 
 
+def finished(ranks: Sequence[subprocess.Popen[str]], timeout: float = 300.0) -> list[str]:
+    """Wait for all ranks, end the others as soon as one fails; their outputs. Raises AssertionError with them on failure."""
+    deadline = time.monotonic() + timeout
+    outputs = [""] * len(ranks)
+
+    def collect(i: int) -> None:
+        outputs[i] = ranks[i].communicate()[0]
+
+    readers = [threading.Thread(target=collect, args=(i,), daemon=True) for i in range(len(ranks))]
+    for reader in readers:
+        reader.start()
+    while (
+        any(r.poll() is None for r in ranks)
+        and not any(r.poll() for r in ranks)
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    failed = [i for i, r in enumerate(ranks) if r.poll() != 0]
+    for rank in ranks:
+        rank.kill()
+    for reader in readers:
+        reader.join()
+    if failed:
+        raise AssertionError(
+            "\n".join(
+                f"--- rank {i}{' (failed)' if i in failed else ''} ---\n{o[-4000:]}"
+                for i, o in enumerate(outputs)
+            )
+        )
+    return outputs
+
+
 def run(world: int, jobs: Sequence[Job], tmp: Path) -> list[dict[str, Any]]:
     """Run ``jobs`` one after another on ``world`` ranks; returns what each left."""
     plan = tmp / f"plan_{free_port()}.json"
     plan.write_text(json.dumps([dataclasses.asdict(j) for j in jobs]))
-    ranks = spawn(world, [str(HERE / "state_worker.py"), str(plan)])
-    outputs = []
-    try:
-        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    if any(rank.returncode for rank in ranks):
-        raise AssertionError("\n".join(f"--- rank {i} ---\n{o[-4000:]}" for i, o in enumerate(outputs)))
+    finished(spawn(world, [str(HERE / "state_worker.py"), str(plan)]))
     return [json.loads(Path(j.out).read_text()) for j in jobs]
 
 

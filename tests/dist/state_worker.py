@@ -108,8 +108,6 @@ def build(job: Job) -> Any:
 
     torch.manual_seed(7)
     model = Net(job.width, job.remat)
-    if job.channels_last:
-        model = model.to(memory_format=torch.channels_last)
     if job.frozen:
         for parameter in [*model.stem.parameters(), model.table]:
             parameter.requires_grad_(False)
@@ -138,6 +136,10 @@ def build(job: Job) -> Any:
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     steady_gathers(engine)
+    if job.channels_last:
+        engine.module.to(
+            memory_format=torch.channels_last
+        )  # DeepSpeed cannot broadcast such weights: afterwards
     return engine
 
 

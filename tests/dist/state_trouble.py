@@ -1,0 +1,261 @@
+"""One rank of the tests of what goes wrong: each scenario is a function, run on every rank; prints what it saw."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from state_worker import Job, build, finish, start_distributed, train_step
+
+from dattrain.errors import UserError
+from dattrain.state import checkpoint, shards
+from dattrain.state.checkpointer import Checkpointer
+from dattrain.state.fragments import LocalState, averaged, lerp_ema
+
+META = {"step": 1, "samples_seen": 12}
+
+
+def told(call: Any) -> str:
+    """The message of the UserError that ``call`` raises."""
+    try:
+        call()
+    except UserError as e:
+        return str(e)
+    raise AssertionError("nothing was raised")
+
+
+def damaged_on_one_rank(run: Path) -> None:
+    """Rank 1 alone reads the damaged block; both pass over, both end with the older state."""
+    job = Job(str(run), "", stage=3)
+    engine = build(job)
+    keeper = Checkpointer(run)
+    for step in (1, 2):
+        train_step(engine, job, step - 1)
+        keeper.save(engine, None, {"step": step, "samples_seen": step * 12}, background=False)
+    if dist.get_rank() == 0:
+        folder = keeper.root / checkpoint.folder_name(2)
+        manifest = checkpoint.read_manifest(folder)
+        path = folder / checkpoint.shard_name(1)
+        with shards.Reader(path, manifest.files[path.name]) as reader:
+            at = reader.pieces()[("exp_avg", "out.weight")][0][1]
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+    dist.barrier()
+    again = build(job)
+    meta = keeper.resume(again, None)
+    assert meta is not None and meta["step"] == 1
+    assert (
+        keeper.passed_over[0][0] == "step_00000002"
+        and "rank_00001.safetensors: bytes 0-" in keeper.passed_over[0][1]
+    )
+    assert keeper.resumed_from == keeper.root / checkpoint.folder_name(1)
+    assert LocalState(again).scalars()["global_steps"] == 1
+    # The damaged one is replaced when the run passes it again.
+    train_step(again, job, 1)
+    keeper.save(again, None, {"step": 2, "samples_seen": 24}, background=False)
+    checkpoint.verify(keeper.root / checkpoint.folder_name(2))
+
+
+def all_damaged(run: Path) -> None:
+    """A clear error on every rank, and nothing is touched."""
+    job = Job(str(run), "", stage=2)
+    engine = build(job)
+    keeper = Checkpointer(run)
+    assert keeper.resume(engine, None) is None
+    keeper.save(engine, None, META, background=False)
+    path = keeper.root / checkpoint.folder_name(1) / checkpoint.shard_name(0)
+    if dist.get_rank() == 0:
+        path.write_bytes(path.read_bytes()[:-1])
+    dist.barrier()
+    message = told(lambda: keeper.resume(engine, None))
+    assert (
+        "holds no whole checkpoint: step_00000001 (rank_00000.safetensors" in message
+        and "Nothing was changed" in message
+    )
+    assert path.exists()
+
+
+def another_model(run: Path) -> None:
+    """Shapes and names that do not fit are listed; the engine keeps its weights."""
+    engine = build(Job(str(run), "", width=8))
+    keeper = Checkpointer(run)
+    keeper.save(engine, None, META, background=False)
+    wider = build(Job(str(run), "", width=16, stage=3))
+    before = [m.detach().clone() for m in LocalState(wider).masters]
+    message = told(lambda: keeper.resume(wider, None))
+    assert "depthwise.bias has shape (8,) in the checkpoint and (16,) in the model" in message
+    assert "init.from" in message and "more" in message
+    assert all(torch.equal(a, b) for a, b in zip(before, LocalState(wider).masters))
+    frozen = build(Job(str(run), "", frozen=True))
+    keeper.save(frozen, None, {"step": 2, "samples_seen": 24}, background=False)
+    assert "was frozen" in told(lambda: keeper.resume(engine, None))
+
+
+def ema_on_and_off(run: Path) -> None:
+    """A checkpoint without averages starts them at the weights; one with them serves a run without."""
+    job = Job(str(run), "", stage=2)
+    engine = build(job)
+    keeper = Checkpointer(run)
+    train_step(engine, job, 0)
+    keeper.save(engine, None, META, background=False)
+    again = build(job)
+    ema = LocalState(again).new_ema()
+    keeper.resume(again, ema)
+    masters = LocalState(again).masters
+    assert all(torch.equal(a, m) for a, m in zip(ema, masters))
+    train_step(again, job, 1)
+    lerp_ema(ema, LocalState(again).masters, 0.5)
+    keeper.save(again, ema, {"step": 2, "samples_seen": 24}, background=False)
+    assert keeper.resume(engine, None)["step"] == 2  # type: ignore[index]
+
+
+def ema_against_unsharded(run: Path) -> None:
+    """Averages under every stage equal those of whole fp32 tensors, and ``averaged`` computes with them and puts back."""
+    from state_worker import GLOBAL_BATCH, batch
+
+    results = []
+    for stage in (0, 1, 2, 3):
+        job = Job(str(run / str(stage)), "", stage=stage)
+        engine = build(job)
+        keeper = Checkpointer(Path(job.run))
+        ema = LocalState(engine).new_ema()
+        reference = None
+        for step in range(3):
+            keeper.save(engine, ema, {"step": step, "samples_seen": 0}, background=False)
+            from dattrain.state import gather
+
+            whole = gather.load_tensors(keeper.root / checkpoint.folder_name(step), "param")
+            averages = gather.load_tensors(keeper.root / checkpoint.folder_name(step), "ema")
+            if reference is None:
+                reference = {n: t.clone() for n, t in whole.items()}
+            else:
+                for name, tensor in whole.items():
+                    if tensor.is_floating_point():
+                        reference[name].lerp_(tensor, 1 - 0.9)
+                    else:
+                        reference[name] = tensor
+            assert all(torch.equal(reference[n], averages[n]) for n in reference), stage
+            dist.barrier()
+            train_step(engine, job, step)
+            lerp_ema(ema, LocalState(engine).masters, 0.9)
+        engine.eval()
+        images, _ = batch(0, GLOBAL_BATCH)
+        with torch.no_grad():
+            before = engine(images)
+            masters = [m.detach().clone() for m in LocalState(engine).masters]
+            held = [e.clone() for e in ema]
+            with averaged(engine, ema):
+                inside = engine(images)
+            after = engine(images)
+        assert torch.equal(before, after) and not torch.equal(before, inside)
+        assert all(torch.equal(a, b) for a, b in zip(masters, LocalState(engine).masters))
+        assert all(torch.equal(a, b) for a, b in zip(held, ema))
+        results.append(inside)
+    assert all(torch.allclose(results[0], r, atol=1e-5) for r in results)
+
+
+def one_rank_cannot_write(run: Path) -> None:
+    """Rank 1's disk is full: both ranks are told, with the reason, and the checkpoint before is the newest."""
+    job = Job(str(run), "", stage=2)
+    engine = build(job)
+    keeper = Checkpointer(run, patience=30)
+    keeper.save(engine, None, META, background=False)
+    if dist.get_rank() == 1:
+        import errno
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        real, shards.os.write = os.write, full  # type: ignore[assignment]
+    keeper.save(engine, None, {"step": 2, "samples_seen": 24})
+    message = told(keeper.wait)
+    if dist.get_rank() == 1:
+        os.write = real
+    assert "step 2 could not be written" in message and "No space left on device" in message, message
+    assert "the last whole checkpoint is step_00000001" in message
+    dist.barrier()
+    if dist.get_rank() == 0:
+        assert sorted(p.name for p in keeper.root.iterdir() if not p.name.startswith(".new")) == [
+            "step_00000001"
+        ]
+
+
+def the_next_step_hears_of_it(run: Path) -> None:
+    """A background failure is raised by the next poll, once, and the next save works again."""
+    import time
+
+    job = Job(str(run), "", stage=0)
+    engine = build(job)
+    keeper = Checkpointer(run, patience=5)
+    real = shards.write
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    shards.write = fail  # type: ignore[assignment]
+    keeper.save(engine, None, META)
+    while keeper.saving:
+        time.sleep(0.01)
+    assert keeper.failed
+    assert "Input/output error; there is no whole checkpoint yet" in told(keeper.poll)
+    keeper.poll()
+    shards.write = real
+    dist.barrier()
+    keeper.save(engine, None, META, background=False)
+    assert checkpoint.find(keeper.root).folder is not None
+
+
+def a_silent_rank(run: Path) -> None:
+    """Rank 1 never writes: rank 0 gives the save up after its patience, and nothing is published."""
+    job = Job(str(run), "", stage=2)
+    engine = build(job)
+    keeper = Checkpointer(run, patience=0.3)
+    if dist.get_rank() == 0:
+        keeper.save(engine, None, META)
+        assert "rank_00001.safetensors was not written within 0 s" in told(keeper._task.wait)
+        assert list(keeper.root.iterdir()) == []
+    dist.barrier()
+
+
+def rollback(run: Path) -> None:
+    """Back to the last save, waiting for the one in flight, with counters and loss scale."""
+    job = Job(str(run), "", stage=2, precision="fp16")
+    engine = build(job)
+    keeper = Checkpointer(run)
+    assert "no checkpoint to roll back to" in told(lambda: keeper.rollback(engine, None))
+    train_step(engine, job, 0)
+    keeper.save(engine, None, META)
+    saved = LocalState(engine).scalars()
+    masters = [m.detach().clone() for m in LocalState(engine).masters]
+    for step in (1, 2, 3):
+        train_step(engine, job, step)
+    assert LocalState(engine).scalars() != saved
+    assert keeper.rollback(engine, None) == META
+    assert LocalState(engine).scalars() == saved
+    assert all(torch.equal(a, b) for a, b in zip(masters, LocalState(engine).masters))
+
+
+def main() -> None:
+    """Run the scenarios named, one after another."""
+    start_distributed()
+    code = 0
+    try:
+        for name in sys.argv[2:]:
+            globals()[name](Path(sys.argv[1]) / name)
+            dist.barrier()
+            print(f"{name}: passed", flush=True)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    finish(code)
+
+
+if __name__ == "__main__":
+    main()

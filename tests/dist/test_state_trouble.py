@@ -1,0 +1,22 @@
+"""Damage, other models, full disks, silent ranks, rollbacks: scenarios of ``state_trouble.py``, on two ranks that start once."""
+
+from __future__ import annotations
+
+from state_ranks import HERE, finished, spawn
+
+SCENARIOS = [
+    "damaged_on_one_rank",
+    "all_damaged",
+    "another_model",
+    "ema_on_and_off",
+    "ema_against_unsharded",
+    "one_rank_cannot_write",
+    "the_next_step_hears_of_it",
+    "a_silent_rank",
+    "rollback",
+]
+
+
+def test_trouble(tmp_path):
+    for output in finished(spawn(2, [str(HERE / "state_trouble.py"), str(tmp_path), *SCENARIOS])):
+        assert [line.split(":")[0] for line in output.splitlines() if line.endswith(": passed")] == SCENARIOS

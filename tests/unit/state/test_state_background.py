@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from dattrain.state.background import HostBuffer, OneInFlight, image_of
+from dattrain.state.fragments import _shares, lerp_ema, read, write
+from dattrain.state.shards import PAGE
+
+
+def test_a_failure_is_told_once_and_never_lost():
+    task = OneInFlight("t")
+
+    def fail():
+        raise OSError("disk")
+
+    task.start(fail)
+    task._thread.join()
+    assert task.failed and not task.running
+    with pytest.raises(OSError):
+        task.poll()
+    task.poll()
+    assert not task.failed
+    task.start(fail)
+    with pytest.raises(OSError):
+        task.start(lambda: pytest.fail("must not start"))
+    task.start(lambda: None)
+    task.wait()
+
+
+def test_one_in_flight():
+    task, gate, order = OneInFlight("t"), threading.Event(), []
+    task.start(lambda: (gate.wait(5), order.append(1)))
+    task.poll()
+    assert task.running
+    threading.Timer(0.05, gate.set).start()
+    task.start(lambda: order.append(2))
+    task.wait()
+    assert order == [1, 2]
+
+
+def test_host_buffer_is_reused_and_page_aligned():
+    buffer = HostBuffer(pinned=False)
+    a = buffer.take(10_000)
+    a.fill_(7)
+    assert a.data_ptr() % PAGE == 0
+    assert buffer.take(5_000).data_ptr() == a.data_ptr()
+    assert buffer.take(20_000).numel() == 20_000
+    assert len(image_of(buffer.take(123))) == 123
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_shares_of_replicated_tensors_cover_each_once(world):
+    sizes = [5, 0, 17, 1, 40]
+    cover = [[0] * s for s in sizes]
+    loads = []
+    for rank in range(world):
+        shares = _shares(sizes, rank, world)
+        loads.append(sum(hi - lo for lo, hi in shares))
+        for row, (lo, hi) in zip(cover, shares):
+            for i in range(lo, hi):
+                row[i] += 1
+    assert all(c == 1 for row in cover for c in row)
+    assert max(loads) - min(loads) <= 1
+
+
+def test_channels_last_weights_are_read_and_written_in_logical_order():
+    weight = (
+        torch.arange(2 * 3 * 2 * 2, dtype=torch.float32)
+        .reshape(2, 3, 2, 2)
+        .to(memory_format=torch.channels_last)
+    )
+    expected = weight.clone()
+    assert read(weight, 5, 4).tolist() == [5, 6, 7, 8]
+    write(weight, 5, torch.tensor([50.0, 60.0]))
+    expected[0, 1, 0, 1], expected[0, 1, 1, 0] = 50.0, 60.0
+    assert torch.equal(weight, expected) and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_lerp_is_elementwise_so_shards_equal_the_whole():
+    g = torch.Generator().manual_seed(0)
+    whole, target = torch.randn(1001, generator=g), torch.randn(1001, generator=g)
+    parts = [t.clone() for t in whole.split([3, 500, 498])]
+    reference = [whole.clone()]
+    for _ in range(5):
+        lerp_ema(reference, [target], 0.999)
+        lerp_ema(parts, list(target.split([3, 500, 498])), 0.999)
+    assert torch.equal(torch.cat(parts), reference[0])

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from state_fakes import write_shard
+
+from dattrain.state import shards
+from dattrain.state.shards import BLOCK, Damaged, Piece, Reader, Span, layout
+
+
+def sample(seed=0, big=BLOCK // 4 * 2 + 123):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        Piece("param", "a.weight", 5, big): torch.randn(big, generator=g),
+        Piece("param", "b", 0, 7): torch.randn(7, generator=g),
+        Piece("ema", "b", 0, 7): torch.randn(7, generator=g),
+        Piece("param", "empty", 0, 0): torch.empty(0),
+        Piece("buffer", "n", 0, 1, "I64", ()): torch.tensor(3),
+        Piece("buffer", "flags", 0, 3, "BOOL", (3,)): torch.tensor([True, False, True]),
+    }
+
+
+def test_the_safetensors_library_reads_what_we_write(tmp_path):
+    tensors = sample()
+    write_shard(tmp_path / "x.safetensors", tensors)
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert set(loaded) == {p.key for p in tensors}
+    for piece, tensor in tensors.items():
+        assert torch.equal(loaded[piece.key], tensor.reshape(loaded[piece.key].shape)), piece
+    assert loaded["buffer/0/n"].shape == ()
+
+
+def test_every_tensor_is_aligned_and_the_file_has_no_holes():
+    made = layout(sample())
+    assert len(made.header) % shards.PAGE == 0
+    at = len(made.header)
+    for piece, offset in zip(made.pieces, made.offsets):
+        assert offset == at
+        width = {"I64": 8, "F32": 4, "BOOL": 1}[piece.dtype]
+        assert offset % width == 0
+        at += piece.nbytes
+    assert at == made.size
+
+
+def test_digest_is_sha256_of_each_mebibyte(tmp_path):
+    digest = write_shard(tmp_path / "x", sample())
+    data = (tmp_path / "x").read_bytes()
+    assert digest.size == len(data)
+    for i in range(0, len(data), BLOCK):
+        assert digest.block(i // BLOCK) == hashlib.sha256(data[i : i + BLOCK]).hexdigest()
+    assert shards.Digest.from_json(digest.to_json()) == digest
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize(
+    "size", [shards.PAGE, shards.PAGE + 1, shards.CHUNK, shards.CHUNK + shards.PAGE - 1, 3 * BLOCK + 5]
+)
+def test_write_of_any_length_is_exact(tmp_path, direct, size):
+    import mmap
+
+    area = mmap.mmap(-1, size)
+    area[:] = os.urandom(size)
+    digest = shards.write(tmp_path / "x", memoryview(area), 8, direct=direct)
+    assert (tmp_path / "x").read_bytes() == area[:]
+    assert digest.blocks == shards.hash_blocks(memoryview(area))
+
+
+def test_write_does_not_overwrite(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(FileExistsError):
+        shards.write(tmp_path / "x", memoryview(bytearray(10)), 8)
+    assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_unaligned_memory_is_written_too(tmp_path):
+    data = memoryview(bytearray(os.urandom(3 * shards.PAGE)))[1:]
+    shards.write(tmp_path / "x", data, 8)
+    assert (tmp_path / "x").read_bytes() == bytes(data)
+
+
+def test_reader_ranges(tmp_path):
+    digest = write_shard(tmp_path / "x", sample())
+    data = (tmp_path / "x").read_bytes()
+    rng = random.Random(0)
+    with Reader(tmp_path / "x", digest) as reader:
+        for _ in range(50):
+            a = rng.randrange(len(data))
+            b = rng.randrange(a, len(data))
+            assert reader.read(a, b - a) == data[a:b]
+        assert reader.pieces()[("param", "a.weight")][0][0].start == 5
+
+
+def test_stream_reads_every_block_once_and_in_pieces_of_at_most_one(tmp_path, monkeypatch):
+    digests = [write_shard(tmp_path / f"x{i}", sample(i)) for i in range(2)]
+    files = [(tmp_path / f"x{i}", d) for i, d in enumerate(digests)]
+    data = [p.read_bytes() for p, _ in files]
+    seen = []
+    real = shards.read_block
+    monkeypatch.setattr(
+        shards,
+        "read_block",
+        lambda fd, path, d, i, **k: seen.append((path.name, i)) or real(fd, path, d, i, **k),
+    )
+    cuts = [0, 10, BLOCK - 3, BLOCK + 9, 2 * BLOCK, len(data[0]) - 1, len(data[0])]
+    spans = [Span(f, a, b, (f, a, b)) for f in (1, 0) for a, b in itertools.pairwise(cuts)]
+    spans.append(Span(0, 17, 17, "empty"))
+    out: dict[tuple[int, int, int], bytearray] = {}
+    for tag, offset, piece in shards.stream(files, spans, ahead=2):
+        assert len(piece) <= BLOCK
+        assert len(out.setdefault(tag, bytearray())) == offset
+        out[tag] += piece
+    assert set(out) == {s.tag for s in spans[:-1]}
+    for f, a, b in out:
+        assert out[(f, a, b)] == data[f][a:b]
+    assert len(seen) == len(set(seen))
+
+
+def test_stream_ends_its_thread_when_the_consumer_stops(tmp_path):
+    import threading
+
+    digest = write_shard(tmp_path / "x", sample())
+    before = threading.active_count()
+    for _ in shards.stream([(tmp_path / "x", digest)], [Span(0, 0, digest.size, 0)], ahead=1):
+        break
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("where", ["header", "middle", "last"])
+def test_one_flipped_bit_is_noticed_with_its_place(tmp_path, where):
+    path = tmp_path / "x"
+    digest = write_shard(path, sample())
+    at = {"header": 3, "middle": BLOCK + 1000, "last": digest.size - 1}[where]
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+    block = at // BLOCK * BLOCK
+    with pytest.raises(Damaged, match=f"x: bytes {block}-"):
+        list(shards.stream([(path, digest)], [Span(0, 0, digest.size, 0)]))
+    if where != "header":
+        # What is not read is not checked: an elastic load pays for its own ranges alone.
+        list(shards.stream([(path, digest)], [Span(0, 0, 100, 0)]))
+    list(shards.stream([(path, digest)], [Span(0, 0, digest.size, 0)], verify=False))
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, BLOCK, -1])
+def test_a_truncated_or_longer_file_is_noticed_when_opened(tmp_path, size):
+    digest = write_shard(tmp_path / "x", sample())
+    data = (tmp_path / "x").read_bytes()
+    (tmp_path / "x").write_bytes(data[:size] if size >= 0 else data + b"!")
+    with pytest.raises(Damaged, match=f"bytes, not {digest.size}"):
+        Reader(tmp_path / "x", digest)
+
+
+def test_links_folders_and_pipes_are_not_shards(tmp_path):
+    digest = write_shard(tmp_path / "x", sample())
+    (tmp_path / "link").symlink_to("x")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "folder", "pipe", "missing"):
+        with pytest.raises(Damaged, match=name):
+            Reader(tmp_path / name, digest)
+
+
+def test_a_header_that_points_outside_the_file_is_refused(tmp_path):
+    path = tmp_path / "x"
+    write_shard(path, {Piece("param", "a", 0, 4): torch.ones(4)})
+    data = path.read_bytes().replace(b'"data_offsets":[0,16]', b'"data_offsets":[8,24]')
+    path.write_bytes(data)
+    lying = shards.Digest(len(data), shards.PAGE, shards.hash_blocks(memoryview(data)))
+    with Reader(path, lying) as reader, pytest.raises(Damaged, match="outside the file"):
+        reader.pieces()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[]", b"{", b'{"a": 1}', b'{"noslash": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'],
+)
+def test_a_foreign_header_is_refused(tmp_path, header):
+    text = header.ljust(64)
+    data = len(text).to_bytes(8, "little") + text + bytes(4)
+    (tmp_path / "x").write_bytes(data)
+    digest = shards.Digest(len(data), 8 + len(text), shards.hash_blocks(memoryview(data)))
+    with Reader(tmp_path / "x", digest) as reader, pytest.raises(Damaged):
+        reader.pieces()
+
+
+def test_safe_open_slices_agree(tmp_path):
+    tensors = sample()
+    write_shard(tmp_path / "x", tensors)
+    piece = next(iter(tensors))
+    with safe_open(tmp_path / "x", "np") as file:
+        assert np.array_equal(file.get_slice(piece.key)[10:20], tensors[piece][10:20].numpy())

@@ -7,7 +7,6 @@ fine-tune at 96 x 96, evaluate both, and draw curves and sampling points. Every 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import shlex
@@ -17,9 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dattrain.errors import UserError
 
@@ -60,8 +58,10 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    data = [f"data.train={out}/shards/train", f"data.val={out}/shards/val"]
-    pack(out)
+    train, val = f"{out}/shards/train-*.tar", f"{out}/shards/val-*.tar"
+    data = [f"data.train={train}", f"data.val={val}"]
+    source = os.path.relpath(Path(__file__).parents[1] / "demo" / "t10k-images-idx3-ubyte.gz")
+    execute([*dattrain(), "data", "pack", source, f"{out}/shards", "--holdout", "2000", "--per-shard", "500"])
     pretrain, finetune = out / "pretrain", out / "finetune"
     trained = time.perf_counter()
     command = train_command("pretrain", pretrain, args.nproc, [*data, *args.overrides])
@@ -71,12 +71,12 @@ def run(args: argparse.Namespace) -> int:
         train_command("finetune", finetune, args.nproc, [*data, f"init.from={pretrain}", *args.overrides])
     )
     trained = time.perf_counter() - trained
-    rows = [("1-nearest neighbour on pixels", nearest_neighbour(*split("train"), *split("val")))]
+    rows = [("1-nearest neighbour on pixels", nearest_neighbour(*read(train), *read(val)))]
     for name, folder in (("dat_atto, 64 x 64", pretrain), ("fine-tuned, 96 x 96", finetune)):
         report = out / f"{folder.name}-eval.json"
         execute([*dattrain(), "eval", str(folder), "--json", str(report)])
         rows.append((name, json.loads(report.read_text())["top1"]))
-    picture(out / "demo.png", pretrain, finetune)
+    picture(out / "demo.png", pretrain, finetune, *read(val))
     print(f"\n{'':34}top-1 on 2,000 test images")
     for name, top1 in rows:
         print(f"{name:34}{top1:6.2f} %")
@@ -89,41 +89,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def split(part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images n x 28 x 28 and labels n, uint8: 8,000 to train on and 2,000 to test on, drawn with seed 0."""
+def read(spec: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images n x 28 x 28 and labels n, uint8, decoded from the demo's shards."""
     import numpy as np
 
-    folder = resources.files("dattrain") / "demo"
-    images = np.frombuffer(
-        gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16
-    )
-    labels = np.frombuffer(
-        gzip.decompress((folder / "t10k-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8
-    )
-    order = np.random.default_rng(0).permutation(len(labels))
-    chosen = order[:8000] if part == "train" else order[8000:]
-    return images.reshape(-1, 28, 28)[chosen], labels[chosen]
+    from dattrain.data.dataset import open_dataset
+    from dattrain.data.images import decode
 
-
-def pack(out: Path) -> None:
-    """Write both parts as arrays and pack them into shards with ``dattrain data pack``."""
-    import numpy as np
-
-    for part in ("train", "val"):
-        images, labels = split(part)
-        source = out / f"{part}.npz"
-        np.savez(source, images=images, labels=labels)
-        execute(
-            [
-                *dattrain(),
-                "data",
-                "pack",
-                str(source),
-                str(out / "shards" / part),
-                "--samples-per-shard",
-                "500",
-            ]
-        )
+    dataset = open_dataset(spec)
+    where = [(shard, i) for shard, count in enumerate(dataset.counts) for i in range(count)]
+    images = np.stack([decode(dataset.read(*place).data)[0].numpy() for place in where])
+    labels = np.array([dataset.label(*place) for place in where], dtype=np.uint8)
+    dataset.close()
+    return images, labels
 
 
 def nearest_neighbour(
@@ -185,44 +163,46 @@ def published(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_*/manifest.json"))
 
 
-def picture(file: Path, pretrain: Path, finetune: Path) -> None:
-    """Loss and accuracy curves of both runs above test images with their deformed sampling points (the paper's Figure 4)."""
+def picture(file: Path, pretrain: Path, finetune: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Loss and accuracy of both runs above one image per class with its deformed sampling points (the paper's Figure 4)."""
     import matplotlib
 
     matplotlib.use("Agg")
+    import numpy as np
+    import torch
     from matplotlib import pyplot
+    from torchvision.transforms.v2.functional import normalize, resize
 
-    from dattrain.tools.viz import draw_points
+    from dattrain.tools import draw
+    from dattrain.tools.points import capture
     from dattrain.tools.weights import load_model
 
-    figure, axes = pyplot.subplots(2, 6, figsize=(15, 5.4), layout="constrained")
-    grid = axes[0, 0].get_gridspec()
-    for axis in axes[0]:
-        axis.remove()
-    loss, accuracy = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
-    offset = 0
+    figure = pyplot.figure(figsize=(12, 7.2), layout="constrained")
+    curves, sheet = np.ravel(figure.subfigures(2, 1, height_ratios=(1, 1.15)))
+    loss, accuracy = curves.subplots(1, 2)
+    seen = 0
     for name, folder in (("pre-training, 64 x 64", pretrain), ("fine-tuning, 96 x 96", finetune)):
-        rows = read_metrics(folder)
-        steps = [row for row in rows if "loss" in row]
-        evals = [row for row in rows if "top1" in row]
-        loss.plot([offset + row["samples"] for row in steps], [row["loss"] for row in steps], label=name)
-        accuracy.plot(
-            [offset + row["samples"] for row in evals], [row["top1"] for row in evals], "o-", label=name
-        )
-        offset += rows[-1]["samples"]
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for axis, key, style in ((loss, "loss", "-"), (accuracy, "top1", "o-")):
+            points = [(seen + row["samples"], row[key]) for row in rows if key in row]
+            axis.plot(*zip(*points), style, label=name)
+        seen += max(row["samples"] for row in rows)
     loss.set(xlabel="images seen", ylabel="training loss")
-    accuracy.set(xlabel="images seen", ylabel="top-1, %")
+    accuracy.set(xlabel="images seen", ylabel="top-1 on 2,000 test images, %")
     loss.legend()
     accuracy.legend(loc="lower right")
-    model, meta = load_model(finetune)
-    images, labels = split("val")
-    for axis, index in zip(axes[1], range(6)):
-        draw_points(model, images[index], meta=meta, axis=axis)
-        axis.set_title(CLASSES[labels[index]], fontsize=9)
+
+    model, card = load_model(finetune)
+    chosen = images[[int(np.flatnonzero(labels == c)[0]) for c in range(len(CLASSES))]]
+    pixels = resize(
+        torch.from_numpy(chosen)[:, None].expand(-1, 3, -1, -1), list(card.img_size), antialias=True
+    )
+    inputs = normalize(pixels.float() / 255, list(card.mean), list(card.std))
+    for axis, image, blocks, name in zip(sheet.subplots(2, 5).flat, pixels, capture(model, inputs), CLASSES):
+        draw.points(axis, image.permute(1, 2, 0).numpy(), blocks[0], area=9)
+        axis.set_title(name, fontsize=9)
+    sheet.suptitle(
+        "where the first deformable block samples its keys; one colour per offset group", fontsize=10
+    )
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

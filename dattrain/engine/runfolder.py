@@ -1,0 +1,134 @@
+"""The run folder: what is written before the first step so that the run can be understood and repeated."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import dattrain
+from dattrain.config.load import dump
+from dattrain.config.load import load as load_config
+from dattrain.config.schema import Config
+from dattrain.errors import UserError
+from dattrain.runtime.env import Env
+from dattrain.state.checkpointer import versions
+
+CONFIG, CODE, DIFF, ENVIRONMENT = "config.yaml", "code.json", "code.diff", "env.json"
+
+log = logging.getLogger(__name__)
+
+
+def open_run(run_dir: Path, config: Config, env: Env, device_name: str) -> None:
+    """Write ``config.yaml``, ``code.json`` with its diff, and ``env.json``. Rank 0 calls it.
+
+    A folder that holds another recipe's config is refused, since its checkpoints are of another model; settings that do not
+    touch the result may differ from one start to the next, and the new config takes the old one's place.
+
+    Raises:
+        UserError: the folder cannot be written, or belongs to another model or data order.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _check_same(run_dir / CONFIG, config)
+        _write(run_dir / CONFIG, dump(config))
+        if not (run_dir / CODE).exists():
+            code, diff = describe_code()
+            if diff:
+                (run_dir / DIFF).write_bytes(diff)
+            _write(run_dir / CODE, json.dumps(code, indent=2) + "\n")
+        _note_start(run_dir / ENVIRONMENT, env, device_name)
+    except OSError as error:
+        raise UserError(f"{run_dir}: the run folder cannot be written: {error.strerror or error}") from error
+
+
+def describe_code() -> tuple[dict[str, Any], bytes]:
+    """Version, git revision and whether the checkout differs from it; and that difference. No revision outside of git."""
+    root = Path(dattrain.__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> bytes | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, timeout=60)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    # site-packages within some other project's checkout is not tracked there.
+    tracked = git("ls-files", "--error-unmatch", "dattrain/__init__.py") is not None
+    head = git("rev-parse", "HEAD") if tracked else None
+    diff = (git("diff", "--binary", "HEAD", "--", "dattrain") or b"") if head else b""
+    new = (git("ls-files", "--others", "--exclude-standard", "--", "dattrain") or b"") if head else b""
+    return {
+        "version": dattrain.__version__,
+        "revision": head.decode().strip() if head else None,
+        "dirty": bool(diff or new) if head else None,
+        "diff": DIFF if diff else None,
+        "untracked": new.decode(errors="replace").splitlines(),
+    }, diff
+
+
+_FIXED = {
+    "model": "the weights",
+    "data.lanes": "the order of the data",
+    "data.window": "the order of the data",
+    "data.shuffle": "the order of the data",
+    "train.seed": "the order of the data",
+    "train.global_batch": "the position in the schedule",
+}
+"""Settings that a resumed run cannot change, and what depends on them."""
+
+
+def _check_same(path: Path, config: Config) -> None:
+    if not path.exists() or not any(path.parent.glob("checkpoints/step_*")):
+        return
+    old = load_config(path).config.model_dump(mode="json", by_alias=True)
+    new = config.model_dump(mode="json", by_alias=True)
+    for key, what in _FIXED.items():
+        a: Any = old
+        b: Any = new
+        for part in key.split("."):
+            a, b = a[part], b[part]
+        if a != b:
+            if isinstance(a, dict):
+                key, a, b = next((f"{key}.{k}", a[k], b.get(k)) for k in a if a[k] != b.get(k))
+            raise UserError(
+                f"{path.parent} has checkpoints of {key}={a}, but this recipe says {key}={b}; {what} depends on it. "
+                "Choose another --run folder (and init.from to start from these weights)"
+            )
+
+
+def _note_start(path: Path, env: Env, device_name: str) -> None:
+    starts: list[dict[str, Any]] = []
+    if path.is_file():
+        try:
+            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s is not readable; it is written anew", path)
+    starts.append(
+        {
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "launcher": env.launcher,
+            "world": env.world,
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "device": device_name,
+            "versions": versions(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        }
+    )
+    _write(path, json.dumps({"starts": starts}, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

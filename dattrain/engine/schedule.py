@@ -1,0 +1,31 @@
+"""Learning rate by update: pure functions of the update's number, so a resume needs nothing but it."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from dattrain.config.derive import Derived
+
+Kind = Literal["cosine", "linear", "constant"]
+
+
+def rate(kind: Kind, derived: Derived, update: int) -> float:
+    """Learning rate of the 0-based ``update``.
+
+    During the first ``warmup_steps`` it grows linearly from ``warmup_lr`` towards ``peak_lr``. ``cosine`` then follows the
+    half period over all of ``total_steps``, warm-up included (timm's CosineLRScheduler with ``warmup_prefix=False``, one
+    cycle, which the authors and Swin use); ``linear`` falls from the end of the warm-up to ``min_lr`` at ``total_steps``
+    (Swin's linear schedule); ``constant`` stays.
+    """
+    d = derived
+    if update < d.warmup_steps:
+        return d.warmup_lr + update * ((d.peak_lr - d.warmup_lr) / d.warmup_steps)
+    if kind == "constant":
+        return d.peak_lr
+    if update >= d.total_steps:
+        return d.min_lr
+    if kind == "linear":
+        done = (update - d.warmup_steps) / (d.total_steps - d.warmup_steps)
+        return d.peak_lr - (d.peak_lr - d.min_lr) * done
+    return d.min_lr + 0.5 * (d.peak_lr - d.min_lr) * (1 + math.cos(math.pi * update / d.total_steps))

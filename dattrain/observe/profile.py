@@ -1,0 +1,135 @@
+"""Profiling of a few updates: a trace for Perfetto, a table per module, and on CUDA a snapshot of the memory.
+
+Modules are timed by hooks that open a named range, so the table comes out of the same trace. A backward range runs from the
+gradient of a module's output to that of its input.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+FORWARD, BACKWARD = "forward/", "backward/"
+
+log = logging.getLogger(__name__)
+
+
+class Profiler:
+    """Profiles updates [first, last) on this rank into ``folder``. None for ``steps`` does nothing at all."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path, rank: int, device: torch.device) -> None:
+        self._steps, self._folder, self._rank, self._device = steps, folder, rank, device
+        self._profile: Any = None
+        self._hooks: list[Any] = []
+
+    @contextmanager
+    def step(self, step: int, model: nn.Module) -> Iterator[None]:
+        """Around the 0-based update ``step``."""
+        if self._steps is None or not self._steps[0] <= step < self._steps[1]:
+            yield
+            return
+        if self._profile is None:
+            self._start(model)
+        with record_function(f"update {step}"):
+            yield
+        if step + 1 >= self._steps[1]:
+            self.finish()
+
+    def _start(self, model: nn.Module) -> None:
+        activities = [ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history(max_entries=200_000)
+        self._hooks = watch(model)
+        self._profile = profile(activities=activities)
+        self._profile.__enter__()
+
+    def finish(self) -> None:
+        """Write what was recorded; also where training ends within the range."""
+        if self._profile is None:
+            return
+        self._profile.__exit__(None, None, None)
+        for hook in self._hooks:
+            hook.remove()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        trace = self._folder / f"rank_{self._rank}.trace.json.gz"
+        self._profile.export_chrome_trace(str(trace))
+        text = table(self._profile.key_averages())
+        (self._folder / f"rank_{self._rank}.modules.txt").write_text(text, encoding="utf-8")
+        if self._device.type == "cuda":
+            torch.cuda.memory._dump_snapshot(str(self._folder / f"rank_{self._rank}.memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        self._profile, self._hooks = None, []
+        log.info("profile written to %s", self._folder)
+
+
+def watch(model: nn.Module) -> list[Any]:
+    """Hooks that open a range for every module with a name of its own; returns their handles."""
+    handles = []
+    for name, module in model.named_modules():
+        if name and not isinstance(module, (nn.Identity, nn.ModuleList, nn.Sequential)):
+            handles += _ranges(name, module)
+    return handles
+
+
+def _ranges(name: str, module: nn.Module) -> list[Any]:
+    opened: dict[str, list[Any]] = defaultdict(list)
+
+    def enter(prefix: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            range_ = record_function(prefix + name)
+            range_.__enter__()
+            opened[prefix].append(range_)
+
+        return hook
+
+    def leave(prefix: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if opened[prefix]:
+                opened[prefix].pop().__exit__(None, None, None)
+
+        return hook
+
+    return [
+        module.register_forward_pre_hook(enter(FORWARD)),
+        module.register_forward_hook(leave(FORWARD), always_call=True),
+        module.register_full_backward_pre_hook(enter(BACKWARD)),
+        module.register_full_backward_hook(leave(BACKWARD)),
+    ]
+
+
+def table(averages: Any) -> str:
+    """Per module: calls and milliseconds forward and backward, on the host and (where there is one) on the device."""
+    rows: dict[str, dict[str, Any]] = defaultdict(lambda: {FORWARD: None, BACKWARD: None})
+    for event in averages:
+        for prefix in (FORWARD, BACKWARD):
+            if event.key.startswith(prefix):
+                rows[event.key.removeprefix(prefix)][prefix] = event
+    width = max((len(name) for name in rows), default=6)
+    head = f"{'module':{width}}  {'calls':>5}  {'fwd ms':>9}  {'bwd ms':>9}  {'fwd device ms':>13}  {'bwd device ms':>13}"
+    lines = [head]
+    for name, pair in sorted(rows.items(), key=lambda item: -_total(item[1])):
+        forward, backward = pair[FORWARD], pair[BACKWARD]
+        cells = [_ms(e, "cpu_time_total") for e in (forward, backward)]
+        cells += [_ms(e, "device_time_total") for e in (forward, backward)]
+        calls = forward.count if forward else backward.count
+        lines.append(
+            f"{name:{width}}  {calls:5}  {cells[0]:9.3f}  {cells[1]:9.3f}  {cells[2]:13.3f}  {cells[3]:13.3f}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _total(pair: dict[str, Any]) -> float:
+    return sum(_ms(e, "cpu_time_total") + _ms(e, "device_time_total") for e in pair.values())
+
+
+def _ms(event: Any, field: str) -> float:
+    return getattr(event, field, 0.0) / 1e3 if event is not None else 0.0

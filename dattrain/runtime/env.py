@@ -1,0 +1,251 @@
+"""Who am I: rank, world, device and rendezvous, resolved once, for torchrun, our launcher, submitit, srun and plain python.
+
+``resolve`` is pure (a mapping of environment variables in, an ``Env`` out); ``connect`` and ``disconnect`` have the effects.
+Not here: spawning local ranks (``launch``), checking that the nodes can talk to each other (``preflight``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import sys
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from dattrain.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Launcher = Literal["single", "torchrun", "local", "submitit-local", "slurm"]
+
+FIRST_PORT, PORTS = 20000, 12000
+"""Ports of jobs, below Linux' ephemeral range (32768 on), so that no client socket of the node can sit on one."""
+
+
+@dataclass(frozen=True)
+class Env:
+    """One process's place in the job."""
+
+    rank: int
+    local_rank: int
+    """Index on this node."""
+    world: int
+    local_world: int
+    """Processes on this node; 0 where the launcher does not say."""
+    master_addr: str
+    master_port: int
+    """0 when there is nobody to meet."""
+    launcher: Launcher
+    host: str
+
+
+def resolve(environ: Mapping[str, str], host: str | None = None) -> Env:
+    """Read the launcher's variables.
+
+    In this order: ``RANK``/``WORLD_SIZE``/``MASTER_ADDR`` (torchrun, ``dattrain train --nproc``), submitit's local
+    executor, a Slurm step (srun, submitit), nothing. A batch script that runs python without srun is one process, however
+    many tasks were allocated.
+
+    Raises:
+        UserError: variables that contradict each other, or are not numbers.
+    """
+    host = host or socket.gethostname()
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        world = _number(environ, "WORLD_SIZE")
+        if world > 1 and "MASTER_ADDR" not in environ:
+            raise UserError(
+                f"WORLD_SIZE={world} without MASTER_ADDR: start ranks with --nproc, torchrun, srun or dattrain submit"
+            )
+        launcher: Launcher = "local" if environ.get("DATTRAIN_LAUNCHER") == "local" else "torchrun"
+        env = Env(
+            rank=_number(environ, "RANK"),
+            local_rank=_number(environ, "LOCAL_RANK", 0),
+            world=world,
+            local_world=_number(environ, "LOCAL_WORLD_SIZE", 0),
+            master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
+            master_port=_number(environ, "MASTER_PORT", 29500 if world > 1 else 0),
+            launcher=launcher,
+            host=host,
+        )
+    elif environ.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_NTASKS" in environ:
+        world = _number(environ, "SUBMITIT_LOCAL_NTASKS")
+        job = environ.get("SUBMITIT_LOCAL_JOB_ID", "0")
+        env = Env(
+            rank=_number(environ, "SUBMITIT_LOCAL_GLOBALID"),
+            local_rank=_number(environ, "SUBMITIT_LOCAL_LOCALID", 0),
+            world=world,
+            local_world=world,
+            master_addr="127.0.0.1",
+            master_port=port_of(f"submitit-{job}"),
+            launcher="submitit-local",
+            host=host,
+        )
+    elif "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
+        world = _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS", 1))
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or host
+        job = "-".join(
+            environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        )
+        env = Env(
+            rank=_number(environ, "SLURM_PROCID"),
+            local_rank=_number(environ, "SLURM_LOCALID", 0),
+            world=world,
+            local_world=_tasks_on_node(environ),
+            master_addr=first_host(nodes),
+            master_port=_number(environ, "MASTER_PORT", port_of(job)),
+            launcher="slurm",
+            host=environ.get("SLURMD_NODENAME", host),
+        )
+    else:
+        return Env(0, 0, 1, 1, "127.0.0.1", 0, "single", host)
+    if not 0 <= env.rank < env.world:
+        raise UserError(
+            f"rank {env.rank} is not within a world of {env.world} ({env.launcher}): the variables are stale"
+        )
+    return env
+
+
+def port_of(job: str) -> int:
+    """A port that every process of ``job`` computes alike; other jobs on the node almost always get another."""
+    return FIRST_PORT + zlib.crc32(job.encode()) % PORTS
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a Slurm node list: ``gpu[007-009,12],login1`` -> ``gpu007``."""
+    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodelist.strip())
+    if not match:
+        raise UserError(f"the node list {nodelist!r} (SLURM_STEP_NODELIST) names no host")
+    prefix, first, suffix = match.groups()
+    return prefix + (first or "") + (suffix or "")
+
+
+def _tasks_on_node(environ: Mapping[str, str]) -> int:
+    """Own entry of ``SLURM_STEP_TASKS_PER_NODE`` (``2(x3),1``); 0 when unknown."""
+    counts: list[int] = []
+    for part in (environ.get("SLURM_STEP_TASKS_PER_NODE") or "").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match:
+            counts += [int(match[1])] * int(match[2] or 1)
+    node = _number(environ, "SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else 0
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = environ.get(name)
+    if value is None or value == "":
+        if default is None:
+            raise UserError(f"{name} is not set, though the other variables of its launcher are")
+        return default
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(f"{name}={value!r} is not a number") from None
+
+
+def pick_device(env: Env) -> torch.device:
+    """This rank's device: its own when one is visible per task, else the ``local_rank``-th; the CPU without CUDA.
+
+    Raises:
+        UserError: more processes than devices on this node.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if (
+        count == 1
+        and (env.local_world != 1 and env.local_rank > 0)
+        and env.launcher in ("single", "local", "torchrun")
+    ):
+        # torchrun and our launcher never narrow visibility per rank, so here two ranks would share the device.
+        raise UserError(
+            f"{env.host}: local rank {env.local_rank}, but one device is visible; start one process"
+        )
+    index = 0 if count == 1 else env.local_rank
+    if index >= count:
+        raise UserError(
+            f"{env.host}: local rank {env.local_rank}, but {count} devices are visible; start at most {count} per node"
+        )
+    return torch.device("cuda", index)
+
+
+def connect(env: Env, device: torch.device, timeout_s: float = 1800.0) -> None:
+    """Join the process group (gloo on CPU; NCCL with gloo for CPU tensors on CUDA) and set torchrun's variables.
+
+    One process needs no network at all. Libraries that look for ``RANK`` and friends find them afterwards.
+
+    Raises:
+        UserError: the master cannot be reached, or its port is taken.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    names = {
+        "RANK": env.rank,
+        "LOCAL_RANK": env.local_rank,
+        "WORLD_SIZE": env.world,
+        "LOCAL_WORLD_SIZE": env.local_world or 1,
+        "MASTER_ADDR": env.master_addr,
+        "MASTER_PORT": env.master_port or 29500,
+    }
+    os.environ.update({name: str(value) for name, value in names.items()})
+    limit = timedelta(seconds=timeout_s)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        backend = "gloo"
+    if env.world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+        return
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{_bracket(env.master_addr)}:{env.master_port}",
+            rank=env.rank,
+            world_size=env.world,
+            timeout=limit,
+        )
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{env.host}: rank {env.rank} of {env.world} cannot meet the others at {env.master_addr}:{env.master_port}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def disconnect() -> None:
+    """Leave the process group; safe to call twice."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        # A rank that has failed will not answer; its launcher reports it.
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now, without Python's finalisation.
+
+    A gloo thread that drops a Python tensor during finalisation aborts the process (seen with ZeRO-3), which would turn a
+    finished training into a failed job. So worker processes flush and go.
+    """
+    import logging
+
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _bracket(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host

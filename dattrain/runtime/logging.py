@@ -1,0 +1,119 @@
+"""Logs: a file per rank, appended for ever, and the console of rank 0. Tracebacks and native crashes go to the file too."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+_FORMAT = "%(asctime)s %(levelname).1s {who} %(name)s: %(message)s"
+_CONSOLE = "%(message)s"
+
+
+class Console(logging.StreamHandler):
+    """Log records and, on a terminal, one live line below them that is rewritten in place."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        super().__init__(stream or sys.stdout)
+        self.interactive = bool(getattr(self.stream, "isatty", lambda: False)())
+        self._live = ""
+        self._drawn = 0.0
+
+    def live(self, text: str) -> None:
+        """Show ``text`` as the live line, at most five times a second; nothing where there is no terminal."""
+        if self.interactive and time.monotonic() - self._drawn > 0.2:
+            self._drawn = time.monotonic()
+            self._live = text
+            self._write(f"\r\x1b[K{text}")
+
+    def clear(self) -> None:
+        """Remove the live line."""
+        if self._live:
+            self._live = ""
+            self._write("\r\x1b[K")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record above the live line."""
+        if self._live:
+            self._write("\r\x1b[K")
+        super().emit(record)
+        if self._live:
+            self._write(self._live)
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+            self.stream.flush()
+
+
+class RankLog:
+    """The log of one rank; ``setup`` makes it, ``close`` gives back what it took."""
+
+    def __init__(self, path: Path, rank: int, world: int, host: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.console: Console | None = None
+        # A restart appends: what the attempt before it said is evidence.
+        self._file: io.TextIOWrapper = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
+        to_file = logging.StreamHandler(self._file)
+        to_file.setFormatter(logging.Formatter(_FORMAT.format(who=f"r{rank}@{host}".replace("%", "%%"))))
+        self._handlers: list[logging.Handler] = [to_file]
+        if rank == 0:
+            self.console = Console()
+            self.console.setFormatter(logging.Formatter(_CONSOLE))
+            self.console.addFilter(_only_ours_or_warnings)
+            self._handlers.append(self.console)
+        root = logging.getLogger()
+        self._level = root.level
+        root.setLevel(logging.INFO)
+        for handler in self._handlers:
+            root.addHandler(handler)
+        for name, level in _NOISY.items():
+            logging.getLogger(name).setLevel(level)
+        logging.captureWarnings(True)
+        faulthandler.enable(self._file, all_threads=True)
+
+    @property
+    def file(self) -> IO[str]:
+        """The open file, for stack dumps."""
+        return self._file
+
+    def close(self) -> None:
+        """Remove the handlers and close the file; safe to call twice."""
+        root = logging.getLogger()
+        if self.console is not None:
+            self.console.clear()
+        for handler in self._handlers:
+            handler.flush()
+            root.removeHandler(handler)
+        self._handlers = []
+        root.setLevel(self._level)
+        logging.captureWarnings(False)
+        if not self._file.closed:
+            faulthandler.disable()
+            self._file.close()
+
+
+_NOISY = {
+    "DeepSpeed": logging.WARNING,
+    "deepspeed": logging.WARNING,
+    "fsspec": logging.WARNING,
+    "botocore": logging.WARNING,
+    "matplotlib": logging.WARNING,
+    "PIL": logging.WARNING,
+    "torch.distributed": logging.WARNING,
+}
+
+
+def setup(run_dir: Path, rank: int, world: int, host: str) -> RankLog:
+    """Log to ``run_dir/logs/rank_N.log`` (appended), and on rank 0 to the console."""
+    return RankLog(run_dir / "logs" / f"rank_{rank}.log", rank, world, host)
+
+
+def _only_ours_or_warnings(record: logging.LogRecord) -> bool:
+    return record.name.startswith("dattrain") or record.levelno >= logging.WARNING

@@ -1,0 +1,94 @@
+"""Signals only set a flag; at a step's edge all ranks agree on it. The stop file does the same by hand.
+
+A handler that saved by itself could not: the save is collective, and a signal may reach one rank only (submitit tells
+rank 0 alone). So the handler remembers, the trainer's per-step all-reduce spreads the word, and all ranks save together.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+REQUEUE = 75
+"""Exit code of a process that saved because it was preempted and wants to be started again (EX_TEMPFAIL)."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+STOP_FILE = "stop"
+
+
+class Request(IntEnum):
+    """What was asked for; the larger one wins when ranks disagree."""
+
+    NONE = 0
+    PREEMPT = 1
+    """Save, then be started again."""
+    STOP = 2
+    """Save, then end for good, by hand: the stop file or Ctrl-C."""
+
+
+class Preemption:
+    """Catches ``SIGTERM`` and ``SIGUSR2`` (preempted) and ``SIGINT`` (stop) between ``install`` and ``restore``.
+
+    A second Ctrl-C interrupts at once. Processes forked from this one (data workers) inherit the handlers and ignore
+    the signals: it is this process that ends them. What was installed before is back after ``restore``; where
+    submitit wants to requeue by itself, call ``chain`` after the save.
+    """
+
+    def __init__(self, run_dir: Path | None = None) -> None:
+        self.received: int | None = None
+        """The last signal that was caught."""
+        self._stop_file = run_dir / STOP_FILE if run_dir else None
+        self._pid = os.getpid()
+        self._interrupted = False
+        self._previous: dict[int, Any] = {}
+
+    def install(self, signals: Sequence[int] = SIGNALS) -> Preemption:
+        """Install the handlers; only possible in the main thread."""
+        for signum in (*signals, signal.SIGINT):
+            self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def restore(self) -> None:
+        """Put back the handlers that were there before."""
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+        self._previous.clear()
+
+    def chain(self, signum: int | None = None) -> None:
+        """Call the handler that was there before for the signal received (submitit's: it requeues and exits).
+
+        Does nothing without one: Python's own default for SIGINT does not count.
+        """
+        signum = signum if signum is not None else self.received
+        handler = self._previous.get(signum) if signum is not None else None
+        if callable(handler) and handler is not signal.default_int_handler:
+            handler(signum, None)
+
+    def request(self, look_for_file: bool = True) -> Request:
+        """What this rank has been asked for. One rank is enough to look for the stop file."""
+        if self._interrupted:
+            return Request.STOP
+        if look_for_file and self._stop_file is not None and self._stop_file.exists():
+            return Request.STOP
+        return Request.NONE if self.received is None else Request.PREEMPT
+
+    def clear_stop_file(self) -> None:
+        """Remove the stop file, so that the next start goes on."""
+        if self._stop_file is not None:
+            self._stop_file.unlink(missing_ok=True)
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return
+        if signum == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            os.write(2, b"\nstopping after this step and a save; press Ctrl-C again to stop at once\n")
+        else:
+            self.received = signum

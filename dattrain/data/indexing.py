@@ -71,7 +71,7 @@ def index_shards(
             if index.size != os.stat(path).st_size or (checksum and not index.sha256):
                 index = None
         if index is None:
-            index = index_shard(path, checksum=checksum, label=label, unterminated=unterminated)
+            index = build(path, checksum=checksum, label=label, unterminated=unterminated)
             write_index(path, index)
         no_image = [index.key(i) for i in range(len(index)) if not index.offsets[i]]
         no_label = [index.key(i) for i in range(len(index)) if index.labels[i] == NO_LABEL]
@@ -90,18 +90,18 @@ def index_shards(
     return sorted(done, key=lambda shard: order[shard.path])
 
 
-def index_shard(
+def build(
     path: str, *, checksum: bool = False, label: str | None = None, unterminated: bool = False
 ) -> ShardIndex:
     """The index of one local shard; arguments and errors as for ``index_shards``."""
     try:
         with open(path, "rb", buffering=0) as file:
-            return _index_shard(path, file, checksum=checksum, label=label, unterminated=unterminated)
+            return _build(path, file, checksum=checksum, label=label, unterminated=unterminated)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _index_shard(
+def _build(
     path: str, file: io.FileIO, *, checksum: bool, label: str | None, unterminated: bool
 ) -> ShardIndex:
     offsets, lengths, labels, keys = [], [], [], []

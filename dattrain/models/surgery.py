@@ -133,45 +133,50 @@ def resize_for(
     Raises:
         UserError: a tensor that fits nowhere, one that is missing, or a class map that does not fit.
     """
-    for name, value, literal in (("bias_table", bias_table, BiasTable), ("head", head, Head)):
-        if value not in get_args(literal):
+    for name, choice, literal in (("bias_table", bias_table, BiasTable), ("head", head, Head)):
+        if choice not in get_args(literal):
             raise UserError(
-                f"init.{name}={value!r} is not known; choose one of {', '.join(get_args(literal))}"
+                f"init.{name}={choice!r} is not known; choose one of {', '.join(get_args(literal))}"
             )
     report, left = Report(), dict(tensors)
     positions = _deformable_tables(model)
+    updates: list[tuple[nn.Parameter, Tensor]] = []
+    adopted: list[tuple[DeformableAttention, Tensor]] = []
     missing = []
-    for name, parameter in list(model.named_parameters()):
+    for name, parameter in model.named_parameters():
         if name in HEAD and head != "keep":
             continue
         if name not in left:
             missing.append(name)
             continue
-        source = left.pop(name)
+        source, module = left.pop(name), positions.get(name)
         if source.shape == parameter.shape:
-            parameter.copy_(source)
+            updates.append((parameter, source))
             report.add(name, "kept")
         elif "bias_table" not in name:
             hint = "; choose init.head=new or map" if name in HEAD else ""
-            raise UserError(
-                f"{name} is {tuple(source.shape)} in the source, {tuple(parameter.shape)} in the model{hint}"
-            )
-        elif (
-            bias_table == "sample"
-            and name in positions
-            and positions[name].conventions.position == "relative"
-        ):
-            _adopt(positions[name], source)
-            report.add(name, "kept", f"{_shape(source)}, sampled on the model's {_shape(parameter)}")
+            raise UserError(f"{name} is {_sizes(source, parameter)}{hint}")
+        elif source.dim() != 3 or source.shape[0] != parameter.shape[0]:
+            raise UserError(f"{name} is {_sizes(source, parameter)}: other heads")
+        elif bias_table == "sample" and module and module.conventions.position == "relative":
+            adopted.append((module, source))
+            report.add(name, "kept", f"{_shape(source)}, read at the displacements of {_shape(parameter)}")
         else:
-            parameter.copy_(_resized(name, source, parameter.shape, positions.get(name)))
+            updates.append((parameter, _resized(name, source, parameter.shape, module)))
             report.add(name, "resized", f"{_shape(source)} -> {_shape(parameter)}, bicubic")
     if missing:
         raise UserError(f"the source lacks {_some(missing)}")
-    if head != "keep":
-        _load_head(model, left, head, class_map, report)
+    if head == "new":
+        _new_head(model, left, report)
+    elif head == "map":
+        updates += _mapped_head(model, left, class_map, report)
     if left:
-        raise UserError(f"the source has tensors that the model has no place for: {_some(list(left))}")
+        raise UserError(f"the source has tensors that the model has no place for: {_some(left)}")
+    # Nothing is written before everything has been found to fit.
+    for parameter, value in updates:
+        parameter.copy_(value)
+    for module, table in adopted:
+        _adopt(module, table)
     return report
 
 
@@ -188,39 +193,47 @@ def adopt_tables(model: DAT, shapes: Mapping[str, Sequence[int]]) -> None:
             _adopt(module, table.detach().new_zeros(tuple(shapes[name])))
 
 
-def _load_head(model: DAT, left: dict[str, Tensor], head: Head, class_map: Any, report: Report) -> None:
-    parameters = {name: parameter for name, parameter in model.named_parameters() if name in HEAD}
+def _new_head(model: DAT, left: dict[str, Tensor], report: Report) -> None:
+    parameters = _head(model)
+    for name in HEAD:
+        source = left.pop(name, None)
+        if name in parameters:
+            replaced = "" if source is None else f" in place of {_shape(source)}"
+            report.add(name, "new", f"{_shape(parameters[name])}, drawn as init={model.init}{replaced}")
+        elif source is not None:
+            report.add(name, "dropped", f"{_shape(source)}, the model has no head")
+
+
+def _mapped_head(
+    model: DAT, left: dict[str, Tensor], class_map: Any, report: Report
+) -> list[tuple[nn.Parameter, Tensor]]:
+    parameters = _head(model)
     sources = {name: left.pop(name) for name in HEAD if name in left}
-    drawn = f"drawn as init={model.init}"
-    if head == "new":
-        for name, source in sources.items():
-            if name not in parameters:
-                report.add(name, "dropped", f"{_shape(source)}, the model has no head")
-        for name, parameter in parameters.items():
-            detail = f"{_shape(parameter)}, {drawn}"
-            replaced = f" in place of {_shape(sources[name])}" if name in sources else ""
-            report.add(name, "new", detail + replaced)
-        return
     if not parameters or set(sources) != set(parameters):
         raise UserError("init.head=map needs a head in the source and in the model")
     index = _checked_map(class_map, model.num_classes, len(sources[HEAD[0]]))
     matched = index >= 0
     fresh = [int(row) for row in (~matched).nonzero().flatten()]
+    updates = []
     for name, parameter in parameters.items():
-        if sources[name].shape[1:] != parameter.shape[1:]:
-            raise UserError(
-                f"{name} is {tuple(sources[name].shape)} in the source, {tuple(parameter.shape)} in the model"
-            )
-        picked = sources[name].to(parameter)[index.clamp(min=0).to(parameter.device)]
+        source = sources[name]
+        if source.shape[1:] != parameter.shape[1:]:
+            raise UserError(f"{name} is {_sizes(source, parameter)}")
+        picked = source.to(parameter)[index.clamp(min=0).to(parameter.device)]
         keep = matched.to(parameter.device).view(-1, *[1] * (parameter.dim() - 1))
-        parameter.copy_(torch.where(keep, picked, parameter))
+        updates.append((parameter, torch.where(keep, picked, parameter)))
         report.add(
-            name,
-            "kept",
-            f"{int(matched.sum())} of {len(index)} rows picked out of {len(sources[name])} classes",
+            name, "kept", f"{int(matched.sum())} of {len(index)} rows picked out of {len(source)} classes"
         )
         if fresh:
-            report.add(f"{name}[{_some(fresh)}]", "new", f"no counterpart in the source; {drawn}")
+            report.add(
+                f"{name}[{_some(fresh)}]", "new", f"no counterpart in the source; drawn as init={model.init}"
+            )
+    return updates
+
+
+def _head(model: DAT) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if name in HEAD}
 
 
 def _checked_map(class_map: Any, classes: int, source_classes: int) -> Tensor:
@@ -255,10 +268,6 @@ def _adopt(module: DeformableAttention, table: Tensor) -> None:
 
 
 def _resized(name: str, source: Tensor, shape: torch.Size, module: DeformableAttention | None) -> Tensor:
-    if source.dim() != 3 or source.shape[0] != shape[0]:
-        raise UserError(
-            f"{name} is {tuple(source.shape)} in the source, {tuple(shape)} in the model: other heads"
-        )
     if module is None or module.conventions.position != "fixed":
         return resize_table(source, (shape[1], shape[2]))
     side = isqrt(source.shape[1])
@@ -294,6 +303,10 @@ def _unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape))
+
+
+def _sizes(source: Tensor, parameter: Tensor) -> str:
+    return f"{tuple(source.shape)} in the source, {tuple(parameter.shape)} in the model"
 
 
 def _some(names: Iterable[Any]) -> str:

@@ -23,7 +23,11 @@ def vectors() -> dict[str, np.ndarray]:
 
 
 def tensors(vectors: dict[str, np.ndarray], kind: str) -> dict[str, Tensor]:
-    return {name[len(kind) + 1 :]: torch.from_numpy(a) for name, a in vectors.items() if name.startswith(f"{kind}/")}
+    return {
+        name[len(kind) + 1 :]: torch.from_numpy(a)
+        for name, a in vectors.items()
+        if name.startswith(f"{kind}/")
+    }
 
 
 @pytest.fixture(scope="module", params=["config", "keys"])
@@ -34,7 +38,9 @@ def run(request, vectors) -> tuple[DAT, dict[str, Tensor], Tensor, Tensor]:
     positions: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if name.endswith("attn.offset"):
-            module.register_forward_hook(lambda _m, _i, out, name=name: positions.__setitem__(name, out.detach()))
+            module.register_forward_hook(
+                lambda _m, _i, out, name=name: positions.__setitem__(name, out.detach())
+            )
     images = torch.from_numpy(vectors["input"]).double().requires_grad_()
     logits = model(images)
     (logits * torch.from_numpy(vectors["cotangent"])).sum().backward()

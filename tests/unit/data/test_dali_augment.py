@@ -1,0 +1,97 @@
+"""Batched augmentation against Pillow, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dattrain.config.schema import Augment
+from dattrain.data import augment, randaugment
+from dattrain.data.dali_augment import augment as on_device
+from dattrain.data.transforms import train_image
+
+SIZE = (96, 128)
+
+
+def photos(count: int, seed: int = 0) -> torch.Tensor:
+    """Smooth, noisy, dark, flat and two-valued images, B x H x W x 3 uint8."""
+    rng = np.random.default_rng(seed)
+    out = np.empty((count, *SIZE, 3), np.uint8)
+    for i in range(count):
+        small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(small).resize(SIZE[::-1], Image.Resampling.BICUBIC)).astype(int)
+        noise = rng.integers(-40, 41, (*SIZE, 3))
+        kinds = (
+            smooth + noise,
+            smooth // 3 + 20,
+            smooth,
+            np.full((*SIZE, 3), rng.integers(256)),
+            (smooth > 128) * 200,
+        )
+        out[i] = np.clip(kinds[i % len(kinds)], 0, 255)
+    return torch.from_numpy(out)
+
+
+def plan_of(count: int, **settings) -> augment.Plan:
+    return augment.draw(Augment(crop_scale=(1, 1), hflip=0, **settings), 5, np.arange(count), SIZE)
+
+
+def by_pillow(images: torch.Tensor, plan: augment.Plan) -> torch.Tensor:
+    """Through the CPU decoder's own function, with a crop of everything."""
+    out = torch.empty_like(images)
+    whole = replace(
+        plan,
+        crop=np.tile(np.array([1.0, SIZE[1] / SIZE[0], 0, 0]), (*plan.crop.shape[:2], 1)),
+        flip=plan.flip & False,
+    )
+    for i, image in enumerate(images):
+        train_image(image.permute(2, 0, 1), whole, i, out[i])
+    return out
+
+
+CASES = [
+    (op, interpolation)
+    for op in randaugment.OPERATIONS
+    for interpolation in ("bicubic", "bilinear")
+    if op in randaugment.GEOMETRIC or interpolation == "bicubic"
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "interpolation"), CASES, ids=lambda x: x if isinstance(x, str) else x.name.lower()
+)
+def test_each_operation(op, interpolation):
+    count = 60
+    rng = np.random.default_rng(int(op))
+    levels, negative = rng.uniform(0, 10, count), rng.random(count) < 0.5
+    ops = np.full((count, 1), int(op), np.int8)
+    args = randaugment.arguments(ops[:, 0], levels, negative, increasing=bool(int(op) % 2))[:, None]
+    plan = replace(plan_of(count, randaugment=None, interpolation=interpolation), ops=ops, args=args)
+    images = photos(count, int(op))
+    expected = by_pillow(images, plan)
+    changed = (expected != images).flatten(1).any(1)
+    assert changed.sum() > count // 3, "the operation does nothing, so this shows nothing"
+    on_device(images, plan, np.ones(count, bool))
+    assert torch.equal(images, expected)
+
+
+def test_a_whole_policy_with_jitter():
+    count = 80
+    plan = plan_of(count, randaugment="rand-m9-n3-mstd0.5-inc1", color_jitter=0.4)
+    images = photos(count)
+    expected = by_pillow(images, plan)
+    on_device(images, plan, np.ones(count, bool))
+    assert torch.equal(images, expected)
+
+
+def test_only_the_rows_that_are_asked_for():
+    plan = plan_of(20, randaugment="rand-m9-p1")
+    images = photos(20)
+    before, rows = images.clone(), np.arange(20) % 2 == 0
+    expected = by_pillow(images, plan)
+    on_device(images, plan, rows)
+    assert torch.equal(images[1::2], before[1::2]) and torch.equal(images[::2], expected[::2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -48,7 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             loaded = importlib.import_module(module)
             loaded.add_arguments(sub)
             sub.set_defaults(run=loaded.run)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes only the first run of a list of positionals; options may stand between our overrides.
+    ours = hasattr(args, "overrides") and all(
+        re.fullmatch(r"[A-Za-z_][\w.]*=.*", word, re.DOTALL) for word in rest
+    )
+    if ours:
+        args.overrides = [*args.overrides, *rest]
+    elif rest:
+        verbs.choices[args.verb].error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.run(args)
     except UserError as error:

@@ -178,7 +178,7 @@ def picture(file: Path, pretrain: Path, finetune: Path, images: np.ndarray, labe
     from dattrain.tools.weights import load_model
 
     figure = pyplot.figure(figsize=(12, 7.2), layout="constrained")
-    curves, sheet = np.ravel(figure.subfigures(2, 1, height_ratios=(1, 1.15)))
+    curves, sheet = np.asarray(figure.subfigures(2, 1, height_ratios=(1, 1.15)))
     loss, accuracy = curves.subplots(1, 2)
     seen = 0
     for name, folder in (("pre-training, 64 x 64", pretrain), ("fine-tuning, 96 x 96", finetune)):

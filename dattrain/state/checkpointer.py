@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import errno
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -95,15 +96,9 @@ class Checkpointer:
     @classmethod
     def from_config(cls, run: Path, config: Config) -> Checkpointer:
         """As the recipe says."""
-        import hashlib
-
         c = config.checkpoint
         policy = Policy(c.keep_last, c.keep_every_epochs, c.keep_best, c.metric)
-        text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-        description = Description(
-            hashlib.sha256(text.encode()).hexdigest(), config.train.precision, versions()
-        )
-        return cls(run, policy, description, background=c.background, verify=c.verify)
+        return cls(run, policy, describe(config), background=c.background, verify=c.verify)
 
     # Saving
 
@@ -385,6 +380,12 @@ class Checkpointer:
             if theirs is not None:
                 return None, theirs
         return manifest, ""
+
+
+def describe(config: Config) -> Description:
+    """What the manifests of a run of ``config`` say of it."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return Description(hashlib.sha256(text.encode()).hexdigest(), config.train.precision, versions())
 
 
 def versions() -> dict[str, str]:

@@ -36,7 +36,7 @@ class Plan:
             uniform draws that place it from the top and the left. ``crop_box`` turns them into pixels.
         flip: B bool, left to right, after the crop.
         ops: B x layers int8 of ``randaugment.Op``, after the flip. Layers may be 0.
-        args: B x layers float32.
+        args: B x layers float64, in the units of ``randaugment.Op``.
         jitter: B x 3 float32, factors of brightness, contrast, saturation, after ``ops``; 1 leaves as it is.
         jitter_order: B x 3 int8, in which order they come.
         erase: B x 4 int32, (top, left, height, width) of the box that is erased after normalisation; height 0: none.
@@ -53,7 +53,7 @@ class Plan:
     crop: NDArray[np.float64]
     flip: NDArray[np.bool_]
     ops: NDArray[np.int8]
-    args: NDArray[np.float32]
+    args: NDArray[np.float64]
     jitter: NDArray[np.float32]
     jitter_order: NDArray[np.int8]
     erase: NDArray[np.int32]
@@ -183,9 +183,9 @@ def _crop(config: Augment, seed: int, at: NDArray[np.int64]) -> NDArray[np.float
     return u
 
 
-def _ops(config: Augment, seed: int, at: NDArray[np.int64]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def _ops(config: Augment, seed: int, at: NDArray[np.int64]) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
     if config.randaugment is None:
-        return np.zeros((len(at), 0), np.int8), np.zeros((len(at), 0), np.float32)
+        return np.zeros((len(at), 0), np.int8), np.zeros((len(at), 0), np.float64)
     return randaugment.draw(randaugment.parse(config.randaugment), seed, at)
 
 

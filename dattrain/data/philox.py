@@ -53,7 +53,7 @@ def words(seed: int, stream: int, position: ArrayLike, count: int) -> Words:
     at = np.asarray(position, dtype=np.int64).astype(np.uint64).reshape(-1, 1)
     blocks = np.arange(-(-count // 4), dtype=np.uint64)[None, :]
     four = philox4x32(blocks, at & _LOW, at >> _SHIFT, np.uint64(stream), key=seed)
-    return np.stack(four, axis=-1).reshape(at.shape[0], -1)[:, :count]
+    return np.stack(four, axis=-1).reshape(at.shape[0], 4 * blocks.shape[1])[:, :count]
 
 
 def uniform(seed: int, stream: int, position: ArrayLike, count: int) -> NDArray[np.float64]:

@@ -31,7 +31,7 @@ class Op(IntEnum):
     ROTATE = 3
     """Degrees, counter-clockwise."""
     POSTERIZE = 4
-    """Bits to keep; 8 and more leave the image as it is."""
+    """Bits to keep, 0 to 8; none leaves black, as Pillow before 13 had it (13 raises, and timm's recipe with it)."""
     SOLARIZE = 5
     """Threshold: values from it on are inverted."""
     SOLARIZE_ADD = 6
@@ -137,7 +137,7 @@ def parse(text: str) -> Policy:
 
 def draw(
     policy: Policy, seed: int, positions: NDArray[np.int64]
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
     """Operations (B x layers; ``Op.NONE`` where skipped) and their arguments (B x layers) of the positions."""
     b, n = len(positions), policy.layers
     u = uniform(seed, Stream.OPS, positions, 5 * n + (len(OPERATIONS) if policy.weighted else 0))
@@ -162,7 +162,7 @@ def draw(
 
 def arguments(
     ops: NDArray[np.integer], level: NDArray[np.floating], negative: NDArray[np.bool_], *, increasing: bool
-) -> NDArray[np.float32]:
+) -> NDArray[np.float64]:
     """Arguments of operations at levels (on the scale of 0 to 10), elementwise; ``negative`` is the drawn sign."""
     x = level / _DENOMINATOR
     sign = np.where(negative, -1.0, 1.0)
@@ -189,7 +189,7 @@ def arguments(
     out = np.zeros(np.shape(ops), dtype=np.float64)
     for op, value in by_op.items():
         out = np.where(ops == int(op), value, out)
-    return out.astype(np.float32)
+    return out
 
 
 def apply(
@@ -209,7 +209,7 @@ def apply(
         case Op.ROTATE:
             return image.rotate(argument, resample=resample, fillcolor=fill)
         case Op.POSTERIZE:
-            return image if argument >= 8 else ImageOps.posterize(image, int(argument))
+            return image.point([value & ~((1 << (8 - int(argument))) - 1) for value in range(256)] * 3)
         case Op.SOLARIZE:
             return ImageOps.solarize(image, int(argument))
         case Op.SOLARIZE_ADD:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import settings
+from pictures import encode, write_tar
 from PIL import Image
 
-from dattrain.data import tar
 from dattrain.data.indexing import index_shards
 
 # Other processes share the cores; a slow example is no failure.
@@ -26,12 +25,6 @@ def photo() -> Image.Image:
 
     with get_sample_data("grace_hopper.jpg") as file:
         return Image.open(file).convert("RGB")
-
-
-def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -71,19 +64,13 @@ def jpegs(photo: Image.Image) -> list[bytes]:
     return out
 
 
-def write_tar(path: Path, members: Sequence[tuple[str, bytes]], *, end: bytes = tar.END) -> Path:
-    """A tar of the members."""
-    path.write_bytes(
-        b"".join(tar.header(name, len(data)) + data + tar.padding(len(data)) for name, data in members) + end
-    )
-    return path
-
-
 @pytest.fixture
 def make_shards(tmp_path: Path, jpegs: list[bytes]) -> Callable[..., Path]:
     """Writes indexed shards of the given sample counts; labels are number % 10. Returns their folder."""
 
-    def make(counts: Sequence[int] = (13, 7, 20, 9), *, name: str = "set", bad: dict[int, bytes] | None = None) -> Path:
+    def make(
+        counts: Sequence[int] = (13, 7, 20, 9), *, name: str = "set", bad: dict[int, bytes] | None = None
+    ) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         number = 0

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from dattrain.ops import reference
+from dattrain.ops import library, reference
 from dattrain.ops.coordinates import QueryGrid
 from dattrain.ops.dispatch import Backend, resolve
 
@@ -53,17 +53,18 @@ def deform_attention(
         UserError: if the backend is unknown or cannot run here.
     """
     # The meta device, where shapes and FLOPs are counted, knows no autocast.
-    if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    autocast = not q.is_meta and torch.is_autocast_enabled(q.device.type)
+    if autocast and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, positions, bias_table, height, width, query_grid)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     table = None if bias_table is None else bias_table.to(positions.dtype)
     chosen = resolve(q.device, backend)
-    if chosen == "reference" or chosen == "torch":
-        with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
-            return reference.deform_attention(q, k, v, positions, table, height, width, query_grid, scale)[0]
-    raise NotImplementedError(chosen)
+    if chosen == "reference":
+        with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
+            return reference.deform_attention(q, k, v, positions, table, height, width, query_grid, scale)
+    return library.attention(q, k, v, positions, table, height, width, query_grid, scale, chosen)[0]
 
 
 def _check(

@@ -6,7 +6,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
@@ -15,7 +14,9 @@ from dattrain.errors import UserError
 
 Backend = Literal["reference", "torch", "triton"]
 ENVIRONMENT_VARIABLE = "DATTRAIN_ATTENTION"
-_chosen: ContextVar[Backend | None] = ContextVar("dattrain_attention_backend", default=None)
+# The innermost use_backend is last. Not a ContextVar: activation checkpointing runs forwards again in autograd's own
+# threads, and must find the same choice there.
+_chosen: list[Backend] = []
 
 
 class BackendStatus(NamedTuple):
@@ -39,16 +40,16 @@ def backends() -> list[BackendStatus]:
 
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Within the block, attention runs with this backend wherever a call names none itself.
+    """Within the block, attention runs with this backend wherever a call names none itself; in every thread.
 
     Raises:
         UserError: if there is no such backend, or it cannot run here.
     """
-    token = _chosen.set(_checked(name, "use_backend"))
+    _chosen.append(_checked(name, "use_backend"))
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen.pop()
 
 
 def resolve(device: torch.device, asked: str | None) -> Backend:
@@ -59,8 +60,8 @@ def resolve(device: torch.device, asked: str | None) -> Backend:
     """
     if asked is not None:
         return _checked(asked, "backend")
-    if (chosen := _chosen.get()) is not None:
-        return chosen
+    if _chosen:
+        return _chosen[-1]
     if named := os.environ.get(ENVIRONMENT_VARIABLE):
         return _checked(named, ENVIRONMENT_VARIABLE)
     return "triton" if device.type == "cuda" and _triton_status()[0] else "torch"

@@ -43,15 +43,10 @@ def deform_attention(
     width: int,
     grid: QueryGrid,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T + bias) v, logits and softmax in the dtype of ``positions``.
-
-    Returns:
-        output (as q) and the log-sum-exp of the logits, B x heads x (height*width).
-    """
+) -> Tensor:
+    """softmax(scale * q k^T + bias) v as q, logits and softmax in the dtype of ``positions``; differentiable by torch."""
     accumulate = positions.dtype
     logits = (q.to(accumulate) @ k.to(accumulate).transpose(-2, -1)) * scale
     if bias_table is not None:
         logits = logits + sampled_bias(bias_table.to(accumulate), positions, height, width, grid)
-    out = torch.softmax(logits, dim=-1) @ v.to(accumulate)
-    return out.to(q.dtype), torch.logsumexp(logits, dim=-1)
+    return (torch.softmax(logits, dim=-1) @ v.to(accumulate)).to(q.dtype)

@@ -1,0 +1,148 @@
+"""The core as torch operators, ``torch.ops.dattrain.deform_attention`` and its ``_backward``.
+
+As operators with shapes for fake tensors and a backward of their own they pass through torch.compile, torch.export,
+activation checkpointing and DeepSpeed whole. For backward q, k, v, positions, table, output and (Triton) the
+log-sum-exp are kept: nothing of size queries x keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dattrain.ops import blocked
+from dattrain.ops.coordinates import QueryGrid
+
+
+@torch.library.custom_op("dattrain::deform_attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Optional[Tensor],  # noqa: UP045 (torch reads the schema from it on Python 3.10)
+    height: int,
+    width: int,
+    grid: str,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Output, and the log-sum-exp of the logits (fp32, B x heads x queries) where the backend keeps it, else empty.
+
+    Arguments are those of ``dattrain.ops.deform_attention`` after its checks; ``table`` has the dtype of positions.
+    """
+    if backend == "triton":
+        from dattrain.ops import triton_kernels
+
+        return triton_kernels.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
+    with torch.autocast(q.device.type, enabled=False):
+        out = blocked.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
+    return out, positions.new_empty(0)
+
+
+@attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    height: int,
+    width: int,
+    grid: str,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    lse = positions.new_empty(q.shape[:3] if backend == "triton" else (0,))
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.custom_op("dattrain::deform_attention_backward", mutates_args=())
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Optional[Tensor],  # noqa: UP045
+    out: Tensor,
+    lse: Tensor,
+    height: int,
+    width: int,
+    grid: str,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, positions and table (empty where there is no table)."""
+    if backend == "triton":
+        from dattrain.ops import triton_kernels
+
+        grads = triton_kernels.backward(
+            grad_out, q, k, v, positions, table, out, lse, height, width, _grid(grid), scale
+        )
+    else:
+        with torch.autocast(q.device.type, enabled=False):
+            grads = blocked.backward(
+                grad_out, q, k, v, positions, table, out, height, width, _grid(grid), scale
+            )
+    return (*grads[:4], positions.new_empty(0) if grads[4] is None else grads[4])
+
+
+@attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    height: int,
+    width: int,
+    grid: str,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        positions.new_empty(positions.shape),
+        positions.new_empty((0,) if table is None else table.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, positions, table, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, positions, table, *output)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, positions, table, out, lse = ctx.saved_tensors
+    *grads, grad_table = attention_backward(grad_out, q, k, v, positions, table, out, lse, *ctx.settings)
+    return (*grads, None if table is None else grad_table, None, None, None, None, None)
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.dattrain.deform_attention)
+def _flops(q: Any, k: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Two products of queries and keys, as torch counts scaled_dot_product_attention; sampling the bias is not counted."""
+    batch, heads, queries, dim = q
+    return 4 * batch * heads * queries * k[2] * dim
+
+
+@register_flop_formula(torch.ops.dattrain.deform_attention_backward)
+def _flops_backward(grad_out: Any, q: Any, k: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Five products, one of them recomputed."""
+    batch, heads, queries, dim = q
+    return 10 * batch * heads * queries * k[2] * dim
+
+
+def _grid(name: str) -> QueryGrid:
+    return "center" if name == "center" else "corner"

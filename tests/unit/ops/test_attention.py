@@ -1,0 +1,316 @@
+"""The attention core against its equations: values and every gradient."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_cases import Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from dattrain import ops
+from dattrain.errors import UserError
+from dattrain.ops import blocked, library
+
+NAMES = ("q", "k", "v", "positions", "table")
+
+
+@pytest.fixture
+def small() -> Case:
+    """Non-square, two groups, some points outside."""
+    return Case()
+
+
+def run(case: Case, inputs, backend, cotangent=None):
+    """Output and gradients (None for a missing table)."""
+    out = ops.deform_attention(*inputs, **case.keywords, backend=backend)
+    if cotangent is None:
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = [x for x in inputs if x is not None]
+    return out, torch.autograd.grad(out, wanted, cotangent.to(out.dtype), allow_unused=True)
+
+
+def assert_same(case: Case, backend: str = "torch", tolerance: float = 1e-10) -> None:
+    inputs = case.inputs()
+    expected, expected_grads = run(case, inputs, "reference")
+    out, grads = run(case, inputs, backend)
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+    for name, grad, wanted in zip(NAMES, grads, expected_grads):
+        wanted = torch.zeros_like(grad) if wanted is None else wanted
+        torch.testing.assert_close(
+            grad, wanted, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    groups = draw(st.integers(1, 3))
+    height, width = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    natural = (2 * height - 1, 2 * width - 1)
+    other = st.tuples(st.integers(1, 12), st.integers(1, 12))
+    return Case(
+        batch=draw(st.integers(0, 3)),
+        groups=groups,
+        heads=groups * draw(st.integers(1, 3)),
+        height=height,
+        width=width,
+        keys=draw(st.integers(1, 9)),
+        dim=draw(st.sampled_from([1, 4, 16])),
+        table=draw(st.one_of(st.just(natural), other, st.none())),
+        grid=draw(st.sampled_from(["center", "corner"])),
+        spread=draw(st.sampled_from([0.9, 1.5, 6.0])),
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(case=cases(), block=st.sampled_from([1, 700, 1 << 20]))
+def test_values_and_all_gradients_equal_the_equations(case: Case, block: int) -> None:
+    before = blocked.BLOCK_BYTES
+    blocked.BLOCK_BYTES = block
+    try:
+        assert_same(case)
+    finally:
+        blocked.BLOCK_BYTES = before
+
+
+@pytest.mark.parametrize("grid", ["center", "corner"])
+def test_the_map_of_stage_three(grid: str) -> None:
+    assert_same(
+        Case(batch=2, heads=4, groups=2, height=14, width=14, keys=196, table=(27, 27), dim=32, grid=grid)
+    )
+
+
+def test_whole_steps_use_windows_of_the_table_and_any_step_uses_rows() -> None:
+    from dattrain.ops.bias import Rows, Windows, bias_builder
+
+    positions = torch.rand(2, 36, 2)
+    corner = bias_builder(torch.zeros(2, 11, 11), positions, 6, 6, slice(0, 6), "corner")
+    center = bias_builder(torch.zeros(2, 11, 11), positions, 6, 6, slice(0, 6), "center")
+    few_keys = bias_builder(torch.zeros(2, 111, 111), positions[:, :4], 56, 56, slice(0, 56), "corner")
+    assert isinstance(corner, Windows) and isinstance(center, Rows) and isinstance(few_keys, Rows)
+
+
+def test_positions_on_table_entries_have_the_gradient_of_grid_sample() -> None:
+    # A kink of the bilinear surface: which side's slope counts is convention, and must be the reference's.
+    case = Case(batch=1, heads=2, groups=1, height=3, width=3, keys=4, table=(5, 5), grid="corner")
+    q, k, v, _, table = case.inputs()
+    positions = torch.tensor([[0.0, 0.0], [1.0, -1.0], [-1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    positions = positions.view(1, 1, 4, 2).requires_grad_()
+    inputs = [q, k, v, positions, table]
+    expected = run(case, inputs, "reference")
+    actual = run(case, inputs, "torch")
+    for a, b in zip([actual[0], *actual[1]], [expected[0], *expected[1]]):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_the_reference_is_the_equation_written_as_a_loop(small: Case) -> None:
+    q, k, v, positions, table = [x.detach() for x in small.inputs()]
+    out = ops.deform_attention(q, k, v, positions, table, **small.keywords, backend="reference")
+    for h in range(small.heads):
+        group = h // (small.heads // small.groups)
+        for i in range(small.height):
+            for j in range(small.width):
+                query = (
+                    torch.tensor([(i + 0.5) / small.height, (j + 0.5) / small.width], dtype=torch.float64) * 2
+                    - 1
+                )
+                bias = []
+                for key in positions[1, group]:
+                    row, column = ((query - key) / 2 + 1) * torch.tensor([4.0, 8.0]).double() / 2
+                    value = 0.0
+                    for r in range(5):
+                        for c in range(9):
+                            weight = max(0.0, 1 - abs(row - r)) * max(0.0, 1 - abs(column - c))
+                            value = value + weight * table[h, r, c]
+                    bias.append(value)
+                index = i * small.width + j
+                logits = small.dim**-0.5 * (k[1, h] @ q[1, h, index]) + torch.stack(bias)
+                torch.testing.assert_close(
+                    out[1, h, index], logits.softmax(0) @ v[1, h], rtol=1e-12, atol=1e-12
+                )
+
+
+@pytest.mark.parametrize("table", [(3, 5), None])
+@pytest.mark.parametrize("grid", ["center", "corner"])
+def test_gradcheck(grid: str, table) -> None:
+    case = Case(
+        batch=1, heads=2, groups=1, height=2, width=3, keys=3, dim=2, table=table, grid=grid, spread=0.93
+    )
+    inputs = [x for x in case.inputs() if x is not None]
+    padding = [None] * (5 - len(inputs))
+    assert torch.autograd.gradcheck(
+        lambda *x: ops.deform_attention(*x, *padding, **case.keywords, backend="torch"), inputs
+    )
+
+
+def test_non_contiguous_inputs(small: Case) -> None:
+    inputs = small.inputs()
+    strided = [x.detach().transpose(1, -1).contiguous().transpose(1, -1).requires_grad_() for x in inputs]
+    assert not any(x.is_contiguous() for x in strided)
+    expected, expected_grads = run(small, inputs, "reference")
+    out, grads = run(small, strided, "torch", None)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    for a, b in zip(grads, expected_grads):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+# Bounds on max |difference| / max |reference|, over output and gradients, at 14 x 14 with unit normal inputs: a few units
+# of the dtype's rounding (bf16 2^-8, fp16 2^-11), since everything inside is fp32.
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float32, 2e-5), (torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)]
+)
+def test_low_precision_stays_within_its_bound(dtype: torch.dtype, bound: float) -> None:
+    case = Case(batch=1, height=14, width=14, keys=196, table=(27, 27), dim=32, spread=1.0)
+    inputs = case.inputs(dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected, expected_grads = run(case, exact, "reference")
+    out, grads = run(case, inputs, "torch")
+    assert out.dtype == dtype and [g.dtype for g in grads[3:]] == [torch.float32] * 2
+    for name, a, b in zip(("out", *NAMES), (out, *grads), (expected, *expected_grads)):
+        assert ((a.double() - b).abs().max() / b.abs().max()).item() < bound, name
+
+
+def test_autocast_casts_queries_and_never_positions(small: Case) -> None:
+    inputs = small.inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, grads = run(small, inputs, "torch")
+    assert out.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in grads)
+    cast = [x.detach().to(torch.bfloat16) for x in inputs[:3]] + inputs[3:]
+    torch.testing.assert_close(
+        out, ops.deform_attention(*cast, **small.keywords, backend="torch"), rtol=0, atol=0
+    )
+
+
+def test_operator_passes_torchs_checks(small: Case) -> None:
+    q, k, v, positions, table = small.inputs(torch.float32)
+    for bias in (table, None):
+        torch.library.opcheck(library.attention, (q, k, v, positions, bias, 3, 5, "center", 0.3, "torch"))
+
+
+def test_goes_through_export_checkpointing_and_flop_counting(small: Case) -> None:
+    inputs = small.inputs()
+
+    class Layer(torch.nn.Module):
+        def forward(self, *x):
+            return ops.deform_attention(*x, **small.keywords)
+
+    program = torch.export.export(Layer(), tuple(inputs))
+    assert torch.ops.dattrain.deform_attention.default in [node.target for node in program.graph.nodes]
+    torch.testing.assert_close(program.module()(*inputs), Layer()(*inputs))
+    plain = torch.autograd.grad(Layer()(*inputs).square().sum(), inputs)
+    recomputed = torch.autograd.grad(checkpoint(Layer(), *inputs, use_reentrant=False).square().sum(), inputs)
+    for a, b in zip(plain, recomputed):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    with FlopCounterMode(display=False) as counter:
+        Layer()(*inputs).sum().backward()
+    assert counter.get_total_flops() == 14 * 2 * 4 * 15 * 7 * 8
+
+
+def test_compiles_without_a_graph_break(small: Case) -> None:
+    inputs = small.inputs()
+    compiled = torch.compile(
+        lambda *x: ops.deform_attention(*x, **small.keywords), fullgraph=True, backend="aot_eager"
+    )
+    out, expected = compiled(*inputs), ops.deform_attention(*inputs, **small.keywords)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)
+    )
+
+
+def test_no_matrix_of_queries_by_keys_is_kept_for_backward() -> None:
+    case = Case(batch=1, height=12, width=12, keys=144, table=(23, 23), dim=4)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        out = ops.deform_attention(*case.inputs(torch.float32), **case.keywords, backend="torch")
+    assert out.requires_grad and kept and not any(144 in s[-1:] and 144 in s[:-1] for s in kept)
+
+
+def test_the_same_bits_every_time() -> None:
+    case = Case(batch=3, height=7, width=7, keys=49, table=(13, 13))
+    first, second = (run(case, case.inputs(torch.float32), "torch") for _ in range(2))
+    for a, b in zip([first[0], *first[1]], [second[0], *second[1]]):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"height": 4}, "height\\*width"),
+        ({"positions": torch.zeros(2, 2, 7, 2, dtype=torch.bfloat16)}, "positions are torch.bfloat16"),
+        ({"positions": torch.zeros(2, 3, 7, 2)}, "4 heads cannot be shared by 3 groups"),
+        ({"positions": torch.zeros(2, 2, 6, 2)}, "positions must be"),
+        ({"bias_table": torch.zeros(3, 5, 9)}, "bias_table must be"),
+        ({"k": torch.zeros(2, 4, 7, 8, dtype=torch.float16)}, "one float dtype"),
+        ({"query_grid": "centre"}, "neither"),
+        (
+            {
+                "k": torch.zeros(2, 4, 0, 8),
+                "v": torch.zeros(2, 4, 0, 8),
+                "positions": torch.zeros(2, 2, 0, 2),
+            },
+            "Ns=0",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(small: Case, change: dict, message: str) -> None:
+    q, k, v, positions, table = small.inputs(torch.float32)
+    arguments = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "positions": positions,
+        "bias_table": table,
+        **small.keywords,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        ops.deform_attention(**arguments)
+
+
+def test_choice_of_backend_argument_context_environment(small: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dattrain.ops.dispatch import resolve
+
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("DATTRAIN_ATTENTION", raising=False)
+    assert resolve(cpu, None) == "torch"
+    monkeypatch.setenv("DATTRAIN_ATTENTION", "reference")
+    assert resolve(cpu, None) == "reference"
+    with ops.use_backend("torch"):
+        assert resolve(cpu, None) == "torch"
+        assert resolve(cpu, "reference") == "reference"
+    assert resolve(cpu, None) == "reference"
+    monkeypatch.setenv("DATTRAIN_ATTENTION", "flash")
+    with pytest.raises(UserError, match="DATTRAIN_ATTENTION=flash"):
+        ops.deform_attention(*small.inputs(), **small.keywords)
+
+
+def test_every_backend_says_whether_it_runs_here() -> None:
+    listed = {status.name: status for status in ops.backends()}
+    assert list(listed) == ["reference", "torch", "triton"]
+    assert listed["torch"].available and all(status.why for status in listed.values())
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0":
+        assert not listed["triton"].available
+        with pytest.raises(UserError, match="triton cannot run here"), ops.use_backend("triton"):
+            pass
+
+
+def test_sampling_reads_maps_bilinearly_in_full_precision() -> None:
+    x = torch.arange(12.0).view(1, 1, 3, 4).repeat(2, 5, 1, 1)
+    positions = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0], [3.0, 0.0]]).expand(2, 4, 2)
+    expected = torch.tensor([0.0, 11.0, 5.5, 0.0])
+    torch.testing.assert_close(ops.sample(x, positions), expected.expand(2, 5, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = ops.sample(x.bfloat16(), positions)
+    assert narrow.dtype == torch.bfloat16
+    grid = torch.rand(2, 6, 2) * 2.4 - 1.2
+    maps = torch.randn(2, 3, 5, 4)
+    wanted = F.grid_sample(maps, grid.flip(-1).unsqueeze(1), align_corners=True)[:, :, 0]
+    torch.testing.assert_close(ops.sample(maps, grid), wanted)
+    with pytest.raises(ValueError, match="sample needs"):
+        ops.sample(maps, grid[:1])

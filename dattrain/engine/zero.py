@@ -130,9 +130,15 @@ def initialize(
     The same weights must be there on every rank before (they are drawn from the seed); DeepSpeed broadcasts rank 0's anyway.
     """
     deepspeed = import_deepspeed(device)
-    engine, *_ = deepspeed.initialize(
-        model=model.to(device), optimizer=optimizer, config=settings, dist_init_required=False
-    )
+    logger = logging.getLogger("DeepSpeed")
+    # It warns of every optimizer that is not its own, and of ours; the tests against torch.optim.AdamW are the answer.
+    logger.setLevel(logging.ERROR)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model.to(device), optimizer=optimizer, config=settings, dist_init_required=False
+        )
+    finally:
+        logger.setLevel(logging.WARNING)
     return engine
 
 

@@ -137,8 +137,8 @@ def _ls(args: argparse.Namespace) -> int:
         "stage",
         "precision",
         "saved",
-        "state",
         "kept as",
+        "state",
     ]
     table = [[_text(row[k]) for k in row] for row in rows]
     for row in table:
@@ -159,8 +159,8 @@ def _row(entry: Entry, metric: str, kept: str) -> dict[str, Any]:
         "stage": m.stage if m else None,
         "precision": m.precision if m else None,
         "saved_at": m.saved_at if m else None,
-        "state": "whole" if m else f"damaged: {entry.reason}",
         "kept": "pinned" if entry.pinned else kept,
+        "state": "whole" if m else f"damaged: {entry.reason}",
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -132,7 +133,9 @@ class ShardDataset:
             if len(self._indexes) > self.max_indexes:
                 self._indexes.popitem(last=False)
         else:
-            self._indexes.move_to_end(shard)
+            # Threads share the table (DALI's readers), so another may just have let go of this index.
+            with suppress(KeyError):
+                self._indexes.move_to_end(shard)
         return index
 
     def ahead(self, shards: Sequence[int]) -> None:

@@ -1,0 +1,272 @@
+"""The DALI decoder, on the CPU, against the CPU decoder and torchvision on the same plan."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from pictures import encode, write_tar
+from PIL import Image
+
+from dattrain.config.schema import Augment, Data
+from dattrain.data import images
+from dattrain.data.cpu import CpuDecoder, EvalTransform
+from dattrain.data.dali import DaliDecoder
+from dattrain.data.dali_pipeline import fits
+from dattrain.data.dataset import open_dataset
+from dattrain.data.feed import EvalFeed, TrainFeed
+from dattrain.data.indexing import index_shards
+from dattrain.data.order import Order
+from dattrain.errors import UserError
+
+pytest.importorskip("nvidia.dali")
+
+CPU = torch.device("cpu")
+PLAIN = Augment(randaugment=None)
+
+# Maximum and mean difference in levels of 255, over a whole image, of crop, resize and flip. The CPU decoder rounds
+# between the two passes of the resize, and DALI does not; where bicubic overshoots, they clip at different moments.
+TRAIN_MAX, TRAIN_MEAN = 24, 0.35
+EVAL_MAX, EVAL_MEAN = 16, 0.25
+
+
+def shards(folder, files: list[bytes], per_shard: int = 8):
+    folder.mkdir()
+    for shard in range(-(-len(files) // per_shard)):
+        members = []
+        for i in range(shard * per_shard, min(len(files), (shard + 1) * per_shard)):
+            members += [(f"{i:05d}.jpg", files[i]), (f"{i:05d}.cls", b"%d" % (i % 10))]
+        write_tar(folder / f"train-{shard:04d}.tar", members)
+    index_shards([str(path) for path in sorted(folder.glob("*.tar"))])
+    return str(folder)
+
+
+def train_feed(dataset, augment=PLAIN, size=(224, 224), batch=8, samples_seen=0) -> TrainFeed:
+    order = Order(dataset.counts, seed=3, lanes=2, window=2)
+    return TrainFeed(order, augment, 3, size, batch, batch, 0, 1, samples_seen)
+
+
+def both(dataset, feed, size, *, skip_bad=False, transform=None, interpolation="bicubic", count=None, **data):
+    arguments = {"size": size, "num_classes": 10, "skip_bad": skip_bad, "transform": transform}
+    dali = DaliDecoder(
+        dataset,
+        feed,
+        interpolation=interpolation,
+        data=Data(workers=2, dali_threads=1, **data),
+        device=CPU,
+        count=count,
+        **arguments,
+    )
+    return CpuDecoder(dataset, feed, **arguments), dali
+
+
+def same_samples(a, b) -> None:
+    assert a.keys == b.keys and torch.equal(a.labels, b.labels) and torch.equal(a.position, b.position)
+    assert torch.equal(a.weight, b.weight) and a.bad == b.bad
+    if a.plan is not None:
+        for field in ("crop", "flip", "ops", "args", "jitter", "erase", "mix", "mix_box"):
+            assert np.array_equal(getattr(a.plan, field), getattr(b.plan, field)), field
+
+
+def difference(a, b) -> torch.Tensor:
+    """B x 2: maximum and mean difference of each image."""
+    d = (a.images.int() - b.images.int()).abs().flatten(1)
+    return torch.stack((d.amax(1).float(), d.float().mean(1)), 1)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory, encodings, photo):
+    """Every encoding three times, among them photographs of 300 to 500 pixels, as shards."""
+    rng = np.random.default_rng(1)
+    files = []
+    for _ in range(3):
+        for data in encodings.values():
+            w, h = rng.integers(200, 500, 2).tolist()
+            x, y = int(rng.integers(0, 512 - w)), int(rng.integers(0, 600 - h))
+            kinds = ({"subsampling": "4:2:0"}, {"subsampling": "4:4:4"}, {"progressive": True})
+            more = encode(photo.crop((x, y, x + w, y + h)), **kinds[len(files) % 3], quality=90)
+            files += [data, more]
+    return shards(tmp_path_factory.mktemp("mixed") / "set", files)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_training_pixels(mixed, interpolation):
+    dataset = open_dataset(mixed)
+    augment = Augment(randaugment=None, interpolation=interpolation)
+    cpu, dali = both(dataset, train_feed(dataset, augment), (224, 224), interpolation=interpolation)
+    found = []
+    for number in range(12):
+        a, b = cpu(number), next(dali)
+        same_samples(a, b)
+        assert b.images.dtype == torch.uint8 and b.images.is_contiguous(memory_format=torch.channels_last)
+        found.append(difference(a, b))
+    dali.close()
+    found = torch.cat(found)
+    assert found[:, 0].max() <= TRAIN_MAX and found[:, 1].max() <= TRAIN_MEAN, found.max(0)
+    assert (found[:, 0] > 0).any()
+    assert dali.rebuilt == 0
+
+
+@pytest.mark.parametrize("policy", ["shorter", "squash"])
+def test_evaluation_pixels(mixed, policy):
+    dataset = open_dataset(mixed)
+    feed = EvalFeed(dataset.counts, 7, 0, 1)
+    transform = EvalTransform(policy, 0.875, "bicubic")
+    cpu, dali = both(dataset, feed, (224, 224), transform=transform, count=len(feed))
+    found = []
+    for number, b in enumerate(dali):
+        a = cpu(number)
+        same_samples(a, b)
+        found.append(difference(a, b))
+    assert number == len(feed) - 1
+    found = torch.cat(found)
+    assert len(found) == dataset.counts.sum()
+    assert found[:, 0].max() <= EVAL_MAX and found[:, 1].max() <= EVAL_MEAN, found.max(0)
+
+
+def test_evaluation_against_torchvision(mixed):
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    dataset = open_dataset(mixed)
+    feed = EvalFeed(dataset.counts, 16, 0, 1)
+    theirs = Compose([Resize(256, InterpolationMode.BICUBIC), CenterCrop(224)])
+    _, dali = both(
+        dataset, feed, (224, 224), transform=EvalTransform("shorter", 0.875, "bicubic"), count=len(feed)
+    )
+    worst = torch.zeros(2)
+    for number, batch in enumerate(dali):
+        request = feed.request(number)
+        for i, (shard, sample) in enumerate(zip(request.shards, request.samples)):
+            image = images.decode_pillow(dataset.read(int(shard), int(sample)).data)
+            expected = torch.from_numpy(np.array(theirs(image))).permute(2, 0, 1)
+            d = (expected.int() - batch.images[i].int()).abs().float()
+            worst = torch.maximum(worst, torch.stack((d.max(), d.mean())))
+    assert worst[0] <= EVAL_MAX and worst[1] <= EVAL_MEAN, worst
+
+
+def test_randaugment_is_the_same_one(mixed):
+    # Operations like solarize turn a difference of one level into one of hundreds, so only the mean is bounded.
+    dataset = open_dataset(mixed)
+    feed = train_feed(dataset, Augment(color_jitter=0.2), (96, 128))
+    cpu, dali = both(dataset, feed, (96, 128))
+    for number in range(6):
+        a, b = cpu(number), next(dali)
+        same_samples(a, b)
+        assert (a.plan.ops >= 0).any()
+        assert difference(a, b)[:, 1].median() < 0.6 and difference(a, b)[:, 1].max() < 4
+    dali.close()
+
+
+def test_which_files_dali_gets(encodings):
+    given = {name for name, data in encodings.items() if fits(data)}
+    assert given == {"420", "422", "444", "gray", "progressive", "exif", "png", "png-gray"}
+    for name in ("420", "png"):
+        assert not fits(encodings[name][:-100])
+
+
+def damaged(jpeg: bytes) -> dict[str, bytes]:
+    """Files that are no images, by what is wrong with them; the last one only shows when it is decoded."""
+    table = jpeg.index(b"\xff\xc4") + 5
+    return {
+        "text": b"<html>not found</html>",
+        "cut": jpeg[: len(jpeg) // 2],
+        "huge": encode(Image.new("L", (30_000, 8))),
+        "a false Huffman table": jpeg[:table] + b"\xff" * 16 + jpeg[table + 16 :],
+    }
+
+
+def test_bad_samples_keep_their_place(tmp_path, encodings):
+    good = encodings["420"]
+    files = [good] * 40
+    for place, data in zip((1, 11, 17, 30), damaged(good).values()):
+        files[place] = data
+    files[22] = b""
+    # Every libjpeg shows what there is and fills up with gray, and so do both decoders.
+    files[6] = good[: len(good) // 2] + b"\xff\xd9"
+    dataset = open_dataset(shards(tmp_path / "set", files))
+    feed = train_feed(dataset, Augment(), (96, 96))
+    cpu, dali = both(dataset, feed, (96, 96), skip_bad=True)
+    bad = 0
+    for number in range(20):
+        a, b = cpu(number), next(dali)
+        same_samples(a, b)
+        assert not b.images[b.weight == 0].any()
+        assert difference(a, b)[:, 1].median() < 0.6
+        bad += len(b.bad)
+    assert bad == 4 * 5
+    # Batches that were read ahead when DALI failed may bring the same image once more; later ones do not.
+    assert 1 <= dali.rebuilt <= 2
+    dali.close()
+
+
+@pytest.mark.parametrize("kind", list(damaged(encode(Image.new("RGB", (64, 64))))))
+def test_a_bad_sample_is_an_error_that_names_it(tmp_path, encodings, kind):
+    good = encodings["420"]
+    files = [good] * 16
+    files[13] = damaged(good)[kind]
+    dataset = open_dataset(shards(tmp_path / "set", files))
+    feed = train_feed(dataset, PLAIN, (64, 64), batch=4)
+    cpu, dali = both(dataset, feed, (64, 64))
+    messages = []
+    for batches in (map(cpu, range(4)), dali):
+        served = []
+        with pytest.raises(UserError) as caught:
+            for batch in batches:
+                served.append(batch.keys)
+        messages.append((str(caught.value), served))
+    assert messages[0] == messages[1]
+    assert "train-0001.tar" in messages[0][0] and "'00013' at offset" in messages[0][0]
+    with pytest.raises(StopIteration):
+        next(dali)
+
+
+def test_more_ranks_than_images(tmp_path, encodings):
+    dataset = open_dataset(shards(tmp_path / "set", [encodings["420"]] * 3))
+    transform = EvalTransform("shorter", 0.875, "bicubic")
+    seen = []
+    for rank in range(4):
+        feed = EvalFeed(dataset.counts, 2, rank, 4)
+        _, dali = both(dataset, feed, (64, 64), transform=transform, count=len(feed))
+        batches = list(dali)
+        assert len(batches) == 1
+        seen += [key for batch in batches for key in batch.keys]
+        assert batches[0].images.shape[1:] == (3, 64, 64)
+    assert len(seen) == len(set(seen)) == 3
+
+
+def test_seek_is_the_same_as_going_there(tmp_path, jpegs):
+    dataset = open_dataset(shards(tmp_path / "set", jpegs * 4))
+    _, dali = both(dataset, train_feed(dataset, Augment(), (64, 64)), (64, 64))
+    batches = [next(dali) for _ in range(10)]
+    dali.close()
+    _, later = both(dataset, train_feed(dataset, Augment(), (64, 64), samples_seen=7 * 8), (64, 64))
+    for batch in batches[7:]:
+        again = next(later)
+        same_samples(batch, again)
+        assert torch.equal(batch.images, again.images)
+    later.close()
+
+
+def test_exif_orientation_is_ignored(encodings):
+    upright = Image.open(io.BytesIO(encodings["420"])).size
+    assert Image.open(io.BytesIO(encodings["exif"])).size == upright == (301, 427)
+
+
+def test_a_pipeline_that_is_broken_is_an_error(tmp_path, jpegs, monkeypatch):
+    """What is no image's fault must not turn into training on the CPU unnoticed."""
+    dataset = open_dataset(shards(tmp_path / "set", jpegs * 4))
+    _, dali = both(dataset, train_feed(dataset, PLAIN, (64, 64)), (64, 64))
+
+    class Broken:
+        def run(self):
+            dali._source()
+            raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(dali, "_build", Broken)
+    dali._pipeline = Broken()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        for _ in range(10):
+            next(dali)
+    dali.close()

@@ -23,8 +23,10 @@ from dattrain.config.schema import Config
 from dattrain.errors import UserError
 from dattrain.models.dat import DAT
 from dattrain.models.deformable import Conventions
+from dattrain.models.surgery import adopt_tables
 from dattrain.models.zoo import create, variant_of
 from dattrain.state import checkpoint, gather
+from dattrain.tools import classes
 
 _SETTINGS = (
     "patch_size",
@@ -243,15 +245,13 @@ def _from_checkpoint(path: Path, ema: bool | None) -> tuple[DAT, Card]:
         ema = "ema" in manifest.states
     state = gather.load_tensors(folder, "ema" if ema else "param")
     source = f"{run.name}, step {manifest.step}" + (", EMA" if ema else "")
-    card = card_of(config, source=source)
+    known = classes.of_data(config.data.val) or classes.of_data(config.data.train)
+    card = replace(card_of(config, source=source), classes=known)
     # Progressive resizing: the checkpoint may be laid out for the size of a later phase.
     sizes = [config.model.img_size, *(phase.img_size for phase in config.train.progressive)]
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for size in dict.fromkeys(map(_pair, sizes)):
-        sized = replace(card, img_size=size)
-        model = build(sized, meta=True)
-        if {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == found:
-            return _filled(model, state), sized
+    found = _shapes(state)
+    cards = [replace(card, img_size=size) for size in dict.fromkeys(map(_pair, sizes))]
+    card = next((each for each in cards if _shapes(build(each, meta=True).state_dict()) == found), cards[0])
     return _filled(build(card, meta=True), state, str(folder)), card
 
 
@@ -276,9 +276,11 @@ def _from_file(path: Path) -> tuple[DAT, Card]:
     return _filled(build(card, meta=True), state, str(path)), card
 
 
-def _filled(model: DAT, state: Mapping[str, Tensor], source: str = "") -> DAT:
+def _filled(model: DAT, state: Mapping[str, Tensor], source: str) -> DAT:
     """Give the (meta) model its tensors; every one must be there, of its shape, and none left over."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # Continuous tables that were not resized (init.bias_table=sample) keep the shapes of the resolution before.
+    adopt_tables(model, _shapes(state))
+    expected = _shapes(model.state_dict())
     wrong = [
         f"{name} is {tuple(state[name].shape)}, not {shape}" if name in state else f"{name} is missing"
         for name, shape in expected.items()
@@ -290,6 +292,10 @@ def _filled(model: DAT, state: Mapping[str, Tensor], source: str = "") -> DAT:
         raise UserError(f"{source}: the tensors are not those of its model: {'; '.join(wrong[:3])}{more}")
     model.load_state_dict({name: _wide(tensor) for name, tensor in state.items()}, assign=True)
     return model
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _wide(tensor: Tensor) -> Tensor:

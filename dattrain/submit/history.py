@@ -26,6 +26,9 @@ Event = Dict[str, Any]  # noqa: UP006
 NODE_FAILURE = "node failure"
 """A job that vanished without an end: a node went down, or Slurm took the nodes without notice."""
 
+EARLY_S = 65
+"""Slurm sends the signal of the time limit up to a minute earlier than it was asked to."""
+
 
 def history(run: str | Path) -> list[Event]:
     """All events of a run, oldest first; a line cut off by a power cut is passed over."""
@@ -97,7 +100,7 @@ def classify(
         reports: errors that ranks wrote before they died: ``{"rank", "node", "error", "user_error"}``.
     """
     state = slurm_state or ""
-    at_limit = state == "TIMEOUT" or (time_s and elapsed_s >= time_s - signal_delay_s - 20)
+    at_limit = state == "TIMEOUT" or (time_s and elapsed_s >= time_s - signal_delay_s - EARLY_S)
     said = (outcome or {}).get("status")
     where = " at step {}".format(outcome["step"]) if outcome and outcome.get("step") is not None else ""
     if said == "finished" and status == 0:

@@ -89,11 +89,10 @@ def _publish(path: Path, content: dict[str, Any]) -> None:
 
 
 def _train(run: Path) -> dict[str, Any]:
-    # The flag's handlers come before the heavy imports: what is told to end meanwhile saves at its first step's edge.
     from dattrain.config.load import load
-    from dattrain.engine import trainer
+    from dattrain.engine.trainer import train
 
-    outcome = trainer.train(load(run / "config.yaml").config, run)
+    outcome = train(load(run / "config.yaml").config, run)
     return {"status": outcome.status, "step": outcome.step}
 
 

@@ -38,6 +38,7 @@ from dattrain.submit.history import (
     open_attempt,
     read_spec,
     record,
+    since_submission,
 )
 
 # Exit statuses of a batch script. Slurm shows them; afterok and afternotok see zero or not.
@@ -83,7 +84,7 @@ def begin(run: str) -> int:
         )
     )
     if spec["requeue"] == "follow-up":
-        _queue_next(run, spec, job, "afternotok:" + os.environ["SLURM_JOB_ID"])
+        _queue_next(run, spec, job, "afternotok:" + os.environ["SLURM_JOB_ID"], _excluded(run, spec))
     return 0
 
 
@@ -128,20 +129,20 @@ def end(run: str, status: int) -> int:
         if spec["requeue"] == "follow-up":
             _cancel_next(run, job)
         return STOPPED if reason == "stopped" else BROKEN
-    excluded = sorted({*expand(spec.get("exclude") or ""), *bad})
+    excluded = _excluded(run, spec)
     if spec["requeue"] == "follow-up":
         if bad:
             _exclude_from_next(run, spec, job, excluded)
         return AGAIN
     if bad:
         # The node list of a job that runs cannot be narrowed, so a new job takes its place.
-        _queue_next(run, spec, job, None, exclude=",".join(excluded))
+        _queue_next(run, spec, job, None, excluded)
         return AGAIN
     if subprocess.call(["scontrol", "requeue", job]) != 0:
         _say(
             "scontrol requeue failed; queueing a follow-up job instead (set requeue: follow-up in the profile)"
         )
-        _queue_next(run, spec, job, None)
+        _queue_next(run, spec, job, None, excluded)
         return AGAIN
     # Slurm now kills this script; waiting for that keeps the job from being seen as ended.
     time.sleep(60)
@@ -191,7 +192,7 @@ def script_for_follow_up(text: str, task: int | None) -> str:
 
 
 def _queue_next(
-    run: str, spec: dict[str, Any], job: str, dependency: str | None, exclude: str | None = None
+    run: str, spec: dict[str, Any], job: str, dependency: str | None, exclude: Sequence[str]
 ) -> str | None:
     """sbatch the same script again, give submitit its pickle, and turn the jobs that wait for this one to the new one too."""
     folder = Path(spec["folder"])
@@ -202,7 +203,7 @@ def _queue_next(
     script.write_text(text, encoding="utf-8")
     command = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
     command += ["--dependency=" + dependency] if dependency else []
-    command += ["--exclude=" + exclude] if exclude else []
+    command += ["--exclude=" + ",".join(exclude)] if exclude else []
     done = subprocess.run([*command, str(script)], stdout=subprocess.PIPE, text=True, env=clean_environment())
     if done.returncode != 0:
         _say("sbatch failed; this run cannot go on by itself after this job")
@@ -216,6 +217,12 @@ def _queue_next(
         need = f"afterok:{follower}" if dependency is None else f"afterok:{job}?afterok:{follower}"
         subprocess.call(["scontrol", "update", "JobId=" + child, "Dependency=" + need])
     return follower
+
+
+def _excluded(run: str, spec: dict[str, Any]) -> list[str]:
+    """The profile's nodes to avoid, and those that failed twice since the run was submitted."""
+    found = [node for e in since_submission(history(run)) for node in e.get("exclude", [])]
+    return sorted({*expand(spec.get("exclude") or ""), *found})
 
 
 def _waiting_jobs(spec: dict[str, Any]) -> list[str]:
@@ -245,7 +252,7 @@ def _exclude_from_next(run: str, spec: dict[str, Any], job: str, nodes: Sequence
         return
     if subprocess.call(["scontrol", "update", "JobId=" + follower, "ExcNodeList=" + ",".join(nodes)]) != 0:
         subprocess.call(["scancel", follower])
-        _queue_next(run, spec, job, "afternotok:" + os.environ["SLURM_JOB_ID"], exclude=",".join(nodes))
+        _queue_next(run, spec, job, "afternotok:" + os.environ["SLURM_JOB_ID"], nodes)
 
 
 def clean_environment() -> dict[str, str]:

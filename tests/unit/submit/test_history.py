@@ -35,7 +35,7 @@ def test_finished_needs_all_ranks_to_have_ended_well() -> None:
 def test_the_same_save_is_a_preemption_or_the_time_limit_by_the_clock() -> None:
     saved = {"status": "preempted", "step": 5}
     assert _classify(status=0, outcome=saved)[0] == "preempted"
-    assert _classify(status=0, outcome=saved, elapsed_s=3545.0)[0] == "time limit"
+    assert _classify(status=0, outcome=saved, elapsed_s=3480.0)[0] == "time limit"
     assert _classify(outcome=saved, slurm_state="CANCELLED")[0] == "cancelled"
     assert _classify(slurm_state="TIMEOUT")[0] == "time limit"
 

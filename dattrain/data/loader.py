@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -21,10 +21,13 @@ from dattrain.errors import ConfigError
 
 _NAMES_KEPT = 1000
 _UPDATES_PER_HINT = 8
+_SHARDS_PER_HINT = 8
 
 
 class Decoder(Protocol):
     """An iterator of decoded batches. Raises UserError from ``__next__``."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
 
     def __next__(self) -> Batch: ...
 
@@ -122,27 +125,38 @@ class EvalLoader:
         self._feed = feed
         self._size = size
         self._to_device = _ToDevice(device)
+        self._hinted = -1
 
     def __len__(self) -> int:
         return len(self._feed)
 
     def __iter__(self) -> Iterator[Batch]:
         config = self._config
-        decoder = CpuDecoder(
+        workers = _decoder(
+            config,
             self.dataset,
             self._feed,
             size=self._size,
-            num_classes=config.model.num_classes,
-            skip_bad=config.data.on_bad == "skip",
+            device=self._to_device.device,
             transform=EvalTransform(config.eval.resize, config.eval.crop_pct, config.augment.interpolation),
+            count=len(self),
         )
-        workers = _workers(config, decoder, count=len(self), device=self._to_device.device)
         try:
-            for batch in workers:
+            for number in range(len(self)):
+                self._hint(number)
+                batch = next(workers)
                 self.bad.add(batch.bad)
                 yield self._to_device(batch)
         finally:
             workers.close()
+
+    def _hint(self, number: int) -> None:
+        if not self.dataset.fetches:
+            return
+        first = self._feed.request(number).shards[:1].tolist()
+        if first and first[0] != self._hinted:
+            self._hinted = first[0]
+            self.dataset.ahead(range(first[0], min(first[0] + _SHARDS_PER_HINT, len(self.dataset.counts))))
 
     def close(self) -> None:
         """Release files."""
@@ -195,19 +209,7 @@ def train_loader(
         world,
         samples_seen,
     )
-    decoder: Decoder
-    decoder = _workers(
-        config,
-        CpuDecoder(
-            dataset,
-            feed,
-            size=size,
-            num_classes=config.model.num_classes,
-            skip_bad=config.data.on_bad == "skip",
-        ),
-        count=None,
-        device=device,
-    )
+    decoder = _decoder(config, dataset, feed, size=size, device=device)
     return TrainLoader(dataset, decoder, feed=feed, device=device)
 
 
@@ -242,12 +244,42 @@ def _open(config: Config, split: str, *, rank: int, world: int) -> Dataset:
     return dataset
 
 
-def _workers(
-    config: Config, decoder: CpuDecoder, *, count: int | None, device: torch.device
-) -> Workers[Batch]:
+def _decoder(
+    config: Config,
+    dataset: Dataset,
+    feed: TrainFeed | EvalFeed,
+    *,
+    size: tuple[int, int],
+    device: torch.device,
+    transform: EvalTransform | None = None,
+    count: int | None = None,
+) -> Decoder:
+    """The decoder that ``data.decoder`` names, at work."""
     data = config.data
+    arguments: dict[str, Any] = {
+        "size": size,
+        "num_classes": config.model.num_classes,
+        "skip_bad": data.on_bad == "skip",
+        "transform": transform,
+    }
+    if data.decoder == "dali":
+        from dattrain.data.dali import DaliDecoder
+
+        return DaliDecoder(
+            dataset,
+            feed,
+            interpolation=config.augment.interpolation,
+            data=data,
+            device=device,
+            count=count,
+            **arguments,
+        )
     return Workers(
-        decoder, count=count, workers=data.workers, prefetch=data.prefetch, pin=device.type == "cuda"
+        CpuDecoder(dataset, feed, **arguments),
+        count=count,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        pin=device.type == "cuda",
     )
 
 

@@ -214,6 +214,13 @@ def save(path: str | Path, state: Mapping[str, Tensor], card: Card) -> None:
             aside.unlink(missing_ok=True)
 
 
+def config_of(path: str | Path) -> Config | None:
+    """The recipe of the run that a run folder, checkpoint or ``checkpoints`` folder belongs to; None for a file."""
+    path = Path(path)
+    run = run_of(path) if path.is_dir() else None
+    return None if run is None else load_config(run / "config.yaml").config
+
+
 def run_of(folder: Path) -> Path | None:
     """The run folder that a checkpoint, ``checkpoints`` or run folder belongs to: the one with ``config.yaml``."""
     return next((p for p in (folder, *folder.absolute().parents[:2]) if (p / "config.yaml").is_file()), None)

@@ -1,0 +1,416 @@
+"""``dattrain eval``: accuracy, calibration, speed and features of one model, or of several beside each other.
+
+Runs in one process, or under torchrun and srun, where each rank takes its part of the images and rank 0 reports. The pass
+over the data is in ``passes``, the figures in ``scores``, ImageNet's other test sets in ``testsets``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dattrain.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dattrain.config.schema import Config
+    from dattrain.tools.scores import Records
+    from dattrain.tools.weights import Card
+
+TEST_SETS = ("imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c", "real")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument(
+        "model", metavar="RUN|CHECKPOINT|FILE", help="whose weights; of a run, its newest checkpoint"
+    )
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="OTHER", help="more of the same, in one table"
+    )
+    parser.add_argument(
+        "--data", metavar="PATH", help="shards or an image folder (default: the run's data.val)"
+    )
+    parser.add_argument(
+        "--labels",
+        choices=TEST_SETS,
+        help="--data is one of ImageNet's other test sets, in the layout it comes in",
+    )
+    parser.add_argument(
+        "--img-size", type=int, nargs="+", metavar="N", help="another size: N, or HEIGHT WIDTH"
+    )
+    parser.add_argument(
+        "--bias-table",
+        choices=("resize", "sample"),
+        default="resize",
+        help="at another size: resize tables bicubically (default), or sample the continuous ones as they are",
+    )
+    parser.add_argument("--resize", choices=("shorter", "squash"), help="(default: as the run evaluates)")
+    parser.add_argument(
+        "--crop-pct", type=float, metavar="P", help="crop's share of the resized side (default: the run's)"
+    )
+    parser.add_argument("--flip", action="store_true", help="average with the mirror image")
+    parser.add_argument("--crops", type=int, choices=(1, 5), default=1, help="average over five crops")
+    parser.add_argument(
+        "--csv", type=Path, metavar="DIR", help="tables per class and image, confusion, calibration; pictures"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the figures, for programs")
+    parser.add_argument(
+        "--knn",
+        type=int,
+        nargs="?",
+        const=20,
+        metavar="K",
+        help="accuracy of K nearest neighbours (20) on frozen features",
+    )
+    parser.add_argument(
+        "--linear-probe", action="store_true", help="accuracy of a linear classifier on frozen features"
+    )
+    parser.add_argument(
+        "--train", metavar="PATH", help="images for --knn and --linear-probe (default: the run's data.train)"
+    )
+    parser.add_argument("--train-limit", type=int, metavar="N", help="use the first N of them per rank")
+    parser.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="autocast (default: fp32)"
+    )
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="images at a time (default: the run's eval.batch)"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="decoding processes (default: the run's data.workers)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate each model in turn; rank 0 prints, and writes what was asked for."""
+    import torch
+
+    from dattrain.runtime.env import connect, disconnect, pick_device, resolve
+
+    if args.batch is not None and args.batch < 1:
+        raise ConfigError(f"--batch {args.batch} must be at least 1")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise ConfigError(f"--crop-pct {args.crop_pct} must be above 0 and at most 1")
+    if args.knn is not None and args.knn < 1:
+        raise ConfigError(f"--knn {args.knn} must be at least 1")
+    if args.labels and not args.data:
+        raise ConfigError(f"--labels {args.labels} needs --data, the folder of that set")
+    env = resolve(os.environ)
+    device = torch.device(args.device) if args.device else pick_device(env)
+    if env.world > 1:
+        connect(env, device)
+    try:
+        reports = [_one(args, path, device, env.rank == 0) for path in [args.model, *args.compare]]
+    finally:
+        if env.world > 1:
+            disconnect()
+    if env.rank:
+        return 0
+    if len(reports) > 1:
+        print("\n" + comparison(reports))
+    if args.json:
+        figures = [{k: v for k, v in report.items() if k != "records"} for report in reports]
+        whole = figures[0] if len(figures) == 1 else {"models": figures}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(_finite(whole), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _one(args: argparse.Namespace, path: str, device: torch.device, speaks: bool) -> dict[str, Any]:
+    """Everything asked for of one model; on rank 0 the report (``records`` with it), elsewhere nothing."""
+    from dattrain.models import flops
+    from dattrain.tools import classes, passes, testsets
+    from dattrain.tools.viz import image_size
+    from dattrain.tools.weights import config_of, load_model
+
+    model, card = load_model(
+        path, ema=args.ema, device=device, img_size=image_size(args.img_size), bias_table=args.bias_table
+    )
+    card = replace(card, resize=args.resize or card.resize, crop_pct=args.crop_pct or card.crop_pct)
+    config = adjusted(config_of(path), args)
+    spec = args.data or config.data.val
+    if spec is None:
+        raise ConfigError(f"{path} does not say which images to evaluate on (data.val): give --data")
+    views = passes.Views(args.flip, args.crops)
+    report: dict[str, Any] = {
+        "model": path,
+        "name": card.name,
+        "source": card.source,
+        "img_size": list(card.img_size),
+        "classes": card.num_classes,
+        "parameters": flops.parameters(model),
+        "gflops": flops.flops(model, card.img_size, card.in_chans) / 1e9,
+        "data": spec,
+        "views": (2 if args.flip else 1) * args.crops,
+        "device": str(device),
+        "precision": args.precision,
+    }
+    if speaks:
+        print(headline(report))
+    results = []
+    parts = testsets.parts(args.labels, spec, card)
+    for part in parts:
+        loader = passes.open_loader(config, card, part.path, views, device=device)
+        try:
+            with _autocast(device, args.precision):
+                results.append(
+                    passes.classify(
+                        model,
+                        card,
+                        loader,
+                        device=device,
+                        views=views,
+                        among=part.among,
+                        keep_keys=bool(args.csv) or args.labels == "real",
+                        title=part.name,
+                    )
+                )
+        finally:
+            loader.close()
+    if args.knn is not None or args.linear_probe:
+        probes = _probes(args, model, card, config, spec, device)
+    else:
+        probes = {}
+    if not speaks:
+        return {}
+    if args.labels == "imagenet-c":
+        _corruptions(report, parts, results)
+        return report
+    (result,) = results
+    assert result.records is not None
+    accepted = testsets.real_answers(result.keys, card) if args.labels == "real" else None
+    report |= figures(result.records, accepted)
+    report |= {
+        "records": result.records,
+        "bad": result.bad,
+        "images_per_s": result.images / result.seconds,
+        "network_images_per_s": result.images / result.forward_seconds,
+        **probes,
+    }
+    print(summary(report))
+    if args.csv:
+        from dattrain.tools import charts
+
+        names = classes.names(card.num_classes, card.labels, card.classes)
+        folder = args.csv if not args.compare else args.csv / _slug(path)
+        for file in charts.write_all(folder, result.records, names, result.keys, card.source or card.name):
+            print(file)
+    return report
+
+
+def adjusted(config: Config | None, args: argparse.Namespace) -> Config:
+    """The run's settings, with what the command line says of them; the defaults where there is no run."""
+    from dattrain.config.schema import Config as Schema
+
+    config = config or Schema()
+    batch = args.batch or config.eval.batch
+    workers = config.data.workers if args.workers is None else args.workers
+    return config.model_copy(
+        update={
+            "eval": config.eval.model_copy(update={"batch": batch}),
+            "data": config.data.model_copy(update={"workers": workers}),
+        }
+    )
+
+
+def figures(records: Records, accepted: Sequence[frozenset[int]] | None = None) -> dict[str, float]:
+    """Accuracies (percent), cross-entropy (nats), Brier score, calibration errors (percent) and how many images."""
+    import numpy as np
+
+    from dattrain.tools import scores
+
+    top1, top5 = scores.top1_top5(records, accepted)
+    if accepted is not None:
+        keep = np.array([bool(each) for each in accepted])
+        low, high = scores.bootstrap_interval(100.0 * scores.hits(records, 1, accepted)[keep])
+        return {"top1": top1, "top1_low": low, "top1_high": high, "top5": top5, "images": int(keep.sum())}
+    known = records.label >= 0
+    if not known.any():
+        raise UserError(
+            "none of the images has a label: there is nothing to compare predictions with (see dattrain predict)"
+        )
+    low, high = scores.bootstrap_interval(100.0 * scores.hits(records, 1)[known])
+    calibration = scores.calibration(records)
+    return {
+        "top1": top1,
+        "top1_low": low,
+        "top1_high": high,
+        "top5": top5,
+        "loss": float(records.nll[known].mean()),
+        "brier": float(records.brier[known].mean()),
+        "ece": 100 * calibration.ece,
+        "max_calibration_error": 100 * calibration.mce,
+        "images": int(known.sum()),
+    }
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """What is evaluated, in one line."""
+    height, width = report["img_size"]
+    origin = f" ({report['source']})" if report["source"] else ""
+    return (
+        f"{report['model']}{origin}: {report['name']}, {height} x {width}, {report['classes']} classes, "
+        f"{report['parameters'] / 1e6:.3f}M parameters, {report['gflops']:.3f}G FLOPs"
+    )
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """The figures of one model."""
+    bad = f", {report['bad']} could not be read" if report["bad"] else ""
+    views = f", {report['views']} views each" if report["views"] > 1 else ""
+    lines = [
+        f"  {report['data']}: {report['images']} images{bad}{views}",
+        f"  top-1 {report['top1']:.2f} % (95 % interval {report['top1_low']:.2f} to {report['top1_high']:.2f})"
+        f"   top-5 {report['top5']:.2f} %",
+    ]
+    if "loss" in report:
+        lines.append(
+            f"  cross-entropy {report['loss']:.4f}   Brier {report['brier']:.4f}   calibration error (ECE) {report['ece']:.2f} %"
+        )
+    if "knn_top1" in report:
+        lines.append(
+            f"  {report['knn_k']} nearest neighbours on frozen features: top-1 {report['knn_top1']:.2f} %"
+        )
+    if "linear_top1" in report:
+        lines.append(
+            f"  linear classifier on frozen features: top-1 {report['linear_top1']:.2f} % (weight decay {report['linear_decay']:g})"
+        )
+    lines.append(
+        f"  network {report['network_images_per_s']:.0f} images/s, with data {report['images_per_s']:.0f} images/s "
+        f"({report['device']}, {report['precision']})"
+    )
+    return "\n".join(lines)
+
+
+def comparison(reports: Sequence[Mapping[str, Any]]) -> str:
+    """One table of several models; where they saw the same images, the difference to the first, pair by pair."""
+    from dattrain.tools import scores
+
+    head = [
+        "model",
+        "size",
+        "params",
+        "FLOPs",
+        "top-1",
+        "top-5",
+        "loss",
+        "ECE",
+        "images/s",
+        "top-1 to the first (95 %)",
+    ]
+    rows = [head]
+    first = reports[0].get("records")
+    for report in reports:
+        records = report.get("records")
+        difference = ""
+        if records is not None and first is not None and records is not first:
+            difference = "other images"
+            if len(records) == len(first) and (records.label == first.label).all():
+                gain = 100.0 * scores.hits(records, 1) - 100.0 * scores.hits(first, 1)
+                low, high = scores.bootstrap_interval(gain)
+                difference = f"{gain.mean():+.2f} ({low:+.2f} to {high:+.2f})"
+        rows.append(
+            [
+                report["model"],
+                " x ".join(map(str, report["img_size"])),
+                f"{report['parameters'] / 1e6:.2f}M",
+                f"{report['gflops']:.2f}G",
+                *(f"{report[k]:.2f}" if k in report else "" for k in ("top1", "top5")),
+                *(
+                    f"{report[k]:.{n}f}" if k in report else ""
+                    for k, n in (("loss", 4), ("ece", 2), ("network_images_per_s", 0))
+                ),
+                difference,
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i in (0, len(head) - 1) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _corruptions(report: dict[str, Any], parts: Sequence[Any], results: Sequence[Any]) -> None:
+    from dattrain.tools import scores, testsets
+
+    top1 = {part.name: scores.top1_top5(result.records)[0] for part, result in zip(parts, results)}
+    rows = testsets.corruption_table(top1)
+    mce = testsets.mean_corruption_error(rows)
+    report |= {"top1": sum(float(row["top1"]) for row in rows) / len(rows), "corruptions": rows, "mce": mce}
+    for row in rows:
+        print(
+            f"  {row['corruption']:20} top-1 {row['top1']:6.2f} %   error relative to AlexNet {row['ce']:6.1f} %"
+        )
+    missing = "" if not math.isnan(mce) else " (needs all 15 corruptions)"
+    print(f"  mean top-1 {report['top1']:.2f} %   mCE {mce:.1f} %{missing}")
+
+
+def _probes(
+    args: argparse.Namespace, model: Any, card: Card, config: Config, spec: str, device: torch.device
+) -> dict[str, Any]:
+    from dattrain.tools import passes, probe
+
+    source = args.train or config.data.train
+    if source is None:
+        raise ConfigError("--knn and --linear-probe need training images: give --train")
+    if args.labels == "imagenet-c":
+        raise ConfigError("--knn and --linear-probe take one set of images, not imagenet-c's many")
+    found = []
+    for path, limit, title in (
+        (source, args.train_limit, "features of the training set"),
+        (spec, None, "features"),
+    ):
+        loader = passes.open_loader(config, card, path, passes.Views(), device=device)
+        try:
+            with _autocast(device, args.precision):
+                found.append(passes.features(model, card, loader, device=device, limit=limit, title=title))
+        finally:
+            loader.close()
+    if passes.place()[0]:
+        return {}
+    (train, train_labels), (test, labels) = ((x[y >= 0], y[y >= 0]) for x, y in found)
+    out: dict[str, Any] = {"train": source, "train_images": len(train)}
+    if args.knn is not None:
+        votes = probe.knn(train, train_labels, test, classes=card.num_classes, k=args.knn)
+        out |= {"knn_k": args.knn, "knn_top1": 100 * float((votes.argmax(1) == labels).float().mean())}
+    if args.linear_probe:
+        layer, decay = probe.linear_probe(train, train_labels, classes=card.num_classes)
+        right = layer(test).argmax(1) == labels
+        out |= {"linear_top1": 100 * float(right.float().mean()), "linear_decay": decay}
+    return out
+
+
+def _autocast(device: torch.device, precision: str) -> Any:
+    import torch
+
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def _finite(value: Any) -> Any:
+    """NaN is not JSON."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _slug(path: str) -> str:
+    return path.strip("/").replace("/", "_") or "model"

@@ -1,0 +1,107 @@
+"""What frozen features are worth: weighted nearest neighbours, and a linear classifier on top of them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dattrain.errors import UserError
+
+
+def knn(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    chunk: int = 1024,
+) -> Tensor:
+    """Class votes of the k nearest training features by cosine, weighted exp(similarity / temperature).
+
+    Wu et al. 2018 (arXiv 1805.01978); k and temperature are DINO's (Caron et al. 2021).
+
+    Args:
+        train: N x C, test: M x C, any scale.
+        train_labels: N int64.
+
+    Returns:
+        M x classes float32, rows sum to one.
+    """
+    bank = F.normalize(train, dim=1)
+    k = min(k, len(bank))
+    out = []
+    for part in F.normalize(test, dim=1).split(chunk):
+        near = (part @ bank.T).topk(k, dim=1)
+        weight = ((near.values - 1) / temperature).exp()
+        votes = torch.zeros(len(part), classes).scatter_add_(1, train_labels[near.indices], weight)
+        out.append(votes / votes.sum(1, keepdim=True))
+    return torch.cat(out)
+
+
+def linear_probe(
+    train: Tensor,
+    train_labels: Tensor,
+    *,
+    classes: int,
+    decays: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
+    seed: int = 0,
+) -> tuple[torch.nn.Linear, float]:
+    """Multinomial logistic regression on standardised features, by L-BFGS.
+
+    The weight decay is chosen from ``decays`` on a tenth of the training set that is held out, then all of it is used.
+
+    Args:
+        train: N x C float32; train_labels: N int64.
+
+    Returns:
+        The classifier, for features as they come, and the weight decay chosen.
+
+    Raises:
+        UserError: fewer than two classes in the training set.
+    """
+    if len(train_labels.unique()) < 2:
+        raise UserError("a linear probe needs training images of two classes at least")
+    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
+    x = (train - mean) / std
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    held, rest = order[: len(x) // 10], order[len(x) // 10 :]
+    best = decays[0]
+    if len(held):
+
+        def accuracy(decay: float) -> float:
+            fit = _regress(x[rest], train_labels[rest], classes, decay)
+            return float((fit(x[held]).argmax(1) == train_labels[held]).float().mean())
+
+        best = max(decays, key=accuracy)
+    fit = _regress(x, train_labels, classes, best)
+    # Fold the standardisation in, so that the classifier takes raw features.
+    with torch.no_grad():
+        fit.weight.div_(std)
+        fit.bias.sub_(fit.weight @ mean)
+    return fit, best
+
+
+def _regress(x: Tensor, labels: Tensor, classes: int, decay: float, chunk: int = 65536) -> torch.nn.Linear:
+    layer = torch.nn.Linear(x.shape[1], classes)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(
+        layer.parameters(), max_iter=100, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        total = torch.zeros(())
+        for part, answers in zip(x.split(chunk), labels.split(chunk)):
+            loss = F.cross_entropy(layer(part), answers, reduction="sum") / len(x)
+            loss.backward()
+            total += loss.detach()
+        penalty = decay / 2 * layer.weight.square().sum()
+        penalty.backward()
+        return total + penalty.detach()
+
+    optimizer.step(closure)
+    return layer

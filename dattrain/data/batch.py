@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from dattrain.data.augment import Plan
@@ -34,6 +36,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Between processes each tensor is a file descriptor and a handshake; small ones are cheaper as plain bytes.
+        small = (self.labels.cpu().numpy(), self.weight.cpu().numpy(), self.position.numpy())
+        return _rebuild, (self.images, *small, self.keys, self.plan, self.bad)
+
     def pin_memory(self) -> Batch:
         """In page-locked memory, from where copies to a GPU do not block (called by torch's pinning thread)."""
         return replace(
@@ -51,3 +58,23 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             weight=self.weight.to(device, non_blocking=True),
         )
+
+
+def _rebuild(
+    images: torch.Tensor,
+    labels: np.ndarray,
+    weight: np.ndarray,
+    position: np.ndarray,
+    keys: list[str],
+    plan: Plan | None,
+    bad: tuple[tuple[str, str], ...],
+) -> Batch:
+    return Batch(
+        images,
+        torch.from_numpy(labels),
+        torch.from_numpy(weight),
+        torch.from_numpy(position),
+        keys,
+        plan,
+        bad,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -13,7 +13,7 @@ from dattrain.config.schema import Config
 from dattrain.data.batch import Batch
 from dattrain.data.cpu import CpuDecoder, EvalTransform
 from dattrain.data.dataset import Dataset, open_dataset
-from dattrain.data.feed import EvalFeed, TrainFeed
+from dattrain.data.feed import Encoded, EvalFeed, TrainFeed, fetch
 from dattrain.data.labels import check_head
 from dattrain.data.order import Order
 from dattrain.data.workers import Workers
@@ -256,30 +256,37 @@ def _decoder(
 ) -> Decoder:
     """The decoder that ``data.decoder`` names, at work."""
     data = config.data
-    arguments: dict[str, Any] = {
-        "size": size,
-        "num_classes": config.model.num_classes,
-        "skip_bad": data.on_bad == "skip",
-        "transform": transform,
-    }
+    skip_bad = data.on_bad == "skip"
     if data.decoder == "dali":
         from dattrain.data.dali import DaliDecoder
 
+        def read(number: int) -> Encoded:
+            return fetch(
+                dataset, feed.request(number), num_classes=config.model.num_classes, skip_bad=skip_bad
+            )
+
         return DaliDecoder(
-            dataset,
-            feed,
+            read,
+            batch=feed.micro_batch if isinstance(feed, TrainFeed) else feed.batch,
+            size=size,
+            skip_bad=skip_bad,
             interpolation=config.augment.interpolation,
             data=data,
             device=device,
+            transform=transform,
             count=count,
-            **arguments,
+            threads=max(1, data.workers),
         )
+    decoder = CpuDecoder(
+        dataset,
+        feed,
+        size=size,
+        num_classes=config.model.num_classes,
+        skip_bad=skip_bad,
+        transform=transform,
+    )
     return Workers(
-        CpuDecoder(dataset, feed, **arguments),
-        count=count,
-        workers=data.workers,
-        prefetch=data.prefetch,
-        pin=device.type == "cuda",
+        decoder, count=count, workers=data.workers, prefetch=data.prefetch, pin=device.type == "cuda"
     )
 
 

@@ -10,7 +10,11 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -78,30 +82,50 @@ class Workers(Generic[T]):
         in_order: bool = True,
     ) -> None:
         before = set(multiprocessing.active_children())
-        loader: DataLoader[Any] = DataLoader(
-            _Task(function),
-            batch_size=None,
-            sampler=_From(count),
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            collate_fn=_as_it_is,
-            worker_init_fn=_start_worker if workers else None,
-            multiprocessing_context="fork" if workers else None,
-            pin_memory=pin,
-            in_order=in_order,
-            # Without one of its own the loader would draw from, and so move, torch's global generator.
-            generator=torch.Generator(),
-        )
-        self._iterator: Iterator[Any] | None = iter(loader)
-        self.processes = [p for p in multiprocessing.active_children() if p not in before]
+        with warnings.catch_warnings():
+            # Whether the processes are too many for the cores is measured (the share of data-wait), not guessed.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader: DataLoader[Any] = DataLoader(
+                _Task(function),
+                batch_size=None,
+                sampler=_From(count),
+                num_workers=workers,
+                prefetch_factor=prefetch if workers else None,
+                collate_fn=_as_it_is,
+                worker_init_fn=_start_worker if workers else None,
+                multiprocessing_context="fork" if workers else None,
+                pin_memory=pin,
+                in_order=in_order,
+                # Without one of its own the loader would draw from, and so move, torch's global generator.
+                generator=torch.Generator(),
+            )
+        with _child_handler_kept():
+            self._pool = _Pool(iter(loader))
+        self._pool.processes = [p for p in multiprocessing.active_children() if p not in before]
+        # At exit multiprocessing would wait for ever for workers that ignore its SIGTERM; this runs before it does.
+        self._end = weakref.finalize(self, self._pool.close)
+
+    @property
+    def processes(self) -> list[Any]:
+        """The worker processes."""
+        return self._pool.processes
 
     def __iter__(self) -> Workers[T]:
         return self
 
     def __next__(self) -> T:
-        if self._iterator is None:
+        if self._pool.iterator is None:
             raise StopIteration
-        result = next(self._iterator)
+        try:
+            result = next(self._pool.iterator)
+        except (RuntimeError, OSError, EOFError) as error:
+            if not self._pool.broken():
+                raise
+            self.close()
+            raise UserError(
+                f"a data worker died ({error}); most often the machine's memory, or /dev/shm, was full: "
+                "lower data.workers or data.prefetch"
+            ) from error
         if isinstance(result, _Failure):
             self.close()
             raise UserError(result.message, exit_code=result.exit_code)
@@ -115,14 +139,44 @@ class Workers(Generic[T]):
 
     def close(self) -> None:
         """End the processes; returns when they are gone."""
+        self._end()
+
+
+class _Pool:
+    """What must be let go of when a ``Workers`` is no more."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self.iterator: Iterator[Any] | None = iterator
+        self.processes: list[Any] = []
+
+    def broken(self) -> bool:
+        """Whether a process died; one that just did may need a moment to be seen."""
+        for process in self.processes:
+            process.join(0.1)
+        return any(process.exitcode not in (None, 0) for process in self.processes)
+
+    def close(self) -> None:
         # Letting go of torch's iterator asks its workers to end, after the task at hand.
-        self._iterator = None
+        self.iterator = None
         for process in self.processes:
             process.join(10)
             if process.is_alive():
                 process.kill()
                 process.join()
-        self.processes = []
+
+
+@contextmanager
+def _child_handler_kept() -> Iterator[None]:
+    """Take back the SIGCHLD handler that torch installs: it raises wherever the trainer happens to be, in the middle
+    of a checkpoint too. A dead worker is noticed all the same, when its result is waited for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
 
 
 def _as_it_is(result: Any) -> Any:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dattrain import ops
-from dattrain.models.attention import relative_bias
+from dattrain.models.attention import biased_attention, relative_bias
 from dattrain.models.blocks import Interior, recompute
 from dattrain.models.init import init_table
 from dattrain.models.resize import resize_fixed_table
@@ -255,8 +255,9 @@ class DeformableAttention(Interior):
                 bias = resize_fixed_table(table, self.map_sizes(self.size), self.map_sizes((height, width)))
             elif table is not None:
                 bias = relative_bias(table, height, width)
-            mask = None if bias is None else bias.unsqueeze(0).to(q.dtype)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            if bias is None:
+                return F.scaled_dot_product_attention(q, k, v)
+            return biased_attention(q, k, v, bias.unsqueeze(0))
         return ops.deform_attention(
             q,
             k,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -163,12 +164,9 @@ def _label(path: str, key: str, members: list[tar.Member], fd: int, field: str |
     if field is None and "cls" in by_extension:
         member = by_extension["cls"]
         text = os.pread(fd, member.size, member.offset)
-        try:
-            return _non_negative(int(text), f"{where} at offset {member.offset}")
-        except ValueError:
-            raise UserError(
-                f"{where} at offset {member.offset}: its .cls holds {text[:40]!r}, not a number"
-            ) from None
+        if not re.fullmatch(rb"\s*-?\d+\s*", text):
+            raise UserError(f"{where} at offset {member.offset}: its .cls holds {text[:40]!r}, not a number")
+        return _non_negative(int(text), f"{where} at offset {member.offset}")
     if "json" not in by_extension:
         return NO_LABEL
     member = by_extension["json"]

@@ -50,38 +50,54 @@ class CpuDecoder:
 
     def __call__(self, number: int) -> Batch:
         """Read and decode micro-batch ``number``. Raises UserError as ``feed.fetch`` does."""
-        encoded = fetch(
-            self.dataset,
-            self.feed.request(number),
-            num_classes=self.num_classes,
-            skip_bad=self.skip_bad,
+        return self.decode(
+            fetch(
+                self.dataset,
+                self.feed.request(number),
+                num_classes=self.num_classes,
+                skip_bad=self.skip_bad,
+            )
         )
-        plan, bad = encoded.request.plan, dict(encoded.bad)
+
+    def decode(self, encoded: Encoded) -> Batch:
+        """Decode what was read. Raises UserError for a bad image without ``skip_bad``."""
+        bad = dict(encoded.bad)
         pixels = _shared_empty((len(encoded.data), *self.size, 3))
         for i, data in enumerate(encoded.data):
-            if data is not None:
-                try:
-                    image = images.decode(data)
-                except images.BadImage as error:
-                    bad[i] = f"{encoded.where[i]}: {error}"
-                    if not self.skip_bad:
-                        raise UserError(bad_sample_message(bad[i])) from error
-                else:
-                    if plan is not None:
-                        train_image(image, plan, i, pixels[i])
-                    elif self.transform is not None:
-                        t = self.transform
-                        eval_image(
-                            image,
-                            self.size,
-                            pixels[i],
-                            policy=t.resize,
-                            crop_pct=t.crop_pct,
-                            interpolation=t.interpolation,
-                        )
+            reason = None if data is None else decode_sample(encoded, i, self.transform, pixels[i])
+            if reason is not None:
+                if not self.skip_bad:
+                    raise UserError(bad_sample_message(reason))
+                bad[i] = reason
             if i in bad:
                 pixels[i].zero_()
         return assemble(pixels.permute(0, 3, 1, 2), encoded, bad)
+
+
+def decode_sample(encoded: Encoded, i: int, transform: EvalTransform | None, out: torch.Tensor) -> str | None:
+    """Decode image ``i`` and carry out its plan, or the evaluation's transform, into ``out`` (H x W x 3 uint8).
+
+    Returns what is wrong with the image, and where it is; None where nothing is.
+    """
+    data, plan = encoded.data[i], encoded.request.plan
+    assert data is not None
+    try:
+        image = images.decode(data)
+    except images.BadImage as error:
+        return f"{encoded.where[i]}: {error}"
+    if plan is not None:
+        train_image(image, plan, i, out)
+    elif transform is not None:
+        size = out.shape[0], out.shape[1]
+        eval_image(
+            image,
+            size,
+            out,
+            policy=transform.resize,
+            crop_pct=transform.crop_pct,
+            interpolation=transform.interpolation,
+        )
+    return None
 
 
 def assemble(pixels: torch.Tensor, encoded: Encoded, bad: dict[int, str]) -> Batch:

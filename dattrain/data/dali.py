@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,12 +28,10 @@ from dattrain.config.schema import Data
 from dattrain.data import images
 from dattrain.data.augment import crop_box, eval_geometry
 from dattrain.data.batch import Batch
-from dattrain.data.cpu import EvalTransform, assemble
+from dattrain.data.cpu import EvalTransform, assemble, decode_sample
 from dattrain.data.dali_augment import augment
 from dattrain.data.dali_pipeline import Device, eval_pipeline, fits, placeholder, release, train_pipeline
-from dattrain.data.dataset import Dataset
-from dattrain.data.feed import Encoded, EvalFeed, TrainFeed, bad_sample_message, fetch
-from dattrain.data.transforms import eval_image, train_image
+from dattrain.data.feed import Encoded, bad_sample_message
 from dattrain.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -59,38 +58,37 @@ class DaliDecoder:
     """Iterator of decoded micro-batches.
 
     Args:
-        feed: which samples.
+        read: delivers the encoded images of a micro-batch by its number; called from threads.
+        batch: images of the largest micro-batch.
         size: (height, width) of the output.
-        num_classes: labels must be below it.
         skip_bad: keep a bad sample's place with zero weight; else it is an error.
         interpolation: ``bicubic`` or ``bilinear``.
         data: threads, queue depth and memory.
         device: where batches are made.
         transform: of evaluation; None in training, where the plan says what is done.
         count: number of batches; None is without end.
+        threads: that read; one keeps the calls of ``read`` in order.
 
     Raises:
-        UserError: from the iterator, as ``feed.fetch`` does; here where DALI is not installed.
+        UserError: from the iterator, what ``read`` raises and for a bad image; here where DALI is not installed.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
-        feed: TrainFeed | EvalFeed,
+        read: Callable[[int], Encoded],
         *,
+        batch: int,
         size: tuple[int, int],
-        num_classes: int,
         skip_bad: bool,
         interpolation: str,
         data: Data,
         device: torch.device,
         transform: EvalTransform | None = None,
         count: int | None = None,
+        threads: int = 1,
     ) -> None:
-        self.dataset = dataset
-        self.feed = feed
+        self.read = read
         self.size = size
-        self.num_classes = num_classes
         self.skip_bad = skip_bad
         self.interpolation = interpolation
         self.transform = transform
@@ -98,8 +96,8 @@ class DaliDecoder:
         self.rebuilt = 0
         self._data = data
         self._device = device
-        self._batch = feed.micro_batch if isinstance(feed, TrainFeed) else feed.batch
-        self._threads = max(1, data.workers)
+        self._batch = batch
+        self._threads = threads
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
         self._reading: deque[Future[_Prepared]] = deque()
         self._asked = self._given = 0
@@ -184,22 +182,14 @@ class DaliDecoder:
         if self.count is None or self._given >= self.count:
             self.close()
             raise StopIteration
-        encoded = fetch(
-            self.dataset, self.feed.request(self._given), num_classes=self.num_classes, skip_bad=True
-        )
+        encoded = self.read(self._given)
         self._given += 1
         pixels = torch.empty((0, *self.size, 3), dtype=torch.uint8, device=self._device)
         return assemble(pixels.permute(0, 3, 1, 2), encoded, {})
 
     def _prepare(self, number: int) -> _Prepared:
         """Read a micro-batch, choose what DALI decodes, and decode the rest."""
-        encoded = fetch(
-            self.dataset,
-            self.feed.request(number),
-            num_classes=self.num_classes,
-            skip_bad=self.skip_bad,
-            check=images.size,
-        )
+        encoded = self.read(number)
         n = len(encoded.data)
         prepared = _Prepared(encoded, np.zeros(n, dtype=bool), (), bad=dict(encoded.bad))
         stand_in, stand_in_size = placeholder()
@@ -208,8 +198,8 @@ class DaliDecoder:
         for i, content in enumerate(encoded.data):
             if content is None:
                 continue
-            if fits(content) and encoded.where[i] not in self._avoid:
-                files[i], sizes[i] = np.frombuffer(content, dtype=np.uint8), images.size(content)
+            if fits(content) and encoded.where[i] not in self._avoid and (size := _size(content)):
+                files[i], sizes[i] = np.frombuffer(content, dtype=np.uint8), size
                 prepared.here[i] = True
             else:
                 self._decode_here(prepared, i)
@@ -240,26 +230,14 @@ class DaliDecoder:
 
     def _decode_here(self, prepared: _Prepared, i: int) -> None:
         """Decode one image with the CPU decoder's functions. Raises UserError for a bad one without ``skip_bad``."""
-        encoded, plan = prepared.encoded, prepared.encoded.request.plan
-        data = encoded.data[i]
-        assert data is not None
-        try:
-            image = images.decode(data)
-        except images.BadImage as error:
-            prepared.bad[i] = f"{encoded.where[i]}: {error}"
-            if not self.skip_bad:
-                raise UserError(bad_sample_message(prepared.bad[i])) from error
-            return
         out = torch.empty((*self.size, 3), dtype=torch.uint8)
-        if plan is not None:
-            train_image(image, plan, i, out)
+        reason = decode_sample(prepared.encoded, i, self.transform, out)
+        if reason is None:
+            prepared.done[i] = out
+        elif self.skip_bad:
+            prepared.bad[i] = reason
         else:
-            t = self.transform
-            assert t is not None
-            eval_image(
-                image, self.size, out, policy=t.resize, crop_pct=t.crop_pct, interpolation=t.interpolation
-            )
-        prepared.done[i] = out
+            raise UserError(bad_sample_message(reason))
 
     def _finish(self, prepared: _Prepared, output: Any) -> Batch:
         from nvidia.dali.plugin.pytorch import feed_ndarray
@@ -311,3 +289,11 @@ class DaliDecoder:
         self._pipeline = self._build()
         pixels = torch.zeros((len(prepared.here), *self.size, 3), dtype=torch.uint8, device=self._device)
         return self._assemble(prepared, pixels)
+
+
+def _size(data: bytes) -> tuple[int, int] | None:
+    """Height and width; None for what must not be decoded, of which the CPU decoder says why."""
+    try:
+        return images.size(data)
+    except images.BadImage:
+        return None

@@ -16,7 +16,7 @@ from dattrain.data.cpu import CpuDecoder, EvalTransform
 from dattrain.data.dali import DaliDecoder
 from dattrain.data.dali_pipeline import fits
 from dattrain.data.dataset import open_dataset
-from dattrain.data.feed import EvalFeed, TrainFeed
+from dattrain.data.feed import EvalFeed, TrainFeed, fetch
 from dattrain.data.indexing import index_shards
 from dattrain.data.order import Order
 from dattrain.errors import UserError
@@ -48,17 +48,23 @@ def train_feed(dataset, augment=PLAIN, size=(224, 224), batch=8, samples_seen=0)
 
 
 def both(dataset, feed, size, *, skip_bad=False, transform=None, interpolation="bicubic", count=None, **data):
-    arguments = {"size": size, "num_classes": 10, "skip_bad": skip_bad, "transform": transform}
+    def read(number):
+        return fetch(dataset, feed.request(number), num_classes=10, skip_bad=skip_bad)
+
     dali = DaliDecoder(
-        dataset,
-        feed,
+        read,
+        batch=feed.micro_batch if isinstance(feed, TrainFeed) else feed.batch,
+        size=size,
+        skip_bad=skip_bad,
         interpolation=interpolation,
-        data=Data(workers=2, dali_threads=1, **data),
+        data=Data(dali_threads=1, **data),
         device=CPU,
+        transform=transform,
         count=count,
-        **arguments,
+        threads=2,
     )
-    return CpuDecoder(dataset, feed, **arguments), dali
+    cpu = CpuDecoder(dataset, feed, size=size, num_classes=10, skip_bad=skip_bad, transform=transform)
+    return cpu, dali
 
 
 def same_samples(a, b) -> None:

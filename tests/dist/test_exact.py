@@ -40,9 +40,12 @@ def check(world: int, jobs: dict[str, Job], tmp: Path, *, until: int = 5, at: in
     ]
     for name, one, two in zip(jobs, once, run(world, rest, tmp)):
         assert two["resumed_at"] == at, name
-        assert two["losses"] == one["losses"][at:], name
-        assert len(set(one["losses"])) == until, f"{name}: a loss that does not move proves nothing"
+        assert repr(two["losses"]) == repr(one["losses"][at:]), name  # one of them may be nan
+        assert len({repr(x) for x in one["losses"]}) == until, (
+            f"{name}: a loss that does not move proves nothing"
+        )
         assert two["scalars"] == one["scalars"], name
+        assert one["scalars"]["skipped_steps"] == (jobs[name].nan_at >= 0), name
         assert_same(states(tmp / name / "whole", until), states(tmp / name / "again", until))
 
 
@@ -79,31 +82,7 @@ def test_frozen_offloaded_channels_last_and_skipped(tmp_path):
         "skipped-fp16": Job("", "", 2, "fp16", nan_at=1, ema=0.9),
         "skipped-fp32": Job("", "", 3, nan_at=3),
     }
-    skipping = {n: j for n, j in jobs.items() if n.startswith("skipped")}
-    check(2, {n: j for n, j in jobs.items() if n not in skipping}, tmp_path)
-    for name, job in skipping.items():
-        one = run(
-            2,
-            [
-                dataclasses.replace(
-                    job, run=str(tmp_path / name / "a"), out=str(tmp_path / "o"), until=5, save_at=[2]
-                )
-            ],
-            tmp_path,
-        )[0]
-        source = tmp_path / name / "a" / "checkpoints" / "step_00000002"
-        shutil.copytree(source, tmp_path / name / "b" / "checkpoints" / source.name)
-        two = run(
-            2,
-            [
-                dataclasses.replace(
-                    job, run=str(tmp_path / name / "b"), out=str(tmp_path / "o"), until=5, resume=True
-                )
-            ],
-            tmp_path,
-        )[0]
-        assert one["scalars"] == two["scalars"] and one["scalars"]["skipped_steps"] == 1
-        assert_same(states(tmp_path / name / "a", 5), states(tmp_path / name / "b", 5))
+    check(2, jobs, tmp_path)
 
 
 @pytest.mark.full

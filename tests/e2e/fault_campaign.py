@@ -28,6 +28,7 @@ import torch
 from state_ranks import free_port
 from state_worker import Job, run, start_distributed
 
+import dattrain.state.checkpointer  # noqa: F401  (imported here, once, for all ranks)
 from dattrain.errors import UserError
 from dattrain.state import checkpoint, gather
 

@@ -1,0 +1,229 @@
+"""One rank of ``dattrain bench checkpoint``: ``python -m dattrain.tools.bench.checkpoint_ranks PLAN.json``.
+
+Builds a real ZeRO engine of the size asked for, without training it, and times saves beside bare writes of as many bytes, or
+loads of what was saved. Rank 0 leaves the seconds of every round (the slowest rank's) in the plan's ``out``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dattrain.engine import zero
+from dattrain.runtime import env
+from dattrain.state import checkpoint, shards
+from dattrain.state.background import HostBuffer, image_of
+from dattrain.state.checkpointer import Checkpointer
+from dattrain.state.fragments import MOMENTS, LocalState
+from dattrain.state.retention import Policy
+
+WIDTH = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a group of ranks is to measure. ``folder`` is a run folder; ``parameters`` is a count."""
+
+    mode: str
+    folder: str
+    out: str
+    parameters: int
+    stage: int
+    rounds: int
+
+
+def build(plan: Plan, device: torch.device) -> Any:
+    """An engine over layers of ``WIDTH`` x ``WIDTH``, with moments that are not zero."""
+    torch.manual_seed(0)
+    layers = max(1, round(plan.parameters / (WIDTH * (WIDTH + 1))))
+    with torch.device(device):
+        model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": plan.stage},
+    }
+    engine = zero.initialize(model, torch.optim.AdamW(model.parameters()), settings, device)
+    local = LocalState(engine)
+    local.create_moments(dict.fromkeys(local.parameters, 1))
+    for fragment in local.fragments:
+        for moment in MOMENTS:
+            tensor = local.tensor(fragment, moment)
+            assert tensor is not None
+            tensor.reshape(-1).narrow(0, fragment.offset, fragment.numel).uniform_()
+    return engine
+
+
+def slowest(seconds: float) -> float:
+    """The largest of all ranks' values."""
+    held: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(held, seconds)
+    return max(held)
+
+
+def timed(task: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of wall and CPU that ``task`` takes on the slowest rank, all starting together."""
+    dist.barrier()
+    begin, cpu = time.perf_counter(), time.process_time()
+    task()
+    return slowest(time.perf_counter() - begin), slowest(time.process_time() - cpu)
+
+
+def bare_write(path: Path, image: memoryview, *, direct: bool) -> None:
+    """What dd does with oflag=direct conv=fsync, or without the first: the disk's own speed. Whole pages only."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | (os.O_DIRECT if direct else 0)
+    fd = os.open(path, flags, 0o644)
+    try:
+        position, size = 0, len(image) // shards.PAGE * shards.PAGE
+        while position < size:
+            position += os.write(fd, image[position : min(position + shards.CHUNK, size)])
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def peak_reset() -> None:
+    """Let the kernel count this process's peak memory from here."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def memory(key: str) -> float:
+    """``VmRSS`` or ``VmHWM`` of this process in bytes; 0 where there is no /proc."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return float(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0.0
+
+
+def save_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
+    """Bare writes, blocking saves and background saves in turns; seconds per round."""
+    keeper = Checkpointer(Path(plan.folder), Policy(1))
+    rank = dist.get_rank()
+    before = memory("VmRSS")
+    peak_reset()
+    keeper.prepare(engine, None)
+    keeper.save(engine, None, {"step": 0, "samples_seen": 0}, background=False)
+    peak = memory("VmHWM")
+    manifest = checkpoint.read_manifest(keeper.root / checkpoint.folder_name(0))
+    size = manifest.files[checkpoint.shard_name(rank)].size
+    scratch = Path(plan.folder) / f"bare_{rank}"
+    bare = HostBuffer(pinned=False).take(size).random_(0, 255)
+    result: dict[str, Any] = {
+        "bytes": manifest.nbytes,
+        "parameters": manifest.numel,
+        # The buffer of bare writes, as large as a shard, is allocated after this is read.
+        "peak_bytes": slowest(peak - before),
+        "shard_bytes": slowest(size),
+        "direct": [],
+        "buffered": [],
+        "blocking": [],
+        "stall": [],
+        "background": [],
+    }
+    step = 0
+    for _ in range(plan.rounds):
+        for name, direct in (("direct", True), ("buffered", False)):
+            try:
+                result[name].append(timed(partial(bare_write, scratch, image_of(bare), direct=direct)))
+            except OSError:
+                if not direct:
+                    raise
+            scratch.unlink(missing_ok=True)
+        step += 1
+        meta = {"step": step, "samples_seen": step}
+        result["blocking"].append(timed(partial(keeper.save, engine, None, meta, background=False)))
+        step += 1
+        meta = {"step": step, "samples_seen": step}
+        stall = [0.0]
+
+        def background(meta: dict[str, int] = meta, stall: list[float] = stall) -> None:
+            stall[0] = keeper.save(engine, None, meta, background=True)
+            keeper.wait()
+
+        result["background"].append(timed(background))
+        result["stall"].append((slowest(stall[0]), 0.0))
+    return result
+
+
+def load_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
+    """Loads with and without checksums in turns, from a cold page cache."""
+    keeper = Checkpointer(Path(plan.folder), Policy(1))
+    found = checkpoint.find(keeper.root)
+    assert found.folder is not None and found.manifest is not None
+    result: dict[str, Any] = {"bytes": found.manifest.nbytes, "checked": [], "unchecked": [], "read": []}
+    files = [found.folder / name for name in found.manifest.files]
+    before = memory("VmRSS")
+    peak_reset()
+    for _ in range(plan.rounds):
+        for name in ("checked", "unchecked"):
+            keeper.verify = name == "checked"
+            _forget(files)
+            result[name].append(timed(partial(keeper.resume, engine, None)))
+        _forget(files)
+        mine = files[dist.get_rank() :: dist.get_world_size()]
+        result["read"].append(timed(partial(bare_read, mine)))
+    result["peak_bytes"] = slowest(memory("VmHWM") - before)
+    local = LocalState(engine)
+    result["state_bytes"] = slowest(sum(m.numel() for m in local.masters) * 4 * (1 + len(MOMENTS)))
+    return result
+
+
+def bare_read(paths: Sequence[Path]) -> None:
+    """Read files once, as ``cat`` does."""
+    block = bytearray(shards.CHUNK)
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
+
+
+def _forget(files: list[Path]) -> None:
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for path in files:
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    dist.barrier()
+
+
+def main() -> int:
+    """Run the plan on this rank."""
+    plan = Plan(**json.loads(Path(sys.argv[1]).read_text()))
+    here = env.resolve(os.environ)
+    device = env.pick_device(here)
+    env.connect(here, device)
+    engine = build(plan, device)
+    result = {"save": save_rounds, "load": load_rounds}[plan.mode](plan, engine)
+    if here.rank == 0:
+        Path(plan.out).write_text(json.dumps({**result, "device": str(device)}))
+    dist.barrier()
+    env.disconnect()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    env.leave(code)

@@ -57,6 +57,8 @@ class Data(Section):
     """False keeps the order of the shards: for debugging."""
     reader: Literal["index", "dali", "webdataset"] = "index"
     """``index`` is exact; ``dali`` keeps DALI's own order and state; ``webdataset`` streams, and is not exact."""
+    samples: Count | None = None
+    """Samples per epoch of ``reader: webdataset``, which cannot count those of a stream."""
     decoder: Literal["cpu", "dali"] = "cpu"
     workers: Annotated[int, Field(ge=0)] = 4
     """Decoding processes per rank; 0 decodes in the training process."""

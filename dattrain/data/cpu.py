@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +10,7 @@ import torch
 
 from dattrain.data import images
 from dattrain.data.batch import Batch
-from dattrain.data.dataset import Dataset
-from dattrain.data.feed import Encoded, EvalFeed, TrainFeed, bad_sample_message, fetch
+from dattrain.data.feed import Encoded, bad_sample_message
 from dattrain.data.transforms import eval_image, train_image
 from dattrain.errors import UserError
 
@@ -28,36 +28,28 @@ class CpuDecoder:
     """Map from the number of a micro-batch to the decoded batch.
 
     Args:
-        transform: None in training, where the plan says what is done.
+        read: delivers the encoded images of a micro-batch.
+        size: (height, width) of the output.
+        skip_bad: keep a bad sample's place with zero weight; else it is an error.
+        transform: of evaluation; None in training, where the plan says what is done.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
-        feed: TrainFeed | EvalFeed,
+        read: Callable[[int], Encoded],
         *,
         size: tuple[int, int],
-        num_classes: int,
         skip_bad: bool,
         transform: EvalTransform | None = None,
     ) -> None:
-        self.dataset = dataset
-        self.feed = feed
+        self.read = read
         self.size = size
-        self.num_classes = num_classes
         self.skip_bad = skip_bad
         self.transform = transform
 
     def __call__(self, number: int) -> Batch:
-        """Read and decode micro-batch ``number``. Raises UserError as ``feed.fetch`` does."""
-        return self.decode(
-            fetch(
-                self.dataset,
-                self.feed.request(number),
-                num_classes=self.num_classes,
-                skip_bad=self.skip_bad,
-            )
-        )
+        """Read and decode micro-batch ``number``. Raises UserError as ``read`` does, and as ``decode``."""
+        return self.decode(self.read(number))
 
     def decode(self, encoded: Encoded) -> Batch:
         """Decode what was read. Raises UserError for a bad image without ``skip_bad``."""

@@ -29,7 +29,7 @@ from dattrain.data.index import (
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
 
-_LABEL_FIELDS = ("label", "cls", "class_id")
+LABEL_FIELDS = ("label", "cls", "class_id")
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _label(path: str, key: str, members: list[tar.Member], fd: int, field: str |
         content = json.loads(os.pread(fd, member.size, member.offset))
     except ValueError as error:
         raise UserError(f"{where} at offset {member.offset}: its .json does not parse ({error})") from None
-    for name in (field,) if field else _LABEL_FIELDS:
+    for name in (field,) if field else LABEL_FIELDS:
         value = content.get(name) if isinstance(content, dict) else None
         if isinstance(value, int) and not isinstance(value, bool):
             return _non_negative(value, f"{where} at offset {member.offset}")

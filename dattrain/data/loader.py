@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -18,6 +18,9 @@ from dattrain.data.labels import check_head
 from dattrain.data.order import Order
 from dattrain.data.workers import Workers
 from dattrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dattrain.data.readers import StreamLoader
 
 _NAMES_KEPT = 1000
 _UPDATES_PER_HINT = 8
@@ -68,7 +71,7 @@ class TrainLoader:
         self.num_classes_seen = dataset.max_label + 1 or None
         self.bad = Bad()
         self._decoder = decoder
-        self._to_device = _ToDevice(device)
+        self._to_device = ToDevice(device)
         self._waited = 0.0
         self._served = 0
 
@@ -83,6 +86,10 @@ class TrainLoader:
         self._served += 1
         self.bad.add(batch.bad)
         return self._to_device(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep besides the position: nothing, where the order is a function of it."""
+        return {}
 
     @property
     def wait_s(self) -> float:
@@ -124,7 +131,7 @@ class EvalLoader:
         self._config = config
         self._feed = feed
         self._size = size
-        self._to_device = _ToDevice(device)
+        self._to_device = ToDevice(device)
         self._hinted = -1
 
     def __len__(self) -> int:
@@ -171,20 +178,32 @@ def train_loader(
     samples_seen: int,
     device: torch.device,
     img_size: int | tuple[int, int],
-) -> TrainLoader:
+    states: Sequence[Mapping[str, Any]] | None = None,
+) -> TrainLoader | StreamLoader:
     """The training loader of one rank, going on at ``samples_seen``; its workers start at once.
+
+    Args:
+        states: ``state_dict()`` of every rank's loader at that position, in the order of ranks. Only ``data.reader: dali``
+            has any; ``data.reader: index`` needs none, and ``webdataset`` does not go on where it was.
 
     Raises:
         ConfigError: no ``data.train``; labels that do not fit the head; a batch that does not divide.
         UserError: nothing there, or a shard that does not fit its index.
     """
-    dataset = _open(config, "train", rank=rank, world=world)
     train = config.train
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
     if train.global_batch % (world * train.micro_batch):
         raise ConfigError(
             f"train.micro_batch={train.micro_batch} on {world} ranks does not divide "
             f"train.global_batch={train.global_batch}"
         )
+    if config.data.reader != "index":
+        from dattrain.data.readers import open_stream
+
+        return open_stream(
+            config, rank=rank, world=world, samples_seen=samples_seen, device=device, size=size, states=states
+        )
+    dataset = open_split(config, "train", rank=rank, world=world)
     order = Order(
         dataset.counts,
         seed=train.seed,
@@ -197,7 +216,6 @@ def train_loader(
             f"data.train={config.data.train} has {order.samples} samples, fewer than one "
             f"train.global_batch={train.global_batch}; use more data or a smaller global batch"
         )
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size
     feed = TrainFeed(
         order,
         config.augment,
@@ -222,12 +240,13 @@ def eval_loader(
         ConfigError: no ``data.val``, or labels that do not fit the head.
         UserError: nothing there, or a shard that does not fit its index.
     """
-    dataset = _open(config, "val", rank=rank, world=world)
+    dataset = open_split(config, "val", rank=rank, world=world)
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     return EvalLoader(config, dataset, EvalFeed(dataset.counts, config.eval.batch, rank, world), size, device)
 
 
-def _open(config: Config, split: str, *, rank: int, world: int) -> Dataset:
+def open_split(config: Config, split: str, *, rank: int, world: int) -> Dataset:
+    """The data set of ``data.train`` or ``data.val``; errors as for the loaders."""
     data = config.data
     spec = data.train if split == "train" else data.val
     if spec is None:
@@ -257,13 +276,12 @@ def _decoder(
     """The decoder that ``data.decoder`` names, at work."""
     data = config.data
     skip_bad = data.on_bad == "skip"
+
+    def read(number: int) -> Encoded:
+        return fetch(dataset, feed.request(number), num_classes=config.model.num_classes, skip_bad=skip_bad)
+
     if data.decoder == "dali":
         from dattrain.data.dali import DaliDecoder
-
-        def read(number: int) -> Encoded:
-            return fetch(
-                dataset, feed.request(number), num_classes=config.model.num_classes, skip_bad=skip_bad
-            )
 
         return DaliDecoder(
             read,
@@ -277,20 +295,16 @@ def _decoder(
             count=count,
             threads=max(1, data.workers),
         )
-    decoder = CpuDecoder(
-        dataset,
-        feed,
-        size=size,
-        num_classes=config.model.num_classes,
-        skip_bad=skip_bad,
-        transform=transform,
-    )
     return Workers(
-        decoder, count=count, workers=data.workers, prefetch=data.prefetch, pin=device.type == "cuda"
+        CpuDecoder(read, size=size, skip_bad=skip_bad, transform=transform),
+        count=count,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        pin=device.type == "cuda",
     )
 
 
-class _ToDevice:
+class ToDevice:
     """Moves batches to the device; on CUDA by a stream of its own, so that copies run beside the computation."""
 
     def __init__(self, device: torch.device) -> None:

@@ -63,7 +63,7 @@ def both(dataset, feed, size, *, skip_bad=False, transform=None, interpolation="
         count=count,
         threads=2,
     )
-    cpu = CpuDecoder(dataset, feed, size=size, num_classes=10, skip_bad=skip_bad, transform=transform)
+    cpu = CpuDecoder(read, size=size, skip_bad=skip_bad, transform=transform)
     return cpu, dali
 
 

@@ -1,0 +1,306 @@
+"""Readers that keep an order of their own: ``data.reader: dali`` and ``data.reader: webdataset``.
+
+Decoding and the augmentation plan are as ever; which sample comes when is the library's affair. Neither gives one order
+at every world size. DALI's reader sees every sample once per epoch and goes on exactly where a checkpoint was made,
+on the same number of ranks only. The webdataset library draws shards with replacement, as its author advises for many
+ranks: samples are missed and doubled, and a resumed run draws anew.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dattrain.config.schema import Config
+from dattrain.data.augment import draw
+from dattrain.data.batch import Batch
+from dattrain.data.cpu import CpuDecoder
+from dattrain.data.dataset import IMAGE_EXTENSIONS
+from dattrain.data.feed import Encoded, Request, bad_sample_message
+from dattrain.data.indexing import LABEL_FIELDS
+from dattrain.data.labels import check_head
+from dattrain.data.loader import Bad, Decoder, ToDevice, open_split
+from dattrain.data.shards import brace_expand
+from dattrain.data.workers import Workers
+from dattrain.errors import ConfigError, UserError
+
+log = logging.getLogger(__name__)
+
+_SHUFFLE_BUFFER = 1000
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Global positions of a rank's micro-batches: consecutive ones, since the order is not ours."""
+
+    global_batch: int
+    micro_batch: int
+    rank: int
+    world: int
+    samples_seen: int
+
+    def positions(self, number: int) -> NDArray[np.int64]:
+        """Of micro-batch ``number`` since ``samples_seen``."""
+        share = self.global_batch // self.world
+        update, part = divmod(number, share // self.micro_batch)
+        start = self.samples_seen + update * self.global_batch + self.rank * share + part * self.micro_batch
+        return np.arange(start, start + self.micro_batch, dtype=np.int64)
+
+
+class StreamLoader:
+    """Micro-batches of one rank, for ever; the protocol of ``loader.TrainLoader``.
+
+    Attributes:
+        exact: False.
+        samples_per_epoch: with the padding that ends a rank's epoch in ``data.reader: dali``.
+        num_classes_seen: one more than the largest label, None where that is unknown.
+        bad: skipped samples.
+    """
+
+    exact = False
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        samples_per_epoch: int,
+        num_classes_seen: int | None,
+        device: torch.device,
+        after: Callable[[int, Batch], tuple[Batch, dict[str, Any]]] = lambda number, batch: (batch, {}),
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.samples_per_epoch = samples_per_epoch
+        self.num_classes_seen = num_classes_seen
+        self.bad = Bad()
+        self._decoder = decoder
+        self._after = after
+        self._close = close
+        self._to_device = ToDevice(device)
+        self._waited = 0.0
+        self._served = 0
+        self._state: dict[str, Any] = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self._decoder)
+        self._waited += time.perf_counter() - start
+        batch, self._state = self._after(self._served, batch)
+        self._served += 1
+        self.bad.add(batch.bad)
+        return self._to_device(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank's reader needs to go on after the batch served last: small, and fit for JSON."""
+        return self._state
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds spent waiting for data since this was last read."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def close(self) -> None:
+        """End the workers and release files."""
+        self._decoder.close()
+        self._close()
+
+
+def open_stream(
+    config: Config,
+    *,
+    rank: int,
+    world: int,
+    samples_seen: int,
+    device: torch.device,
+    size: tuple[int, int],
+    states: Sequence[Mapping[str, Any]] | None = None,
+) -> StreamLoader:
+    """The training loader of ``data.reader: dali`` or ``webdataset``; see ``loader.train_loader``.
+
+    Raises:
+        ConfigError: settings that this reader cannot do.
+        UserError: nothing there; a state that is missing or another set's, world's or version's.
+    """
+    train = config.train
+    slots = Slots(train.global_batch, train.micro_batch, rank, world, samples_seen)
+    if config.data.reader == "webdataset":
+        return _open_webdataset(config, slots, device, size)
+    from dattrain.data.dali import DaliDecoder
+    from dattrain.data.dali_reader import DaliReader
+
+    dataset = open_split(config, "train", rank=rank, world=world)
+    reader = DaliReader(config, dataset, slots, size, states)
+    log.info(
+        "data.reader=dali: DALI keeps the order; a checkpoint can only be resumed on %d ranks with the same shards, "
+        "train.micro_batch and DALI version",
+        world,
+    )
+
+    def close() -> None:
+        reader.close()
+        dataset.close()
+
+    decoder = DaliDecoder(
+        reader.read,
+        batch=train.micro_batch,
+        size=size,
+        skip_bad=config.data.on_bad == "skip",
+        interpolation=config.augment.interpolation,
+        data=config.data,
+        device=device,
+    )
+    return StreamLoader(
+        decoder,
+        samples_per_epoch=reader.samples_per_epoch,
+        num_classes_seen=dataset.max_label + 1 or None,
+        device=device,
+        after=reader.after,
+        close=close,
+    )
+
+
+def _open_webdataset(
+    config: Config, slots: Slots, device: torch.device, size: tuple[int, int]
+) -> StreamLoader:
+    data = config.data
+    if data.train is None:
+        raise ConfigError(
+            "data.train is not set; name shards or pipes, as in 'pipe:cat set-{0000..0099}.tar'"
+        )
+    if data.samples is None:
+        raise ConfigError(
+            "data.reader=webdataset cannot count the samples of a stream; set data.samples to how many make an epoch"
+        )
+    check_head(data.labels, config.model.num_classes)
+    log.warning(
+        "data.reader=webdataset is not exact: shards are drawn with replacement, so samples are missed and doubled, and "
+        "a resumed run does not see what an uninterrupted one would have seen; data.reader=index is exact"
+    )
+    stream = WebStream(config, slots, size)
+    workers = Workers(
+        CpuDecoder(stream.read, size=size, skip_bad=data.on_bad == "skip"),
+        count=None,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        pin=device.type == "cuda",
+    )
+    return StreamLoader(workers, samples_per_epoch=data.samples, num_classes_seen=None, device=device)
+
+
+class WebStream:
+    """Encoded micro-batches from the webdataset library: ``read`` gives the next ones, whatever the number.
+
+    Each worker process of each rank draws its own shards; the draws depend on the seed and on where the run is.
+    """
+
+    def __init__(self, config: Config, slots: Slots, size: tuple[int, int]) -> None:
+        assert config.data.train is not None
+        self.config = config
+        self.slots = slots
+        self.size = size
+        self.urls = [url for part in config.data.train.split("::") for url in brace_expand(part)]
+        self._samples: Iterator[dict[str, Any]] | None = None
+
+    def read(self, number: int) -> Encoded:
+        """The next samples of this process, at the positions of micro-batch ``number``.
+
+        Raises:
+            UserError: a shard that cannot be read; a sample that is bad, without ``on_bad: skip``; a label that does
+                not fit.
+        """
+        if self._samples is None:
+            self._samples = self._stream()
+        positions = self.slots.positions(number)
+        n = len(positions)
+        skip_bad = self.config.data.on_bad == "skip"
+        content: list[bytes | None] = [None] * n
+        labels, keys, bad = np.zeros(n, dtype=np.int64), [""] * n, {}
+        for i in range(n):
+            try:
+                sample = next(self._samples)
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(f"data.train={self.config.data.train}: {error}") from error
+            keys[i] = f"{str(sample['__url__']).rpartition('/')[2]}:{sample['__key__']}"
+            found, reason = self._image_and_label(sample)
+            if reason is None:
+                content[i], labels[i] = found
+            else:
+                bad[i] = f"{sample['__url__']}: sample {sample['__key__']!r} {reason}"
+                if not skip_bad:
+                    raise UserError(bad_sample_message(bad[i]))
+        train = self.config.train
+        plan = draw(self.config.augment, train.seed, positions, self.size)
+        nowhere = np.full(n, -1, dtype=np.int64)
+        return Encoded(Request(positions, nowhere, nowhere, plan), content, labels, keys, list(keys), bad)
+
+    def _image_and_label(self, sample: Mapping[str, Any]) -> tuple[tuple[bytes, int], str | None]:
+        image = next((v for k, v in sample.items() if k.lower() in IMAGE_EXTENSIONS), None)
+        label = _label(sample)
+        if not image:
+            return (b"", 0), "has no image" if image is None else "has an image of zero bytes"
+        if label is None:
+            return (b"", 0), "has no label (no .cls member, nor a label in .json)"
+        if not 0 <= label < self.config.model.num_classes:
+            raise UserError(
+                f"{sample['__url__']}: sample {sample['__key__']!r}: label {label}, but "
+                f"model.num_classes={self.config.model.num_classes}; the data set and the head do not fit"
+            )
+        return (image, label), None
+
+    def _stream(self) -> Iterator[dict[str, Any]]:
+        import webdataset
+
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        draws = random.Random(
+            f"{self.config.train.seed} {self.slots.samples_seen} {self.slots.rank} {worker}"
+        )
+        place, places = self.slots.rank * workers + worker, self.slots.world * workers
+        shuffle = self.config.data.shuffle
+
+        def shards() -> Iterator[dict[str, str]]:
+            turn = place
+            while True:
+                yield {"url": draws.choice(self.urls) if shuffle else self.urls[turn % len(self.urls)]}
+                turn += places
+
+        samples = webdataset.tarfile_to_samples()(shards())
+        if shuffle:
+            samples = webdataset.shuffle(_SHUFFLE_BUFFER, initial=_SHUFFLE_BUFFER // 4, rng=draws)(samples)
+        return iter(samples)
+
+
+def _label(sample: Mapping[str, Any]) -> int | None:
+    """From ``.cls``, else from ``.json``, as ``data index`` finds it; None where there is none."""
+    where = f"{sample['__url__']}: sample {sample['__key__']!r}"
+    try:
+        if "cls" in sample:
+            return int(sample["cls"])
+        fields = json.loads(sample["json"]) if "json" in sample else {}
+        found = [fields[name] for name in LABEL_FIELDS if isinstance(fields.get(name), (int, str))]
+        return int(found[0]) if found else None
+    except ValueError as error:
+        raise UserError(f"{where}: its label is not a number ({error})") from None
+
+
+def unweighted(batch: Batch, rows: NDArray[np.bool_]) -> Batch:
+    """The batch with zero weight on some rows, and the pairs unmixed that they belong to."""
+    if not rows.any():
+        return batch
+    weight = torch.where(torch.from_numpy(rows), 0.0, batch.weight)
+    plan = None if batch.plan is None else batch.plan.without_mixing(rows)
+    return replace(batch, weight=weight, plan=plan)

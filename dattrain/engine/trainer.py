@@ -23,6 +23,7 @@ import torch.distributed as dist
 from dattrain.config.derive import Derived, derive
 from dattrain.config.schema import Config
 from dattrain.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
+from dattrain.data.readers import StreamLoader
 from dattrain.engine import evaluate as evaluation
 from dattrain.engine import runfolder, schedule
 from dattrain.engine.agree import Edge, Stragglers, agree
@@ -125,6 +126,7 @@ class Trainer:
         self.preemption, self.watchdog = preemption, watchdog
         self.step = self.samples_seen = 0
         self.verdicts = Verdicts(config.train.health.max_bad_steps, config.train.health.max_rollbacks)
+        self._data_states: list[dict[str, Any]] = []  # of every rank's reader, where it has any
         self._bad_before = 0  # skipped samples of the attempts before this one
         self._evaluated = self._saved = -1
         self._metrics: dict[str, float] = {}
@@ -310,6 +312,7 @@ class Trainer:
             self.checkpointer.wait()
             return
         self.watchdog.beat("saving")
+        self._data_states = self._states_of_readers()
         meta = {
             "step": self.step,
             "samples_seen": self.samples_seen,
@@ -319,6 +322,7 @@ class Trainer:
             "metrics": self._metrics if self._evaluated == self.step else {},
             "health": self.verdicts.state(),
             "bad_samples": self.reporter.bad_samples,
+            "data": self._data_states,
         }
         lost = self.checkpointer.save(
             self.session.engine, self.session.ema_tensors, meta, background=background
@@ -362,13 +366,22 @@ class Trainer:
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
         self.verdicts.restore(meta["health"])
         self._bad_before = meta["bad_samples"]
+        self._data_states = meta.get("data", [])
         self._saved = self.step
 
-    def _open_loader(self) -> TrainLoader:
+    def _open_loader(self) -> TrainLoader | StreamLoader:
         return train_loader(
             self.config, rank=self.rank, world=self.world, samples_seen=self.samples_seen, device=self.device,
-            img_size=self.img_size,
+            img_size=self.img_size, states=self._data_states,
         )  # fmt: skip
+
+    def _states_of_readers(self) -> list[dict[str, Any]]:
+        """Of every rank, for a reader whose order is not a function of the position. Collective for such a one."""
+        if self.loader.exact:
+            return []
+        states: list[dict[str, Any]] = [{} for _ in range(self.world)]
+        dist.all_gather_object(states, self.loader.state_dict())
+        return states
 
     def _open_session(self, found: tuple[Path, Manifest] | None) -> Session:
         """A session at the current size and position: fresh, or with the state of a checkpoint."""

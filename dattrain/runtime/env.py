@@ -118,11 +118,11 @@ def port_of(job: str) -> int:
 
 def first_host(nodelist: str) -> str:
     """First host of a Slurm node list: ``gpu[007-009,12],login1`` -> ``gpu007``."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodelist.strip())
+    # Up to the first comma outside of brackets, with the first number of each bracket.
+    match = re.match(r"(?:[^,\[\]]|\[[^\]]*\])+", nodelist.strip())
     if not match:
         raise UserError(f"the node list {nodelist!r} (SLURM_STEP_NODELIST) names no host")
-    prefix, first, suffix = match.groups()
-    return prefix + (first or "") + (suffix or "")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
 
 
 def _tasks_on_node(environ: Mapping[str, str]) -> int:

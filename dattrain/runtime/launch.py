@@ -66,8 +66,7 @@ def launch(command: Sequence[str], nproc: int, environ: Mapping[str, str] | None
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    first: int | None = None
-    """Exit code of the first rank that failed."""
+    first: tuple[int, int] | None = None  # rank and exit code of the first that failed
     deadline = float("inf")
     while True:
         codes = [process.poll() for process in ranks]
@@ -75,7 +74,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         failed = [code for code in ended if code not in (0, REQUEUE)]
         now = time.monotonic()
         if failed and first is None:
-            first = failed[0]
+            first = (codes.index(failed[0]), failed[0])
             deadline = now + GRACE_S
         elif ended and deadline == float("inf"):
             deadline = now + CLEAN_GRACE_S
@@ -85,17 +84,17 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
             late = [rank for rank, code in enumerate(codes) if code is None]
             if first is None:
                 print(f"dattrain: ranks {late} did not end with the others; killed", file=sys.stderr)
-                first = -signal.SIGKILL
+                first = (late[0], -signal.SIGKILL)
             for process in ranks:
                 if process.poll() is None:
                     process.kill()
         time.sleep(0.05)
     if first is None:
         return REQUEUE if REQUEUE in ended else 0
-    rank = codes.index(first)
-    how = f"was killed by {signal.Signals(-first).name}" if first < 0 else f"ended with exit code {first}"
+    rank, code = first
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     print(f"dattrain: rank {rank} {how}; the other ranks were ended too", file=sys.stderr)
-    return 128 - first if first < 0 else first
+    return 128 - code if code < 0 else code
 
 
 def free_port() -> int:

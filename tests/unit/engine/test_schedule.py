@@ -1,0 +1,51 @@
+import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
+
+from dattrain.config.derive import Derived
+from dattrain.engine.schedule import rate
+
+
+def derived(total=50, warmup=7, peak=1e-3, low=1e-5, start=1e-6):
+    return Derived(
+        world=1,
+        accumulation=1,
+        steps_per_epoch=10,
+        total_steps=total,
+        last_step=total,
+        warmup_steps=warmup,
+        peak_lr=peak,
+        min_lr=low,
+        warmup_lr=start,
+        checkpoint_steps=1,
+        eval_steps=1,
+    )
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7, 50])
+def test_cosine_is_timms_for_every_update(warmup):
+    d = derived(warmup=warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=d.peak_lr)
+    timm = CosineLRScheduler(
+        optimizer,
+        t_initial=d.total_steps,
+        lr_min=d.min_lr,
+        warmup_t=d.warmup_steps,
+        warmup_lr_init=d.warmup_lr,
+        warmup_prefix=False,
+        cycle_limit=1,
+        t_in_epochs=False,
+    )
+    for update in range(d.total_steps + 5):
+        timm.step_update(update)
+        assert rate("cosine", d, update) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), update
+
+
+def test_linear_ends_at_the_minimum_and_constant_stays():
+    d = derived()
+    assert rate("linear", d, 0) == d.warmup_lr
+    assert rate("linear", d, 7) == d.peak_lr
+    assert rate("linear", d, 50) == pytest.approx(d.min_lr)
+    # Half way between the end of the warm-up and the end.
+    assert rate("linear", derived(total=27), 17) == pytest.approx((d.peak_lr + d.min_lr) / 2)
+    assert {rate("constant", d, update) for update in range(7, 60)} == {d.peak_lr}

@@ -1,0 +1,46 @@
+import json
+import math
+
+from dattrain.observe.metrics import Metrics, read, rewind
+
+
+def test_rows_are_json_and_not_finite_numbers_are_null(tmp_path):
+    metrics = Metrics(tmp_path, 0, tensorboard=False)
+    metrics.write({"step": 1, "loss": 2.5, "grad_norm": math.inf})
+    metrics.write({"step": 2, "loss": math.nan})
+    # Flushed line by line: a kill loses nothing.
+    assert read(tmp_path) == [
+        {"step": 1, "loss": 2.5, "grad_norm": None},
+        {"step": 2, "loss": None},
+    ]
+    metrics.close()
+
+
+def test_a_resume_forgets_what_was_trained_after_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 8)]
+    path.write_text("\n".join(lines) + '\n{"step": 8, "lo')
+    metrics = Metrics(tmp_path, 4, tensorboard=False)
+    metrics.write({"step": 5, "loss": 9.0})
+    metrics.close()
+    assert [row["step"] for row in read(tmp_path)] == [1, 2, 3, 4, 5]
+    assert path.read_text().splitlines()[:4] == lines[:4]
+
+
+def test_rewinding_to_where_it_is_leaves_the_file_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n')
+    before = path.stat().st_ino
+    rewind(path, 1)
+    assert path.stat().st_ino == before
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = Metrics(tmp_path, 0)
+    metrics.scalars("train", {"step": 3, "loss": 0.5, "lr": 0.1, "note": "x"}, 3)
+    metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["train/loss", "train/lr"]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 0.5)]

@@ -1,0 +1,101 @@
+import pytest
+
+from dattrain.errors import UserError
+from dattrain.runtime.env import FIRST_PORT, PORTS, first_host, port_of, resolve
+
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NODELIST": "gpu[007-009,12]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+    "SLURMD_NODENAME": "gpu009",
+}
+
+
+def test_nothing_set_is_one_process():
+    env = resolve({}, "box")
+    assert (env.rank, env.world, env.launcher, env.host) == (0, 1, "single", "box")
+
+
+def test_torchrun_and_our_launcher():
+    told = {
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "n1",
+        "MASTER_PORT": "1234",
+    }
+    env = resolve(told, "box")
+    assert (env.rank, env.local_rank, env.world, env.local_world) == (3, 1, 4, 2)
+    assert (env.master_addr, env.master_port, env.launcher) == ("n1", 1234, "torchrun")
+    assert resolve({**told, "DATTRAIN_LAUNCHER": "local"}).launcher == "local"
+    # torchrun inside an allocation: torchrun knows better.
+    assert resolve({**SLURM, **told}).rank == 3
+
+
+def test_a_slurm_step():
+    env = resolve(SLURM, "box")
+    assert (env.rank, env.local_rank, env.world, env.local_world) == (5, 1, 8, 2)
+    assert env.master_addr == "gpu007" and env.host == "gpu009" and env.launcher == "slurm"
+    other = resolve({**SLURM, "SLURM_PROCID": "0"}, "box")
+    assert other.master_port == env.master_port
+    assert resolve({**SLURM, "SLURM_JOB_ID": "78"}).master_port != env.master_port
+    assert resolve({**SLURM, "SLURM_STEP_ID": "1"}).master_port != env.master_port
+
+
+def test_a_batch_script_without_srun_is_one_process():
+    batch = {key: value for key, value in SLURM.items() if "STEP" not in key}
+    env = resolve({**batch, "SLURM_PROCID": "0"})
+    assert (env.rank, env.world, env.launcher) == (0, 1, "single")
+
+
+def test_submitits_local_executor():
+    env = resolve(
+        {
+            "SUBMITIT_EXECUTOR": "local",
+            "SUBMITIT_LOCAL_JOB_ID": "4242",
+            "SUBMITIT_LOCAL_NTASKS": "2",
+            "SUBMITIT_LOCAL_GLOBALID": "1",
+            "SUBMITIT_LOCAL_LOCALID": "1",
+        }
+    )
+    assert (env.rank, env.world, env.launcher, env.master_addr) == (1, 2, "submitit-local", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [
+        ("gpu[007-009,12]", "gpu007"),
+        ("gpu3", "gpu3"),
+        ("a1,b2", "a1"),
+        ("rack[1-2]-node[3-4]", "rack1-node3"),
+        ("n[10,11]x,m1", "n10x"),
+    ],
+)
+def test_first_host(nodes, first):
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+    "environ, message",
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "without MASTER_ADDR"),
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK='x' is not a number"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "not within a world of 2"),
+    ],
+)
+def test_variables_that_contradict_each_other(environ, message):
+    with pytest.raises(UserError, match=message):
+        resolve(environ)
+
+
+def test_ports_lie_below_the_ephemeral_range():
+    ports = {port_of(str(job)) for job in range(2000)}
+    assert min(ports) >= FIRST_PORT and max(ports) < FIRST_PORT + PORTS < 32768
+    assert len(ports) > 1800

@@ -1,0 +1,86 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from dattrain.runtime.launch import launch
+from dattrain.runtime.preempt import REQUEUE
+
+
+def script(tmp_path, body):
+    path = tmp_path / "rank.py"
+    path.write_text("import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(body))
+    return [sys.executable, str(path)]
+
+
+@pytest.mark.parametrize(
+    "body, code",
+    [
+        ("assert os.environ['WORLD_SIZE'] == '2' and os.environ['MASTER_PORT']", 0),
+        (f"sys.exit({REQUEUE})", REQUEUE),
+        (f"sys.exit({REQUEUE} if rank else 0)", REQUEUE),
+        ("sys.exit(2)", 2),
+    ],
+)
+def test_exit_codes(tmp_path, body, code):
+    assert launch(script(tmp_path, body), 2) == code
+
+
+def test_a_rank_that_dies_takes_the_others_down(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("dattrain.runtime.launch.GRACE_S", 0.2)
+    body = "open(f'{sys.argv[0]}.{rank}', 'w').write(str(os.getpid()))\nif rank == 1: os.kill(os.getpid(), 9)\ntime.sleep(600)"
+    assert launch(script(tmp_path, body), 2) == 128 + 9
+    assert "rank 1 was killed by SIGKILL" in capfd.readouterr().err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "rank.py.0").read_text()), 0)
+
+
+LAUNCHER = "import sys\nfrom dattrain.runtime.launch import launch\nsys.exit(launch(sys.argv[1:], 2))"
+
+
+def started(tmp_path, body):
+    """A launcher in a process of its own, once both ranks are up."""
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, *script(tmp_path, body)])
+    while len(list(tmp_path.glob("up.*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    return process
+
+
+def test_signals_are_forwarded_to_every_rank(tmp_path):
+    body = f"""
+    signal.signal(signal.SIGUSR2, lambda *_: sys.exit({REQUEUE}))
+    open(os.path.dirname(sys.argv[0]) + f"/up.{{rank}}", "w").close()
+    time.sleep(600)
+    """
+    process = started(tmp_path, body)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(30) == REQUEUE
+
+
+def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path):
+    body = """
+    path = os.path.dirname(sys.argv[0]) + f"/up.{rank}"
+    open(path + ".part", "w").write(str(os.getpid()))
+    os.rename(path + ".part", path)
+    time.sleep(600)
+    """
+    process = started(tmp_path, body)
+    pids = [int(path.read_text()) for path in tmp_path.glob("up.?")]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,66 @@
+import os
+import signal
+
+import pytest
+
+from dattrain.runtime.preempt import Preemption, Request
+
+
+@pytest.fixture
+def preemption(tmp_path):
+    found = Preemption(tmp_path).install()
+    yield found
+    found.restore()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_only_sets_a_flag(preemption, signum):
+    assert preemption.request() is Request.NONE
+    os.kill(os.getpid(), signum)
+    assert preemption.request() is Request.PREEMPT and preemption.received == signum
+
+
+def test_the_stop_file_stops_and_is_cleared(preemption, tmp_path):
+    (tmp_path / "stop").touch()
+    assert preemption.request() is Request.STOP
+    assert preemption.request(look_for_file=False) is Request.NONE
+    preemption.clear_stop_file()
+    assert preemption.request() is Request.NONE
+    preemption.clear_stop_file()
+
+
+def test_the_first_ctrl_c_stops_at_the_edge_and_the_second_at_once(preemption):
+    os.kill(os.getpid(), signal.SIGINT)
+    assert preemption.request() is Request.STOP
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_handlers_before_are_restored_and_can_be_chained():
+    called = []
+    before = signal.signal(signal.SIGUSR2, lambda signum, frame: called.append((signum, frame)))
+    try:
+        mine = signal.getsignal(signal.SIGUSR2)
+        preemption = Preemption().install()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert not called
+        preemption.chain()
+        assert called == [(signal.SIGUSR2, None)]
+        preemption.restore()
+        assert signal.getsignal(signal.SIGUSR2) is mine
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_without_a_handler_before_chaining_does_nothing():
+    preemption = Preemption().install()
+    os.kill(os.getpid(), signal.SIGTERM)
+    preemption.chain()
+    preemption.restore()
+
+
+def test_a_forked_worker_ignores_the_signal(preemption):
+    if (pid := os.fork()) == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0 if preemption.received is None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

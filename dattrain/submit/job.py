@@ -7,9 +7,13 @@ bookkeeper (``dattrain.submit.watch``) does it once all tasks have ended.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -37,8 +41,11 @@ class Job:
         except BaseException as error:
             self._report(error)
             raise
+        # What is told to end from here on has nothing left to save.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         if _rank() == 0:
             _publish(self._folder() / "outcome.json", {**result, "time": time.time()})
+        atexit.register(_leave)
         return result
 
     def checkpoint(self) -> Any:
@@ -65,6 +72,13 @@ class Job:
 
     def _folder(self) -> Path:
         return attempt_folder(self.run, *attempt())
+
+
+def _leave() -> None:
+    """After submitit has written the result: end without Python's finalisation, in which gloo may abort the process."""
+    from dattrain.runtime.env import leave
+
+    leave(0)
 
 
 def attempt() -> tuple[str, int]:
@@ -97,4 +111,18 @@ def _train(run: Path) -> dict[str, Any]:
 
 
 def _evaluate(run: Path) -> dict[str, Any]:
-    raise NotImplementedError
+    """``dattrain eval`` of the run that this stage starts from, as one rank of it; the figures go to ``evaluation.json``."""
+    from dattrain.config.load import load
+
+    source = load(run / "config.yaml").config.init.from_
+    if source is None:
+        raise UserError(f"{run}: an evaluation needs init.from, the run to evaluate")
+    command = [sys.executable, "-m", "dattrain", "eval", source, "--json", str(run / "evaluation.json")]
+    code = subprocess.run(command).returncode
+    if code in (1, 2):
+        raise UserError(
+            f"dattrain eval {source} ended with status {code}; what it said is in the log of this rank"
+        )
+    if code != 0:
+        raise RuntimeError(f"dattrain eval {source} ended with status {code}")
+    return {"status": "finished", "step": None}

@@ -109,7 +109,7 @@ def check(stage: Stage, images_per_second: float | None = None) -> None:
                 )
             except ConfigError as error:
                 raise ConfigError(f"with {nodes} node(s) of {profile.tasks} device(s): {error}") from None
-        step_s, save_s = measured(run)
+        step_s, save_s = measured(run, loaded.config.train.global_batch)
         if images_per_second is not None:
             step_s = loaded.config.train.global_batch / images_per_second
         if step_s is not None:
@@ -132,16 +132,21 @@ def _check_time(stage: Stage, step_s: float, save_s: float) -> None:
         )
 
 
-def measured(run: Path) -> tuple[float | None, float | None]:
-    """Seconds of a step and of a save, as an earlier attempt of this run wrote them to metrics.jsonl; None if unknown."""
+def measured(run: Path, global_batch: int) -> tuple[float | None, float | None]:
+    """Seconds of a step and of a save, as an earlier attempt of this run left them; None if unknown.
+
+    Steps by the rate in metrics.jsonl; a save by what lies between the first and the last file of a checkpoint's folder.
+    """
     step_s = save_s = None
     path = run / "metrics.jsonl"
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-500:]:
             with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                step_s = row.get("step_s", step_s)
-                save_s = row.get("save_s", save_s)
+                rate = json.loads(line).get("images_per_s")
+                step_s = global_batch / rate if rate else step_s
+    for manifest in run.glob("checkpoints/step_*/manifest.json"):
+        times = [file.stat().st_mtime for file in manifest.parent.iterdir()]
+        save_s = max(save_s or 0.0, max(times) - min(times))
     return step_s, save_s
 
 

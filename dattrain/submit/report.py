@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dattrain.config.load import load
 from dattrain.submit import history
 from dattrain.submit.history import Event
 from dattrain.submit.queue import UNKNOWN, JobState
@@ -30,6 +32,8 @@ class Report:
     loss: float | None
     eta_s: float | None
     checkpoint: int | None
+    top1: float | None
+    """Of the newest evaluation, in percent."""
     restarts: tuple[str, ...]
     """Why each attempt but the last ended."""
 
@@ -55,11 +59,12 @@ def report(run: Path, states: Mapping[str, JobState], *, local_alive: bool = Fal
         slurm=slurm,
         why=why,
         step=metrics.get("step"),
-        last_step=metrics.get("last_step"),
+        last_step=_last_step(run, metrics),
         images_per_s=metrics.get("images_per_s") if live else None,
         loss=metrics.get("loss"),
         eta_s=metrics.get("eta_s") if live else None,
         checkpoint=history.newest_checkpoint(run),
+        top1=_evaluation(run) or metrics.get("top1"),
         restarts=tuple(_restart(e) for e in ends),
     )
 
@@ -157,9 +162,27 @@ def read_metrics(path: Path, tail_bytes: int = 65536) -> dict[str, Any]:
     return found
 
 
+def _last_step(run: Path, metrics: Mapping[str, Any]) -> int | None:
+    """Updates of the whole run, by the recipe and the epoch that the metrics state."""
+    if not (run / "config.yaml").is_file() or not metrics.get("epoch"):
+        return None
+    config = load(run / "config.yaml").config
+    per_epoch = metrics["samples"] / metrics["epoch"] / config.train.global_batch
+    # The epoch is rounded to six digits: an integer must not become the next one.
+    total = math.ceil(round(config.schedule.epochs * per_epoch, 3))
+    return min(total, config.train.max_steps or total)
+
+
+def _evaluation(run: Path) -> float | None:
+    try:
+        return float(json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["top1"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def render(reports: Sequence[Report]) -> str:
     """A line for each run, and below it its restarts and the reason of its state."""
-    rows = [("RUN", "STATE", "JOB", "STEP", "IMAGES/S", "LOSS", "ETA", "CHECKPOINT", "RESTARTS")]
+    rows = [("RUN", "STATE", "JOB", "STEP", "IMAGES/S", "LOSS", "ETA", "TOP-1", "CHECKPOINT", "RESTARTS")]
     for r in reports:
         step = "-" if r.step is None else f"{r.step}/{r.last_step}" if r.last_step else str(r.step)
         rows.append(
@@ -171,6 +194,7 @@ def render(reports: Sequence[Report]) -> str:
                 "-" if r.images_per_s is None else f"{r.images_per_s:.1f}",
                 "-" if r.loss is None else f"{r.loss:.4f}",
                 "-" if r.eta_s is None else duration(r.eta_s),
+                "-" if r.top1 is None else f"{r.top1:.2f}",
                 "-" if r.checkpoint is None else f"step {r.checkpoint}",
                 str(len(r.restarts)),
             )

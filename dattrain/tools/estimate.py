@@ -47,16 +47,30 @@ class States:
     """Both moments, and the fp32 master copy where there is one."""
     ema: int
     buffers: int
-    """DeepSpeed's buckets, and the weights that stage 3 gathers."""
+    """Standing buffers of DeepSpeed's."""
+    working: int
+    """More during backward: buckets, and the weights that stage 3 gathers."""
+
+    @property
+    def standing(self) -> int:
+        """What is there between two steps."""
+        return self.weights + self.gradients + self.optimizer + self.ema + self.buffers
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return self.weights + self.gradients + self.optimizer + self.ema + self.buffers
+        """The most, activations left out."""
+        return self.standing + self.working
 
 
 def states(
-    parameters: int, *, world: int, stage: int, precision: str, ema: bool = False, device: str = "cuda", offload: bool = False
+    parameters: int,
+    *,
+    world: int,
+    stage: int,
+    precision: str,
+    ema: bool = False,
+    device: str = "cuda",
+    offload: bool = False,
 ) -> States:
     """Bytes per device of weights, gradients, optimizer state, average and buffers.
 
@@ -66,23 +80,38 @@ def states(
         offload: whether the optimizer's state is in host memory.
     """
     p, share = parameters, -(-parameters // world)
-    wide = precision in ("fp32", "bf16")
-    size = 4 if wide else 2
+    size = 4 if precision in ("fp32", "bf16") else 2
     accumulated = 2 if precision == "fp16" else 4
+    average = 4 * (p if stage == 0 else share) * ema
     if stage == 0:
         # Gradients are reduced through a flat copy of up to 5e8 elements.
-        return States(size * p, size * p, 8 * p, 4 * p * ema, size * min(p, 500_000_000) if world > 1 else 0)
+        flat = size * min(p, 500_000_000) if world > 1 else 0
+        return States(size * p, size * p, 8 * p, average, 0, flat)
     weights = size * (p if stage < 3 else share)
-    gradients = size * p + accumulated * share if stage == 1 else accumulated * share
-    master_and_moments = 0 if offload else 12 * share
-    bucket = size * BUCKET * (2 if device == "cuda" and stage < 3 else 1)
-    # Stage 3 keeps what backward will want again within stage3_max_reuse_distance (1e9 elements): the whole model.
-    gathered = size * p if stage == 3 and world > 1 else 0
-    return States(weights, gradients, master_and_moments, 4 * share * ema, bucket + gathered)
+    gradients = accumulated * share
+    bucket = size * BUCKET
+    # With contiguous_gradients; two of them take turns where communication overlaps.
+    buckets = bucket * (2 if device == "cuda" else 1)
+    if stage == 1:
+        # Gradients stay whole until the last micro-batch; bf16's are accumulated beside them in fp32.
+        if precision == "bf16-pure":
+            gradients += 4 * p
+        buffers, working = 0, size * p + buckets
+    elif stage == 2:
+        buffers, working = 0, buckets
+    else:
+        # It keeps what backward will want again within stage3_max_reuse_distance (1e9 elements): the whole model.
+        buffers, working = bucket, size * p if world > 1 else 0
+    return States(weights, gradients, 0 if offload else 12 * share, average, buffers, working)
 
 
 def activations(
-    model: nn.Module, config: Config, *, micro_batch: int, img_size: int | tuple[int, int] | None = None, device: str = "cuda"
+    model: nn.Module,
+    config: Config,
+    *,
+    micro_batch: int,
+    img_size: int | tuple[int, int] | None = None,
+    device: str = "cuda",
 ) -> Activations:
     """Follow one micro-batch through forward and backward on fake tensors; ``model`` is left alone.
 
@@ -98,7 +127,13 @@ def activations(
 
 
 def _follow(
-    model: nn.Module, config: Config, micro_batch: int, size: int | tuple[int, int], device: str, *, backward: bool
+    model: nn.Module,
+    config: Config,
+    micro_batch: int,
+    size: int | tuple[int, int],
+    device: str,
+    *,
+    backward: bool,
 ) -> Activations:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -112,9 +147,11 @@ def _follow(
         # cuDNN's sampling kernel has no shape function; the native one keeps the same.
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_overwrite_parameters())
-        twin._apply(lambda t: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device=device))
+        twin._apply(
+            lambda t: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device=device)
+        )
         if config.train.channels_last:
-            twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            twin.to(memory_format=torch.channels_last)
         ledger = stack.enter_context(Ledger([*twin.parameters(), *twin.buffers()]))
         images = torch.empty(micro_batch, config.model.in_chans, height, width, dtype=dtype, device=device)
         targets = torch.empty(micro_batch, config.model.num_classes, device=device)

@@ -21,15 +21,29 @@ IMAGE_BYTES = 110_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("config", metavar="CONFIG|RUN", help="a recipe, or a run folder, whose measured speed is used")
+    parser.add_argument(
+        "config", metavar="CONFIG|RUN", help="a recipe, or a run folder, whose measured speed is used"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
-    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="devices of a node (the profile's, else 8)")
-    parser.add_argument("--cluster", metavar="NAME", help="profile, for its devices, signal_delay_s and time limit")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="whose kernels keep what (cuda)")
-    parser.add_argument("--device-gb", type=float, default=80.0, metavar="GB", help="memory of a device, in 10^9 bytes (80)")
-    parser.add_argument("--images-per-second", type=float, metavar="X", help="of the whole job, measured or expected")
-    parser.add_argument("--samples", type=int, metavar="N", help="training images, where neither shards nor labels tell")
+    parser.add_argument(
+        "--gpus-per-node", type=int, metavar="G", help="devices of a node (the profile's, else 8)"
+    )
+    parser.add_argument(
+        "--cluster", metavar="NAME", help="profile, for its devices, signal_delay_s and time limit"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="whose kernels keep what (cuda)"
+    )
+    parser.add_argument(
+        "--device-gb", type=float, default=80.0, metavar="GB", help="memory of a device, in 10^9 bytes (80)"
+    )
+    parser.add_argument(
+        "--images-per-second", type=float, metavar="X", help="of the whole job, measured or expected"
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="training images, where neither shards nor labels tell"
+    )
     parser.add_argument(
         "--write-mb-per-s", type=float, default=500.0, metavar="X",
         help="what one rank writes to the run folder's file system (an assumption: 500)",
@@ -121,7 +135,7 @@ def plan(config: Config, args: argparse.Namespace, measured: float | None = None
         "steps": steps,
         "bytes_per_device": {
             "weights": mine.weights, "gradients": mine.gradients, "optimizer": mine.optimizer, "ema": mine.ema,
-            "buffers": mine.buffers, "activations_kept": act.kept, "activations_peak": act.peak, "total": total,
+            "buffers": mine.buffers + mine.working, "activations_kept": act.kept, "activations_peak": act.peak, "total": total,
         },
         "states_by_stage": {str(stage): s.total for stage, s in states.items()},
         "activations_by_remat": {mode: {"kept": a.kept, "peak": a.peak} for mode, a in kept.items()},
@@ -158,34 +172,42 @@ def _data(config: Config, given: int | None) -> tuple[int, str, float, str]:
     Raises:
         UserError: nothing tells how many samples there are.
     """
-    from pathlib import Path
-
     from dattrain.errors import UserError
 
-    train = config.data.train
-    if train is not None and given is None and "://" not in train and Path(train.split("{")[0].split("*")[0]).parent.is_dir():
-        counted = _count(config)
-        if counted is not None:
-            return counted[0], "the shards", counted[1], "the shards"
     if given is not None:
         return given, "given", IMAGE_BYTES, "ImageNet's mean"
+    if config.data.train is not None and "://" not in config.data.train:
+        try:
+            samples, size = _count(config.data.train)
+        except UserError:
+            # Planned where the shards are not; then the label set tells.
+            if config.data.labels is None:
+                raise
+        else:
+            return samples, "the data", size, "the data"
     if config.data.labels is not None:
-        return SAMPLES[config.data.labels], f"data.labels={config.data.labels}", IMAGE_BYTES, "ImageNet's mean"
-    raise UserError("neither data.train (local shards) nor data.labels tells how many images there are: give --samples N")
+        return (
+            SAMPLES[config.data.labels],
+            f"data.labels={config.data.labels}",
+            IMAGE_BYTES,
+            "ImageNet's mean",
+        )
+    raise UserError(
+        "neither data.train (local shards) nor data.labels tells how many images there are: give --samples N"
+    )
 
 
-def _count(config: Config) -> tuple[int, float] | None:
-    """Samples and mean bytes of local shards, from their indexes."""
-    from dattrain.data.dataset import open_dataset
-    from dattrain.errors import UserError
+def _count(train: str) -> tuple[int, float]:
+    """Samples and mean bytes of a sample of local shards or an image folder."""
+    from dattrain.data.dataset import ShardDataset, open_dataset
 
-    assert config.data.train is not None
+    dataset = open_dataset(train)
     try:
-        dataset = open_dataset(config.data.train)
-    except UserError:
-        return None
-    try:
-        return int(sum(dataset.counts)), float(dataset.nbytes) / max(1, int(sum(dataset.counts)))
+        samples = int(dataset.counts.sum())
+        if isinstance(dataset, ShardDataset):
+            return samples, float(dataset.shards.sizes.sum()) / samples
+        chosen = range(0, samples, max(1, samples // 64))
+        return samples, sum(len(dataset.read(0, n).data) for n in chosen) / len(chosen)
     finally:
         dataset.close()
 
@@ -204,7 +226,7 @@ def render(config: Config, p: dict[str, Any]) -> str:
     ]
     for name, key in (
         ("weights", "weights"), ("gradients", "gradients"), ("optimizer state", "optimizer"), ("EMA", "ema"),
-        ("DeepSpeed's buffers", "buffers"), ("activations at their peak", "activations_peak"), ("together", "total"),
+        ("buckets, gathered weights", "buffers"), ("activations at their peak", "activations_peak"), ("together", "total"),
     ):  # fmt: skip
         lines.append(f"  {name:<28}{b[key] / 1e9:9.2f}")
     lines += [

@@ -52,7 +52,9 @@ def unavailable(accounting: bool = False) -> str | None:
         return "starting Slurm's nodes needs root (namespaces); this is not root"
     if missing(accounting) and shutil.which("apt-get") is None:
         return f"{', '.join(missing(accounting))} not installed, and there is no apt-get to install them"
-    probe = subprocess.run(["unshare", "--net", "--pid", "--fork", "--mount-proc", "true"], capture_output=True)
+    probe = subprocess.run(
+        ["unshare", "--net", "--pid", "--fork", "--mount-proc", "true"], capture_output=True
+    )
     if probe.returncode != 0:
         return f"this container does not allow namespaces: {probe.stderr.decode().strip()}"
     return None
@@ -192,7 +194,11 @@ class Cluster:
                 f"--log-file={self.folder / 'log' / 'munged.log'}",
             ],
         )  # fmt: skip
-        self._wait(lambda: subprocess.run(["munge", "-S", str(socket), "-n"], capture_output=True).returncode == 0, 10, "munged")
+        self._wait(
+            lambda: subprocess.run(["munge", "-S", str(socket), "-n"], capture_output=True).returncode == 0,
+            10,
+            "munged",
+        )
 
     def _start_bridge(self) -> None:
         if subprocess.run(["ip", "link", "show", self.bridge], capture_output=True).returncode == 0:
@@ -258,7 +264,9 @@ class Cluster:
                 "grant all on slurm_acct.* to slurm@localhost"
             )
             client = ["mariadb", "--no-defaults", "-S", str(socket), "-e"]
-            self._wait(lambda: subprocess.run([*client, sql], capture_output=True).returncode == 0, 60, "mariadbd")
+            self._wait(
+                lambda: subprocess.run([*client, sql], capture_output=True).returncode == 0, 60, "mariadbd"
+            )
         if not self._alive("slurmdbd"):
             # It looks for slurmdbd.conf beside SLURM_CONF, and for the database's socket in a variable.
             self._spawn("slurmdbd", ["slurmdbd", "-D"], MYSQL_UNIX_PORT=str(socket))
@@ -406,7 +414,9 @@ class Cluster:
             if done():
                 return
             time.sleep(0.1)
-        tails = [f"{p.name}: {p.read_text(errors='replace')[-500:]}" for p in (self.folder / "log").glob("*.*")]
+        tails = [
+            f"{p.name}: {p.read_text(errors='replace')[-500:]}" for p in (self.folder / "log").glob("*.*")
+        ]
         raise RuntimeError(f"waited {seconds:.0f} s in vain for {what}\n" + "\n".join(tails))
 
     def _save(self) -> None:
@@ -431,11 +441,15 @@ def _die_with_parent() -> None:
 
 def main() -> int:
     """``start DIR`` or ``stop DIR``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=["start", "stop"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--accounting", action="store_true", help="with slurmdbd and MariaDB, so that sacct works")
+    parser.add_argument(
+        "--accounting", action="store_true", help="with slurmdbd and MariaDB, so that sacct works"
+    )
     args = parser.parse_args()
     cluster = Cluster(args.folder, nodes=args.nodes, accounting=args.accounting)
     if args.action == "stop":

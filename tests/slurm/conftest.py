@@ -86,9 +86,15 @@ class Site:
     profile: Path
     started: list[Path] = field(default_factory=list)
 
-    def dattrain(self, *arguments: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def dattrain(
+        self, *arguments: str, check: bool = True, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
         """Run the command line as the user would."""
-        environment = {**self.cluster.environment, "XDG_CONFIG_HOME": str(self.folder), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **self.cluster.environment,
+            "XDG_CONFIG_HOME": str(self.folder),
+            "OMP_NUM_THREADS": "1",
+        }
         done = subprocess.run(
             [sys.executable, "-m", "dattrain", *arguments], cwd=self.folder, env=environment, capture_output=True, text=True,
             timeout=timeout,
@@ -102,7 +108,13 @@ class Site:
         folder = self.folder / "runs" / run
         self.started.append(folder)
         self.dattrain(
-            "submit", config or str(self.recipe), "--cluster", str(self.profile), "--run", f"runs/{run}", *arguments
+            "submit",
+            config or str(self.recipe),
+            "--cluster",
+            str(self.profile),
+            "--run",
+            f"runs/{run}",
+            *arguments,
         )
         return folder
 
@@ -121,7 +133,9 @@ class Site:
             if found["state"] in wanted:
                 return found
             if found["state"] in final or time.monotonic() > deadline:
-                pytest.fail(f"{run.name} is {found['state']}, not {' or '.join(wanted)}: {found}\n{self.evidence(run)}")
+                pytest.fail(
+                    f"{run.name} is {found['state']}, not {' or '.join(wanted)}: {found}\n{self.evidence(run)}"
+                )
             time.sleep(1)
 
     def wait_for(self, what: Callable[[], Any], seconds: float = 180, run: Path | None = None) -> Any:
@@ -144,8 +158,12 @@ class Site:
 
 def _fashion_mnist(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
     folder = Path(dattrain.__file__).parent / "demo"
-    images = np.frombuffer(gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16)
-    labels = np.frombuffer(gzip.decompress((folder / "t10k-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
+    images = np.frombuffer(
+        gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16
+    )
+    labels = np.frombuffer(
+        gzip.decompress((folder / "t10k-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8
+    )
     return images.reshape(-1, 28, 28)[first:last], labels[first:last]
 
 
@@ -208,7 +226,9 @@ def ranks(job: str) -> dict[int, int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             variables = dict(
-                word.partition(b"=")[::2] for word in (folder / "environ").read_bytes().split(b"\0") if b"=" in word
+                word.partition(b"=")[::2]
+                for word in (folder / "environ").read_bytes().split(b"\0")
+                if b"=" in word
             )
             parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
             above = Path(f"/proc/{parent}/comm").read_text()

@@ -46,7 +46,9 @@ def test_preempted_by_a_more_urgent_job(site: Site, undisturbed: Path, requeue: 
     profile = site.folder / f"{requeue}.yaml"
     profile.write_text(site.profile.read_text() + f"requeue: {requeue}\n")
     run, _ = _begin(site, f"preempted-{requeue}", "--cluster", str(profile))
-    site.cluster.run("sbatch", "-p", "urgent", "-N4", "--exclusive", "-t", "1", "-o", "/dev/null", "--wrap", "sleep 3")
+    site.cluster.run(
+        "sbatch", "-p", "urgent", "-N4", "--exclusive", "-t", "1", "-o", "/dev/null", "--wrap", "sleep 3"
+    )
     found = site.wait(run)
     assert _reasons(found) == ["preempted"]
     _same(run, undisturbed)
@@ -100,7 +102,9 @@ def test_a_nodes_power_is_cut(site: Site, undisturbed: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("requeue", ["scontrol", "follow-up"])
-def test_the_power_of_the_node_of_the_batch_script_is_cut(site: Site, undisturbed: Path, requeue: str) -> None:
+def test_the_power_of_the_node_of_the_batch_script_is_cut(
+    site: Site, undisturbed: Path, requeue: str
+) -> None:
     profile = site.folder / f"cut-{requeue}.yaml"
     profile.write_text(site.profile.read_text() + f"requeue: {requeue}\n")
     run, job = _begin(site, f"power-{requeue}", "--cluster", str(profile))
@@ -127,13 +131,19 @@ def test_a_killed_rank_takes_the_job_down_and_is_retried(site: Site, undisturbed
     _same(run, undisturbed)
 
 
-def test_a_node_that_fails_twice_is_left_out_and_without_progress_the_run_ends(site: Site, undisturbed: Path) -> None:
+def test_a_node_that_fails_twice_is_left_out_and_without_progress_the_run_ends(
+    site: Site, undisturbed: Path
+) -> None:
     run, job = _begin(site, "bad-node", "--retries", "5")
     bad = [e for e in _history(run) if e["event"] == "begin"][0]["nodes"][1]
     os.kill(ranks(job)[3], signal.SIGKILL)
-    site.wait_for(lambda: step_of(run) >= 21 and len([e for e in _history(run) if e["event"] == "begin"]) == 2, run=run)
+    site.wait_for(
+        lambda: step_of(run) >= 21 and len([e for e in _history(run) if e["event"] == "begin"]) == 2, run=run
+    )
     os.kill(ranks(job)[3], signal.SIGKILL)
-    begins = site.wait_for(lambda: b if len(b := [e for e in _history(run) if e["event"] == "begin"]) == 3 else None, run=run)
+    begins = site.wait_for(
+        lambda: b if len(b := [e for e in _history(run) if e["event"] == "begin"]) == 3 else None, run=run
+    )
     assert bad not in begins[2]["nodes"]
     assert begins[2]["job"] != job
     # A third time, before it could publish anything new.
@@ -168,7 +178,9 @@ def _samples(run: Path) -> Counter[tuple[int, int]]:
     from dattrain.data.order import Order
 
     config = load(run / "config.yaml").config
-    order = Order([64] * (SAMPLES // 64), seed=config.train.seed, lanes=config.data.lanes, window=config.data.window)
+    order = Order(
+        [64] * (SAMPLES // 64), seed=config.train.seed, lanes=config.data.lanes, window=config.data.window
+    )
     worlds = [start["world"] for start in json.loads((run / "env.json").read_text())["starts"]]
     begins = [e["checkpoint"] or 0 for e in _history(run) if e["event"] == "begin"]
     seen: Counter[tuple[int, int]] = Counter()
@@ -185,7 +197,9 @@ def test_cancel_ends_it_and_nothing_starts_it_again(site: Site) -> None:
     run, job = _begin(site, "cancelled", step=1)
     site.dattrain("cancel", str(run))
     assert site.wait(run, "cancelled")["job"] == job
-    site.wait_for(lambda: not site.cluster.run("squeue", "-h", "-j", job, "-t", "PD,R,CG", check=False).strip(), run=run)
+    site.wait_for(
+        lambda: not site.cluster.run("squeue", "-h", "-j", job, "-t", "PD,R,CG", check=False).strip(), run=run
+    )
     assert site.status(run)["state"] == "cancelled"
 
 

@@ -9,7 +9,9 @@ import pytest
 from conftest import STEPS, Site, losses, weights
 
 
-def test_two_nodes_of_two_tasks_train_to_the_curve_of_four_local_processes(site: Site, undisturbed: Path) -> None:
+def test_two_nodes_of_two_tasks_train_to_the_curve_of_four_local_processes(
+    site: Site, undisturbed: Path
+) -> None:
     local = site.folder / "local.yaml"
     local.write_text("kind: local\ntasks_per_node: 4\ntime: '30'\nenvironment: {OMP_NUM_THREADS: 1}\n")
     run = site.submit("local", "--cluster", str(local))
@@ -27,7 +29,15 @@ def test_the_run_folder_holds_what_ran(site: Site, undisturbed: Path) -> None:
     assert [(start["world"], start["launcher"]) for start in starts] == [(4, "slurm")]
     (script,) = (undisturbed / "submit" / "slurm").glob("*_submission.sh")
     shown = site.dattrain(
-        "submit", str(site.recipe), "--cluster", str(site.profile), "--run", "runs/undisturbed", "--nodes", "2", "--dry-run"
+        "submit",
+        str(site.recipe),
+        "--cluster",
+        str(site.profile),
+        "--run",
+        "runs/undisturbed",
+        "--nodes",
+        "2",
+        "--dry-run",
     )
     assert script.read_text().rstrip() in shown.stdout
 
@@ -46,7 +56,10 @@ def test_logs_of_each_rank(site: Site, undisturbed: Path) -> None:
 @pytest.mark.parametrize("visibility", ["all", "one"])
 def test_with_one_or_with_all_devices_visible(site: Site, undisturbed: Path, visibility: str) -> None:
     profile = site.folder / f"gpu-{visibility}.yaml"
-    profile.write_text(site.profile.read_text().replace("tasks_per_node: 2", "gpus_per_node: 2") + f"gpu_visibility: {visibility}\n")
+    profile.write_text(
+        site.profile.read_text().replace("tasks_per_node: 2", "gpus_per_node: 2")
+        + f"gpu_visibility: {visibility}\n"
+    )
     run = site.submit(f"gpu-{visibility}", "--nodes", "2", "--cluster", str(profile))
     site.wait(run)
     assert weights(run) == weights(undisturbed)

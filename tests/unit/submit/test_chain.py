@@ -45,9 +45,15 @@ def test_each_stage_starts_from_the_run_folder_of_the_one_before(tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (CHAIN.replace("from: first", "from: frist"), "stage second needs 'frist', which does not come before it"),
+        (
+            CHAIN.replace("from: first", "from: frist"),
+            "stage second needs 'frist', which does not come before it",
+        ),
         (CHAIN.replace("nodes: 2", "node: 2"), "did you mean stages.first.nodes?"),
-        (CHAIN.replace("evaluate: second", "evaluate: second, config: a.yaml"), "either a config to train or a stage"),
+        (
+            CHAIN.replace("evaluate: second", "evaluate: second, config: a.yaml"),
+            "either a config to train or a stage",
+        ),
         ("name: x\nstages: {}", "stages"),
         (CHAIN.replace("look:", "a.b:"), "a name is used as a folder"),
     ],

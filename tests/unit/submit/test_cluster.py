@@ -22,7 +22,10 @@ def _write(folder: Path, text: str, name: str = "mine") -> str:
     ("text", "words"),
     [
         ("partion: gpu", "unknown key partion; did you mean partition?"),
-        ("container: {image: x, runtime: pyxis, mount: [a]}", "unknown key container.mount; did you mean container.mounts?"),
+        (
+            "container: {image: x, runtime: pyxis, mount: [a]}",
+            "unknown key container.mount; did you mean container.mounts?",
+        ),
         ("zzz: 1", "known here: kind, partition"),
         ("gpus_per_node: eight", "gpus_per_node"),
         ("time: 24:00:00", "put the time in quotes"),
@@ -52,7 +55,9 @@ def test_unknown_profile_offers_the_nearest(monkeypatch: pytest.MonkeyPatch, tmp
         cluster.load("./nowhere.yaml")
 
 
-def test_the_users_own_profile_comes_before_the_shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_users_own_profile_comes_before_the_shipped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert cluster.load("generic").partition is None
     (tmp_path / "dattrain" / "clusters").mkdir(parents=True)
@@ -71,7 +76,15 @@ def test_there_are_profiles_to_ship() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("90", 90), ("1:30", 2), ("24:00:00", 1440), ("2-0", 2880), ("1-2:3", 1563), ("1-02:03:04", 1564), ("0:01", 1)],
+    [
+        ("90", 90),
+        ("1:30", 2),
+        ("24:00:00", 1440),
+        ("2-0", 2880),
+        ("1-2:3", 1563),
+        ("1-02:03:04", 1564),
+        ("0:01", 1),
+    ],
 )
 def test_time_in_slurms_notation(text: str, expected: int) -> None:
     assert cluster.minutes(text) == expected

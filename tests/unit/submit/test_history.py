@@ -177,7 +177,9 @@ def test_the_follow_up_of_an_arrays_task_is_a_job_of_its_own() -> None:
 
 def test_the_bookkeeper_needs_the_standard_library_alone(tmp_path: Path) -> None:
     package = Path(dattrain.__file__).parent
-    shutil.copytree(package / "submit", tmp_path / "dattrain" / "submit", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        package / "submit", tmp_path / "dattrain" / "submit", ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copy(package / "__init__.py", tmp_path / "dattrain")
     (tmp_path / "run" / "submit").mkdir(parents=True)
     (tmp_path / "run" / "submit" / "spec.json").write_text(json.dumps({"retries": 3, "requeue": "scontrol"}))

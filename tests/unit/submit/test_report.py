@@ -10,7 +10,14 @@ from dattrain.submit import history, report
 from dattrain.submit.queue import UNKNOWN, JobState
 
 SUBMIT: history.Event = {"event": "submit", "by": "user", "job": "1", "time": 0}
-BEGIN: history.Event = {"event": "begin", "job": "1", "restart": 0, "nodes": ["n1"], "checkpoint": None, "time": 1}
+BEGIN: history.Event = {
+    "event": "begin",
+    "job": "1",
+    "restart": 0,
+    "nodes": ["n1"],
+    "checkpoint": None,
+    "time": 1,
+}
 
 
 def _end(action: str, reason: str) -> history.Event:
@@ -52,7 +59,9 @@ def test_a_report_names_step_speed_and_the_reason_of_each_restart(tmp_path: Path
         action="again", why="preempted",
     )  # fmt: skip
     history.record(tmp_path, "begin", job="1", restart=1, nodes=["n2"], checkpoint=4)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 6, "loss": 2.5, "images_per_s": 100.0}\n{"step": 7, "lo')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 6, "loss": 2.5, "images_per_s": 100.0}\n{"step": 7, "lo'
+    )
     one = report.report(tmp_path, {"1": JobState("RUNNING", "", "n2")})
     shown = report.render([one])
     assert one.state == "running"
@@ -69,6 +78,8 @@ def test_a_waiting_follow_up_does_not_hide_the_job_that_runs(tmp_path: Path) -> 
     assert (one.job, one.state) == ("1", "running")
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (65, "1m 05s"), (3700, "1h 01m"), (90000, "1d 01h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "5s"), (65, "1m 05s"), (3700, "1h 01m"), (90000, "1d 01h")]
+)
 def test_durations(seconds: float, text: str) -> None:
     assert report.duration(seconds) == text

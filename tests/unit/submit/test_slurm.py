@@ -20,8 +20,12 @@ def _script(profile: Profile, place: Placement = PLACE) -> list[str]:
 
 
 def test_cpu_profile_word_for_word() -> None:
-    profile = Profile(tasks_per_node=2, cpus_per_task=3, mem_gb=1.5, python="/env/bin/python", partition="main")
-    assert slurm.script(profile, PLACE).rstrip() == """\
+    profile = Profile(
+        tasks_per_node=2, cpus_per_task=3, mem_gb=1.5, python="/env/bin/python", partition="main"
+    )
+    assert (
+        slurm.script(profile, PLACE).rstrip()
+        == """\
 #!/bin/bash
 
 # Parameters
@@ -56,6 +60,7 @@ srun --unbuffered --output /r/demo/submit/slurm/%j_%t_log.out --error /r/demo/su
 
 # teardown
 python3 -m dattrain.submit.watch end "$DATTRAIN_RUN" $?""".replace("\\\n", "")
+    )
 
 
 def test_gpu_profile_shows_all_or_one_device() -> None:
@@ -92,16 +97,22 @@ def test_everything_a_site_may_ask_for() -> None:
 
 
 def test_pyxis_and_apptainer_run_the_tasks_but_not_the_bookkeeper() -> None:
-    box = Container(runtime="pyxis", image="/i.sqsh", mounts=("/data", "/a:/b"), arguments=("--no-container-mount-home",))
+    box = Container(
+        runtime="pyxis", image="/i.sqsh", mounts=("/data", "/a:/b"), arguments=("--no-container-mount-home",)
+    )
     (srun,) = [line for line in _script(Profile(container=box)) if line.startswith("srun")]
-    assert "--container-image=/i.sqsh --container-mounts=/r/demo:/r/demo,/data:/data,/a:/b --no-container-mount-home" in srun
+    assert (
+        "--container-image=/i.sqsh --container-mounts=/r/demo:/r/demo,/data:/data,/a:/b --no-container-mount-home"
+        in srun
+    )
     assert srun.endswith(" python -u -m submitit.core._submit /r/demo/submit/slurm")
 
     box = replace_box(box, runtime="apptainer", arguments=("--cleanenv",))
     lines = _script(Profile(container=box, gpus_per_node=2))
     (srun,) = [line for line in lines if line.startswith("srun")]
     assert (
-        "apptainer exec --nv --bind /r/demo:/r/demo --bind /data:/data --bind /a:/b --cleanenv /i.sqsh python -u" in srun
+        "apptainer exec --nv --bind /r/demo:/r/demo --bind /data:/data --bind /a:/b --cleanenv /i.sqsh python -u"
+        in srun
     )
     assert [line for line in lines if "submit.watch" in line and line.startswith("python3")]
 

@@ -209,7 +209,7 @@ def test_without_any_count_of_images_it_asks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--samples"):
         _plan(_config(), "--gpus-per-node", "1")
     with pytest.raises(ConfigError, match="does not divide"):
-        _plan(_config(data={"labels": "imagenet-1k"}), "--gpus-per-node", "3")
+        _plan(_config(data={"labels": "imagenet-1k"}, train={"micro_batch": 32}), "--gpus-per-node", "4")
 
 
 def test_the_verb_needs_no_device(tmp_path: Path) -> None:

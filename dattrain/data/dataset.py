@@ -239,6 +239,12 @@ def open_dataset(
     return dataset
 
 
+def locate(dataset: Dataset, item: int) -> tuple[int, int]:
+    """Shard and sample of a number that counts through the whole set."""
+    shard = int(np.searchsorted(np.cumsum(dataset.counts), item, side="right"))
+    return shard, item - int(dataset.counts[:shard].sum())
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file name ends like an image."""
     return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
@@ -262,6 +268,3 @@ def header_fits(header: bytes, key: str, length: int) -> bool:
         return False
     # Long and non-ASCII names stand in an extension header before this one, which holds a shortened form.
     return len(key) > 90 or not key.isascii() or member_name(header).startswith(key + ".")
-
-
-__all__ = ["NO_LABEL", "BadSample", "Dataset", "FolderDataset", "Sample", "ShardDataset", "open_dataset"]

@@ -212,7 +212,11 @@ def write_catalogue(folder: str | Path, entries: Mapping[str, Entry]) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write aside, flush to the disk, rename: a reader sees the old file or the new one, whole."""
+    """Write aside, flush to the disk, rename: a reader sees the old file or the new one, whole.
+
+    Raises:
+        UserError: the disk is full, or the folder may not be written.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(aside, "wb") as file:
@@ -220,5 +224,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
         aside.unlink(missing_ok=True)

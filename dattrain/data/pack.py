@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dattrain.data import images, tar
-from dattrain.data.dataset import NO_LABEL, BadSample, Dataset
+from dattrain.data.dataset import NO_LABEL, BadSample, Dataset, locate
+from dattrain.data.dedup import find_duplicates
 from dattrain.data.index import (
     Entry,
     ShardIndex,
@@ -111,7 +113,7 @@ def pack(
         packer = _Packer(source, folder, options)
         items = np.arange(total, dtype=np.int64)
         if options.dedup:
-            items = items[~_duplicates(source, folder, jobs, packer.locate)]
+            items = items[~find_duplicates(source, folder, jobs=jobs)]
         if not 0 <= options.holdout < len(items):
             raise UserError(
                 f"a holdout of {options.holdout} of {len(items)} samples; it must be fewer than all"
@@ -138,12 +140,6 @@ class _Packer:
         self.folder = folder
         self.options = options
         self.classes = class_names(source)
-        self._ends = np.cumsum(source.counts)
-
-    def locate(self, item: int) -> tuple[int, int]:
-        """Shard and sample of the source."""
-        shard = int(np.searchsorted(self._ends, item, side="right"))
-        return shard, item - int(self._ends[shard] - self.source.counts[shard])
 
     def write(self, name: str, items: NDArray[np.int64]) -> Done:
         """Write one shard aside, then publish its index and itself, in that order."""
@@ -162,7 +158,7 @@ class _Packer:
                     try:
                         label, key, extension, data, info = self._encode(item)
                     except BadSample as error:
-                        bad.append((self.source.key(*self.locate(item)), str(error)))
+                        bad.append((self.source.key(*locate(self.source, item)), str(error)))
                         if not self.options.skip_bad:
                             raise UserError(
                                 f"{error}; remove it, or pack with --on-bad skip to leave out and name such samples"
@@ -216,7 +212,7 @@ class _Packer:
     def _encode(self, item: int) -> tuple[int, str, str, bytes, dict[str, Any]]:
         """Label, key, extension, bytes and ``.json`` of one sample. Raises BadSample."""
         options = self.options
-        sample = self.source.read(*self.locate(item))
+        sample = self.source.read(*locate(self.source, item))
         if sample.label == NO_LABEL:
             raise BadSample(f"{sample.where}: has no label")
         data = sample.data
@@ -340,45 +336,6 @@ def _permute(items: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:
     return items[np.argsort(key, kind="stable")]
 
 
-def _duplicates(
-    source: Dataset, folder: Path, jobs: int, locate: Callable[[int], tuple[int, int]]
-) -> NDArray[np.bool_]:
-    """Which items repeat the bytes of an earlier one; written to ``_duplicates.json`` with what they repeat."""
-    total = int(source.counts.sum())
-    chunk = 1024
-    hashes = np.zeros((total, 16), dtype=np.uint8)
-
-    def work(number: int) -> tuple[int, NDArray[np.uint8]]:
-        out = []
-        for item in range(number * chunk, min(total, (number + 1) * chunk)):
-            try:
-                data = source.read(*locate(item)).data
-            except BadSample:
-                data = b"bad %d" % item  # packing itself will report it
-            out.append(blake2b(data, digest_size=16).digest())
-        return number, np.frombuffer(b"".join(out), dtype=np.uint8).reshape(-1, 16)
-
-    with Workers(work, count=-(-total // chunk), workers=jobs if jobs > 1 else 0, in_order=False) as workers:
-        for number, found in workers:
-            hashes[number * chunk : number * chunk + len(found)] = found
-    _, first, back = np.unique(hashes.view("V16").reshape(-1), return_index=True, return_inverse=True)
-    original = first[back.reshape(-1)]
-    repeated = original != np.arange(total)
-    rows = []
-    for item in np.flatnonzero(repeated).tolist():
-        a, b = locate(item), locate(int(original[item]))
-        rows.append(
-            {
-                "key": source.key(*a),
-                "repeats": source.key(*b),
-                "same_label": source.label(*a) == source.label(*b),
-            }
-        )
-    text = json.dumps(rows, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape")
-    write_atomically(folder / "_duplicates.json", text)
-    return repeated
-
-
 def _same_settings(folder: Path, source: Dataset, options: Options) -> None:
     """Note the settings of a packing, or compare them with those noted."""
     digest = blake2b(digest_size=16)
@@ -422,8 +379,13 @@ def _sync(folder: Path) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     with open(folder / ".pack.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another packing is at work there") from None
+        # Workers inherit the lock; those of a packing that was just killed need a moment to be gone.
+        for _ in range(50):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.1)
+        else:
+            raise UserError(f"{folder}: another packing is at work there")
         yield

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.data import images
-from dattrain.data.dataset import NO_LABEL, BadSample, Dataset
+from dattrain.data.dataset import NO_LABEL, BadSample, Dataset, locate
 from dattrain.data.philox import Stream, words
 from dattrain.data.workers import Workers
 
@@ -78,7 +78,6 @@ def measure(
 ) -> Stats:
     """Count the labels of the whole set, and read the headers of ``limit`` samples drawn by ``seed`` (None: of all)."""
     total = int(dataset.counts.sum())
-    ends = np.cumsum(dataset.counts)
     items = np.arange(total, dtype=np.int64)
     if limit is not None and limit < total:
         # The smallest of random keys, drawn in pieces: no permutation of the whole set is held.
@@ -93,9 +92,8 @@ def measure(
     def sizes(number: int) -> list[tuple[str, int, int, int]]:
         rows = []
         for item in items[number * _CHUNK : (number + 1) * _CHUNK].tolist():
-            shard = int(np.searchsorted(ends, item, side="right"))
             try:
-                data = dataset.read(shard, item - int(ends[shard] - dataset.counts[shard])).data
+                data = dataset.read(*locate(dataset, item)).data
                 height, width = images.size(data)
                 rows.append((images.sniff(data), height, width, len(data)))
             except (BadSample, images.BadImage):

@@ -82,7 +82,7 @@ class Workers(Generic[T]):
         in_order: bool = True,
     ) -> None:
         before = set(multiprocessing.active_children())
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _child_handler_kept():
             # Whether the processes are too many for the cores is measured (the share of data-wait), not guessed.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader: DataLoader[Any] = DataLoader(
@@ -99,7 +99,6 @@ class Workers(Generic[T]):
                 # Without one of its own the loader would draw from, and so move, torch's global generator.
                 generator=torch.Generator(),
             )
-        with _child_handler_kept():
             self._pool = _Pool(iter(loader))
         self._pool.processes = [p for p in multiprocessing.active_children() if p not in before]
         # At exit multiprocessing would wait for ever for workers that ignore its SIGTERM; this runs before it does.

@@ -28,7 +28,6 @@ STARTUP_S = 15.0
 
 FIXED = (
     "model.",
-    "data.train",
     "data.lanes",
     "data.window",
     "data.shuffle",

@@ -60,6 +60,9 @@ def run(request: Request) -> int:
         _, after_run = launch.dependency_on(request.after)
     for stage in made.stages:
         for folder, loaded in zip(stage.runs, stage.loaded):
+            if loaded.config.data.train is None and stage.action == "train":
+                prefix = f"{folder.name}." if made.chain else ""
+                raise ConfigError(f"{stage.name}: data.train is not set: add {prefix}data.train=SHARDS")
             launch.check_run(folder, loaded)
         launch.refuse_what_slurm_refuses(stage)
     for index, stage in enumerate(made.stages):

@@ -1,0 +1,189 @@
+"""From a command line to stages: run folders, arrays, continuing, what a dry run shows, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dattrain.engine import runfolder
+from dattrain.errors import ConfigError, UserError
+from dattrain.submit import history, launch, request
+from dattrain.submit.request import Request
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a recipe and a profile; no Slurm command is there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    (tmp_path / "r.yaml").write_text(
+        "name: demo\ntrain: {global_batch: 64, micro_batch: 8}\ndata: {train: shards}\n"
+    )
+    (tmp_path / "c.yaml").write_text("tasks_per_node: 2\npython: /env/python\nsignal_delay_s: 60\n")
+    return tmp_path
+
+
+ASKED = Request("r.yaml", cluster="./c.yaml")
+
+
+def test_a_recipe_becomes_one_run_named_after_it(home: Path) -> None:
+    (stage,) = request.plan(ASKED).stages
+    assert stage.runs == (home / "runs" / "demo",)
+    assert stage.minutes == 1440
+    assert stage.placement(None).folder == home / "runs" / "demo" / "submit" / "slurm"
+
+
+def test_an_array_is_a_run_for_each_value_with_commas_kept_in_brackets(home: Path) -> None:
+    (stage,) = request.plan(replace(ASKED, array="optim.betas=[0.9,0.99],[0.9,0.999]")).stages
+    assert [run.name for run in stage.runs] == ["optim.betas=_0.9_0.99_", "optim.betas=_0.9_0.999_"]
+    assert [loaded.config.optim.betas for loaded in stage.loaded] == [(0.9, 0.99), (0.9, 0.999)]
+    assert stage.placement(None).folder == home / "runs" / "demo" / "submit" / "slurm"
+    for text, words in (
+        ("optim.lr", "write key=v1,v2"),
+        ("optim.lr=1e-3,1e-3", "there twice"),
+        ("optim.lrr=1", "did you mean"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            request.plan(replace(ASKED, array=text))
+
+
+def test_a_dry_run_prints_plan_and_script_and_writes_nothing(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(home.rglob("*"))
+    assert request.run(replace(ASKED, nodes="2", dry_run=True)) == 0
+    shown = capsys.readouterr().out
+    assert "64 = 4 device(s) x 8 x 2 accumulated" in shown
+    assert "#SBATCH --nodes=2" in shown
+    assert sorted(home.rglob("*")) == before
+
+
+def test_a_chain_shows_who_waits_for_whom(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "chain.yaml").write_text(
+        "name: two\nstages:\n  a: {config: r.yaml, nodes: 2}\n  b: {config: r.yaml, from: a}\n  c: {evaluate: b}\n"
+    )
+    made = request.plan(replace(ASKED, config="chain.yaml"))
+    assert made.needs == (None, 0, 1)
+    assert [stage.action for stage in made.stages] == ["train", "train", "evaluate"]
+    assert [stage.nodes for stage in made.stages] == [(2, 2), (1, 1), (1, 1)]
+    request.run(replace(ASKED, config="chain.yaml", dry_run=True))
+    shown = capsys.readouterr().out
+    assert "two.b: 1 node(s) x 2 task(s), 1440 min a job, profile ./c.yaml, after two.a" in shown
+    assert "--dependency='afterok:<job of two.a>'" in shown
+
+
+def _run_folder(home: Path, text: str) -> Path:
+    run = home / "runs" / "old"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(text)
+    return run
+
+
+def test_a_run_folder_is_continued_with_its_own_recipe(home: Path) -> None:
+    run = _run_folder(home, "name: demo\ntrain: {global_batch: 64, micro_batch: 8, seed: 3}\n")
+    (stage,) = request.plan(replace(ASKED, config=str(run), overrides=("train.micro_batch=4",))).stages
+    assert stage.runs == (run,)
+    assert (stage.loaded[0].config.train.seed, stage.loaded[0].config.train.micro_batch) == (3, 4)
+    with pytest.raises(ConfigError, match="leave --array and --run out"):
+        request.plan(replace(ASKED, config=str(run), array="optim.lr=1,2"))
+    with pytest.raises(ConfigError, match="neither a recipe nor a run folder"):
+        request.plan(replace(ASKED, config=str(home)))
+
+
+def test_checkpoints_of_another_run_are_not_continued(home: Path) -> None:
+    run = _run_folder(home, "train: {global_batch: 64, micro_batch: 8, seed: 3}\n")
+    (stage,) = request.plan(ASKED).stages
+    launch.check_run(run, stage.loaded[0])
+    (run / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (run / "checkpoints" / "step_00000001" / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"train.seed: 3 -> 0"):
+        launch.check_run(run, stage.loaded[0])
+
+
+def test_the_trainer_refuses_the_same_changes() -> None:
+    assert {key.removesuffix(".") for key in launch.FIXED} == set(runfolder._FIXED)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(home: Path) -> None:
+    (home / "notes").mkdir()
+    (home / "notes" / "a.txt").write_text("mine")
+    (stage,) = request.plan(ASKED).stages
+    with pytest.raises(ConfigError, match="not empty and not a run folder"):
+        launch.check_run(home / "notes", stage.loaded[0])
+
+
+def _check(changes: Request, speed: float | None = None) -> None:
+    for stage in request.plan(changes).stages:
+        launch.check(stage, speed)
+
+
+def test_every_number_of_nodes_in_a_range_must_divide_the_batch(home: Path) -> None:
+    _check(replace(ASKED, nodes="1-2"))
+    with pytest.raises(ConfigError, match=r"with 3 node\(s\) of 2 device\(s\)"):
+        _check(replace(ASKED, nodes="1-4"))
+    with pytest.raises(ConfigError, match="fewest-most"):
+        _check(replace(ASKED, nodes="4-2"))
+
+
+def test_time_limits_have_room_for_a_step_and_a_save(home: Path) -> None:
+    with pytest.raises(ConfigError, match="not longer than the profile's signal_delay_s=60"):
+        _check(replace(ASKED, time="1"))
+    _check(replace(ASKED, time="2"))
+    with pytest.raises(ConfigError, match="signal_delay_s=60 of profile"):
+        _check(replace(ASKED, time="2"), speed=1.0)
+    with pytest.raises(ConfigError, match="--time of 2 min is shorter than"):
+        _check(replace(ASKED, time="2"), speed=1.2)
+    _check(replace(ASKED, time="3"), speed=1.2)
+
+
+def test_a_measured_speed_is_used_when_a_run_is_continued(home: Path) -> None:
+    run = _run_folder(home, "train: {global_batch: 64, micro_batch: 8}\n")
+    (run / "metrics.jsonl").write_text('{"step": 1, "images_per_s": 0.5}\n')
+    assert launch.measured(run, 64) == (128.0, None)
+    with pytest.raises(ConfigError, match="one step"):
+        _check(replace(ASKED, config=str(run), time="3"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"retries": -1}, "0 or more"),
+        ({"after": "77x"}, "neither a job id nor a run folder"),
+        ({"cluster": "local", "nodes": "2"}, "this machine alone"),
+        ({"cluster": "local", "array": "optim.lr=1,2"}, "--array needs a Slurm cluster"),
+        ({"cluster": "local", "after": "7"}, "--after needs a Slurm cluster"),
+    ],
+)
+def test_refusals(home: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        _check(replace(ASKED, **changes))  # type: ignore[arg-type]
+
+
+def test_without_slurm_or_data_it_says_so_and_writes_nothing(home: Path) -> None:
+    with pytest.raises(UserError, match="sbatch is not on the PATH"):
+        request.run(ASKED)
+    with pytest.raises(ConfigError, match="data.train is not set"):
+        request.run(replace(ASKED, overrides=("data.train=null",)))
+    assert not (home / "runs").exists()
+
+
+def test_after_a_run_is_after_its_newest_job(home: Path) -> None:
+    run = home / "runs" / "first"
+    history.record(run, "submit", job="7", by="user")
+    history.record(run, "submit", job="9", by="follow-up", after="7")
+    assert launch.dependency_on(str(run)) == ("afterok:9", run)
+    assert launch.dependency_on("7_1") == ("afterok:7_1", None)
+
+
+def test_folders_of_chains_arrays_and_parents(home: Path) -> None:
+    for name in ("a", "b"):
+        _run = home / "runs" / "array" / name
+        _run.mkdir(parents=True)
+        (_run / "config.yaml").write_text("")
+    assert [p.name for p in request.folders_of(["runs/array"])] == ["a", "b"]
+    assert [p.name for p in request.folders_of(["runs"])] == ["a", "b"]
+    assert [p.name for p in request.folders_of(["runs/array/a"])] == ["a"]
+    with pytest.raises(ConfigError, match="no run folder"):
+        request.folders_of(["nowhere"])

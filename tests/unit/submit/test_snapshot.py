@@ -1,0 +1,84 @@
+"""The code of a run: what is copied, what is recorded, in a checkout and outside of one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dattrain.submit import snapshot
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small package in a folder of its own, which is not a checkout."""
+    root = tmp_path / "src"
+    for package in snapshot.PACKAGES:
+        (root / package / "__pycache__").mkdir(parents=True)
+        (root / package / "__init__.py").write_text("VALUE = 1\n")
+        (root / package / "__pycache__" / "x.pyc").write_text("")
+    monkeypatch.setattr(snapshot, "source_root", lambda: root)
+    return root
+
+
+def _git(root: Path, *arguments: str) -> None:
+    subprocess.run(
+        ["git", "-C", str(root), "-c", "user.name=t", "-c", "user.email=t@t", *arguments],
+        check=True,
+        capture_output=True,
+    )
+
+
+def test_outside_of_git_the_copy_and_its_checksum_are_the_record(source: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "submit").mkdir(parents=True)
+    code = snapshot.take(run)
+    found = json.loads((run / "code.json").read_text())
+    assert (found["revision"], found["dirty"], found["diff"]) == (None, None, None)
+    assert not list(code.rglob("*.pyc"))
+    assert found["sha256"] == snapshot.digest(code)
+    (source / "dattrain" / "__init__.py").write_text("VALUE = 2\n")
+    assert (code / "dattrain" / "__init__.py").read_text() == "VALUE = 1\n"
+    snapshot.take(run)
+    assert (code / "dattrain" / "__init__.py").read_text() == "VALUE = 2\n"
+    assert json.loads((run / "code.json").read_text())["sha256"] != found["sha256"]
+    assert [p.name for p in (run / "submit").iterdir()] == ["code"]
+
+
+def test_in_a_checkout_revision_diff_and_new_files_are_recorded(source: Path, tmp_path: Path) -> None:
+    (source / ".gitignore").write_text("__pycache__\n")
+    _git(source, "init", "-q")
+    _git(source, "add", ".")
+    _git(source, "commit", "-qm", "one")
+    found, diff = snapshot.describe()
+    assert found["dirty"] is False
+    assert len(found["revision"]) == 40
+    assert diff == b""
+    (source / "dattrain" / "__init__.py").write_text("VALUE = 3\n")
+    (source / "dattrain" / "new.py").write_text("")
+    found, diff = snapshot.describe()
+    assert found["dirty"] is True
+    assert found["untracked"] == ["dattrain/new.py"]
+    assert b"+VALUE = 3" in diff
+
+
+def test_a_checkout_around_site_packages_is_not_ours(source: Path) -> None:
+    (source / ".gitignore").write_text("*\n")
+    _git(source, "init", "-q")
+    assert snapshot.describe()[0]["revision"] is None
+
+
+def test_a_task_imports_the_snapshot_and_not_what_is_installed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "submit").mkdir(parents=True)
+    code = snapshot.take(run)
+    shown = subprocess.check_output(
+        [sys.executable, "-c", "import dattrain.submit.job as j, launch; print(j.__file__, launch.__file__)"],
+        env={"PYTHONPATH": str(code)}, text=True, cwd="/",
+    )  # fmt: skip
+    assert all(name.startswith(str(code)) for name in shown.split())
+    shutil.rmtree(run)

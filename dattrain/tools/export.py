@@ -1,0 +1,347 @@
+"""``dattrain export``: weights and graphs for other programs, each loaded back and compared on real images.
+
+Formats: ``safetensors`` (ours), ``authors`` (their names, with their YAML), ``timm`` (a folder that
+``timm.create_model("local-dir:...")`` takes), ``onnx`` and ``torch.export`` (one graph per image size, any batch size).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dattrain.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dattrain.models.dat import DAT
+    from dattrain.tools.weights import Card
+
+FORMATS = ("safetensors", "authors", "timm", "onnx", "torch.export")
+SUFFIX = {
+    "safetensors": ".safetensors",
+    "authors": ".pth",
+    "timm": "",
+    "onnx": ".onnx",
+    "torch.export": ".pt2",
+}
+
+EXACT, GRAPH = 0.0, 1e-3
+"""Largest difference of logits that is accepted, relative to their largest: weights are the same numbers, graphs reorder sums."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("model", metavar="RUN|CHECKPOINT|FILE")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="what to write")
+    parser.add_argument("--out", type=Path, required=True, help="the file, or the folder for timm")
+    parser.add_argument(
+        "--img-size",
+        action="append",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="N, or HEIGHT WIDTH; again for another graph of onnx and torch.export (default: as trained)",
+    )
+    parser.add_argument(
+        "--bias-table", choices=("resize", "sample"), default="resize", help="see dattrain eval"
+    )
+    parser.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)"
+    )
+    parser.add_argument(
+        "--images", nargs="+", metavar="IMAGE", help="what to compare on (default: eight of the demo's)"
+    )
+    parser.add_argument("--opset", type=int, default=20, help="of ONNX (default: 20)")
+    parser.add_argument("--force", action="store_true", help="replace what is at --out")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written, and how to run it again: images (B x C x H x W) to logits, both on the CPU."""
+
+    path: Path
+    card: Card
+    run: Callable[[Tensor], Tensor]
+    tolerance: float
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write, load back, compare; an export that does not give the model's logits is an error."""
+    from dattrain.tools.viz import image_size
+    from dattrain.tools.weights import load_model
+
+    sizes = [image_size(values) for values in args.img_size or [None]]
+    if len(sizes) > 1 and args.to not in ("onnx", "torch.export"):
+        raise ConfigError(f"--to {args.to} holds one set of weights: give one --img-size")
+    written: list[Written] = []
+    for size in sizes:
+        model, card = load_model(args.model, ema=args.ema, img_size=size, bias_table=args.bias_table)
+        out = _target(args.out, args.to, card, len(sizes) > 1)
+        if out.exists() and not args.force:
+            raise UserError(f"{out}: exists; choose another --out, or --force")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        item = write(model, card, args.to, out, opset=args.opset)
+        difference, same = compare(model, item, images_for(card, args.images))
+        written.append(item)
+        print(
+            f"{item.path}: largest difference of logits {difference:.1e} of the largest, same best class on {same}"
+        )
+        if difference > item.tolerance:
+            raise UserError(
+                f"{item.path}: does not give the model's logits (more than {item.tolerance:g}); do not use it"
+            )
+    return 0
+
+
+def write(model: DAT, card: Card, to: str, out: Path, *, opset: int = 20) -> Written:
+    """Write one file (or timm's folder) and load it back."""
+    if to == "safetensors":
+        return _safetensors(model, card, out)
+    if to == "authors":
+        return _authors(model, card, out)
+    if to == "timm":
+        return _timm(model, card, out)
+    return _onnx(model, card, out, opset) if to == "onnx" else _torch_export(model, card, out)
+
+
+def compare(model: DAT, item: Written, images: Tensor) -> tuple[float, str]:
+    """Largest difference of logits relative to the largest logit, and on how many images the best class is the same.
+
+    One image at a time and all together, so that a graph with a frozen batch size shows.
+    """
+    import torch
+
+    with torch.no_grad():
+        expected = model(images)
+        found = item.run(images)
+        single = torch.cat([item.run(image[None]) for image in images[:2]])
+    difference = max(float((found - expected).abs().max()), float((single - expected[:2]).abs().max()))
+    same = int((found.argmax(1) == expected.argmax(1)).sum())
+    return difference / float(expected.abs().max()), f"{same} of {len(images)} images"
+
+
+def images_for(card: Card, paths: Sequence[str] | None) -> Tensor:
+    """Prepared and normalised images: those named, or eight of Fashion-MNIST's test images."""
+    import torch
+
+    from dattrain.data.sources import read_idx
+    from dattrain.tools import pictures
+
+    if paths:
+        pixels = [pictures.read(path) for path in pictures.find(paths)]
+    else:
+        file = resources.files("dattrain") / "demo" / "t10k-images-idx3-ubyte.gz"
+        with resources.as_file(file) as path:
+            pixels = [pictures.from_array(image) for image in read_idx(str(path))[:8]]
+    return pictures.normalise(torch.stack([pictures.prepare(each, card) for each in pixels]), card)
+
+
+def _safetensors(model: DAT, card: Card, out: Path) -> Written:
+    from dattrain.tools import weights
+
+    weights.save(out, model.state_dict(), card)
+    return Written(out, card, weights.load_model(out)[0], EXACT)
+
+
+def _authors(model: DAT, card: Card, out: Path) -> Written:
+    """``{"model": state}`` as their ``--resume`` and ``--pretrained`` take it, and a YAML beside it for their ``--cfg``."""
+    import torch
+    import yaml
+
+    from dattrain.models.surgery import from_authors, to_authors
+    from dattrain.tools import importer
+
+    config = authors_config(model)
+    torch.save({"model": to_authors(model)}, out)
+    name = out.with_suffix(".yaml")
+    name.write_text(
+        yaml.safe_dump({"MODEL": {"TYPE": "dat", "NAME": card.name, "DAT": config}}, sort_keys=False),
+        encoding="utf-8",
+    )
+    state, _ = importer.load(out)
+    return Written(out, card, from_authors(state, importer.read_config(name)), EXACT)
+
+
+def authors_config(model: DAT) -> dict[str, Any]:
+    """Their MODEL.DAT mapping for this model.
+
+    Raises:
+        UserError: a setting that their code does not have.
+    """
+    height, width = model.img_size
+    conventions, stages = model.conventions, len(model.blocks)
+    plus = any("N" in kinds for kinds in model.blocks) or model.local_perception
+    wanted = ("shifted", "corner") if plus else ("center", "center")
+    if height != width or (conventions.reference, conventions.query_grid) != wanted:
+        raise UserError(
+            f"the authors' {'DAT++' if plus else 'CVPR'} code has square images and reference={wanted[0]}, query_grid={wanted[1]}; "
+            f"this model has {height} x {width}, {conventions.reference}, {conventions.query_grid}"
+        )
+    limit = conventions.offset_range
+    deformable = ["D" in kinds for kinds in model.blocks]
+    settings: dict[str, Any] = {
+        "img_size": height,
+        "patch_size": model.patch_size,
+        "num_classes": model.num_classes,
+        "expansion": int(model.mlp_ratio),
+        "dim_stem": model.dims[0],
+        "dims": list(model.dims),
+        "depths": list(model.depths),
+        "stage_spec": [list(kinds) for kinds in model.blocks],
+        "heads": list(model.heads),
+        "window_sizes": [window[0] for window in model.windows(model.img_size)],
+        "groups": [each if used else -1 for each, used in zip(model.groups, deformable)],
+        "strides": [each if used else -1 for each, used in zip(model.strides, deformable)],
+        "sr_ratios": [each if "P" in kinds else -1 for each, kinds in zip(model.sr_ratios, model.blocks)],
+        "offset_range_factor": [
+            (-1 if not used or limit in ("tanh", "clamp") else 0 if limit == "free" else limit)
+            for used in deformable
+        ],
+        "use_pes": [used and conventions.position != "none" for used in deformable],
+        "dwc_pes": [used and conventions.position == "dwconv" for used in deformable],
+        "fixed_pes": [used and conventions.position == "fixed" for used in deformable],
+        "no_offs": [used and not conventions.offsets for used in deformable],
+        "use_dwc_mlps": [model.mlp == "conv"] * stages,
+        "use_conv_patches": model.stem == "conv",
+        "drop_rate": 0.0,
+        "attn_drop_rate": 0.0,
+        "drop_path_rate": 0.0,
+    }
+    if plus:
+        settings |= {
+            "use_lpus": [model.local_perception] * stages,
+            "ksizes": list(model.offset_kernels),
+            "nat_ksizes": list(model.neighborhood),
+        }
+    return settings
+
+
+def _timm(model: DAT, card: Card, out: Path) -> Written:
+    """model.safetensors and config.json as on the hub; ``import dattrain.models`` must come before timm.create_model."""
+    import timm
+    from timm.models import safe_model_name
+
+    import dattrain.models  # noqa: F401 (registers the variants)
+    from dattrain.tools import weights
+
+    out.mkdir(parents=True, exist_ok=True)
+    weights.save(out / "model.safetensors", model.state_dict(), card)
+    config = {
+        "architecture": safe_model_name(card.name),
+        "num_classes": card.num_classes,
+        "num_features": model.num_features,
+        "model_args": {"img_size": list(card.img_size), "in_chans": card.in_chans, **(card.overrides or {})},
+        "pretrained_cfg": {
+            "tag": "dattrain",
+            "custom_load": False,
+            "input_size": [card.in_chans, *card.img_size],
+            "fixed_input_size": False,
+            "interpolation": card.interpolation,
+            "crop_pct": card.crop_pct,
+            "crop_mode": "squash" if card.resize == "squash" else "center",
+            "mean": list(card.mean),
+            "std": list(card.std),
+            "num_classes": card.num_classes,
+            "first_conv": "patch_embed.conv1" if model.stem == "conv" else "patch_embed.proj",
+            "classifier": "head.fc",
+            "license": "apache-2.0",
+        },
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    return Written(out, card, loaded, EXACT)
+
+
+def _onnx(model: DAT, card: Card, out: Path, opset: int) -> Written:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch.onnx needs it, and names it late)
+    except ImportError as error:
+        raise UserError(f"--to onnx needs {error.name}: pip install 'dattrain[export]'") from None
+    import torch
+
+    program = torch.onnx.export(
+        _traced(model, card),
+        dynamo=True,
+        opset_version=opset,
+        optimize=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["logits"],
+    )
+    assert program is not None
+    _describe(program.model.metadata_props, card)
+    program.save(str(out))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(out), options, providers=["CPUExecutionProvider"])
+
+    def logits(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    return Written(out, card, logits, GRAPH)
+
+
+def _torch_export(model: DAT, card: Card, out: Path) -> Written:
+    import torch
+
+    extra = {"card.json": card.to_json()}
+    torch.export.save(_traced(model, card), out, extra_files=extra)
+    return Written(out, card, torch.export.load(out).module(), GRAPH)
+
+
+def _traced(model: DAT, card: Card) -> Any:
+    """The model as a graph of torch's own operators, for any batch size and this image size."""
+    import torch
+
+    from dattrain import ops
+
+    images = torch.zeros(2, card.in_chans, *card.img_size)
+    batch = torch.export.Dim("batch", min=1)
+    with ops.use_backend("reference"), _plain_attention(), torch.no_grad():
+        return torch.export.export(model.eval(), (images,), dynamic_shapes=({0: batch},))
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Within it torch's fused attention is written out as matrix products and a softmax.
+
+    Fused kernels lay their output out otherwise than what an exporter puts in their place, and the graph holds views of it.
+    """
+    import torch.nn.functional as F
+
+    fused = F.scaled_dot_product_attention
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v
+
+    F.scaled_dot_product_attention = plain
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = fused
+
+
+def _describe(metadata: Any, card: Card) -> None:
+    metadata["dattrain"] = replace(card, classes=()).to_json()
+    if card.classes:
+        metadata["classes"] = json.dumps(list(card.classes))
+
+
+def _target(out: Path, to: str, card: Card, several: bool) -> Path:
+    """The file to write: with the format's suffix, and the size in its name where several are written."""
+    suffix = SUFFIX[to]
+    if suffix and out.suffix != suffix:
+        out = out.with_name(out.name + suffix)
+    if several:
+        height, width = card.img_size
+        out = out.with_name(f"{out.stem}_{height}x{width}{out.suffix}")
+    return out

@@ -40,6 +40,11 @@ class AdamW(torch.optim.AdamW):
     """
 
     _runs: dict[int, tuple[Tensor, tuple[Run, ...]]]
+    _skipped = False
+
+    def skip_next(self) -> None:
+        """Let the next ``step`` do nothing: its gradients are not finite, and under stage 0 DeepSpeed does not look."""
+        self._skipped = True
 
     def set_scales(self, runs: Mapping[Tensor, Sequence[Run]]) -> None:
         """Say how the tensors that ``step`` will see are cut up; elements outside every run are left as they are.
@@ -61,6 +66,9 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; see the class."""
+        if self._skipped:
+            self._skipped = False
+            return None
         if not getattr(self, "_runs", None):
             return super().step(closure)
         if closure is not None:

@@ -134,12 +134,11 @@ class Updater:
 
     @torch.no_grad()
     def _guard(self) -> float:
-        """Stage 0: the norm of the reduced gradients; if it is not finite they are removed, so the step does nothing."""
+        """Stage 0: the norm of the reduced gradients; if it is not finite the step is told to do nothing."""
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if not math.isfinite(norm):
-            for parameter in self.engine.module.parameters():
-                parameter.grad = None
+            self.engine.basic_optimizer.skip_next()
         return norm
 
     def _outcome(self) -> tuple[bool, float]:

@@ -180,7 +180,8 @@ class Trainer:
                 request = self.evaluate()
                 if request:
                     return self.leave(request)
-            if self._due(self.derived.checkpoint_steps):
+            if self._due(self.derived.checkpoint_steps) and not self.verdicts.in_a_row:
+                # In a row of bad steps the weights may be what is wrong: a rollback must find those before it.
                 self.save()
             self.change_size()
         self.checkpointer.wait()

@@ -46,7 +46,8 @@ def deform_attention(
         backend: overrides ``dattrain.ops.use_backend``, ``DATTRAIN_ATTENTION`` and the automatic choice.
 
     Returns:
-        B x heads x (height*width) x d, in the dtype of q (autocast's under autocast).
+        B x heads x (height*width) x d, in the dtype of q (autocast's under autocast). In memory it is laid out as tokens,
+        so that ``out.transpose(1, 2).reshape(B, height*width, heads*d)`` copies nothing (except from ``reference``).
 
     Raises:
         ValueError: if shapes or dtypes do not fit together.

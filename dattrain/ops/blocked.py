@@ -22,6 +22,12 @@ BLOCK_BYTES = 3 << 20
 """Target size of one block's scores: several such matrices fit into a last-level cache."""
 
 
+def tokens_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised B x heads x length x d, laid out B x length x heads x d: a view back to tokens is free."""
+    batch, heads, length, dim = x.shape
+    return x.new_empty((batch, length, heads, dim), dtype=dtype).transpose(1, 2)
+
+
 class _Block(NamedTuple):
     """Some images, the heads of a group, some queries."""
 
@@ -66,7 +72,7 @@ def forward(
     scale: float,
 ) -> Tensor:
     """softmax(scale * q k^T + bias) v; arguments as ``dattrain.ops.deform_attention``, table in positions' dtype."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = tokens_like(q)
     dtype = positions.dtype
     scratch = _Scratch(positions)
     for block in _blocks(q, positions, table, height, width, grid):
@@ -91,9 +97,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v (in their dtype), positions and table (in theirs)."""
     dtype, device = positions.dtype, q.device
-    grad_q = torch.empty(q.shape, dtype=q.dtype, device=device)
-    grad_k = torch.zeros(k.shape, dtype=dtype, device=device)
-    grad_v = torch.zeros(v.shape, dtype=dtype, device=device)
+    grad_q, grad_k, grad_v = tokens_like(q), tokens_like(k, dtype).zero_(), tokens_like(v, dtype).zero_()
     grad_positions = torch.zeros(positions.shape, dtype=dtype, device=device)
     grad_table = None if table is None else torch.zeros(table.shape, dtype=dtype, device=device)
     scratch = _Scratch(positions)

@@ -30,7 +30,7 @@ def attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output, and the log-sum-exp of the logits (fp32, B x heads x queries) where the backend keeps it, else empty.
+    """Output (laid out as tokens, B x queries x heads x d), and the log-sum-exp of the logits (fp32, B x heads x queries) where the backend keeps it, else empty.
 
     Arguments are those of ``dattrain.ops.deform_attention`` after its checks; ``table`` has the dtype of positions.
     """
@@ -57,7 +57,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     lse = positions.new_empty(q.shape[:3] if backend == "triton" else (0,))
-    return q.new_empty(q.shape), lse
+    return blocked.tokens_like(q), lse
 
 
 @torch.library.custom_op("dattrain::deform_attention_backward", mutates_args=())
@@ -108,9 +108,9 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
+        blocked.tokens_like(q),
+        blocked.tokens_like(k),
+        blocked.tokens_like(v),
         positions.new_empty(positions.shape),
         positions.new_empty((0,) if table is None else table.shape),
     )

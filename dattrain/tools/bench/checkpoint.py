@@ -131,8 +131,12 @@ def _report(args: argparse.Namespace, saved: dict[str, Any], loaded: dict[int, d
         f"Bandwidth: {share.median:.0%} of the bare writers' in background ({share.low:.0%}-{share.high:.0%}), {blocking.median:.0%} "
         f"blocking; bar: at least {BANDWIDTH_BAR:.0%}: {'met' if share.median >= BANDWIDTH_BAR else 'MISSED'}.",
         "A bare writer is as dd with conv=fsync, unbuffered or buffered, whichever was faster in the round, one per rank. A save is "
-        "everything from the call to the published, pruned folder. Peaks are resident memory above the engine's, of the largest rank; "
-        f"a rank's shard is {saved['shard_bytes'] / 1e6:.0f} MB, which the host buffer holds once.",
+        "everything from the call to the published folder; a load is everything up to weights that the forward pass can use.",
+        "Peaks are resident memory above the engine's, of the largest rank. A save holds a rank's shard "
+        f"({saved['shard_bytes'] / 1e6:.0f} MB) once, in the host buffer. A load's is that of the reading; DeepSpeed's gather of the new "
+        "weights that follows took "
+        + ", ".join(f"{r['refresh_bytes'] / 1e6:.0f} MB on {n} ranks" for n, r in loaded.items())
+        + ".",
     ]
     return Report("Saving and loading a run's state", rows, item="MB", notes=notes)
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from dattrain.engine import zero
 from dattrain.runtime import env
-from dattrain.state import checkpoint, shards
+from dattrain.state import checkpoint, elastic, shards
 from dattrain.state.background import HostBuffer, image_of
 from dattrain.state.checkpointer import Checkpointer
 from dattrain.state.fragments import MOMENTS, LocalState
@@ -114,7 +114,8 @@ def memory(key: str) -> float:
 
 def save_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
     """Bare writes, blocking saves and background saves in turns; seconds per round."""
-    keeper = Checkpointer(Path(plan.folder), Policy(1))
+    # Removing old ones is not writing: it is done between the rounds.
+    keeper = Checkpointer(Path(plan.folder), Policy(1000))
     rank = dist.get_rank()
     before = memory("VmRSS")
     peak_reset()
@@ -151,15 +152,28 @@ def save_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
         result["blocking"].append(timed(partial(keeper.save, engine, None, meta, background=False)))
         step += 1
         meta = {"step": step, "samples_seen": step}
-        stall = [0.0]
+        stall = [0.0, 0.0]
 
         def background(meta: dict[str, int] = meta, stall: list[float] = stall) -> None:
+            cpu = time.thread_time()
             stall[0] = keeper.save(engine, None, meta, background=True)
+            stall[1] = time.thread_time() - cpu
             keeper.wait()
 
+        _drop(keeper, step - 1)
         result["background"].append(timed(background))
-        result["stall"].append((slowest(stall[0]), 0.0))
+        result["stall"].append((slowest(stall[0]), slowest(stall[1])))
+        _drop(keeper, step - 2)
     return result
+
+
+def _drop(keeper: Checkpointer, step: int) -> None:
+    dist.barrier()
+    folder = keeper.root / checkpoint.folder_name(step)
+    if dist.get_rank() == 0 and folder.exists():
+        checkpoint.remove(folder)
+        os.sync()
+    dist.barrier()
 
 
 def load_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
@@ -169,8 +183,14 @@ def load_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
     assert found.folder is not None and found.manifest is not None
     result: dict[str, Any] = {"bytes": found.manifest.nbytes, "checked": [], "unchecked": [], "read": []}
     files = [found.folder / name for name in found.manifest.files]
+    local = LocalState(engine)
     before = memory("VmRSS")
     peak_reset()
+    elastic.load(local, found.folder, found.manifest)
+    result["peak_bytes"] = slowest(memory("VmHWM") - before)
+    peak_reset()
+    local.refresh()
+    result["refresh_bytes"] = slowest(memory("VmHWM") - before)
     for _ in range(plan.rounds):
         for name in ("checked", "unchecked"):
             keeper.verify = name == "checked"
@@ -179,8 +199,6 @@ def load_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
         _forget(files)
         mine = files[dist.get_rank() :: dist.get_world_size()]
         result["read"].append(timed(partial(bare_read, mine)))
-    result["peak_bytes"] = slowest(memory("VmHWM") - before)
-    local = LocalState(engine)
     result["state_bytes"] = slowest(sum(m.numel() for m in local.masters) * 4 * (1 + len(MOMENTS)))
     return result
 

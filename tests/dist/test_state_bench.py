@@ -1,0 +1,39 @@
+"""``dattrain bench checkpoint`` measures what it says: real ranks, real files; no figure of it decides anything here."""
+
+from __future__ import annotations
+
+import json
+
+from dattrain.cli import main
+
+
+def test_bench_checkpoint(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    out = tmp_path / "report.json"
+    words = [
+        "bench",
+        "checkpoint",
+        "--parameters",
+        "1e6",
+        "--ranks",
+        "2",
+        "--load-ranks",
+        "1",
+        "--rounds",
+        "2",
+    ]
+    assert main([*words, "--dir", str(tmp_path), "--json", str(out)]) == 0
+    report = json.loads(out.read_text())
+    cases = {(m["case"], m["name"]): m for m in report["measurements"]}
+    assert [name for case, name in cases if case.startswith("step loop")] == [
+        "blocking save",
+        "background save",
+    ]
+    assert cases[("state to disk (2 ranks)", "blocking save")]["items"] > 12.0
+    assert ("load on 1 ranks", "load, checked") in cases
+    assert all(m["wall"][0] > 0 for m in report["measurements"])
+    text = capsys.readouterr().out
+    assert "Stall:" in text and "Bandwidth:" in text and "1 M parameters" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"], "the folder is left as it was"
+    assert main(["bench", "checkpoint", "--dir", str(tmp_path / "none")]) == 2
+    assert main(["bench", "checkpoint", "--parameters", "1e15", "--dir", str(tmp_path)]) == 1

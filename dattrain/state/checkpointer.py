@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dattrain.errors import UserError
-from dattrain.state import checkpoint, elastic, fragments, retention, shards
+from dattrain.state import checkpoint, elastic, fragments, ranks, retention, shards
 from dattrain.state.background import HostBuffer, OneInFlight, image_of
 from dattrain.state.checkpoint import Manifest
 from dattrain.state.fragments import MOMENTS, Fragment, LocalState
@@ -81,7 +81,7 @@ class Checkpointer:
         self.passed_over: tuple[tuple[str, str], ...] = ()
         """What the last ``resume`` passed over: (name, reason), newest first."""
         self.resumed_from: Path | None = None
-        self.rank, self.world = fragments._rank_and_world()
+        self.rank, self.world = ranks.rank_and_world()
         self._task = OneInFlight("checkpoint")
         self._buffer = HostBuffer(pinned=torch.cuda.is_available())
         self._saves = 0
@@ -91,7 +91,7 @@ class Checkpointer:
             for name in checkpoint.recover(self.root):
                 log.info("removed %s, left by a process that was killed", name)
             token = secrets.token_hex(4)
-        self._token = _broadcast(token)
+        self._token = ranks.broadcast(token)
 
     @classmethod
     def from_config(cls, run: Path, config: Config) -> Checkpointer:
@@ -157,7 +157,7 @@ class Checkpointer:
             self._task.wait()
         except Exception as e:
             failure = e
-        told = [m for m in _gather(None if failure is None else str(failure)) if m is not None]
+        told = [m for m in ranks.gather(None if failure is None else str(failure)) if m is not None]
         if failure is not None:
             raise failure
         if told:
@@ -324,7 +324,7 @@ class Checkpointer:
             if self.rank == 0 and folder is None:
                 found = checkpoint.find(self.root, skip=skip)
                 chosen = (found.folder, found.passed_over)
-            source, self.passed_over = _broadcast(chosen)
+            source, self.passed_over = ranks.broadcast(chosen)
             if source is None:
                 if self.passed_over:
                     raise UserError(checkpoint.none_whole(self.root, self.passed_over))
@@ -370,7 +370,7 @@ class Checkpointer:
             damage = str(e)
         except Exception as e:
             failure = e
-        told = _gather((damage, None if failure is None else f"{failure}"))
+        told = ranks.gather((damage, None if failure is None else f"{failure}"))
         if failure is not None:
             raise failure
         for rank, (_, other) in enumerate(told):
@@ -411,26 +411,3 @@ def _leave(folder: Path, name: str, value: Any) -> None:
     part = folder / f"{name}.part"
     part.write_text(json.dumps(value))
     os.rename(part, folder / name)
-
-
-def _broadcast(value: Any) -> Any:
-    """Rank 0's ``value``."""
-    import torch.distributed as dist
-
-    if fragments._rank_and_world()[1] == 1:
-        return value
-    held = [value]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
-
-
-def _gather(value: Any) -> list[Any]:
-    """Every rank's ``value``."""
-    import torch.distributed as dist
-
-    world = fragments._rank_and_world()[1]
-    if world == 1:
-        return [value]
-    held: list[Any] = [None] * world
-    dist.all_gather_object(held, value)
-    return held

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from dattrain.errors import UserError
 from dattrain.state.checkpoint import Parameter
+from dattrain.state.ranks import rank_and_world
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = ("param", *MOMENTS, "ema")
@@ -70,7 +71,7 @@ class LocalState:
         _require_version()
         self.engine = engine
         self.stage = int(engine.zero_optimization_stage())
-        self.rank, self.world = _rank_and_world()
+        self.rank, self.world = rank_and_world()
         self._zero = engine.optimizer
         self._optimizers: list[Any] = [engine.basic_optimizer]
         self.masters: list[Tensor] = []
@@ -413,14 +414,6 @@ def _is_plain(value: Any) -> bool:
         or isinstance(value, (bool, int, str))
         or (isinstance(value, float) and math.isfinite(value))
     )
-
-
-def _rank_and_world() -> tuple[int, int]:
-    import torch.distributed as dist
-
-    if not dist.is_available() or not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
 
 
 def _refuse_nvme(zero: Any) -> None:

@@ -32,8 +32,9 @@ SUFFIX = {
     "torch.export": ".pt2",
 }
 
-EXACT, GRAPH = 0.0, 1e-3
-"""Largest difference of logits that is accepted, relative to their largest: weights are the same numbers, graphs reorder sums."""
+EXACT, GRAPH = 1e-6, 1e-3
+"""Largest difference of logits that is accepted, relative to their largest. The same numbers may lie otherwise in memory, where
+matrix products then sum in another order; graphs have other operators too."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,15 +115,14 @@ def write(model: DAT, card: Card, to: str, out: Path, *, opset: int = 20) -> Wri
 def compare(model: DAT, item: Written, images: Tensor) -> tuple[float, str]:
     """Largest difference of logits relative to the largest logit, and on how many images the best class is the same.
 
-    One image at a time and all together, so that a graph with a frozen batch size shows.
+    All together and the first alone, so that a graph with a frozen batch size shows.
     """
     import torch
 
     with torch.no_grad():
-        expected = model(images)
-        found = item.run(images)
-        single = torch.cat([item.run(image[None]) for image in images[:2]])
-    difference = max(float((found - expected).abs().max()), float((single - expected[:2]).abs().max()))
+        expected, found = model(images), item.run(images)
+        alone, found_alone = model(images[:1]), item.run(images[:1])
+    difference = max(float((found - expected).abs().max()), float((found_alone - alone).abs().max()))
     same = int((found.argmax(1) == expected.argmax(1)).sum())
     return difference / float(expected.abs().max()), f"{same} of {len(images)} images"
 

@@ -1,0 +1,173 @@
+"""Every export is loaded back by what it is for, and gives the model's logits on real images."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+
+from dattrain import cli
+from dattrain.models import create, surgery
+from dattrain.tools import export, importer, weights
+
+SMALL = {"dims": (16, 32, 32, 32), "heads": (1, 2, 2, 2), "groups": (1, 1, 1, 2)}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A DAT with every kind of its blocks and large offsets, at 64 and 32 x 64."""
+    return _save(tmp_path_factory, "dat_atto", blocks=("L", "S", "D", "D"), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def small_pp(tmp_path_factory):
+    return _save(tmp_path_factory, "dat_pp_tiny", blocks=("ND", "N", "D", "D"), **SMALL)
+
+
+def _save(tmp_path_factory, name, **overrides):
+    torch.manual_seed(2)
+    model = create(name, num_classes=7, img_size=64, **overrides)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "bias_table" in key:
+                parameter.normal_(std=0.5)
+            elif "offset.proj" in key:
+                parameter.mul_(20)
+    path = tmp_path_factory.mktemp("weights") / f"{name}.safetensors"
+    weights.save(
+        path,
+        model.state_dict(),
+        weights.Card(name, 7, (64, 64), overrides=overrides, classes=tuple("abcdefg")),
+    )
+    return path
+
+
+@pytest.mark.parametrize("which", ["small", "small_pp"])
+@pytest.mark.parametrize("to", ["safetensors", "authors", "timm"])
+def test_weights_come_back_bit_for_bit(tmp_path, capsys, request, which, to):
+    source, out = request.getfixturevalue(which), tmp_path / "out"
+    assert cli.main(["export", str(source), "--to", to, "--out", str(out)]) == 0
+    assert "same best class on 8 of 8 images" in capsys.readouterr().out
+    model = weights.load_model(source)[0]
+    if to == "authors":
+        state, _ = importer.load(out.with_suffix(".pth"))
+        assert any("conv_offset" in name for name in state)
+        back = surgery.from_authors(state, importer.read_config(out.with_suffix(".yaml")))
+    elif to == "timm":
+        back = timm.create_model(f"local-dir:{out}", pretrained=True)
+        features = timm.create_model(f"local-dir:{out}", pretrained=True, features_only=True)
+        assert [f.shape[1] for f in features(torch.zeros(1, 3, 64, 64))] == [16, 32, 32, 32]
+    else:
+        back, card = weights.load_model(out.with_suffix(".safetensors"))
+        assert card == weights.load_model(source)[1]
+    ours = model.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in back.state_dict().items())
+
+
+def test_timm_exports_take_another_head(tmp_path, small):
+    assert cli.main(["export", str(small), "--to", "timm", "--out", str(tmp_path / "out")]) == 0
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=3)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_authors_export_of_a_released_architecture_needs_no_yaml(tmp_path):
+    torch.manual_seed(0)
+    model = create("dat_tiny", num_classes=1000, img_size=224)
+    weights.save(tmp_path / "a.safetensors", model.state_dict(), weights.card_of_model(model))
+    assert (
+        cli.main(
+            ["export", str(tmp_path / "a.safetensors"), "--to", "authors", "--out", str(tmp_path / "b.pth")]
+        )
+        == 0
+    )
+    assert cli.main(["import", str(tmp_path / "b.pth")]) == 0
+    back, card = weights.load_model(tmp_path / "b.safetensors")
+    assert card.name == "dat_tiny"
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values()))
+
+
+def test_a_model_the_authors_code_cannot_hold_is_refused(tmp_path, capsys):
+    model = create("dat_atto", num_classes=7, img_size=(64, 32), blocks=("L", "S", "D", "D"), **SMALL)
+    weights.save(tmp_path / "a.safetensors", model.state_dict(), weights.card_of_model(model))
+    assert (
+        cli.main(
+            ["export", str(tmp_path / "a.safetensors"), "--to", "authors", "--out", str(tmp_path / "b.pth")]
+        )
+        == 1
+    )
+    assert "64 x 32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("which", ["small", pytest.param("small_pp", marks=pytest.mark.full)])
+def test_onnx_runs_at_several_sizes_with_its_sampling_intact(tmp_path, capsys, request, which):
+    source = request.getfixturevalue(which)
+    command = ["export", str(source), "--to", "onnx", "--out", str(tmp_path / "m")]
+    assert cli.main([*command, "--img-size", "64", "--img-size", "32", "96"]) == 0
+    assert capsys.readouterr().out.count("same best class on 8 of 8 images") == 2
+    for size in ((64, 64), (32, 96)):
+        file = tmp_path / f"m_{size[0]}x{size[1]}.onnx"
+        graph = onnx.load(file)
+        # Two samplings per deformable block: of the keys, and of the bias at continuous displacements.
+        assert sum(node.op_type == "GridSample" for node in graph.graph.node) >= 4
+        properties = {item.key: item.value for item in graph.metadata_props}
+        assert json.loads(properties["classes"]) == list("abcdefg")
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        model, _ = weights.load_model(source, img_size=size)
+        for batch in (1, 3):
+            x = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(batch))
+            with torch.no_grad():
+                expected = model(x).numpy()
+            np.testing.assert_allclose(
+                session.run(None, {"images": x.numpy()})[0], expected, atol=2e-4, rtol=1e-3
+            )
+
+
+def test_torch_export_loads_back_for_any_batch(tmp_path, small):
+    assert cli.main(["export", str(small), "--to", "torch.export", "--out", str(tmp_path / "m.pt2")]) == 0
+    extra = {"card.json": ""}
+    program = torch.export.load(tmp_path / "m.pt2", extra_files=extra)
+    assert weights.Card.from_json(extra["card.json"]) == weights.load_model(small)[1]
+    x = torch.randn(5, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), weights.load_model(small)[0](x), atol=1e-4, rtol=1e-3)
+
+
+def test_a_graph_that_differs_is_an_error(tmp_path, small, monkeypatch, capsys):
+    real = export._torch_export
+
+    def wrong(model, card, out):
+        item = real(model, card, out)
+        return export.Written(item.path, item.card, lambda x: item.run(x) * 1.1, item.tolerance)
+
+    monkeypatch.setattr(export, "_torch_export", wrong)
+    assert cli.main(["export", str(small), "--to", "torch.export", "--out", str(tmp_path / "m")]) == 1
+    assert "does not give the model's logits" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_unasked(tmp_path, small, capsys):
+    out = tmp_path / "a.safetensors"
+    out.write_text("mine")
+    assert cli.main(["export", str(small), "--to", "safetensors", "--out", str(out)]) == 1
+    assert out.read_text() == "mine" and "--force" in capsys.readouterr().err
+
+
+def test_one_size_for_weights(tmp_path, small, capsys):
+    command = [
+        "export",
+        str(small),
+        "--to",
+        "authors",
+        "--out",
+        str(tmp_path / "m"),
+        "--img-size",
+        "64",
+        "--img-size",
+        "96",
+    ]
+    assert cli.main(command) == 2
+    assert "one --img-size" in capsys.readouterr().err

@@ -38,6 +38,9 @@ def write_universal(folder: Path, out: Path) -> Path:
     final = out / tag
     if final.exists():
         raise UserError(f"{final} is there already")
+    for name in manifest.parameters:
+        if "/" in name or "\0" in name or name in ("", ".", ".."):
+            raise UserError(f"{folder} names a parameter {name!r}, which cannot be the name of a folder")
     out.mkdir(parents=True, exist_ok=True)
     aside = out / f".{tag}.{secrets.token_hex(4)}"
     try:

@@ -213,3 +213,15 @@ def test_import_of_an_unsharded_deepspeed_checkpoint(tmp_path, capsys):
     (tmp_path / "run" / "config.yaml").write_text(dump(other))
     assert main(["ckpt", "import", str(tmp_path / "ds"), str(tmp_path / "run")]) == 1
     assert "head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../../evil", "..", "/evil", "a/b"])
+def test_parameter_names_cannot_lead_an_export_astray(tmp_path, capsys, name):
+    values = torch.ones(3)
+    pieces = {Piece(s, name, 0, 3): values for s in ("param", "exp_avg", "exp_avg_sq")}
+    manifest = Manifest(1, 1, 1, 2, "", ("param", "exp_avg", "exp_avg_sq"), {name: Parameter((3,), True, 1)})
+    offline.write_checkpoint(tmp_path / "run" / "checkpoints", manifest, [lambda: pieces])
+    out = tmp_path / "deep" / "out"
+    assert main(["ckpt", "export", str(tmp_path / "run"), str(out), "--to", "deepspeed"]) == 1
+    assert "cannot be the name of a folder" in capsys.readouterr().err
+    assert not out.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["run"]

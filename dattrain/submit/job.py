@@ -117,7 +117,17 @@ def _evaluate(run: Path) -> dict[str, Any]:
     source = load(run / "config.yaml").config.init.from_
     if source is None:
         raise UserError(f"{run}: an evaluation needs init.from, the run to evaluate")
-    command = [sys.executable, "-m", "dattrain", "eval", source, "--json", str(run / "evaluation.json")]
+    enter = str(Path(__file__).with_name("enter.py"))
+    command = [
+        sys.executable,
+        enter,
+        "-m",
+        "dattrain",
+        "eval",
+        source,
+        "--json",
+        str(run / "evaluation.json"),
+    ]
     code = subprocess.run(command).returncode
     if code in (1, 2):
         raise UserError(

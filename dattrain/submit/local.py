@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -32,10 +33,11 @@ def start(run: Path, profile: Profile) -> str:
     code = str(run / "submit" / "code")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [code, environment.get("PYTHONPATH")]))
     python = profile.python or sys.executable
-    lines = [*profile.setup, 'exec "$0" -u -m dattrain.submit.local "$1"']
+    enter = str(Path(code) / "dattrain" / "submit" / "enter.py")
+    lines = [*profile.setup, 'exec "$0" "$1" -u -m dattrain.submit.local "$2"']
     with open(run / "submit" / "local.log", "ab") as log:
         process = subprocess.Popen(
-            ["bash", "-c", "\n".join(lines), python, str(run)],
+            ["bash", "-c", "\n".join(lines), python, enter, str(run)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
     job = f"local-{process.pid}"
@@ -105,7 +107,8 @@ def _attempt(run: Path, spec: dict[str, Any]) -> str:
     from submitit.local.local import LocalExecutor
 
     before = history.newest_checkpoint(run)
-    executor = LocalExecutor(spec["folder"])
+    enter = Path(__file__).with_name("enter.py")
+    executor = LocalExecutor(spec["folder"], python=shlex.join([sys.executable, str(enter)]))
     executor.update_parameters(
         tasks_per_node=spec["tasks_per_node"],
         gpus_per_node=spec["profile"]["gpus_per_node"],

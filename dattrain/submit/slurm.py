@@ -17,6 +17,9 @@ from dattrain.submit.cluster import Profile
 TIMEOUTS = 1_000_000_000
 """submitit's ``max_num_timeout``: it counts each signal of a job shorter than ten minutes, and would end the run at three."""
 
+ENTER = '"$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py"'
+"""Starts a module of the snapshot; expanded by the batch script's shell, for each run of an array."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -93,7 +96,11 @@ def script(profile: Profile, place: Placement) -> str:
 
 
 def python(profile: Profile, place: Placement) -> str:
-    """The shell command that starts Python in a task, inside apptainer where the profile says so."""
+    """The shell command that starts the snapshot's Python in a task, inside apptainer where the profile says so."""
+    return f"{_interpreter(profile, place)} {ENTER}"
+
+
+def _interpreter(profile: Profile, place: Placement) -> str:
     box = profile.container
     if box is None:
         return shlex.quote(profile.python or sys.executable)
@@ -127,7 +134,7 @@ def _before(profile: Profile, place: Placement) -> list[str]:
 
 
 def _bookkeeper(profile: Profile) -> str:
-    return f"{shlex.quote(profile.host_python)} -m dattrain.submit.watch"
+    return f"{shlex.quote(profile.host_python)} {ENTER} -m dattrain.submit.watch"
 
 
 def _srun(profile: Profile, place: Placement) -> list[str]:

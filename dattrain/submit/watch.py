@@ -3,9 +3,9 @@
 It runs on the host of the batch script with any Python >= 3.8 and the standard library alone, from the snapshot, so that
 neither a container nor a broken environment of the tasks can keep a run from going on::
 
-    python3 -m dattrain.submit.watch begin RUN        # before srun; a status other than 0 ends the job there
-    python3 -m dattrain.submit.watch guard RUN        # beside srun; requeues a job whose save outran its time limit
-    python3 -m dattrain.submit.watch end RUN STATUS   # after srun, with its exit status; requeues, or lets the next one start
+    python3 enter.py -m dattrain.submit.watch begin RUN        # before srun; a status other than 0 ends the job there
+    python3 enter.py -m dattrain.submit.watch guard RUN        # beside srun; requeues a job whose save outran its time limit
+    python3 enter.py -m dattrain.submit.watch end RUN STATUS   # after srun, with its exit status; requeues, or lets the next one start
 
 What it writes and how it judges is in ``dattrain.submit.history``. Not here: the signal and the save
 (``dattrain.runtime.preempt``, ``dattrain.engine.trainer``), and the first submission (``dattrain.submit.launch``).

@@ -34,6 +34,8 @@ PACKAGES = {
     "munged": "munge",
     "ip": "iproute2",
 }
+OWNER = "dattrain-test-"
+"""Alias of a bridge that belongs to the process of this id."""
 ACCOUNTING_PACKAGES = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
 
 
@@ -80,6 +82,17 @@ def install(accounting: bool, log: Path) -> None:
     finally:
         if ours:
             policy.unlink(missing_ok=True)
+
+
+def sweep() -> None:
+    """Remove bridges whose owner was killed before it could; everything else of its cluster died with it."""
+    shown = subprocess.run(
+        ["ip", "-j", "link", "show", "type", "bridge"], capture_output=True, text=True
+    ).stdout
+    for link in json.loads(shown or "[]"):
+        owner = link.get("ifalias", "").removeprefix(OWNER)
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            subprocess.run(["ip", "link", "del", link["ifname"]], capture_output=True)
 
 
 @dataclass
@@ -154,6 +167,7 @@ class Cluster:
         self._load()
         self._write_configuration()
         self._start_munge()
+        sweep()
         self._start_bridge()
         if self.accounting:
             self._start_accounting()
@@ -203,11 +217,14 @@ class Cluster:
     def _start_bridge(self) -> None:
         if subprocess.run(["ip", "link", "show", self.bridge], capture_output=True).returncode == 0:
             return
-        for command in (
+        commands = [
             ["link", "add", self.bridge, "type", "bridge"],
             ["addr", "add", f"{self.net}.1/24", "dev", self.bridge],
             ["link", "set", self.bridge, "up"],
-        ):
+        ]
+        if self.die_with_parent:
+            commands.append(["link", "set", self.bridge, "alias", f"{OWNER}{os.getpid()}"])
+        for command in commands:
             subprocess.run(["ip", *command], check=True, capture_output=True)
 
     def _start_node(self, node: str) -> None:

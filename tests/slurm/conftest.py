@@ -96,7 +96,7 @@ class Site:
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(
-            [sys.executable, "-m", "dattrain", *arguments], cwd=self.folder, env=environment, capture_output=True, text=True,
+            [str(Path(sys.executable).with_name("dattrain")), *arguments], cwd=self.folder, env=environment, capture_output=True, text=True,
             timeout=timeout,
         )  # fmt: skip
         if check:
@@ -123,7 +123,8 @@ class Site:
         done = self.dattrain("status", str(run), "--json", check=False)
         return json.loads(done.stdout.splitlines()[0])
 
-    def wait(self, run: Path, *states: str, seconds: float = 240) -> dict[str, Any]:
+    # Waits are generous: on a busy machine four ranks take a minute and more to import what they need.
+    def wait(self, run: Path, *states: str, seconds: float = 900) -> dict[str, Any]:
         """Poll status until the run is in one of these states (``finished`` if none is given)."""
         wanted = states or ("finished",)
         final = {"finished", "failed", "cancelled", "stopped"}
@@ -138,7 +139,7 @@ class Site:
                 )
             time.sleep(1)
 
-    def wait_for(self, what: Callable[[], Any], seconds: float = 180, run: Path | None = None) -> Any:
+    def wait_for(self, what: Callable[[], Any], seconds: float = 600, run: Path | None = None) -> Any:
         """Poll until something is true."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -180,6 +181,9 @@ def site(cluster: Cluster) -> Iterator[Site]:
                  "--per-shard", "64", "--format", "png", "--jobs", "1"],
                 cwd=folder, check=True, capture_output=True,
             )  # fmt: skip
+        # A checkout that is edited after the submission, in the folder where the jobs work: it must not be what they run.
+        (folder / "dattrain").mkdir()
+        (folder / "dattrain" / "__init__.py").write_text("raise RuntimeError('not the snapshot')")
         (folder / "tiny.yaml").write_text(RECIPE.replace("DATA", str(folder / "data")))
         (folder / "test.yaml").write_text(PROFILE)
         made = Site(cluster, folder, folder / "tiny.yaml", folder / "test.yaml")

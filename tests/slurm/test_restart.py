@@ -56,23 +56,22 @@ def test_preempted_by_a_more_urgent_job(site: Site, undisturbed: Path, requeue: 
 
 @pytest.mark.full
 def test_the_time_limit(site: Site, undisturbed: Path) -> None:
-    run, job = _begin(site, "limit", "--time", "2")
-    # One slow rank keeps the run from finishing in its first two minutes, and has the signal wait for it.
+    run, job = _begin(site, "limit", "--time", "3")
+    # One slow rank keeps the run from finishing within its limit, and has the signal wait for it.
     slow = ranks(job)[1]
     os.kill(slow, signal.SIGSTOP)
-    site.wait_for(lambda: _pending(slow, signal.SIGUSR2), seconds=120, run=run)
+    site.wait_for(lambda: _pending(slow, signal.SIGUSR2), run=run)
     os.kill(slow, signal.SIGCONT)
-    found = site.wait(run)
-    assert _reasons(found) == ["time limit"]
+    assert set(_reasons(site.wait(run))) == {"time limit"}
     _same(run, undisturbed)
 
 
 @pytest.mark.full
 def test_a_save_that_outruns_the_time_limit_is_requeued_all_the_same(site: Site, undisturbed: Path) -> None:
-    run, job = _begin(site, "overrun", "--time", "1")
+    run, job = _begin(site, "overrun", "--time", "3")
     os.kill(ranks(job)[1], signal.SIGSTOP)
     found = site.wait(run)
-    assert _reasons(found) == ["time limit"]
+    assert set(_reasons(found)) == {"time limit"}
     assert "killed before it had saved" in found["restarts"][0]
     _same(run, undisturbed)
 
@@ -127,7 +126,7 @@ def test_a_killed_rank_takes_the_job_down_and_is_retried(site: Site, undisturbed
     assert _reasons(found) == ["crashed"]
     (end, _) = [e for e in _history(run) if e["event"] == "end"]
     assert end["detail"] == "Killed"
-    assert end["node"] == [e for e in _history(run) if e["event"] == "begin"][0]["nodes"][1]
+    assert end["node"] == next(e for e in _history(run) if e["event"] == "begin")["nodes"][1]
     _same(run, undisturbed)
 
 
@@ -135,7 +134,7 @@ def test_a_node_that_fails_twice_is_left_out_and_without_progress_the_run_ends(
     site: Site, undisturbed: Path
 ) -> None:
     run, job = _begin(site, "bad-node", "--retries", "5")
-    bad = [e for e in _history(run) if e["event"] == "begin"][0]["nodes"][1]
+    bad = next(e for e in _history(run) if e["event"] == "begin")["nodes"][1]
     os.kill(ranks(job)[3], signal.SIGKILL)
     site.wait_for(
         lambda: step_of(run) >= 21 and len([e for e in _history(run) if e["event"] == "begin"]) == 2, run=run

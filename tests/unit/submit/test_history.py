@@ -184,8 +184,8 @@ def test_the_bookkeeper_needs_the_standard_library_alone(tmp_path: Path) -> None
     (tmp_path / "run" / "submit").mkdir(parents=True)
     (tmp_path / "run" / "submit" / "spec.json").write_text(json.dumps({"retries": 3, "requeue": "scontrol"}))
     done = subprocess.run(
-        [sys.executable, "-S", "-m", "dattrain.submit.watch", "begin", str(tmp_path / "run")],
-        env={"PYTHONPATH": str(tmp_path), "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n[1-2]", "PATH": "/usr/bin:/bin"},
+        [sys.executable, "-S", str(tmp_path / "dattrain" / "submit" / "enter.py"), "-m", "dattrain.submit.watch", "begin", str(tmp_path / "run")],
+        env={"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n[1-2]", "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -48,18 +48,20 @@ DATTRAIN_RUNS=(/r/demo)
 export DATTRAIN_RUN="${DATTRAIN_RUNS[${SLURM_ARRAY_TASK_ID:-0}]}"
 export PYTHONPATH="$DATTRAIN_RUN/submit/code${PYTHONPATH:+:$PYTHONPATH}"
 trap : TERM
-python3 -m dattrain.submit.watch begin "$DATTRAIN_RUN" || exit $?
-python3 -m dattrain.submit.watch guard "$DATTRAIN_RUN" &
+python3 "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch begin "$DATTRAIN_RUN" || exit $?
+python3 "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch guard "$DATTRAIN_RUN" &
 export DATTRAIN_GUARD=$!
 
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output /r/demo/submit/slurm/%j_%t_log.out --error /r/demo/submit/slurm/%j_%t_log.err --kill-on-bad-exit=1 \
-/env/bin/python -u -m submitit.core._submit /r/demo/submit/slurm
+/env/bin/python "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -u -m submitit.core._submit /r/demo/submit/slurm
 
 
 # teardown
-python3 -m dattrain.submit.watch end "$DATTRAIN_RUN" $?""".replace("\\\n", "")
+python3 "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch end "$DATTRAIN_RUN" $?""".replace(
+            "\\\n", ""
+        )
     )
 
 
@@ -105,13 +107,13 @@ def test_pyxis_and_apptainer_run_the_tasks_but_not_the_bookkeeper() -> None:
         "--container-image=/i.sqsh --container-mounts=/r/demo:/r/demo,/data:/data,/a:/b --no-container-mount-home"
         in srun
     )
-    assert srun.endswith(" python -u -m submitit.core._submit /r/demo/submit/slurm")
+    assert srun.endswith(f" python {slurm.ENTER} -u -m submitit.core._submit /r/demo/submit/slurm")
 
     box = replace_box(box, runtime="apptainer", arguments=("--cleanenv",))
     lines = _script(Profile(container=box, gpus_per_node=2))
     (srun,) = [line for line in lines if line.startswith("srun")]
     assert (
-        "apptainer exec --nv --bind /r/demo:/r/demo --bind /data:/data --bind /a:/b --cleanenv /i.sqsh python -u"
+        "apptainer exec --nv --bind /r/demo:/r/demo --bind /data:/data --bind /a:/b --cleanenv /i.sqsh python "
         in srun
     )
     assert [line for line in lines if "submit.watch" in line and line.startswith("python3")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,13 +71,23 @@ def test_a_checkout_around_site_packages_is_not_ours(source: Path) -> None:
     assert snapshot.describe()[0]["revision"] is None
 
 
-def test_a_task_imports_the_snapshot_and_not_what_is_installed(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_a_task_imports_the_snapshot_and_neither_the_working_folder_nor_what_is_installed(
+    tmp_path: Path,
+) -> None:
+    run, checkout = tmp_path / "run", tmp_path / "checkout"
     (run / "submit").mkdir(parents=True)
     code = snapshot.take(run)
+    (checkout / "dattrain").mkdir(parents=True)
+    (checkout / "dattrain" / "__init__.py").write_text("raise RuntimeError('the code of the working folder')")
     shown = subprocess.check_output(
-        [sys.executable, "-c", "import dattrain.submit.job as j, launch; print(j.__file__, launch.__file__)"],
-        env={"PYTHONPATH": str(code)}, text=True, cwd="/",
+        [sys.executable, str(code / "dattrain" / "submit" / "enter.py"), "-u", "-m", "dattrain", "--version"], cwd=checkout,
+        text=True,
     )  # fmt: skip
-    assert all(name.startswith(str(code)) for name in shown.split())
-    shutil.rmtree(run)
+    assert shown.startswith("dattrain ")
+    (code / "dattrain" / "__init__.py").write_text("__version__ = 'of the snapshot'")
+    shown = subprocess.check_output(
+        [sys.executable, str(code / "dattrain" / "submit" / "enter.py"), "-m", "dattrain", "--version"],
+        cwd=checkout,
+        text=True,
+    )
+    assert shown == "dattrain of the snapshot\n"

@@ -130,7 +130,11 @@ class Checkpointer:
             UserError: the save before this one has failed, or (not in background) this one.
         """
         begin = time.perf_counter()
-        self._task.wait()
+        background = self.background if background is None else background
+        if background:
+            self._task.wait()
+        else:
+            self.wait()  # on every rank or on none: the other ranks will be in the collective below
         local = LocalState(engine)
         states = ("param", *MOMENTS, *(() if ema is None else ("ema",)))
         manifest = self._manifest(local, states, meta)
@@ -138,7 +142,7 @@ class Checkpointer:
         self._saves += 1
         folder = checkpoint.aside(self.root, manifest.step, f"{self._token}-{self._saves}")
         self._task.start(lambda: self._write(folder, manifest, layout, image))
-        if not (self.background if background is None else background):
+        if not background:
             self.wait()
         return time.perf_counter() - begin
 
@@ -223,9 +227,8 @@ class Checkpointer:
         image = image_of(host)
         image[: len(layout.header)] = layout.header
         buffers = local.buffers()
-        run: tuple[Tensor, int, int, int] | None = (
-            None  # a master's tensor, first element, elements, first byte in the file
-        )
+        # What lies side by side in memory and in the file is one copy: (tensor, first element, elements, first byte).
+        run: tuple[Tensor, int, int, int] | None = None
         for piece, at in zip(layout.pieces, layout.offsets):
             fragment, state = source[piece.key]
             if fragment is None:

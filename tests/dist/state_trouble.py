@@ -210,6 +210,26 @@ def the_next_step_hears_of_it(run: Path) -> None:
     assert checkpoint.find(keeper.root).folder is not None
 
 
+def a_blocking_save_after_a_failure(run: Path) -> None:
+    """Rank 1's failure in background is told on both ranks by a blocking save, which would else leave rank 0 waiting."""
+    job = Job(str(run), "", stage=2)
+    engine = build(job)
+    keeper = Checkpointer(run, patience=30)
+    real = shards.write
+    if dist.get_rank() == 1:
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(5, "Input/output error")
+
+        shards.write = fail  # type: ignore[assignment]
+    keeper.save(engine, None, META)
+    message = told(lambda: keeper.save(engine, None, {"step": 2, "samples_seen": 24}, background=False))
+    assert "step 1 could not be written" in message and "Input/output error" in message
+    shards.write = real
+    keeper.save(engine, None, {"step": 2, "samples_seen": 24}, background=False)
+    assert [e.step for e in checkpoint.entries(keeper.root)] == [2]
+
+
 def a_silent_rank(run: Path) -> None:
     """Rank 1 never writes: rank 0 gives the save up after its patience, and nothing is published."""
     job = Job(str(run), "", stage=2)

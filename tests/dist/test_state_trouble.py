@@ -12,6 +12,7 @@ SCENARIOS = [
     "ema_against_unsharded",
     "one_rank_cannot_write",
     "the_next_step_hears_of_it",
+    "a_blocking_save_after_a_failure",
     "a_silent_rank",
     "rollback",
 ]

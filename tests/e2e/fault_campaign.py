@@ -81,6 +81,8 @@ def arm(kill: Kill) -> None:
 def start(job: Job, kill: Kill | None, log: Path) -> tuple[list[int], float]:
     """Run ``job`` on forked ranks; returns wait statuses, and seconds. As a launcher would, ends all when one dies."""
     port = str(free_port())
+    for old in log.parent.glob(f"{log.name}.*"):
+        old.unlink()
     begin = time.monotonic()
     pids = []
     for rank in range(WORLD):
@@ -186,6 +188,8 @@ def campaign(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             newest = max([newest, *steps])
             if statuses == [0] * WORLD:
                 break
+            if any("EADDRINUSE" in p.read_text() for p in folder.glob("log.*")):
+                continue  # somebody took the port that was free a moment ago
             killed = any(os.WIFSIGNALED(s) and os.WTERMSIG(s) == signal.SIGKILL for s in statuses)
             assert kill is not None and killed, (
                 kill,

@@ -34,12 +34,19 @@ LABEL_FIELDS = ("label", "cls", "class_id")
 
 @dataclass(frozen=True)
 class Indexed:
-    """One indexed shard: its entry, and the keys of samples without image or without label."""
+    """One indexed shard.
+
+    Attributes:
+        path, entry: of the shard.
+        no_image, no_label: keys of samples that lack one.
+        together: share of neighbours with the same label; near 1 where the shard was written class by class.
+    """
 
     path: str
     entry: Entry
     no_image: list[str]
     no_label: list[str]
+    together: float
 
 
 def index_shards(
@@ -76,7 +83,8 @@ def index_shards(
             write_index(path, index)
         no_image = [index.key(i) for i in range(len(index)) if not index.offsets[i]]
         no_label = [index.key(i) for i in range(len(index)) if index.labels[i] == NO_LABEL]
-        return Indexed(path, Entry.of(index), no_image, no_label)
+        same = index.labels[1:] == index.labels[:-1]
+        return Indexed(path, Entry.of(index), no_image, no_label, float(same.mean()) if len(same) else 0.0)
 
     done: list[Indexed] = []
     try:

@@ -165,6 +165,14 @@ def _index(args: argparse.Namespace) -> int:
         if keys:
             more = f", and {len(keys) - 10:,} more" if len(keys) > 10 else ""
             print(f"{len(keys):,} samples have {what}: {', '.join(keys[:10])}{more}", file=sys.stderr)
+    labels = max(shard.entry.max_label for shard in shards) + 1
+    together = sum(shard.together for shard in shards) / len(shards)
+    if labels > 10 and together > 0.5:
+        print(
+            f"{together:.0%} of neighbouring samples have the same label: these shards were written class by class, which "
+            "shuffle windows cannot undo; pack them anew with `dattrain data pack` before training",
+            file=sys.stderr,
+        )
     return 0
 
 

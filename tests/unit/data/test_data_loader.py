@@ -15,7 +15,10 @@ import pytest
 import torch
 
 from dattrain.config.schema import Config
+from dattrain.data.dataset import open_dataset
+from dattrain.data.feed import TrainFeed
 from dattrain.data.loader import eval_loader, train_loader
+from dattrain.data.order import Order
 from dattrain.errors import ConfigError, UserError
 
 CPU = torch.device("cpu")
@@ -84,6 +87,36 @@ def test_resuming_anywhere_on_another_world_goes_on_exactly(make_shards):
     for world, update in zip((1, 2, 4, 3, 6), rng.integers(1, 11, 5).tolist()):
         rest = run_of(cfg, world=world, seen=24 * update, updates=12 - update)
         assert_same(whole[12 * update :], rest)
+
+
+def test_three_hundred_steps_resumed_at_twenty_places(make_shards):
+    """Keys and plans of 300 updates on 1, 2 and 4 ranks, and from 20 random updates on at another rank count."""
+    folder = make_shards((90, 41, 77, 5, 63, 110, 28, 99))
+    cfg = config(folder, window=2)
+    dataset = open_dataset(str(folder))
+
+    def run(world: int, start: int, stop: int) -> list[tuple]:
+        out = []
+        order = Order(dataset.counts, seed=cfg.train.seed, lanes=8, window=2)
+        feeds = [
+            TrainFeed(order, cfg.augment, cfg.train.seed, (32, 32), 24, 6, rank, world, 24 * start)
+            for rank in range(world)
+        ]
+        for update in range(stop - start):
+            for feed in feeds:
+                for part in range(4 // world):
+                    r = feed.request(update * (4 // world) + part)
+                    keys = [dataset.key(s, i) for s, i in zip(r.shards.tolist(), r.samples.tolist())]
+                    arrays = (getattr(r.plan, f.name) for f in dataclasses.fields(r.plan))
+                    out.append((keys, [a.tobytes() for a in arrays if isinstance(a, np.ndarray)]))
+        return out
+
+    whole = run(1, 0, 300)
+    assert whole == run(2, 0, 300) == run(4, 0, 300)
+    rng = np.random.default_rng(1)
+    for update in rng.integers(1, 299, 20).tolist():
+        world, stop = int(rng.choice([1, 2, 4])), min(300, update + 12)
+        assert run(world, update, stop) == whole[4 * update : 4 * stop]
 
 
 def test_workers_give_what_one_process_gives(make_shards):
@@ -255,7 +288,9 @@ def _shift(path: Path) -> None:
 SCRIPT = """
     import itertools, os, signal, sys, torch
     from dattrain.config.schema import Config
-    from dattrain.data.loader import train_loader
+    from dattrain.data.dataset import open_dataset
+from dattrain.data.feed import TrainFeed
+from dattrain.data.loader import train_loader
     folder, how = sys.argv[1:]
     cfg = Config.model_validate({"model": {"num_classes": 10}, "data": {"train": folder, "workers": 2},
                                  "train": {"global_batch": 24, "micro_batch": 4}})

@@ -85,6 +85,22 @@ def test_stats_and_their_picture(make_shards, tmp_path, capsys):
     assert main(["data", "stats", str(folder), "--out", "x.doc"]) == 2
 
 
+def test_shards_written_class_by_class_are_warned_of(tmp_path, jpegs, capsys):
+    from pictures import write_tar
+
+    def members(labels):
+        return [
+            (f"{i}.{x}", d) for i, c in enumerate(labels) for x, d in (("jpg", jpegs[0]), ("cls", b"%d" % c))
+        ]
+
+    write_tar(tmp_path / "a.tar", members(np.repeat(np.arange(20), 10)))
+    write_tar(tmp_path / "b.tar", members(np.tile(np.arange(20), 10)))
+    assert main(["data", "index", str(tmp_path / "a.tar"), "--jobs", "1"]) == 0
+    assert "written class by class" in capsys.readouterr().err
+    assert main(["data", "index", str(tmp_path / "b.tar"), "--jobs", "1"]) == 0
+    assert "written class by class" not in capsys.readouterr().err
+
+
 def test_measured_sizes_are_right(make_shards, jpegs):
     from dattrain.data.dataset import open_dataset
     from dattrain.data.images import size

@@ -288,9 +288,7 @@ def _shift(path: Path) -> None:
 SCRIPT = """
     import itertools, os, signal, sys, torch
     from dattrain.config.schema import Config
-    from dattrain.data.dataset import open_dataset
-from dattrain.data.feed import TrainFeed
-from dattrain.data.loader import train_loader
+    from dattrain.data.loader import train_loader
     folder, how = sys.argv[1:]
     cfg = Config.model_validate({"model": {"num_classes": 10}, "data": {"train": folder, "workers": 2},
                                  "train": {"global_batch": 24, "micro_batch": 4}})

@@ -34,6 +34,8 @@ from dattrain.models.settings import (
     check_blocks,
     check_choices,
     check_offset_range,
+    check_positive,
+    check_rates,
     pair,
     per_stage,
 )
@@ -115,6 +117,10 @@ class DAT(TimmProtocol):
         if stem == "conv" and patch_size != 4:
             raise UserError(f"stem='conv' is two convolutions of stride 2: patch_size={patch_size} must be 4")
         check_offset_range(offset_range)
+        check_positive(
+            patch_size=patch_size, in_chans=in_chans, mlp_ratio=mlp_ratio, window_divisor=window_divisor
+        )
+        check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
         stages = len(blocks)
         self.blocks = tuple(blocks)
         self.dims = per_stage("dims", dims, stages)
@@ -124,7 +130,7 @@ class DAT(TimmProtocol):
         self.offset_kernels = per_stage("offset_kernels", offset_kernels, stages)
         self.sr_ratios = per_stage("sr_ratios", sr_ratios, stages)
         self.neighborhood = per_stage("neighborhood", neighborhood, stages)
-        check_blocks(self.blocks, self.dims, self.heads, self.groups, self.neighborhood)
+        check_blocks(self.blocks, self.dims, self.heads, self.groups, self.offset_kernels, self.neighborhood)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool

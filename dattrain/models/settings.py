@@ -46,9 +46,10 @@ def check_blocks(
     dims: Sequence[int],
     heads: Sequence[int],
     groups: Sequence[int],
-    odd: Sequence[int],
+    offset_kernels: Sequence[int],
+    neighborhood: Sequence[int],
 ) -> None:
-    """Letters are known; heads divide channels and groups divide heads; ``odd`` (neighbourhoods) are odd."""
+    """Letters are known; heads divide channels and groups divide heads; kernels and neighbourhoods are odd."""
     for stage, kinds in enumerate(blocks):
         if not kinds or set(kinds) - set(BLOCK_KINDS):
             raise UserError(
@@ -60,12 +61,33 @@ def check_blocks(
             raise UserError(
                 f"heads[{stage}]={heads[stage]} is not a multiple of groups[{stage}]={groups[stage]}"
             )
-        if "N" in kinds and odd[stage] % 2 == 0:
-            raise UserError(f"neighborhood[{stage}]={odd[stage]} must be odd")
+        for kind, name, sides in (
+            ("D", "offset_kernels", offset_kernels),
+            ("N", "neighborhood", neighborhood),
+        ):
+            if kind in kinds and sides[stage] % 2 == 0:
+                raise UserError(f"{name}[{stage}]={sides[stage]} must be odd")
 
 
 def check_offset_range(value: object) -> None:
     """A limit above 0 or one of the named ranges."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (value in ("free", "tanh", "clamp") or (number and value > 0)):  # type: ignore[operator]
+    if not (value in ("free", "tanh", "clamp") or (_is_number(value) and value > 0)):  # type: ignore[operator]
         raise UserError(f"offset_range={value!r} must be a number above 0, 'free', 'tanh' or 'clamp'")
+
+
+def check_positive(**values: object) -> None:
+    """Each is a number above 0."""
+    for name, value in values.items():
+        if not (_is_number(value) and value > 0):  # type: ignore[operator]
+            raise UserError(f"{name}={value!r} must be a number above 0")
+
+
+def check_rates(**values: object) -> None:
+    """Each is a number in [0, 1)."""
+    for name, value in values.items():
+        if not (_is_number(value) and 0 <= value < 1):  # type: ignore[operator]
+            raise UserError(f"{name}={value!r} must be a number in [0, 1)")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -298,6 +298,10 @@ def test_variant_is_told_from_the_model(name):
         ({"heads": (3, 4, 8, 16)}, r"dims\[0\]=32 is not a multiple of heads\[0\]=3"),
         ({"groups": (1, 1, 3, 4)}, r"heads\[2\]=8 is not a multiple of groups\[2\]=3"),
         ({"strides": (1, 1, 0, 1)}, r"strides=\[1, 1, 0, 1\] must be positive integers"),
+        ({"offset_kernels": (9, 7, 4, 3)}, r"offset_kernels\[2\]=4 must be odd"),
+        ({"blocks": ("N", "S", "LD", "D"), "neighborhood": 6}, r"neighborhood\[0\]=6 must be odd"),
+        ({"mlp_ratio": "4"}, "mlp_ratio='4' must be a number above 0"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate=1.0 must be a number in \[0, 1\)"),
         ({"img_size": (64, 0)}, "must be a positive side"),
         (
             {"widow_size": 7},
@@ -308,6 +312,20 @@ def test_variant_is_told_from_the_model(name):
 def test_settings_that_cannot_be_used(overrides, message):
     with pytest.raises(UserError, match=message):
         create("dat_atto", **{"num_classes": 10, "img_size": 64, **overrides})
+
+
+def test_settings_as_a_recipe_states_them():
+    """YAML has lists and integers where Python has tuples and floats."""
+    stated = {
+        "blocks": ["L", "S", "LD", "D"],
+        "groups": [1, 1, 2, 4],
+        "offset_range": 2,
+        "window_size": [4, 4, 4, 2],
+    }
+    given, usual = atto(**stated), atto()
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(given.eval()(images), usual.eval()(images))
+    assert variant_of(given) == "dat_atto"
 
 
 def test_unknown_model():

@@ -149,6 +149,22 @@ def test_state_dict_round_trip(name, full):
     assert model.state_dict().keys() == dict(model.named_parameters()).keys(), "no buffers in checkpoints"
 
 
+def test_gradient_checkpointing(name, full):
+    model, images = build(name, full).train(), torch.randn(2, 3, SIZE, SIZE)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_registered():
+    assert set(VARIANTS) <= set(timm.list_models("dat_*"))
+    assert timm.list_models("dat_*", pretrained=True) == []
+
+
 def test_set_input_size(name, full):
     model = build(name, full).eval()
     model.set_input_size(96)

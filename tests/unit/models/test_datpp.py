@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dattrain.errors import UserError
-from dattrain.models import create, surgery, zoo
+from dattrain.models import create, flops, surgery, zoo
 from dattrain.models.deformable import OffsetNetwork
 
 ASSETS = Path(__file__).parents[2] / "assets/models"
@@ -119,6 +119,17 @@ def test_parameters_of_the_variants(size, millions):
     with torch.device("meta"):
         model = create(f"dat_pp_{size}", num_classes=1000, img_size=224)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == millions
+
+
+@pytest.mark.parametrize(
+    ("size", "img_size", "giga"),
+    [("tiny", 224, 4.288), ("small", 224, 9.426), ("base", 224, 16.559), ("base", 384, 49.734)],
+)
+def test_flops_of_the_variants(size, img_size, giga):
+    # 4.3, 9.4, 16.6 and 49.7 in the paper.
+    with torch.device("meta"):
+        model = create(f"dat_pp_{size}", num_classes=1000, img_size=224)
+    assert round(flops.flops(model, img_size) / 1e9, 3) == giga
 
 
 def test_the_intermediate_model_without_convolutions_is_recognised():

@@ -138,7 +138,7 @@ def end(run: str, status: int) -> int:
         # The node list of a job that runs cannot be narrowed, so a new job takes its place.
         _queue_next(run, spec, job, None, excluded)
         return AGAIN
-    if subprocess.call(["scontrol", "requeue", job]) != 0:
+    if not _done("scontrol", "requeue", job):
         _say(
             "scontrol requeue failed; queueing a follow-up job instead (set requeue: follow-up in the profile)"
         )
@@ -154,6 +154,8 @@ def guard(run: str) -> int:
     since this script and srun are killed together. ``end`` ends this process."""
     told = []
     signal.signal(signal.SIGTERM, lambda *_: told.append(time.time()))
+    # Bash reports a job that a signal has killed, and not one that ends by itself.
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
     while not told:
         time.sleep(1)
     patience = max(1.0, _kill_wait() - 4)
@@ -168,7 +170,7 @@ def _end_guard() -> None:
     pid = os.environ.get("DATTRAIN_GUARD")
     if pid and int(pid) != os.getpid():
         with contextlib.suppress(OSError):
-            os.kill(int(pid), signal.SIGKILL)
+            os.kill(int(pid), signal.SIGUSR1)
 
 
 def _kill_wait() -> float:
@@ -204,8 +206,13 @@ def _queue_next(
     command = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
     command += ["--dependency=" + dependency] if dependency else []
     command += ["--exclude=" + ",".join(exclude)] if exclude else []
-    done = subprocess.run([*command, str(script)], stdout=subprocess.PIPE, text=True, env=clean_environment())
-    if done.returncode != 0:
+    try:
+        done = subprocess.run(
+            [*command, str(script)], stdout=subprocess.PIPE, text=True, env=clean_environment()
+        )
+    except OSError:
+        done = None
+    if done is None or done.returncode != 0:
         _say("sbatch failed; this run cannot go on by itself after this job")
         return None
     follower = done.stdout.strip().split(";")[0]
@@ -215,7 +222,8 @@ def _queue_next(
     record(run, "submit", job=follower, by="follow-up", after=job, dependency=dependency)
     for child in _waiting_jobs(spec):
         need = f"afterok:{follower}" if dependency is None else f"afterok:{job}?afterok:{follower}"
-        subprocess.call(["scontrol", "update", "JobId=" + child, "Dependency=" + need])
+        if not _done("scontrol", "update", "JobId=" + child, "Dependency=" + need):
+            _say(f"job {child} still waits for {job} alone: submit that stage again, with --after this run")
     return follower
 
 
@@ -243,16 +251,24 @@ def _next_job(run: str, job: str) -> str | None:
 def _cancel_next(run: str, job: str) -> None:
     follower = _next_job(run, job)
     if follower:
-        subprocess.call(["scancel", follower])
+        _done("scancel", follower)
 
 
 def _exclude_from_next(run: str, spec: dict[str, Any], job: str, nodes: Sequence[str]) -> None:
     follower = _next_job(run, job)
     if follower is None:
         return
-    if subprocess.call(["scontrol", "update", "JobId=" + follower, "ExcNodeList=" + ",".join(nodes)]) != 0:
-        subprocess.call(["scancel", follower])
+    if not _done("scontrol", "update", "JobId=" + follower, "ExcNodeList=" + ",".join(nodes)):
+        _done("scancel", follower)
         _queue_next(run, spec, job, "afternotok:" + os.environ["SLURM_JOB_ID"], nodes)
+
+
+def _done(*command: str) -> bool:
+    """Run a command; False if it fails or is not there."""
+    try:
+        return subprocess.call(command) == 0
+    except OSError:
+        return False
 
 
 def clean_environment() -> dict[str, str]:

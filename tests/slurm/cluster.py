@@ -162,6 +162,8 @@ class Cluster:
         """Start what is not running; returns once all nodes are idle."""
         for name in ("run", "log", "state", "spool", "gpu"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+        # The database's own user has to get through.
+        self.folder.chmod(0o755)
         install(self.accounting, self.folder / "log" / "apt.log")
         os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
         self._load()

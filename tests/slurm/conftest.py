@@ -21,7 +21,7 @@ import pytest
 import dattrain
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cluster import Cluster, unavailable
+from cluster import Cluster, install, unavailable
 
 ACCOUNTING = os.environ.get("DATTRAIN_TEST_SACCT") == "1"
 """With slurmdbd and MariaDB, so that sacct works; without, squeue and scontrol have to do."""
@@ -66,11 +66,10 @@ def cluster() -> Iterator[Cluster]:
     made = Cluster(folder, accounting=ACCOUNTING, die_with_parent=True)
     try:
         try:
-            made.start()
-        except (RuntimeError, subprocess.CalledProcessError) as error:
-            made.stop()
-            pytest.skip(f"no Slurm for the tests: {error}")
-        yield made
+            install(ACCOUNTING, folder / "apt.log")
+        except (subprocess.CalledProcessError, OSError) as error:
+            pytest.skip(f"no Slurm for the tests: apt-get could not install it ({error})")
+        yield made.start()
     finally:
         made.stop()
         shutil.rmtree(folder, ignore_errors=True)

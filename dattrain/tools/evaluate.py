@@ -262,7 +262,7 @@ def headline(report: Mapping[str, Any]) -> str:
     origin = f" ({report['source']})" if report["source"] else ""
     return (
         f"{report['model']}{origin}: {report['name']}, {height} x {width}, {report['classes']} classes, "
-        f"{report['parameters'] / 1e6:.3f}M parameters, {report['gflops']:.3f}G FLOPs"
+        f"{report['parameters'] / 1e6:.3f}M parameters, {_cost(report['gflops'])} FLOPs"
     )
 
 
@@ -326,7 +326,7 @@ def comparison(reports: Sequence[Mapping[str, Any]]) -> str:
                 report["model"],
                 " x ".join(map(str, report["img_size"])),
                 f"{report['parameters'] / 1e6:.2f}M",
-                f"{report['gflops']:.2f}G",
+                _cost(report["gflops"]),
                 *(f"{report[k]:.2f}" if k in report else "" for k in ("top1", "top5")),
                 *(
                     f"{report[k]:.{n}f}" if k in report else ""
@@ -410,6 +410,10 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cost(gflops: float) -> str:
+    return f"{gflops:.3f}G" if gflops >= 0.1 else f"{1000 * gflops:.2f}M"
 
 
 def _slug(path: str) -> str:

@@ -1,0 +1,99 @@
+"""What one does with a run once it is trained: evaluate, compare, predict, draw, export; all from the run folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "tools"))
+from fashion_images import NAMES, image_folder
+
+from dattrain import cli
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo" / "pretrain.yaml"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Six updates on 300 images, with averaged weights."""
+    root = tmp_path_factory.mktemp("run")
+    for split, count, start in (("train", 300, 1000), ("val", 60, 0)):
+        folder = image_folder(root / split, count, start)
+        command = ["data", "pack", str(folder), str(root / "shards" / split), "--split", split]
+        assert cli.main([*command, "--per-shard", "100", "--jobs", "1"]) == 0
+    overrides = {
+        "data.train": root / "shards/train",
+        "data.val": root / "shards/val",
+        "train.max_steps": 6,
+        "train.ema_decay": 0.9,
+        "train.global_batch": 64,
+        "train.micro_batch": 64,
+        "train.remat": "none",
+        "schedule.warmup_epochs": 0.5,
+    }
+    command = [f"{key}={value}" for key, value in overrides.items()]
+    assert cli.main(["train", str(DEMO), *command, "--run", str(root / "run"), "--nproc", "1"]) == 0
+    return root / "run"
+
+
+def logged(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return next(row for row in reversed(rows) if "top1" in row)
+
+
+def test_eval_gives_what_the_trainer_logged(run, tmp_path):
+    last = logged(run)
+    report = tmp_path / "report.json"
+    for flag, top1, loss in (("--ema", "ema_top1", "ema_loss"), ("--no-ema", "top1", "eval_loss")):
+        assert cli.main(["eval", str(run), flag, "--workers", "0", "--json", str(report)]) == 0
+        figures = json.loads(report.read_text())
+        assert figures["images"] == 60
+        # The trainer evaluates under bf16 autocast: one image of 60 may fall on the other side.
+        assert figures["top1"] == pytest.approx(last[top1], abs=100 / 60 + 1e-6)
+        assert figures["loss"] == pytest.approx(last[loss], rel=0.02)
+    assert "EMA" not in figures["source"]
+
+
+def test_averaged_weights_are_the_default_and_checkpoints_can_be_named(run, tmp_path, capsys):
+    step = sorted((run / "checkpoints").glob("step_*"))[-1]
+    assert cli.main(["eval", str(step), "--workers", "0", "--compare", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "step 6, EMA" in out and "+0.00 (+0.00 to +0.00)" in out
+
+
+def test_predictions_have_the_names_of_the_class_folders(run, capsys):
+    image = next((run.parent / "val").glob("*/*.png"))
+    assert cli.main(["predict", str(image), "--checkpoint", str(run), "--topk", "10"]) == 0
+    assert {line.split("%")[1].strip() for line in capsys.readouterr().out.splitlines()[1:]} == set(NAMES)
+
+
+def test_pictures_and_exports_of_a_run(run, tmp_path):
+    image = next((run.parent / "val").glob("*/*.png"))
+    out = tmp_path / "viz"
+    assert (
+        cli.main(
+            ["viz", "points", str(image), "--checkpoint", str(run), "--img-size", "96", "--out", str(out)]
+        )
+        == 0
+    )
+    assert (out / "points.html").exists()
+    assert cli.main(["export", str(run), "--to", "timm", "--out", str(tmp_path / "timm")]) == 0
+    report = tmp_path / "report.json"
+    command = ["eval", str(tmp_path / "timm"), "--data", str(run.parent / "shards/val"), "--workers", "0"]
+    assert cli.main([*command, "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["top1"] == pytest.approx(
+        logged(run)["ema_top1"], abs=100 / 60 + 1e-6
+    )
+
+
+def test_a_checkpoint_without_its_config_says_so(run, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(run / "checkpoints", tmp_path / "elsewhere" / "checkpoints")
+    assert cli.main(["predict", "x.png", "--checkpoint", str(tmp_path / "elsewhere")]) == 1
+    capsys.readouterr()
+    assert cli.main(["eval", str(tmp_path / "elsewhere"), "--data", "x"]) == 1
+    assert "config.yaml" in capsys.readouterr().err

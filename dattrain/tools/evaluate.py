@@ -1,7 +1,7 @@
 """``dattrain eval``: accuracy, calibration, speed and features of one model, or of several beside each other.
 
 Runs in one process, or under torchrun and srun, where each rank takes its part of the images and rank 0 reports. The pass
-over the data is in ``passes``, the figures in ``scores``, ImageNet's other test sets in ``testsets``.
+over the data is in ``passes``, the figures and their tables in ``figures``, ImageNet's other test sets in ``testsets``.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dattrain.errors import ConfigError, UserError
+from dattrain.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
     from dattrain.config.schema import Config
-    from dattrain.tools.scores import Records
     from dattrain.tools.weights import Card
 
 TEST_SETS = ("imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c", "real")
@@ -98,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from dattrain.runtime.env import connect, disconnect, pick_device, resolve
+    from dattrain.tools import figures
 
     if args.batch is not None and args.batch < 1:
         raise ConfigError(f"--batch {args.batch} must be at least 1")
@@ -119,19 +119,19 @@ def run(args: argparse.Namespace) -> int:
     if env.rank:
         return 0
     if len(reports) > 1:
-        print("\n" + comparison(reports))
+        print("\n" + figures.comparison(reports))
     if args.json:
-        figures = [{k: v for k, v in report.items() if k != "records"} for report in reports]
-        whole = figures[0] if len(figures) == 1 else {"models": figures}
+        plain = [{k: v for k, v in report.items() if k != "records"} for report in reports]
+        whole = plain[0] if len(plain) == 1 else {"models": plain}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(_finite(whole), indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(figures.finite(whole), indent=2) + "\n", encoding="utf-8")
     return 0
 
 
 def _one(args: argparse.Namespace, path: str, device: torch.device, speaks: bool) -> dict[str, Any]:
     """Everything asked for of one model; on rank 0 the report (``records`` with it), elsewhere nothing."""
     from dattrain.models import flops
-    from dattrain.tools import classes, passes, testsets
+    from dattrain.tools import classes, figures, passes, testsets
     from dattrain.tools.viz import image_size
     from dattrain.tools.weights import config_of, load_model
 
@@ -158,7 +158,7 @@ def _one(args: argparse.Namespace, path: str, device: torch.device, speaks: bool
         "precision": args.precision,
     }
     if speaks:
-        print(headline(report))
+        print(figures.headline(report))
     results = []
     parts = testsets.parts(args.labels, spec, card)
     for part in parts:
@@ -191,7 +191,7 @@ def _one(args: argparse.Namespace, path: str, device: torch.device, speaks: bool
     (result,) = results
     assert result.records is not None
     accepted = testsets.real_answers(result.keys, card) if args.labels == "real" else None
-    report |= figures(result.records, accepted)
+    report |= figures.of(result.records, accepted)
     report |= {
         "records": result.records,
         "bad": result.bad,
@@ -199,7 +199,7 @@ def _one(args: argparse.Namespace, path: str, device: torch.device, speaks: bool
         "network_images_per_s": result.images / result.forward_seconds,
         **probes,
     }
-    print(summary(report))
+    print(figures.summary(report))
     if args.csv:
         from dattrain.tools import charts
 
@@ -222,126 +222,6 @@ def adjusted(config: Config | None, args: argparse.Namespace) -> Config:
             "eval": config.eval.model_copy(update={"batch": batch}),
             "data": config.data.model_copy(update={"workers": workers}),
         }
-    )
-
-
-def figures(records: Records, accepted: Sequence[frozenset[int]] | None = None) -> dict[str, float]:
-    """Accuracies (percent), cross-entropy (nats), Brier score, calibration errors (percent) and how many images."""
-    import numpy as np
-
-    from dattrain.tools import scores
-
-    top1, top5 = scores.top1_top5(records, accepted)
-    if accepted is not None:
-        keep = np.array([bool(each) for each in accepted])
-        low, high = scores.bootstrap_interval(100.0 * scores.hits(records, 1, accepted)[keep])
-        return {"top1": top1, "top1_low": low, "top1_high": high, "top5": top5, "images": int(keep.sum())}
-    known = records.label >= 0
-    if not known.any():
-        raise UserError(
-            "none of the images has a label: there is nothing to compare predictions with (see dattrain predict)"
-        )
-    low, high = scores.bootstrap_interval(100.0 * scores.hits(records, 1)[known])
-    calibration = scores.calibration(records)
-    return {
-        "top1": top1,
-        "top1_low": low,
-        "top1_high": high,
-        "top5": top5,
-        "loss": float(records.nll[known].mean()),
-        "brier": float(records.brier[known].mean()),
-        "ece": 100 * calibration.ece,
-        "max_calibration_error": 100 * calibration.mce,
-        "images": int(known.sum()),
-    }
-
-
-def headline(report: Mapping[str, Any]) -> str:
-    """What is evaluated, in one line."""
-    height, width = report["img_size"]
-    origin = f" ({report['source']})" if report["source"] else ""
-    return (
-        f"{report['model']}{origin}: {report['name']}, {height} x {width}, {report['classes']} classes, "
-        f"{report['parameters'] / 1e6:.3f}M parameters, {_cost(report['gflops'])} FLOPs"
-    )
-
-
-def summary(report: Mapping[str, Any]) -> str:
-    """The figures of one model."""
-    bad = f", {report['bad']} could not be read" if report["bad"] else ""
-    views = f", {report['views']} views each" if report["views"] > 1 else ""
-    lines = [
-        f"  {report['data']}: {report['images']} images{bad}{views}",
-        f"  top-1 {report['top1']:.2f} % (95 % interval {report['top1_low']:.2f} to {report['top1_high']:.2f})"
-        f"   top-5 {report['top5']:.2f} %",
-    ]
-    if "loss" in report:
-        lines.append(
-            f"  cross-entropy {report['loss']:.4f}   Brier {report['brier']:.4f}   calibration error (ECE) {report['ece']:.2f} %"
-        )
-    if "knn_top1" in report:
-        lines.append(
-            f"  {report['knn_k']} nearest neighbours on frozen features: top-1 {report['knn_top1']:.2f} %"
-        )
-    if "linear_top1" in report:
-        lines.append(
-            f"  linear classifier on frozen features: top-1 {report['linear_top1']:.2f} % (weight decay {report['linear_decay']:g})"
-        )
-    lines.append(
-        f"  network {report['network_images_per_s']:.0f} images/s, with data {report['images_per_s']:.0f} images/s "
-        f"({report['device']}, {report['precision']})"
-    )
-    return "\n".join(lines)
-
-
-def comparison(reports: Sequence[Mapping[str, Any]]) -> str:
-    """One table of several models; where they saw the same images, the difference to the first, pair by pair."""
-    from dattrain.tools import scores
-
-    head = [
-        "model",
-        "size",
-        "params",
-        "FLOPs",
-        "top-1",
-        "top-5",
-        "loss",
-        "ECE",
-        "images/s",
-        "top-1 to the first (95 %)",
-    ]
-    rows = [head]
-    first = reports[0].get("records")
-    for report in reports:
-        records = report.get("records")
-        difference = ""
-        if records is not None and first is not None and records is not first:
-            difference = "other images"
-            if len(records) == len(first) and (records.label == first.label).all():
-                gain = 100.0 * scores.hits(records, 1) - 100.0 * scores.hits(first, 1)
-                low, high = scores.bootstrap_interval(gain)
-                difference = f"{gain.mean():+.2f} ({low:+.2f} to {high:+.2f})"
-        rows.append(
-            [
-                report["model"],
-                " x ".join(map(str, report["img_size"])),
-                f"{report['parameters'] / 1e6:.2f}M",
-                _cost(report["gflops"]),
-                *(f"{report[k]:.2f}" if k in report else "" for k in ("top1", "top5")),
-                *(
-                    f"{report[k]:.{n}f}" if k in report else ""
-                    for k, n in (("loss", 4), ("ece", 2), ("network_images_per_s", 0))
-                ),
-                difference,
-            ]
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i in (0, len(head) - 1) else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
     )
 
 
@@ -401,19 +281,6 @@ def _autocast(device: torch.device, precision: str) -> Any:
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
-def _finite(value: Any) -> Any:
-    """NaN is not JSON."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cost(gflops: float) -> str:
-    return f"{gflops:.3f}G" if gflops >= 0.1 else f"{1000 * gflops:.2f}M"
 
 
 def _slug(path: str) -> str:

@@ -323,7 +323,7 @@ def _plain_attention() -> Iterator[None]:
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v
 
-    F.scaled_dot_product_attention = plain
+    F.scaled_dot_product_attention = plain  # type: ignore[assignment]
     try:
         yield
     finally:

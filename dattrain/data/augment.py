@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -64,6 +65,11 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.flip)
+
+    @cached_property
+    def recoloured(self) -> NDArray[np.bool_]:
+        """B bool: whether any operation or jitter falls on a sample."""
+        return (self.ops >= 0).any(1) | (self.jitter != 1).any(1)
 
     def without_mixing(self, bad: NDArray[np.bool_]) -> Plan:
         """The plan with the pairs unmixed that have a bad sample, whose pixels must not enter a good one."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from dattrain.data.augment import Plan
+from dattrain.data.ring import ring
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,18 @@ class Batch:
     keys: list[str]
     plan: Plan | None = None
     bad: tuple[tuple[str, str], ...] = ()
+    slot: tuple[int, int] | None = field(default=None, repr=False)
+    """In a worker: the ring (``dattrain.data.ring``) and the slot that the images lie in."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Between processes each tensor is a file descriptor and a handshake; small ones are cheaper as plain bytes.
+        # Between processes each tensor is a file descriptor and a handshake; small ones are cheaper as plain bytes, and
+        # images in a ring are named by their place there.
+        images: Any = self.images if self.slot is None else (*self.slot, tuple(self.images.shape))
         small = (self.labels.cpu().numpy(), self.weight.cpu().numpy(), self.position.numpy())
-        return _rebuild, (self.images, *small, self.keys, self.plan, self.bad)
+        return _rebuild, (images, *small, self.keys, self.plan, self.bad)
 
     def pin_memory(self) -> Batch:
         """In page-locked memory, from where copies to a GPU do not block (called by torch's pinning thread)."""
@@ -61,7 +66,7 @@ class Batch:
 
 
 def _rebuild(
-    images: torch.Tensor,
+    images: torch.Tensor | tuple[int, int, tuple[int, int, int, int]],
     labels: np.ndarray,
     weight: np.ndarray,
     position: np.ndarray,
@@ -69,6 +74,9 @@ def _rebuild(
     plan: Plan | None,
     bad: tuple[tuple[str, str], ...],
 ) -> Batch:
+    if isinstance(images, tuple):
+        number, slot, (b, c, h, w) = images
+        images = ring(number).read(slot, b * h * w * c).view(b, h, w, c).permute(0, 3, 1, 2)
     return Batch(
         images,
         torch.from_numpy(labels),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch
 from dattrain.data import images
 from dattrain.data.batch import Batch
 from dattrain.data.feed import Encoded, bad_sample_message
+from dattrain.data.ring import Ring
 from dattrain.data.transforms import eval_image, train_image
 from dattrain.errors import UserError
 
@@ -32,6 +33,7 @@ class CpuDecoder:
         size: (height, width) of the output.
         skip_bad: keep a bad sample's place with zero weight; else it is an error.
         transform: of evaluation; None in training, where the plan says what is done.
+        ring: where worker processes put their batches; None gives each batch memory of its own.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class CpuDecoder:
         size: tuple[int, int],
         skip_bad: bool,
         transform: EvalTransform | None = None,
+        ring: Ring | None = None,
     ) -> None:
         self.read = read
+        self.ring = ring
         self.size = size
         self.skip_bad = skip_bad
         self.transform = transform
@@ -54,7 +58,7 @@ class CpuDecoder:
     def decode(self, encoded: Encoded) -> Batch:
         """Decode what was read. Raises UserError for a bad image without ``skip_bad``."""
         bad = dict(encoded.bad)
-        pixels = _shared_empty((len(encoded.data), *self.size, 3))
+        pixels, slot = self._empty(len(encoded.data))
         for i, data in enumerate(encoded.data):
             reason = None if data is None else decode_sample(encoded, i, self.transform, pixels[i])
             if reason is not None:
@@ -63,7 +67,22 @@ class CpuDecoder:
                 bad[i] = reason
             if i in bad:
                 pixels[i].zero_()
-        return assemble(pixels.permute(0, 3, 1, 2), encoded, bad)
+        batch = assemble(pixels.permute(0, 3, 1, 2), encoded, bad)
+        return batch if slot is None else replace(batch, slot=slot)
+
+    def _empty(self, images: int) -> tuple[torch.Tensor, tuple[int, int] | None]:
+        """Uninitialised pixels, B x H x W x 3 uint8, and which slot of which ring they are; in a worker, they are in
+        shared memory, and go to the trainer without a copy."""
+        shape = (images, *self.size, 3)
+        count = int(np.prod(shape))
+        worker = torch.utils.data.get_worker_info()
+        if worker is None or not count:
+            return torch.empty(shape, dtype=torch.uint8), None
+        slot = self.ring.take(worker.id) if self.ring is not None and count <= self.ring.nbytes else None
+        if self.ring is not None and slot is not None:
+            return self.ring.write(slot, count).view(shape), (self.ring.number, slot)
+        storage = torch.UntypedStorage._new_shared(count, device="cpu")
+        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape), None  # type: ignore[call-overload]
 
 
 def decode_sample(encoded: Encoded, i: int, transform: EvalTransform | None, out: torch.Tensor) -> str | None:
@@ -111,14 +130,3 @@ def assemble(pixels: torch.Tensor, encoded: Encoded, bad: dict[int, str]) -> Bat
         plan=plan,
         bad=tuple((encoded.keys[i], bad[i]) for i in sorted(bad)),
     )
-
-
-def _shared_empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """An uninitialised uint8 tensor; in a worker, in shared memory, where it goes to the trainer without a copy."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    count = int(np.prod(shape))
-    if not count:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(count, device="cpu")
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]

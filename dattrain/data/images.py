@@ -13,12 +13,14 @@ import warnings
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode
 
 MAX_SIDE = 16_384
 """Pixels; the longest side of ImageNet-22K's images is well below."""
 MAX_PIXELS = 89_478_485
 """Where Pillow begins to suspect a decompression bomb."""
+
+_RGB = ImageReadMode.RGB.value
 
 # Pillow would try every format that it knows, among them some that start other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000")
@@ -78,7 +80,10 @@ def decode(data: bytes) -> torch.Tensor:
     size(data)
     if sniff(data) == "jpeg":
         try:
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+            # The operator itself: the function around it warns of its deprecation at every call.
+            return torch.ops.image.decode_jpeg(
+                torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB, False
+            )
         except RuntimeError:
             pass  # Pillow has its own libjpeg and more patience; where it fails too, its message is the better one.
     return torch.from_numpy(np.array(decode_pillow(data))).permute(2, 0, 1)

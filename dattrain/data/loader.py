@@ -16,6 +16,7 @@ from dattrain.data.dataset import Dataset, open_dataset
 from dattrain.data.feed import Encoded, EvalFeed, TrainFeed, fetch
 from dattrain.data.labels import check_head
 from dattrain.data.order import Order
+from dattrain.data.ring import Ring
 from dattrain.data.workers import Workers
 from dattrain.errors import ConfigError
 
@@ -295,8 +296,11 @@ def _decoder(
             count=count,
             threads=max(1, data.workers),
         )
+    images = feed.micro_batch if isinstance(feed, TrainFeed) else feed.batch
+    # A worker holds ``prefetch`` batches ready; one is in the trainer's hands and one on its way.
+    ring = Ring(data.workers, data.prefetch + 2, images * size[0] * size[1] * 3) if data.workers else None
     return Workers(
-        CpuDecoder(read, size=size, skip_bad=skip_bad, transform=transform),
+        CpuDecoder(read, size=size, skip_bad=skip_bad, transform=transform, ring=ring),
         count=count,
         workers=data.workers,
         prefetch=data.prefetch,

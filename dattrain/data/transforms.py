@@ -28,7 +28,7 @@ def train_image(image: torch.Tensor, plan: Plan, sample: int, out: torch.Tensor)
     pixels = resize(crop, plan.size, plan.interpolation).permute(1, 2, 0)
     if plan.flip[sample]:
         pixels = pixels.flip(1)
-    if (plan.ops[sample] != randaugment.Op.NONE).any() or (plan.jitter[sample] != 1).any():
+    if plan.recoloured[sample]:
         pixels = _with_pillow(pixels, plan, sample)
     out.copy_(pixels)
 

@@ -1,0 +1,65 @@
+"""Shared memory that worker processes write batches into again and again.
+
+A new shared segment for each batch would cost a page fault for every 4 KiB in the worker, and as much again to give
+the pages back: about a tenth of what decoding costs. So the pages are mapped once, before the workers are forked, and
+a slot returns to its worker when the last tensor on it is gone, whoever holds it for however long. A worker that
+finds no slot free takes memory of its own, as torch would.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import weakref
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_numbers = itertools.count()
+# By number, since what arrives from a worker can name a ring but not hold it.
+_rings: weakref.WeakValueDictionary[int, Ring] = weakref.WeakValueDictionary()
+
+
+class Ring:
+    """Slots of ``nbytes`` for each of ``workers`` processes, which must be forked after this is made.
+
+    Only a worker marks its slot as taken, and only the parent marks it as free.
+    """
+
+    def __init__(self, workers: int, slots: int, nbytes: int) -> None:
+        self.workers = workers
+        self.slots = slots
+        self.nbytes = nbytes
+        self.number = next(_numbers)
+        self._memory = mmap.mmap(-1, max(1, workers * slots * nbytes))
+        self._taken = mmap.mmap(-1, max(1, workers * slots))
+        _rings[self.number] = self
+
+    def take(self, worker: int) -> int | None:
+        """A free slot of a worker; None where the parent still holds all of them. In the worker."""
+        first = worker * self.slots
+        for slot in range(first, first + self.slots):
+            if not self._taken[slot]:
+                self._taken[slot] = 1
+                return slot
+        return None
+
+    def write(self, slot: int, count: int) -> torch.Tensor:
+        """``count`` bytes of a slot, uint8. In the worker."""
+        return torch.from_numpy(self._bytes(slot, count))
+
+    def read(self, slot: int, count: int) -> torch.Tensor:
+        """What was written; the slot is free again when this tensor and all views of it are gone. In the parent."""
+        content = self._bytes(slot, count)
+        # torch keeps the array as long as the storage lives, so this fires after the last view.
+        weakref.finalize(content, self._taken.__setitem__, slot, 0).atexit = False
+        return torch.from_numpy(content)
+
+    def _bytes(self, slot: int, count: int) -> NDArray[np.uint8]:
+        return np.frombuffer(self._memory, dtype=np.uint8, count=count, offset=slot * self.nbytes)
+
+
+def ring(number: int) -> Ring:
+    """The ring of that number, which is alive as long as its decoder."""
+    return _rings[number]

@@ -17,15 +17,10 @@ from torch import Tensor
 
 from dattrain.ops.bias import BlockBias, bias_builder
 from dattrain.ops.coordinates import QueryGrid
+from dattrain.ops.layout import tokens_like
 
 BLOCK_BYTES = 3 << 20
 """Target size of one block's scores: several such matrices fit into a last-level cache."""
-
-
-def tokens_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised B x heads x length x d, laid out B x length x heads x d: a view back to tokens is free."""
-    batch, heads, length, dim = x.shape
-    return x.new_empty((batch, length, heads, dim), dtype=dtype).transpose(1, 2)
 
 
 class _Block(NamedTuple):

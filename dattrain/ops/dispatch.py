@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
+from torch import Tensor
 
 from dattrain.errors import UserError
+from dattrain.ops import native
 
-Backend = Literal["reference", "torch", "triton"]
+Backend = Literal["reference", "torch", "native", "triton"]
 ENVIRONMENT_VARIABLE = "DATTRAIN_ATTENTION"
+MAX_TRITON_HEAD_DIM = 128
 # The innermost use_backend is last. Not a ContextVar: activation checkpointing runs forwards again in autograd's own
 # threads, and must find the same choice there.
 _chosen: list[Backend] = []
@@ -29,12 +32,13 @@ class BackendStatus(NamedTuple):
 
 def backends() -> list[BackendStatus]:
     """Every backend and whether it can run on this machine."""
-    default = "the default on NVIDIA" if torch.cuda.is_available() else "the default here"
-    usable, why = _triton_status()
     return [
         BackendStatus("reference", True, "the equations, every matrix materialised: an oracle for tests"),
-        BackendStatus("torch", True, "any device; " + ("the default on CPU" if usable else default)),
-        BackendStatus("triton", usable, why),
+        BackendStatus(
+            "torch", True, "plain torch on any device; the default where neither of the next two runs"
+        ),
+        BackendStatus("native", *native.status()),
+        BackendStatus("triton", *_triton_status()),
     ]
 
 
@@ -52,28 +56,46 @@ def use_backend(name: Backend) -> Iterator[None]:
         _chosen.pop()
 
 
-def resolve(device: torch.device, asked: str | None) -> Backend:
-    """The backend for tensors on ``device``: the argument, else ``use_backend``, else the environment, else the best.
+def resolve(q: Tensor, asked: str | None) -> Backend:
+    """The backend for queries B x heads x n x d: the argument, else ``use_backend``, else the environment, else the best.
+
+    On CPU the best is ``native``, whose operator runs as ``torch`` where it could not be compiled.
 
     Raises:
-        UserError: if the backend asked for is unknown or cannot run here.
+        UserError: if the backend asked for is unknown, cannot run here, or not for this device, dtype or head dim.
     """
-    if asked is not None:
-        return _checked(asked, "backend")
-    if _chosen:
-        return _chosen[-1]
-    if named := os.environ.get(ENVIRONMENT_VARIABLE):
-        return _checked(named, ENVIRONMENT_VARIABLE)
-    return "triton" if device.type == "cuda" and _triton_status()[0] else "torch"
+    named, source = (
+        (asked, "backend")
+        if asked is not None
+        else (_chosen[-1], "use_backend")
+        if _chosen
+        else (os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE)
+    )
+    on_gpu = q.device.type == "cuda"
+    fits_triton = q.dtype != torch.float64 and q.shape[-1] <= MAX_TRITON_HEAD_DIM
+    if not named:
+        if on_gpu:
+            return "triton" if fits_triton and _triton_status()[0] else "torch"
+        return "native" if q.device.type in ("cpu", "meta") else "torch"
+    chosen = _checked(named, source)
+    if chosen == "native" and on_gpu:
+        raise UserError(f"{source}=native is for CPU tensors, and these are on {q.device}")
+    if chosen == "triton" and not fits_triton:
+        raise UserError(
+            f"{source}=triton computes in fp32 with head dims up to {MAX_TRITON_HEAD_DIM}, not {q.dtype} with {q.shape[-1]}; "
+            "use torch"
+        )
+    return chosen
 
 
 def _checked(name: str, source: str) -> Backend:
     if name not in get_args(Backend):
         raise UserError(f"{source}={name} is no attention backend; there are {', '.join(get_args(Backend))}")
-    if name == "triton":
-        usable, why = _triton_status()
+    # Under torch.compile the question cannot be traced (it may run a compiler); the operator meets the answer.
+    if name in ("native", "triton") and not torch.compiler.is_compiling():
+        usable, why = native.status() if name == "native" else _triton_status()
         if not usable:
-            raise UserError(f"{source}=triton cannot run here: {why}")
+            raise UserError(f"{source}={name} cannot run here: {why}")
     return cast(Backend, name)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dattrain.ops import blocked
+from dattrain.ops import blocked, native
 from dattrain.ops.coordinates import QueryGrid
+from dattrain.ops.layout import tokens_like
 
 
 @torch.library.custom_op("dattrain::deform_attention", mutates_args=())
@@ -38,9 +39,12 @@ def attention(
         from dattrain.ops import triton_kernels
 
         return triton_kernels.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
+    if backend == "native" and _native(height, width, table, grid):
+        return native.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
+    lse = positions.new_empty(q.shape[:3] if backend == "native" else (0,))
     with torch.autocast(q.device.type, enabled=False):
         out = blocked.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
-    return out, positions.new_empty(0)
+    return out, lse
 
 
 @attention.register_fake
@@ -56,8 +60,8 @@ def _(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    lse = positions.new_empty(q.shape[:3] if backend == "triton" else (0,))
-    return blocked.tokens_like(q), lse
+    lse = positions.new_empty((0,) if backend == "torch" else q.shape[:3])
+    return tokens_like(q), lse
 
 
 @torch.library.custom_op("dattrain::deform_attention_backward", mutates_args=())
@@ -81,6 +85,10 @@ def attention_backward(
         from dattrain.ops import triton_kernels
 
         grads = triton_kernels.backward(
+            grad_out, q, k, v, positions, table, out, lse, height, width, _grid(grid), scale
+        )
+    elif backend == "native" and _native(height, width, table, grid):
+        grads = native.backward(
             grad_out, q, k, v, positions, table, out, lse, height, width, _grid(grid), scale
         )
     else:
@@ -108,9 +116,9 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
-        blocked.tokens_like(q),
-        blocked.tokens_like(k),
-        blocked.tokens_like(v),
+        tokens_like(q),
+        tokens_like(k),
+        tokens_like(v),
         positions.new_empty(positions.shape),
         positions.new_empty((0,) if table is None else table.shape),
     )
@@ -142,6 +150,11 @@ def _flops_backward(grad_out: Any, q: Any, k: Any, *args: Any, out_shape: Any = 
     """Five products, one of them recomputed."""
     batch, heads, queries, dim = q
     return 10 * batch * heads * queries * k[2] * dim
+
+
+def _native(height: int, width: int, table: Tensor | None, grid: str) -> bool:
+    """Whether the native library takes this; if not, the blocks of plain torch do."""
+    return native.status()[0] and native.supports(height, width, table, _grid(grid))
 
 
 def _grid(name: str) -> QueryGrid:

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from dattrain.ops.coordinates import QueryGrid, start_and_step
 
-MAX_HEAD_DIM = 128
 PAD = 2
 """Rows and columns of zeros around the table: an index clamped to [-2, size] reads zeros for both of its taps."""
 TABLE_COPIES = 32

@@ -15,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dattrain import ops
 from dattrain.errors import UserError
-from dattrain.ops import blocked, library
+from dattrain.ops import blocked, library, native
 
+needs_native = pytest.mark.skipif(not native.status()[0], reason="no C++ compiler")
+BACKENDS = ["torch", pytest.param("native", marks=needs_native)]
 NAMES = ("q", "k", "v", "positions", "table")
 
 
@@ -78,10 +80,29 @@ def test_values_and_all_gradients_equal_the_equations(case: Case, block: int) ->
         blocked.BLOCK_BYTES = before
 
 
-@pytest.mark.parametrize("grid", ["center", "corner"])
-def test_the_map_of_stage_three(grid: str) -> None:
+@needs_native
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(case=cases())
+def test_native_values_and_all_gradients_equal_the_equations(case: Case) -> None:
+    assert_same(case, "native")
+
+
+@needs_native
+@pytest.mark.parametrize("width", [15, 16, 17, 33])
+def test_native_rows_that_do_not_fill_vectors_and_maps_of_several_blocks(width: int) -> None:
+    table = (79, 2 * width - 1)
+    assert native.supports(40, width, torch.zeros(1, *table), "center")
     assert_same(
-        Case(batch=2, heads=4, groups=2, height=14, width=14, keys=196, table=(27, 27), dim=32, grid=grid)
+        Case(batch=1, heads=1, groups=1, height=40, width=width, keys=150, table=table, dim=5), "native"
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grid", ["center", "corner"])
+def test_the_map_of_stage_three(grid: str, backend: str) -> None:
+    assert_same(
+        Case(batch=2, heads=4, groups=2, height=14, width=14, keys=196, table=(27, 27), dim=32, grid=grid),
+        backend,
     )
 
 
@@ -95,7 +116,8 @@ def test_whole_steps_use_windows_of_the_table_and_any_step_uses_rows() -> None:
     assert isinstance(corner, Windows) and isinstance(center, Rows) and isinstance(few_keys, Rows)
 
 
-def test_positions_on_table_entries_have_the_gradient_of_grid_sample() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_positions_on_table_entries_have_the_gradient_of_grid_sample(backend: str) -> None:
     # A kink of the bilinear surface: which side's slope counts is convention, and must be the reference's.
     case = Case(batch=1, heads=2, groups=1, height=3, width=3, keys=4, table=(5, 5), grid="corner")
     q, k, v, _, table = case.inputs()
@@ -103,7 +125,7 @@ def test_positions_on_table_entries_have_the_gradient_of_grid_sample() -> None:
     positions = positions.view(1, 1, 4, 2).requires_grad_()
     inputs = [q, k, v, positions, table]
     expected = run(case, inputs, "reference")
-    actual = run(case, inputs, "torch")
+    actual = run(case, inputs, backend)
     for a, b in zip([actual[0], *actual[1]], [expected[0], *expected[1]]):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -135,25 +157,27 @@ def test_the_reference_is_the_equation_written_as_a_loop(small: Case) -> None:
                 )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("table", [(3, 5), None])
 @pytest.mark.parametrize("grid", ["center", "corner"])
-def test_gradcheck(grid: str, table) -> None:
+def test_gradcheck(grid: str, table, backend: str) -> None:
     case = Case(
         batch=1, heads=2, groups=1, height=2, width=3, keys=3, dim=2, table=table, grid=grid, spread=0.93
     )
     inputs = [x for x in case.inputs() if x is not None]
     padding = [None] * (5 - len(inputs))
     assert torch.autograd.gradcheck(
-        lambda *x: ops.deform_attention(*x, *padding, **case.keywords, backend="torch"), inputs
+        lambda *x: ops.deform_attention(*x, *padding, **case.keywords, backend=backend), inputs
     )
 
 
-def test_non_contiguous_inputs(small: Case) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_inputs(small: Case, backend: str) -> None:
     inputs = small.inputs()
     strided = [x.detach().transpose(1, -1).contiguous().transpose(1, -1).requires_grad_() for x in inputs]
     assert not any(x.is_contiguous() for x in strided)
     expected, expected_grads = run(small, inputs, "reference")
-    out, grads = run(small, strided, "torch", None)
+    out, grads = run(small, strided, backend, None)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     for a, b in zip(grads, expected_grads):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -161,15 +185,16 @@ def test_non_contiguous_inputs(small: Case) -> None:
 
 # Bounds on max |difference| / max |reference|, over output and gradients, at 14 x 14 with unit normal inputs: a few units
 # of the dtype's rounding (bf16 2^-8, fp16 2^-11), since everything inside is fp32.
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "dtype, bound", [(torch.float32, 2e-5), (torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)]
 )
-def test_low_precision_stays_within_its_bound(dtype: torch.dtype, bound: float) -> None:
+def test_low_precision_stays_within_its_bound(dtype: torch.dtype, bound: float, backend: str) -> None:
     case = Case(batch=1, height=14, width=14, keys=196, table=(27, 27), dim=32, spread=1.0)
     inputs = case.inputs(dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     expected, expected_grads = run(case, exact, "reference")
-    out, grads = run(case, inputs, "torch")
+    out, grads = run(case, inputs, backend)
     assert out.dtype == dtype and [g.dtype for g in grads[3:]] == [torch.float32] * 2
     for name, a, b in zip(("out", *NAMES), (out, *grads), (expected, *expected_grads)):
         assert ((a.double() - b).abs().max() / b.abs().max()).item() < bound, name
@@ -186,10 +211,11 @@ def test_autocast_casts_queries_and_never_positions(small: Case) -> None:
     )
 
 
-def test_operator_passes_torchs_checks(small: Case) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operator_passes_torchs_checks(small: Case, backend: str) -> None:
     q, k, v, positions, table = small.inputs(torch.float32)
     for bias in (table, None):
-        torch.library.opcheck(library.attention, (q, k, v, positions, bias, 3, 5, "center", 0.3, "torch"))
+        torch.library.opcheck(library.attention, (q, k, v, positions, bias, 3, 5, "center", 0.3, backend))
 
 
 def test_goes_through_export_checkpointing_and_flop_counting(small: Case) -> None:
@@ -223,17 +249,19 @@ def test_compiles_without_a_graph_break(small: Case) -> None:
     )
 
 
-def test_no_matrix_of_queries_by_keys_is_kept_for_backward() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_matrix_of_queries_by_keys_is_kept_for_backward(backend: str) -> None:
     case = Case(batch=1, height=12, width=12, keys=144, table=(23, 23), dim=4)
     kept: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-        out = ops.deform_attention(*case.inputs(torch.float32), **case.keywords, backend="torch")
+        out = ops.deform_attention(*case.inputs(torch.float32), **case.keywords, backend=backend)
     assert out.requires_grad and kept and not any(144 in s[-1:] and 144 in s[:-1] for s in kept)
 
 
-def test_the_same_bits_every_time() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_bits_every_time(backend: str) -> None:
     case = Case(batch=3, height=7, width=7, keys=49, table=(13, 13))
-    first, second = (run(case, case.inputs(torch.float32), "torch") for _ in range(2))
+    first, second = (run(case, case.inputs(torch.float32), backend) for _ in range(2))
     for a, b in zip([first[0], *first[1]], [second[0], *second[1]]):
         assert torch.equal(a, b)
 
@@ -276,15 +304,15 @@ def test_what_does_not_fit_is_refused_with_the_reason(small: Case, change: dict,
 def test_choice_of_backend_argument_context_environment(small: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     from dattrain.ops.dispatch import resolve
 
-    cpu = torch.device("cpu")
+    q = torch.zeros(1, 1, 1, 4)
     monkeypatch.delenv("DATTRAIN_ATTENTION", raising=False)
-    assert resolve(cpu, None) == "torch"
+    assert resolve(q, None) == "native"
     monkeypatch.setenv("DATTRAIN_ATTENTION", "reference")
-    assert resolve(cpu, None) == "reference"
+    assert resolve(q, None) == "reference"
     with ops.use_backend("torch"):
-        assert resolve(cpu, None) == "torch"
-        assert resolve(cpu, "reference") == "reference"
-    assert resolve(cpu, None) == "reference"
+        assert resolve(q, None) == "torch"
+        assert resolve(q, "reference") == "reference"
+    assert resolve(q, None) == "reference"
     monkeypatch.setenv("DATTRAIN_ATTENTION", "flash")
     with pytest.raises(UserError, match="DATTRAIN_ATTENTION=flash"):
         ops.deform_attention(*small.inputs(), **small.keywords)
@@ -292,12 +320,56 @@ def test_choice_of_backend_argument_context_environment(small: Case, monkeypatch
 
 def test_every_backend_says_whether_it_runs_here() -> None:
     listed = {status.name: status for status in ops.backends()}
-    assert list(listed) == ["reference", "torch", "triton"]
+    assert list(listed) == ["reference", "torch", "native", "triton"]
     assert listed["torch"].available and all(status.why for status in listed.values())
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0":
         assert not listed["triton"].available
         with pytest.raises(UserError, match="triton cannot run here"), ops.use_backend("triton"):
             pass
+
+
+def test_without_a_compiler_plain_torch_runs_and_asking_for_native_says_why(
+    small: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = small.inputs()
+    expected, expected_grads = run(small, inputs, "torch")
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    for cached in (native.status, native.library):
+        cached.cache_clear()
+    try:
+        out, grads = run(small, inputs, None)
+        with pytest.raises(UserError, match="native cannot run here.*no/such/compiler"):
+            run(small, inputs, "native")
+    finally:
+        for cached in (native.status, native.library):
+            cached.cache_clear()
+    for a, b in zip((out, *grads), (expected, *expected_grads)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_position_that_is_not_a_number_is_seen_in_the_output(small: Case, backend: str) -> None:
+    q, k, v, positions, table = (x.detach() for x in small.inputs(torch.float32))
+    positions[0, 0, 3, 1] = float("nan")
+    out = ops.deform_attention(q, k, v, positions, table, **small.keywords, backend=backend)
+    assert out[0, :2].isnan().all() and not out[0, 2:].isnan().any() and not out[1].isnan().any()
+
+
+@needs_native
+def test_native_threads_share_the_work_without_changing_it() -> None:
+    case = Case(batch=3, height=7, width=7, keys=49, table=(13, 13))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(case, case.inputs(), "native"))
+    finally:
+        torch.set_num_threads(before)
+    for out, grads in results[1:]:
+        assert torch.equal(out, results[0][0])
+        for a, b in zip(grads, results[0][1]):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_sampling_reads_maps_bilinearly_in_full_precision() -> None:

@@ -1,0 +1,193 @@
+"""The ``native`` backend: ``native.cpp``, compiled once per machine with the C++ compiler that is at hand, for CPUs.
+
+No headers of torch are needed, so compiling takes seconds; the library is kept under ``$XDG_CACHE_HOME/dattrain`` by source,
+compiler and CPU. Where there is no compiler, ``torch`` is the CPU's backend.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dattrain.ops.coordinates import QueryGrid, start_and_step
+from dattrain.ops.layout import tokens_like
+
+SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=fast"]
+
+
+@functools.cache
+def status() -> tuple[bool, str]:
+    """Whether the backend can run here and why (not); compiles if that has not been done on this machine."""
+    try:
+        library()
+    except (OSError, subprocess.SubprocessError) as error:
+        return False, str(error).strip().splitlines()[-1]
+    return True, "compiled for this CPU; the default on CPU"
+
+
+def supports(height: int, width: int, table: Tensor | None, grid: QueryGrid) -> bool:
+    """Columns of queries must step by one table cell or a little less: both conventions, with tables of 2 * size - 1."""
+    if table is None or width == 1:
+        return True
+    step = start_and_step(width, table.shape[2], grid)[2]
+    return step <= 1 and (1 - step) * (width - 1) <= 1
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled library.
+
+    Raises:
+        OSError: no compiler, no writable cache folder, or a library that does not load.
+        subprocess.SubprocessError: the compiler failed.
+    """
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    if compiler is None:
+        raise OSError("no C++ compiler (CXX, g++, clang++ or c++)")
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    arch = ["-mcpu=native"] if platform.machine() in ("arm64", "aarch64") else ["-march=native"]
+    if platform.machine() in ("x86_64", "AMD64") and "clang" not in version.lower():
+        arch.append("-mprefer-vector-width=512")
+    key = hashlib.sha256(
+        "\n".join([SOURCE.read_text(), version, *_FLAGS, *arch, _cpu()]).encode()
+    ).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dattrain"
+    path = folder / f"core-{key}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / path.name
+            command = [compiler, *_FLAGS, *arch, str(SOURCE), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                raise OSError(
+                    f"{compiler} cannot compile {SOURCE.name}: {done.stderr.strip().splitlines()[-1:]}"
+                )
+            # Ranks may all compile at once; the last to finish wins, with the same bytes.
+            built.replace(path)
+    loaded = ctypes.CDLL(str(path))
+    for function in (loaded.dattrain_core_f32, loaded.dattrain_core_f64):
+        function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
+        function.restype = ctypes.c_int
+    return loaded
+
+
+def _cpu() -> str:
+    """What -march=native depends on: a cache folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    height: int,
+    width: int,
+    grid: QueryGrid,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output (as q, laid out as tokens) and log-sum-exp (B x heads x queries, positions' dtype)."""
+    out = tokens_like(q, positions.dtype)
+    lse = positions.new_empty(q.shape[:3])
+    _call(q, k, v, positions, table, out, lse, None, (None,) * 3, None, None, height, width, grid, scale)
+    return out.to(q.dtype), lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    height: int,
+    width: int,
+    grid: QueryGrid,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v (laid out as tokens), positions and table."""
+    dtype = positions.dtype
+    batch, heads = q.shape[:2]
+    groups, keys = positions.shape[1:3]
+    grads = tuple(tokens_like(x, dtype) for x in (q, k, v))
+    per_head = positions.new_zeros(batch, heads, keys, 2)
+    threads = max(1, min(torch.get_num_threads(), batch * heads))
+    tables = None if table is None else positions.new_zeros(threads, *table.shape)
+    _call(q, k, v, positions, table, out, lse, grad_out, grads, per_head, tables, height, width, grid, scale)
+    grad_q, grad_k, grad_v = (x.to(like.dtype) for x, like in zip(grads, (q, k, v)))
+    grad_positions = per_head.view(batch, groups, heads // groups, keys, 2).sum(2)
+    return grad_q, grad_k, grad_v, grad_positions, None if tables is None else tables.sum(0)
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grads: tuple[Tensor | None, ...],
+    grad_positions: Tensor | None,
+    grad_tables: Tensor | None,
+    height: int,
+    width: int,
+    grid: QueryGrid,
+    scale: float,
+) -> None:
+    if not q.shape[0]:
+        return
+    dtype = positions.dtype
+    out = out.to(dtype)
+    inputs = [_rows(x.to(dtype)) for x in (q, k, v, out)]
+    matrices = [*inputs, *(None if x is None else _rows(x.to(dtype)) for x in (grad_out, *grads))]
+    strides = [n for x in matrices for n in ((0, 0, 0) if x is None else x.stride()[:3])]
+    table = None if table is None else table.contiguous()
+    table_shape = (1, 1) if table is None else table.shape[1:]
+    memory = [
+        *inputs[:3], positions.contiguous(), table, inputs[3], lse.contiguous(), matrices[4], *matrices[5:],
+        grad_positions, grad_tables,
+    ]  # fmt: skip
+    sizes = [q.shape[0], q.shape[1], positions.shape[1], height, width, k.shape[2], q.shape[3], *table_shape]
+    numbers = [
+        *start_and_step(height, table_shape[0], grid),
+        *start_and_step(width, table_shape[1], grid),
+        scale,
+    ]
+    function = library().dattrain_core_f64 if dtype == torch.float64 else library().dattrain_core_f32
+    failed = function(
+        (ctypes.c_void_p * len(memory))(*(None if x is None else x.data_ptr() for x in memory)),
+        (ctypes.c_int64 * len(strides))(*strides),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        (ctypes.c_double * len(numbers))(*numbers),
+        grad_out is not None,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("the native attention core could not allocate its work space")
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -63,6 +63,11 @@ def size_at(config: Config, samples_seen: int, samples_per_epoch: int) -> Size:
     return size
 
 
+def as_pair(size: Any) -> tuple[int, int]:
+    """(height, width) of a size in a recipe or in JSON: one number, or two."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def build_model(config: Config, img_size: Size) -> DAT:
     """The recipe's model with fresh weights from ``train.seed``: the same on every rank."""
     m = config.model

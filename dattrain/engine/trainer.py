@@ -11,7 +11,6 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,20 +24,21 @@ from dattrain.config.schema import Config
 from dattrain.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from dattrain.data.readers import StreamLoader
 from dattrain.engine import evaluate as evaluation
-from dattrain.engine import runfolder, schedule
+from dattrain.engine import runfolder, schedule, zero
 from dattrain.engine.agree import Edge, Stragglers, agree
 from dattrain.engine.bundle import write_bundle
+from dattrain.engine.ranks import newest_checkpoint, on_first_rank
 from dattrain.engine.report import Reporter
-from dattrain.engine.session import Session, Size, carry, open_session, size_at
+from dattrain.engine.session import Session, Size, as_pair, carry, open_session, size_at
 from dattrain.engine.step import Update, seed_all
 from dattrain.errors import UserError
 from dattrain.observe.profile import Profiler
 from dattrain.runtime import env as environment
 from dattrain.runtime import logging as logs
+from dattrain.runtime import preflight
 from dattrain.runtime.env import Env
 from dattrain.runtime.health import Verdict, Verdicts, Watchdog
 from dattrain.runtime.preempt import REQUEUE, Preemption, Request
-from dattrain.state import checkpoint
 from dattrain.state.checkpoint import Manifest
 from dattrain.state.checkpointer import Checkpointer
 
@@ -70,7 +70,7 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
     """
     run_dir = run_dir.absolute()
     env = env or environment.resolve(os.environ)
-    _process_settings(config)
+    environment.configure(threads=config.train.threads, deterministic=config.train.deterministic)
     device = environment.pick_device(env)
     with ExitStack() as stack:
         preemption = Preemption(run_dir).install()
@@ -83,9 +83,14 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
         joined = not dist.is_initialized()
         try:
             if joined:
-                environment.connect(env, device)
+                preflight.reach(env)
+                # Longer than the watchdog's patience: it names who is silent, a collective's timeout does not.
+                environment.connect(env, device, max(1800.0, 2 * health.stall_seconds))
+                for line in preflight.check(env, run_dir).lines():
+                    log.info("%s", line, extra={"console": False})
             trainer = Trainer(config, run_dir, env, device, preemption, watchdog, log_file.console, stack)
             outcome = trainer.run()
+            dist.barrier()
         except UserError as error:
             log.error("%s", error, extra={"console": False})
             raise
@@ -96,15 +101,6 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
     if joined:
         environment.disconnect()
     return outcome
-
-
-def _process_settings(config: Config) -> None:
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.train.deterministic)
-    torch.backends.cudnn.benchmark = not config.train.deterministic
 
 
 class Trainer:
@@ -131,7 +127,7 @@ class Trainer:
         self._evaluated = self._saved = -1
         self._metrics: dict[str, float] = {}
         self._eval: tuple[Size, EvalLoader] | None = None
-        _on_first_rank(lambda: runfolder.open_run(run_dir, config, env, _device_name(device)))
+        on_first_rank(lambda: runfolder.open_run(run_dir, config, env, environment.device_name(device)))
         self.checkpointer = Checkpointer.from_config(run_dir, config)
         found, per_epoch = self._find(), 1 << 62
         if found is not None:
@@ -217,7 +213,7 @@ class Trainer:
             self.checkpointer.wait()
         self.stragglers.add(update)
         logs_now = self.step % self.config.train.log_every == 0 or self.step == self.derived.last_step
-        scale = _loss_scale(self.session.engine)
+        scale = zero.loss_scale(self.session.engine)
         # A dynamic loss scale overflows now and then by design; that is only an event when it cannot be lowered further.
         finite = edge.finite and (update.applied or (scale is not None and scale > 1))
         verdict = self.verdicts.judge(finite)
@@ -250,10 +246,9 @@ class Trainer:
         self.checkpointer.wait()
         found = self._find()
         if found is None:
-            log.warning("no checkpoint to roll back to; going on with the weights as they are")
-            return
+            return log.warning("no checkpoint to roll back to; going on with the weights as they are")
         log.warning("rolling back to the weights of step %d, going on past step %d", found[1].step, self.step)
-        if _pair(found[1].meta["img_size"]) == _pair(self.img_size):
+        if as_pair(found[1].meta["img_size"]) == as_pair(self.img_size):
             self.checkpointer.resume(self.session.engine, self.session.ema_tensors)
         else:
             carry(self.session, self.config, found[0])
@@ -350,18 +345,8 @@ class Trainer:
     # Beginning and end --------------------------------------------------------------------------------------------
 
     def _find(self) -> tuple[Path, Manifest] | None:
-        """The newest whole checkpoint, as rank 0 finds it. Collective."""
-        # Across sizes the whole of it is read beforehand, since the one before it may need another model.
-        level: Literal["size", "checksum"] = "checksum" if self.config.train.progressive else "size"
-        held: list[Any] = [None]
-        if self.rank == 0:
-            found = checkpoint.find(self.checkpointer.root, level=level)
-            held[0] = (found.folder, found.manifest, found.passed_over)
-        dist.broadcast_object_list(held, src=0)
-        folder, manifest, passed = held[0]
-        if folder is None and passed:
-            raise UserError(checkpoint.none_whole(self.checkpointer.root, passed))
-        return None if folder is None else (folder, manifest)
+        # Across sizes all of it is read beforehand, since the one before it may need another model.
+        return newest_checkpoint(self.checkpointer.root, read_all=bool(self.config.train.progressive))
 
     def _restore_counters(self, meta: Any) -> None:
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
@@ -391,7 +376,7 @@ class Trainer:
         if found is None:
             return session
         folder, manifest = found
-        if _pair(manifest.meta["img_size"]) != _pair(self.img_size):
+        if as_pair(manifest.meta["img_size"]) != as_pair(self.img_size):
             carry(session, self.config, folder)
             log.info(
                 "carried %s over from %s to %s px", folder.name, manifest.meta["img_size"], self.img_size
@@ -416,30 +401,3 @@ class Trainer:
         self.loader.close()
         if self._eval is not None:
             self._eval[1].close()
-
-
-def _on_first_rank(action: Callable[[], None]) -> None:
-    """Run ``action`` on rank 0; what the user can put right is raised on every rank."""
-    held: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except UserError as error:
-            held[0] = str(error)
-    dist.broadcast_object_list(held, src=0)
-    if held[0] is not None:
-        raise UserError(held[0])
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _loss_scale(engine: Any) -> float | None:
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return float(scaler.cur_scale) if scaler is not None and getattr(scaler, "dynamic", False) else None
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    """As in JSON or in a recipe: one number, or two."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -149,3 +149,9 @@ def cpu_adam(
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam(groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
+
+
+def loss_scale(engine: Any) -> float | None:
+    """The dynamic loss scale, None where there is none."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return float(scaler.cur_scale) if scaler is not None and getattr(scaler, "dynamic", False) else None

@@ -176,6 +176,25 @@ def pick_device(env: Env) -> torch.device:
     return torch.device("cuda", index)
 
 
+def configure(*, threads: int = 0, deterministic: bool = False) -> None:
+    """Settings of torch that hold for the process; before the device is touched. ``threads`` 0 leaves torch's choice."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def device_name(device: torch.device) -> str:
+    """What the vendor calls it; ``cpu``."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def connect(env: Env, device: torch.device, timeout_s: float = 1800.0) -> None:
     """Join the process group (gloo on CPU; NCCL with gloo for CPU tensors on CUDA) and set torchrun's variables.
 
@@ -210,7 +229,8 @@ def connect(env: Env, device: torch.device, timeout_s: float = 1800.0) -> None:
     try:
         dist.init_process_group(
             backend,
-            init_method=f"tcp://{_bracket(env.master_addr)}:{env.master_port}",
+            # Not tcp://: under torchrun the agent holds the port and the store, which this method knows.
+            init_method="env://",
             rank=env.rank,
             world_size=env.world,
             timeout=limit,
@@ -245,7 +265,3 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
-
-
-def _bracket(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host

@@ -8,15 +8,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from dattrain.runtime.preempt import REQUEUE
 
+REPORT = "DATTRAIN_REPORT"
+"""Names the file in which a rank says why it ends."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 GRACE_S = 5.0
 """Between the first rank's death and SIGKILL to the others: time for their error messages."""
@@ -41,6 +46,7 @@ def launch(command: Sequence[str], nproc: int, environ: Mapping[str, str] | None
     # One torch thread pool per rank, each as wide as the machine, is slower than one rank alone.
     base.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     ranks: list[subprocess.Popen[bytes]] = []
+    reports = Path(tempfile.mkdtemp(prefix="dattrain-"))
 
     def forward(signum: int, _frame: object) -> None:
         for process in ranks:
@@ -51,10 +57,13 @@ def launch(command: Sequence[str], nproc: int, environ: Mapping[str, str] | None
     try:
         for rank in range(nproc):
             env = {**base, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            env[REPORT] = str(reports / f"{rank}.txt")
             ranks.append(
                 subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_die_with_parent)
             )
-        return _wait(ranks)
+        code = _wait(ranks)
+        _print_reports(reports)
+        return code
     finally:
         for process in ranks:
             if process.poll() is None:
@@ -63,6 +72,7 @@ def launch(command: Sequence[str], nproc: int, environ: Mapping[str, str] | None
             process.wait()
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+        shutil.rmtree(reports, ignore_errors=True)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
@@ -95,6 +105,22 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     print(f"dattrain: rank {rank} {how}; the other ranks were ended too", file=sys.stderr)
     return 128 - code if code < 0 else code
+
+
+def report(text: str) -> None:
+    """In a rank: why it ends. Ranks that fail for one reason say it once, through their launcher; others print it."""
+    if REPORT in os.environ:
+        Path(os.environ[REPORT]).write_text(text, encoding="utf-8")
+    else:
+        print(text, file=sys.stderr)
+
+
+def _print_reports(folder: Path) -> None:
+    texts = [
+        path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"), key=lambda p: int(p.stem))
+    ]
+    for text in dict.fromkeys(texts):
+        print(text, file=sys.stderr, flush=True)
 
 
 def free_port() -> int:

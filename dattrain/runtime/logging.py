@@ -116,4 +116,6 @@ def setup(run_dir: Path, rank: int, world: int, host: str) -> RankLog:
 
 
 def _only_ours_or_warnings(record: logging.LogRecord) -> bool:
-    return record.name.startswith("dattrain") or record.levelno >= logging.WARNING
+    """And not what whoever raised it will say (``extra={"console": False}``)."""
+    ours = record.name.startswith("dattrain") or record.levelno >= logging.WARNING
+    return ours and getattr(record, "console", True)

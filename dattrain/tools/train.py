@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-3")
     parser.add_argument(
         "--run",
+        # torchrun takes --run for an abbreviation of its own --run-path, even behind the script's name.
+        "--run-dir",
         dest="run_dir",
         metavar="DIR",
         type=Path,
@@ -44,19 +47,18 @@ def run(args: argparse.Namespace) -> int:
         return spawn(args, run_dir)
     from dattrain.engine.trainer import train
     from dattrain.runtime.env import leave
+    from dattrain.runtime.launch import report
 
     try:
         code = train(config, run_dir).exit_code
     except UserError as error:
-        print(f"dattrain train: {error}", file=sys.stderr)
+        report(f"dattrain train: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except BaseException:
-        # The trainer has logged it; without Python's finalisation nothing else would print it.
-        import traceback
-
-        traceback.print_exc()
+        # Without Python's finalisation nothing else would print it.
+        report(traceback.format_exc())
         code = 1
     leave(code)
 

@@ -1,0 +1,43 @@
+"""What rank 0 does or finds for all of them. Collective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dattrain.errors import UserError
+from dattrain.state import checkpoint
+from dattrain.state.checkpoint import Manifest
+
+
+def on_first_rank(action: Callable[[], None]) -> None:
+    """Run ``action`` on rank 0; what the user can put right is raised on every rank."""
+    held: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            held[0] = str(error)
+    dist.broadcast_object_list(held, src=0)
+    if held[0] is not None:
+        raise UserError(held[0])
+
+
+def newest_checkpoint(root: Path, *, read_all: bool = False) -> tuple[Path, Manifest] | None:
+    """The newest whole checkpoint under ``root``, as rank 0 finds it: judged by sizes, or by reading it (``read_all``).
+
+    Raises:
+        UserError: there are checkpoints, and none is whole.
+    """
+    held: list[Any] = [None]
+    if dist.get_rank() == 0:
+        found = checkpoint.find(root, level="checksum" if read_all else "size")
+        held[0] = (found.folder, found.manifest, found.passed_over)
+    dist.broadcast_object_list(held, src=0)
+    folder, manifest, passed = held[0]
+    if folder is None and passed:
+        raise UserError(checkpoint.none_whole(root, passed))
+    return None if folder is None else (folder, manifest)

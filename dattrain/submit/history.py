@@ -120,7 +120,8 @@ def classify(
     node, cause = culprit(stderr)
     report = next((r for r in reports if r.get("node") == node), reports[0] if reports else None)
     if report is not None and report.get("user_error"):
-        return "user error", report["error"], None
+        # All ranks met it: no node is to blame.
+        return "crashed", report["error"], None
     # A rank that was killed says nothing: the words of another rank of its node would be about the broken connection.
     told = cause is None or cause.startswith("Exited with exit code")
     if report is not None and told and (node is None or report.get("node") == node):
@@ -149,8 +150,6 @@ def decide(events: Sequence[Event], *, retries: int, checkpoint_new: bool) -> tu
         return "stop", "cancelled by dattrain cancel", []
     if reason in ("stopped", "cancelled"):
         return "stop", last["detail"], []
-    if reason == "user error":
-        return "stop", "this needs a change, not another try: " + last["detail"], []
     if reason == "preempted":
         return "again", "preempted", []
     if not checkpoint_new:

@@ -64,7 +64,7 @@ class Job:
         report = {
             "rank": _rank(),
             "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
-            "error": lines[-1].strip() if isinstance(error, UserError) else "".join(lines).strip()[-2000:],
+            "error": str(error) if isinstance(error, UserError) else "".join(lines).strip()[-2000:],
             "user_error": isinstance(error, UserError),
             "time": time.time(),
         }

@@ -102,8 +102,9 @@ def end(run: str, status: int) -> int:
     outcome = _json(folder / "outcome.json")
     reports = [r for r in map(_json, sorted(folder.glob("rank_*.json"))) if r]
     reports.sort(key=lambda r: r.get("time", 0))
+    state = _slurm_state()
     reason, detail, node = classify(
-        status=status, outcome=outcome, slurm_state=_slurm_state(), elapsed_s=time.time() - started["time"],
+        status=status, outcome=outcome, slurm_state=state, elapsed_s=time.time() - started["time"],
         time_s=spec["time_s"], signal_delay_s=spec["signal_delay_s"], stderr=_stderr(spec, job),
         reports=reports,
     )  # fmt: skip
@@ -134,15 +135,16 @@ def end(run: str, status: int) -> int:
         if bad:
             _exclude_from_next(run, spec, job, excluded)
         return AGAIN
-    if bad:
-        # The node list of a job that runs cannot be narrowed, so a new job takes its place.
-        _queue_next(run, spec, job, None, excluded)
+    after = "afterany:" + os.environ["SLURM_JOB_ID"]
+    if reason == "crashed" or state == "TIMEOUT":
+        # Not the same job again: what Slurm was told about ending its step may be told once more a minute later, when a
+        # busy node did not answer in time, and would end the new attempt, whose step has the same number. Nor can the
+        # nodes of a job that runs be narrowed. The new job waits until the old one has let go of everything.
+        _queue_next(run, spec, job, after, excluded)
         return AGAIN
     if not _done("scontrol", "requeue", job):
-        _say(
-            "scontrol requeue failed; queueing a follow-up job instead (set requeue: follow-up in the profile)"
-        )
-        _queue_next(run, spec, job, None, excluded)
+        _say("scontrol requeue failed; a follow-up job takes over (set requeue: follow-up in the profile)")
+        _queue_next(run, spec, job, after, excluded)
         return AGAIN
     # Slurm now kills this script; waiting for that keeps the job from being seen as ended.
     time.sleep(60)
@@ -150,7 +152,7 @@ def end(run: str, status: int) -> int:
 
 
 def guard(run: str) -> int:
-    """Wait beside srun. A job told to end by its time limit has KillWait seconds; what has not saved by then is requeued here,
+    """Wait beside srun. A job told to end by its time limit has KillWait seconds; what has not saved by then goes on through here,
     since this script and srun are killed together. ``end`` ends this process."""
     told = []
     signal.signal(signal.SIGTERM, lambda *_: told.append(time.time()))
@@ -194,7 +196,7 @@ def script_for_follow_up(text: str, task: int | None) -> str:
 
 
 def _queue_next(
-    run: str, spec: dict[str, Any], job: str, dependency: str | None, exclude: Sequence[str]
+    run: str, spec: dict[str, Any], job: str, dependency: str, exclude: Sequence[str]
 ) -> str | None:
     """sbatch the same script again, give submitit its pickle, and turn the jobs that wait for this one to the new one too."""
     folder = Path(spec["folder"])
@@ -203,8 +205,7 @@ def _queue_next(
     text = script_for_follow_up(original.read_text(encoding="utf-8"), int(task) if task else None)
     script = folder / f"follow_up_of_{job}.sh"
     script.write_text(text, encoding="utf-8")
-    command = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
-    command += ["--dependency=" + dependency] if dependency else []
+    command = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes", "--dependency=" + dependency]
     command += ["--exclude=" + ",".join(exclude)] if exclude else []
     try:
         done = subprocess.run(
@@ -221,7 +222,8 @@ def _queue_next(
     script.replace(folder / f"{follower}_submission.sh")
     record(run, "submit", job=follower, by="follow-up", after=job, dependency=dependency)
     for child in _waiting_jobs(spec):
-        need = f"afterok:{follower}" if dependency is None else f"afterok:{job}?afterok:{follower}"
+        # Queued beforehand, it is needed only if this job fails; else it alone counts.
+        need = ("afterok:" + job + "?" if dependency.startswith("afternotok") else "") + "afterok:" + follower
         if not _done("scontrol", "update", "JobId=" + child, "Dependency=" + need):
             _say(f"job {child} still waits for {job} alone: submit that stage again, with --after this run")
     return follower

@@ -10,7 +10,7 @@ from conftest import Site, ranks, step_of
 CHAIN = """
 name: three
 stages:
-  pretrain: {config: tiny.yaml, nodes: 2, overrides: [schedule.epochs=1, schedule.warmup_epochs=0]}
+  pretrain: {config: tiny.yaml, nodes: 2}
   finetune:
     config: tiny.yaml
     from: pretrain

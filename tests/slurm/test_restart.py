@@ -138,7 +138,7 @@ def test_a_node_that_fails_twice_is_left_out_and_without_progress_the_run_ends(
     site.wait_for(
         lambda: step_of(run) >= 21 and len([e for e in _history(run) if e["event"] == "begin"]) == 2, run=run
     )
-    os.kill(ranks(job)[3], signal.SIGKILL)
+    os.kill(ranks(site.status(run)["job"])[3], signal.SIGKILL)
     begins = site.wait_for(
         lambda: b if len(b := [e for e in _history(run) if e["event"] == "begin"]) == 3 else None, run=run
     )

@@ -62,9 +62,9 @@ def test_the_error_of_the_culprits_node_is_shown_if_it_could_speak() -> None:
     assert _classify(stderr=stderr, reports=reports) == ("crashed", "RuntimeError: boom", "n3")
 
 
-def test_a_users_error_is_told_apart_from_a_crash() -> None:
+def test_an_error_that_a_user_can_mend_blames_no_node() -> None:
     reports = [{"rank": 1, "node": "n2", "error": "no such shard", "user_error": True}]
-    assert _classify(reports=reports)[:2] == ("user error", "no such shard")
+    assert _classify(reports=reports) == ("crashed", "no such shard", None)
 
 
 def _end(reason: str, *, new: bool = True, node: str | None = None) -> history.Event:
@@ -112,8 +112,8 @@ def test_node_failures_before_the_first_checkpoint_are_forgiven_in_a_row_of_retr
     assert _decide(cut, cut, cut, _end(history.NODE_FAILURE), cut)[0] == "again"
 
 
-def test_cancelled_stopped_and_user_errors_are_final() -> None:
-    for reason in ("stopped", "cancelled", "user error"):
+def test_cancelled_and_stopped_are_final() -> None:
+    for reason in ("stopped", "cancelled"):
         assert _decide(_end(reason))[0] == "stop"
     assert _decide({"event": "cancel", "new": True}, _end("preempted"))[0] == "stop"
 

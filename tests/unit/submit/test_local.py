@@ -85,6 +85,13 @@ def _step(run: Path) -> int:
     return int((run / "step").read_text() or 0) if (run / "step").is_file() else 0
 
 
+def _pids(run: Path) -> list[int]:
+    """Both tasks, once they have begun to train."""
+    files = [run / f"pid_{rank}" for rank in (0, 1)]
+    _until(lambda: all(path.is_file() and path.read_text() for path in files))
+    return [int(path.read_text()) for path in files]
+
+
 def _ends(run: Path) -> list[history.Event]:
     return [e for e in history.history(run) if e["event"] == "end"]
 
@@ -102,7 +109,7 @@ def test_it_trains_in_the_background_and_finishes(start: Callable[..., Path]) ->
 def test_a_killed_rank_takes_the_other_along_and_the_run_goes_on(start: Callable[..., Path]) -> None:
     run = start()
     _until(lambda: _step(run) > 12)
-    os.kill(int((run / "pid_1").read_text()), signal.SIGKILL)
+    os.kill(_pids(run)[1], signal.SIGKILL)
     # submitit's controller alone would have let the first rank go on, and called the job finished.
     _until(lambda: not local.alive(run))
     first, last = _ends(run)
@@ -128,8 +135,8 @@ def test_an_error_before_any_checkpoint_ends_the_run_with_its_words(
 def test_a_signal_to_the_tasks_saves_and_goes_on(start: Callable[..., Path]) -> None:
     run = start()
     _until(lambda: _step(run) > 3)
-    for rank in (0, 1):
-        os.kill(int((run / f"pid_{rank}").read_text()), signal.SIGUSR2)
+    for pid in _pids(run):
+        os.kill(pid, signal.SIGUSR2)
     _until(lambda: not local.alive(run))
     first, last = _ends(run)
     assert (first["reason"], first["action"]) == ("preempted", "again")
@@ -138,10 +145,7 @@ def test_a_signal_to_the_tasks_saves_and_goes_on(start: Callable[..., Path]) -> 
 
 def test_cancel_ends_supervisor_and_tasks(start: Callable[..., Path]) -> None:
     run = start()
-    pids = [
-        int(_until(lambda r=rank: (run / f"pid_{r}").is_file() and (run / f"pid_{r}").read_text()))
-        for rank in (0, 1)
-    ]
+    pids = _pids(run)
     history.record(run, "cancel")
     assert local.cancel(run)
     _until(lambda: not local.alive(run))

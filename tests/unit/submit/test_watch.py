@@ -99,23 +99,27 @@ def test_where_scontrol_is_missing_a_follow_up_takes_over(host: Host) -> None:
     host.outcome("preempted")
     assert host.watch("end", "0") == 75
     (call,) = [call for call in host.calls() if call.startswith("sbatch")]
-    assert "--dependency" not in call
+    assert "--dependency=afterany:5" in call
     assert (host.slurm / "9_submission.sh").read_text() == "#!/bin/bash\necho hello\n"
     assert (host.slurm / "9_submitted.pkl").read_bytes() == b"pickle"
     assert history.history(host.run)[-1]["job"] == "9"
 
 
-def test_a_node_that_failed_twice_is_left_out_by_a_new_job_and_the_chain_follows(host: Host) -> None:
+def test_a_crash_goes_on_as_a_new_job_without_the_node_that_failed_twice_and_the_chain_follows(
+    host: Host,
+) -> None:
     for attempt in (1, 2):
         host.watch("begin")
         host.publish(attempt)
         with open(host.slurm / "5_0_log.err", "a") as log:
             log.write("dattrain: attempt on n1,n2\nsrun: error: n2: task 1: Killed\n")
-        host.watch("end", "137")
+        assert host.watch("end", "137") == 75
     assert [e["node"] for e in history.history(host.run) if e["event"] == "end"] == ["n2", "n2"]
-    assert [call for call in host.calls() if "requeue" in call] == ["scontrol requeue 5"]
-    (call,) = [call for call in host.calls() if call.startswith("sbatch")]
-    assert "--exclude=n2" in call
+    assert not [call for call in host.calls() if "requeue" in call]
+    first, second = [call for call in host.calls() if call.startswith("sbatch")]
+    assert "--dependency=afterany:5" in first
+    assert "--exclude" not in first
+    assert "--exclude=n2" in second
     assert "scontrol update JobId=6 Dependency=afterok:9" in host.calls()
 
 

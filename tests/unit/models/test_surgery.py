@@ -299,3 +299,21 @@ def test_what_fits_nowhere_is_an_error(change, arguments, message):
     with pytest.raises(UserError, match=message):
         surgery.resize_for(target, tensors(atto(1)), **arguments)
     assert all(torch.equal(before[name], parameter) for name, parameter in target.named_parameters())
+
+
+@pytest.mark.parametrize("img_size", [192, 256, 384, 448, 512, (224, 384)])
+def test_from_224_to_any_size(img_size):
+    """The sizes people fine-tune at, on a narrowed dat_tiny: as many windows across the map as at 224, or padded ones."""
+    narrow = {"num_classes": 4, "dims": (24, 48, 96, 192)}
+    source, target = (
+        create("dat_tiny", img_size=224, **narrow),
+        create("dat_tiny", img_size=img_size, **narrow),
+    )
+    report = surgery.resize_for(target, tensors(source))
+    assert len(report.entries) == len(tensors(source))
+    height, width = target.map_sizes(target.img_size)[2]
+    assert target.stages[2].blocks[1].attn.bias_table.shape[1:] == (2 * height - 1, 2 * width - 1)
+    side = min(target.img_size) // 32
+    assert target.stages[0].blocks[1].attn.bias_table.shape[1:] == (2 * side - 1, 2 * side - 1)
+    with torch.no_grad():
+        assert target.eval()(torch.randn(1, 3, *target.img_size)).isfinite().all()

@@ -80,14 +80,19 @@ def timed(task: Callable[[], object]) -> tuple[float, float]:
     return slowest(time.perf_counter() - begin), slowest(time.process_time() - cpu)
 
 
-def bare_write(path: Path, image: memoryview, *, direct: bool) -> None:
-    """What dd does with oflag=direct conv=fsync, or without the first: the disk's own speed. Whole pages only."""
+def bare_write(path: Path, image: memoryview, *, direct: bool, times: int = 1) -> None:
+    """What dd does with oflag=direct conv=fsync, or without the first: the disk's own speed. Whole pages only.
+
+    ``image`` is written ``times`` times, one behind the other.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | (os.O_DIRECT if direct else 0)
     fd = os.open(path, flags, 0o644)
     try:
-        position, size = 0, len(image) // shards.PAGE * shards.PAGE
-        while position < size:
-            position += os.write(fd, image[position : min(position + shards.CHUNK, size)])
+        size = len(image) // shards.PAGE * shards.PAGE
+        for _ in range(times):
+            position = 0
+            while position < size:
+                position += os.write(fd, image[position : min(position + shards.CHUNK, size)])
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -132,20 +137,20 @@ def save_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
         # The buffer of bare writes, as large as a shard, is allocated after this is read.
         "peak_bytes": slowest(peak - before),
         "shard_bytes": slowest(size),
+        "dd": [],
         "direct": [],
         "buffered": [],
         "blocking": [],
         "stall": [],
         "background": [],
     }
+    unbuffered = _takes_direct(scratch)
     step = 0
     for _ in range(plan.rounds):
-        for name, direct in (("direct", True), ("buffered", False)):
-            try:
-                result[name].append(timed(partial(bare_write, scratch, image_of(bare), direct=direct)))
-            except OSError:
-                if not direct:
-                    raise
+        for name, direct, alone in (("dd", True, True), ("direct", True, False), ("buffered", False, False)):
+            times = dist.get_world_size() if alone else 1
+            write = partial(bare_write, scratch, image_of(bare), direct=direct and unbuffered, times=times)
+            result[name].append(timed(write if rank == 0 or not alone else _nothing))
             scratch.unlink(missing_ok=True)
         step += 1
         meta = {"step": step, "samples_seen": step}
@@ -165,6 +170,19 @@ def save_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
         result["stall"].append((slowest(stall[0]), slowest(stall[1])))
         _drop(keeper, step - 2)
     return result
+
+
+def _nothing() -> None:
+    """What the other ranks do while one writes alone."""
+
+
+def _takes_direct(path: Path) -> bool:
+    """Whether the file system lets writers around the page cache."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o644))
+    except OSError:
+        return False
+    return True
 
 
 def _drop(keeper: Checkpointer, step: int) -> None:

@@ -190,12 +190,6 @@ def active(run: Path) -> tuple[str | None, str]:
     return None, ""
 
 
-def last_job(run: Path) -> str | None:
-    """Newest job of a run, whether it lives or not."""
-    jobs = [e["job"] for e in history.history(run) if e["event"] == "submit"]
-    return jobs[-1] if jobs else None
-
-
 def dependency_on(after: str) -> tuple[str, Path | None]:
     """sbatch's notation for ``--after``: a job id, or a run folder (its newest job); and that folder.
 
@@ -206,9 +200,16 @@ def dependency_on(after: str) -> tuple[str, Path | None]:
         return f"afterok:{after}", None
     folder = Path(after)
     if (folder / "submit").is_dir():
-        job = last_job(folder)
-        if job is not None and not job.startswith("local"):
-            return f"afterok:{job}", folder.resolve()
+        submitted = [e for e in history.history(folder) if e["event"] == "submit"]
+        if submitted and not submitted[-1]["job"].startswith("local"):
+            newest = submitted[-1]
+            # A follow-up that is there only in case the job before it fails is dropped when that one ends well.
+            either = (
+                f"afterok:{newest['after']}?"
+                if (newest.get("dependency") or "").startswith("afternotok")
+                else ""
+            )
+            return f"{either}afterok:{newest['job']}", folder.resolve()
     raise UserError(f"--after {after}: neither a job id nor a run folder that was submitted to Slurm")
 
 

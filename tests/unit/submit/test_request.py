@@ -172,8 +172,10 @@ def test_without_slurm_or_data_it_says_so_and_writes_nothing(home: Path) -> None
 def test_after_a_run_is_after_its_newest_job(home: Path) -> None:
     run = home / "runs" / "first"
     history.record(run, "submit", job="7", by="user")
-    history.record(run, "submit", job="9", by="follow-up", after="7")
+    history.record(run, "submit", job="9", by="follow-up", after="7", dependency="afterany:7")
     assert launch.dependency_on(str(run)) == ("afterok:9", run)
+    history.record(run, "submit", job="11", by="follow-up", after="9", dependency="afternotok:9")
+    assert launch.dependency_on(str(run)) == ("afterok:9?afterok:11", run)
     assert launch.dependency_on("7_1") == ("afterok:7_1", None)
 
 

@@ -205,6 +205,20 @@ def test_what_does_not_fit_is_called_a_problem(tmp_path: Path) -> None:
     assert "signal_delay_s" in save
 
 
+def test_images_at_hand_are_counted_and_weighed(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for number in range(64):
+        folder = tmp_path / "data" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8 + number, 8)).save(folder / f"{number}.png")
+    config = _config(model={"img_size": 32, "num_classes": 2}, data={"train": str(tmp_path / "data")})
+    found = _plan(config, "--gpus-per-node", "1", "--device", "cpu")
+    assert (found["samples_per_epoch"], found["samples_from"]) == (64, "the data")
+    sizes = [path.stat().st_size for path in tmp_path.rglob("*.png")]
+    assert found["image_bytes"] == pytest.approx(sum(sizes) / 64)
+
+
 def test_without_any_count_of_images_it_asks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--samples"):
         _plan(_config(), "--gpus-per-node", "1")

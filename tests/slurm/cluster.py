@@ -39,6 +39,10 @@ OWNER = "dattrain-test-"
 ACCOUNTING_PACKAGES = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
 
 
+class Unsupported(RuntimeError):
+    """The machine cannot hold emulated nodes."""
+
+
 def missing(accounting: bool = False) -> list[str]:
     """Packages that apt would have to install."""
     wanted = {**PACKAGES, **(ACCOUNTING_PACKAGES if accounting else {})}
@@ -227,7 +231,11 @@ class Cluster:
         if self.die_with_parent:
             commands.append(["link", "set", self.bridge, "alias", f"{OWNER}{os.getpid()}"])
         for command in commands:
-            subprocess.run(["ip", *command], check=True, capture_output=True)
+            done = subprocess.run(["ip", *command], capture_output=True, text=True)
+            if done.returncode != 0:
+                raise Unsupported(
+                    f"this machine has no network bridges: ip {' '.join(command)}: {done.stderr.strip()}"
+                )
 
     def _start_node(self, node: str) -> None:
         number = self.node_names().index(node) + 1

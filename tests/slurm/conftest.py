@@ -21,7 +21,7 @@ import pytest
 import dattrain
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cluster import Cluster, install, unavailable
+from cluster import Cluster, Unsupported, install, unavailable
 
 ACCOUNTING = os.environ.get("DATTRAIN_TEST_SACCT") == "1"
 """With slurmdbd and MariaDB, so that sacct works; without, squeue and scontrol have to do."""
@@ -69,7 +69,11 @@ def cluster() -> Iterator[Cluster]:
             install(ACCOUNTING, folder / "apt.log")
         except (subprocess.CalledProcessError, OSError) as error:
             pytest.skip(f"no Slurm for the tests: apt-get could not install it ({error})")
-        yield made.start()
+        try:
+            made.start()
+        except Unsupported as error:
+            pytest.skip(f"no Slurm for the tests: {error}")
+        yield made
     finally:
         made.stop()
         shutil.rmtree(folder, ignore_errors=True)

@@ -44,7 +44,7 @@ def test_the_run_folder_holds_what_ran(site: Site, undisturbed: Path) -> None:
 
 def test_logs_of_each_rank(site: Site, undisturbed: Path) -> None:
     assert f"step {STEPS}/{STEPS}" in site.dattrain("logs", str(undisturbed)).stdout
-    assert "rank" in site.dattrain("logs", str(undisturbed), "--rank", "3").stdout or True
+    assert "r3@" in site.dattrain("logs", str(undisturbed), "--rank", "3").stdout
     job = site.dattrain("logs", str(undisturbed), "--job", "-n", "0").stdout
     assert "dattrain: finished" in job
     refused = site.dattrain("logs", str(undisturbed), "--rank", "9", check=False)

@@ -83,7 +83,8 @@ class Checkpointer:
         self.resumed_from: Path | None = None
         self.rank, self.world = ranks.rank_and_world()
         self._task = OneInFlight("checkpoint")
-        self._buffer = HostBuffer(pinned=torch.cuda.is_available())
+        self.buffer = HostBuffer(pinned=torch.cuda.is_available())
+        """Where the state lies while it is written: after a save, the bytes of this rank's shard."""
         self._saves = 0
         token = ""
         if self.rank == 0:
@@ -171,7 +172,7 @@ class Checkpointer:
         """Take the host memory that saves will need (bytes of the shard) before the first step, not in the first save."""
         local = LocalState(engine)
         states = ("param", *MOMENTS, *(() if ema is None else ("ema",)))
-        self._buffer.take(self._layout(local, states)[0].size).zero_()
+        self.buffer.take(self._layout(local, states)[0].size).zero_()
 
     def _manifest(self, local: LocalState, states: tuple[str, ...], meta: Mapping[str, Any]) -> Manifest:
         kept = dict(json.loads(json.dumps(dict(meta))))
@@ -223,7 +224,7 @@ class Checkpointer:
     ) -> tuple[Layout, memoryview]:
         """Copy this rank's part into the host buffer, laid out as the file. All that the step loop waits for."""
         layout, source = self._layout(local, states)
-        host = self._buffer.take(layout.size)
+        host = self.buffer.take(layout.size)
         image = image_of(host)
         image[: len(layout.header)] = layout.header
         buffers = local.buffers()

@@ -23,7 +23,7 @@ from torch import nn
 from dattrain.engine import zero
 from dattrain.runtime import env
 from dattrain.state import checkpoint, elastic, shards
-from dattrain.state.background import HostBuffer, image_of
+from dattrain.state.background import image_of
 from dattrain.state.checkpointer import Checkpointer
 from dattrain.state.fragments import MOMENTS, LocalState
 from dattrain.state.retention import Policy
@@ -130,7 +130,7 @@ def save_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
     manifest = checkpoint.read_manifest(keeper.root / checkpoint.folder_name(0))
     size = manifest.files[checkpoint.shard_name(rank)].size
     scratch = Path(plan.folder) / f"bare_{rank}"
-    bare = HostBuffer(pinned=False).take(size).random_(0, 255)
+    bare = keeper.buffer.take(size)
     result: dict[str, Any] = {
         "bytes": manifest.nbytes,
         "parameters": manifest.numel,

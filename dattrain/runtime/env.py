@@ -104,6 +104,10 @@ def resolve(environ: Mapping[str, str], host: str | None = None) -> Env:
         )
     else:
         return Env(0, 0, 1, 1, "127.0.0.1", 0, "single", host)
+    if env.world > 1 and env.master_port == 0:
+        raise UserError(
+            "MASTER_PORT=0 is no port where ranks could meet; torchrun: give --standalone, or a --master-port"
+        )
     if not 0 <= env.rank < env.world:
         raise UserError(
             f"rank {env.rank} is not within a world of {env.world} ({env.launcher}): the variables are stale"

@@ -86,6 +86,10 @@ def test_first_host(nodes, first):
     "environ, message",
     [
         ({"RANK": "0", "WORLD_SIZE": "2"}, "without MASTER_ADDR"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "0"},
+            "MASTER_PORT=0 is no port",
+        ),
         ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK='x' is not a number"),
         ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "not within a world of 2"),
     ],

@@ -1,0 +1,199 @@
+"""``dattrain train`` as a person uses it: launchers, resuming, fine-tuning, mistakes, and processes that end cleanly."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
+from state_ranks import assert_same, states
+from train_worker import curve, pack, recipe, rows
+
+FP32 = ["train.precision=fp32", "zero.stage=2"]
+
+
+def dattrain(*arguments, launcher=(), timeout=300):
+    command = [sys.executable, *launcher, "-m", "dattrain", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    return folder, recipe(folder), pack(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(home):
+    """Two updates on two local ranks, evaluated."""
+    folder, path, data = home
+    run = folder / "trained"
+    done = dattrain(
+        "train",
+        path,
+        *data,
+        *FP32,
+        "train.max_steps=2",
+        "train.profile.steps=[1,2]",
+        "--run",
+        run,
+        "--nproc",
+        2,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run
+
+
+def test_two_local_ranks_equal_torchrun_and_nearly_one_process(home, trained):
+    folder, path, data = home
+    other = folder / "torchrun"
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "--no-python",
+        sys.executable,
+    ]
+    settings = [*data, *FP32, "train.max_steps=2"]
+    done = dattrain("train", path, *settings, "--run-dir", other, launcher=torchrun)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert curve(other) == curve(trained)
+    alone = folder / "alone"
+    done = dattrain("train", path, *settings, "--run", alone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [r["loss"] for r in rows(alone)] == pytest.approx([r["loss"] for r in rows(trained)], rel=2e-6)
+
+
+def test_a_finished_run_is_left_as_it_is_and_ends_cleanly(trained):
+    before = (trained / "metrics.jsonl").read_text()
+    done = dattrain("train", trained, "--nproc", 2)
+    assert done.returncode == 0 and "finished at step 2 of 2" in done.stdout, done.stdout + done.stderr
+    assert (trained / "metrics.jsonl").read_text() == before
+    assert done.stderr == ""
+
+
+def test_the_profile_has_a_trace_and_a_row_per_module(trained):
+    import gzip
+
+    for rank in range(2):
+        trace = json.loads(gzip.decompress((trained / "profile" / f"rank_{rank}.trace.json.gz").read_bytes()))
+        names = {event.get("name") for event in trace["traceEvents"]}
+        assert "update 1" in names and "update 0" not in names
+        table = {
+            line.split()[0]: line.split()
+            for line in (trained / "profile" / f"rank_{rank}.modules.txt").read_text().splitlines()[1:]
+        }
+        block = table["stages.0.blocks.0"]
+        # Two micro-batches, and time forward and backward.
+        assert block[1] == "2" and float(block[2]) > 0 and float(block[3]) > 0
+        assert float(table["stages.0.blocks.0.attn"][2]) < float(block[2])
+
+
+@pytest.mark.parametrize("table", ["resize", "sample"])
+def test_a_fine_tune_at_a_higher_resolution_says_what_became_of_every_tensor_and_resumes(
+    home, trained, table
+):
+    folder, path, data = home
+    run, whole = folder / f"tuned-{table}", folder / f"tuned-{table}-whole"
+    settings = [*data[:1], *FP32, "model.img_size=64", f"init.from={trained}", f"init.bias_table={table}"]
+    steps = ["train.max_steps=2"]
+    first = dattrain("train", path, *settings, "train.max_steps=1", "--run", run)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "tensors:" in first.stdout and "resized" in first.stdout and "EMA" in first.stdout
+    assert ("read at the displacements" in first.stdout) == (table == "sample")
+    again = dattrain("train", path, *settings, *steps, "--run", run)
+    assert again.returncode == 0 and "tensors:" not in again.stdout, again.stdout + again.stderr
+    assert dattrain("train", path, *settings, *steps, "--run", whole).returncode == 0
+    assert curve(run) == curve(whole)
+    assert_same(states(run, 2), states(whole, 2))
+
+
+def test_a_linear_probe_under_zero_3_with_recomputation_moves_the_head_alone(home, trained):
+    folder, path, data = home
+    run = folder / "probe"
+    settings = [
+        *data[:1],
+        "zero.stage=3",
+        "train.precision=bf16",
+        "train.remat=block",
+        "optim.freeze_backbone=true",
+    ]
+    done = dattrain(
+        "train", path, *settings, f"init.from={trained}", "train.max_steps=2", "--run", run, "--nproc", 2
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = states(trained, 2), states(run, 2)
+    moved = {
+        k
+        for k in after
+        if k.startswith("param/") and not (after[k] == before[k.replace("param/", "ema/")]).all()
+    }
+    assert moved == {"param/head.fc.weight", "param/head.fc.bias"}
+
+
+@pytest.mark.parametrize(
+    "overrides, code, message",
+    [
+        (["train.micro_batch=32"], 2, "train.micro_batch=32 on 2"),
+        (["trian.seed=1"], 2, "unknown key trian"),
+        (["data.train=/nowhere/at/all"], 1, "/nowhere/at/all"),
+        (["init.from=/nowhere/at/all"], 1, "init.from=/nowhere/at/all"),
+    ],
+)
+def test_a_mistake_gets_one_clear_message(home, overrides, code, message):
+    folder, path, data = home
+    done = dattrain("train", path, *data, *FP32, *overrides, "--run", folder / "mistake", "--nproc", 2)
+    assert done.returncode == code, done.stderr
+    told = [line for line in done.stderr.splitlines() if message in line]
+    assert len(told) == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_another_model_or_other_data_in_a_runs_folder_is_refused_and_loses_nothing(home, trained, tmp_path):
+    _, path, data = home
+    before = (trained / "config.yaml").read_text()
+    done = dattrain("train", path, *data, *FP32, "model.name=dat_tiny", "--run", trained)
+    assert (
+        done.returncode == 1
+        and "model.name=dat_atto, but this recipe says model.name=dat_tiny" in done.stderr
+    )
+    other = pack(tmp_path, train=64)
+    done = dattrain("train", trained, other[0])
+    assert done.returncode == 1 and "has 64 samples, but this run was begun with 96" in done.stderr
+    assert (trained / "config.yaml").read_text() == before or "64" not in (
+        trained / "metrics.jsonl"
+    ).read_text()
+    assert dattrain("train", trained, data[0]).returncode == 0
+
+
+def test_what_is_not_a_recipe_or_a_run_is_named(tmp_path):
+    done = dattrain("train", tmp_path)
+    assert done.returncode == 2 and "no config.yaml" in done.stderr
+    done = dattrain("train", tmp_path / "missing.yaml")
+    assert done.returncode == 2 and "no such config" in done.stderr
+
+
+@pytest.mark.full
+def test_worker_processes_end_cleanly_30_times_of_30(home):
+    folder, path, data = home
+    run = folder / "clean"
+    settings = [*data[:1], "zero.stage=3", "train.precision=bf16"]
+    for number in range(30):
+        done = dattrain(
+            "train", path, *settings, f"train.max_steps={1 + number % 2}", "--run", run, "--nproc", 2
+        )
+        assert done.returncode == 0 and done.stderr == "", (number, done.stdout, done.stderr)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("unit", ["block", "stage"])
+def test_compiled_training_follows_the_same_curve(home, trained, unit):
+    folder, path, data = home
+    run = folder / f"compiled-{unit}"
+    settings = [*data, *FP32, "train.max_steps=2", f"train.compile={unit}"]
+    done = dattrain("train", path, *settings, "--run", run, timeout=900)
+    assert done.returncode == 0 and "uncompiled" not in done.stdout, done.stdout + done.stderr
+    assert [r["loss"] for r in rows(run)] == pytest.approx([r["loss"] for r in rows(trained)], rel=1e-4)

@@ -80,6 +80,13 @@ class SharedDepthwiseConv(nn.Conv2d):
         """B x H x W x (groups * channels) -> B x ceil(H / stride) x ceil(W / stride) x (groups * channels)."""
         assert self.bias is not None
         weight, bias = self.weight.repeat(self.repeats, 1, 1, 1), self.bias.repeat(self.repeats)
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+            # CPUs have no depthwise kernel in bf16: forward and backward take twice the time of fp32.
+            with _no_autocast(x):
+                return self._convolve(x.float(), weight.float(), bias.float()).to(x.dtype)
+        return self._convolve(x, weight, bias)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, self.stride, self.padding, groups=x.shape[-1])
         return out.permute(0, 2, 3, 1)
 

@@ -76,11 +76,11 @@ class Order:
         return self.batch_positions(samples_seen, global_batch)[rank * share : (rank + 1) * share]
 
     def shards_ahead(self, samples_seen: int, global_batch: int, rank: int, world: int) -> list[int]:
-        """Shards that a rank needs: those of the windows that it is in, then those of the windows that follow."""
+        """Shards that a rank needs: of this batch, of the rest of its lanes' windows, then of the windows that follow."""
         positions = self.rank_positions(samples_seen, global_batch, rank, world)
         _, first = np.unique(self.lane(positions), return_index=True)
         epochs, indexes = np.divmod(positions[first], self.samples)
-        found: dict[int, None] = {}
+        found = dict.fromkeys(self.locate(positions)[0].tolist())
         for _ in range(2):
             place, lane = np.divmod(indexes, self.lanes)
             start, size, place_after, length = self._window(lane, place)

@@ -353,14 +353,14 @@ def alive(pid: int) -> bool:
 
 def test_workers_end_cleanly_thirty_times_of_thirty(make_shards):
     process = start(make_shards(), "loop")
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, out.strip(), err) == (0, "done", "")
 
 
 @pytest.mark.parametrize("how", ["abandon", "raise"])
 def test_a_trainer_that_just_ends_leaves_nobody(make_shards, how):
     process = start(make_shards(), how)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     if how == "abandon":
         assert (process.returncode, err) == (0, "")
     else:

@@ -114,17 +114,22 @@ def test_released_files_are_recognised_by_their_keys(size):
     }
 
 
-@pytest.mark.parametrize(("size", "millions"), [("tiny", 23.963), ("small", 53.127), ("base", 93.691)])
+@pytest.mark.parametrize(
+    ("size", "millions"), [("tiny", 23.963), ("small", 53.127), ("base", 93.691), ("large", 209.216)]
+)
 def test_parameters_of_the_variants(size, millions):
     with torch.device("meta"):
         model = create(f"dat_pp_{size}", num_classes=1000, img_size=224)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == millions
 
 
-@pytest.mark.parametrize(
-    ("size", "img_size", "giga"),
-    [("tiny", 224, 4.288), ("small", 224, 9.426), ("base", 224, 16.559), ("base", 384, 49.734)],
-)
+FLOPS = {
+    ("tiny", 224): 4.288, ("small", 224): 9.426, ("base", 224): 16.559, ("large", 224): 36.815,
+    ("tiny", 384): 13.135, ("small", 384): 28.502, ("base", 384): 49.734, ("large", 384): 109.796,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "img_size", "giga"), [(*key, value) for key, value in FLOPS.items()])
 def test_flops_of_the_variants(size, img_size, giga):
     # 4.3, 9.4, 16.6 and 49.7 in the paper.
     with torch.device("meta"):

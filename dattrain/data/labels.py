@@ -84,7 +84,7 @@ def label_set(name: str, *, classes: int | None = None, folder: str | None = Non
     Args:
         name: of the set.
         classes: outputs of the head; needed to tell the two releases of 21K-P apart, else fall11's.
-        folder: where ``synsets.txt`` may lie: for winter21, of which timm has no list.
+        folder: where ``synsets.txt`` lies, for winter21, of which timm has no list; the current folder when None.
 
     Raises:
         ConfigError: no such set, or one that cannot have ``classes`` classes.
@@ -157,7 +157,7 @@ def read_synsets(path: str | os.PathLike[str]) -> tuple[str, ...]:
 def _winter21(folder: str | None) -> tuple[str, ...]:
     size = SIZES["imagenet-22k-winter21"][0]
     path = Path(folder or ".") / SYNSETS_FILE
-    if folder is None or not path.is_file():
+    if not path.is_file():
         raise UserError(
             f"{path}: the names of imagenet-22k-winter21 need this file, with the release's {size:,} synsets one a "
             f"line in the order of the labels (in the extracted release: `ls -d n* | cut -d. -f1 | sort -u > {SYNSETS_FILE}`)"

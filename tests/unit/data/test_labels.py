@@ -62,13 +62,15 @@ def test_a_head_that_fits():
             check_head(name, size)
 
 
-def test_winter21_from_a_file(tmp_path):
+def test_winter21_from_a_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="synsets.txt"):
         label_set("imagenet-22k-winter21", folder=str(tmp_path))
     fall11 = label_set("imagenet-22k").synsets
     kept = fall11[:19167]
     (tmp_path / "synsets.txt").write_text("\n".join(kept))
     assert label_set("imagenet-22k-winter21", classes=19167, folder=str(tmp_path)).synsets == kept
+    monkeypatch.chdir(tmp_path)
+    assert label_set("imagenet-22k-winter21").synsets == kept
     (tmp_path / "synsets.txt").write_text("\n".join(fall11))
     with pytest.raises(UserError, match="21,841 synsets"):
         label_set("imagenet-22k-winter21", folder=str(tmp_path))

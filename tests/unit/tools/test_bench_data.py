@@ -1,0 +1,67 @@
+"""``dattrain bench data``: the images that it makes, and a whole run on a few of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+
+import numpy as np
+from PIL import Image
+
+from dattrain.tools.bench import data as bench
+from dattrain.tools.bench.jpegs import write_folder
+
+
+def test_images_are_like_imagenets(tmp_path):
+    write_folder(tmp_path, 20)
+    files = sorted(tmp_path.rglob("*.jpg"))
+    assert len(files) == 20 and len({path.read_bytes() for path in files}) == 20
+    assert 55_000 < statistics.mean(path.stat().st_size for path in files) < 90_000
+    with Image.open(files[0]) as image:
+        assert image.mode == "RGB" and image.layer[0][1:3] == (2, 2), "4:2:0"
+        assert {400 < side < 530 or 345 < side < 405 for side in image.size} == {True}
+        assert np.asarray(image).std() > 10
+
+
+def test_a_whole_run(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    words = [
+        "--count",
+        "40",
+        "--batch",
+        "8",
+        "--workers",
+        "1",
+        "--size",
+        "64",
+        "--rounds",
+        "1",
+        "--steps",
+        "1",
+    ]
+    out = tmp_path / "report.json"
+    args = parser.parse_args([*words, "--model", "dat_atto", "--device", "cpu", "--json", str(out)])
+    assert bench.run(args) == 0
+    report = json.loads(out.read_text())
+    rows = {(m["case"].partition(",")[0], m["name"]): m for m in report["measurements"]}
+    assert rows["whole pipeline", bench.BASELINE]["items"] == 40
+    for name in ("timm", "webdataset, Pillow bicubic", "dattrain", "dattrain, RandAugment"):
+        assert rows["whole pipeline", name]["cpu"][0] > 0
+    assert ("one process", bench.LIMIT) in rows and ("one process", "dattrain") in rows
+    shown = capsys.readouterr().out
+    assert "the bar is 2.2" in shown and "the bar is 0.75" in shown and "Waiting for data" in shown
+
+
+def test_it_says_whether_a_bar_is_met():
+    from dattrain.tools.bench.common import Measurement, Spread
+
+    def row(case, name, ratio):
+        one = Spread.of([1.0])
+        return Measurement(case, name, "", one, one, one, Spread.of([ratio]), 1.0)
+
+    met, missed = bench.bars(
+        [row(f"{bench.PIPELINES}, 2 workers", bench.OURS, 2.3), row(bench.DECODING, bench.OURS, 0.7)]
+    )
+    assert met.endswith(": met.") and "NOT met" in missed

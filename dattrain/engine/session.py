@@ -103,8 +103,6 @@ def open_session(
             initialise(model, config)
     elif config.init.bias_table == "sample":
         surgery.adopt_tables(model, {name: p.shape for name, p in manifest.parameters.items()})
-    if config.train.channels_last:
-        model.to(memory_format=torch.channels_last)
     remat.apply(model, config.train.remat)
     scales = optim.layer_scales(model, config.optim.layer_decay) if config.optim.layer_decay < 1 else None
     optimizer = optim.build(model, config, device)

@@ -1,0 +1,80 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dattrain.config.load import loads
+from dattrain.data.batch import Batch
+from dattrain.data.philox import Stream, uniform32
+from dattrain.engine.step import Updater, seed_all
+
+RECIPE = "model: {num_classes: 3}\naugment: {label_smoothing: 0.0}\ntrain: {global_batch: 4, micro_batch: 4, precision: fp32}\n"
+
+
+class Net(nn.Module):
+    """Logits are the mean of the image's channels; keeps the noise that it was given."""
+
+    def forward(self, x, drop_path_noise=None):
+        self.noise = drop_path_noise
+        return x.mean((2, 3)) * torch.ones((), requires_grad=True)
+
+
+def batch(weight=(1, 1, 1, 1), positions=(3, 1, 8, 2)):
+    torch.manual_seed(0)
+    return Batch(
+        images=torch.randn(4, 3, 2, 2),
+        labels=torch.tensor([0, 1, 2, 1]),
+        weight=torch.tensor(weight, dtype=torch.float32),
+        position=torch.tensor(positions),
+        keys=list("abcd"),
+    )
+
+
+def updater(drop_path=0):
+    return Updater(Net(), loads(RECIPE).config, 1, drop_path, torch.device("cpu"))
+
+
+def test_a_bad_sample_has_no_weight_and_leaves_the_divisor_alone():
+    made = batch(weight=(1, 0, 1, 1))
+    loss, total, weight = updater().forward(made)
+    each = nn.functional.cross_entropy(made.images.mean((2, 3)), made.labels, reduction="none")
+    assert float(total) == pytest.approx(float(each[0] + each[2] + each[3]), rel=1e-6)
+    assert float(loss.detach()) == pytest.approx(float(total) / 4, rel=1e-6)
+    assert float(weight) == 3
+
+
+def test_noise_is_a_function_of_the_sample():
+    made = updater(drop_path=6)
+    made.forward(batch())
+    expected = uniform32(0, Stream.DROP_PATH, np.array([3, 1, 8, 2]), 6)
+    assert torch.equal(made.engine.noise, torch.from_numpy(expected))
+    made.forward(batch(positions=(2, 8, 1, 3)))
+    assert torch.equal(made.engine.noise, torch.from_numpy(expected[::-1].copy()))
+    plain = updater()
+    plain.forward(batch())
+    assert plain.engine.noise is None
+
+
+def test_an_infinite_loss_makes_its_gradients_not_finite_too():
+    images = batch().images
+    images[1, 1] = -math.inf
+    images.requires_grad_()
+    made = Batch(images, batch().labels, batch().weight, batch().position, list("abcd"))
+    loss, total, _ = updater().forward(made)
+    assert math.isinf(float(total))
+    loss.backward()
+    # Of every sample, not of the broken one alone: each parameter's gradient must tell.
+    assert not torch.isfinite(images.grad).any()
+
+
+def test_generators_are_functions_of_the_position():
+    def draw(*key):
+        seed_all(*key)
+        return float(torch.rand(())), float(np.random.rand())
+
+    first = draw(0, 64, 1)
+    draw(0, 96, 1)
+    assert draw(0, 64, 1) == first
+    assert len({first, draw(0, 96, 1), draw(0, 64, 0), draw(1, 64, 1)}) == 4

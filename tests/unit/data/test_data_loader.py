@@ -335,6 +335,15 @@ def start(folder: Path, how: str, **kwargs) -> subprocess.Popen:
     )
 
 
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    """Its output; where it hangs, it and its workers are killed, and the test fails."""
+    try:
+        return process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
 def gone(pids: list[int], seconds: float = 20) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -353,14 +362,14 @@ def alive(pid: int) -> bool:
 
 def test_workers_end_cleanly_thirty_times_of_thirty(make_shards):
     process = start(make_shards(), "loop")
-    out, err = process.communicate(timeout=600)
+    out, err = finish(process)
     assert (process.returncode, out.strip(), err) == (0, "done", "")
 
 
 @pytest.mark.parametrize("how", ["abandon", "raise"])
 def test_a_trainer_that_just_ends_leaves_nobody(make_shards, how):
     process = start(make_shards(), how)
-    out, err = process.communicate(timeout=600)
+    out, err = finish(process)
     if how == "abandon":
         assert (process.returncode, err) == (0, "")
     else:

@@ -107,8 +107,11 @@ def classify(
         return "finished", "finished" + where, None
     if said == "stopped":
         return "stopped", "stopped by hand" + where, None
-    if state.startswith("CANCELLED"):
-        return "cancelled", "cancelled with scancel" + where, None
+    if state.startswith("CANCELLED") or state == "COMPLETING":
+        # Slurm is ending the job: somebody's scancel, or a preemption without grace, after which Slurm itself requeues.
+        return "cancelled", "ended from outside, as scancel does" + where, None
+    if state == "NODE_FAIL":
+        return NODE_FAILURE, "Slurm lost a node" + where, None
     if said == "preempted":
         return ("time limit" if at_limit else "preempted"), "saved" + where, None
     if state == "TIMEOUT":

@@ -84,7 +84,7 @@ def begin(run: str) -> int:
         )
     )
     if spec["requeue"] == "follow-up":
-        _queue_next(run, spec, job, "afternotok:" + os.environ["SLURM_JOB_ID"], _excluded(run, spec))
+        _queue_next(run, spec, job, "afternotok:" + job, _excluded(run, spec))
     return 0
 
 
@@ -135,7 +135,10 @@ def end(run: str, status: int) -> int:
         if bad:
             _exclude_from_next(run, spec, job, excluded)
         return AGAIN
-    after = "afterany:" + os.environ["SLURM_JOB_ID"]
+    if state == "NODE_FAIL":
+        # Slurm requeues it by itself.
+        return AGAIN
+    after = "afterany:" + job
     if reason == "crashed" or state == "TIMEOUT":
         # Not the same job again: what Slurm was told about ending its step may be told once more a minute later, when a
         # busy node did not answer in time, and would end the new attempt, whose step has the same number. Nor can the
@@ -262,7 +265,7 @@ def _exclude_from_next(run: str, spec: dict[str, Any], job: str, nodes: Sequence
         return
     if not _done("scontrol", "update", "JobId=" + follower, "ExcNodeList=" + ",".join(nodes)):
         _done("scancel", follower)
-        _queue_next(run, spec, job, "afternotok:" + os.environ["SLURM_JOB_ID"], nodes)
+        _queue_next(run, spec, job, "afternotok:" + job, nodes)
 
 
 def _done(*command: str) -> bool:
@@ -305,8 +308,11 @@ def _slurm_state() -> str | None:
         ).stdout  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    match = re.search(r"JobState=(\w+)", shown)
-    return match.group(1) if match else None
+    match = re.search(r"JobState=(\w+)(?: Reason=(\w+))?", shown)
+    if match is None:
+        return None
+    # A job that is being ended is COMPLETING, whatever for; sometimes the reason tells.
+    return {"TimeLimit": "TIMEOUT", "NodeDown": "NODE_FAIL"}.get(match.group(2), match.group(1))
 
 
 def _stderr(spec: dict[str, Any], job: str) -> str:

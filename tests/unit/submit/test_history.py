@@ -37,6 +37,9 @@ def test_the_same_save_is_a_preemption_or_the_time_limit_by_the_clock() -> None:
     assert _classify(status=0, outcome=saved)[0] == "preempted"
     assert _classify(status=0, outcome=saved, elapsed_s=3480.0)[0] == "time limit"
     assert _classify(outcome=saved, slurm_state="CANCELLED")[0] == "cancelled"
+    # What scontrol shows of a job while scancel ends it; requeueing would raise it from the dead.
+    assert _classify(outcome=saved, slurm_state="COMPLETING")[0] == "cancelled"
+    assert _classify(slurm_state="NODE_FAIL")[0] == history.NODE_FAILURE
     assert _classify(slurm_state="TIMEOUT")[0] == "time limit"
 
 

@@ -40,10 +40,10 @@ format: .venv/.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The header line keeps the command; torch stays at a release that has a matching torchvision.
+# The header line keeps the command; torch and torchvision stay at releases that match.
 lock: .venv/.stamp
 	$(PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install -q uv
-	echo "torch==2.14.1" | .venv-lock/bin/uv pip compile --universal --python-version 3.10 --extra dev --no-header --no-annotate \
+	printf "torch==2.14.1\ntorchvision==0.29.1\n" | .venv-lock/bin/uv pip compile --universal --python-version 3.10 --extra dev --no-header --no-annotate \
 	  --no-emit-index-url -q pyproject.toml -c - -o requirements.lock.new
 	{ sed -n 1p requirements.lock; cat requirements.lock.new; } >.lock && mv .lock requirements.lock
 	rm -rf requirements.lock.new .venv-lock

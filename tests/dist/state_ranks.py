@@ -55,7 +55,7 @@ def spawn(world: int, command: Sequence[str], **environment: str) -> list[subpro
     ]
 
 
-def finished(ranks: Sequence[subprocess.Popen[str]], timeout: float = 300.0) -> list[str]:
+def finished(ranks: Sequence[subprocess.Popen[str]], timeout: float = 1200.0) -> list[str]:
     """Wait for all ranks, end the others as soon as one fails; their outputs. Raises AssertionError with them on failure."""
     deadline = time.monotonic() + timeout
     outputs = [""] * len(ranks)

@@ -39,6 +39,16 @@ class Model(Section):
     overrides: dict[str, Any] = {}
     """Keyword arguments of the variant, e.g. ``{offsets: false}``."""
 
+    @model_validator(mode="after")
+    def _overrides(self) -> Model:
+        for name, key in {
+            **{each: each for each in type(self).model_fields},
+            "drop_path_rate": "drop_path",
+        }.items():
+            if name in self.overrides:
+                raise ValueError(f"model.overrides.{name} is not an override: set model.{key}")
+        return self
+
 
 class Data(Section):
     """Where images come from and in which order they are seen."""

@@ -71,6 +71,7 @@ def test_scalars_mean_what_a_researcher_reads(text, value):
         ("optim.lr", "not of the form"),
         ("train.progressive=[{epoh: 1, img_size: 96}]", "train.progressive.0.epoch"),
         ("optim.lr=.nan", "optim.lr"),
+        ("model.overrides={img_size: 96}", "set model.img_size"),
     ],
 )
 def test_mistakes_on_the_command_line(recipe, override, says):

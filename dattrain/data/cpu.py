@@ -76,11 +76,14 @@ class CpuDecoder:
         shape = (images, *self.size, 3)
         count = int(np.prod(shape))
         worker = torch.utils.data.get_worker_info()
+        fits = self.ring is not None and 0 < count <= self.ring.nbytes
+        slot = self.ring.take(worker.id if worker else 0) if self.ring is not None and fits else None
+        if self.ring is not None and slot is not None:
+            if worker is None:
+                return self.ring.read(slot, count).view(shape), None
+            return self.ring.write(slot, count).view(shape), (self.ring.number, slot)
         if worker is None or not count:
             return torch.empty(shape, dtype=torch.uint8), None
-        slot = self.ring.take(worker.id) if self.ring is not None and count <= self.ring.nbytes else None
-        if self.ring is not None and slot is not None:
-            return self.ring.write(slot, count).view(shape), (self.ring.number, slot)
         storage = torch.UntypedStorage._new_shared(count, device="cpu")
         return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape), None  # type: ignore[call-overload]
 

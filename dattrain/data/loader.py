@@ -298,7 +298,7 @@ def _decoder(
         )
     images = feed.micro_batch if isinstance(feed, TrainFeed) else feed.batch
     # A worker holds ``prefetch`` batches ready; one is in the trainer's hands and one on its way.
-    ring = Ring(data.workers, data.prefetch + 2, images * size[0] * size[1] * 3) if data.workers else None
+    ring = Ring(max(1, data.workers), data.prefetch + 2, images * size[0] * size[1] * 3)
     return Workers(
         CpuDecoder(read, size=size, skip_bad=skip_bad, transform=transform, ring=ring),
         count=count,

@@ -27,17 +27,15 @@ log = logging.getLogger(__name__)
 
 
 def open_run(run_dir: Path, config: Config, env: Env, device_name: str) -> None:
-    """Write ``config.yaml``, ``code.json`` with its diff, and ``env.json``. Rank 0 calls it.
+    """Write ``config.yaml``, ``code.json`` with its diff, and ``env.json``. Rank 0 calls it, once the recipe is known to run.
 
-    A folder that holds another recipe's config is refused, since its checkpoints are of another model; settings that do not
-    touch the result may differ from one start to the next, and the new config takes the old one's place.
+    A recipe that passed ``check`` takes the place of the one before it: what may differ from one start to the next may stay so.
 
     Raises:
-        UserError: the folder cannot be written, or belongs to another model or data order.
+        UserError: the folder cannot be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        _check_same(run_dir / CONFIG, config)
         _write(run_dir / CONFIG, dump(config))
         if not (run_dir / CODE).exists():
             code, diff = describe_code()
@@ -85,8 +83,14 @@ _FIXED = {
 """Settings that a resumed run cannot change, and what depends on them."""
 
 
-def _check_same(path: Path, config: Config) -> None:
-    if not path.exists() or not any(path.parent.glob("checkpoints/step_*")):
+def check(run_dir: Path, config: Config) -> None:
+    """Refuse a folder whose checkpoints are of another model or data order. Writes nothing.
+
+    Raises:
+        UserError: naming the setting and both values.
+    """
+    path = run_dir / CONFIG
+    if not path.exists() or not any(run_dir.glob("checkpoints/step_*")):
         return
     old = load_config(path).config.model_dump(mode="json", by_alias=True)
     new = config.model_dump(mode="json", by_alias=True)

@@ -127,9 +127,11 @@ class Trainer:
         self._evaluated = self._saved = -1
         self._metrics: dict[str, float] = {}
         self._eval: tuple[Size, EvalLoader] | None = None
-        on_first_rank(lambda: runfolder.open_run(run_dir, config, env, environment.device_name(device)))
+        on_first_rank(lambda: runfolder.check(run_dir, config))
         self.checkpointer = Checkpointer.from_config(run_dir, config)
-        found, per_epoch = self._find(), 1 << 62
+        # Across sizes all of a checkpoint is read beforehand, since the one before it may need another model.
+        self._read_all = bool(config.train.progressive)
+        found, per_epoch = newest_checkpoint(self.checkpointer.root, read_all=self._read_all), 1 << 62
         if found is not None:
             per_epoch = found[1].meta["samples_per_epoch"]
             self._restore_counters(found[1].meta)
@@ -144,6 +146,7 @@ class Trainer:
                 f"{per_epoch}; the order of the data depends on it. Give it the same shards, or another --run folder"
             )
         self.derived: Derived = derive(config, world=self.world, samples_per_epoch=self.samples_per_epoch)
+        on_first_rank(lambda: runfolder.open_run(run_dir, config, env, environment.device_name(device)))
         self.session = self._open_session(found)
         stack.callback(lambda: self.session.close())
         self.reporter = Reporter(
@@ -180,9 +183,10 @@ class Trainer:
                 # In a row of bad steps the weights may be what is wrong: a rollback must find those before it.
                 self.save()
             self.change_size()
+            if self.step % self.config.train.gc_every == 0:
+                gc.collect()
         self.checkpointer.wait()
-        self.reporter.end("finished", self.step)
-        return Outcome("finished", self.step, self.samples_seen)
+        return self._end("finished")
 
     def update(self) -> Update:
         """One update at the current position, which then moves on whatever became of it."""
@@ -224,8 +228,6 @@ class Trainer:
         )  # fmt: skip
         if verdict is not Verdict.GOOD:
             self.heal(verdict, update)
-        if self.step % self.config.train.gc_every == 0:
-            gc.collect()
         return edge
 
     def heal(self, verdict: Verdict, update: Update) -> None:
@@ -244,7 +246,7 @@ class Trainer:
                 f"(train.health.max_rollbacks); what is known of it is in {folder}. The checkpoints are intact"
             )
         self.checkpointer.wait()
-        found = self._find()
+        found = newest_checkpoint(self.checkpointer.root, read_all=self._read_all)
         if found is None:
             return log.warning("no checkpoint to roll back to; going on with the weights as they are")
         log.warning("rolling back to the weights of step %d, going on past step %d", found[1].step, self.step)
@@ -258,11 +260,9 @@ class Trainer:
     def leave(self, request: Request) -> Outcome:
         """Save, and say how it ended."""
         self.save(background=False)
-        status: Literal["stopped", "preempted"] = "stopped" if request == Request.STOP else "preempted"
-        self.reporter.end(status, self.step)
         if self.rank == 0:
             self.preemption.clear_stop_file()
-        return Outcome(status, self.step, self.samples_seen)
+        return self._end("stopped" if request == Request.STOP else "preempted")
 
     # Between updates ----------------------------------------------------------------------------------------------
 
@@ -272,12 +272,10 @@ class Trainer:
             return Request.NONE
         begin = time.perf_counter()
         self.watchdog.beat("evaluating")
-        metrics: dict[str, float] = {}
-        session = self.session
         try:
-            metrics |= self._evaluate_once("")
-            if session.ema is not None and self.config.eval.ema:
-                with session.ema.applied():
+            metrics = self._evaluate_once("")
+            if self.session.ema is not None and self.config.eval.ema:
+                with self.session.ema.applied():
                     metrics |= self._evaluate_once("ema_")
         except evaluation.Interrupted:
             log.info("evaluation left: asked to end")
@@ -333,7 +331,7 @@ class Trainer:
             return
         log.info("from step %d on: %s px instead of %s", self.step, size, self.img_size)
         self.save(background=False)
-        found = self._find()
+        found = newest_checkpoint(self.checkpointer.root, read_all=self._read_all)
         assert found is not None
         self.session.close()
         self.loader.close()
@@ -343,10 +341,6 @@ class Trainer:
         self.checkpointer.prepare(self.session.engine, self.session.ema_tensors)
 
     # Beginning and end --------------------------------------------------------------------------------------------
-
-    def _find(self) -> tuple[Path, Manifest] | None:
-        # Across sizes all of it is read beforehand, since the one before it may need another model.
-        return newest_checkpoint(self.checkpointer.root, read_all=bool(self.config.train.progressive))
 
     def _restore_counters(self, meta: Any) -> None:
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
@@ -391,6 +385,10 @@ class Trainer:
             self.loader = self._open_loader()
         log.info("resumed from %s at step %d", self.checkpointer.resumed_from, self.step)
         return session
+
+    def _end(self, status: Literal["finished", "preempted", "stopped"]) -> Outcome:
+        self.reporter.end(status, self.step)
+        return Outcome(status, self.step, self.samples_seen)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.derived.last_step

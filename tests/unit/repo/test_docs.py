@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dattrain.cli import VERBS
+from dattrain.tools.bench import SUBVERBS
 
 ROOT = Path(__file__).parents[3]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "launch").rglob("*.md")])
@@ -52,7 +53,8 @@ def test_commands_have_verbs_and_options_that_exist(page):
             continue
         assert verb in VERBS, f"{page.name}: {command}"
         parser = argparse.ArgumentParser(prog=verb)
-        importlib.import_module(VERBS[verb][0]).add_arguments(parser)
+        module = SUBVERBS[words[2]][0] if verb == "bench" else VERBS[verb][0]
+        importlib.import_module(module).add_arguments(parser)
         known = options(parser)
         for word in words[2:]:
             if word.startswith("--"):

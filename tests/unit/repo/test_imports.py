@@ -77,10 +77,8 @@ def test_imports_run_one_way(path):
                 f"{inside} imports {module}: {room} may import {MAY_IMPORT[room]}"
             )
         if parts[0] in OWNERS:
-            assert (
-                str(inside).startswith(OWNERS[parts[0]])
-                or (inside.parts[0] == "tools"
-                and inside.stem in MEASURE)
+            assert str(inside).startswith(OWNERS[parts[0]]) or (
+                inside.parts[0] == "tools" and inside.stem in MEASURE
             ), f"{inside} names {parts[0]}"
 
 

@@ -53,7 +53,7 @@ def test_commands_have_verbs_and_options_that_exist(page):
             continue
         assert verb in VERBS, f"{page.name}: {command}"
         parser = argparse.ArgumentParser(prog=verb)
-        module = SUBVERBS[words[2]][0] if verb == "bench" else VERBS[verb][0]
+        module = SUBVERBS[words[2]][0] if verb == "bench" and words[2:] else VERBS[verb][0]
         importlib.import_module(module).add_arguments(parser)
         known = options(parser)
         for word in words[2:]:

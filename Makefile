@@ -28,10 +28,12 @@ lint: .venv/.stamp
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm
+	$(BIN)/python -m pytest tests/slurm
 
 test-full: lint
-	$(BIN)/python -m pytest --full
+	$(BIN)/python -m pytest --full -n 2 --dist loadfile --ignore tests/slurm
+	$(BIN)/python -m pytest --full tests/slurm
 
 test-slurm: .venv/.stamp
 	$(BIN)/python -m pytest tests/slurm

@@ -311,11 +311,12 @@ SCRIPT = """
         print("done", flush=True)
     else:
         loader = once(3)
+        if how != "raise":
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_IGN)
         print(*[p.pid for p in loader._decoder.processes], flush=True)
         if how == "raise":
             raise RuntimeError("the trainer failed")
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
         sys.stdin.read(1)
         list(itertools.islice(loader, 40))
         print("more", flush=True)

@@ -349,7 +349,8 @@ class _Ahead:
     def want(self, shards: Sequence[int]) -> None:
         """Replace what is wanted."""
         cache, source = self.source.cache, self.source
-        size = int(source.shards.sizes[np.asarray(shards, dtype=np.int64)].sum()) if len(shards) else 0
+        sizes = np.cumsum(source.shards.sizes[np.asarray(shards, dtype=np.int64)])
+        size = int(sizes[-1]) if len(shards) else 0
         if size > cache.limit and not self._wanted:
             log.warning(
                 "data.cache_gb=%g is less than the %.3g GB of shards that this rank reads from at once, so they will be "
@@ -362,7 +363,9 @@ class _Ahead:
             cache.touch(source.name(shard))
         with self._condition:
             self._wanted = list(shards)
-            self._queue = [s for s in shards if source.name(s) not in cache]
+            # Only what fits beside all that is needed before it, lest a later shard take an earlier one's room.
+            fits = [s for s, total in zip(shards, sizes.tolist()) if total <= cache.limit]
+            self._queue = [s for s in fits if source.name(s) not in cache]
             if self._queue and not self._threads and not self._closed:
                 self._threads = [
                     threading.Thread(target=self._work, name=f"fetch-{i}", daemon=True)

@@ -59,6 +59,12 @@ def test_from_there_to_imagenet(shards, tmp_path):
         assert words[0] == "dattrain"
         if words[1] == "submit" and "--dry-run" not in words:
             continue  # tests/slurm submits for real
+        if words[1] == "status":  # nothing was submitted, which it says
+            done = subprocess.run(
+                [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True
+            )
+            assert done.returncode == 2 and "no run folder" in done.stderr
+            continue
         run([sys.executable, "-m", *words], home=tmp_path)
     assert len(list(shards.glob("*index*"))) >= 2
 

@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -218,6 +218,15 @@ def test_processes_of_a_node_share_one_cache(tmp_path):
         assert {n: b for n, b in server.served.items() if n.endswith(".tar")} == sizes
 
 
+def transfers(cache: Path) -> set[tuple[str, int]]:
+    """Files being written, told from those that a killed process left by the time of their last change."""
+    found = set()
+    for path in cache.glob("*.part"):
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
 @pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.full)])
 def test_a_killed_process_leaves_nothing_that_is_believed(tmp_path, kills):
     content = write_shards(tmp_path / "set", shards=4, samples=20)
@@ -231,8 +240,13 @@ def test_a_killed_process_leaves_nothing_that_is_believed(tmp_path, kills):
             worker = FORK.Process(
                 target=_read_all, args=(server.url, tmp_path / "cache", limit, content, kill, FORK.Queue())
             )
+            before = transfers(tmp_path / "cache")
             worker.start()
-            time.sleep(draw.uniform(0.15, 0.5))
+            if kill % 2:
+                time.sleep(draw.uniform(0.15, 0.5))
+            else:  # in a transfer, however fast or slow the machine is
+                while worker.is_alive() and not transfers(tmp_path / "cache") - before:
+                    time.sleep(0.001)
             os.kill(worker.pid, signal.SIGKILL)
             worker.join()
             halves += len(list((tmp_path / "cache").glob("*.part")))

@@ -126,7 +126,7 @@ class Transfer:
             try:
                 data = self._range(url, at, at + length + last)
             except TimeoutError:
-                shrunk = max(_SMALLEST_BLOCK, shrunk // 2)
+                shrunk = max(min(_SMALLEST_BLOCK, shrunk), shrunk // 2)
                 raise
             if at == 0 and len(data) == size:
                 return data  # the server does not know ranges, and sent everything

@@ -40,7 +40,7 @@ OWNERS = {
     "submitit": ("submit/",),
     "triton": ("ops/",),
 }
-MEASURE = ("doctor", "data", "checkpoint")
+MEASURE = ("doctor", "data_pipelines", "checkpoint")
 """Verbs that report on a library or measure against it."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 

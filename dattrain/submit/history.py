@@ -107,11 +107,14 @@ def classify(
         return "finished", "finished" + where, None
     if said == "stopped":
         return "stopped", "stopped by hand" + where, None
+    lost = re.search(r"^srun: error: Node failure on (\S+)", stderr, re.MULTILINE)
+    if state == "NODE_FAIL" or lost or "DUE TO NODE FAILURE" in stderr:
+        # Before COMPLETING is looked at: so Slurm says too while it takes the job off the nodes that are left.
+        which = f"{lost.group(1)} went down" if lost else "Slurm lost a node"
+        return NODE_FAILURE, which + where, None
     if state.startswith("CANCELLED") or state == "COMPLETING":
         # Slurm is ending the job: somebody's scancel, or a preemption without grace, after which Slurm itself requeues.
         return "cancelled", "ended from outside, as scancel does" + where, None
-    if state == "NODE_FAIL":
-        return NODE_FAILURE, "Slurm lost a node" + where, None
     if said == "preempted":
         return ("time limit" if at_limit else "preempted"), "saved" + where, None
     if state == "TIMEOUT":

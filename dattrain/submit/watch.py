@@ -135,7 +135,7 @@ def end(run: str, status: int) -> int:
         if bad:
             _exclude_from_next(run, spec, job, excluded)
         return AGAIN
-    if state == "NODE_FAIL":
+    if reason == NODE_FAILURE:
         # Slurm requeues it by itself.
         return AGAIN
     after = "afterany:" + job

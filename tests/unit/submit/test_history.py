@@ -40,6 +40,12 @@ def test_the_same_save_is_a_preemption_or_the_time_limit_by_the_clock() -> None:
     # What scontrol shows of a job while scancel ends it; requeueing would raise it from the dead.
     assert _classify(outcome=saved, slurm_state="COMPLETING")[0] == "cancelled"
     assert _classify(slurm_state="NODE_FAIL")[0] == history.NODE_FAILURE
+    # While Slurm takes the job off the other nodes its state may be that of any job that is ended.
+    dead = "srun: error: n1: tasks 0-1: Exited with exit code 1\nsrun: error: Node failure on n2\n"
+    node_failure = (history.NODE_FAILURE, "n2 went down", None)
+    assert _classify(slurm_state="COMPLETING", stderr=dead) == node_failure
+    told = "slurmstepd-n1: error: *** JOB 16 ON n1 CANCELLED AT 2026-11-24T22:14:56 DUE TO NODE FAILURE ***"
+    assert _classify(slurm_state="CANCELLED", stderr=told)[0] == history.NODE_FAILURE
     assert _classify(slurm_state="TIMEOUT")[0] == "time limit"
 
 

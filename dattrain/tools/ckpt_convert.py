@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,51 +123,28 @@ def _export_safetensors(folder: Path, manifest: Manifest, out: Path, ema: bool) 
 
     from dattrain.state import gather, offline
     from dattrain.state.elastic import DTYPE_NAMES
-    from dattrain.tools.weights import METADATA_KEY, card_of
+    from dattrain.tools.export import write_timm_config
+    from dattrain.tools.weights import METADATA_KEY, card_of_checkpoint
 
     state: gather.State = "ema" if ema else "param"
     if ema and "ema" not in manifest.states:
         raise UserError(f"{folder} holds no averaged weights; export without --ema")
-    config = recipe(folder.parent)
+    card = card_of_checkpoint(folder, manifest, ema=ema)
     buffers = gather.load_buffers(folder)
     shapes = {n: ("F32", p.shape) for n, p in manifest.parameters.items()}
     shapes.update({n: (DTYPE_NAMES[b.dtype], tuple(b.shape)) for n, b in buffers.items()})
     metadata = {"format": "pt"}
     out.mkdir(parents=True, exist_ok=True)
-    if config is not None:
-        what = f"step {manifest.step}" + (", EMA" if ema else "")
-        metadata[METADATA_KEY] = card_of(config, source=f"{config.name}, {what}").to_json()
-        (out / "config.json").write_text(json.dumps(timmrecipe(config), indent=2) + "\n")
+    if card is not None:
+        metadata[METADATA_KEY] = card.to_json()
+        write_timm_config(card, out)
     tensors = chain(gather.iter_tensors(folder, state), buffers.items())
     offline.stream_file(out / "model.safetensors", tensors, shapes, metadata)
     print(
         f"wrote {out / 'model.safetensors'} ({'averaged' if ema else 'trained'} weights, {manifest.numel} parameters)"
     )
-    if config is None:
+    if card is None:
         print(f"no config.json: {folder.parent.parent} holds no config.yaml that names the model")
-
-
-def timmrecipe(config: Config) -> dict[str, Any]:
-    """``config.json`` with which ``timm.create_model("local-dir:FOLDER")`` builds the model, after ``import dattrain.models``."""
-    model, augment = config.model, config.augment
-    height, width = (model.img_size,) * 2 if isinstance(model.img_size, int) else model.img_size
-    return {
-        "architecture": model.name,
-        "num_classes": model.num_classes,
-        "global_pool": "avg",
-        "model_args": {"img_size": [height, width], "in_chans": model.in_chans, **model.overrides},
-        "pretrained_cfg": {
-            "num_classes": model.num_classes,
-            "input_size": [model.in_chans, height, width],
-            "interpolation": augment.interpolation,
-            "crop_pct": config.eval.crop_pct,
-            "crop_mode": "squash" if config.eval.resize == "squash" else "center",
-            "mean": list(augment.mean),
-            "std": list(augment.std),
-            "first_conv": "patch_embed.proj",
-            "classifier": "head.fc",
-        },
-    }
 
 
 def recipe(root: Path) -> Config | None:

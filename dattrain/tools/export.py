@@ -226,17 +226,32 @@ def authors_config(model: DAT) -> dict[str, Any]:
 def _timm(model: DAT, card: Card, out: Path) -> Written:
     """model.safetensors and config.json as on the hub; ``import dattrain.models`` must come before timm.create_model."""
     import timm
-    from timm.models import safe_model_name
 
     import dattrain.models  # noqa: F401 (registers the variants)
     from dattrain.tools import weights
 
     out.mkdir(parents=True, exist_ok=True)
     weights.save(out / "model.safetensors", model.state_dict(), card)
-    config = {
-        "architecture": safe_model_name(card.name),
+    write_timm_config(card, out)
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    return Written(out, card, loaded, EXACT)
+
+
+def write_timm_config(card: Card, folder: Path) -> None:
+    """``config.json`` beside ``model.safetensors``, for ``timm.create_model("local-dir:FOLDER")`` after ``import dattrain.models``."""
+    (folder / "config.json").write_text(json.dumps(timm_config(card), indent=2) + "\n", encoding="utf-8")
+
+
+def timm_config(card: Card) -> dict[str, Any]:
+    """What timm's hub format says of a model: its architecture with arguments, and how its images are prepared."""
+    from dattrain.models.zoo import VARIANTS
+
+    arguments = {**VARIANTS[card.name], **(card.overrides or {})}
+    return {
+        "architecture": card.name,
         "num_classes": card.num_classes,
-        "num_features": model.num_features,
+        "num_features": arguments["dims"][-1],
+        "global_pool": "avg",
         "model_args": {"img_size": list(card.img_size), "in_chans": card.in_chans, **(card.overrides or {})},
         "pretrained_cfg": {
             "tag": "dattrain",
@@ -249,14 +264,11 @@ def _timm(model: DAT, card: Card, out: Path) -> Written:
             "mean": list(card.mean),
             "std": list(card.std),
             "num_classes": card.num_classes,
-            "first_conv": "patch_embed.conv1" if model.stem == "conv" else "patch_embed.proj",
+            "first_conv": "patch_embed.conv1" if arguments.get("stem") == "conv" else "patch_embed.proj",
             "classifier": "head.fc",
             "license": "apache-2.0",
         },
     }
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    return Written(out, card, loaded, EXACT)
 
 
 def _onnx(model: DAT, card: Card, out: Path, opset: int) -> Written:

@@ -238,27 +238,36 @@ def _effective(model: DAT, key: str) -> Any:
     return value if any(stages) else None
 
 
-def _from_checkpoint(path: Path, ema: bool | None) -> tuple[DAT, Card]:
-    folder = checkpoint.locate(path)
+def card_of_checkpoint(folder: Path, manifest: checkpoint.Manifest, *, ema: bool) -> Card | None:
+    """The card of the weights in a checkpoint folder; None where no run folder around it has a ``config.yaml``.
+
+    With progressive resizing it says the size that the tensors are laid out for, whichever phase that is.
+    """
     run = run_of(folder)
     if run is None:
+        return None
+    config = load_config(run / "config.yaml").config
+    source = f"{run.name}, step {manifest.step}" + (", EMA" if ema else "")
+    known = classes.of_data(config.data.val) or classes.of_data(config.data.train)
+    card = replace(card_of(config, source=source), classes=known)
+    found = {name: tuple(parameter.shape) for name, parameter in manifest.parameters.items()}
+    sizes = [config.model.img_size, *(phase.img_size for phase in config.train.progressive)]
+    cards = [replace(card, img_size=size) for size in dict.fromkeys(map(_pair, sizes))]
+    return next((each for each in cards if _shapes(build(each, meta=True).state_dict()) == found), cards[0])
+
+
+def _from_checkpoint(path: Path, ema: bool | None) -> tuple[DAT, Card]:
+    folder = checkpoint.locate(path)
+    manifest = checkpoint.read_manifest(folder)
+    if ema is None:
+        ema = "ema" in manifest.states
+    card = card_of_checkpoint(folder, manifest, ema=ema)
+    if card is None:
         raise UserError(
             f"{folder}: no config.yaml in the run folder around it says which model it holds; "
             "give the run folder, or put the run's config.yaml beside its checkpoints"
         )
-    config = load_config(run / "config.yaml").config
-    manifest = checkpoint.read_manifest(folder)
-    if ema is None:
-        ema = "ema" in manifest.states
     state = gather.load_tensors(folder, "ema" if ema else "param")
-    source = f"{run.name}, step {manifest.step}" + (", EMA" if ema else "")
-    known = classes.of_data(config.data.val) or classes.of_data(config.data.train)
-    card = replace(card_of(config, source=source), classes=known)
-    # Progressive resizing: the checkpoint may be laid out for the size of a later phase.
-    sizes = [config.model.img_size, *(phase.img_size for phase in config.train.progressive)]
-    found = _shapes(state)
-    cards = [replace(card, img_size=size) for size in dict.fromkeys(map(_pair, sizes))]
-    card = next((each for each in cards if _shapes(build(each, meta=True).state_dict()) == found), cards[0])
     return _filled(build(card, meta=True), state, str(folder)), card
 
 

@@ -94,11 +94,11 @@ def test_prune_pin_and_damaged(run_dir, capsys):
     assert "may be all there is" in capsys.readouterr().err and left() == [4]
 
 
-def atto(run, *, ema=True):
-    """A run folder with one checkpoint of a real, small network; returns the network and its average's weights."""
-    config = Config(name="tiny", model=Model(name="dat_atto", img_size=64, num_classes=7))
+def atto(run, *, ema=True, img_size=64, **settings):
+    """A run folder with one checkpoint of a real, small network laid out for ``img_size``; returns the network."""
+    config = Config(name="tiny", model=Model(name="dat_atto", img_size=64, num_classes=7), **settings)
     torch.manual_seed(0)
-    net = zoo.create("dat_atto", num_classes=7, img_size=64)
+    net = zoo.create("dat_atto", num_classes=7, img_size=img_size)
     weights = {n: p.detach() for n, p in net.named_parameters()}
     states = {"param": weights, "exp_avg": weights, "exp_avg_sq": weights}
     if ema:
@@ -140,6 +140,26 @@ def test_export_is_loaded_by_timm(tmp_path, capsys, flag, scale):
     assert load_file(out / "model.safetensors").keys() == net.state_dict().keys()
     with safe_open(out / "model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["dattrain"])["name"] == "dat_atto"
+
+
+@pytest.mark.parametrize("flag", ["--ema", "--no-ema"])
+@pytest.mark.parametrize("img_size", [64, 96])
+def test_both_exports_describe_a_model_alike(tmp_path, img_size, flag):
+    """``ckpt export`` and ``export --to timm``: the same config.json, card and tensors, also in a later phase of resizing."""
+    progressive = {"progressive": [{"epoch": 1, "img_size": 96}]}
+    run, one, two = tmp_path / "run", tmp_path / "one", tmp_path / "two"
+    atto(run, img_size=img_size, train=progressive, augment={"mean": (0.3, 0.3, 0.3)})
+    assert main(["ckpt", "export", str(run), str(one), flag]) == 0
+    assert main(["export", str(run), "--to", "timm", "--out", str(two), flag]) == 0
+    assert (one / "config.json").read_bytes() == (two / "config.json").read_bytes()
+    assert json.loads((one / "config.json").read_text())["model_args"]["img_size"] == [img_size] * 2
+    with (
+        safe_open(one / "model.safetensors", "pt") as a,
+        safe_open(two / "model.safetensors", "pt") as b,
+    ):
+        assert a.metadata() == b.metadata()
+        assert sorted(a.keys()) == sorted(b.keys())
+        assert all(torch.equal(a.get_tensor(name), b.get_tensor(name)) for name in a.keys())  # noqa: SIM118
 
 
 def test_export_refuses_what_is_not_there(tmp_path, capsys):

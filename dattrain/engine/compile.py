@@ -18,9 +18,13 @@ def apply(model: nn.Module, unit: Literal["none", "block", "stage"]) -> int:
     if unit == "none":
         return 0
     import torch
+    import torch._functorch.config as functorch
 
-    # One graph per shape of a block, and there are two or three shapes per stage: more than torch keeps by default.
-    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    # Otherwise a backward pass is compiled when it is first run, where nothing can take over any more.
+    functorch.force_non_lazy_backward_lowering = True
+    # A graph for each kind and shape of block, in training, in evaluation and for its last batch: some two dozen, more than
+    # torch keeps by default, beyond which it would go on uncompiled. Each image size of a run adds as many.
+    torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)
     targets = list(_units(model, unit))
     switch = _Switch(unit)
     for module in targets:
@@ -47,7 +51,9 @@ class _Switch:
     def guard(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         import torch
 
-        compiled = torch.compile(forward)
+        # Stages differ in shape, which by default makes torch go over to symbolic shapes from the second on: slower code,
+        # and reshapes that it cannot always compile.
+        compiled = torch.compile(forward, dynamic=False)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.failed:
@@ -56,15 +62,20 @@ class _Switch:
                 return compiled(*args, **kwargs)
             except _errors() as error:
                 self.failed = True
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 log.warning(
                     "train.compile=%s: torch.compile failed (%s); training goes on uncompiled",
                     self._unit,
-                    reason,
+                    _reason(error),
                 )
                 return forward(*args, **kwargs)
 
         return call
+
+
+def _reason(error: Exception) -> str:
+    """The line that says what happened: torch's first one may only say who raised."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith(" raised:")]
+    return lines[0].strip() if lines else type(error).__name__
 
 
 def _errors() -> tuple[type[Exception], ...]:

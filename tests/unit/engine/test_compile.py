@@ -34,7 +34,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_with_one_line(monkeypatch, caplog
 
     tried = []
 
-    def compile_(forward):
+    def compile_(forward, **_):
         def fail(*args):
             tried.append(args)
             raise Unsupported("no compiler here")
@@ -57,13 +57,54 @@ def test_what_cannot_be_compiled_runs_as_it_is_with_one_line(monkeypatch, caplog
 
 def test_units(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: compiled.append(forward) or forward)
     assert compiling.apply(Net(), "none") == 0 and not compiled
     assert compiling.apply(Net(), "stage") == 2 and len(compiled) == 2
 
 
+def test_blocks_of_other_shapes_are_graphs_of_their_own_with_fixed_shapes(monkeypatch):
+    """A stage halves the map and doubles the channels; symbolic shapes were slower, and inductor refused some."""
+    shapes, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        shapes.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 3])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda forward, **k: compile_(forward, backend=backend, **k))
+    torch._dynamo.reset()
+    net = Net()
+    for width, stage in zip((4, 8), net.stages):
+        stage.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+    compiling.apply(net, "block")
+    for size, width, stage in zip((6, 3), (4, 8), net.stages):
+        stage(torch.randn(2, size, width, requires_grad=True))
+    assert shapes == [[(2, 6, 4)], [(2, 3, 8)]], "equal blocks share a graph"
+    assert all(type(side) is int for graph in shapes for shape in graph for side in shape)
+
+
+def test_a_backward_pass_that_cannot_be_compiled_is_found_in_time(monkeypatch, caplog):
+    from torch._dynamo.backends.common import aot_autograd
+
+    def refuse(graph, inputs):
+        raise RuntimeError("no code for this")
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=refuse)
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward, **k: compile_(forward, backend=backend, **k))
+    torch._dynamo.reset()
+    net = Net()
+    compiling.apply(net, "stage")
+    with caplog.at_level(logging.WARNING):
+        net(torch.ones(2, 4)).sum().backward()
+    expected = Net()
+    expected(torch.ones(2, 4)).sum().backward()
+    for got, wanted in zip(net.parameters(), expected.parameters()):
+        assert torch.equal(got.grad, wanted.grad)
+    assert "no code for this" in caplog.text and len(caplog.records) == 1
+
+
 def test_an_error_of_the_model_itself_is_not_taken_for_one_of_the_compiler(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda forward: forward)
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
     net = Net()
     compiling.apply(net, "block")
     try:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 from torch import nn
 
 from dattrain.errors import UserError
 from dattrain.models import surgery
+from dattrain.models.blocks import PatchEmbed, Stage
 from dattrain.models.dat import DAT
+from dattrain.models.datpp import ConvStem
 from dattrain.models.init import Init
 from dattrain.models.settings import Size
 
@@ -154,6 +157,10 @@ def _config(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+# Their padding follows the size of the map: timm's torch.fx extractors keep them whole.
+for _part in (PatchEmbed, ConvStem, Stage):
+    register_notrace_module(_part)
+
 default_cfgs = generate_default_cfgs(
     {
         "dat_tiny.untrained": _config(),
@@ -168,17 +175,26 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _build(
+    name: str,
+    pretrained: bool,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """timm's constructor of a variant; ``device`` and ``dtype`` are those of ``timm.create_model``."""
     arguments = VARIANTS[name]
     out_indices = kwargs.pop("out_indices", tuple(range(len(arguments["dims"]))))
-    return build_model_with_cfg(
-        DAT,
-        name,
-        pretrained,
-        pretrained_filter_fn=surgery.for_model,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **{**arguments, **kwargs},
-    )
+    with nullcontext() if device is None else torch.device(device):
+        model = build_model_with_cfg(
+            DAT,
+            name,
+            pretrained,
+            pretrained_filter_fn=surgery.for_model,
+            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+            **{**arguments, **kwargs},
+        )
+    return model if dtype is None else model.to(dtype=dtype)
 
 
 @register_model

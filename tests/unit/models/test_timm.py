@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from timm.models import create_feature_extractor
 from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
@@ -182,6 +183,33 @@ def test_set_input_size(name, full):
 def test_other_channels(name, full):
     with torch.no_grad():
         assert build(name, full, in_chans=1).eval()(torch.randn(1, 1, SIZE, SIZE)).shape == (1, 10)
+
+
+def test_device_and_precision_are_timms(name):
+    """``create_model(device=, dtype=)`` as timm 1.0.31 passes them to every constructor, and what is made from such a model."""
+    arguments = {"device": "meta", "dtype": torch.bfloat16, "img_size": SIZE}
+    for extra in ({}, {"features_only": True}, {"num_classes": 0, "global_pool": ""}):
+        model = timm.create_model(name, pretrained=False, **arguments, **extra)
+        tensors = [*model.parameters(), *model.buffers()]
+        assert {(t.device.type, t.dtype) for t in tensors if t.is_floating_point()} == {
+            ("meta", torch.bfloat16)
+        }
+    model = timm.create_model(name, pretrained=False, **arguments)
+    image = torch.empty(1, 3, SIZE, SIZE, device="meta", dtype=torch.bfloat16)
+    assert model(image).dtype == torch.bfloat16
+    model.requires_grad_(False)
+    model.set_input_size(2 * SIZE)
+    assert not [n for n, p in model.named_parameters() if p.requires_grad], "what was frozen stays frozen"
+    with pytest.raises(TypeError, match="not_an_argument"):
+        timm.create_model(name, pretrained=False, not_an_argument=1)
+
+
+def test_features_by_symbolic_tracing(name):
+    model = build(name, False).eval()
+    extractor = create_feature_extractor(model, {"norm": "last"})
+    images = torch.randn(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        assert torch.equal(extractor(images)["last"], model.forward_features(images))
 
 
 def test_pretrained_weights_do_not_exist(name):

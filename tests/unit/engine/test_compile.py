@@ -67,7 +67,8 @@ def test_blocks_of_other_shapes_are_graphs_of_their_own_with_fixed_shapes(monkey
     shapes, compile_ = [], torch.compile
 
     def backend(graph, inputs):
-        shapes.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 3])
+        # A symbolic side would be an input too, which is no tensor.
+        shapes.append([tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in inputs][2:])
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda forward, **k: compile_(forward, backend=backend, **k))
@@ -79,7 +80,6 @@ def test_blocks_of_other_shapes_are_graphs_of_their_own_with_fixed_shapes(monkey
     for size, width, stage in zip((6, 3), (4, 8), net.stages):
         stage(torch.randn(2, size, width, requires_grad=True))
     assert shapes == [[(2, 6, 4)], [(2, 3, 8)]], "equal blocks share a graph"
-    assert all(type(side) is int for graph in shapes for shape in graph for side in shape)
 
 
 def test_a_backward_pass_that_cannot_be_compiled_is_found_in_time(monkeypatch, caplog):

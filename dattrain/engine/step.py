@@ -69,7 +69,7 @@ class Updater:
     ) -> None:
         self.engine = engine
         self.accumulation = accumulation
-        self._mixer = Mixer(config.augment, config.model.num_classes)
+        self.mixer = Mixer(config.augment, config.model.num_classes)
         self._dtype = DTYPES[config.train.precision]
         self._micro_batch = config.train.micro_batch
         self._seed = config.train.seed
@@ -118,7 +118,7 @@ class Updater:
         division by the global batch. If it is not finite its gradients are made so too, lest an infinite loss with finite
         gradients be applied: the skip is then agreed by what reduces gradients, at no cost.
         """
-        images, targets, weight = self._mixer(batch, self._dtype)
+        images, targets, weight = self.mixer(batch, self._dtype)
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         noise = {}

@@ -13,6 +13,10 @@ SUBVERBS: dict[str, tuple[str, str]] = {
         "the deformable core: every backend against plain formulations",
     ),
     "model": ("dattrain.tools.bench.model", "whole models, training and inference, against timm's by name"),
+    "step": (
+        "dattrain.tools.bench.step",
+        "a whole update of a recipe: remat, compile, precision side by side, and its parts",
+    ),
     "data": ("dattrain.tools.bench.data", "the input pipeline: images/s of readers and decoders"),
     "checkpoint": ("dattrain.tools.bench.checkpoint", "saving, verifying and loading a run's state"),
 }

@@ -217,7 +217,9 @@ def try_compile(
     """Compiled and run once; on failure a line in ``notes`` that says why, and None."""
     import torch
 
-    compiled = torch.compile(function, dynamic=False)
+    # Each case is a graph of its own, and torch keeps a few per function: what came after them would run uncompiled.
+    torch._dynamo.reset()
+    compiled = torch.compile(function, dynamic=False, fullgraph=True)
     inputs, size, grid = warm
     try:
         step(compiled, inputs, size, grid, True)()

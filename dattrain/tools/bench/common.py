@@ -142,6 +142,25 @@ def compare(
     ]
 
 
+@dataclass(frozen=True)
+class Breakdown:
+    """What a whole is made of: seconds by part, in the order in which they are shown."""
+
+    title: str
+    parts: Mapping[str, Spread]
+
+    def rows(self) -> list[list[str]]:
+        """Header, then per part: name, share of the medians' sum, milliseconds, quartiles."""
+        total = sum(part.median for part in self.parts.values()) or 1.0
+        return [
+            [self.title, "share", "ms", "quartiles"],
+            *(
+                [name, f"{100 * s.median / total:.1f}%", _digits(s.median * 1e3), _quartiles(s)]
+                for name, s in self.parts.items()
+            ),
+        ]
+
+
 @dataclass
 class Report:
     """Measurements with what is needed to judge them: command, date, device, threads, versions."""
@@ -154,6 +173,7 @@ class Report:
     command: str = field(default_factory=lambda: _command())
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
     machine: dict[str, str] = field(default_factory=lambda: describe_machine())
+    breakdowns: list[Breakdown] = field(default_factory=list)
 
     def as_json(self) -> str:
         """Everything, times in seconds."""
@@ -174,7 +194,7 @@ class Report:
                 else f"{m.ratio.median:.2f}x ({m.ratio.low:.2f}-{m.ratio.high:.2f})",
                 "" if m.name == m.baseline else f"{m.cpu_ratio.median:.2f}x",
                 _digits(m.wall.median * 1e3),
-                f"{_digits(m.wall.low * 1e3)}-{_digits(m.wall.high * 1e3)}",
+                _quartiles(m.wall),
                 _digits(m.cpu.median * 1e3),
             ]
             if throughput:
@@ -186,13 +206,14 @@ class Report:
     def as_text(self) -> str:
         """For a terminal."""
         header, rows = self._columns()
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         lines = [self.title, *(f"{key}: {value}" for key, value in self.machine.items()), ""]
-        previous = ""
+        previous, shown = "", []
         for row in [header, *rows]:
-            shown = [row[0] if row[0] != previous else "", *row[1:]]
+            shown.append([row[0] if row[0] != previous else "", *row[1:]])
             previous = row[0]
-            lines.append("  ".join(cell.ljust(width) for cell, width in zip(shown, widths)).rstrip())
+        lines += _aligned(shown)
+        for breakdown in self.breakdowns:
+            lines += ["", *_aligned(breakdown.rows())]
         return "\n".join([*lines, *([""] if self.notes else []), *self.notes]) + "\n"
 
     def as_markdown(self) -> str:
@@ -205,14 +226,14 @@ class Report:
             "Contenders take turns in one process. A ratio above 1 is faster than the baseline of its case: the median over "
             "turns, with quartiles; the CPU columns are process CPU time over all threads.",
             "",
-            "| " + " | ".join(header) + " |",
-            "|" + "---|" * len(header),
-            *("| " + " | ".join(row) + " |" for row in rows),
+            *_table([header, *rows]),
         ]
+        for breakdown in self.breakdowns:
+            lines += ["", *_table(breakdown.rows())]
         return "\n".join([*lines, *([""] if self.notes else []), *self.notes]) + "\n"
 
     def picture(self, path: Path) -> None:
-        """Ratios to the baseline as bars with quartiles, one panel; PNG or whatever the suffix says."""
+        """Ratios to the baseline as bars with quartiles, then a bar of its parts per breakdown; PNG or what the suffix says."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -221,7 +242,15 @@ class Report:
         cases = list(dict.fromkeys(m.case for m in self.measurements))
         names = list(dict.fromkeys(m.name for m in self.measurements))
         colours = dict(zip(names, plt.get_cmap("tab10").colors * (1 + len(names) // 10)))  # type: ignore[attr-defined]
-        figure, axes = plt.subplots(figsize=(9, 1.2 + 0.3 * len(self.measurements)), layout="constrained")
+        heights = [1.2 + 0.3 * len(self.measurements), *(1.1 for _ in self.breakdowns)]
+        figure, panels = plt.subplots(
+            len(heights),
+            squeeze=False,
+            height_ratios=heights,
+            figsize=(9, sum(heights)),
+            layout="constrained",
+        )
+        axes = panels[0, 0]
         place, ticks = 0.0, []
         for case in cases:
             members = [m for m in self.measurements if m.case == case]
@@ -240,14 +269,32 @@ class Report:
         handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
         axes.legend(handles, names, fontsize=8, loc="best")
         axes.spines[["top", "right"]].set_visible(False)
+        for panel, breakdown in zip(panels[1:, 0], self.breakdowns):
+            _draw_parts(panel, breakdown)
         figure.savefig(path, dpi=130)
         plt.close(figure)
+
+
+def _draw_parts(axes: Any, breakdown: Breakdown) -> None:
+    """One bar of shares, its legend beneath."""
+    total = sum(part.median for part in breakdown.parts.values()) or 1.0
+    left = 0.0
+    for name, part in breakdown.parts.items():
+        share = 100 * part.median / total
+        axes.barh(0, share, left=left, label=f"{name} {share:.1f}%")
+        left += share
+    axes.set_xlim(0, 100)
+    axes.set_yticks([])
+    axes.set_xlabel("% of the time", fontsize=8)
+    axes.set_title(breakdown.title, fontsize=9)
+    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.9), frameon=False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """``--json``, ``--picture``, ``--markdown``, ``--rounds``."""
     parser.add_argument(
-        "--rounds", type=_positive, default=9, metavar="N", help="turns of each contender (default 9)"
+        "--rounds", type=positive, default=9, metavar="N", help="turns of each contender (default 9)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
@@ -302,6 +349,20 @@ def _command() -> str:
     return command_line(sys.argv[1:])
 
 
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    header, *rest = ["| " + " | ".join(row) + " |" for row in rows]
+    return [header, "|" + "---|" * len(rows[0]), *rest]
+
+
+def _quartiles(seconds: Spread) -> str:
+    return f"{_digits(seconds.low * 1e3)}-{_digits(seconds.high * 1e3)}"
+
+
 def _digits(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
@@ -310,7 +371,8 @@ def _cell(value: Any) -> str:
     return _digits(value) if isinstance(value, float) else str(value)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument that must be a whole number from 1 on."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")

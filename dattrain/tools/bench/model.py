@@ -90,6 +90,9 @@ def run(args: argparse.Namespace) -> int:
         for direction in directions:
             for dtype in args.dtypes:
                 train = direction == "training"
+                # Each case is a graph of its own, and torch keeps a few per function: what came after them would run
+                # uncompiled.
+                torch._dynamo.reset()
                 models = {name: build(name, size, args.drop_path if train else 0.0, device) for name in names}
                 extra: dict[str, dict[str, float | str | None]] = {}
                 steps: dict[str, Callable[[], object]] = {}

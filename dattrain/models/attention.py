@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dattrain.models.blocks import Interior, PatchConv, recompute
+from dattrain.models.blocks import Interior, PatchConv, as_computed, recompute
 from dattrain.models.init import init_table
 
 Shift = Literal["ceil", "floor"]
@@ -118,6 +118,7 @@ class WindowAttention(Interior):
         """B x H x W x C to the same."""
         _, height, width, _ = x.shape
         (wh, ww), (sh, sw) = self.window, self.shift_size
+        x = as_computed(x)
         if height % wh or width % ww:
             x = F.pad(x, (0, 0, 0, -width % ww, 0, -height % wh))
         if sh or sw:

@@ -23,6 +23,14 @@ def recompute(function: Callable[..., Any], *args: Any, random: bool = False) ->
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
 
 
+def as_computed(x: Tensor) -> Tensor:
+    """x in the dtype that autocast gives matrix products, if it is on: cast before a map is moved, not after."""
+    device = x.device.type
+    if x.dtype != torch.float32 or x.is_meta or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 class Interior(nn.Module):
     """A module that can recompute what lies between its matrix products: activation checkpointing's ``selective`` mode."""
 

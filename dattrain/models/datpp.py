@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dattrain.models.blocks import Interior, recompute
+from dattrain.models.blocks import Interior, as_computed, recompute
+from dattrain.ops.depthwise import depthwise_conv
 from dattrain.ops.neighborhood import neighborhood_attention
 
 
@@ -51,14 +52,19 @@ class ConvDownsample(nn.Module):
         return self.norm(conv_map(self.conv, x))
 
 
-class LocalPerception(nn.Conv2d):
-    """3 x 3 depthwise convolution of a map; the block adds it to its input."""
+class DepthwiseConv(nn.Conv2d):
+    """3 x 3 depthwise convolution of a map."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        assert self.bias is not None
+        return depthwise_conv(as_computed(x), self.weight, self.bias)
+
+
+class LocalPerception(DepthwiseConv):
+    """What the block adds to its input."""
 
 
 class ConvMlp(Interior):
@@ -67,14 +73,14 @@ class ConvMlp(Interior):
     def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.dwconv = DepthwiseConv(hidden)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
     def _tail(self, hidden: Tensor) -> Tensor:
         hidden = self.drop(hidden)
-        return self.drop(self.fc2(self.act(hidden + conv_map(self.dwconv, hidden))))
+        return self.drop(self.fc2(self.act(hidden + self.dwconv(hidden))))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)

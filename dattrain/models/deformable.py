@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dattrain import ops
 from dattrain.models.attention import biased_attention, relative_bias
-from dattrain.models.blocks import Interior, recompute
+from dattrain.models.blocks import Interior, as_computed, recompute
 from dattrain.models.init import init_table
 from dattrain.models.resize import resize_fixed_table
 
@@ -67,28 +67,15 @@ def reference_points(
 
 
 class SharedDepthwiseConv(nn.Conv2d):
-    """Depthwise convolution whose kernels are shared by the groups of a B x H x W x C map.
+    """Depthwise convolution whose kernels are shared by the groups of a B x H x W x C map."""
 
-    The kernels are repeated, not the map folded into the batch: the map stays where it is.
-    """
-
-    def __init__(self, channels: int, groups: int, kernel: int, stride: int) -> None:
+    def __init__(self, channels: int, kernel: int, stride: int) -> None:
         super().__init__(channels, channels, kernel, stride, kernel // 2, groups=channels)
-        self.repeats = groups
 
     def forward(self, x: Tensor) -> Tensor:
         """B x H x W x (groups * channels) -> B x ceil(H / stride) x ceil(W / stride) x (groups * channels)."""
         assert self.bias is not None
-        weight, bias = self.weight.repeat(self.repeats, 1, 1, 1), self.bias.repeat(self.repeats)
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-            # CPUs have no depthwise kernel in bf16: forward and backward take twice the time of fp32.
-            with _no_autocast(x):
-                return self._convolve(x.float(), weight.float(), bias.float()).to(x.dtype)
-        return self._convolve(x, weight, bias)
-
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, self.stride, self.padding, groups=x.shape[-1])
-        return out.permute(0, 2, 3, 1)
+        return ops.depthwise_conv(x, self.weight, self.bias, self.stride[0])
 
 
 class WideLinear(nn.Linear):
@@ -113,7 +100,7 @@ class OffsetNetwork(nn.Module):
         self.groups = groups
         self.stride = stride
         self.conventions = conventions
-        self.conv = SharedDepthwiseConv(dim // groups, groups, kernel, stride)
+        self.conv = SharedDepthwiseConv(dim // groups, kernel, stride)
         self.norm = nn.LayerNorm(dim // groups)
         self.act = nn.GELU()
         self.proj = WideLinear(dim // groups, 2, bias=False)
@@ -194,7 +181,7 @@ class DeformableAttention(Interior):
             self.bias_table = nn.Parameter(torch.empty(heads, *self.table_size(size)))
             init_table(self.bias_table)
         elif conventions.position == "dwconv":
-            self.position_conv = SharedDepthwiseConv(dim, 1, 3, 1)
+            self.position_conv = SharedDepthwiseConv(dim, 3, 1)
 
     def table_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the bias table laid out for a map of ``size``."""
@@ -229,20 +216,14 @@ class DeformableAttention(Interior):
     def forward(self, x: Tensor) -> Tensor:
         """B x H x W x C to the same."""
         _, height, width, _ = x.shape
+        x = as_computed(x)
         q = self.q(x)
         positions = self.offset(q).flatten(2, 3)
-        sampled = x.flatten(1, 2) if self.on_grid(height, width) else self._sample(x, positions)
+        sampled = x.flatten(1, 2) if self.on_grid(height, width) else ops.sample(x, positions)
         kv = self.kv(sampled)
         if self.checkpoint_interior and q.requires_grad:
             return recompute(self._interior, q, kv, positions, random=self.drop.p > 0)
         return self._interior(q, kv, positions)
-
-    def _sample(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x at the positions of each group: B x Ns x C."""
-        batch, height, width, dim = x.shape
-        maps = x.view(batch, height, width, self.groups, -1).permute(0, 3, 4, 1, 2).flatten(0, 1)
-        sampled = ops.sample(maps, positions.flatten(0, 1))
-        return sampled.view(batch, dim, -1).transpose(1, 2)
 
     def _interior(self, q: Tensor, kv: Tensor, positions: Tensor) -> Tensor:
         """Attention and output projection; q is B x H x W x C, kv B x Ns x 2C, positions B x groups x Ns x 2."""

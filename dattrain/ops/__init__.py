@@ -1,12 +1,13 @@
-"""The core of deformable attention: one function, with backends behind it.
+"""The core of deformable attention, and what feeds it: functions with backends behind them.
 
-``deform_attention`` and ``sample`` are differentiable torch functions; ``use_backend`` and the environment variable
+``deform_attention``, ``sample`` and ``depthwise_conv`` are differentiable torch functions; ``use_backend`` and the environment variable
 ``DATTRAIN_ATTENTION`` override the automatic choice that ``backends`` explains. Projections, offsets and everything else
 of the layer are in ``dattrain.models``.
 """
 
 from dattrain.ops.attention import deform_attention
+from dattrain.ops.depthwise import depthwise_conv
 from dattrain.ops.dispatch import backends, use_backend
 from dattrain.ops.sampling import sample
 
-__all__ = ["backends", "deform_attention", "sample", "use_backend"]
+__all__ = ["backends", "deform_attention", "depthwise_conv", "sample", "use_backend"]

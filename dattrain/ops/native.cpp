@@ -3,23 +3,12 @@
 //
 // Bias of a key: along x, every table row it needs is blended with three weights per query column (two of them nonzero;
 // three because the step between columns is at most one cell, so the first tap is column or column - 1 from the start).
-// Along y, two blended rows make a row of the bias. Compiled by dattrain/ops/native.py; loaded with ctypes.
+// Along y, two blended rows make a row of the bias; a vector of columns goes down all rows, the two blended rows of the
+// moment in registers. Compiled by dattrain/ops/native.py; loaded with ctypes.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <vector>
+#include "native.h"
 
 namespace {
-
-template <class T> struct Vector { typedef T type __attribute__((vector_size(64), aligned(sizeof(T)), may_alias)); };
-template <class T> using V = typename Vector<T>::type;
-template <class T> constexpr int lanes = 64 / sizeof(T);
-template <class T> inline V<T> load(const T* p) { return *reinterpret_cast<const V<T>*>(p); }
-template <class T> inline void store(T* p, V<T> v) { *reinterpret_cast<V<T>*>(p) = v; }
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 typedef int32_t Int __attribute__((vector_size(64)));
 
@@ -45,6 +34,42 @@ inline V<double> exponential(V<double> x) {
     for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
     return x;
 }
+
+inline V<float> truncated(V<float> x) { return __builtin_convertvector(__builtin_convertvector(x, Int), V<float>); }
+inline V<double> truncated(V<double> x) {
+    typedef int64_t Long __attribute__((vector_size(64)));
+    return __builtin_convertvector(__builtin_convertvector(x, Long), V<double>);
+}
+// For what fits an int32.
+template <class T> inline V<T> floored(V<T> x) {
+    const V<T> t = truncated(x);
+    return t > x ? t - 1 : t;
+}
+template <class T> inline V<T> counting() {
+    V<T> n{};
+    for (int i = 0; i < lanes<T>; ++i) n[i] = T(i);
+    return n;
+}
+
+// The lanes of b moved up by BY; those of a come in below.
+#if defined(__clang__)
+template <int BY> inline V<float> moved(V<float> a, V<float> b) {
+    return __builtin_shufflevector(a, b, 16 - BY, 17 - BY, 18 - BY, 19 - BY, 20 - BY, 21 - BY, 22 - BY, 23 - BY, 24 - BY,
+                                   25 - BY, 26 - BY, 27 - BY, 28 - BY, 29 - BY, 30 - BY, 31 - BY);
+}
+template <int BY> inline V<double> moved(V<double> a, V<double> b) {
+    return __builtin_shufflevector(a, b, 8 - BY, 9 - BY, 10 - BY, 11 - BY, 12 - BY, 13 - BY, 14 - BY, 15 - BY);
+}
+#else
+template <int BY> inline V<float> moved(V<float> a, V<float> b) {
+    return __builtin_shuffle(a, b, Int{16 - BY, 17 - BY, 18 - BY, 19 - BY, 20 - BY, 21 - BY, 22 - BY, 23 - BY, 24 - BY,
+                                       25 - BY, 26 - BY, 27 - BY, 28 - BY, 29 - BY, 30 - BY, 31 - BY});
+}
+template <int BY> inline V<double> moved(V<double> a, V<double> b) {
+    typedef int64_t Long __attribute__((vector_size(64)));
+    return __builtin_shuffle(a, b, Long{8 - BY, 9 - BY, 10 - BY, 11 - BY, 12 - BY, 13 - BY, 14 - BY, 15 - BY});
+}
+#endif
 
 // c[m][n] (+)= sum over p of a[m * am + p * ap] * b[p * ldb + n], for ROWS rows and COLS vectors of columns.
 template <class T, int ROWS, int COLS, bool ADD>
@@ -94,34 +119,34 @@ void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a
     }
 }
 
-template <class T> struct Call {
-    const T *q, *k, *v, *positions, *table, *grad_out, *out_in, *lse_in;
-    T *out, *lse, *grad_q, *grad_k, *grad_v, *grad_positions, *grad_table;
+// S is what q, k, v, out and their gradients are in memory, T what is computed with and what the rest is.
+template <class T, class S> struct Call {
+    const S *q, *k, *v, *grad_out, *out_in;
+    const T *positions, *table, *lse_in;
+    S *out, *grad_q, *grad_k, *grad_v;
+    T *lse, *grad_positions;
     const int64_t* strides;  // (image, head, row) of q, k, v, out, grad_out, grad_q, grad_k, grad_v
     int64_t batch, heads, groups, height, width, keys, dim, table_height, table_width;
     T origin_y, slope_y, step_y, origin_x, slope_x, step_x, scale;
-    const T* at(const T* x, int which, int64_t image, int64_t head) const {
-        return x + image * strides[3 * which] + head * strides[3 * which + 1];
-    }
-    T* at(T* x, int which, int64_t image, int64_t head) const {
+    template <class P> P* at(P* x, int which, int64_t image, int64_t head) const {
         return x + image * strides[3 * which] + head * strides[3 * which + 1];
     }
 };
 
 template <class T> using Memory = std::vector<T>;
 
-template <class T> struct Worker {
+template <class T, class S> struct Worker {
     static constexpr int L = lanes<T>;
-    const Call<T>& c;
+    const Call<T, S>& c;
     const int64_t queries, dim, row, margin, pitch, block_rows, block;
-    Memory<T> scores, grads, qt, qs, kk, vv, gg, gt, padded, grad_padded, mixed, grad_mixed, weights, slopes, spread, line, column_sum, acc_k, acc_v, acc_q, delta, inside;
+    Memory<T> scores, grads, qt, qs, kk, vv, gg, gt, padded, grad_padded, weights, slopes, tops, fractions, line, column_sum, acc_k, acc_v, acc_q, delta, inside;
 
-    Worker(const Call<T>& call, bool backward)
-        : c(call), queries(call.height * call.width), dim(round_up(call.dim, L)), row(round_up(call.width + 2, L) + L),
+    Worker(const Call<T, S>& call, bool backward)
+        : c(call), queries(call.height * call.width), dim(round_up(call.dim, L)), row(round_up(call.width, L)),
           margin(call.width + 2 * L + 8), pitch(call.table_width + 2 * margin),
           block_rows(std::max<int64_t>(1, std::min(call.height, int64_t(1 << 18) / int64_t(sizeof(T)) / (call.keys * call.width) ))),
           block(round_up(block_rows * call.width, L)) {
-        scores.resize(c.keys * block + row);
+        scores.resize(c.keys * block + row + L);
         qt.resize(c.dim * block);
         kk.resize(c.keys * dim);
         vv.resize(c.keys * dim);
@@ -129,14 +154,13 @@ template <class T> struct Worker {
         line.resize(block);
         column_sum.resize(block);
         weights.resize(3 * row);
+        tops.resize(round_up(block_rows, L));
+        fractions.resize(round_up(block_rows, L));
         inside.resize(row);
         std::fill(inside.begin(), inside.begin() + c.width, T(1));
-        if (c.table) {
-            padded.assign(c.table_height * pitch + 2 * row, 0);
-            mixed.resize((c.table_height + 2) * row);
-        }
+        if (c.table) padded.assign(c.table_height * pitch + row + 2 * L, 0);
         if (!backward) return;
-        grads.resize(c.keys * block + row);
+        grads.resize(c.keys * block + row + L);
         qs.resize(block * dim);
         gg.resize(block * dim);
         gt.resize(c.dim * block);
@@ -144,22 +168,18 @@ template <class T> struct Worker {
         acc_v.resize(c.keys * dim);
         delta.resize(block);
         slopes.resize(3 * row);
-        spread.resize(3 * (row + 2 * L));
-        if (c.table) {
-            grad_mixed.resize((c.table_height + 2) * row);
-            grad_padded.assign(c.heads * c.table_height * pitch + 2 * row, 0);
-        }
+        if (c.table) grad_padded.assign(c.heads * c.table_height * pitch + row + 2 * L, 0);
     }
 
-    void pack(const T* from, int64_t stride, int64_t rows, T* into) const {
+    void pack(const S* from, int64_t stride, int64_t rows, T* into) const {
         for (int64_t i = 0; i < rows; ++i) {
-            std::memcpy(into + i * dim, from + i * stride, c.dim * sizeof(T));
+            widen_all(from + i * stride, c.dim, into + i * dim);
             std::fill(into + i * dim + c.dim, into + (i + 1) * dim, T(0));
         }
     }
-    void pack_transposed(const T* from, int64_t stride, int64_t rows, T factor, T* into) const {
+    void transpose(const T* from, int64_t rows, T factor, T* into) const {
         for (int64_t d = 0; d < c.dim; ++d) {
-            for (int64_t i = 0; i < rows; ++i) into[d * block + i] = from[i * stride + d] * factor;
+            for (int64_t i = 0; i < rows; ++i) into[d * block + i] = from[i * dim + d] * factor;
             std::fill(into + d * block + rows, into + (d + 1) * block, T(0));
         }
     }
@@ -178,42 +198,49 @@ template <class T> struct Worker {
         T whole = std::floor(start);
         const T shift = start - whole;
         whole = whole < -T(c.width + 4) ? -T(c.width + 4) : whole > T(c.table_width + 2) ? T(c.table_width + 2) : whole;
-        for (int64_t i = 0; i < c.width; ++i) {
-            const T at = shift + i * c.step_x - i;  // in [-1, 1): table column minus (whole + i)
-            const bool before = at < 0;
-            const T fraction = before ? at + 1 : at;
-            weights[i] = before ? 1 - fraction : 0;
-            weights[row + i] = before ? fraction : 1 - fraction;
-            weights[2 * row + i] = before ? 0 : fraction;
+        const V<T> zero{}, one = zero + 1;
+        for (int64_t i = 0; i < row; i += L) {
+            const V<T> column = counting<T>() + T(i);
+            const V<T> at = shift + column * c.step_x - column;  // in [-1, 1): table column minus (whole + i)
+            const V<T> fraction = at < 0 ? at + 1 : at;
+            store(weights.data() + i, at < 0 ? 1 - fraction : zero);
+            store(weights.data() + row + i, at < 0 ? fraction : 1 - fraction);
+            store(weights.data() + 2 * row + i, at < 0 ? zero : fraction);
             if (with_slopes) {
-                slopes[i] = before ? -1 : 0;
-                slopes[row + i] = before ? 1 : -1;
-                slopes[2 * row + i] = before ? 0 : 1;
+                store(slopes.data() + i, at < 0 ? -one : zero);
+                store(slopes.data() + row + i, at < 0 ? one : -one);
+                store(slopes.data() + 2 * row + i, at < 0 ? zero : one);
             }
         }
         return whole == whole ? int64_t(whole) - 1 : -c.width - 4;
     }
-
-    // Rows [from, to] of the table blended along x by three weights, into ``into`` (rows outside the table are zero).
-    void blend(const T* by, int64_t x, int64_t from, int64_t to, T* into) const {
-        for (int64_t y = from; y <= to; ++y, into += row) {
-            if (y < 0 || y >= c.table_height) {
-                for (int64_t i = 0; i < row; i += L) store(into + i, V<T>{});
-                continue;
-            }
-            const T* t = padded.data() + y * pitch + margin + x;
-            for (int64_t i = 0; i < c.width; i += L)
-                store(into + i, load(by + i) * load(t + i) + load(by + row + i) * load(t + i + 1) + load(by + 2 * row + i) * load(t + i + 2));
-        }
-    }
-    // First and last table row that the block's queries read for this key; an empty range where all is outside.
-    bool rows_of(T start, int64_t rows, int64_t& from, int64_t& to) const {
+    // Upper table row and fraction of every query row; false where all of them are outside the table.
+    bool rows_of(T start, int64_t rows) {
         const T last = start + (rows - 1) * c.step_y;
         if (!(start < T(c.table_height)) || !(last >= -1)) return false;
-        from = std::max<int64_t>(int64_t(std::floor(start)), -2);
-        to = std::min<int64_t>(int64_t(std::floor(last)) + 1, c.table_height);
-        from = std::max<int64_t>(from, -1);
+        for (int64_t y = 0; y < rows; y += L) {
+            const V<T> at = start + (counting<T>() + T(y)) * c.step_y;
+            // Far outside it does not matter where.
+            const V<T> low = at < -3 ? V<T>{} - 3 : at, floor = floored<T>(low);
+            store(tops.data() + y, floor);
+            store(fractions.data() + y, low - floor);
+        }
         return true;
+    }
+
+    // A vector of table row ``y`` blended along x; rows outside the table are zero.
+    struct Taps {
+        V<T> by[3];
+        const T* first;
+        int64_t pitch, height;
+        V<T> operator()(int64_t y) const {
+            if (y < 0 || y >= height) return V<T>{};
+            const T* t = first + y * pitch;
+            return by[0] * load(t) + by[1] * load(t + 1) + by[2] * load(t + 2);
+        }
+    };
+    Taps taps(const Memory<T>& by, int64_t x, int64_t i) const {
+        return {{load(by.data() + i), load(by.data() + row + i), load(by.data() + 2 * row + i)}, padded.data() + margin + x + i, pitch, c.table_height};
     }
 
     void bias(int64_t image, int64_t head, int64_t first_row, int64_t rows) {
@@ -225,33 +252,34 @@ template <class T> struct Worker {
                 std::fill(into, into + rows * c.width, start + p[1]);
                 continue;
             }
-            int64_t from, to;
-            if (!rows_of(start, rows, from, to)) {
+            if (!rows_of(start, rows)) {
                 std::fill(into, into + rows * c.width, T(0));
                 continue;
             }
             const int64_t x = columns_of(p[1], false);
-            blend(weights.data(), x, from, to, mixed.data());
-            for (int64_t y = 0; y < rows; ++y) {
-                const T at = start + y * c.step_y, floor = std::floor(at), f = at - floor;
-                T* target = into + y * c.width;
-                const T* a = row_at(mixed, int64_t(floor), from, to);
-                const T* b = row_at(mixed, int64_t(floor) + 1, from, to);
-                for (int64_t i = 0; i < c.width; i += L) {
-                    const V<T> upper = a ? load(a + i) : V<T>{}, lower = b ? load(b + i) : V<T>{};
-                    store(target + i, upper + f * (lower - upper));
+            // From the right: a vector that reaches past its row spoils what is written next.
+            for (int64_t i = row - L; i >= 0; i -= L) {
+                const Taps blend = taps(weights, x, i);
+                int64_t top = int64_t(tops[0]);
+                V<T> upper = blend(top), lower = blend(top + 1);
+                for (int64_t y = 0; y < rows; ++y) {
+                    const int64_t next = int64_t(tops[y]);
+                    if (next != top) {
+                        upper = next == top + 1 ? lower : blend(next);
+                        lower = blend(next + 1);
+                        top = next;
+                    }
+                    store(into + y * c.width + i, upper + fractions[y] * (lower - upper));
                 }
             }
         }
-    }
-    T* row_at(Memory<T>& rows, int64_t y, int64_t from, int64_t to) const {
-        return y < from || y > to ? nullptr : rows.data() + (y - from) * row;
     }
 
     // Scores of the block's queries, bias included; q scaled.
     void block_scores(int64_t image, int64_t head, int64_t first_row, int64_t rows) {
         const int64_t count = rows * c.width, columns = round_up(count, L);
-        pack_transposed(c.at(c.q, 0, image, head) + first_row * c.width * c.strides[2], c.strides[2], count, c.scale, qt.data());
+        pack(c.at(c.q, 0, image, head) + first_row * c.width * c.strides[2], c.strides[2], count, acc_q.data());
+        transpose(acc_q.data(), count, c.scale, qt.data());
         if (c.table) {
             bias(image, head, first_row, rows);
             for (int64_t key = 0; key < c.keys; ++key)
@@ -286,11 +314,10 @@ template <class T> struct Worker {
                 store(column_sum.data() + n, sum);
             }
             product<T, false>(count, dim, c.keys, scores.data(), 1, block, vv.data(), dim, acc_q.data(), dim);
-            T* out = c.at(c.out, 3, image, head) + first * c.width * c.strides[11];
+            S* out = c.at(c.out, 3, image, head) + first * c.width * c.strides[11];
             T* lse = c.lse + (image * c.heads + head) * queries + first * c.width;
             for (int64_t i = 0; i < count; ++i) {
-                const T inverse = 1 / column_sum[i];
-                for (int64_t d = 0; d < c.dim; ++d) out[i * c.strides[11] + d] = acc_q[i * dim + d] * inverse;
+                narrow_all(acc_q.data() + i * dim, c.dim, 1 / column_sum[i], out + i * c.strides[11]);
                 lse[i] = line[i] + std::log(column_sum[i]);
             }
         }
@@ -305,17 +332,18 @@ template <class T> struct Worker {
         for (int64_t first = 0; first < c.height; first += block_rows) {
             const int64_t rows = std::min(block_rows, c.height - first), count = rows * c.width, columns = round_up(count, L);
             block_scores(image, head, first, rows);
-            const T* grad = c.at(c.grad_out, 4, image, head) + first * c.width * c.strides[14];
-            const T* out = c.at(c.out_in, 3, image, head) + first * c.width * c.strides[11];
-            pack(grad, c.strides[14], count, gg.data());
-            pack_transposed(grad, c.strides[14], count, 1, gt.data());
-            const T* q = c.at(c.q, 0, image, head) + first * c.width * c.strides[2];
-            pack(q, c.strides[2], count, qs.data());
+            pack(c.at(c.grad_out, 4, image, head) + first * c.width * c.strides[14], c.strides[14], count, gg.data());
+            transpose(gg.data(), count, 1, gt.data());
+            pack(c.at(c.q, 0, image, head) + first * c.width * c.strides[2], c.strides[2], count, qs.data());
+            pack(c.at(c.out_in, 3, image, head) + first * c.width * c.strides[11], c.strides[11], count, acc_q.data());
             const T* lse = c.lse_in + (image * c.heads + head) * queries + first * c.width;
-            for (int64_t i = 0; i < columns; ++i) {
-                line[i] = i < count ? lse[i] : T(0);
-                delta[i] = 0;
-                for (int64_t d = 0; i < count && d < c.dim; ++d) delta[i] += grad[i * c.strides[14] + d] * out[i * c.strides[11] + d];
+            std::fill(line.begin(), line.end(), T(0));
+            std::fill(delta.begin(), delta.end(), T(0));
+            for (int64_t i = 0; i < count; ++i) {
+                V<T> sum{};
+                for (int64_t d = 0; d < dim; d += L) sum += load(gg.data() + i * dim + d) * load(acc_q.data() + i * dim + d);
+                for (int j = 0; j < L; ++j) delta[i] += sum[j];
+                line[i] = lse[i];
             }
             product<T, false>(c.keys, columns, c.dim, vv.data(), dim, 1, gt.data(), block, grads.data(), block);
             for (int64_t key = 0; key < c.keys; ++key)
@@ -328,65 +356,73 @@ template <class T> struct Worker {
             product<T, true>(c.keys, dim, count, scores.data(), block, 1, gg.data(), dim, acc_v.data(), dim);
             product<T, true>(c.keys, dim, count, grads.data(), block, 1, qs.data(), dim, acc_k.data(), dim);
             product<T, false>(count, dim, c.keys, grads.data(), 1, block, kk.data(), dim, acc_q.data(), dim);
-            T* grad_q = c.at(c.grad_q, 5, image, head) + first * c.width * c.strides[17];
-            for (int64_t i = 0; i < count; ++i)
-                for (int64_t d = 0; d < c.dim; ++d) grad_q[i * c.strides[17] + d] = acc_q[i * dim + d] * c.scale;
+            S* grad_q = c.at(c.grad_q, 5, image, head) + first * c.width * c.strides[17];
+            for (int64_t i = 0; i < count; ++i) narrow_all(acc_q.data() + i * dim, c.dim, c.scale, grad_q + i * c.strides[17]);
             if (c.table) bias_gradient(image, head, first, rows);
         }
-        T* grad_k = c.at(c.grad_k, 6, image, head);
-        T* grad_v = c.at(c.grad_v, 7, image, head);
-        for (int64_t i = 0; i < c.keys; ++i)
-            for (int64_t d = 0; d < c.dim; ++d) {
-                grad_k[i * c.strides[20] + d] = acc_k[i * dim + d] * c.scale;
-                grad_v[i * c.strides[23] + d] = acc_v[i * dim + d];
-            }
+        S* grad_k = c.at(c.grad_k, 6, image, head);
+        S* grad_v = c.at(c.grad_v, 7, image, head);
+        for (int64_t i = 0; i < c.keys; ++i) {
+            narrow_all(acc_k.data() + i * dim, c.dim, c.scale, grad_k + i * c.strides[20]);
+            narrow_all(acc_v.data() + i * dim, c.dim, T(1), grad_v + i * c.strides[23]);
+        }
     }
 
     // The gradient of the block's bias (grads) to the table's and the positions': bias() turned round.
     void bias_gradient(int64_t image, int64_t head, int64_t first_row, int64_t rows) {
         T* into = c.grad_positions + (image * c.heads + head) * c.keys * 2;
+        T* table = grad_padded.data() + head * c.table_height * pitch + margin;
         for (int64_t key = 0; key < c.keys; ++key) {
             const T* p = position(image, head, key);
-            T* source = grads.data() + key * block;
+            const T* source = grads.data() + key * block;
             const T start = c.origin_y + c.slope_y * p[0] + first_row * c.step_y;
-            int64_t from, to;
             if (start != start || p[1] != p[1]) {
                 into[2 * key] = into[2 * key + 1] = start + p[1];
                 continue;
             }
-            if (!rows_of(start, rows, from, to)) continue;
+            if (!rows_of(start, rows)) continue;
             const int64_t x = columns_of(p[1], true);
-            blend(weights.data(), x, from, to, mixed.data());
-            std::fill(grad_mixed.begin(), grad_mixed.begin() + (to - from + 1) * row, T(0));
-            V<T> sum_y{};
-            for (int64_t y = 0; y < rows; ++y) {
-                const T at = start + y * c.step_y, floor = std::floor(at), f = at - floor;
-                const T* a = row_at(mixed, int64_t(floor), from, to);
-                const T* b = row_at(mixed, int64_t(floor) + 1, from, to);
-                T* ga = row_at(grad_mixed, int64_t(floor), from, to);
-                T* gb = row_at(grad_mixed, int64_t(floor) + 1, from, to);
-                for (int64_t i = 0; i < c.width; i += L) {
-                    const V<T> g = within(load(source + y * c.width + i), i);
-                    const V<T> upper = a ? load(a + i) : V<T>{}, lower = b ? load(b + i) : V<T>{};
+            V<T> sum_y{}, sum_x{};
+            for (int64_t i = 0; i < row; i += L) {
+                const Taps blend = taps(weights, x, i), slope = taps(slopes, x, i);
+                const bool whole = i + L <= c.width, spills = c.width - i > L - 2;
+                const V<T> mask = load(inside.data() + i);
+                // The gradient of a blended row, once all query rows that read it have been seen.
+                auto finish = [&](int64_t y, V<T> g) {
+                    if (y < 0 || y >= c.table_height) return;
+                    sum_x += g * slope(y);
+                    const V<T> zero{}, second = blend.by[1] * g, third = blend.by[2] * g;
+                    T* t = table + y * pitch + x + i;
+                    store(t, load(t) + blend.by[0] * g + moved<1>(zero, second) + moved<2>(zero, third));
+                    if (spills) store(t + L, load(t + L) + moved<1>(second, zero) + moved<2>(third, zero));
+                };
+                int64_t top = int64_t(tops[0]);
+                V<T> upper = blend(top), lower = blend(top + 1), grad_upper{}, grad_lower{};
+                for (int64_t y = 0; y < rows; ++y) {
+                    const int64_t next = int64_t(tops[y]);
+                    if (next != top) {
+                        finish(top, grad_upper);
+                        if (next == top + 1) {
+                            upper = lower;
+                            grad_upper = grad_lower;
+                        } else {
+                            finish(top + 1, grad_lower);
+                            upper = blend(next);
+                            grad_upper = V<T>{};
+                        }
+                        lower = blend(next + 1);
+                        grad_lower = V<T>{};
+                        top = next;
+                    }
+                    // Lanes past the last query column belong to another row.
+                    V<T> g = load(source + y * c.width + i);
+                    if (!whole) g = mask > 0 ? g : V<T>{};
                     sum_y += g * (lower - upper);
-                    if (ga) store(ga + i, load(ga + i) + (1 - f) * g);
-                    if (gb) store(gb + i, load(gb + i) + f * g);
+                    grad_upper += (1 - fractions[y]) * g;
+                    grad_lower += fractions[y] * g;
                 }
-            }
-            blend(slopes.data(), x, from, to, mixed.data());
-            V<T> sum_x{};
-            const int64_t wide = row + 2 * L;
-            for (int64_t y = std::max<int64_t>(from, 0); y <= std::min(to, c.table_height - 1); ++y) {
-                const T* g = grad_mixed.data() + (y - from) * row;
-                const T* m = mixed.data() + (y - from) * row;
-                T* t = grad_padded.data() + (head * c.table_height + y) * pitch + margin + x;
-                for (int64_t i = 0; i < c.width; i += L) {
-                    const V<T> value = load(g + i);
-                    sum_x += value * load(m + i);
-                    for (int tap = 0; tap < 3; ++tap) store(spread.data() + tap * wide + L + i, value * load(weights.data() + tap * row + i));
-                }
-                for (int64_t i = 0; i < c.width + 2; i += L)
-                    store(t + i, load(t + i) + load(spread.data() + L + i) + load(spread.data() + wide + L + i - 1) + load(spread.data() + 2 * wide + L + i - 2));
+                finish(top, grad_upper);
+                finish(top + 1, grad_lower);
             }
             T along_y = 0, along_x = 0;
             for (int i = 0; i < L; ++i) { along_y += sum_y[i]; along_x += sum_x[i]; }
@@ -394,15 +430,13 @@ template <class T> struct Worker {
             into[2 * key + 1] += along_x * c.slope_x;
         }
     }
-    // Lanes past the last query column belong to another row: zero them.
-    V<T> within(V<T> g, int64_t i) const { return i + L <= c.width ? g : (load(inside.data() + i) > 0 ? g : V<T>{}); }
 };
 
-template <class T> void run(const Call<T>& call, bool backward, int64_t threads, T* grad_tables) {
+template <class T, class S> void run(const Call<T, S>& call, bool backward, int64_t threads, T* grad_tables) {
     const int64_t items = call.batch * call.heads;
     threads = std::max<int64_t>(1, std::min(threads, items));
-    auto work = [&](int64_t thread) {
-        Worker<T> worker(call, backward);
+    on_threads(threads, [&](int64_t thread) {
+        Worker<T, S> worker(call, backward);
         // Head by head, so that a thread keeps its table.
         for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads; ++item) {
             const int64_t head = item / call.batch, image = item % call.batch;
@@ -413,25 +447,21 @@ template <class T> void run(const Call<T>& call, bool backward, int64_t threads,
             for (int64_t line = 0; line < call.heads * call.table_height; ++line)
                 std::memcpy(grad_tables + (thread * call.heads * call.table_height + line) * call.table_width,
                             worker.grad_padded.data() + line * worker.pitch + worker.margin, call.table_width * sizeof(T));
-    };
-    std::vector<std::thread> others;
-    for (int64_t thread = 1; thread < threads; ++thread) others.emplace_back(work, thread);
-    work(0);
-    for (auto& other : others) other.join();
+    });
 }
 
-template <class T>
+template <class T, class S>
 int call(void** p, const int64_t* strides, const int64_t* sizes, const double* numbers, int64_t backward, int64_t threads) try {
-    Call<T> c{};
-    c.q = (const T*)p[0]; c.k = (const T*)p[1]; c.v = (const T*)p[2]; c.positions = (const T*)p[3]; c.table = (const T*)p[4];
-    c.out = (T*)p[5]; c.out_in = (const T*)p[5]; c.lse = (T*)p[6]; c.lse_in = (const T*)p[6]; c.grad_out = (const T*)p[7];
-    c.grad_q = (T*)p[8]; c.grad_k = (T*)p[9]; c.grad_v = (T*)p[10]; c.grad_positions = (T*)p[11];
+    Call<T, S> c{};
+    c.q = (const S*)p[0]; c.k = (const S*)p[1]; c.v = (const S*)p[2]; c.positions = (const T*)p[3]; c.table = (const T*)p[4];
+    c.out = (S*)p[5]; c.out_in = (const S*)p[5]; c.lse = (T*)p[6]; c.lse_in = (const T*)p[6]; c.grad_out = (const S*)p[7];
+    c.grad_q = (S*)p[8]; c.grad_k = (S*)p[9]; c.grad_v = (S*)p[10]; c.grad_positions = (T*)p[11];
     c.strides = strides;
     c.batch = sizes[0]; c.heads = sizes[1]; c.groups = sizes[2]; c.height = sizes[3]; c.width = sizes[4]; c.keys = sizes[5];
     c.dim = sizes[6]; c.table_height = sizes[7]; c.table_width = sizes[8];
     c.origin_y = numbers[0]; c.slope_y = numbers[1]; c.step_y = numbers[2];
     c.origin_x = numbers[3]; c.slope_x = numbers[4]; c.step_x = numbers[5]; c.scale = numbers[6];
-    run<T>(c, backward != 0, threads, (T*)p[12]);
+    run<T, S>(c, backward != 0, threads, (T*)p[12]);
     return 0;
 } catch (...) {
     return 1;
@@ -440,6 +470,7 @@ int call(void** p, const int64_t* strides, const int64_t* sizes, const double* n
 }  // namespace
 
 extern "C" {
-int dattrain_core_f32(void** p, const int64_t* s, const int64_t* n, const double* x, int64_t b, int64_t t) { return call<float>(p, s, n, x, b, t); }
-int dattrain_core_f64(void** p, const int64_t* s, const int64_t* n, const double* x, int64_t b, int64_t t) { return call<double>(p, s, n, x, b, t); }
+int dattrain_core_f32(void** p, const int64_t* s, const int64_t* n, const double* x, int64_t b, int64_t t) { return call<float, float>(p, s, n, x, b, t); }
+int dattrain_core_f64(void** p, const int64_t* s, const int64_t* n, const double* x, int64_t b, int64_t t) { return call<double, double>(p, s, n, x, b, t); }
+int dattrain_core_bf16(void** p, const int64_t* s, const int64_t* n, const double* x, int64_t b, int64_t t) { return call<float, bf16>(p, s, n, x, b, t); }
 }

@@ -1,6 +1,6 @@
-"""The ``native`` backend: ``native.cpp``, compiled once per machine with the C++ compiler that is at hand, for CPUs.
+"""The ``native`` backend: ``native*.cpp``, compiled once per machine with the C++ compiler that is at hand, for CPUs.
 
-No headers of torch are needed, so compiling takes seconds; the library is kept under ``$XDG_CACHE_HOME/dattrain`` by source,
+Here are the compiling and the attention core; sampling and convolution are in ``native_maps``. No headers of torch are needed, so compiling takes seconds; the library is kept under ``$XDG_CACHE_HOME/dattrain`` by source,
 compiler and CPU. Where there is no compiler, ``torch`` is the CPU's backend.
 """
 
@@ -22,7 +22,8 @@ from torch import Tensor
 from dattrain.ops.coordinates import QueryGrid, start_and_step
 from dattrain.ops.layout import tokens_like
 
-SOURCE = Path(__file__).with_name("native.cpp")
+_HERE = Path(__file__).parent
+SOURCES = tuple(_HERE / name for name in ("native.h", "native.cpp", "native_maps.cpp"))
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=fast"]
 
 
@@ -62,7 +63,7 @@ def library() -> ctypes.CDLL:
     if platform.machine() in ("x86_64", "AMD64") and "clang" not in version.lower():
         arch.append("-mprefer-vector-width=512")
     key = hashlib.sha256(
-        "\n".join([SOURCE.read_text(), version, *_FLAGS, *arch, _cpu()]).encode()
+        "\n".join([*(source.read_text() for source in SOURCES), version, *_FLAGS, *arch, _cpu()]).encode()
     ).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dattrain"
     path = folder / f"core-{key}.so"
@@ -70,18 +71,26 @@ def library() -> ctypes.CDLL:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / path.name
-            command = [compiler, *_FLAGS, *arch, str(SOURCE), "-o", str(built)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-            if done.returncode:
-                raise OSError(
-                    f"{compiler} cannot compile {SOURCE.name}: {done.stderr.strip().splitlines()[-1:]}"
-                )
+            units = [str(source) for source in SOURCES if source.suffix == ".cpp"]
+            # A compiler may come without OpenMP; threads are then started for every call.
+            for openmp in (["-fopenmp"], []):
+                command = [compiler, *_FLAGS, *openmp, *arch, *units, "-o", str(built)]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+                if not done.returncode:
+                    break
+            else:
+                raise OSError(f"{compiler} cannot compile {units}: {done.stderr.strip().splitlines()[-1:]}")
             # Ranks may all compile at once; the last to finish wins, with the same bytes.
             built.replace(path)
     loaded = ctypes.CDLL(str(path))
-    for function in (loaded.dattrain_core_f32, loaded.dattrain_core_f64):
+    for function in (loaded.dattrain_core_f32, loaded.dattrain_core_f64, loaded.dattrain_core_bf16):
         function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
         function.restype = ctypes.c_int
+    for name in ("sample", "depthwise"):
+        for dtype in ("f32", "f64", "bf16"):
+            function = loaded[f"dattrain_{name}_{dtype}"]
+            function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64]
+            function.restype = ctypes.c_int
     return loaded
 
 
@@ -106,7 +115,8 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (as q, laid out as tokens) and log-sum-exp (B x heads x queries, positions' dtype)."""
-    out = tokens_like(q, positions.dtype)
+    stored = _stored(q, positions)
+    out = tokens_like(q, stored)
     lse = positions.new_empty(q.shape[:3])
     _call(q, k, v, positions, table, out, lse, None, (None,) * 3, None, None, height, width, grid, scale)
     return out.to(q.dtype), lse
@@ -127,10 +137,9 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v (laid out as tokens), positions and table."""
-    dtype = positions.dtype
     batch, heads = q.shape[:2]
     groups, keys = positions.shape[1:3]
-    grads = tuple(tokens_like(x, dtype) for x in (q, k, v))
+    grads = tuple(tokens_like(x, _stored(q, positions)) for x in (q, k, v))
     per_head = positions.new_zeros(batch, heads, keys, 2)
     threads = max(1, min(torch.get_num_threads(), batch * heads))
     tables = None if table is None else positions.new_zeros(threads, *table.shape)
@@ -159,7 +168,7 @@ def _call(
 ) -> None:
     if not q.shape[0]:
         return
-    dtype = positions.dtype
+    dtype = _stored(q, positions)
     out = out.to(dtype)
     inputs = [_rows(x.to(dtype)) for x in (q, k, v, out)]
     matrices = [*inputs, *(None if x is None else _rows(x.to(dtype)) for x in (grad_out, *grads))]
@@ -176,8 +185,12 @@ def _call(
         *start_and_step(width, table_shape[1], grid),
         scale,
     ]
-    function = library().dattrain_core_f64 if dtype == torch.float64 else library().dattrain_core_f32
-    failed = function(
+    functions = {
+        torch.float32: library().dattrain_core_f32,
+        torch.float64: library().dattrain_core_f64,
+        torch.bfloat16: library().dattrain_core_bf16,
+    }
+    failed = functions[dtype](
         (ctypes.c_void_p * len(memory))(*(None if x is None else x.data_ptr() for x in memory)),
         (ctypes.c_int64 * len(strides))(*strides),
         (ctypes.c_int64 * len(sizes))(*sizes),
@@ -187,6 +200,12 @@ def _call(
     )
     if failed:
         raise MemoryError("the native attention core could not allocate its work space")
+
+
+def _stored(q: Tensor, positions: Tensor) -> torch.dtype:
+    """What the library reads and writes q and the like in: bf16 as it is, everything else in the dtype of positions."""
+    narrow = q.dtype == torch.bfloat16 and positions.dtype == torch.float32
+    return torch.bfloat16 if narrow else positions.dtype
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import os
 
 import pytest
 import torch
-import torch.nn.functional as F
 from attention_cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -370,19 +369,3 @@ def test_native_threads_share_the_work_without_changing_it() -> None:
         assert torch.equal(out, results[0][0])
         for a, b in zip(grads, results[0][1]):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def test_sampling_reads_maps_bilinearly_in_full_precision() -> None:
-    x = torch.arange(12.0).view(1, 1, 3, 4).repeat(2, 5, 1, 1)
-    positions = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0], [3.0, 0.0]]).expand(2, 4, 2)
-    expected = torch.tensor([0.0, 11.0, 5.5, 0.0])
-    torch.testing.assert_close(ops.sample(x, positions), expected.expand(2, 5, 4))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        narrow = ops.sample(x.bfloat16(), positions)
-    assert narrow.dtype == torch.bfloat16
-    grid = torch.rand(2, 6, 2) * 2.4 - 1.2
-    maps = torch.randn(2, 3, 5, 4)
-    wanted = F.grid_sample(maps, grid.flip(-1).unsqueeze(1), align_corners=True)[:, :, 0]
-    torch.testing.assert_close(ops.sample(maps, grid), wanted)
-    with pytest.raises(ValueError, match="sample needs"):
-        ops.sample(maps, grid[:1])

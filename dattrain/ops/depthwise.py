@@ -1,0 +1,97 @@
+"""Depthwise convolution of B x H x W x C maps whose kernels the groups of channels share."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dattrain.ops import native, native_maps
+from dattrain.ops.dispatch import resolve
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
+    """Depthwise k x k convolution with zero padding k // 2, in fp32 or better on CPUs.
+
+    Args:
+        x: B x H x W x (groups * c).
+        weight: c x 1 x k x k, k odd; used for each of the groups.
+        bias: c.
+        stride: of both axes.
+
+    Returns:
+        B x ceil(H / stride) x ceil(W / stride) x (groups * c), in the dtype of ``x``.
+    """
+    if (
+        x.dtype in native_maps.SUFFIXES
+        and weight.shape[-1] in native_maps.KERNELS
+        and weight.shape[-2] == weight.shape[-1]
+        and resolve(x, None) == "native"
+    ):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return _depthwise(x, weight.to(wide), bias.to(wide), stride)
+    return _conv2d(x, weight, bias, stride)
+
+
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        # CPUs have no depthwise kernel in bf16: forward and backward take twice the time of fp32.
+        with torch.autocast("cpu", enabled=False):
+            return _conv2d(x.float(), weight.float(), bias.float(), stride).to(x.dtype)
+    groups = x.shape[3] // weight.shape[0]
+    if groups > 1:
+        # The kernels are repeated, not the map folded into the batch: the map stays where it is.
+        weight, bias = weight.repeat(groups, 1, 1, 1), bias.repeat(groups)
+    padding = weight.shape[-2] // 2, weight.shape[-1] // 2
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding, groups=x.shape[3])
+    return out.permute(0, 2, 3, 1)
+
+
+@torch.library.custom_op("dattrain::depthwise_conv", mutates_args=())
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+    if native.status()[0]:
+        return native_maps.depthwise(x, weight, bias, stride)
+    with _no_autocast():
+        return _conv2d(x, weight, bias, stride).contiguous()
+
+
+@_depthwise.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+    batch, height, width, channels = x.shape
+    return x.new_empty(batch, (height + stride - 1) // stride, (width + stride - 1) // stride, channels)
+
+
+@torch.library.custom_op("dattrain::depthwise_conv_backward", mutates_args=())
+def _depthwise_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stride: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    if native.status()[0]:
+        return native_maps.depthwise_backward(grad, x, weight, bias, stride)
+    with torch.enable_grad(), _no_autocast():
+        x, weight, bias = (each.detach().requires_grad_() for each in (x, weight, bias))
+        grads = torch.autograd.grad(_conv2d(x, weight, bias, stride), (x, weight, bias), grad)
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+
+
+@_depthwise_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.stride = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_depthwise_backward(grad, *ctx.saved_tensors, ctx.stride), None)
+
+
+_depthwise.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_autocast() -> Any:
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()

@@ -1,0 +1,100 @@
+"""Sampling and depthwise convolution of the ``native`` backend (``native_maps.cpp``), on contiguous B x H x W x C maps."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from dattrain.ops import native
+
+SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
+KERNELS = (1, 3, 5, 7, 9)
+
+
+def sample(x: Tensor, positions: Tensor) -> Tensor:
+    """``dattrain.ops.sample``."""
+    batch, _, _, channels = x.shape
+    out = x.new_empty(batch, positions.shape[2], channels)
+    _sample(x, positions, out, None, None, None)
+    return out
+
+
+def sample_backward(grad: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and positions."""
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_positions = torch.empty_like(positions, memory_format=torch.contiguous_format)
+    _sample(x, positions, None, grad, grad_x, grad_positions)
+    return grad_x, grad_positions
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+    """``dattrain.ops.depthwise_conv``; weight and bias in the computing dtype."""
+    batch, height, width, channels = x.shape
+    out = x.new_empty(batch, -(-height // stride), -(-width // stride), channels)
+    _depthwise(x, weight, bias, stride, out, None, None, None, None)
+    return out
+
+
+def depthwise_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stride: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    groups = x.shape[3] // weight.shape[0]
+    threads = max(1, min(torch.get_num_threads(), x.shape[0] * groups))
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_weight = weight.new_zeros(threads, *weight.shape)
+    grad_bias = bias.new_zeros(threads, *bias.shape)
+    _depthwise(x, weight, bias, stride, None, grad, grad_x, grad_weight, grad_bias)
+    return grad_x, grad_weight.sum(0), grad_bias.sum(0)
+
+
+def _sample(
+    x: Tensor,
+    positions: Tensor,
+    out: Tensor | None,
+    grad: Tensor | None,
+    grad_x: Tensor | None,
+    grad_positions: Tensor | None,
+) -> None:
+    batch, height, width, channels = x.shape
+    _run(
+        "sample",
+        x.dtype,
+        [x, positions, out, grad, grad_x, grad_positions],
+        [batch, positions.shape[1], height, width, channels, positions.shape[2]],
+    )
+
+
+def _depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    out: Tensor | None,
+    grad: Tensor | None,
+    grad_x: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    _run(
+        "depthwise",
+        x.dtype,
+        [x, weight, bias, out, grad, grad_x, grad_weight, grad_bias],
+        [x.shape[0], x.shape[3] // weight.shape[0], *x.shape[1:], stride, weight.shape[-1]],
+    )
+
+
+def _run(name: str, dtype: torch.dtype, tensors: list[Tensor | None], sizes: list[int]) -> None:
+    if not sizes[0]:
+        return
+    # Kept until the call is over: a contiguous copy has no other owner.
+    held = [None if x is None else x.contiguous() for x in tensors]
+    failed = native.library()[f"dattrain_{name}_{SUFFIXES[dtype]}"](
+        (ctypes.c_void_p * len(held))(*(None if x is None else x.data_ptr() for x in held)),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"the native {name} could not allocate its work space")

@@ -1,0 +1,134 @@
+"""Sampling and depthwise convolution: the native kernels against torch's own operators, values and all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dattrain import ops
+from dattrain.ops import native
+
+NEEDS_NATIVE = pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
+
+
+def both(function: Callable[..., Tensor], *inputs: Tensor) -> list[tuple[Tensor, ...]]:
+    """Output and gradients of all inputs, by the native kernels and by torch's."""
+    results = []
+    for backend in ("native", "torch"):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        with ops.use_backend(backend):  # type: ignore[arg-type]
+            out = function(*leaves)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        results.append((out, *torch.autograd.grad(out, leaves, weights)))
+    return results
+
+
+@NEEDS_NATIVE
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    groups=st.integers(1, 3),
+    channels=st.sampled_from([1, 5, 16, 24, 40]),
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
+    points=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_sampling_is_grid_sample(batch, groups, channels, height, width, points, seed):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, height, width, groups * channels, generator=draw, dtype=torch.float64)
+    positions = torch.rand(batch, groups, points, 2, generator=draw, dtype=torch.float64) * 3 - 1.5
+    found, wanted = both(ops.sample, x, positions)
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    maps = x.view(batch, height, width, groups, channels).permute(0, 3, 4, 1, 2).flatten(0, 1)
+    if batch:
+        grid = positions.flatten(0, 1).flip(-1).unsqueeze(1)
+        plain = F.grid_sample(maps, grid, align_corners=True).view(batch, groups * channels, points)
+        torch.testing.assert_close(found[0], plain.transpose(1, 2))
+
+
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=NEEDS_NATIVE), "torch"])
+def test_sampling_reads_maps_bilinearly_in_full_precision(backend):
+    x = torch.arange(12.0).view(1, 3, 4, 1).repeat(2, 1, 1, 10)
+    positions = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0], [3.0, 0.0]]).expand(2, 2, 4, 2)
+    expected = torch.tensor([0.0, 11.0, 5.5, 0.0]).view(4, 1).expand(2, 4, 10)
+    with ops.use_backend(backend):
+        torch.testing.assert_close(ops.sample(x, positions), expected)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            narrow = ops.sample(x.bfloat16(), positions)
+        with pytest.raises(ValueError, match="sample needs"):
+            ops.sample(x, positions[:1])
+        with pytest.raises(ValueError, match="sample needs"):
+            ops.sample(x[..., :9], positions)
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), expected)
+
+
+@NEEDS_NATIVE
+def test_a_position_that_is_no_number_is_not_hidden():
+    x, positions = torch.ones(1, 3, 3, 2), torch.zeros(1, 1, 2, 2)
+    positions[0, 0, 1, 0] = float("nan")
+    with ops.use_backend("native"):
+        assert ops.sample(x, positions).isnan().any(-1).tolist() == [[False, True]]
+
+
+@NEEDS_NATIVE
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    groups=st.integers(1, 3),
+    channels=st.sampled_from([1, 5, 16, 24, 40]),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    kernel=st.sampled_from([1, 3, 5, 7, 9]),
+    stride=st.sampled_from([1, 2, 4, 8]),
+    seed=st.integers(0, 99),
+)
+def test_depthwise_convolution_is_conv2d(batch, groups, channels, height, width, kernel, stride, seed):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, height, width, groups * channels, generator=draw, dtype=torch.float64)
+    weight = torch.randn(channels, 1, kernel, kernel, generator=draw, dtype=torch.float64)
+    bias = torch.randn(channels, generator=draw, dtype=torch.float64)
+    found, wanted = both(lambda *tensors: ops.depthwise_conv(*tensors, stride), x, weight, bias)
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_bf16_is_rounded_once_and_threads_change_nothing(threads):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 5, 48, generator=draw).bfloat16()
+    positions = torch.rand(2, 3, 7, 2, generator=draw) * 2 - 1
+    weight, bias = torch.randn(16, 1, 5, 5, generator=draw), torch.randn(16, generator=draw)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with ops.use_backend("native"):
+            sampled, convolved = ops.sample(x, positions), ops.depthwise_conv(x, weight, bias)
+            wide = ops.sample(x.float(), positions), ops.depthwise_conv(x.float(), weight, bias)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(sampled, wide[0].bfloat16()) and torch.equal(convolved, wide[1].bfloat16())
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("function", ["sample", "depthwise_conv"])
+def test_they_are_whole_torch_operators(function):
+    x = torch.randn(2, 4, 4, 6, dtype=torch.float64, requires_grad=True)
+    positions = (torch.rand(2, 2, 5, 2, dtype=torch.float64) * 2 - 1).requires_grad_()
+    weight = torch.randn(3, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    operator, inputs = {
+        "sample": (torch.ops.dattrain.sample, (x, positions)),
+        "depthwise_conv": (torch.ops.dattrain.depthwise_conv, (x, weight, bias, 2)),
+    }[function]
+    torch.library.opcheck(operator, inputs)
+    assert torch.autograd.gradcheck(operator, inputs)

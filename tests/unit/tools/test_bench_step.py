@@ -74,7 +74,11 @@ def test_an_update_is_what_the_trainer_does(group):
     """Its batches are mixed, its average moves, and its rate is the recipe's."""
     one = contender("optim.lr=1e-2", "train.ema_decay=0.5", accumulation=2)
     session = one.session
-    assert session.updater.accumulation == 2 and session.engine.zero_optimization_stage() == 2
+    assert (
+        session.ema is not None
+        and session.updater.accumulation == 2
+        and session.engine.zero_optimization_stage() == 2
+    )
     average = [x.clone() for x in session.ema.tensors]
     update = one()
     assert update.applied and len(update.keys) == 4 and update.weight == 4

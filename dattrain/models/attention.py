@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dattrain import ops
 from dattrain.models.blocks import Interior, PatchConv, as_computed, recompute
 from dattrain.models.init import init_table
 
@@ -56,23 +57,6 @@ def shift_mask(
     region = (rows[:, None] * 3 + columns).view(height // window[0], window[0], width // window[1], window[1])
     region = region.transpose(1, 2).reshape(-1, window[0] * window[1])
     return (region[:, :, None] != region[:, None, :]).float() * MASKED
-
-
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v, logits and softmax in fp32 or better.
-
-    ``scaled_dot_product_attention``, but for a bias that needs gradients on the CPU: there it has no fused kernel, and its
-    fallback scales q and k apart and searches for empty rows (3-7% of a window block's time).
-
-    Args:
-        q, k, v: B x heads x length x d.
-        bias: broadcastable to B x heads x length x length, any float dtype.
-    """
-    if q.device.type == "cpu" and bias.requires_grad and torch.is_grad_enabled():
-        wide = torch.promote_types(bias.dtype, torch.float32)
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(wide)
-        return logits.softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
 
 
 class WindowAttention(Interior):
@@ -144,18 +128,8 @@ class WindowAttention(Interior):
 
     def _interior(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
         """Attention within each window and the output projection; qkv is B x windows x area x 3C."""
-        batch, windows, area, _ = qkv.shape
         bias = relative_bias(self.bias_table, *self.window)
-        q, k, v = qkv.view(batch, windows, area, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)
-        if mask is None:
-            q, k, v = (each.flatten(0, 1) for each in (q, k, v))
-            bias = bias.unsqueeze(0)
-        else:
-            # Windows join the heads, so that their masks broadcast over the batch and are never written per sample.
-            q, k, v = (each.flatten(1, 2) for each in (q, k, v))
-            bias = (bias + mask.unsqueeze(1).to(bias.dtype)).flatten(0, 1).unsqueeze(0)
-        out = biased_attention(q, k, v, bias)
-        out = out.view(batch, windows, self.heads, area, -1).transpose(2, 3).flatten(3)
+        out = ops.window_attention(qkv, bias, mask, self.heads)
         return self.drop(self.proj(out))
 
     def _shift_mask(self, height: int, width: int, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dattrain import ops
-from dattrain.models.attention import biased_attention, relative_bias
+from dattrain.models.attention import relative_bias
 from dattrain.models.blocks import Interior, as_computed, recompute
 from dattrain.models.init import init_table
 from dattrain.models.resize import resize_fixed_table
@@ -245,7 +245,7 @@ class DeformableAttention(Interior):
                 bias = relative_bias(table, height, width)
             if bias is None:
                 return F.scaled_dot_product_attention(q, k, v)
-            return biased_attention(q, k, v, bias.unsqueeze(0))
+            return ops.biased_attention(q, k, v, bias.unsqueeze(0))
         return ops.deform_attention(
             q,
             k,

@@ -10,31 +10,6 @@
 
 namespace {
 
-typedef int32_t Int __attribute__((vector_size(64)));
-
-// exp to about one unit in the last place: 2^n * polynomial(r), |r| <= ln(2) / 2. NaN stays NaN.
-inline V<float> exponential(V<float> x) {
-    x = x < -87.33654f ? V<float>{} - 87.33654f : x;
-    x = x > 88.37626f ? V<float>{} + 88.37626f : x;
-    const V<float> shifted = x * 1.44269504f + 12582912.0f;
-    const V<float> n = shifted - 12582912.0f;
-    const V<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    V<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const Int power = (__builtin_convertvector(n, Int) + 127) << 23;
-    V<float> factor;
-    std::memcpy(&factor, &power, sizeof factor);
-    return p * factor;
-}
-inline V<double> exponential(V<double> x) {
-    for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
-    return x;
-}
-
 inline V<float> truncated(V<float> x) { return __builtin_convertvector(__builtin_convertvector(x, Int), V<float>); }
 inline V<double> truncated(V<double> x) {
     typedef int64_t Long __attribute__((vector_size(64)));
@@ -71,54 +46,6 @@ template <int BY> inline V<double> moved(V<double> a, V<double> b) {
 }
 #endif
 
-// c[m][n] (+)= sum over p of a[m * am + p * ap] * b[p * ldb + n], for ROWS rows and COLS vectors of columns.
-template <class T, int ROWS, int COLS, bool ADD>
-inline void tile(int64_t depth, const T* a, int64_t am, int64_t ap, const T* b, int64_t ldb, T* c, int64_t ldc) {
-    V<T> sum[ROWS][COLS];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-        for (int j = 0; j < COLS; ++j) sum[r][j] = ADD ? load(c + r * ldc + j * lanes<T>) : V<T>{};
-    for (int64_t p = 0; p < depth; ++p) {
-        V<T> right[COLS];
-#pragma GCC unroll 4
-        for (int j = 0; j < COLS; ++j) right[j] = load(b + p * ldb + j * lanes<T>);
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) {
-            const V<T> left = V<T>{} + a[r * am + p * ap];
-#pragma GCC unroll 4
-            for (int j = 0; j < COLS; ++j) sum[r][j] += left * right[j];
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-        for (int j = 0; j < COLS; ++j) store(c + r * ldc + j * lanes<T>, sum[r][j]);
-}
-
-// columns is a multiple of the vector length; all matrices are padded to it.
-template <class T, bool ADD>
-void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t am, int64_t ap, const T* b, int64_t ldb, T* c, int64_t ldc) {
-    constexpr int L = lanes<T>;
-    for (int64_t n = 0; n < columns;) {
-        const int64_t left = (columns - n) / L;
-        const int width = left >= 4 || left == 2 ? (left >= 4 ? 4 : 2) : (left == 3 ? 2 : 1);
-        int64_t m = 0;
-        if (width == 4) {
-            for (; m + 6 <= rows; m += 6) tile<T, 6, 4, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
-            for (; m < rows; ++m) tile<T, 1, 4, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
-        } else if (width == 2) {
-            for (; m + 12 <= rows; m += 12) tile<T, 12, 2, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
-            for (; m + 4 <= rows; m += 4) tile<T, 4, 2, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
-            for (; m < rows; ++m) tile<T, 1, 2, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
-        } else {
-            for (; m + 12 <= rows; m += 12) tile<T, 12, 1, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
-            for (; m < rows; ++m) tile<T, 1, 1, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
-        }
-        n += width * L;
-    }
-}
-
 // S is what q, k, v, out and their gradients are in memory, T what is computed with and what the rest is.
 template <class T, class S> struct Call {
     const S *q, *k, *v, *grad_out, *out_in;
@@ -133,13 +60,11 @@ template <class T, class S> struct Call {
     }
 };
 
-template <class T> using Memory = std::vector<T>;
-
 template <class T, class S> struct Worker {
     static constexpr int L = lanes<T>;
     const Call<T, S>& c;
     const int64_t queries, dim, row, margin, pitch, block_rows, block;
-    Memory<T> scores, grads, qt, qs, kk, vv, gg, gt, padded, grad_padded, weights, slopes, tops, fractions, line, column_sum, acc_k, acc_v, acc_q, delta, inside;
+    std::vector<T> scores, grads, qt, qs, kk, vv, gg, gt, padded, grad_padded, weights, slopes, tops, fractions, line, column_sum, acc_k, acc_v, acc_q, delta, inside;
 
     Worker(const Call<T, S>& call, bool backward)
         : c(call), queries(call.height * call.width), dim(round_up(call.dim, L)), row(round_up(call.width, L)),
@@ -239,7 +164,7 @@ template <class T, class S> struct Worker {
             return by[0] * load(t) + by[1] * load(t + 1) + by[2] * load(t + 2);
         }
     };
-    Taps taps(const Memory<T>& by, int64_t x, int64_t i) const {
+    Taps taps(const std::vector<T>& by, int64_t x, int64_t i) const {
         return {{load(by.data() + i), load(by.data() + row + i), load(by.data() + 2 * row + i)}, padded.data() + margin + x + i, pitch, c.table_height};
     }
 

@@ -1,4 +1,4 @@
-// What the native kernels share: vectors of 64 bytes, bfloat16 in memory, and threads.
+// What the native kernels share: vectors of 64 bytes, bfloat16 in memory, small matrix products, and threads.
 
 #pragma once
 
@@ -20,6 +20,31 @@ template <class T> constexpr int lanes = 64 / sizeof(T);
 template <class T> inline V<T> load(const T* p) { return *reinterpret_cast<const V<T>*>(p); }
 template <class T> inline void store(T* p, V<T> v) { *reinterpret_cast<V<T>*>(p) = v; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+typedef int32_t Int __attribute__((vector_size(64)));
+
+// exp to about one unit in the last place: 2^n * polynomial(r), |r| <= ln(2) / 2. NaN stays NaN.
+inline V<float> exponential(V<float> x) {
+    x = x < -87.33654f ? V<float>{} - 87.33654f : x;
+    x = x > 88.37626f ? V<float>{} + 88.37626f : x;
+    const V<float> shifted = x * 1.44269504f + 12582912.0f;
+    const V<float> n = shifted - 12582912.0f;
+    const V<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    V<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const Int power = (__builtin_convertvector(n, Int) + 127) << 23;
+    V<float> factor;
+    std::memcpy(&factor, &power, sizeof factor);
+    return p * factor;
+}
+inline V<double> exponential(V<double> x) {
+    for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
+    return x;
+}
 
 // bfloat16 as it lies in memory; computed with as float, rounded to nearest even as torch does.
 struct bf16 { uint16_t bits; };
@@ -48,6 +73,54 @@ template <class T, class S> inline void widen_all(const S* from, int64_t count, 
 }
 template <class T, class S> inline void narrow_all(const T* from, int64_t count, T factor, S* into) {
     for (int64_t i = 0; i < count; ++i) into[i] = narrow<S>(from[i] * factor);
+}
+
+// c[m][n] (+)= sum over p of a[m * am + p * ap] * b[p * ldb + n], for ROWS rows and COLS vectors of columns.
+template <class T, int ROWS, int COLS, bool ADD>
+inline void tile(int64_t depth, const T* a, int64_t am, int64_t ap, const T* b, int64_t ldb, T* c, int64_t ldc) {
+    V<T> sum[ROWS][COLS];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < COLS; ++j) sum[r][j] = ADD ? load(c + r * ldc + j * lanes<T>) : V<T>{};
+    for (int64_t p = 0; p < depth; ++p) {
+        V<T> right[COLS];
+#pragma GCC unroll 4
+        for (int j = 0; j < COLS; ++j) right[j] = load(b + p * ldb + j * lanes<T>);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) {
+            const V<T> left = V<T>{} + a[r * am + p * ap];
+#pragma GCC unroll 4
+            for (int j = 0; j < COLS; ++j) sum[r][j] += left * right[j];
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < COLS; ++j) store(c + r * ldc + j * lanes<T>, sum[r][j]);
+}
+
+// columns is a multiple of the vector length; all matrices are padded to it.
+template <class T, bool ADD>
+void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t am, int64_t ap, const T* b, int64_t ldb, T* c, int64_t ldc) {
+    constexpr int L = lanes<T>;
+    for (int64_t n = 0; n < columns;) {
+        const int64_t left = (columns - n) / L;
+        const int width = left >= 4 || left == 2 ? (left >= 4 ? 4 : 2) : (left == 3 ? 2 : 1);
+        int64_t m = 0;
+        if (width == 4) {
+            for (; m + 6 <= rows; m += 6) tile<T, 6, 4, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
+            for (; m < rows; ++m) tile<T, 1, 4, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
+        } else if (width == 2) {
+            for (; m + 12 <= rows; m += 12) tile<T, 12, 2, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
+            for (; m + 4 <= rows; m += 4) tile<T, 4, 2, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
+            for (; m < rows; ++m) tile<T, 1, 2, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
+        } else {
+            for (; m + 12 <= rows; m += 12) tile<T, 12, 1, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
+            for (; m < rows; ++m) tile<T, 1, 1, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
+        }
+        n += width * L;
+    }
 }
 
 // work(thread) for each of so many threads. OpenMP's where there is OpenMP: torch's own threads go on spinning for a while

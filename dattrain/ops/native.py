@@ -23,7 +23,7 @@ from dattrain.ops.coordinates import QueryGrid, start_and_step
 from dattrain.ops.layout import tokens_like
 
 _HERE = Path(__file__).parent
-SOURCES = tuple(_HERE / name for name in ("native.h", "native.cpp", "native_maps.cpp"))
+SOURCES = tuple(_HERE / name for name in ("native.h", "native.cpp", "native_maps.cpp", "native_windows.cpp"))
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=fast"]
 
 
@@ -86,10 +86,10 @@ def library() -> ctypes.CDLL:
     for function in (loaded.dattrain_core_f32, loaded.dattrain_core_f64, loaded.dattrain_core_bf16):
         function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
         function.restype = ctypes.c_int
-    for name in ("sample", "depthwise"):
+    for name, numbers in (("sample", []), ("depthwise", []), ("windows", [ctypes.c_double])):
         for dtype in ("f32", "f64", "bf16"):
-            function = loaded[f"dattrain_{name}_{dtype}"]
-            function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64]
+            function = getattr(loaded, f"dattrain_{name}_{dtype}")
+            function.argtypes = [ctypes.c_void_p] * 2 + numbers + [ctypes.c_int64]
             function.restype = ctypes.c_int
     return loaded
 

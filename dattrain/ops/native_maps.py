@@ -1,4 +1,4 @@
-"""Sampling and depthwise convolution of the ``native`` backend (``native_maps.cpp``), on contiguous B x H x W x C maps."""
+"""Sampling, depthwise convolution and window attention of the ``native`` backend, on contiguous maps, channels last."""
 
 from __future__ import annotations
 
@@ -50,6 +50,48 @@ def depthwise_backward(
     return grad_x, grad_weight.sum(0), grad_bias.sum(0)
 
 
+def windows(qkv: Tensor, bias: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
+    """``dattrain.ops.window_attention`` and the log-sum-exp of the logits, B x windows x heads x area."""
+    batch, count, area, channels = qkv.shape
+    out = qkv.new_empty(batch, count, area, channels // 3)
+    lse = bias.new_empty(batch, count, heads, area)
+    _windows(qkv, bias, mask, out, lse, None, None, None, heads)
+    return out, lse
+
+
+def windows_backward(
+    grad: Tensor, qkv: Tensor, bias: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and bias."""
+    threads = max(1, min(torch.get_num_threads(), qkv.shape[0] * qkv.shape[1] * heads))
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    grad_bias = bias.new_zeros(threads, *bias.shape)
+    _windows(qkv, bias, mask, out, lse, grad, grad_qkv, grad_bias, heads)
+    return grad_qkv, grad_bias.sum(0)
+
+
+def _windows(
+    qkv: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor | None,
+    grad_qkv: Tensor | None,
+    grad_bias: Tensor | None,
+    heads: int,
+) -> None:
+    batch, windows, area, channels = qkv.shape
+    dim = channels // 3 // heads
+    _run(
+        "windows",
+        qkv.dtype,
+        [qkv, bias, mask, out, lse, grad, grad_qkv, grad_bias],
+        [batch * windows, windows, heads, area, dim],
+        dim**-0.5,
+    )
+
+
 def _sample(
     x: Tensor,
     positions: Tensor,
@@ -86,14 +128,17 @@ def _depthwise(
     )
 
 
-def _run(name: str, dtype: torch.dtype, tensors: list[Tensor | None], sizes: list[int]) -> None:
+def _run(
+    name: str, dtype: torch.dtype, tensors: list[Tensor | None], sizes: list[int], *numbers: float
+) -> None:
     if not sizes[0]:
         return
     # Kept until the call is over: a contiguous copy has no other owner.
     held = [None if x is None else x.contiguous() for x in tensors]
-    failed = native.library()[f"dattrain_{name}_{SUFFIXES[dtype]}"](
+    failed = getattr(native.library(), f"dattrain_{name}_{SUFFIXES[dtype]}")(
         (ctypes.c_void_p * len(held))(*(None if x is None else x.data_ptr() for x in held)),
         (ctypes.c_int64 * len(sizes))(*sizes),
+        *numbers,
         torch.get_num_threads(),
     )
     if failed:

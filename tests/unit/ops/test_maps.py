@@ -1,4 +1,4 @@
-"""Sampling and depthwise convolution: the native kernels against torch's own operators, values and all gradients."""
+"""Sampling, depthwise convolution and window attention: the native kernels against torch's own operators, values and all gradients."""
 
 from __future__ import annotations
 
@@ -102,33 +102,76 @@ def test_depthwise_convolution_is_conv2d(batch, groups, channels, height, width,
 
 
 @NEEDS_NATIVE
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(0, 2),
+    windows=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    area=st.sampled_from([1, 4, 9, 49, 64]),
+    dim=st.sampled_from([1, 8, 20, 32]),
+    masked=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_window_attention_is_softmax_of_biased_scores(batch, windows, heads, area, dim, masked, seed):
+    draw = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(batch, windows, area, 3 * heads * dim, generator=draw, dtype=torch.float64)
+    bias = torch.randn(heads, area, area, generator=draw, dtype=torch.float64)
+    mask = None
+    if masked:
+        region = torch.randint(3, (windows, area), generator=draw)
+        mask = (region[:, :, None] != region[:, None]).float() * -100
+    found, wanted = both(lambda *tensors: ops.window_attention(*tensors, mask, heads), qkv, bias)
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    q, k, v = qkv.view(batch, windows, area, 3, heads, dim).permute(3, 0, 1, 4, 2, 5)
+    logits = q @ k.transpose(-2, -1) * dim**-0.5 + bias
+    if mask is not None:
+        logits = logits + mask[:, None]
+    plain = (logits.softmax(-1) @ v).transpose(2, 3).reshape(batch, windows, area, heads * dim)
+    torch.testing.assert_close(found[0], plain)
+
+
+@NEEDS_NATIVE
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_bf16_is_rounded_once_and_threads_change_nothing(threads):
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6, 5, 48, generator=draw).bfloat16()
     positions = torch.rand(2, 3, 7, 2, generator=draw) * 2 - 1
     weight, bias = torch.randn(16, 1, 5, 5, generator=draw), torch.randn(16, generator=draw)
+    pairs = torch.randn(2, 9, 9, generator=draw)
+    qkv = torch.randn(2, 3, 9, 48, generator=draw).bfloat16()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with ops.use_backend("native"):
             sampled, convolved = ops.sample(x, positions), ops.depthwise_conv(x, weight, bias)
             wide = ops.sample(x.float(), positions), ops.depthwise_conv(x.float(), weight, bias)
+            attended = ops.window_attention(qkv, pairs, None, 2)
+            wide_attended = ops.window_attention(qkv.float(), pairs, None, 2)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(sampled, wide[0].bfloat16()) and torch.equal(convolved, wide[1].bfloat16())
+    assert torch.equal(attended, wide_attended.bfloat16())
 
 
 @NEEDS_NATIVE
-@pytest.mark.parametrize("function", ["sample", "depthwise_conv"])
+@pytest.mark.parametrize("function", ["sample", "depthwise_conv", "window_attention"])
 def test_they_are_whole_torch_operators(function):
     x = torch.randn(2, 4, 4, 6, dtype=torch.float64, requires_grad=True)
     positions = (torch.rand(2, 2, 5, 2, dtype=torch.float64) * 2 - 1).requires_grad_()
     weight = torch.randn(3, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    qkv = torch.randn(2, 3, 4, 12, dtype=torch.float64, requires_grad=True)
+    pairs = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
     operator, inputs = {
         "sample": (torch.ops.dattrain.sample, (x, positions)),
         "depthwise_conv": (torch.ops.dattrain.depthwise_conv, (x, weight, bias, 2)),
+        "window_attention": (torch.ops.dattrain.window_attention, (qkv, pairs, None, 2)),
     }[function]
     torch.library.opcheck(operator, inputs)
-    assert torch.autograd.gradcheck(operator, inputs)
+
+    def first(*arguments):
+        out = operator(*arguments)
+        return out if isinstance(out, Tensor) else out[0]
+
+    assert torch.autograd.gradcheck(first, inputs)

@@ -1,0 +1,181 @@
+// Attention within windows on CPUs, from the projection's output to the next one's input: q, k and v are read where they
+// lie in tokens x 3C, and their gradients written there. One item is a window and a head; everything of it stays in the
+// first-level cache. Scores are key-major, as in native.cpp, so the bias is kept transposed. Called by
+// dattrain/ops/windows.py.
+
+#include "native.h"
+
+namespace {
+
+template <class T, class S> struct Windows {
+    const S *qkv, *grad_out, *out_in;
+    const T *bias, *mask, *lse_in;
+    S *out, *grad_qkv;
+    T *lse, *grad_bias;
+    int64_t items, windows, heads, area, dim;  // items: images x windows
+    T scale;
+    int64_t channels() const { return heads * dim; }
+};
+
+template <class T, class S> struct WindowWorker {
+    static constexpr int L = lanes<T>;
+    const Windows<T, S>& c;
+    const int64_t dim, block;
+    std::vector<T> scores, grads, qt, qs, kk, vv, gg, gt, acc, acc_k, acc_v, bias, grad_bias, column_sum, line, delta;
+
+    WindowWorker(const Windows<T, S>& call, bool backward)
+        : c(call), dim(round_up(call.dim, L)), block(round_up(call.area, L)) {
+        scores.assign(c.area * block, 0);
+        bias.assign(c.area * block, 0);
+        qt.assign(c.dim * block, 0);
+        for (auto* each : {&qs, &kk, &vv, &acc}) each->assign(block * dim, 0);
+        column_sum.assign(block, 0);
+        line.assign(block, 0);
+        if (!backward) return;
+        grads.assign(c.area * block, 0);
+        grad_bias.assign(c.area * block, 0);
+        gt.assign(c.dim * block, 0);
+        for (auto* each : {&gg, &acc_k, &acc_v}) each->assign(block * dim, 0);
+        delta.assign(block, 0);
+    }
+
+    void pack(const S* from, int64_t stride, T* into) const {
+        for (int64_t i = 0; i < c.area; ++i) widen_all(from + i * stride, c.dim, into + i * dim);
+    }
+    void transpose(const T* from, T factor, T* into) const {
+        for (int64_t d = 0; d < c.dim; ++d)
+            for (int64_t i = 0; i < c.area; ++i) into[d * block + i] = from[i * dim + d] * factor;
+    }
+    void unpack(const T* from, T factor, S* into, int64_t stride) const {
+        for (int64_t i = 0; i < c.area; ++i) narrow_all(from + i * dim, c.dim, factor, into + i * stride);
+    }
+
+    void begin(int64_t head) {
+        if (c.bias)
+            for (int64_t query = 0; query < c.area; ++query)
+                for (int64_t key = 0; key < c.area; ++key) bias[key * block + query] = c.bias[(head * c.area + query) * c.area + key];
+        std::fill(grad_bias.begin(), grad_bias.end(), T(0));
+    }
+    void end(int64_t head, T* into) const {
+        for (int64_t query = 0; query < c.area; ++query)
+            for (int64_t key = 0; key < c.area; ++key) into[(head * c.area + query) * c.area + key] += grad_bias[key * block + query];
+    }
+
+    void block_scores(int64_t item, int64_t head) {
+        const S* from = c.qkv + item * c.area * 3 * c.channels() + head * c.dim;
+        pack(from, 3 * c.channels(), qs.data());
+        pack(from + c.channels(), 3 * c.channels(), kk.data());
+        pack(from + 2 * c.channels(), 3 * c.channels(), vv.data());
+        transpose(qs.data(), c.scale, qt.data());
+        std::memcpy(scores.data(), bias.data(), scores.size() * sizeof(T));
+        if (c.mask) {
+            // The mask is symmetric: regions differ or they do not.
+            const T* mask = c.mask + item % c.windows * c.area * c.area;
+            for (int64_t key = 0; key < c.area; ++key)
+                for (int64_t query = 0; query < c.area; ++query) scores[key * block + query] += mask[key * c.area + query];
+        }
+        product<T, true>(c.area, block, c.dim, kk.data(), dim, 1, qt.data(), block, scores.data(), block);
+    }
+
+    void forward(int64_t item, int64_t head) {
+        block_scores(item, head);
+        for (int64_t n = 0; n < block; n += L) {
+            V<T> highest = load(scores.data() + n), sum{};
+            for (int64_t key = 1; key < c.area; ++key) {
+                const V<T> s = load(scores.data() + key * block + n);
+                highest = s > highest ? s : highest;
+            }
+            for (int64_t key = 0; key < c.area; ++key) {
+                T* s = scores.data() + key * block + n;
+                const V<T> e = exponential(load(s) - highest);
+                store(s, e);
+                sum += e;
+            }
+            store(line.data() + n, highest);
+            store(column_sum.data() + n, sum);
+        }
+        product<T, false>(c.area, dim, c.area, scores.data(), 1, block, vv.data(), dim, acc.data(), dim);
+        S* out = c.out + item * c.area * c.channels() + head * c.dim;
+        T* lse = c.lse + (item * c.heads + head) * c.area;
+        for (int64_t i = 0; i < c.area; ++i) {
+            narrow_all(acc.data() + i * dim, c.dim, 1 / column_sum[i], out + i * c.channels());
+            lse[i] = line[i] + std::log(column_sum[i]);
+        }
+    }
+
+    void backward(int64_t item, int64_t head) {
+        block_scores(item, head);
+        const int64_t at = item * c.area * c.channels() + head * c.dim;
+        pack(c.grad_out + at, c.channels(), gg.data());
+        transpose(gg.data(), 1, gt.data());
+        pack(c.out_in + at, c.channels(), acc.data());
+        const T* lse = c.lse_in + (item * c.heads + head) * c.area;
+        for (int64_t i = 0; i < c.area; ++i) {
+            V<T> sum{};
+            for (int64_t d = 0; d < dim; d += L) sum += load(gg.data() + i * dim + d) * load(acc.data() + i * dim + d);
+            delta[i] = 0;
+            for (int j = 0; j < L; ++j) delta[i] += sum[j];
+            line[i] = lse[i];
+        }
+        product<T, false>(c.area, block, c.dim, vv.data(), dim, 1, gt.data(), block, grads.data(), block);
+        for (int64_t i = 0; i < c.area * block; i += L) {
+            const int64_t n = i % block;
+            const V<T> weight = exponential(load(scores.data() + i) - load(line.data() + n));
+            const V<T> g = weight * (load(grads.data() + i) - load(delta.data() + n));
+            store(scores.data() + i, weight);
+            store(grads.data() + i, g);
+            store(grad_bias.data() + i, load(grad_bias.data() + i) + g);
+        }
+        // Columns past the last query hold weights of no query: the products below stop before them.
+        product<T, false>(c.area, dim, c.area, scores.data(), block, 1, gg.data(), dim, acc_v.data(), dim);
+        product<T, false>(c.area, dim, c.area, grads.data(), block, 1, qs.data(), dim, acc_k.data(), dim);
+        product<T, false>(c.area, dim, c.area, grads.data(), 1, block, kk.data(), dim, acc.data(), dim);
+        S* into = c.grad_qkv + item * c.area * 3 * c.channels() + head * c.dim;
+        unpack(acc.data(), c.scale, into, 3 * c.channels());
+        unpack(acc_k.data(), c.scale, into + c.channels(), 3 * c.channels());
+        unpack(acc_v.data(), 1, into + 2 * c.channels(), 3 * c.channels());
+    }
+};
+
+template <class T, class S>
+int windows(void** p, const int64_t* n, double scale, int64_t threads) try {
+    Windows<T, S> c{};
+    c.qkv = (const S*)p[0]; c.bias = (const T*)p[1]; c.mask = (const T*)p[2];
+    c.out = (S*)p[3]; c.out_in = (const S*)p[3]; c.lse = (T*)p[4]; c.lse_in = (const T*)p[4];
+    c.grad_out = (const S*)p[5]; c.grad_qkv = (S*)p[6]; c.grad_bias = (T*)p[7];
+    c.items = n[0]; c.windows = n[1]; c.heads = n[2]; c.area = n[3]; c.dim = n[4];
+    c.scale = T(scale);
+    const bool backward = c.grad_out != nullptr;
+    const int64_t all = c.items * c.heads;
+    threads = std::max<int64_t>(1, std::min(threads, all));
+    on_threads(threads, [&](int64_t thread) {
+        WindowWorker<T, S> worker(c, backward);
+        T* grad_bias = backward ? c.grad_bias + thread * c.heads * c.area * c.area : nullptr;
+        int64_t current = -1;
+        // Head by head, so that a thread keeps its bias.
+        for (int64_t i = all * thread / threads; i < all * (thread + 1) / threads; ++i) {
+            const int64_t head = i / c.items, item = i % c.items;
+            if (head != current) {
+                if (backward && current >= 0) worker.end(current, grad_bias);
+                worker.begin(head);
+                current = head;
+            }
+            if (backward) worker.backward(item, head);
+            else worker.forward(item, head);
+        }
+        if (backward && current >= 0) worker.end(current, grad_bias);
+    });
+    return 0;
+} catch (...) {
+    return 1;
+}
+
+}  // namespace
+
+// Status 0: done; 1: no memory for work space. p: qkv, bias, mask, out, lse, grad_out, grad_qkv, grad_bias of each thread.
+// n: images x windows, windows, heads, tokens of a window, channels of a head.
+extern "C" {
+int dattrain_windows_f32(void** p, const int64_t* n, double x, int64_t t) { return windows<float, float>(p, n, x, t); }
+int dattrain_windows_f64(void** p, const int64_t* n, double x, int64_t t) { return windows<double, double>(p, n, x, t); }
+int dattrain_windows_bf16(void** p, const int64_t* n, double x, int64_t t) { return windows<float, bf16>(p, n, x, t); }
+}

@@ -188,10 +188,12 @@ def test_worker_processes_end_cleanly_30_times_of_30(home):
 
 @pytest.mark.full
 @pytest.mark.parametrize("unit", ["block", "stage"])
-def test_compiled_training_follows_the_same_curve(home, trained, unit):
+def test_compiled_training_follows_the_same_curve(home, trained, unit, monkeypatch):
     folder, path, data = home
+    # Not the user's: a compiler that was killed leaves half a library there, which then cannot be loaded.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     run = folder / f"compiled-{unit}"
     settings = [*data, *FP32, "train.max_steps=2", f"train.compile={unit}"]
-    done = dattrain("train", path, *settings, "--run", run, timeout=900)
+    done = dattrain("train", path, *settings, "--run", run, timeout=2400)
     assert done.returncode == 0 and "uncompiled" not in done.stdout, done.stdout + done.stderr
     assert [r["loss"] for r in rows(run)] == pytest.approx([r["loss"] for r in rows(trained)], rel=1e-4)

@@ -114,8 +114,11 @@ def compare(
     gc.disable()
     try:
         for turn in range(rounds):
-            # The order is reversed every other round: whoever runs second after a cold start is not always the same.
-            for name in list(contenders)[:: -1 if turn % 2 else 1]:
+            # Each round begins with the next one: nobody is always first, and all wait equally long between two turns,
+            # in which caches and pages go cold.
+            names = list(contenders)
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
                 wait()
                 start, cpu_start = clock(), cpu_clock()
                 for _ in range(repeats[name]):
@@ -267,7 +270,7 @@ class Report:
         axes.set_xlabel("times the baseline's speed (bars: median, whiskers: quartiles)")
         axes.set_title(f"{self.title}\n{self.machine.get('device', '')}, {self.date}", fontsize=9)
         handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
-        axes.legend(handles, names, fontsize=8, loc="best")
+        axes.legend(handles, names, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         for panel, breakdown in zip(panels[1:, 0], self.breakdowns):
             _draw_parts(panel, breakdown)

@@ -46,7 +46,7 @@ def test_ratios_are_of_turns_beside_each_other_and_above_one_is_faster() -> None
         common.compare("case", {"slow": clock.work(1)}, baseline="other")
 
 
-def test_contenders_take_turns_in_alternating_order_and_short_ones_repeat() -> None:
+def test_each_round_begins_with_the_next_contender_and_short_ones_repeat() -> None:
     clock, calls = Clock(), []
 
     def contender(name: str, seconds: float):
@@ -57,10 +57,10 @@ def test_contenders_take_turns_in_alternating_order_and_short_ones_repeat() -> N
         return function
 
     common.compare(
-        "case", {"a": contender("a", 0.5), "b": contender("b", 0.25)}, baseline="a", rounds=2, warmup=1,
-        min_seconds=0.5, clock=clock, cpu_clock=clock,
+        "case", {"a": contender("a", 0.5), "b": contender("b", 0.25), "c": contender("c", 1)}, baseline="a", rounds=4,
+        warmup=1, min_seconds=0.5, clock=clock, cpu_clock=clock,
     )  # fmt: skip
-    assert calls == ["a", "b"] + ["a", "b", "b"] + ["b", "b", "a"]
+    assert "".join(calls) == "abc" + "abbc" + "bbca" + "cabb" + "abbc"
 
 
 def test_the_report_is_written_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,29 @@ def test_no_other_table_would_do(trained, block, img_size, wrong):
     assert accuracy(solved, block) < 0.5
 
 
+@pytest.mark.parametrize("tiles", [(2, 2), (1, 3), (3, 2)])
+def test_repeating_an_image_changes_nothing_but_the_tables(tiles):
+    """At a multiple of the size, windows kept, without offsets and with empty deformable tables: tiles give the logits of one."""
+    fixed = {"num_classes": 10, "blocks": ("L", "L", "LD", "D"), "offsets": False, "window_size": 4}
+    torch.manual_seed(0)
+    one = create("dat_atto", img_size=64, **fixed).eval()
+    with torch.no_grad():
+        for module in one.modules():
+            if isinstance(module, DeformableAttention):
+                module.bias_table.zero_()
+            elif isinstance(module, WindowAttention):
+                module.bias_table.normal_()
+    many = create("dat_atto", img_size=tuple(64 * n for n in tiles), **fixed).eval()
+    report = surgery.resize_for(many, dict(one.named_parameters()))
+    assert report.names("resized") == [
+        "stages.2.blocks.1.attn.bias_table",
+        "stages.3.blocks.0.attn.bias_table",
+    ]
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(many(images.tile(1, 1, *tiles)), one(images), rtol=1e-4, atol=1e-5)
+
+
 def test_the_blocks_are_what_they_are_taken_for():
     first, second = model(TRAINED).stages[2].blocks
     assert isinstance(first.attn, WindowAttention) and first.attn.window == (8, 8)

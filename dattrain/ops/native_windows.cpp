@@ -20,20 +20,23 @@ template <class T, class S> struct Windows {
 template <class T, class S> struct WindowWorker {
     static constexpr int L = lanes<T>;
     const Windows<T, S>& c;
-    const int64_t dim, block;
+    const int64_t dim, block, pairs;  // pairs: numbers of one head's bias
     std::vector<T> scores, grads, qt, qs, kk, vv, gg, gt, acc, acc_k, acc_v, bias, grad_bias, column_sum, line, delta;
 
     WindowWorker(const Windows<T, S>& call, bool backward)
-        : c(call), dim(round_up(call.dim, L)), block(round_up(call.area, L)) {
-        scores.assign(c.area * block, 0);
-        bias.assign(c.area * block, 0);
+        : c(call), dim(round_up(call.dim, L)), block(round_up(call.area, L)), pairs(c.area * block) {
+        scores.assign(pairs, 0);
+        bias.assign(c.heads * pairs, 0);
+        for (int64_t head = 0; head < c.heads; ++head)
+            for (int64_t query = 0; query < c.area; ++query)
+                for (int64_t key = 0; key < c.area; ++key) bias[head * pairs + key * block + query] = c.bias[(head * c.area + query) * c.area + key];
         qt.assign(c.dim * block, 0);
         for (auto* each : {&qs, &kk, &vv, &acc}) each->assign(block * dim, 0);
         column_sum.assign(block, 0);
         line.assign(block, 0);
         if (!backward) return;
-        grads.assign(c.area * block, 0);
-        grad_bias.assign(c.area * block, 0);
+        grads.assign(pairs, 0);
+        grad_bias.assign(c.heads * pairs, 0);
         gt.assign(c.dim * block, 0);
         for (auto* each : {&gg, &acc_k, &acc_v}) each->assign(block * dim, 0);
         delta.assign(block, 0);
@@ -50,15 +53,10 @@ template <class T, class S> struct WindowWorker {
         for (int64_t i = 0; i < c.area; ++i) narrow_all(from + i * dim, c.dim, factor, into + i * stride);
     }
 
-    void begin(int64_t head) {
-        if (c.bias)
+    void finish(T* into) const {
+        for (int64_t head = 0; head < c.heads; ++head)
             for (int64_t query = 0; query < c.area; ++query)
-                for (int64_t key = 0; key < c.area; ++key) bias[key * block + query] = c.bias[(head * c.area + query) * c.area + key];
-        std::fill(grad_bias.begin(), grad_bias.end(), T(0));
-    }
-    void end(int64_t head, T* into) const {
-        for (int64_t query = 0; query < c.area; ++query)
-            for (int64_t key = 0; key < c.area; ++key) into[(head * c.area + query) * c.area + key] += grad_bias[key * block + query];
+                for (int64_t key = 0; key < c.area; ++key) into[(head * c.area + query) * c.area + key] = grad_bias[head * pairs + key * block + query];
     }
 
     void block_scores(int64_t item, int64_t head) {
@@ -67,7 +65,7 @@ template <class T, class S> struct WindowWorker {
         pack(from + c.channels(), 3 * c.channels(), kk.data());
         pack(from + 2 * c.channels(), 3 * c.channels(), vv.data());
         transpose(qs.data(), c.scale, qt.data());
-        std::memcpy(scores.data(), bias.data(), scores.size() * sizeof(T));
+        std::memcpy(scores.data(), bias.data() + head * pairs, pairs * sizeof(T));
         if (c.mask) {
             // The mask is symmetric: regions differ or they do not.
             const T* mask = c.mask + item % c.windows * c.area * c.area;
@@ -118,13 +116,14 @@ template <class T, class S> struct WindowWorker {
             line[i] = lse[i];
         }
         product<T, false>(c.area, block, c.dim, vv.data(), dim, 1, gt.data(), block, grads.data(), block);
-        for (int64_t i = 0; i < c.area * block; i += L) {
+        T* into_bias = grad_bias.data() + head * pairs;
+        for (int64_t i = 0; i < pairs; i += L) {
             const int64_t n = i % block;
             const V<T> weight = exponential(load(scores.data() + i) - load(line.data() + n));
             const V<T> g = weight * (load(grads.data() + i) - load(delta.data() + n));
             store(scores.data() + i, weight);
             store(grads.data() + i, g);
-            store(grad_bias.data() + i, load(grad_bias.data() + i) + g);
+            store(into_bias + i, load(into_bias + i) + g);
         }
         // Columns past the last query hold weights of no query: the products below stop before them.
         product<T, false>(c.area, dim, c.area, scores.data(), block, 1, gg.data(), dim, acc_v.data(), dim);
@@ -146,24 +145,21 @@ int windows(void** p, const int64_t* n, double scale, int64_t threads) try {
     c.items = n[0]; c.windows = n[1]; c.heads = n[2]; c.area = n[3]; c.dim = n[4];
     c.scale = T(scale);
     const bool backward = c.grad_out != nullptr;
-    const int64_t all = c.items * c.heads;
-    threads = std::max<int64_t>(1, std::min(threads, all));
+    // All heads of a window in a row, whose tokens then come from memory once; but where the biases of all heads outgrow the
+    // second-level cache, some windows with each head.
+    const int64_t together = c.heads * c.area * c.area * int64_t(sizeof(T)) > (1 << 18) ? 8 : 1;
+    const int64_t units = (c.items + together - 1) / together * c.heads;
+    threads = std::max<int64_t>(1, std::min(threads, units));
     on_threads(threads, [&](int64_t thread) {
         WindowWorker<T, S> worker(c, backward);
-        T* grad_bias = backward ? c.grad_bias + thread * c.heads * c.area * c.area : nullptr;
-        int64_t current = -1;
-        // Head by head, so that a thread keeps its bias.
-        for (int64_t i = all * thread / threads; i < all * (thread + 1) / threads; ++i) {
-            const int64_t head = i / c.items, item = i % c.items;
-            if (head != current) {
-                if (backward && current >= 0) worker.end(current, grad_bias);
-                worker.begin(head);
-                current = head;
+        for (int64_t unit = units * thread / threads; unit < units * (thread + 1) / threads; ++unit) {
+            const int64_t head = unit % c.heads, first = unit / c.heads * together;
+            for (int64_t item = first; item < std::min(first + together, c.items); ++item) {
+                if (backward) worker.backward(item, head);
+                else worker.forward(item, head);
             }
-            if (backward) worker.backward(item, head);
-            else worker.forward(item, head);
         }
-        if (backward && current >= 0) worker.end(current, grad_bias);
+        if (backward) worker.finish(c.grad_bias + thread * c.heads * c.area * c.area);
     });
     return 0;
 } catch (...) {

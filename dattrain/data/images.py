@@ -11,16 +11,15 @@ import struct
 import warnings
 
 import numpy as np
+import simplejpeg
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torchvision.io import ImageReadMode
 
 MAX_SIDE = 16_384
 """Pixels; the longest side of ImageNet-22K's images is well below."""
 MAX_PIXELS = 89_478_485
 """Where Pillow begins to suspect a decompression bomb."""
-
-_RGB = ImageReadMode.RGB.value
 
 # Pillow would try every format that it knows, among them some that start other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000")
@@ -54,7 +53,8 @@ def size(data: bytes) -> tuple[int, int]:
     kind = sniff(data)
     found: tuple[int, int] | None = None
     if kind == "jpeg":
-        found = _jpeg_size(data)
+        frame = _jpeg_frame(data)
+        found = None if frame is None else frame[:2]
     elif kind == "png" and len(data) >= 24:
         width, height = struct.unpack(">II", data[16:24])
         found = height, width
@@ -71,20 +71,36 @@ def size(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def decode(data: bytes) -> torch.Tensor:
+class Scratch:
+    """Memory that one image after the other is decoded into: fresh pages cost a tenth of decoding."""
+
+    def __init__(self) -> None:
+        self._memory: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def of(self, count: int) -> NDArray[np.uint8]:
+        """At least ``count`` bytes, until the next call."""
+        if len(self._memory) < count:
+            self._memory = np.empty(count, np.uint8)
+        return self._memory
+
+
+def decode(data: bytes, scratch: Scratch | None = None) -> torch.Tensor:
     """RGB pixels, 3 x H x W uint8, in channels-last memory. Gray, CMYK and alpha are converted as Pillow does.
+
+    Args:
+        scratch: where JPEGs are decoded to, and stay until the next one; None for memory of their own.
 
     Raises:
         BadImage: not an image, cut short, or too large.
     """
-    size(data)
-    if sniff(data) == "jpeg":
+    height, width = size(data)
+    frame = _jpeg_frame(data) if sniff(data) == "jpeg" else None
+    # Of four components libjpeg-turbo makes RGB in a way of its own.
+    if frame is not None and frame[2] != 4:
+        buffer = None if scratch is None else scratch.of(3 * height * width)
         try:
-            # The operator itself: the function around it warns of its deprecation at every call.
-            return torch.ops.image.decode_jpeg(
-                torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB, False
-            )
-        except RuntimeError:
+            return torch.from_numpy(simplejpeg.decode_jpeg(data, buffer=buffer)).permute(2, 0, 1)
+        except ValueError:
             pass  # Pillow has its own libjpeg and more patience; where it fails too, its message is the better one.
     return torch.from_numpy(np.array(decode_pillow(data))).permute(2, 0, 1)
 
@@ -116,9 +132,9 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """From the frame header (ITU-T T.81, B.2.2); None where there is none."""
-    at, end = 2, len(data) - 8
+def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
+    """Height, width and number of components from the frame header (ITU-T T.81, B.2.2); None where there is none."""
+    at, end = 2, len(data) - 9
     while at < end:
         if data[at] != 0xFF:
             return None
@@ -126,7 +142,8 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
         if marker == 0xFF:
             at += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return (data[at + 5] << 8) | data[at + 6], (data[at + 7] << 8) | data[at + 8]
+            height, width = (data[at + 5] << 8) | data[at + 6], (data[at + 7] << 8) | data[at + 8]
+            return height, width, data[at + 9]
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
             at += 2
         elif marker in (0xD9, 0xDA):

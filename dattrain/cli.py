@@ -27,7 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "cancel": ("dattrain.tools.cancel", "cancel a run's jobs"),
     "stop": ("dattrain.tools.stop", "save at the next step's edge, then stop"),
     "plan": ("dattrain.tools.plan", "memory, time and data rate before anything is queued"),
-    "bench": ("dattrain.tools.bench", "side-by-side measurements: attention, model, data, checkpoint"),
+    "bench": ("dattrain.tools.bench", "side-by-side measurements: attention, model, step, data, checkpoint"),
     "config": ("dattrain.tools.config", "show a resolved recipe, or the difference of two"),
     "demo": ("dattrain.tools.demo", "the whole road on Fashion-MNIST, in minutes on a laptop"),
     "doctor": ("dattrain.tools.doctor", "what this machine has, and whether it works"),

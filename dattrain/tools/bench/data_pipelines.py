@@ -34,7 +34,7 @@ class Bench:
         self.device = device
         self.batches = images.count // batch
         self.per_turn = self.batches * batch
-        self.per_decoding = min(8, self.batches) * batch
+        self.per_decoding = self.per_turn
         self.outputs: dict[str, dict[str, float | str | None]] = {}
 
     def pipelines(self) -> dict[str, Callable[[], object]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from dattrain.ops import native, native_maps
 from dattrain.ops.dispatch import resolve
@@ -91,6 +92,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _depthwise.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.dattrain.depthwise_conv)
+def _flops(
+    x: Any, weight: Any, bias: Any, stride: int, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """A multiply-accumulate per output and tap."""
+    batch, height, width, channels = x
+    return 2 * batch * -(-height // stride) * -(-width // stride) * channels * weight[2] * weight[3]
+
+
+@register_flop_formula(torch.ops.dattrain.depthwise_conv_backward)
+def _flops_backward(
+    grad: Any, x: Any, weight: Any, bias: Any, stride: int, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """One for the map's gradient, one for the kernels'."""
+    return 2 * _flops(x, weight, bias, stride)
 
 
 def _no_autocast() -> Any:

@@ -39,7 +39,7 @@ def attention(
         from dattrain.ops import triton_kernels
 
         return triton_kernels.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
-    if backend == "native" and _native(height, width, table, grid):
+    if backend == "native" and _native(height, width, table, grid, scale):
         return native.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
     lse = positions.new_empty(q.shape[:3] if backend == "native" else (0,))
     with torch.autocast(q.device.type, enabled=False):
@@ -87,7 +87,7 @@ def attention_backward(
         grads = triton_kernels.backward(
             grad_out, q, k, v, positions, table, out, lse, height, width, _grid(grid), scale
         )
-    elif backend == "native" and _native(height, width, table, grid):
+    elif backend == "native" and _native(height, width, table, grid, scale):
         grads = native.backward(
             grad_out, q, k, v, positions, table, out, lse, height, width, _grid(grid), scale
         )
@@ -152,9 +152,9 @@ def _flops_backward(grad_out: Any, q: Any, k: Any, *args: Any, out_shape: Any = 
     return 10 * batch * heads * queries * k[2] * dim
 
 
-def _native(height: int, width: int, table: Tensor | None, grid: str) -> bool:
+def _native(height: int, width: int, table: Tensor | None, grid: str, scale: float) -> bool:
     """Whether the native library takes this; if not, the blocks of plain torch do."""
-    return native.status()[0] and native.supports(height, width, table, _grid(grid))
+    return native.status()[0] and native.supports(height, width, table, _grid(grid), scale)
 
 
 def _grid(name: str) -> QueryGrid:

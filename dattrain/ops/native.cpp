@@ -64,7 +64,8 @@ template <class T, class S> struct Worker {
     static constexpr int L = lanes<T>;
     const Call<T, S>& c;
     const int64_t queries, dim, row, margin, pitch, block_rows, block;
-    std::vector<T> scores, grads, qt, qs, kk, vv, gg, gt, padded, grad_padded, weights, slopes, tops, fractions, line, column_sum, acc_k, acc_v, acc_q, delta, inside;
+    std::vector<T> scores, grads, qs, kk, vv, gg, padded, grad_padded, weights, slopes, tops, fractions, line, column_sum, acc_k, acc_v, acc_q, delta, inside;
+    Dot<T, S> dot;
 
     Worker(const Call<T, S>& call, bool backward)
         : c(call), queries(call.height * call.width), dim(round_up(call.dim, L)), row(round_up(call.width, L)),
@@ -72,7 +73,6 @@ template <class T, class S> struct Worker {
           block_rows(std::max<int64_t>(1, std::min(call.height, int64_t(1 << 18) / int64_t(sizeof(T)) / (call.keys * call.width) ))),
           block(round_up(block_rows * call.width, L)) {
         scores.resize(c.keys * block + row + L);
-        qt.resize(c.dim * block);
         kk.resize(c.keys * dim);
         vv.resize(c.keys * dim);
         acc_q.resize(block * dim);
@@ -88,7 +88,6 @@ template <class T, class S> struct Worker {
         grads.resize(c.keys * block + row + L);
         qs.resize(block * dim);
         gg.resize(block * dim);
-        gt.resize(c.dim * block);
         acc_k.resize(c.keys * dim);
         acc_v.resize(c.keys * dim);
         delta.resize(block);
@@ -102,19 +101,12 @@ template <class T, class S> struct Worker {
             std::fill(into + i * dim + c.dim, into + (i + 1) * dim, T(0));
         }
     }
-    void transpose(const T* from, int64_t rows, T factor, T* into) const {
-        for (int64_t d = 0; d < c.dim; ++d) {
-            for (int64_t i = 0; i < rows; ++i) into[d * block + i] = from[i * dim + d] * factor;
-            std::fill(into + d * block + rows, into + (d + 1) * block, T(0));
-        }
-    }
-
     const T* position(int64_t image, int64_t head, int64_t key) const {
         return c.positions + ((image * c.groups + head / (c.heads / c.groups)) * c.keys + key) * 2;
     }
     void load_table(int64_t head) {
         for (int64_t y = 0; y < c.table_height; ++y)
-            std::memcpy(padded.data() + y * pitch + margin, c.table + (head * c.table_height + y) * c.table_width, c.table_width * sizeof(T));
+            for (int64_t x = 0; x < c.table_width; ++x) padded[y * pitch + margin + x] = c.table[(head * c.table_height + y) * c.table_width + x] / c.scale;
     }
 
     // The three weights of every query column, and which table column the first of them is for at query column 0.
@@ -200,23 +192,21 @@ template <class T, class S> struct Worker {
         }
     }
 
-    // Scores of the block's queries, bias included; q scaled.
+    // Scores of the block's queries before they are scaled, bias included.
     void block_scores(int64_t image, int64_t head, int64_t first_row, int64_t rows) {
         const int64_t count = rows * c.width, columns = round_up(count, L);
-        pack(c.at(c.q, 0, image, head) + first_row * c.width * c.strides[2], c.strides[2], count, acc_q.data());
-        transpose(acc_q.data(), count, c.scale, qt.data());
+        const S *k = c.at(c.k, 1, image, head), *q = c.at(c.q, 0, image, head) + first_row * c.width * c.strides[2];
         if (c.table) {
             bias(image, head, first_row, rows);
             for (int64_t key = 0; key < c.keys; ++key)
                 std::fill(scores.data() + key * block + count, scores.data() + key * block + columns, T(0));
-            product<T, true>(c.keys, columns, c.dim, kk.data(), dim, 1, qt.data(), block, scores.data(), block);
+            dot.template operator()<true>(c.keys, k, c.strides[5], count, q, c.strides[2], c.dim, scores.data(), block);
         } else {
-            product<T, false>(c.keys, columns, c.dim, kk.data(), dim, 1, qt.data(), block, scores.data(), block);
+            dot.template operator()<false>(c.keys, k, c.strides[5], count, q, c.strides[2], c.dim, scores.data(), block);
         }
     }
 
     void forward(int64_t image, int64_t head) {
-        pack(c.at(c.k, 1, image, head), c.strides[5], c.keys, kk.data());
         pack(c.at(c.v, 2, image, head), c.strides[8], c.keys, vv.data());
         if (c.table) load_table(head);
         for (int64_t first = 0; first < c.height; first += block_rows) {
@@ -231,7 +221,7 @@ template <class T, class S> struct Worker {
                 V<T> sum{};
                 for (int64_t key = 0; key < c.keys; ++key) {
                     T* s = scores.data() + key * block + n;
-                    const V<T> e = exponential(load(s) - highest);
+                    const V<T> e = exponential((load(s) - highest) * c.scale);
                     store(s, e);
                     sum += e;
                 }
@@ -243,22 +233,21 @@ template <class T, class S> struct Worker {
             T* lse = c.lse + (image * c.heads + head) * queries + first * c.width;
             for (int64_t i = 0; i < count; ++i) {
                 narrow_all(acc_q.data() + i * dim, c.dim, 1 / column_sum[i], out + i * c.strides[11]);
-                lse[i] = line[i] + std::log(column_sum[i]);
+                lse[i] = line[i] * c.scale + std::log(column_sum[i]);
             }
         }
     }
 
     void backward(int64_t image, int64_t head) {
         pack(c.at(c.k, 1, image, head), c.strides[5], c.keys, kk.data());
-        pack(c.at(c.v, 2, image, head), c.strides[8], c.keys, vv.data());
         if (c.table) load_table(head);
         std::fill(acc_k.begin(), acc_k.end(), T(0));
         std::fill(acc_v.begin(), acc_v.end(), T(0));
         for (int64_t first = 0; first < c.height; first += block_rows) {
             const int64_t rows = std::min(block_rows, c.height - first), count = rows * c.width, columns = round_up(count, L);
             block_scores(image, head, first, rows);
-            pack(c.at(c.grad_out, 4, image, head) + first * c.width * c.strides[14], c.strides[14], count, gg.data());
-            transpose(gg.data(), count, 1, gt.data());
+            const S* grad_out = c.at(c.grad_out, 4, image, head) + first * c.width * c.strides[14];
+            pack(grad_out, c.strides[14], count, gg.data());
             pack(c.at(c.q, 0, image, head) + first * c.width * c.strides[2], c.strides[2], count, qs.data());
             pack(c.at(c.out_in, 3, image, head) + first * c.width * c.strides[11], c.strides[11], count, acc_q.data());
             const T* lse = c.lse_in + (image * c.heads + head) * queries + first * c.width;
@@ -270,10 +259,10 @@ template <class T, class S> struct Worker {
                 for (int j = 0; j < L; ++j) delta[i] += sum[j];
                 line[i] = lse[i];
             }
-            product<T, false>(c.keys, columns, c.dim, vv.data(), dim, 1, gt.data(), block, grads.data(), block);
+            dot.template operator()<false>(c.keys, c.at(c.v, 2, image, head), c.strides[8], count, grad_out, c.strides[14], c.dim, grads.data(), block);
             for (int64_t key = 0; key < c.keys; ++key)
                 for (int64_t n = 0; n < columns; n += L) {
-                    const V<T> weight = exponential(load(scores.data() + key * block + n) - load(line.data() + n));
+                    const V<T> weight = exponential(load(scores.data() + key * block + n) * c.scale - load(line.data() + n));
                     store(scores.data() + key * block + n, weight);
                     T* g = grads.data() + key * block + n;
                     store(g, weight * (load(g) - load(delta.data() + n)));
@@ -351,8 +340,8 @@ template <class T, class S> struct Worker {
             }
             T along_y = 0, along_x = 0;
             for (int i = 0; i < L; ++i) { along_y += sum_y[i]; along_x += sum_x[i]; }
-            into[2 * key] += along_y * c.slope_y;
-            into[2 * key + 1] += along_x * c.slope_x;
+            into[2 * key] += along_y * c.slope_y * c.scale;
+            into[2 * key + 1] += along_x * c.slope_x * c.scale;
         }
     }
 };

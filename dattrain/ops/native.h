@@ -11,6 +11,9 @@
 #ifndef _OPENMP
 #include <thread>
 #endif
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -75,23 +78,45 @@ template <class T, class S> inline void narrow_all(const T* from, int64_t count,
     for (int64_t i = 0; i < count; ++i) into[i] = narrow<S>(from[i] * factor);
 }
 
+// How a product multiplies: numbers as they are, or pairs of bf16 (two steps of depth in 32 bits) where the CPU has that.
+template <class T> struct Plain {
+    typedef T Element;
+    typedef V<T> Right;
+    static Right right(const T* p) { return load(p); }
+    static V<T> add(V<T> sum, T left, Right right) { return sum + left * right; }
+};
+#ifdef __AVX512BF16__
+constexpr bool has_pairs = true;
+struct Pairs {
+    typedef uint32_t Element;
+    typedef __m512i Right;
+    static Right right(const uint32_t* p) { return _mm512_loadu_si512(p); }
+    static V<float> add(V<float> sum, uint32_t left, Right right) {
+        return (V<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)right);
+    }
+};
+#else
+constexpr bool has_pairs = false;
+typedef Plain<float> Pairs;
+#endif
+
 // c[m][n] (+)= sum over p of a[m * am + p * ap] * b[p * ldb + n], for ROWS rows and COLS vectors of columns.
-template <class T, int ROWS, int COLS, bool ADD>
-inline void tile(int64_t depth, const T* a, int64_t am, int64_t ap, const T* b, int64_t ldb, T* c, int64_t ldc) {
+template <class How, class T, class E, int ROWS, int COLS, bool ADD>
+inline void tile(int64_t depth, const E* a, int64_t am, int64_t ap, const E* b, int64_t ldb, T* c, int64_t ldc) {
     V<T> sum[ROWS][COLS];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
         for (int j = 0; j < COLS; ++j) sum[r][j] = ADD ? load(c + r * ldc + j * lanes<T>) : V<T>{};
     for (int64_t p = 0; p < depth; ++p) {
-        V<T> right[COLS];
+        typename How::Right right[COLS];
 #pragma GCC unroll 4
-        for (int j = 0; j < COLS; ++j) right[j] = load(b + p * ldb + j * lanes<T>);
+        for (int j = 0; j < COLS; ++j) right[j] = How::right(b + p * ldb + j * lanes<T>);
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r) {
-            const V<T> left = V<T>{} + a[r * am + p * ap];
+            const E left = a[r * am + p * ap];
 #pragma GCC unroll 4
-            for (int j = 0; j < COLS; ++j) sum[r][j] += left * right[j];
+            for (int j = 0; j < COLS; ++j) sum[r][j] = How::add(sum[r][j], left, right[j]);
         }
     }
 #pragma GCC unroll 16
@@ -101,27 +126,69 @@ inline void tile(int64_t depth, const T* a, int64_t am, int64_t ap, const T* b, 
 }
 
 // columns is a multiple of the vector length; all matrices are padded to it.
-template <class T, bool ADD>
-void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t am, int64_t ap, const T* b, int64_t ldb, T* c, int64_t ldc) {
+template <class How, class T, bool ADD, class E = typename How::Element>
+void product_of(int64_t rows, int64_t columns, int64_t depth, const E* a, int64_t am, int64_t ap, const E* b, int64_t ldb, T* c, int64_t ldc) {
     constexpr int L = lanes<T>;
     for (int64_t n = 0; n < columns;) {
         const int64_t left = (columns - n) / L;
         const int width = left >= 4 || left == 2 ? (left >= 4 ? 4 : 2) : (left == 3 ? 2 : 1);
         int64_t m = 0;
         if (width == 4) {
-            for (; m + 6 <= rows; m += 6) tile<T, 6, 4, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
-            for (; m < rows; ++m) tile<T, 1, 4, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
+            for (; m + 6 <= rows; m += 6) tile<How, T, E, 6, 4, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
+            for (; m < rows; ++m) tile<How, T, E, 1, 4, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
         } else if (width == 2) {
-            for (; m + 12 <= rows; m += 12) tile<T, 12, 2, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
-            for (; m + 4 <= rows; m += 4) tile<T, 4, 2, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
-            for (; m < rows; ++m) tile<T, 1, 2, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
+            for (; m + 12 <= rows; m += 12) tile<How, T, E, 12, 2, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
+            for (; m + 4 <= rows; m += 4) tile<How, T, E, 4, 2, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
+            for (; m < rows; ++m) tile<How, T, E, 1, 2, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
         } else {
-            for (; m + 12 <= rows; m += 12) tile<T, 12, 1, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
-            for (; m < rows; ++m) tile<T, 1, 1, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
+            for (; m + 12 <= rows; m += 12) tile<How, T, E, 12, 1, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
+            for (; m < rows; ++m) tile<How, T, E, 1, 1, ADD>(depth, a + m * am, am, ap, b + n, ldb, c + m * ldc + n, ldc);
         }
         n += width * L;
     }
 }
+template <class T, bool ADD>
+void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t am, int64_t ap, const T* b, int64_t ldb, T* c, int64_t ldc) {
+    product_of<Plain<T>, T, ADD>(rows, columns, depth, a, am, ap, b, ldb, c, ldc);
+}
+
+// rows x depth and columns x depth vectors of S in memory, multiplied: c[m][n] (+)= a[m] . b[n]. Both are packed here.
+template <class T, class S> struct Dot {
+    std::vector<T> a, b;
+    std::vector<uint32_t> pa, pb;
+
+    template <bool ADD>
+    void operator()(int64_t rows, const S* from_a, int64_t stride_a, int64_t columns, const S* from_b, int64_t stride_b, int64_t depth, T* c, int64_t ldc) {
+        const int64_t padded = round_up(columns, lanes<T>);
+        if constexpr (has_pairs && std::is_same_v<S, bf16>) {
+            if (depth % 2 == 0) {
+                const int64_t half = depth / 2;
+                pa.resize(rows * half);
+                pb.resize(half * padded);
+                for (int64_t m = 0; m < rows; ++m) std::memcpy(pa.data() + m * half, from_a + m * stride_a, depth * sizeof(S));
+                spread(reinterpret_cast<const char*>(from_b), stride_b * int64_t(sizeof(S)), columns, half, pb.data(), padded);
+                product_of<Pairs, T, ADD>(rows, padded, half, pa.data(), half, 1, pb.data(), padded, c, ldc);
+                return;
+            }
+        }
+        a.resize(rows * depth);
+        b.resize(depth * padded);
+        for (int64_t m = 0; m < rows; ++m) widen_all(from_a + m * stride_a, depth, a.data() + m * depth);
+        for (int64_t p = 0; p < depth; ++p) {
+            for (int64_t n = 0; n < columns; ++n) b[p * padded + n] = widen(from_b[n * stride_b + p]);
+            std::fill(b.begin() + p * padded + columns, b.begin() + (p + 1) * padded, T(0));
+        }
+        product<T, ADD>(rows, padded, depth, a.data(), depth, 1, b.data(), padded, c, ldc);
+    }
+
+    // Rows of 32-bit numbers to columns.
+    static void spread(const char* from, int64_t stride, int64_t rows, int64_t count, uint32_t* into, int64_t padded) {
+        for (int64_t p = 0; p < count; ++p) {
+            for (int64_t n = 0; n < rows; ++n) std::memcpy(into + p * padded + n, from + n * stride + p * 4, 4);
+            std::fill(into + p * padded + rows, into + (p + 1) * padded, 0u);
+        }
+    }
+};
 
 // work(thread) for each of so many threads. OpenMP's where there is OpenMP: torch's own threads go on spinning for a while
 // after torch has used them, and others would have to share the cores with them.

@@ -37,8 +37,13 @@ def status() -> tuple[bool, str]:
     return True, "compiled for this CPU; the default on CPU"
 
 
-def supports(height: int, width: int, table: Tensor | None, grid: QueryGrid) -> bool:
-    """Columns of queries must step by one table cell or a little less: both conventions, with tables of 2 * size - 1."""
+def supports(height: int, width: int, table: Tensor | None, grid: QueryGrid, scale: float) -> bool:
+    """Columns of queries must step by one table cell or a little less: both conventions, with tables of 2 * size - 1.
+
+    Logits are scaled after their maximum is taken, so the scale must be positive.
+    """
+    if scale <= 0:
+        return False
     if table is None or width == 1:
         return True
     step = start_and_step(width, table.shape[2], grid)[2]

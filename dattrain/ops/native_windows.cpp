@@ -21,7 +21,8 @@ template <class T, class S> struct WindowWorker {
     static constexpr int L = lanes<T>;
     const Windows<T, S>& c;
     const int64_t dim, block, pairs;  // pairs: numbers of one head's bias
-    std::vector<T> scores, grads, qt, qs, kk, vv, gg, gt, acc, acc_k, acc_v, bias, grad_bias, column_sum, line, delta;
+    std::vector<T> scores, grads, qs, kk, vv, gg, acc, acc_k, acc_v, bias, grad_bias, column_sum, line, delta;
+    Dot<T, S> dot;
 
     WindowWorker(const Windows<T, S>& call, bool backward)
         : c(call), dim(round_up(call.dim, L)), block(round_up(call.area, L)), pairs(c.area * block) {
@@ -29,25 +30,19 @@ template <class T, class S> struct WindowWorker {
         bias.assign(c.heads * pairs, 0);
         for (int64_t head = 0; head < c.heads; ++head)
             for (int64_t query = 0; query < c.area; ++query)
-                for (int64_t key = 0; key < c.area; ++key) bias[head * pairs + key * block + query] = c.bias[(head * c.area + query) * c.area + key];
-        qt.assign(c.dim * block, 0);
+                for (int64_t key = 0; key < c.area; ++key) bias[head * pairs + key * block + query] = c.bias[(head * c.area + query) * c.area + key] / c.scale;
         for (auto* each : {&qs, &kk, &vv, &acc}) each->assign(block * dim, 0);
         column_sum.assign(block, 0);
         line.assign(block, 0);
         if (!backward) return;
         grads.assign(pairs, 0);
         grad_bias.assign(c.heads * pairs, 0);
-        gt.assign(c.dim * block, 0);
         for (auto* each : {&gg, &acc_k, &acc_v}) each->assign(block * dim, 0);
         delta.assign(block, 0);
     }
 
     void pack(const S* from, int64_t stride, T* into) const {
         for (int64_t i = 0; i < c.area; ++i) widen_all(from + i * stride, c.dim, into + i * dim);
-    }
-    void transpose(const T* from, T factor, T* into) const {
-        for (int64_t d = 0; d < c.dim; ++d)
-            for (int64_t i = 0; i < c.area; ++i) into[d * block + i] = from[i * dim + d] * factor;
     }
     void unpack(const T* from, T factor, S* into, int64_t stride) const {
         for (int64_t i = 0; i < c.area; ++i) narrow_all(from + i * dim, c.dim, factor, into + i * stride);
@@ -59,24 +54,23 @@ template <class T, class S> struct WindowWorker {
                 for (int64_t key = 0; key < c.area; ++key) into[(head * c.area + query) * c.area + key] = grad_bias[head * pairs + key * block + query];
     }
 
+    // Scores before they are scaled, bias and mask included.
     void block_scores(int64_t item, int64_t head) {
-        const S* from = c.qkv + item * c.area * 3 * c.channels() + head * c.dim;
-        pack(from, 3 * c.channels(), qs.data());
-        pack(from + c.channels(), 3 * c.channels(), kk.data());
-        pack(from + 2 * c.channels(), 3 * c.channels(), vv.data());
-        transpose(qs.data(), c.scale, qt.data());
+        const S* q = c.qkv + item * c.area * 3 * c.channels() + head * c.dim;
         std::memcpy(scores.data(), bias.data() + head * pairs, pairs * sizeof(T));
         if (c.mask) {
             // The mask is symmetric: regions differ or they do not.
             const T* mask = c.mask + item % c.windows * c.area * c.area;
+            const T inverse = 1 / c.scale;
             for (int64_t key = 0; key < c.area; ++key)
-                for (int64_t query = 0; query < c.area; ++query) scores[key * block + query] += mask[key * c.area + query];
+                for (int64_t query = 0; query < c.area; ++query) scores[key * block + query] += mask[key * c.area + query] * inverse;
         }
-        product<T, true>(c.area, block, c.dim, kk.data(), dim, 1, qt.data(), block, scores.data(), block);
+        dot.template operator()<true>(c.area, q + c.channels(), 3 * c.channels(), c.area, q, 3 * c.channels(), c.dim, scores.data(), block);
     }
 
     void forward(int64_t item, int64_t head) {
         block_scores(item, head);
+        pack(c.qkv + item * c.area * 3 * c.channels() + 2 * c.channels() + head * c.dim, 3 * c.channels(), vv.data());
         for (int64_t n = 0; n < block; n += L) {
             V<T> highest = load(scores.data() + n), sum{};
             for (int64_t key = 1; key < c.area; ++key) {
@@ -85,7 +79,7 @@ template <class T, class S> struct WindowWorker {
             }
             for (int64_t key = 0; key < c.area; ++key) {
                 T* s = scores.data() + key * block + n;
-                const V<T> e = exponential(load(s) - highest);
+                const V<T> e = exponential((load(s) - highest) * c.scale);
                 store(s, e);
                 sum += e;
             }
@@ -97,15 +91,17 @@ template <class T, class S> struct WindowWorker {
         T* lse = c.lse + (item * c.heads + head) * c.area;
         for (int64_t i = 0; i < c.area; ++i) {
             narrow_all(acc.data() + i * dim, c.dim, 1 / column_sum[i], out + i * c.channels());
-            lse[i] = line[i] + std::log(column_sum[i]);
+            lse[i] = line[i] * c.scale + std::log(column_sum[i]);
         }
     }
 
     void backward(int64_t item, int64_t head) {
         block_scores(item, head);
+        const S* q = c.qkv + item * c.area * 3 * c.channels() + head * c.dim;
+        pack(q, 3 * c.channels(), qs.data());
+        pack(q + c.channels(), 3 * c.channels(), kk.data());
         const int64_t at = item * c.area * c.channels() + head * c.dim;
         pack(c.grad_out + at, c.channels(), gg.data());
-        transpose(gg.data(), 1, gt.data());
         pack(c.out_in + at, c.channels(), acc.data());
         const T* lse = c.lse_in + (item * c.heads + head) * c.area;
         for (int64_t i = 0; i < c.area; ++i) {
@@ -115,11 +111,11 @@ template <class T, class S> struct WindowWorker {
             for (int j = 0; j < L; ++j) delta[i] += sum[j];
             line[i] = lse[i];
         }
-        product<T, false>(c.area, block, c.dim, vv.data(), dim, 1, gt.data(), block, grads.data(), block);
+        dot.template operator()<false>(c.area, q + 2 * c.channels(), 3 * c.channels(), c.area, c.grad_out + at, c.channels(), c.dim, grads.data(), block);
         T* into_bias = grad_bias.data() + head * pairs;
         for (int64_t i = 0; i < pairs; i += L) {
             const int64_t n = i % block;
-            const V<T> weight = exponential(load(scores.data() + i) - load(line.data() + n));
+            const V<T> weight = exponential(load(scores.data() + i) * c.scale - load(line.data() + n));
             const V<T> g = weight * (load(grads.data() + i) - load(delta.data() + n));
             store(scores.data() + i, weight);
             store(grads.data() + i, g);

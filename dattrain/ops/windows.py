@@ -7,6 +7,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from dattrain.ops import native, native_maps
 from dattrain.ops.dispatch import resolve
@@ -112,3 +113,16 @@ def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor |
 
 
 _windows.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.dattrain.window_attention)
+def _flops(qkv: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Two products of queries and keys, as torch counts scaled_dot_product_attention."""
+    batch, windows, area, channels = qkv
+    return 4 * batch * windows * area * area * (channels // 3)
+
+
+@register_flop_formula(torch.ops.dattrain.window_attention_backward)
+def _flops_backward(grad: Any, qkv: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Five products, one of them recomputed."""
+    return 5 * _flops(qkv) // 2

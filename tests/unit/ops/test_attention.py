@@ -90,7 +90,7 @@ def test_native_values_and_all_gradients_equal_the_equations(case: Case) -> None
 @pytest.mark.parametrize("width", [15, 16, 17, 33])
 def test_native_rows_that_do_not_fill_vectors_and_maps_of_several_blocks(width: int) -> None:
     table = (79, 2 * width - 1)
-    assert native.supports(40, width, torch.zeros(1, *table), "center")
+    assert native.supports(40, width, torch.zeros(1, *table), "center", 1.0)
     assert_same(
         Case(batch=1, heads=1, groups=1, height=40, width=width, keys=150, table=table, dim=5), "native"
     )

@@ -175,3 +175,18 @@ def test_they_are_whole_torch_operators(function):
         return out if isinstance(out, Tensor) else out[0]
 
     assert torch.autograd.gradcheck(first, inputs)
+
+
+@NEEDS_NATIVE
+def test_torch_counts_their_flops_as_it_counts_its_own():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, weight, bias = torch.randn(2, 6, 5, 8), torch.randn(4, 1, 3, 3), torch.randn(4)
+    # Of the CPU's fused attention torch counts nothing; a bias that needs gradients does not go there.
+    qkv, pairs = torch.randn(2, 3, 9, 24), torch.randn(2, 9, 9, requires_grad=True)
+    counts = []
+    for backend in ("native", "torch"):
+        with ops.use_backend(backend), FlopCounterMode(display=False) as counter:
+            ops.depthwise_conv(x, weight, bias, 2), ops.window_attention(qkv, pairs, None, 2)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

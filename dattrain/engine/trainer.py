@@ -131,16 +131,18 @@ class Trainer:
         self.checkpointer = Checkpointer.from_config(run_dir, config)
         # Across sizes all of a checkpoint is read beforehand, since the one before it may need another model.
         self._read_all = bool(config.train.progressive)
-        found, per_epoch = newest_checkpoint(self.checkpointer.root, read_all=self._read_all), 1 << 62
+        found = newest_checkpoint(self.checkpointer.root, read_all=self._read_all)
+        per_epoch = None
         if found is not None:
-            per_epoch = found[1].meta["samples_per_epoch"]
+            # One that DeepSpeed wrote knows nothing of the data.
+            per_epoch = found[1].meta.get("samples_per_epoch")
             self._restore_counters(found[1].meta)
-        self.img_size = size_at(config, self.samples_seen, per_epoch)
+        self.img_size = size_at(config, self.samples_seen, per_epoch or 1 << 62)
         # The loader says how long an epoch is, and what is wrong with the data, before anything large is built.
         self.loader = self._open_loader()
         stack.callback(self.close)
         self.samples_per_epoch = self.loader.samples_per_epoch
-        if found is not None and per_epoch != self.samples_per_epoch:
+        if per_epoch is not None and per_epoch != self.samples_per_epoch:
             raise UserError(
                 f"data.train={config.data.train} has {self.samples_per_epoch} samples, but this run was begun with "
                 f"{per_epoch}; the order of the data depends on it. Give it the same shards, or another --run folder"

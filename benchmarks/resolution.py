@@ -6,6 +6,7 @@ come from the same 2,000 images, so differences are paired. Finished trainings a
 results file: interrupt and go on as you like.
 
     python -m benchmarks.resolution --epochs 16 --threads 1 --out docs/benchmarks/resolution.json
+    python -m benchmarks.resolution --run runs/mine --sizes 160 192     # a run of yours, nothing trained, nothing written
 """
 
 from __future__ import annotations
@@ -285,6 +286,22 @@ def table(done: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measure_run(run: Path, sizes: list[int]) -> None:
+    """Print the table of a run that is there, at its own size and at square ``sizes``."""
+    trained, card = weights.load_model(run)
+    own = card.img_size if isinstance(card.img_size, tuple) else (card.img_size, card.img_size)
+    base = score(trained, card, *images(run, card))
+    cells = {}
+    for size in (own, *((side, side) for side in sizes)):
+        x, y = images(run, replace(card, img_size=size))
+        cells[f"{size[0]} x {size[1]}"] = measure(trained, card, x, y, size, {}, base)
+    print(
+        table({"models": {run.name: {"tables": deviations(trained), "sizes": {"follow": cells}}}}).replace(
+            "64 x 64)", f"{own[0]} x {own[1]})"
+        )
+    )
+
+
 def _pair(value: list[float], digits: int) -> str:
     return f"{value[0]:+.{digits}f} ± {value[1]:.{digits}f}"
 
@@ -300,9 +317,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/resolution"), help="shards and run folders")
     parser.add_argument("--out", type=Path, default=Path("resolution.json"))
     parser.add_argument("--threads", type=int, default=0, help="of the evaluations; 0 leaves torch's choice")
+    parser.add_argument("--run", type=Path, help="measure this run of dattrain train, and nothing else")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[], help="of --run, in pixels")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.run:
+        measure_run(args.run, args.sizes)
+        return
     empty = {"epochs": args.epochs, "draws": DRAWS, "models": {}}
     done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else empty
     if done["epochs"] != args.epochs:

@@ -23,6 +23,8 @@ from dattrain.data.philox import Stream, uniform32
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16-pure": torch.bfloat16, "fp16": torch.float16}
 """Dtype of the network's input by ``train.precision``; under autocast (``bf16``) the layers cast by themselves."""
+COMPUTE = {**DTYPES, "bf16": torch.bfloat16}
+"""Dtype of its matrix products."""
 
 
 class Loader(Protocol):

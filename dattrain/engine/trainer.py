@@ -30,8 +30,9 @@ from dattrain.engine.bundle import write_bundle
 from dattrain.engine.ranks import newest_checkpoint, on_first_rank
 from dattrain.engine.report import Reporter
 from dattrain.engine.session import Session, Size, as_pair, carry, open_session, size_at
-from dattrain.engine.step import Update, seed_all
+from dattrain.engine.step import COMPUTE, Update, seed_all
 from dattrain.errors import UserError
+from dattrain.models.flops import count_call
 from dattrain.observe.profile import Profiler
 from dattrain.runtime import env as environment
 from dattrain.runtime import logging as logs
@@ -157,7 +158,10 @@ class Trainer:
         )  # fmt: skip
         stack.callback(self.reporter.close)
         self.stragglers = Stragglers(env.host, device)
-        self.profiler = Profiler(config.train.profile.steps, run_dir / "profile", self.rank, device)
+        self.profiler = Profiler(
+            config.train.profile.steps, run_dir / "profile", self.rank, device,
+            dtype=COMPUTE[config.train.precision], count=count_call,
+        )  # fmt: skip
         stack.callback(self.profiler.finish)
 
     # The loop -----------------------------------------------------------------------------------------------------

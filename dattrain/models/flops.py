@@ -36,7 +36,7 @@ def by_module(model: nn.Module, img_size: int | tuple[int, int], in_chans: int =
 
     def hook(name: str) -> Any:
         def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            counts[name] = counts.get(name, 0) + _count(module, inputs[0], output)
+            counts[name] = counts.get(name, 0) + count_call(module, inputs[0], output)
 
         return count
 
@@ -48,10 +48,18 @@ def by_module(model: nn.Module, img_size: int | tuple[int, int], in_chans: int =
     return counts
 
 
-def _count(module: nn.Module, x: Tensor, output: Tensor) -> int:
+def count_call(module: nn.Module, x: Tensor, output: Tensor) -> int:
+    """Multiply-accumulates (5 per number of a LayerNorm, 4 per sampled one) of one call of ``module`` itself, over the batch.
+
+    From its settings, since ZeRO-3 may have partitioned its weights.
+    """
     if isinstance(module, nn.LayerNorm):
         return 5 * output.numel()
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+    if isinstance(module, nn.Linear):
+        return output.numel() * module.in_features
+    if isinstance(module, nn.Conv2d):
         # Every output channel is a sum over this many inputs, wherever the channels lie in memory.
-        return output.numel() * module.weight[0].numel()
-    return module.core_flops(*x.shape[1:3])  # type: ignore[operator]
+        height, width = module.kernel_size
+        return output.numel() * module.in_channels // module.groups * height * width
+    core = getattr(module, "core_flops", None)
+    return 0 if core is None else x.shape[0] * core(*x.shape[1:3])

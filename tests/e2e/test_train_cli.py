@@ -91,6 +91,14 @@ def test_the_profile_has_a_trace_and_a_row_per_module(trained):
         # Two micro-batches, and time forward and backward.
         assert block[1] == "2" and float(block[2]) > 0 and float(block[3]) > 0
         assert float(table["stages.0.blocks.0.attn"][2]) < float(block[2])
+        # Two FLOPs for each of 2 calls x 8 images x 8 x 8 places x 32 x 128 multiply-accumulates, and what it moved.
+        fc1 = table["stages.0.blocks.0.mlp.fc1"]
+        assert float(fc1[6]) == pytest.approx(2 * 2 * 8 * 64 * 32 * 128 / 1e9, abs=6e-4)
+        assert float(fc1[7]) > 0 and 0 < float(fc1[8].rstrip("%")) < 1000
+        assert (
+            "GFLOP/s (float32 matrix product)"
+            in (trained / "profile" / f"rank_{rank}.modules.txt").read_text()
+        )
 
 
 @pytest.mark.parametrize("table", ["resize", "sample"])

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate each model in turn; rank 0 prints, and writes what was asked for."""
     import torch
 
-    from dattrain.runtime.env import connect, disconnect, pick_device, resolve
+    from dattrain.runtime.env import connect, disconnect, leave, pick_device, resolve
     from dattrain.tools import figures
 
     if args.batch is not None and args.batch < 1:
@@ -116,15 +116,15 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if env.world > 1:
             disconnect()
-    if env.rank:
-        return 0
-    if len(reports) > 1:
+    if env.rank == 0 and len(reports) > 1:
         print("\n" + figures.comparison(reports))
-    if args.json:
+    if env.rank == 0 and args.json:
         plain = [{k: v for k, v in report.items() if k != "records"} for report in reports]
         whole = plain[0] if len(plain) == 1 else {"models": plain}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(figures.finite(whole), indent=2) + "\n", encoding="utf-8")
+    if env.world > 1:
+        leave(0)
     return 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -255,13 +256,16 @@ def process_group(device: torch.device) -> Iterator[None]:
 
     from dattrain.runtime import env as environment
 
-    joined = not dist.is_initialized()
+    joined, variables = not dist.is_initialized(), dict(os.environ)
     environment.connect(environment.resolve({}), device)
     try:
         yield
     finally:
         if joined:
             environment.disconnect()
+        # What is started from here later must not take itself for a rank.
+        os.environ.clear()
+        os.environ.update(variables)
 
 
 def open_contender(name: str, config: Config, device: torch.device, notes: list[str]) -> Contender | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 
 import pytest
@@ -29,8 +30,11 @@ def contender(*changes: str, accumulation: int = 1) -> bench.Contender:
 @pytest.fixture(scope="module")
 def group():
     """One for all: DeepSpeed keeps groups of the first, and cannot have a second in a process."""
+    assert "RANK" not in os.environ
     with bench.process_group(CPU):
         yield
+    # Or every process that a later test starts would take itself for a rank.
+    assert "RANK" not in os.environ
 
 
 def test_a_whole_run(group, tmp_path, capsys, monkeypatch):

@@ -50,7 +50,6 @@ class CpuDecoder:
         self.size = size
         self.skip_bad = skip_bad
         self.transform = transform
-        self._scratch = images.Scratch()
 
     def __call__(self, number: int) -> Batch:
         """Read and decode micro-batch ``number``. Raises UserError as ``read`` does, and as ``decode``."""
@@ -61,9 +60,7 @@ class CpuDecoder:
         bad = dict(encoded.bad)
         pixels, slot = self._empty(len(encoded.data))
         for i, data in enumerate(encoded.data):
-            reason = (
-                None if data is None else decode_sample(encoded, i, self.transform, pixels[i], self._scratch)
-            )
+            reason = None if data is None else decode_sample(encoded, i, self.transform, pixels[i])
             if reason is not None:
                 if not self.skip_bad:
                     raise UserError(bad_sample_message(reason))
@@ -91,13 +88,7 @@ class CpuDecoder:
         return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape), None  # type: ignore[call-overload]
 
 
-def decode_sample(
-    encoded: Encoded,
-    i: int,
-    transform: EvalTransform | None,
-    out: torch.Tensor,
-    scratch: images.Scratch | None = None,
-) -> str | None:
+def decode_sample(encoded: Encoded, i: int, transform: EvalTransform | None, out: torch.Tensor) -> str | None:
     """Decode image ``i`` and carry out its plan, or the evaluation's transform, into ``out`` (H x W x 3 uint8).
 
     Returns what is wrong with the image, and where it is; None where nothing is.
@@ -105,7 +96,7 @@ def decode_sample(
     data, plan = encoded.data[i], encoded.request.plan
     assert data is not None
     try:
-        image = images.decode(data, scratch)
+        image = images.decode(data)
     except images.BadImage as error:
         return f"{encoded.where[i]}: {error}"
     if plan is not None:

@@ -13,7 +13,6 @@ import warnings
 import numpy as np
 import simplejpeg
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 MAX_SIDE = 16_384
@@ -71,35 +70,18 @@ def size(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-class Scratch:
-    """Memory that one image after the other is decoded into: fresh pages cost a tenth of decoding."""
-
-    def __init__(self) -> None:
-        self._memory: NDArray[np.uint8] = np.empty(0, np.uint8)
-
-    def of(self, count: int) -> NDArray[np.uint8]:
-        """At least ``count`` bytes, until the next call."""
-        if len(self._memory) < count:
-            self._memory = np.empty(count, np.uint8)
-        return self._memory
-
-
-def decode(data: bytes, scratch: Scratch | None = None) -> torch.Tensor:
+def decode(data: bytes) -> torch.Tensor:
     """RGB pixels, 3 x H x W uint8, in channels-last memory. Gray, CMYK and alpha are converted as Pillow does.
-
-    Args:
-        scratch: where JPEGs are decoded to, and stay until the next one; None for memory of their own.
 
     Raises:
         BadImage: not an image, cut short, or too large.
     """
-    height, width = size(data)
+    size(data)
     frame = _jpeg_frame(data) if sniff(data) == "jpeg" else None
     # Of four components libjpeg-turbo makes RGB in a way of its own.
     if frame is not None and frame[2] != 4:
-        buffer = None if scratch is None else scratch.of(3 * height * width)
         try:
-            return torch.from_numpy(simplejpeg.decode_jpeg(data, buffer=buffer)).permute(2, 0, 1)
+            return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
         except ValueError:
             pass  # Pillow has its own libjpeg and more patience; where it fails too, its message is the better one.
     return torch.from_numpy(np.array(decode_pillow(data))).permute(2, 0, 1)

@@ -212,22 +212,7 @@ template <class T, class S> struct Worker {
         for (int64_t first = 0; first < c.height; first += block_rows) {
             const int64_t rows = std::min(block_rows, c.height - first), count = rows * c.width, columns = round_up(count, L);
             block_scores(image, head, first, rows);
-            for (int64_t n = 0; n < columns; n += L) {
-                V<T> highest = load(scores.data() + n);
-                for (int64_t key = 1; key < c.keys; ++key) {
-                    const V<T> s = load(scores.data() + key * block + n);
-                    highest = s > highest ? s : highest;
-                }
-                V<T> sum{};
-                for (int64_t key = 0; key < c.keys; ++key) {
-                    T* s = scores.data() + key * block + n;
-                    const V<T> e = exponential((load(s) - highest) * c.scale);
-                    store(s, e);
-                    sum += e;
-                }
-                store(line.data() + n, highest);
-                store(column_sum.data() + n, sum);
-            }
+            exponentials(scores.data(), c.keys, columns, block, c.scale, line.data(), column_sum.data());
             product<T, false>(count, dim, c.keys, scores.data(), 1, block, vv.data(), dim, acc_q.data(), dim);
             S* out = c.at(c.out, 3, image, head) + first * c.width * c.strides[11];
             T* lse = c.lse + (image * c.heads + head) * queries + first * c.width;

@@ -190,6 +190,27 @@ template <class T, class S> struct Dot {
     }
 };
 
+// exp(scale * (s - highest)) of every column of keys x columns scores, in place; the highest scores, and the sums. columns is a
+// multiple of the vector length.
+template <class T>
+inline void exponentials(T* scores, int64_t keys, int64_t columns, int64_t ld, T scale, T* highest_of, T* sum_of) {
+    for (int64_t n = 0; n < columns; n += lanes<T>) {
+        V<T> highest = load(scores + n), sum{};
+        for (int64_t key = 1; key < keys; ++key) {
+            const V<T> s = load(scores + key * ld + n);
+            highest = s > highest ? s : highest;
+        }
+        for (int64_t key = 0; key < keys; ++key) {
+            T* s = scores + key * ld + n;
+            const V<T> e = exponential((load(s) - highest) * scale);
+            store(s, e);
+            sum += e;
+        }
+        store(highest_of + n, highest);
+        store(sum_of + n, sum);
+    }
+}
+
 // work(thread) for each of so many threads. OpenMP's where there is OpenMP: torch's own threads go on spinning for a while
 // after torch has used them, and others would have to share the cores with them.
 template <class F> void on_threads(int64_t threads, F work) {

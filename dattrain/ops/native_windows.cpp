@@ -71,21 +71,7 @@ template <class T, class S> struct WindowWorker {
     void forward(int64_t item, int64_t head) {
         block_scores(item, head);
         pack(c.qkv + item * c.area * 3 * c.channels() + 2 * c.channels() + head * c.dim, 3 * c.channels(), vv.data());
-        for (int64_t n = 0; n < block; n += L) {
-            V<T> highest = load(scores.data() + n), sum{};
-            for (int64_t key = 1; key < c.area; ++key) {
-                const V<T> s = load(scores.data() + key * block + n);
-                highest = s > highest ? s : highest;
-            }
-            for (int64_t key = 0; key < c.area; ++key) {
-                T* s = scores.data() + key * block + n;
-                const V<T> e = exponential((load(s) - highest) * c.scale);
-                store(s, e);
-                sum += e;
-            }
-            store(line.data() + n, highest);
-            store(column_sum.data() + n, sum);
-        }
+        exponentials(scores.data(), c.area, block, block, c.scale, line.data(), column_sum.data());
         product<T, false>(c.area, dim, c.area, scores.data(), 1, block, vv.data(), dim, acc.data(), dim);
         S* out = c.out + item * c.area * c.channels() + head * c.dim;
         T* lse = c.lse + (item * c.heads + head) * c.area;

@@ -62,7 +62,7 @@ def _plain(qkv: Tensor, bias: Tensor, mask: Tensor | None, heads: int) -> Tensor
     return out.reshape(batch, windows, heads, area, channels // 3 // heads).transpose(2, 3).flatten(3)
 
 
-# The log-sum-exp is a second result because backward needs it; without the library it is empty.
+# The log-sum-exp is a second result because the library's backward needs it; without the library nobody fills or reads it.
 @torch.library.custom_op("dattrain::window_attention", mutates_args=())
 def _windows(qkv: Tensor, bias: Tensor, mask: Optional[Tensor], heads: int) -> tuple[Tensor, Tensor]:  # noqa: UP045
     if native.status()[0]:

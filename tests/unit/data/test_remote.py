@@ -162,6 +162,23 @@ def test_a_shard_that_stays_wrong_is_refused(tmp_path):
             dataset.read(0, 0)
 
 
+@pytest.mark.parametrize("block, then", [(1 << 20, 1 << 19), (1 << 18, 1 << 18), (1 << 16, 1 << 16)])
+def test_a_block_that_ran_out_of_time_is_halved_down_to_256_kib_and_never_grows(block, then):
+    asked = []
+
+    class Slow(Transfer):
+        def _range(self, url, start, end):
+            asked.append(end - start)
+            if len(asked) == 1:
+                raise TimeoutError
+            return bytes(min(end, 8 << 20) - start)
+
+    fd = os.memfd_create("shard")
+    Slow(attempts=2, pause=0.0, block=block).download("s3://bucket/shard.tar", fd, 8 << 20)
+    os.close(fd)
+    assert asked[:3] == [block, then, then]
+
+
 def test_a_source_that_cannot_be_reached(tmp_path):
     with serving(tmp_path) as server:
         url = server.url

@@ -17,6 +17,13 @@ from dattrain.ops import native
 NEEDS_NATIVE = pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
 
 
+MAPS = {
+    "batch": st.integers(0, 3),
+    "groups": st.integers(1, 3),
+    "channels": st.sampled_from([1, 5, 16, 24, 40]),
+}
+
+
 def both(function: Callable[..., Tensor], *inputs: Tensor) -> list[tuple[Tensor, ...]]:
     """Output and gradients of all inputs, by the native kernels and by torch's."""
     results = []
@@ -32,9 +39,7 @@ def both(function: Callable[..., Tensor], *inputs: Tensor) -> list[tuple[Tensor,
 @NEEDS_NATIVE
 @settings(max_examples=40, deadline=None)
 @given(
-    batch=st.integers(0, 3),
-    groups=st.integers(1, 3),
-    channels=st.sampled_from([1, 5, 16, 24, 40]),
+    **MAPS,
     height=st.integers(1, 7),
     width=st.integers(1, 7),
     points=st.integers(1, 9),
@@ -82,9 +87,7 @@ def test_a_position_that_is_no_number_is_not_hidden():
 @NEEDS_NATIVE
 @settings(max_examples=40, deadline=None)
 @given(
-    batch=st.integers(0, 3),
-    groups=st.integers(1, 3),
-    channels=st.sampled_from([1, 5, 16, 24, 40]),
+    **MAPS,
     height=st.integers(1, 9),
     width=st.integers(1, 9),
     kernel=st.sampled_from([1, 3, 5, 7, 9]),

@@ -215,6 +215,16 @@ def paired(a: Tensor, b: Tensor) -> list[float]:
     return [float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))]
 
 
+def figures(hit: Tensor, loss: Tensor, reference: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Top-1 in percent and cross-entropy in nats, each also paired with the resized tables'."""
+    return {
+        "top1": 100 * float(hit.mean()),
+        "cross_entropy": float(loss.mean()),
+        "top1_to_resize": [100 * v for v in paired(hit, reference[0])],
+        "cross_entropy_to_resize": paired(loss, reference[1]),
+    }
+
+
 def measure(
     trained: DAT,
     card: Card,
@@ -233,13 +243,8 @@ def measure(
         runs = [score(laid_out(trained, card, size, tables, windows, 100 + s), card, x, y) for s in seeds]
         hit, loss = (torch.stack(each).mean(0) for each in zip(*runs))
         reference = reference or (hit, loss)
-        out[tables] = {
-            "top1": 100 * float(hit.mean()),
-            "cross_entropy": float(loss.mean()),
-            "top1_to_resize": [100 * v for v in paired(hit, reference[0])],
-            "cross_entropy_to_resize": paired(loss, reference[1]),
-            "top1_to_trained": [100 * v for v in paired(hit, base[0])],
-        }
+        to_trained = {"top1_to_trained": [100 * v for v in paired(hit, base[0])]}
+        out[tables] = figures(hit, loss, reference) | to_trained
     return out
 
 
@@ -349,12 +354,7 @@ def main() -> None:
                 model, _ = weights.load_model(tune(name, tables, trained, card, args.work))
                 hit, loss = score(model, card, x, y)
                 reference = reference or (hit, loss)
-                tuned[tables] = {
-                    "top1": 100 * float(hit.mean()),
-                    "cross_entropy": float(loss.mean()),
-                    "top1_to_resize": [100 * v for v in paired(hit, reference[0])],
-                    "cross_entropy_to_resize": paired(loss, reference[1]),
-                }
+                tuned[tables] = figures(hit, loss, reference)
                 print(f"  tuned from {tables}: {tuned[tables]['top1']:.2f}", flush=True)
             entry["tuned"] = tuned
             args.out.write_text(json.dumps(done, indent=1) + "\n")

@@ -15,6 +15,7 @@ from dattrain.cli import main
 from dattrain.engine import compile as compiling
 from dattrain.errors import ConfigError
 from dattrain.tools.bench import step as bench
+from dattrain.tools.bench import step_parts
 
 TINY = ["model.name=dat_atto", "model.img_size=32", "model.num_classes=10", "train.micro_batch=2"]
 TINY += ["train.global_batch=2", "train.precision=fp32", "train.threads=1"]
@@ -66,7 +67,7 @@ def test_a_whole_run(group, tmp_path, capsys, monkeypatch):
     assert len({losses[name] for name in losses if "precision" not in name}) == 1, "the same work"
     assert losses["train.precision=bf16"] == pytest.approx(losses["recipe"], rel=0.02)
     parts = report["breakdowns"][0]["parts"]
-    assert list(parts) == list(bench.PARTS) and all(parts[name][0] > 0 for name in bench.PARTS)
+    assert list(parts) == list(step_parts.PARTS) and all(parts[name][0] > 0 for name in step_parts.PARTS)
     told = [note for note in report["notes"] if "compile" in note]
     assert len(told) == 1 and "train.compile=block" in told[0] and "no compiler here" in told[0]
     shown, page = capsys.readouterr().out, files["md"].read_text()
@@ -95,7 +96,7 @@ def test_an_update_is_what_the_trainer_does(group):
 
 def test_time_is_charged_to_the_innermost_part():
     now = [0.0]
-    watch = bench.Stopwatch(lambda: None, lambda: now[0])
+    watch = step_parts.Stopwatch(lambda: None, lambda: now[0])
 
     def wait(seconds: float) -> None:
         now[0] += seconds
@@ -116,9 +117,15 @@ def test_time_is_charged_to_the_innermost_part():
 def test_the_parts_add_up_to_the_update_and_nothing_stays_behind(group):
     one = contender("train.ema_decay=0")
     clock = iter(range(10**6))
-    parts = bench.take_apart(one, 2, clock=lambda: float(next(clock)))
+    parts = step_parts.take_apart(one, 2, clock=lambda: float(next(clock)))
     # The clock ticks at every border: forward is entered, left for mixing, entered again; the others once.
-    ticks = {bench.MIXING: 1, bench.FORWARD: 2, bench.BACKWARD: 1, bench.OPTIMIZER: 1, bench.REST: 4}
+    ticks = {
+        step_parts.MIXING: 1,
+        step_parts.FORWARD: 2,
+        step_parts.BACKWARD: 1,
+        step_parts.OPTIMIZER: 1,
+        step_parts.REST: 4,
+    }
     assert {name: part.median for name, part in parts.items()} == ticks
     for owner in (one.session.updater, one.session.engine):
         assert not {"forward", "backward", "step"} & set(vars(owner))

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dattrain import ops
+
 
 def recompute(function: Callable[..., Any], *args: Any, random: bool = False) -> Any:
     """Run ``function`` under torch's non-reentrant activation checkpoint.
@@ -29,6 +31,18 @@ def as_computed(x: Tensor) -> Tensor:
     if x.dtype != torch.float32 or x.is_meta or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
+
+
+class DepthwiseConv(nn.Conv2d):
+    """k x k depthwise convolution of a B x H x W x C map; maps of several times ``channels`` share its kernels by groups."""
+
+    def __init__(self, channels: int, kernel: int = 3, stride: int = 1) -> None:
+        super().__init__(channels, channels, kernel, stride, kernel // 2, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B x H x W x (groups * channels) -> B x ceil(H / stride) x ceil(W / stride) x (groups * channels)."""
+        assert self.bias is not None
+        return ops.depthwise_conv(as_computed(x), self.weight, self.bias, self.stride[0])
 
 
 class Interior(nn.Module):

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dattrain.models.blocks import Interior, as_computed, recompute
-from dattrain.ops.depthwise import depthwise_conv
+from dattrain.models.blocks import DepthwiseConv, Interior, recompute
 from dattrain.ops.neighborhood import neighborhood_attention
 
 
@@ -52,19 +51,8 @@ class ConvDownsample(nn.Module):
         return self.norm(conv_map(self.conv, x))
 
 
-class DepthwiseConv(nn.Conv2d):
-    """3 x 3 depthwise convolution of a map."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, dim, 3, padding=1, groups=dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.bias is not None
-        return depthwise_conv(as_computed(x), self.weight, self.bias)
-
-
 class LocalPerception(DepthwiseConv):
-    """What the block adds to its input."""
+    """3 x 3 depthwise convolution of a map; the block adds it to its input."""
 
 
 class ConvMlp(Interior):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dattrain import ops
 from dattrain.models.attention import relative_bias
-from dattrain.models.blocks import Interior, as_computed, recompute
+from dattrain.models.blocks import DepthwiseConv, Interior, as_computed, recompute
 from dattrain.models.init import init_table
 from dattrain.models.resize import resize_fixed_table
 
@@ -66,16 +66,8 @@ def reference_points(
     return torch.stack(torch.meshgrid(axis(height), axis(width), indexing="ij"), -1)
 
 
-class SharedDepthwiseConv(nn.Conv2d):
-    """Depthwise convolution whose kernels are shared by the groups of a B x H x W x C map."""
-
-    def __init__(self, channels: int, kernel: int, stride: int) -> None:
-        super().__init__(channels, channels, kernel, stride, kernel // 2, groups=channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """B x H x W x (groups * channels) -> B x ceil(H / stride) x ceil(W / stride) x (groups * channels)."""
-        assert self.bias is not None
-        return ops.depthwise_conv(x, self.weight, self.bias, self.stride[0])
+class SharedDepthwiseConv(DepthwiseConv):
+    """That of the offset network, shared by the groups, and of the position embedding ``dwconv``."""
 
 
 class WideLinear(nn.Linear):
@@ -181,7 +173,7 @@ class DeformableAttention(Interior):
             self.bias_table = nn.Parameter(torch.empty(heads, *self.table_size(size)))
             init_table(self.bias_table)
         elif conventions.position == "dwconv":
-            self.position_conv = SharedDepthwiseConv(dim, 3, 1)
+            self.position_conv = SharedDepthwiseConv(dim)
 
     def table_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the bias table laid out for a map of ``size``."""

@@ -281,6 +281,7 @@ class Trainer:
         try:
             metrics = self._evaluate_once("")
             if self.session.ema is not None and self.config.eval.ema:
+                self.checkpointer.settle()
                 with self.session.ema.applied():
                     metrics |= self._evaluate_once("ema_")
         except evaluation.Interrupted:

@@ -1,13 +1,16 @@
-"""One task at a time on another thread, and the host memory that it reads from."""
+"""One task at a time on another thread, the host memory that it reads from, and the copy that fills it."""
 
 from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dattrain.state import fragments
 
 
 class OneInFlight:
@@ -77,6 +80,61 @@ class HostBuffer:
                     )  # fewer faults in the first copy, fewer pages to pin in a write
                 self._bytes = torch.frombuffer(area, dtype=torch.uint8)
         return self._bytes[:size]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """``numel`` fp32 elements of the flattened ``source`` from ``first`` on, to the host buffer's byte ``at``."""
+
+    source: Tensor
+    first: int
+    numel: int
+    at: int
+
+    @property
+    def end(self) -> int:
+        """The byte after the last."""
+        return self.at + 4 * self.numel
+
+
+class SideCopy:
+    """Copies of live state into ``host`` beside the pass that only reads that state.
+
+    Made where the state is as it shall be saved, ``run`` on another thread (on CUDA by a stream of its own, so that neither
+    kernels nor the host wait), and ``fence`` called by whoever is about to change the state.
+    """
+
+    def __init__(self, host: Tensor, copies: Sequence[Copy]) -> None:
+        self._host, self._copies = host, copies
+        self._issued = threading.Event()
+        self._stream: torch.cuda.Stream | None = None
+        if torch.cuda.is_available():
+            self._stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
+            self._stream.wait_stream(torch.cuda.current_stream())
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Copy; returns when all is in host memory."""
+        try:
+            with torch.cuda.stream(self._stream):  # without a stream this does nothing
+                self._issue()
+                if self._stream is not None:
+                    self._done.record()
+        finally:
+            self._issued.set()
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _issue(self) -> None:
+        for copy in self._copies:
+            target = self._host[copy.at : copy.end].view(torch.float32)
+            target.copy_(fragments.read(copy.source, copy.first, copy.numel), non_blocking=True)
+
+    def fence(self) -> None:
+        """What this thread does next to the sources comes after the copy: the host waits for it, on CUDA the stream alone."""
+        self._issued.wait()
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_event(self._done)
 
 
 def image_of(data: Tensor) -> memoryview:

@@ -20,6 +20,7 @@ import os
 import secrets
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,8 @@ import torch
 from torch import Tensor
 
 from dattrain.errors import UserError
-from dattrain.state import checkpoint, elastic, fragments, ranks, retention, shards
-from dattrain.state.background import HostBuffer, OneInFlight, image_of
+from dattrain.state import checkpoint, elastic, ranks, retention, shards
+from dattrain.state.background import Copy, HostBuffer, OneInFlight, SideCopy, image_of
 from dattrain.state.checkpoint import Manifest
 from dattrain.state.fragments import MOMENTS, Fragment, LocalState
 from dattrain.state.retention import Policy
@@ -59,7 +60,7 @@ class Checkpointer:
         run: the run folder; checkpoints lie in its ``checkpoints``, on a file system that all ranks see.
         policy: what to keep.
         description: for the manifests.
-        background: whether ``save`` returns once the state is in host memory.
+        background: whether ``save`` returns before the state is copied and written.
         verify: whether loading checks checksums (sizes are always checked).
         patience: seconds that rank 0 waits for the other ranks' shards before it gives a save up.
     """
@@ -85,6 +86,8 @@ class Checkpointer:
         self._task = OneInFlight("checkpoint")
         self.buffer = HostBuffer(pinned=torch.cuda.is_available())
         """Where the state lies while it is written: after a save, the bytes of this rank's shard."""
+        self._copy: SideCopy | None = None
+        self._hooked: weakref.WeakSet[Any] = weakref.WeakSet()
         self._saves = 0
         token = ""
         if self.rank == 0:
@@ -125,7 +128,9 @@ class Checkpointer:
 
         ``meta`` is JSON and must hold the integers ``step`` and ``samples_seen``; ``epoch`` and ``metrics`` (a dict of
         numbers) serve retention; the rest is the trainer's and comes back from ``resume``. With ``background`` (default:
-        as constructed) the call returns when the state is in host memory; else it is ``wait()`` too.
+        as constructed) the call returns at once, and the state is copied to host memory while the next forward and backward
+        run: the optimizer's next step waits for that by itself, anything else that changes weights, moments or averages
+        must call ``settle`` first. Without, it is ``wait()`` too.
 
         Raises:
             UserError: the save before this one has failed, or (not in background) this one.
@@ -139,13 +144,27 @@ class Checkpointer:
         local = LocalState(engine)
         states = ("param", *MOMENTS, *(() if ema is None else ("ema",)))
         manifest = self._manifest(local, states, meta)
-        layout, image = self._stage(local, states, ema)
+        layout, image, copy = self._stage(local, states, ema)
+        self._settle_before_steps(local)
         self._saves += 1
         folder = checkpoint.aside(self.root, manifest.step, f"{self._token}-{self._saves}")
-        self._task.start(lambda: self._write(folder, manifest, layout, image))
+        self._task.start(lambda: self._write(folder, manifest, layout, image, copy))
+        self._copy = copy
         if not background:
             self.wait()
         return time.perf_counter() - begin
+
+    def settle(self) -> None:
+        """Return when weights, moments and averages may be changed: the last save has them in host memory. Not collective."""
+        if self._copy is not None:
+            self._copy.fence()
+            self._copy = None
+
+    def _settle_before_steps(self, local: LocalState) -> None:
+        for optimizer in local.optimizers:
+            if optimizer not in self._hooked:
+                optimizer.register_step_pre_hook(lambda *_: self.settle())
+                self._hooked.add(optimizer)
 
     def poll(self) -> None:
         """At each step's edge: raise the failure of a background save, if this rank knows of one. Not collective.
@@ -221,40 +240,41 @@ class Checkpointer:
     @torch.no_grad()
     def _stage(
         self, local: LocalState, states: tuple[str, ...], ema: list[Tensor] | None
-    ) -> tuple[Layout, memoryview]:
-        """Copy this rank's part into the host buffer, laid out as the file. All that the step loop waits for."""
+    ) -> tuple[Layout, memoryview, SideCopy]:
+        """Lay this rank's part out in the host buffer as in the file; the copy is what remains to be done."""
         layout, source = self._layout(local, states)
         host = self.buffer.take(layout.size)
         image = image_of(host)
         image[: len(layout.header)] = layout.header
         buffers = local.buffers()
-        # What lies side by side in memory and in the file is one copy: (tensor, first element, elements, first byte).
-        run: tuple[Tensor, int, int, int] | None = None
+        copies: list[Copy] = []
         for piece, at in zip(layout.pieces, layout.offsets):
             fragment, state = source[piece.key]
             if fragment is None:
+                # The forward pass may change a buffer, so it cannot wait; buffers are small.
                 value = buffers[piece.name].detach().reshape(-1)
                 host[at : at + piece.nbytes].view(value.dtype).copy_(value, non_blocking=True)
                 continue
             tensor = local.tensor(fragment, state, ema)
             first = fragment.offset + fragment.saved[0]
+            last = copies[-1] if copies else None
             if tensor is None:
                 host[at : at + piece.nbytes].zero_()
-            elif run and run[0] is tensor and run[1] + run[2] == first and run[3] + 4 * run[2] == at:
-                run = (tensor, run[1], run[2] + piece.numel, run[3])
+            elif last and last.source is tensor and last.first + last.numel == first and last.end == at:
+                # What lies side by side in memory and in the file is one copy.
+                copies[-1] = dataclasses.replace(last, numel=last.numel + piece.numel)
             else:
-                _copy_run(host, run)
-                run = (tensor, first, piece.numel, at)
-        _copy_run(host, run)
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-        return layout, image
+                copies.append(Copy(tensor, first, piece.numel, at))
+        return layout, image, SideCopy(host, copies)
 
     # On the thread
 
-    def _write(self, folder: Path, manifest: Manifest, layout: Layout, image: memoryview) -> None:
+    def _write(
+        self, folder: Path, manifest: Manifest, layout: Layout, image: memoryview, copy: SideCopy
+    ) -> None:
         shard = folder / checkpoint.shard_name(self.rank)
         try:
+            copy.run()
             folder.mkdir(parents=True, exist_ok=True)
             digest = shards.write(shard, image, len(layout.header))
             if self.rank:
@@ -321,6 +341,7 @@ class Checkpointer:
         Raises:
             UserError: every checkpoint is damaged, or the newest whole one is of another model.
         """
+        self.settle()
         local = LocalState(engine)
         skip: dict[str, str] = {}
         while True:
@@ -402,13 +423,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def _copy_run(host: Tensor, run: tuple[Tensor, int, int, int] | None) -> None:
-    if run is not None:
-        tensor, first, numel, at = run
-        target = host[at : at + 4 * numel].view(torch.float32)
-        target.copy_(fragments.read(tensor, first, numel), non_blocking=True)
 
 
 def _leave(folder: Path, name: str, value: Any) -> None:

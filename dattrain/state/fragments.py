@@ -73,7 +73,8 @@ class LocalState:
         self.stage = int(engine.zero_optimization_stage())
         self.rank, self.world = rank_and_world()
         self._zero = engine.optimizer
-        self._optimizers: list[Any] = [engine.basic_optimizer]
+        self.optimizers: list[Any] = [engine.basic_optimizer]
+        """Those whose steps change the masters and moments."""
         self.masters: list[Tensor] = []
         """The local fp32 masters, one tensor per partition; under stage 0 the trainable parameters themselves."""
         self.parameters: dict[str, Parameter] = {}
@@ -123,7 +124,7 @@ class LocalState:
         self.masters = list(zero.fp32_partitioned_groups_flat)
         backup = getattr(zero, "backup_optimizer", None)
         if backup is not None:
-            self._optimizers.append(backup)
+            self.optimizers.append(backup)
         self._check_group(zero.dp_process_group)
         for name, parameter in self._named.items():
             if not _optimized(parameter):
@@ -188,7 +189,7 @@ class LocalState:
         return Parameter(shape, True, int(state["step"]) if "step" in state else 0)
 
     def _state_of(self, key: Tensor) -> dict[str, Any]:
-        for optimizer in self._optimizers:
+        for optimizer in self.optimizers:
             if key in optimizer.state:
                 return optimizer.state[key]
         return {}
@@ -225,12 +226,12 @@ class LocalState:
             state["step"] = _step_value(optimizer, group, state.get("step"), step, self.masters[flat].device)
 
     def _owner(self, flat: int, key: Tensor) -> tuple[Any, Mapping[str, Any]]:
-        for optimizer in self._optimizers:
+        for optimizer in self.optimizers:
             if key in optimizer.state:
                 return optimizer, optimizer.param_groups[0]
-        optimizer = self._optimizers[0]
-        if len(self._optimizers) > 1 and self._zero.subgroup_to_device[flat] != "cpu":
-            optimizer = self._optimizers[1]
+        optimizer = self.optimizers[0]
+        if len(self.optimizers) > 1 and self._zero.subgroup_to_device[flat] != "cpu":
+            optimizer = self.optimizers[1]
         return optimizer, optimizer.param_groups[0]
 
     def begin_write(self) -> None:

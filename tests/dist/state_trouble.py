@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,8 +15,9 @@ from state_worker import Job, build, finish, start_distributed, train_step
 
 from dattrain.errors import UserError
 from dattrain.state import checkpoint, shards
+from dattrain.state.background import SideCopy
 from dattrain.state.checkpointer import Checkpointer
-from dattrain.state.fragments import LocalState, averaged, lerp_ema
+from dattrain.state.fragments import MOMENTS, LocalState, averaged, lerp_ema, read
 
 META = {"step": 1, "samples_seen": 12}
 
@@ -94,6 +97,43 @@ def another_model(run: Path) -> None:
     frozen = build(Job(str(run), "", frozen=True))
     keeper.save(frozen, None, {"step": 2, "samples_seen": 24}, background=False)
     assert "was frozen" in told(lambda: keeper.resume(engine, None))
+
+
+def copied_beside_the_pass(run: Path) -> None:
+    """A copy that is late: ``save`` does not wait for it, the optimizer's step does, and what is saved is from before it."""
+    issue, fence = SideCopy._issue, SideCopy.fence
+    for stage in (0, 1, 2, 3):
+        job = Job(str(run / str(stage)), "", stage=stage)
+        engine = build(job)
+        train_step(engine, job, 0)
+        ema = LocalState(engine).new_ema()
+        before = _state(engine)
+        reached = threading.Event()
+        keeper = Checkpointer(Path(job.run))
+        with (
+            mock.patch.object(SideCopy, "_issue", lambda copy: reached.wait(60) and issue(copy)),
+            mock.patch.object(SideCopy, "fence", lambda copy: reached.set() or fence(copy)),
+        ):
+            keeper.save(engine, ema, META, background=True)
+            assert not reached.is_set()
+            train_step(engine, job, 1)
+            reached.set()
+            keeper.wait()
+        assert not all(map(torch.equal, before, _state(engine)))
+        again = build(job)
+        keeper.resume(again, LocalState(again).new_ema())
+        assert all(map(torch.equal, before, _state(again)))
+
+
+def _state(engine: Any) -> list[torch.Tensor]:
+    local = LocalState(engine)
+    held = []
+    for fragment in local.fragments:
+        for state in ("param", *MOMENTS):
+            tensor = local.tensor(fragment, state)
+            if tensor is not None:
+                held.append(read(tensor, fragment.offset, fragment.numel).clone())
+    return held
 
 
 def ema_on_and_off(run: Path) -> None:

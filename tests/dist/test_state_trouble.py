@@ -8,6 +8,7 @@ SCENARIOS = [
     "damaged_on_one_rank",
     "all_damaged",
     "another_model",
+    "copied_beside_the_pass",
     "ema_on_and_off",
     "ema_against_unsharded",
     "one_rank_cannot_write",

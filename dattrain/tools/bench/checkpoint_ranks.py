@@ -29,6 +29,7 @@ from dattrain.state.fragments import MOMENTS, LocalState
 from dattrain.state.retention import Policy
 
 WIDTH = 1024
+ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,9 @@ def build(plan: Plan, device: torch.device) -> Any:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": plan.stage},
     }
-    engine = zero.initialize(model, torch.optim.AdamW(model.parameters()), settings, device)
+    # Moments drawn at random would move the weights far: next to no rate keeps them finite.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
+    engine = zero.initialize(model, optimizer, settings, device)
     local = LocalState(engine)
     local.create_moments(dict.fromkeys(local.parameters, 1))
     for fragment in local.fragments:
@@ -118,7 +121,7 @@ def memory(key: str) -> float:
 
 
 def save_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
-    """Bare writes, blocking saves and background saves in turns; seconds per round."""
+    """Bare writes, blocking saves, background saves alone and beside an update, in turns; seconds per round."""
     # Removing old ones is not writing: it is done between the rounds.
     keeper = Checkpointer(Path(plan.folder), Policy(1000))
     rank = dist.get_rank()
@@ -141,9 +144,13 @@ def save_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
         "direct": [],
         "buffered": [],
         "blocking": [],
-        "stall": [],
         "background": [],
+        "stall": [],
+        "update": [],
+        "beside": [],
     }
+    inputs = torch.randn(ROWS, WIDTH, device=engine.device)
+    update(engine, inputs)  # the first allocates
     unbuffered = _takes_direct(scratch)
     step = 0
     for _ in range(plan.rounds):
@@ -152,24 +159,58 @@ def save_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
             write = partial(bare_write, scratch, image_of(bare), direct=direct and unbuffered, times=times)
             result[name].append(timed(write if rank == 0 or not alone else _nothing))
             scratch.unlink(missing_ok=True)
-        step += 1
-        meta = {"step": step, "samples_seen": step}
-        result["blocking"].append(timed(partial(keeper.save, engine, None, meta, background=False)))
-        step += 1
-        meta = {"step": step, "samples_seen": step}
-        stall = [0.0, 0.0]
-
-        def background(meta: dict[str, int] = meta, stall: list[float] = stall) -> None:
-            cpu = time.thread_time()
-            stall[0] = keeper.save(engine, None, meta, background=True)
-            stall[1] = time.thread_time() - cpu
-            keeper.wait()
-
-        _drop(keeper, step - 1)
-        result["background"].append(timed(background))
-        result["stall"].append((slowest(stall[0]), slowest(stall[1])))
-        _drop(keeper, step - 2)
+        for name in ("blocking", "background", "beside"):
+            step += 1
+            save = partial(keeper.save, engine, None, {"step": step, "samples_seen": step})
+            if name == "beside":
+                result["update"].append(timed(partial(update, engine, inputs)))
+                wait, cpu, took = _save_beside(keeper, save, partial(update, engine, inputs))
+                result["stall"].append((slowest(wait), slowest(cpu)))
+                result["beside"].append(took)
+            else:
+                result[name].append(
+                    timed(partial(_save_alone, keeper, save, background=name == "background"))
+                )
+            _drop(keeper, step - 1)
     return result
+
+
+def update(engine: Any, inputs: torch.Tensor) -> None:
+    """Forward, backward and the optimizer's step."""
+    engine.backward(engine(inputs).square().mean())
+    engine.step()
+
+
+def _save_alone(keeper: Checkpointer, save: Callable[..., float], *, background: bool) -> None:
+    save(background=background)
+    keeper.wait()
+
+
+def _save_beside(
+    keeper: Checkpointer, save: Callable[..., float], update: Callable[[], None]
+) -> tuple[float, float, tuple[float, float]]:
+    """A background save and an update beside it: (seconds that the loop waited, of CPU in it, of save and update by ``timed``).
+
+    The waits are the call's own and that before the optimizer's step.
+    """
+    waits: list[tuple[float, float]] = []
+    settle = keeper.settle
+
+    def waited(call: Callable[[], object]) -> None:
+        begin, cpu = time.perf_counter(), time.thread_time()
+        call()
+        waits.append((time.perf_counter() - begin, time.thread_time() - cpu))
+
+    keeper.settle = lambda: waited(settle)  # type: ignore[method-assign]
+
+    def both() -> None:
+        waited(partial(save, background=True))
+        update()
+
+    took = timed(both)
+    keeper.settle = settle  # type: ignore[method-assign]
+    keeper.wait()
+    return sum(w for w, _ in waits), sum(c for _, c in waits), took
 
 
 def _nothing() -> None:

@@ -244,6 +244,8 @@ class Train(Section):
     """0 switches the exponential moving average off."""
     compile: Literal["none", "block", "stage"] = "none"
     """torch.compile per block or stage."""
+    cuda_graphs: bool = False
+    """Replay what is compiled as CUDA graphs, for micro-batches so small that launching kernels takes longer than they do."""
     channels_last: bool = False
     """Memory format of the images and convolutions."""
     deterministic: bool = False
@@ -326,6 +328,20 @@ class Config(Section):
             raise ValueError(
                 f"zero.stage=0 with train.precision={t.precision} trains wrongly: {why}; use zero.stage 1-3, or precision bf16 or fp32"
             )
+        if t.cuda_graphs:
+            # A graph's outputs live until the next forward pass, and its inputs must stay where they are.
+            if t.compile == "none":
+                raise ValueError("train.cuda_graphs needs train.compile: block or stage")
+            if z.stage != 2:
+                raise ValueError(
+                    f"train.cuda_graphs needs zero.stage=2, not {z.stage}: stages 0 and 1 keep gradients in the graph's memory "
+                    "between micro-batches, stage 3 moves the weights"
+                )
+            if t.remat == "stage" or t.remat == t.compile:
+                raise ValueError(
+                    f"train.cuda_graphs with train.compile={t.compile} cannot recompute from outside (train.remat={t.remat}); "
+                    f"use remat none or selective{', or block' if t.compile == 'stage' else ''}"
+                )
         if t.global_batch % t.micro_batch:
             raise ValueError(
                 f"train.micro_batch={t.micro_batch} does not divide train.global_batch={t.global_batch}; "

@@ -1,4 +1,4 @@
-"""torch.compile per block or stage. What cannot be compiled runs as it is, with one line that says so."""
+"""torch.compile per block or stage, and CUDA graphs of that. What cannot be had is left out, with one line that says so."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from torch import nn
 log = logging.getLogger(__name__)
 
 
-def apply(model: nn.Module, unit: Literal["none", "block", "stage"]) -> int:
+def apply(model: nn.Module, unit: Literal["none", "block", "stage"], *, graphs_on: str | None = None) -> int:
     """Compile the blocks or stages of ``model`` in place (names stay); returns how many. Nothing is compiled before its
     first call; if that fails all of them go on uncompiled.
+
+    With ``graphs_on="cuda"`` what is compiled is recorded and replayed as CUDA graphs, by inductor's graph trees: parameters
+    stay where they are, and a call of ``model`` begins a generation, so that outputs and gradients from before it must not
+    be read any more. On another type of device a line says that there are none.
     """
     if unit == "none":
         return 0
@@ -26,9 +30,14 @@ def apply(model: nn.Module, unit: Literal["none", "block", "stage"]) -> int:
     # torch keeps by default, beyond which it would go on uncompiled. Each image size of a run adds as many.
     torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)
     targets = list(_units(model, unit))
-    switch = _Switch(unit)
+    if graphs_on not in (None, "cuda"):
+        log.warning("train.cuda_graphs: the device is %s; what is compiled runs without", graphs_on)
+    replay = graphs_on == "cuda"
+    switch = _Switch(unit, "reduce-overhead" if replay else None)
     for module in targets:
         module.forward = switch.guard(module.forward)
+    if replay:
+        model.register_forward_pre_hook(_Generations())
     return len(targets)
 
 
@@ -44,8 +53,8 @@ def _units(model: nn.Module, unit: str) -> Iterator[nn.Module]:
 class _Switch:
     """Compiled calls until the first one fails to compile; from then on, plain ones."""
 
-    def __init__(self, unit: str) -> None:
-        self._unit = unit
+    def __init__(self, unit: str, mode: str | None) -> None:
+        self._unit, self._mode = unit, mode
         self.failed = False
 
     def guard(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,7 +62,7 @@ class _Switch:
 
         # Stages differ in shape, which by default makes torch go over to symbolic shapes from the second on: slower code,
         # and reshapes that it cannot always compile.
-        compiled = torch.compile(forward, dynamic=False)
+        compiled = torch.compile(forward, dynamic=False, mode=self._mode)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.failed:
@@ -70,6 +79,25 @@ class _Switch:
                 return forward(*args, **kwargs)
 
         return call
+
+
+class _Generations:
+    """A forward pre-hook of the model: a new generation of graphs per call; says once what inductor left without graphs."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def __call__(self, *_: Any) -> None:
+        import torch
+        from torch._dynamo.utils import counters
+
+        torch.compiler.cudagraph_mark_step_begin()
+        self._calls += 1
+        skipped = counters["inductor"]["cudagraph_skips"]
+        if self._calls == 2 and skipped:
+            log.warning(
+                "train.cuda_graphs: %d compiled graphs run without (TORCH_LOGS=perf_hints says why)", skipped
+            )
 
 
 def _reason(error: Exception) -> str:

@@ -106,7 +106,7 @@ def open_session(
     remat.apply(model, config.train.remat)
     scales = optim.layer_scales(model, config.optim.layer_decay) if config.optim.layer_decay < 1 else None
     optimizer = optim.build(model, config, device)
-    compiling.apply(model, config.train.compile)
+    compiling.apply(model, config.train.compile, graphs_on=device.type if config.train.cuda_graphs else None)
     engine = zero.initialize(model, optimizer, zero.ds_config(config, derived, device=device.type), device)
     if scales is not None:
         assert isinstance(optimizer, optim.AdamW)

@@ -183,6 +183,7 @@ def describe(config: Config) -> str:
     m, t = config.model, config.train
     size = m.img_size if isinstance(m.img_size, int) else "x".join(map(str, m.img_size))
     more = [f"remat {t.remat}"] * (t.remat != "none") + [f"compile {t.compile}"] * (t.compile != "none")
+    more += ["CUDA graphs"] * t.cuda_graphs
     batch = f"B{t.micro_batch}" + (
         f" x {t.global_batch // t.micro_batch}" if t.global_batch > t.micro_batch else ""
     )

@@ -87,6 +87,21 @@ def test_stage_0_is_refused_where_deepspeed_trains_wrongly(recipe, precision):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["train.compile=none"], "needs train.compile"),
+        (["train.compile=block", "zero.stage=1"], "needs zero.stage=2"),
+        (["train.compile=block", "train.remat=block"], "use remat none or selective"),
+        (["train.compile=stage", "train.remat=stage"], "or block"),
+    ],
+)
+def test_cuda_graphs_are_refused_where_their_memory_would_be_read_too_late(recipe, overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        load(recipe, ["zero.stage=2", "train.remat=none", *overrides, "train.cuda_graphs=true"])
+    load(recipe, ["zero.stage=2", "train.compile=stage", "train.remat=block", "train.cuda_graphs=true"])
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         ("optim:\n  lr: 1\n  lr: 2\n", ":3: optim.lr is set twice"),

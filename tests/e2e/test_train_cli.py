@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
 from state_ranks import assert_same, states
@@ -205,3 +206,17 @@ def test_compiled_training_follows_the_same_curve(home, trained, unit, monkeypat
     done = dattrain("train", path, *settings, "--run", run, timeout=2400)
     assert done.returncode == 0 and "uncompiled" not in done.stdout, done.stdout + done.stderr
     assert [r["loss"] for r in rows(run)] == pytest.approx([r["loss"] for r in rows(trained)], rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_cuda_graphs_follow_the_same_curve(home):
+    folder, path, data = home
+    curves = []
+    for graphs in (False, True):
+        run = folder / f"graphs-{graphs}"
+        settings = [*data, *FP32, "train.max_steps=6", "train.compile=block", f"train.cuda_graphs={graphs}"]
+        done = dattrain("train", path, *settings, "--run", run, timeout=2400)
+        assert done.returncode == 0 and "run without" not in done.stdout, done.stdout + done.stderr
+        curves.append([r["loss"] for r in rows(run)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)

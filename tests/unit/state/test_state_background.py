@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from dattrain.state.background import HostBuffer, OneInFlight, image_of
+from dattrain.state.background import Copy, HostBuffer, OneInFlight, SideCopy, image_of
 from dattrain.state.fragments import _shares, lerp_ema, read, write
 from dattrain.state.shards import PAGE
 
@@ -49,6 +49,35 @@ def test_host_buffer_is_reused_and_page_aligned():
     assert buffer.take(5_000).data_ptr() == a.data_ptr()
     assert buffer.take(20_000).numel() == 20_000
     assert len(image_of(buffer.take(123))) == 123
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])], ids=["cpu", "cuda"]
+)
+def test_a_side_copy_holds_what_was_there_before_the_fence(device):
+    state = torch.arange(1 << 22, dtype=torch.float32, device=device)
+    host = HostBuffer(pinned=device == "cuda").take(4 * (state.numel() - 3) + 8)
+    expected = state[3:].cpu().clone()
+    copy, task = SideCopy(host, [Copy(state, 3, state.numel() - 3, at=8)]), OneInFlight("t")
+    task.start(copy.run)
+    copy.fence()
+    state.zero_()
+    task.wait()
+    assert torch.equal(host[8:].view(torch.float32), expected)
+
+
+def test_a_side_copy_that_fails_holds_nobody_up():
+    copy, task = (
+        SideCopy(torch.empty(4, dtype=torch.uint8), [Copy(torch.ones(3), 0, 3, at=0)]),
+        OneInFlight("t"),
+    )
+    task.start(copy.run)
+    copy.fence()
+    with pytest.raises(RuntimeError):
+        task.wait()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])

@@ -30,6 +30,7 @@ from dattrain.state.retention import Policy
 
 WIDTH = 1024
 ROWS = 64
+BUCKET = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,15 @@ def build(plan: Plan, device: torch.device) -> Any:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": plan.stage},
+        # DeepSpeed's default buckets, gigabytes per rank, would be most of what an update needs here.
+        "zero_optimization": {
+            "stage": plan.stage,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_max_live_parameters": 2 * BUCKET,
+            "stage3_max_reuse_distance": 2 * BUCKET,
+        },
     }
     # Moments drawn at random would move the weights far: next to no rate keeps them finite.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)

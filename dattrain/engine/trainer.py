@@ -281,7 +281,7 @@ class Trainer:
         try:
             metrics = self._evaluate_once("")
             if self.session.ema is not None and self.config.eval.ema:
-                self.checkpointer.settle()
+                self.checkpointer.settle()  # a skipped update has not waited for the save before it
                 with self.session.ema.applied():
                     metrics |= self._evaluate_once("ema_")
         except evaluation.Interrupted:

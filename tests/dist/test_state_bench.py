@@ -29,6 +29,7 @@ def test_bench_checkpoint(tmp_path, capsys, monkeypatch):
         "blocking save",
         "background save",
     ]
+    assert ("update beside it (2 ranks)", "background save") in cases
     assert cases[("state to disk (2 ranks)", "blocking save")]["items"] > 12.0
     assert ("load on 1 ranks", "load, checked") in cases
     assert all(m["wall"][0] > 0 for m in report["measurements"])

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
 from state_ranks import assert_same, states
@@ -209,7 +208,6 @@ def test_compiled_training_follows_the_same_curve(home, trained, unit, monkeypat
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_cuda_graphs_follow_the_same_curve(home):
     folder, path, data = home
     curves = []

@@ -68,7 +68,6 @@ compile(kernels._table_gradient_kernel, TILE=32, BLOCK_Y=32, BLOCK_X=32, PRECISI
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_kernels_equal_the_equations_on_the_device() -> None:
     from attention_cases import Case
     from test_attention import NAMES, run

@@ -36,9 +36,9 @@ def attention(
     Arguments are those of ``dattrain.ops.deform_attention`` after its checks; ``table`` has the dtype of positions.
     """
     if backend == "triton":
-        from dattrain.ops import triton_kernels
+        from dattrain.ops import triton_attention
 
-        return triton_kernels.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
+        return triton_attention.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
     if backend == "native" and _native(height, width, table, grid, scale):
         return native.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
     lse = positions.new_empty(q.shape[:3] if backend == "native" else (0,))
@@ -82,9 +82,9 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, positions and table (empty where there is no table)."""
     if backend == "triton":
-        from dattrain.ops import triton_kernels
+        from dattrain.ops import triton_attention
 
-        grads = triton_kernels.backward(
+        grads = triton_attention.backward(
             grad_out, q, k, v, positions, table, out, lse, height, width, _grid(grid), scale
         )
     elif backend == "native" and _native(height, width, table, grid, scale):

@@ -1,439 +1,471 @@
-"""The ``triton`` backend: one pass over the keys, with the bias sampled inside the score loop.
+"""The ``triton`` backend's kernels: attention whose bias is sampled inside the score loop (``triton_attention`` launches them).
 
-Forward keeps the output and the log-sum-exp; backward computes scores and bias again. Per (key, query) the table index
-is ``start[key] + step * query_row`` along each axis, computed from two vectors in registers; the table (kilobytes, with
-two rows and columns of zeros around it, so that no load needs a mask) stays in the L1 cache. Bias, softmax and all sums
-are fp32. Gradients of positions are reduced over queries in registers and over heads afterwards; the table's go to one of
-several copies by atomic adds, or, under ``torch.use_deterministic_algorithms``, through the scores' gradient written
-out once and products with hat weights.
+What makes a score cheap, in the order of effect (counted in machine instructions: docs/benchmarks/kernels-ahead-of-time.md):
 
-Tile sizes are chosen by reasoning, not measured. ``TRITON_INTERPRET=1`` runs these kernels on CPU tensors, for tests.
+- **Planes.** Within a cell of the table the bias is ``a + gx b + gy (c + gx d)`` about the cell's centre. The four numbers, times
+  log2 e, lie together, so that a score takes one 8-byte load (fp16 planes, for half-precision inputs; two loads of fp32 planes
+  otherwise) and three fused multiply-adds, and both slopes come with it.
+- **No clamps, no conversions.** Zeros lie around the planes, and a key's start is clamped once, outside of the loop. Adding
+  1.5 * 2**23 rounds to an integer that then sits in the low bits, so neither floor nor a conversion is needed.
+- **Patches.** A tile of queries is ``S`` sub-tiles of R rows and C columns that share their columns' index. The order of queries in a
+  tile is free: query ``n`` is at sub-tile ``n % S``, row ``n // S // C`` and column ``n // S % C`` of it.
+- **Full tiles without masks**, and one small tile for the keys left over.
+- **One pass for backward.** It writes the scores' gradient once, in the tile's own order. The gradients of queries and of the table are
+  products with that: no atomics, so that the same inputs always give the same bits.
+
+Of a warp's 32 loads of planes, most should hit the same cache lines: one or two keys in a warp. The compiler gives one layout to all
+two-dimensional loads of one shape and order, so K, V, Q and the output are loaded and stored as [D, n], unlike the bias.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from dattrain.ops.coordinates import QueryGrid, start_and_step
-
-PAD = 2
-"""Rows and columns of zeros around the table: an index clamped to [-2, size] reads zeros for both of its taps."""
-TABLE_COPIES = 32
-"""Copies of the table's gradient that atomic adds are spread over."""
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: neighbouring fp32 numbers are one apart there
+MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
-def _taps(start, step, query, size, WHOLE: tl.constexpr):
-    """Table index of a tile along one axis: first tap (clamped) and fraction."""
-    if WHOLE:  # a query step is one cell: the fraction belongs to the key
-        floor = tl.floor(start)
-        fraction = start - floor
-        first = floor.to(tl.int32) + query
-        fraction = fraction + 0.0 * query.to(tl.float32)
+def _cell(start, query):
+    """Cell of a table index (int32) and where in it, from its centre, in [-.5, .5]. ``start`` is half a cell early."""
+    index = start + query
+    shifted = index + MAGIC
+    return shifted.to(tl.int32, bitcast=True) - MAGIC_BITS, index - (shifted - MAGIC)
+
+
+@triton.jit
+def _fp16(packed, SHIFT: tl.constexpr):
+    return (packed >> SHIFT).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _fp32(packed, SHIFT: tl.constexpr):
+    return (packed >> SHIFT).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _plane(planes, cell, HALF: tl.constexpr):
+    """a, b, c, d of a cell."""
+    if HALF:
+        abcd = tl.load(planes + cell)
+        return _fp16(abcd, 0), _fp16(abcd, 16), _fp16(abcd, 32), _fp16(abcd, 48)
     else:
-        index = start + step * query.to(tl.float32)
-        floor = tl.floor(index)
-        fraction = index - floor
-        first = floor.to(tl.int32)
-    return tl.minimum(tl.maximum(first, -2), size), fraction
+        ab = tl.load(planes + 2 * cell)
+        cd = tl.load(planes + 2 * cell + 1)
+        return _fp32(ab, 0), _fp32(ab, 32), _fp32(cd, 0), _fp32(cd, 32)
 
 
 @triton.jit
-def _bias(
-    table, start_y, start_x, row, column, step_y, step_x, table_height, table_width, WHOLE: tl.constexpr
-):
-    """Bias of a tile, its slopes along y and x, and what an adjoint needs: address of the first tap and fractions."""
-    y, fy = _taps(start_y, step_y, row, table_height, WHOLE)
-    x, fx = _taps(start_x, step_x, column, table_width, WHOLE)
-    pitch = table_width + 4
-    offset = (y + 2) * pitch + x + 2
-    v00 = tl.load(table + offset)
-    v01 = tl.load(table + offset + 1)
-    v10 = tl.load(table + offset + pitch)
-    v11 = tl.load(table + offset + pitch + 1)
-    top = v00 + fx * (v01 - v00)
-    bottom = v10 + fx * (v11 - v10)
-    along_y = bottom - top
-    along_x = (v01 - v00) * (1 - fy) + (v11 - v10) * fy
-    return top + fy * along_y, along_y, along_x, offset, fy, fx
+def _start(starts, key, in_keys, MASKED: tl.constexpr):
+    if MASKED:
+        packed = tl.load(starts + key, mask=in_keys, other=0)
+    else:
+        packed = tl.load(starts + key)
+    return _fp32(packed, 0), _fp32(packed, 32)
 
 
 @triton.jit
-def _logits(
-    q, k, positions, table, keys, rows, columns, in_keys, origin_y, origin_x, slope_y, slope_x, step_y, step_x,
-    table_height, table_width, scale, HAS_TABLE: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+def _interleave(parts):
+    """S tiles [A, B] to one [A, B * S] whose element ``b * S + s`` is of tile s."""
+    if len(parts) == 1:
+        return parts[0]
+    elif len(parts) == 2:
+        return tl.reshape(tl.join(parts[0], parts[1]), (parts[0].shape[0], parts[0].shape[1] * 2))
+    else:
+        even = tl.reshape(tl.join(parts[0], parts[2]), (parts[0].shape[0], parts[0].shape[1] * 2))
+        odd = tl.reshape(tl.join(parts[1], parts[3]), (parts[0].shape[0], parts[0].shape[1] * 2))
+        return tl.reshape(tl.join(even, odd), (parts[0].shape[0], parts[0].shape[1] * 4))
+
+
+@triton.jit
+def _separate(x, S: tl.constexpr):
+    """The inverse of ``_interleave`` for S = 1 or 2."""
+    if S == 1:
+        return (x,)
+    else:
+        first, second = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        return (first, second)
+
+
+@triton.jit
+def _bias(planes, y, x, row, column, step_y, PITCH: tl.constexpr, R: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+    """Bias of a tile, keys x (S * R * C) queries, and the slopes along y and x of each sub-tile; times log2 e."""
+    cell_x, gx = _cell(x[:, None], column[None, :])
+    values = ()
+    slopes_y = ()
+    slopes_x = ()
+    for s in tl.static_range(S):
+        cell_y, gy = _cell(y[:, None], (row + (s * R) * step_y)[None, :])
+        a, b, c, d = _plane(planes, cell_y * PITCH + cell_x, HALF)
+        along_y = c + gx * d
+        values = values + ((a + gx * b) + gy * along_y,)
+        slopes_y = slopes_y + (along_y,)
+        slopes_x = slopes_x + (b + gy * d,)
+    return _interleave(values), slopes_y, slopes_x
+
+
+@triton.jit
+def _queries(n, first_row, first_column, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
+    """Map row and column of a patch's n-th query."""
+    return first_row + (n % S) * R + (n // S) // C, first_column + (n // S) % C
+
+
+@triton.jit
+def _forward_step(
+    q_tile, k, v, starts, planes, first, n_keys, k_n, v_n, row, column, step_y, scale, result, maximum, total,
+    D: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
+    HAS_TABLE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits (queries x keys, fp32, -inf past the last key) and what ``_bias`` returns."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    along_y = logits
-    along_x = logits
-    offset = keys[None, :] + 0 * rows[:, None]
-    fy = logits
-    fx = logits
-    if HAS_TABLE:
-        y = tl.load(positions + keys * 2, mask=in_keys, other=0.0)
-        x = tl.load(positions + keys * 2 + 1, mask=in_keys, other=0.0)
-        bias, along_y, along_x, offset, fy, fx = _bias(
-            table, (origin_y + slope_y * y)[None, :], (origin_x + slope_x * x)[None, :], rows[:, None],
-            columns[:, None], step_y, step_x, table_height, table_width, WHOLE,
-        )  # fmt: skip
-        logits += bias
-    logits = tl.where(in_keys[None, :], logits, float("-inf"))
-    return logits, along_y, along_x, offset, fy, fx
-
-
-@triton.jit
-def _load(base, index, valid, stride, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Rows ``index`` of a matrix with unit column stride, zeros where not valid and past DIM."""
-    column = tl.arange(0, PADDED)
-    mask = valid[:, None] & (column < DIM)[None, :]
-    return tl.load(base + index[:, None] * stride + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(base, value, index, valid, stride, DIM: tl.constexpr, PADDED: tl.constexpr):
-    column = tl.arange(0, PADDED)
-    mask = valid[:, None] & (column < DIM)[None, :]
-    tl.store(base + index[:, None] * stride + column[None, :], value.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _forward_kernel(
-    q, k, v, positions, table, out, lse, heads, groups, queries, n_keys, width,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
-    origin_y, origin_x, slope_y, slope_x, step_y, step_x, table_height, table_width, scale,
-    DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_TABLE: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of queries of one head of one image, over all keys, with a running maximum (Milakov and Gimelshein 2018)."""
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
-    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    in_queries = query < queries
-    q_tile = _load(q + image * q_b + head * q_h, query, in_queries, q_n, DIM, PADDED)
-    positions += (image * groups + head // (heads // groups)) * n_keys * 2
-    table += head * (table_height + 4) * (table_width + 4)
-    maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    result = tl.zeros([BLOCK_Q, PADDED], tl.float32)
-    for first in range(0, n_keys, BLOCK_K):
-        key = first + tl.arange(0, BLOCK_K)
-        in_keys = key < n_keys
-        k_tile = _load(k + image * k_b + head * k_h, key, in_keys, k_n, DIM, PADDED)
-        v_tile = _load(v + image * v_b + head * v_h, key, in_keys, v_n, DIM, PADDED)
-        logits, _, _, _, _, _ = _logits(
-            q_tile, k_tile, positions, table, key, query // width, query % width, in_keys, origin_y, origin_x,
-            slope_y, slope_x, step_y, step_x, table_height, table_width, scale, HAS_TABLE, WHOLE, PRECISION,
-        )  # fmt: skip
-        highest = tl.maximum(maximum, tl.max(logits, 1))
-        weights = tl.exp2((logits - highest[:, None]) * LOG2E)
-        shrink = tl.exp2((maximum - highest) * LOG2E)
-        total = total * shrink + tl.sum(weights, 1)
-        result = result * shrink[:, None]
-        result += tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION)
-        maximum = highest
-    _store(out + image * o_b + head * o_h, result / total[:, None], query, in_queries, o_n, DIM, PADDED)
-    lse += (image * heads + head) * queries
-    tl.store(lse + query, maximum + tl.log(total), mask=in_queries)
-
-
-@triton.jit
-def _delta_kernel(
-    grad_out, out, delta, heads, queries, g_b, g_h, g_n, o_b, o_h, o_n,
-    DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """Row sums of grad_out * out: what the softmax's gradient subtracts (Dao et al. 2022, appendix B.2)."""
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
-    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    valid = query < queries
-    a = _load(grad_out + image * g_b + head * g_h, query, valid, g_n, DIM, PADDED).to(tl.float32)
-    b = _load(out + image * o_b + head * o_h, query, valid, o_n, DIM, PADDED).to(tl.float32)
-    tl.store(delta + (image * heads + head) * queries + query, tl.sum(a * b, 1), mask=valid)
-
-
-@triton.jit
-def _query_gradient_kernel(
-    grad_out, q, k, v, positions, table, lse, delta, grad_q, heads, groups, queries, n_keys, width,
-    g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, d_b, d_h, d_n,
-    origin_y, origin_x, slope_y, slope_x, step_y, step_x, table_height, table_width, scale,
-    DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_TABLE: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """grad_q of one tile of queries, over all keys."""
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
-    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    in_queries = query < queries
-    q_tile = _load(q + image * q_b + head * q_h, query, in_queries, q_n, DIM, PADDED)
-    g_tile = _load(grad_out + image * g_b + head * g_h, query, in_queries, g_n, DIM, PADDED)
-    row = (image * heads + head) * queries
-    normaliser = tl.load(lse + row + query, mask=in_queries, other=float("inf"))
-    d = tl.load(delta + row + query, mask=in_queries, other=0.0)
-    positions += (image * groups + head // (heads // groups)) * n_keys * 2
-    table += head * (table_height + 4) * (table_width + 4)
-    result = tl.zeros([BLOCK_Q, PADDED], tl.float32)
-    for first in range(0, n_keys, BLOCK_K):
-        key = first + tl.arange(0, BLOCK_K)
-        in_keys = key < n_keys
-        k_tile = _load(k + image * k_b + head * k_h, key, in_keys, k_n, DIM, PADDED)
-        v_tile = _load(v + image * v_b + head * v_h, key, in_keys, v_n, DIM, PADDED)
-        logits, _, _, _, _, _ = _logits(
-            q_tile, k_tile, positions, table, key, query // width, query % width, in_keys, origin_y, origin_x,
-            slope_y, slope_x, step_y, step_x, table_height, table_width, scale, HAS_TABLE, WHOLE, PRECISION,
-        )  # fmt: skip
-        weights = tl.exp2((logits - normaliser[:, None]) * LOG2E)
-        grad_weights = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
-        grad_logits = weights * (grad_weights - d[:, None])
-        result += tl.dot(grad_logits.to(k_tile.dtype), k_tile, input_precision=PRECISION)
-    _store(grad_q + image * d_b + head * d_h, result * scale, query, in_queries, d_n, DIM, PADDED)
-
-
-@triton.jit
-def _key_gradient_kernel(
-    grad_out, q, k, v, positions, table, lse, delta, grad_k, grad_v, grad_positions, grad_table, grad_logits_out,
-    heads, groups, queries, n_keys, width, copies,
-    g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
-    origin_y, origin_x, slope_y, slope_x, step_y, step_x, table_height, table_width, scale,
-    DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_TABLE: tl.constexpr, WHOLE: tl.constexpr, DETERMINISTIC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """grad_k, grad_v and a head's share of grad_positions of one tile of keys, over all queries; and the table's part."""
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
-    key = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    """One tile of keys, with a running maximum (Milakov and Gimelshein 2018), in units of log 2."""
+    d = tl.arange(0, D)
+    key = first + tl.arange(0, BLOCK_K)
     in_keys = key < n_keys
-    k_tile = _load(k + image * k_b + head * k_h, key, in_keys, k_n, DIM, PADDED)
-    v_tile = _load(v + image * v_b + head * v_h, key, in_keys, v_n, DIM, PADDED)
-    positions += (image * groups + head // (heads // groups)) * n_keys * 2
-    entries = (table_height + 4) * (table_width + 4)
-    table += head * entries
-    grad_table += ((image * tl.num_programs(0) + tl.program_id(0)) % copies * heads + head) * entries
-    line = (image * heads + head) * queries
-    sum_k = tl.zeros([BLOCK_K, PADDED], tl.float32)
-    sum_v = tl.zeros([BLOCK_K, PADDED], tl.float32)
-    sum_y = tl.zeros([BLOCK_K], tl.float32)
-    sum_x = tl.zeros([BLOCK_K], tl.float32)
-    for first in range(0, queries, BLOCK_Q):
-        query = first + tl.arange(0, BLOCK_Q)
-        in_queries = query < queries
-        q_tile = _load(q + image * q_b + head * q_h, query, in_queries, q_n, DIM, PADDED)
-        g_tile = _load(grad_out + image * g_b + head * g_h, query, in_queries, g_n, DIM, PADDED)
-        normaliser = tl.load(lse + line + query, mask=in_queries, other=float("inf"))
-        d = tl.load(delta + line + query, mask=in_queries, other=0.0)
-        logits, along_y, along_x, offset, fy, fx = _logits(
-            q_tile, k_tile, positions, table, key, query // width, query % width, in_keys, origin_y, origin_x,
-            slope_y, slope_x, step_y, step_x, table_height, table_width, scale, HAS_TABLE, WHOLE, PRECISION,
-        )  # fmt: skip
-        weights = tl.exp2((logits - normaliser[:, None]) * LOG2E)
-        sum_v += tl.dot(tl.trans(weights.to(g_tile.dtype)), g_tile, input_precision=PRECISION)
-        grad_weights = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
-        grad_logits = weights * (grad_weights - d[:, None])
-        sum_k += tl.dot(tl.trans(grad_logits.to(q_tile.dtype)), q_tile, input_precision=PRECISION)
-        if HAS_TABLE:
-            sum_y += tl.sum(grad_logits * along_y, 0)
-            sum_x += tl.sum(grad_logits * along_x, 0)
-            valid = in_queries[:, None] & in_keys[None, :]
-            if DETERMINISTIC:
-                place = (line.to(tl.int64) * n_keys) + key[None, :] * queries + query[:, None]
-                tl.store(grad_logits_out + place, grad_logits, mask=valid)
-            else:
-                pitch = table_width + 4
-                left = grad_logits * (1 - fx)
-                right = grad_logits * fx
-                tl.atomic_add(grad_table + offset, left * (1 - fy), mask=valid, sem="relaxed")
-                tl.atomic_add(grad_table + offset + 1, right * (1 - fy), mask=valid, sem="relaxed")
-                tl.atomic_add(grad_table + offset + pitch, left * fy, mask=valid, sem="relaxed")
-                tl.atomic_add(grad_table + offset + pitch + 1, right * fy, mask=valid, sem="relaxed")
-    _store(grad_k + image * dk_b + head * dk_h, sum_k * scale, key, in_keys, dk_n, DIM, PADDED)
-    _store(grad_v + image * dv_b + head * dv_h, sum_v, key, in_keys, dv_n, DIM, PADDED)
+    if MASKED:
+        k_tile = tl.load(k + key[None, :] * k_n + d[:, None], mask=in_keys[None, :], other=0.0)
+        v_tile = tl.trans(tl.load(v + key[None, :] * v_n + d[:, None], mask=in_keys[None, :], other=0.0))
+    else:
+        k_tile = tl.load(k + key[None, :] * k_n + d[:, None])
+        v_tile = tl.trans(tl.load(v + key[None, :] * v_n + d[:, None]))
     if HAS_TABLE:
-        grad_positions += (image * heads + head) * n_keys * 2
-        tl.store(grad_positions + key * 2, sum_y * slope_y, mask=in_keys)
-        tl.store(grad_positions + key * 2 + 1, sum_x * slope_x, mask=in_keys)
+        y, x = _start(starts, key, in_keys, MASKED)
+        bias, _, _ = _bias(planes, y, x, row, column, step_y, PITCH, R, S, HALF)
+        if MASKED:
+            bias = tl.where(in_keys[:, None], bias, float("-inf"))
+        logits = tl.dot(q_tile, k_tile, input_precision=PRECISION) * scale + tl.trans(bias)
+    else:
+        logits = tl.dot(q_tile, k_tile, input_precision=PRECISION) * scale
+        if MASKED:
+            logits = tl.where(in_keys[None, :], logits, float("-inf"))
+    highest = tl.maximum(maximum, tl.max(logits, 1))
+    weights = tl.exp2(logits - highest[:, None])
+    shrink = tl.exp2(maximum - highest)
+    total = total * shrink + tl.sum(weights, 1)
+    result = result * shrink[:, None] + tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION)
+    return result, highest, total
 
 
 @triton.jit
-def _table_gradient_kernel(
-    grad_logits, positions, partial, batch, heads, groups, n_keys, height, width, per_program,
-    origin_y, origin_x, slope_y, slope_x, step_y, step_x, table_height, table_width,
-    TILE: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PRECISION: tl.constexpr,
+def forward_kernel(
+    q, k, v, starts, planes, out, lse, heads, groups, n_keys,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, step_y, step_x, scale,
+    H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    BLOCK_K: tl.constexpr, TAIL: tl.constexpr, HAS_TABLE: tl.constexpr, HALF: tl.constexpr,
+    PITCH: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one head's table gradient over some (image, key) pairs: hats_y^T @ grad_logits @ hats_x, in a fixed order."""
-    tiles_x = tl.cdiv(table_width, TILE)
-    table_y = tl.program_id(0) // tiles_x * TILE + tl.arange(0, TILE)
-    table_x = tl.program_id(0) % tiles_x * TILE + tl.arange(0, TILE)
-    head = tl.program_id(1)
-    result = tl.zeros([TILE, TILE], tl.float32)
-    for pair in range(
-        tl.program_id(2) * per_program, tl.minimum((tl.program_id(2) + 1) * per_program, batch * n_keys)
-    ):
+    """A patch of queries of one head of one image over all keys; grid (batch * heads, patches)."""
+    image = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    ACROSS: tl.constexpr = (W + C - 1) // C
+    first_row = tl.program_id(1) // ACROSS * (S * R)
+    first_column = tl.program_id(1) % ACROSS * C
+    query_row, query_column = _queries(tl.arange(0, S * R * C), first_row, first_column, R, C, S)
+    in_map = (query_row < H) & (query_column < W)
+    query = query_row * W + query_column
+    d = tl.arange(0, D)
+    q_tile = tl.trans(
+        tl.load(
+            q + image * q_b + head * q_h + query[None, :] * q_n + d[:, None], mask=in_map[None, :], other=0.0
+        )
+    )
+    starts += (image * groups + head // (heads // groups)) * n_keys
+    planes += head * WORDS
+    m = tl.arange(0, R * C)
+    row = (first_row + m // C).to(tl.float32) * step_y
+    column = (first_column + m % C).to(tl.float32) * step_x
+    maximum = tl.full([S * R * C], float("-inf"), tl.float32)
+    total = tl.zeros([S * R * C], tl.float32)
+    result = tl.zeros([S * R * C, D], tl.float32)
+    k += image * k_b + head * k_h
+    v += image * v_b + head * v_h
+    scale *= LOG2E
+    whole = n_keys // BLOCK_K * BLOCK_K
+    for first in range(0, whole, BLOCK_K):
+        result, maximum, total = _forward_step(
+            q_tile, k, v, starts, planes, first, n_keys, k_n, v_n, row, column, step_y, scale, result, maximum, total,
+            D, R, S, BLOCK_K, False, HAS_TABLE, HALF, PITCH, PRECISION,
+        )  # fmt: skip
+    if TAIL > 0:
+        result, maximum, total = _forward_step(
+            q_tile, k, v, starts, planes, whole, n_keys, k_n, v_n, row, column, step_y, scale, result, maximum, total,
+            D, R, S, TAIL, True, HAS_TABLE, HALF, PITCH, PRECISION,
+        )  # fmt: skip
+    result = tl.trans((result / total[:, None]).to(out.dtype.element_ty))
+    out += image * o_b + head * o_h
+    tl.store(out + query[None, :] * o_n + d[:, None], result, mask=in_map[None, :])
+    lse += (image * heads + head) * (H * W)
+    tl.store(lse + query, (maximum + tl.log2(total)) * LN2, mask=in_map)
+
+
+@triton.jit
+def delta_kernel(
+    grad_out, out, delta, heads, queries, g_b, g_h, g_n, o_b, o_h, o_n, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Row sums of grad_out * out: what the softmax's gradient subtracts (Dao et al. 2022, appendix B.2)."""
+    image = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    query = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = query < queries
+    d = tl.arange(0, D)
+    g = tl.load(
+        grad_out + image * g_b + head * g_h + query[:, None] * g_n + d[None, :],
+        mask=valid[:, None],
+        other=0.0,
+    )
+    o = tl.load(
+        out + image * o_b + head * o_h + query[:, None] * o_n + d[None, :], mask=valid[:, None], other=0.0
+    )
+    total = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta + (image * heads + head) * queries + query, total, mask=valid)
+
+
+@triton.jit
+def backward_kernel(
+    grad_out, q, k, v, starts, planes, lse, delta, grad_k, grad_v, grad_starts, grad_logits,
+    heads, groups, n_keys, first_key,
+    g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
+    step_y, step_x, slope_y, slope_x, scale,
+    H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    BLOCK_K: tl.constexpr, MASKED: tl.constexpr, HAS_TABLE: tl.constexpr, HALF: tl.constexpr,
+    PITCH: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys over all queries: grad_k, grad_v, a head's share of the positions' gradient, and the scores' gradient."""
+    image = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    BLOCK_Q: tl.constexpr = S * R * C
+    ACROSS: tl.constexpr = (W + C - 1) // C
+    PATCHES: tl.constexpr = (H + S * R - 1) // (S * R) * ACROSS
+    d = tl.arange(0, D)
+    n = tl.arange(0, BLOCK_Q)
+    m = tl.arange(0, R * C)
+    key = first_key + tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    in_keys = (key < n_keys) | (not MASKED)
+    k += image * k_b + head * k_h
+    v += image * v_b + head * v_h
+    k_tile = tl.trans(tl.load(k + key[None, :] * k_n + d[:, None], mask=in_keys[None, :], other=0.0))
+    v_tile = tl.trans(tl.load(v + key[None, :] * v_n + d[:, None], mask=in_keys[None, :], other=0.0))
+    starts += (image * groups + head // (heads // groups)) * n_keys
+    planes += head * WORDS
+    line = (image * heads + head) * (H * W)
+    q += image * q_b + head * q_h
+    grad_out += image * g_b + head * g_h
+    grad_logits += (image * heads + head) * n_keys * (PATCHES * BLOCK_Q)
+    sum_k = tl.zeros([BLOCK_K, D], tl.float32)
+    sum_v = tl.zeros([BLOCK_K, D], tl.float32)
+    sum_y = tl.zeros([BLOCK_K, R * C], tl.float32)
+    sum_x = tl.zeros([BLOCK_K, R * C], tl.float32)
+    for patch in range(0, PATCHES):
+        first_row = patch // ACROSS * (S * R)
+        first_column = patch % ACROSS * C
+        query_row, query_column = _queries(n, first_row, first_column, R, C, S)
+        in_map = (query_row < H) & (query_column < W)
+        query = query_row * W + query_column
+        q_tile = tl.load(q + query[None, :] * q_n + d[:, None], mask=in_map[None, :], other=0.0)
+        g_tile = tl.load(grad_out + query[None, :] * g_n + d[:, None], mask=in_map[None, :], other=0.0)
+        normaliser = tl.load(lse + line + query, mask=in_map, other=float("inf")) * LOG2E
+        subtracted = tl.load(delta + line + query, mask=in_map, other=0.0)
+        if HAS_TABLE:
+            row = (first_row + m // C).to(tl.float32) * step_y
+            column = (first_column + m % C).to(tl.float32) * step_x
+            y, x = _start(starts, key, in_keys, MASKED)
+            bias, slopes_y, slopes_x = _bias(planes, y, x, row, column, step_y, PITCH, R, S, HALF)
+            logits = tl.dot(k_tile, q_tile, input_precision=PRECISION) * (scale * LOG2E) + bias
+        else:
+            logits = tl.dot(k_tile, q_tile, input_precision=PRECISION) * (scale * LOG2E)
+        # Queries past the map get no weight, their normaliser being infinite; keys past the last are dropped at the stores.
+        weights = tl.exp2(logits - normaliser[None, :])
+        sum_v += tl.dot(weights.to(g_tile.dtype), tl.trans(g_tile), input_precision=PRECISION)
+        grad_weights = tl.dot(v_tile, g_tile, input_precision=PRECISION)
+        grad = weights * (grad_weights - subtracted[None, :])
+        rounded = grad.to(q_tile.dtype)
+        place = key[None, :] * (PATCHES * BLOCK_Q) + (patch * BLOCK_Q + n)[:, None]
+        tl.store(grad_logits + place, tl.trans(rounded), mask=in_keys[None, :])
+        sum_k += tl.dot(rounded, tl.trans(q_tile), input_precision=PRECISION)
+        if HAS_TABLE:
+            parts = _separate(grad, S)
+            for s in tl.static_range(S):
+                sum_y += parts[s] * slopes_y[s]
+                sum_x += parts[s] * slopes_x[s]
+    grad_k += image * dk_b + head * dk_h
+    grad_v += image * dv_b + head * dv_h
+    sum_k = tl.trans((sum_k * scale).to(grad_k.dtype.element_ty))
+    sum_v = tl.trans(sum_v.to(grad_v.dtype.element_ty))
+    tl.store(grad_k + key[None, :] * dk_n + d[:, None], sum_k, mask=in_keys[None, :])
+    tl.store(grad_v + key[None, :] * dv_n + d[:, None], sum_v, mask=in_keys[None, :])
+    if HAS_TABLE:
+        grad_starts += ((image * heads + head) * n_keys + key) * 2
+        tl.store(grad_starts, tl.sum(sum_y, 1) * (slope_y * LN2), mask=in_keys)
+        tl.store(grad_starts + 1, tl.sum(sum_x, 1) * (slope_x * LN2), mask=in_keys)
+
+
+@triton.jit
+def query_gradient_kernel(
+    grad_logits, k, grad_q, heads, n_keys, k_b, k_h, k_n, d_b, d_h, d_n, scale,
+    H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    PLACES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_q of some places of one head, from the scores' gradient (keys x places): grad_logits^T @ k."""
+    image = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    place = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    d = tl.arange(0, D)
+    grad_logits += (image * heads + head) * n_keys * PLACES
+    k += image * k_b + head * k_h
+    result = tl.zeros([BLOCK_Q, D], tl.float32)
+    key = tl.arange(0, BLOCK_K)
+    whole = n_keys // BLOCK_K * BLOCK_K
+    for _ in range(0, whole, BLOCK_K):
+        grad = tl.load(grad_logits + key[:, None] * PLACES + place[None, :])
+        k_tile = tl.load(k + key[:, None] * k_n + d[None, :])
+        result = tl.dot(tl.trans(grad), k_tile, result, input_precision=PRECISION)
+        grad_logits += BLOCK_K * PLACES
+        k += BLOCK_K * k_n
+    if TAIL > 0:
+        key = tl.arange(0, TAIL)
+        in_keys = (key < n_keys - whole)[:, None]
+        grad = tl.load(grad_logits + key[:, None] * PLACES + place[None, :], mask=in_keys, other=0.0)
+        k_tile = tl.load(k + key[:, None] * k_n + d[None, :], mask=in_keys, other=0.0)
+        result = tl.dot(tl.trans(grad), k_tile, result, input_precision=PRECISION)
+    patch = place // (S * R * C)
+    ACROSS: tl.constexpr = (W + C - 1) // C
+    row, column = _queries(place % (S * R * C), patch // ACROSS * (S * R), patch % ACROSS * C, R, C, S)
+    grad_q += image * d_b + head * d_h + (row * W + column)[:, None] * d_n + d[None, :]
+    tl.store(
+        grad_q,
+        (result * scale).to(grad_q.dtype.element_ty),
+        mask=((row < H) & (column < W))[:, None],
+    )
+
+
+@triton.jit
+def _hat(distance):
+    """Weight of a table entry for an index that far away."""
+    return tl.maximum(1.0 - tl.abs(distance), 0.0)
+
+
+@triton.jit
+def table_gradient_kernel(
+    grad_logits, starts, partial, batch, heads, groups, n_keys, per_program, step_y, step_x, offset_y, offset_x,
+    table_height, table_width,
+    H: tl.constexpr, W: tl.constexpr, PLACES: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, TOGETHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of the table's gradient over some (image, key) pairs, for TOGETHER heads of one group, which share their hats.
+
+    Per pair it is hats_x @ gradient^T @ hats_y, where a hat is the weight of a table entry for a query; in a fixed order.
+    Grid: (splits of the pairs, heads / TOGETHER, tiles of the table).
+    """
+    head = tl.program_id(1) * TOGETHER
+    group = head // (heads // groups)
+    tiles_x = tl.cdiv(table_width, TILE_X)
+    table_y = tl.program_id(2) // tiles_x * TILE_Y + tl.arange(0, TILE_Y)
+    table_x = tl.program_id(2) % tiles_x * TILE_X + tl.arange(0, TILE_X)
+    low: tl.constexpr = grad_logits.dtype.element_ty
+    ACROSS: tl.constexpr = (W + C - 1) // C
+    results = ()
+    for _ in tl.static_range(TOGETHER):
+        results = results + (tl.zeros([TILE_X, TILE_Y], tl.float32),)
+    first = tl.program_id(0) * per_program
+    for pair in range(first, tl.minimum(first + per_program, batch * n_keys)):
         image = (pair // n_keys).to(tl.int64)
         key = pair % n_keys
-        place = positions + ((image * groups + head // (heads // groups)) * n_keys + key) * 2
-        start_y = origin_y + slope_y * tl.load(place)
-        start_x = origin_x + slope_x * tl.load(place + 1)
-        source = grad_logits + ((image * heads + head) * n_keys + key) * height * width
-        for first_y in range(0, height, BLOCK_Y):
-            row = first_y + tl.arange(0, BLOCK_Y)
-            half = tl.zeros([BLOCK_Y, TILE], tl.float32)
-            for first_x in range(0, width, BLOCK_X):
-                column = first_x + tl.arange(0, BLOCK_X)
-                valid = (row < height)[:, None] & (column < width)[None, :]
-                tile = tl.load(source + row[:, None] * width + column[None, :], mask=valid, other=0.0)
-                distance = (start_x + step_x * column.to(tl.float32))[:, None] - table_x.to(tl.float32)[
-                    None, :
-                ]
-                half += tl.dot(tile, tl.maximum(1 - tl.abs(distance), 0.0), input_precision=PRECISION)
-            distance = table_y.to(tl.float32)[:, None] - (start_y + step_y * row.to(tl.float32))[None, :]
-            result += tl.dot(tl.maximum(1 - tl.abs(distance), 0.0), half, input_precision=PRECISION)
-    place = (tl.program_id(2) * heads + head) * table_height * table_width
-    inside = (table_y < table_height)[:, None] & (table_x < table_width)[None, :]
-    tl.store(partial + place + table_y[:, None] * table_width + table_x[None, :], result, mask=inside)
+        packed = tl.load(starts + (image * groups + group) * n_keys + key)
+        y = _fp32(packed, 0) + offset_y
+        x = _fp32(packed, 32) + offset_x
+        source = grad_logits + ((image * heads + head) * n_keys + key) * PLACES
+        sums = ()
+        for h in tl.static_range(TOGETHER):
+            result = results[h]
+            for i in tl.static_range(0, H, ROWS):
+                row = i + tl.arange(0, ROWS)
+                hats_y = _hat((y + row.to(tl.float32) * step_y)[:, None] - table_y.to(tl.float32)[None, :])
+                half = tl.zeros([TILE_X, ROWS], tl.float32)
+                for j in tl.static_range(0, W, COLUMNS):
+                    column = j + tl.arange(0, COLUMNS)
+                    hats_x = _hat(
+                        (x + column.to(tl.float32) * step_x)[None, :] - table_x.to(tl.float32)[:, None]
+                    )
+                    patch = row[None, :] // (S * R) * ACROSS + column[:, None] // C
+                    within = ((row[None, :] % R) * C + column[:, None] % C) * S + row[None, :] % (S * R) // R
+                    inside = (row < H)[None, :] & (column < W)[:, None]
+                    grad = tl.load(
+                        source + h * n_keys * PLACES + patch * (S * R * C) + within, mask=inside, other=0.0
+                    )
+                    half = tl.dot(hats_x.to(low), grad, half, input_precision=PRECISION)
+                result = tl.dot(half.to(low), hats_y.to(low), result, input_precision=PRECISION)
+            sums = sums + (result,)
+        results = sums
+    inside = (table_y < table_height)[None, :] & (table_x < table_width)[:, None]
+    for h in tl.static_range(TOGETHER):
+        target = partial + (tl.program_id(0) * heads + head + h) * (table_height * table_width)
+        tl.store(target + table_y[None, :] * table_width + table_x[:, None], results[h], mask=inside)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor | None,
-    height: int,
-    width: int,
-    grid: QueryGrid,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output (as q, laid out B x queries x heads x d in memory) and log-sum-exp (B x heads x queries, fp32)."""
-    q, k, v, positions = (_unit_stride(q), _unit_stride(k), _unit_stride(v), positions.contiguous())
-    batch, heads, queries, dim = q.shape
-    out = q.new_empty(batch, queries, heads, dim).transpose(1, 2)
-    lse = positions.new_empty(batch, heads, queries)
-    if batch:
-        tiles = _tiles(q)
-        _forward_kernel[(triton.cdiv(queries, tiles["BLOCK_Q"]), batch * heads)](
-            q, k, v, positions, _padded(table, positions), out, lse, heads, positions.shape[1], queries, k.shape[2],
-            width, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            *_axes(table, height, width, grid), scale, **_constants(q, table, height, width, grid), **tiles,
-        )  # fmt: skip
-    return out, lse
+@triton.jit
+def starts_kernel(
+    positions, starts, n, origin_y, origin_x, slope_y, slope_x, low_y, low_x, high_y, high_x, broken,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Planes' index of every key for the first query, y and x as fp32 in 8 bytes, clamped to where all is zero.
+
+    A key that is not a number starts at the row ``broken``, where the planes are not numbers either.
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(positions + 2 * i, mask=i < n, other=0.0)
+    x = tl.load(positions + 2 * i + 1, mask=i < n, other=0.0)
+    start_y = tl.minimum(tl.maximum(origin_y + slope_y * y, low_y), high_y)
+    start_x = tl.minimum(tl.maximum(origin_x + slope_x * x, low_x), high_x)
+    start_y = tl.where((y == y) & (x == x), start_y, broken)
+    start_x = tl.where(x == x, start_x, low_x)
+    low = start_y.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    tl.store(starts + i, (start_x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low, mask=i < n)
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    height: int,
-    width: int,
-    grid: QueryGrid,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v (laid out B x length x heads x d in memory), positions and table."""
-    grad_out, q, k, v, out = (_unit_stride(x) for x in (grad_out, q, k, v, out))
-    positions, lse = positions.contiguous(), lse.contiguous()
-    batch, heads, queries, dim = q.shape
-    groups, keys = positions.shape[1:3]
-    grad_q = q.new_empty(batch, queries, heads, dim).transpose(1, 2)
-    grad_k, grad_v = (x.new_empty(batch, keys, heads, dim).transpose(1, 2) for x in (k, v))
-    grad_positions = positions.new_zeros(positions.shape)
-    grad_table = None if table is None else torch.zeros_like(table)
-    if not batch:
-        return grad_q, grad_k, grad_v, grad_positions, grad_table
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    padded = _padded(table, positions)
-    per_head = positions.new_empty(batch, heads, keys, 2)
-    copies = (
-        positions.new_zeros(TABLE_COPIES, *padded.shape) if table is not None and not deterministic else lse
-    )
-    written = positions.new_empty(batch, heads, keys, queries) if table is not None and deterministic else lse
-    axes, constants, tiles = (
-        _axes(table, height, width, grid), _constants(q, table, height, width, grid), _tiles(q)
-    )  # fmt: skip
-    delta = torch.empty_like(lse)
-    query_tiles = (triton.cdiv(queries, tiles["BLOCK_Q"]), batch * heads)
-    _delta_kernel[query_tiles](
-        grad_out, out, delta, heads, queries, *grad_out.stride()[:3], *out.stride()[:3], DIM=dim,
-        PADDED=constants["PADDED"], BLOCK_Q=tiles["BLOCK_Q"],
-    )  # fmt: skip
-    _key_gradient_kernel[(triton.cdiv(keys, tiles["BLOCK_K"]), batch * heads)](
-        grad_out, q, k, v, positions, padded, lse, delta, grad_k, grad_v, per_head, copies, written, heads, groups,
-        queries, keys, width, TABLE_COPIES, *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *grad_k.stride()[:3], *grad_v.stride()[:3], *axes, scale, DETERMINISTIC=deterministic,
-        **constants, **tiles,
-    )  # fmt: skip
-    _query_gradient_kernel[query_tiles](
-        grad_out, q, k, v, positions, padded, lse, delta, grad_q, heads, groups, queries, keys, width,
-        *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_q.stride()[:3], *axes,
-        scale, **constants, **tiles,
-    )  # fmt: skip
-    if table is not None:
-        grad_positions = per_head.view(batch, groups, heads // groups, keys, 2).sum(2)
-        if deterministic:
-            grad_table = _deterministic_table_gradient(written, positions, table, height, width, axes)
-        else:
-            grad_table = copies.sum(0)[:, PAD:-PAD, PAD:-PAD].contiguous()
-    return grad_q, grad_k, grad_v, grad_positions, grad_table
+@triton.jit
+def _entry(table, y, x, height, width, valid):
+    inside = valid & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    return tl.load(table + y * width + x, mask=inside, other=0.0)
 
 
-def _deterministic_table_gradient(
-    grad_logits: Tensor, positions: Tensor, table: Tensor, height: int, width: int, axes: tuple[Any, ...]
-) -> Tensor:
-    batch, heads, keys, _ = grad_logits.shape
-    _, table_height, table_width = table.shape
-    tile, block = 32, 32
-    splits = min(64, batch * keys)
-    per_program = triton.cdiv(batch * keys, splits)
-    partial = table.new_empty(splits, heads, table_height, table_width)
-    tiles = triton.cdiv(table_height, tile) * triton.cdiv(table_width, tile)
-    _table_gradient_kernel[(tiles, heads, splits)](
-        grad_logits, positions, partial, batch, heads, positions.shape[1], keys, height, width, per_program, *axes,
-        TILE=tile, BLOCK_Y=block, BLOCK_X=block, PRECISION="tf32x3",
-    )  # fmt: skip
-    return partial.sum(0)
+@triton.jit
+def planes_kernel(
+    table, planes, n, cells, pitch, table_height, table_width, pad_y, pad_x, broken, at,
+    HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The planes of every cell of every head's table (module's docstring), about the point ``at`` of a cell along both axes."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < n
+    y = i % cells // pitch - pad_y
+    x = i % pitch - pad_x
+    table += i // cells * (table_height * table_width)
+    t00 = _entry(table, y, x, table_height, table_width, valid)
+    t01 = _entry(table, y, x + 1, table_height, table_width, valid)
+    t10 = _entry(table, y + 1, x, table_height, table_width, valid)
+    t11 = _entry(table, y + 1, x + 1, table_height, table_width, valid)
+    top = t00 + at * (t01 - t00)
+    bottom = t10 + at * (t11 - t10)
+    a = (top + at * (bottom - top)) * LOG2E
+    b = ((t01 - t00) + at * ((t11 - t10) - (t01 - t00))) * LOG2E
+    c = (bottom - top) * LOG2E
+    d = ((t11 - t10) - (t01 - t00)) * LOG2E
+    a = tl.where(y + pad_y < broken, a, float("nan"))
+    if HALF:
+        ab = (_bits16(b) << 16) | _bits16(a)
+        cd = (_bits16(d) << 16) | _bits16(c)
+        tl.store(planes + i, (cd << 32) | ab, mask=valid)
+    else:
+        tl.store(planes + 2 * i, (_bits32(b) << 32) | _bits32(a), mask=valid)
+        tl.store(planes + 2 * i + 1, (_bits32(d) << 32) | _bits32(c), mask=valid)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+@triton.jit
+def _bits16(x):
+    return x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
 
 
-def _padded(table: Tensor | None, positions: Tensor) -> Tensor:
-    return positions if table is None else F.pad(table, (PAD,) * 4).contiguous()
-
-
-def _axes(table: Tensor | None, height: int, width: int, grid: QueryGrid) -> tuple[Any, ...]:
-    """origin, slope, step of both axes (y, x in turn) and the table's size."""
-    table_height, table_width = (1, 1) if table is None else table.shape[1:]
-    y, x = start_and_step(height, table_height, grid), start_and_step(width, table_width, grid)
-    return (*(value for pair in zip(y, x) for value in pair), table_height, table_width)
-
-
-def _constants(q: Tensor, table: Tensor | None, height: int, width: int, grid: QueryGrid) -> dict[str, Any]:
-    dim = q.shape[-1]
-    whole = table is not None and all(
-        size == 1 or start_and_step(size, table_size, grid)[2] == 1.0
-        for size, table_size in zip((height, width), table.shape[1:])
-    )
-    return {
-        "DIM": dim,
-        "PADDED": max(16, triton.next_power_of_2(dim)),
-        "HAS_TABLE": table is not None,
-        "WHOLE": whole,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-    }
-
-
-def _tiles(q: Tensor) -> dict[str, int]:
-    """Sized so that two stages of tiles fit into 99 KiB of shared memory, the least of the supported devices."""
-    wide = q.element_size() > 2 or q.shape[-1] > 64
-    return {"BLOCK_Q": 32 if wide else 64, "BLOCK_K": 32 if wide else 64, "num_warps": 4, "num_stages": 2}
+@triton.jit
+def _bits32(x):
+    return x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF

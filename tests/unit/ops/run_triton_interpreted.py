@@ -23,6 +23,21 @@ CASES = {
     "one row": Case(batch=1, heads=2, groups=1, height=1, width=6, keys=5, table=(1, 11), grid="corner"),
     "empty batch": Case(batch=0),
     "wide heads": Case(batch=1, heads=1, groups=1, height=2, width=2, keys=40, table=(3, 3), dim=100),
+    "coarse queries": Case(batch=1, heads=1, groups=1, height=3, width=4, table=(16, 12), spread=1.2),
+}
+HALF = {
+    "bf16": (CASES["center"], torch.bfloat16),
+    "fp16": (CASES["corner"], torch.float16),
+    "fp16, several tiles": (CASES["several tiles"], torch.float16),
+    "bf16, far outside": (CASES["far outside"], torch.bfloat16),
+    "bf16, heads of a group together": (
+        Case(batch=2, heads=3, groups=1, height=7, width=7, keys=18, table=(13, 13), dim=32),
+        torch.bfloat16,
+    ),
+    "bf16, tiled table": (
+        Case(batch=1, heads=1, groups=1, height=66, width=2, keys=2, table=(131, 3), grid="corner"),
+        torch.bfloat16,
+    ),
 }
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -67,17 +82,49 @@ def multiply_bf16_as_numbers() -> None:
     )
 
 
+def check_kinks() -> None:
+    """At a whole table index the slope is the one to the right, as ``grid_sample`` has it."""
+    side = 5
+    case = Case(batch=1, heads=1, groups=1, height=side, width=side, keys=side, table=(9, 9), grid="corner")
+    q, k, v, _, table = case.inputs(torch.float32)
+    exact = (torch.arange(side) * 2 / (side - 1) - 1)[None, None, :, None].expand(1, 1, side, 2)
+    for dtype in (torch.float32, torch.float16):
+        inputs = [q.detach().to(dtype), k.detach().to(dtype), v.detach().to(dtype)]
+        slopes = []
+        for backend, kind in (("triton", torch.float32), ("reference", torch.float64)):
+            there = exact.to(kind).clone().requires_grad_()
+            tensors = inputs if backend == "triton" else [x.double() for x in inputs]
+            out = ops.deform_attention(
+                *tensors, there, table.detach().to(kind), **case.keywords, backend=backend
+            )
+            slopes.append(torch.autograd.grad(out.to(kind).square().sum(), there)[0].double())
+        error = (slopes[0] - slopes[1]).abs().max() / slopes[1].abs().max()
+        assert error < BOUNDS[dtype], (dtype, error.item())
+
+
+def check_broken_key() -> None:
+    """A position that is not a number makes its group's output not a number, and reads nothing that is not there."""
+    case = CASES["corner"]
+    for dtype in (torch.float32, torch.float16):
+        q, k, v, positions, table = (x.detach() for x in case.inputs(dtype))
+        positions[1, 0, 2, 0], positions[1, 1, 3, 1] = float("nan"), float("inf")
+        positions.requires_grad_()
+        out = ops.deform_attention(q, k, v, positions, table, **case.keywords, backend="triton")
+        assert out[1, 0].isnan().all() and out[0].isfinite().all() and out[1, 1].isfinite().all()
+        gradient = torch.autograd.grad(out.float().sum(), positions)[0]
+        assert gradient[1, 0].isnan().any() and gradient[0].isfinite().all()
+
+
 def main() -> None:
-    """All cases in fp32; one in bf16 and fp16; strides; the deterministic table gradient."""
+    """All cases in fp32, some in half precision; strides; kinks; positions that are no numbers."""
     multiply_bf16_as_numbers()
     for name, case in CASES.items():
         check(name, case, torch.float32)
-    check("bf16", CASES["center"], torch.bfloat16)
-    check("fp16", CASES["corner"], torch.float16)
+    for name, (case, dtype) in HALF.items():
+        check(name, case, dtype)
     check("strided", CASES["center"], torch.float32, strided=True)
-    torch.use_deterministic_algorithms(True)
-    for name in ("center", "corner", "other table", "far outside", "several tiles", "one row"):
-        check(f"deterministic {name}", CASES[name], torch.float32)
+    check_kinks()
+    check_broken_key()
     print("all equal")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import Case
+from test_attention import NAMES, run
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
 
 
 def test_kernels_equal_the_equations_in_the_interpreter() -> None:
@@ -29,58 +33,67 @@ def test_kernels_equal_the_equations_in_the_interpreter() -> None:
     assert done.returncode == 0 and "all equal" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_to_machine_code_without_a_gpu(capability: int) -> None:
+def compile_and_check(*arguments: str) -> str:
+    """Run ``python -m benchmarks.kernels --check``: compile what would be launched, and read the machine code."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    code = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from dattrain.ops import triton_kernels as kernels
+    command = [sys.executable, "-m", "benchmarks.kernels", "--check", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
-half = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}
-single = {"positions", "table", "lse", "delta", "grad_positions", "grad_table", "grad_logits_out", "grad_logits", "partial"}
-scalars = {"origin_y", "origin_x", "slope_y", "slope_x", "step_y", "step_x", "scale"}
 
-def compile(kernel, **constants):
-    kind = lambda name: (
-        "constexpr" if name in constants else "*bf16" if name in half else "*fp32" if name in single
-        else "fp32" if name in scalars else "i32"
+def test_machine_code_spills_nothing_and_takes_no_more_instructions_than_agreed(tmp_path: Path) -> None:
+    compile_and_check("--capability", "90", "--side", "14", "24", "--json", str(tmp_path / "counts.json"))
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts["14x14"]["sum"] <= 140 and counts["24x24"]["sum"] <= 110
+    for case in counts.values():
+        assert case["sum"] == pytest.approx(sum(n for name, n in case.items() if name != "sum"), abs=0.1)
+        assert min(case[name] for name in ("forward_kernel", "backward_kernel", "table_gradient_kernel")) > 10
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", ["80", "89", "90", "100"])
+def test_machine_code_of_the_matrix(capability: str) -> None:
+    compile_and_check(
+        "--capability", capability, "--side", "14", "--head-dim", "16", "32", "64", "--dtype", "bf16", "fp16"
     )
-    source = ASTSource(kernel, {name: kind(name) for name in kernel.arg_names}, constants)
-    done = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_stages": 2})
-    assert done.asm["cubin"] and done.metadata.shared <= 99 * 1024, (kernel, done.metadata.shared)
-
-common = dict(DIM=32, PADDED=32, BLOCK_Q=64, BLOCK_K=64, HAS_TABLE=True, WHOLE=False, PRECISION="ieee")
-compile(kernels._forward_kernel, **common)
-compile(kernels._query_gradient_kernel, **common)
-compile(kernels._key_gradient_kernel, DETERMINISTIC=False, **common)
-compile(kernels._key_gradient_kernel, DETERMINISTIC=True, **{**common, "WHOLE": True})
-compile(kernels._delta_kernel, DIM=32, PADDED=32, BLOCK_Q=64)
-compile(kernels._table_gradient_kernel, TILE=32, BLOCK_Y=32, BLOCK_X=32, PRECISION="tf32x3")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(capability)], env=environment, capture_output=True, text=True
+    compile_and_check(
+        "--capability", capability, "--side", "14", "--head-dim", "128", "--dtype", "bf16", "fp32"
     )
-    assert done.returncode == 0, done.stderr
+    compile_and_check("--capability", capability, "--side", "7", "12", "24", "28", "56")
 
 
 @pytest.mark.gpu
-def test_kernels_equal_the_equations_on_the_device() -> None:
-    from attention_cases import Case
-    from test_attention import NAMES, run
-
-    for grid in ("center", "corner"):
-        for dtype, bound in ((torch.float32, 5e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
-            case = Case(
-                batch=2, heads=4, groups=2, height=14, width=14, keys=196, table=(27, 27), dim=32, grid=grid
-            )
-            inputs = [x.detach().cuda().requires_grad_() for x in case.inputs(dtype)]
-            exact = [x.detach().double().requires_grad_() for x in inputs]
-            generator = torch.Generator().manual_seed(1)
-            cotangent = torch.randn(2, 4, 196, 32, generator=generator, dtype=torch.float64).cuda()
-            expected, out = run(case, exact, "reference", cotangent), run(case, inputs, "triton", cotangent)
-            for name, a, b in zip(("out", *NAMES), (out[0], *out[1]), (expected[0], *expected[1])):
-                assert ((a.double() - b).abs().max() / b.abs().max()).item() < bound, (grid, dtype, name)
+@pytest.mark.parametrize("grid", ["center", "corner"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "heads, groups, side, keys, dim",
+    [(4, 2, 14, 196, 32), (4, 1, 24, 576, 32), (6, 2, 7, 49, 32), (2, 2, 14, 50, 64), (2, 1, 9, 70, 20)],
+)
+def test_kernels_equal_the_equations_on_the_device(
+    heads: int, groups: int, side: int, keys: int, dim: int, dtype: torch.dtype, grid: str
+) -> None:
+    bound = {torch.float32: 5e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    table = (2 * side - 1, 2 * side - 1)
+    case = Case(
+        batch=2,
+        heads=heads,
+        groups=groups,
+        height=side,
+        width=side,
+        keys=keys,
+        table=table,
+        dim=dim,
+        grid=grid,
+    )
+    inputs = [x.detach().cuda().requires_grad_() for x in case.inputs(dtype)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    generator = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(2, heads, side * side, dim, generator=generator, dtype=torch.float64).cuda()
+    expected = run(case, exact, "reference", cotangent)
+    out, again = run(case, inputs, "triton", cotangent), run(case, inputs, "triton", cotangent)
+    for name, a, b, c in zip(
+        ("out", *NAMES), (out[0], *out[1]), (expected[0], *expected[1]), (again[0], *again[1])
+    ):
+        assert ((a.double() - b).abs().max() / b.abs().max()).item() < bound, name
+        assert torch.equal(a, c), f"{name}: the same inputs must give the same bits"

@@ -6,9 +6,10 @@ or notebook needs no main guard. Only the forking thread goes on in the child, h
 there too: a DALI pipeline whose finaliser waits for threads that are not, a CUDA tensor, a TensorBoard writer, a file
 system with its event loop. None of them may be finalised there, so
 
-- the child's collector never looks at them (``gc.freeze``), and is off from before the fork until then;
+- the child's collector never looks at them (``gc.freeze``), and is off from before the fork until then. It would write to
+  each, too: the pages stay shared, about 100 MB for each worker;
 - the parent counts one reference more to each while it forks, which the child keeps: what the child drops or replaces (fsspec
-  clears its table of file systems in a new process) does not die. Counting in the parent keeps the pages shared;
+  clears its table of file systems in a new process) does not die. Counted in the parent, for the same pages' sake;
 - the child ends with ``os._exit`` after its last task, before anything that Python or a library does at exit.
 
 Signals are held back from before the fork until the child ignores them: the parent's handlers are not its business.
@@ -69,19 +70,27 @@ def forking() -> Iterator[None]:
     collected = gc.isenabled()
     gc.disable()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    # In the child this frame stays on the stack for ever, and with it the references.
-    held = gc.get_objects()
     try:
-        with warnings.catch_warnings(), _child_handler_kept():
+        with kept(), warnings.catch_warnings(), _child_handler_kept():
             warnings.filterwarnings(
                 "ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning
             )
             yield
     finally:
-        del held
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         if collected:
             gc.enable()
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Every object has one reference more in here; in a child that is forked in here it has it for ever, as this frame stays
+    on the child's stack. For workers of other libraries this alone keeps their parent's objects from being finalised."""
+    held = gc.get_objects()
+    try:
+        yield
+    finally:
+        del held
 
 
 def settle() -> None:

@@ -109,7 +109,7 @@ class Workers(Generic[T]):
         self._served = 0
         self._board = Board(workers)
         context = Context() if workers else None
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), forking() if workers else contextlib.nullcontext():
             # Whether the processes are too many for the cores is measured (the share of data-wait), not guessed.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader: DataLoader[Any] = DataLoader(
@@ -127,7 +127,6 @@ class Workers(Generic[T]):
                 # Without one of its own the loader would draw from, and so move, torch's global generator.
                 generator=torch.Generator(),
             )
-        with forking() if workers else contextlib.nullcontext():
             self._pool = _Pool(iter(loader), context.processes if context else [])
         # At exit multiprocessing would wait for ever for workers that ignore its SIGTERM; this runs before it does.
         self._end = weakref.finalize(self, self._pool.close)

@@ -18,6 +18,7 @@ import torch
 from dattrain.config.schema import Config
 from dattrain.data.board import Board, note
 from dattrain.data.cpu import CpuDecoder
+from dattrain.data.fork import kept
 from dattrain.data.loader import eval_loader, train_loader
 from dattrain.data.workers import Workers
 from dattrain.errors import STALLED, UserError
@@ -250,3 +251,28 @@ def test_the_end_of_a_long_path_is_kept(monkeypatch):
     row = board.row(1)
     assert (row.number, row.busy) == (7, True) and row.where.endswith("é/last.tar") and len(row.where) < 300
     assert board.row(0).where == "" and board.row(0).number == -1
+
+
+def test_workers_of_another_library_forked_beside_ours(tmp_path):
+    """As ``dattrain bench data`` does: torch's own loader knows nothing of ``settle``."""
+    gc.disable()
+    try:
+        Resource(tmp_path)
+        with kept():
+            loader = torch.utils.data.DataLoader(
+                Collecting(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
+            )
+            batches = iter(loader)
+        assert list(batches) == [0, 1]
+    finally:
+        gc.enable()
+    assert not list(tmp_path.iterdir())
+
+
+class Collecting(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, number):
+        collect(number)
+        return number

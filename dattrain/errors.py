@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+STALLED = 70
+"""Exit code of a process that ended itself because a rank or a data worker stalled (EX_SOFTWARE)."""
+
 
 class UserError(ValueError):
     """Something that the person at the keyboard can put right.

@@ -1,10 +1,41 @@
-"""Shared by all tests: one thread per process, the switches, and the one place that skips what needs a GPU."""
+"""Shared by all tests: one thread per process, the switches, the time limits, and the one place that skips what needs a
+GPU."""
 
+import faulthandler
 import os
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+LIMITS = {"dist": 1800, "e2e": 3600, "slurm": 3600}
+"""Seconds for a test of these folders and the fixtures that it is the first to need (a Slurm is installed and started, and
+runs a recipe); pyproject.toml has the limit of the others."""
+FULL_LIMIT = 4 * 3600
+GRACE = 60
+"""Seconds after its limit until a test is ended that the signal did not end."""
+# pytest's capture stands before descriptor 2 while tests run, and loses what it holds when the process exits.
+STDERR = pytest.StashKey()
+
+
+def pytest_configure(config):
+    config.stash[STDERR] = os.dup(2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_set_timer(item, settings):
+    """The signal fails a test in good order, with its fixtures torn down, once the main thread runs Python again. Where it
+    never does (a wait inside C), this prints every stack and ends the process: xdist reports the test as failed."""
+    faulthandler.dump_traceback_later(settings.timeout + GRACE, exit=True, file=item.config.stash[STDERR])
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_cancel_timer(item):
+    faulthandler.cancel_dump_traceback_later()
+    return (yield)
 
 
 def pytest_addoption(parser):
@@ -21,6 +52,13 @@ def pytest_runtest_setup(item):
 
 
 def pytest_collection_modifyitems(config, items):
+    here = Path(__file__).parent
+    for item in items:
+        limit = LIMITS.get(item.path.relative_to(here).parts[0]) if here in item.path.parents else None
+        if "full" in item.keywords:
+            limit = FULL_LIMIT
+        if limit is not None and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(limit))
     if config.getoption("--full"):
         return
     long = [item for item in items if "full" in item.keywords]

@@ -10,6 +10,7 @@ import torch
 
 from dattrain.data import images
 from dattrain.data.batch import Batch
+from dattrain.data.board import note
 from dattrain.data.feed import Encoded, bad_sample_message
 from dattrain.data.ring import Ring
 from dattrain.data.transforms import eval_image, train_image
@@ -60,6 +61,7 @@ class CpuDecoder:
         bad = dict(encoded.bad)
         pixels, slot = self._empty(len(encoded.data))
         for i, data in enumerate(encoded.data):
+            note(encoded.where[i])
             reason = None if data is None else decode_sample(encoded, i, self.transform, pixels[i])
             if reason is not None:
                 if not self.skip_bad:

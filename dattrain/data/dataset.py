@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dattrain.data.board import note
 from dattrain.data.index import NO_LABEL, ShardIndex
 from dattrain.data.shards import LocalSource, Shards, Source, expand, open_local, verify_sizes
 from dattrain.errors import UserError
@@ -100,6 +101,7 @@ class ShardDataset:
         The tar header before the image is read along with it and compared with the index: a shard that was written
         anew with the same size is noticed.
         """
+        note(f"{self.shards.paths[shard]}: sample {sample}")
         index = self.index(shard)
         offset, length = int(index.offsets[sample]), int(index.lengths[sample])
         key = index.key(sample)
@@ -122,6 +124,7 @@ class ShardDataset:
         """The index of a shard, checked against the catalogue."""
         index = self._indexes.get(shard)
         if index is None:
+            note(f"{self.shards.paths[shard]}: its index")
             index = self.source.index(shard)
             if len(index) != self.counts[shard] or index.size != self.shards.sizes[shard]:
                 raise UserError(
@@ -187,6 +190,7 @@ class FolderDataset:
     def read(self, shard: int, sample: int) -> Sample:
         """See ``Dataset.read``."""
         path = self.root / self._names[sample]
+        note(str(path))
         try:
             data = path.read_bytes()
         except FileNotFoundError as error:

@@ -305,7 +305,14 @@ def _decoder(
         workers=data.workers,
         prefetch=data.prefetch,
         pin=device.type == "cuda",
+        patience=patience(config),
+        unit="micro-batch",
     )
+
+
+def patience(config: Config) -> float:
+    """Seconds that a worker may give nothing: fewer than the watchdog's, which could not say which worker it is."""
+    return 0.75 * config.train.health.stall_seconds
 
 
 class ToDevice:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dattrain.data import images, tar
+from dattrain.data.board import note
 from dattrain.data.dataset import NO_LABEL, BadSample, Dataset, locate
 from dattrain.data.dedup import find_duplicates
 from dattrain.data.index import (
@@ -143,6 +144,7 @@ class _Packer:
 
     def write(self, name: str, items: NDArray[np.int64]) -> Done:
         """Write one shard aside, then publish its index and itself, in that order."""
+        note(name)
         path = self.folder / name
         aside = self.folder / f".{name}.{os.getpid()}.part"
         offsets, lengths, labels, keys, bad = [], [], [], [], []

@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from dattrain.config.schema import Config
 from dattrain.data.augment import draw
 from dattrain.data.batch import Batch
+from dattrain.data.board import note
 from dattrain.data.cpu import CpuDecoder
 from dattrain.data.dataset import IMAGE_EXTENSIONS
 from dattrain.data.feed import Encoded, Request, bad_sample_message
 from dattrain.data.indexing import LABEL_FIELDS
 from dattrain.data.labels import check_head
-from dattrain.data.loader import Bad, Decoder, ToDevice, open_split
+from dattrain.data.loader import Bad, Decoder, ToDevice, open_split, patience
 from dattrain.data.shards import brace_expand
 from dattrain.data.workers import Workers
 from dattrain.errors import ConfigError, UserError
@@ -195,6 +196,8 @@ def _open_webdataset(
         workers=data.workers,
         prefetch=data.prefetch,
         pin=device.type == "cuda",
+        patience=patience(config),
+        unit="micro-batch",
     )
     return StreamLoader(workers, samples_per_epoch=data.samples, num_classes_seen=None, device=device)
 
@@ -275,7 +278,9 @@ class WebStream:
         def shards() -> Iterator[dict[str, str]]:
             turn = place
             while True:
-                yield {"url": draws.choice(self.urls) if shuffle else self.urls[turn % len(self.urls)]}
+                url = draws.choice(self.urls) if shuffle else self.urls[turn % len(self.urls)]
+                note(url)
+                yield {"url": url}
                 turn += places
 
         samples = webdataset.tarfile_to_samples()(shards())

@@ -20,8 +20,8 @@ from enum import Enum
 from pathlib import Path
 from typing import IO
 
-STALLED = 70
-"""Exit code of a process that ended itself because a rank stalled (EX_SOFTWARE)."""
+from dattrain.errors import STALLED
+
 _NOTICE_S = 10.0
 """Between noticing a stall and ending the process: the other ranks need it to notice, and to dump their stacks."""
 

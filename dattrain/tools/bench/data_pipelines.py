@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dattrain.data.fork import kept
 from dattrain.tools.bench.data_images import Images
 
 if TYPE_CHECKING:
@@ -210,7 +211,11 @@ class Bench:
         )
 
     def _consume(self, loader: Iterable[Any]) -> None:
-        for _ in itertools.islice(loader, self.batches):
+        # The contender before may have left a DALI pipeline, which these workers must not finalise; some fork when first asked.
+        with kept():
+            batches = itertools.islice(loader, self.batches)
+            next(batches, None)
+        for _ in batches:
             pass
 
 

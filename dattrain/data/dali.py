@@ -202,7 +202,7 @@ class DaliDecoder:
         if self._device.type != "cuda":
             return
         decodes = probe(self._settings())
-        level = logging.INFO if decodes.startswith(("GPU", "hardware")) else logging.WARNING
+        level = logging.WARNING if "CPU" in decodes or decodes.startswith("unknown") else logging.INFO
         log.log(level, "data.decoder=dali: regions of JPEGs are decoded by: %s", decodes)
 
     def _build(self) -> Any:

@@ -1,9 +1,9 @@
 """Whether DALI's device decoder works on this GPU, and who decodes there: asked in a child process, before the first batch.
 
 nvImageCodec 0.9 is reported to fail on the regions of ordinary JPEGs, on some GPUs by a segmentation fault
-(NVIDIA/nvImageCodec#55), which no Python code can catch: the rank would die at each restart. So a child decodes one region
+(NVIDIA/nvImageCodec#55), which no Python code can catch: the rank would die at each restart. So a child decodes a few regions
 with the pipeline of training first. nvImageCodec also hands what it cannot do to the CPU without a word; at its log level
-3 it names the decoder that it takes, and that is what is read here.
+3 it names the decoders that it takes, and that is what is read here.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -35,9 +35,12 @@ log = logging.getLogger(__name__)
 _SECONDS = 180.0
 """For the child: imports from a slow file system and a CUDA context take most of it."""
 
-_REAL, _DECODED = "dattrain: the GPU can be used", "dattrain: decoded, mean difference"
+_IMAGES = 4
+"""Enough that ``hw_decoder_load`` leaves some to the hardware engine and some to nvJPEG's CUDA decoder."""
+
+_USABLE, _DECODED = "dattrain: the GPU can be used", "dattrain: decoded, mean difference"
 _WRONG = 16.0
-"""Levels of 255, the mean over the region: an order above what decoders differ by, and below any other picture."""
+"""Levels of 255, the mean over a region: an order above what decoders differ by, and below any other picture."""
 
 _PACKAGES = {
     "DALI": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
@@ -69,7 +72,7 @@ def remedy() -> str:
 
 @lru_cache
 def probe(device: Device) -> str:
-    """Who decodes the region of an ordinary JPEG there, in words; asked once per process and ``device``.
+    """Who decodes regions of an ordinary JPEG there, in words; asked once per process and ``device``.
 
     Raises:
         UserError: DALI is not installed; the decoder crashed, hung, failed, or gave other pixels than Pillow.
@@ -80,24 +83,18 @@ def probe(device: Device) -> str:
 
 def command(device: Device) -> list[str]:
     """The child's command line."""
-    program = "import sys; from dattrain.data.dali_probe import child; child(sys.argv[1])"
-    # One thread: memory is taken for each, and one image is decoded.
-    return [
-        sys.executable,
-        "-c",
-        program,
-        json.dumps(asdict(replace(device, threads=1, depth=1, preallocate=0))),
-    ]
+    program = (
+        "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+        "from dattrain.data.dali_probe import child; child(sys.argv[1])"
+    )
+    # Memory is taken for each thread.
+    settings = asdict(replace(device, threads=min(2, device.threads), depth=1, preallocate=0))
+    return [sys.executable, "-c", program, json.dumps(settings), json.dumps(sys.path)]
 
 
 def examine(command: Sequence[str], seconds: float) -> str:
     """Run the child, for so long at most, and say who decoded. Raises UserError as ``probe``."""
-    root = str(Path(__file__).parents[2])
-    environment = {
-        **os.environ,
-        "DALI_NVIMGCODEC_LOG_LEVEL": "3",
-        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
+    environment = {**os.environ, "DALI_NVIMGCODEC_LOG_LEVEL": "3"}
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
@@ -120,12 +117,12 @@ def _verdict(code: int | None, text: str, seconds: float) -> str:
     """What the child's exit status (None: it was killed for hanging) and its output mean."""
     lines = text.splitlines()
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")[:300]
-    where = "DALI's device decoder, tried in a child process on one region of an ordinary JPEG,"
+    where = "DALI's device decoder, tried in a child process on regions of an ordinary JPEG,"
     if code is None:
         raise UserError(f"{where} did not come back in {seconds:g} s; {remedy()}")
     if code < 0:
         raise UserError(f"{where} crashed with {signal.Signals(-code).name}; {remedy()}")
-    if code and _REAL not in text:
+    if code and _USABLE not in text:
         # Not the decoder's fault: a GPU in exclusive mode, say, lets no second process in.
         return f"unknown: the child process could not use the GPU ({last})"
     if code:
@@ -141,23 +138,30 @@ def _verdict(code: int | None, text: str, seconds: float) -> str:
 
 
 def who(text: str) -> str:
-    """The decoder that nvImageCodec's log names for its first image.
+    """The decoders that nvImageCodec's log names for the images, and of how many where they are several.
 
     Decoders that work image by image announce each (``process #0``), and the last one that did so has succeeded. The
     hardware engine works by the batch and announces failures alone: it is the one where nobody else was asked.
     """
-    asked = re.findall(r"(\w+) process #0\b", text)
-    if asked:
-        name = asked[-1]
-        kind = "GPU" if name.startswith("nvjpeg_cuda") else "hardware engine" if "_hw_" in name else "CPU"
-        return f"{kind} ({name})"
-    if "create nvjpeg_hw_decoder" in text and "num_samples=1" in text and " failed #0" not in text:
-        return "hardware engine (nvjpeg_hw_decoder, since no other decoder was asked)"
-    return "unknown: nvImageCodec's log names no decoder"
+    engine = "create nvjpeg_hw_decoder" in text and f"decode num_samples={_IMAGES}" in text
+    found: Counter[str] = Counter()
+    for image in range(_IMAGES):
+        asked = re.findall(rf"(\w+) process #{image}\b", text)
+        if asked:
+            name = asked[-1]
+        elif engine and not re.search(rf" failed #{image}\b", text):
+            name = "nvjpeg_hw_decoder"
+        else:
+            return "unknown: nvImageCodec's log does not name the decoder of every image"
+        kind = "hardware engine" if "_hw_" in name else "GPU" if name.startswith("nvjpeg_cuda") else "CPU"
+        found[f"{kind} ({name})"] += 1
+    if len(found) == 1:
+        return next(iter(found))
+    return ", ".join(f"{name} {count} of {_IMAGES}" for name, count in found.most_common())
 
 
 def child(settings: str) -> None:
-    """The child process: decode one region on the device of ``settings``, a ``Device`` as JSON, and say how it went."""
+    """The child process: decode regions on the device of ``settings``, a ``Device`` as JSON, and say how it went."""
     import resource
 
     import torch
@@ -166,20 +170,21 @@ def child(settings: str) -> None:
     device = Device(**json.loads(settings))
     if device.id is not None:
         torch.zeros(1, device=f"cuda:{device.id}")
-    print(_REAL, flush=True)
+    print(_USABLE, flush=True)
     picture, content = _jpeg()
-    top, left, height, width = 52, 100, 224, 224
+    height, width = 224, 224
+    corners = np.array([(52 + 5 * i, 100 + 7 * i) for i in range(_IMAGES)], dtype=np.int32)
     inputs = (
-        [np.frombuffer(content, dtype=np.uint8)],
-        np.array([[top, left]], dtype=np.int32),
-        np.array([[height, width]], dtype=np.int32),
-        np.zeros(1, dtype=np.int32),
+        [np.frombuffer(content, dtype=np.uint8)] * _IMAGES,
+        corners,
+        np.array([(height, width)] * _IMAGES, dtype=np.int32),
+        np.zeros(_IMAGES, dtype=np.int32),
     )
-    pipeline = train_pipeline(lambda: inputs, 1, (height, width), "bilinear", device)
+    pipeline = train_pipeline(lambda: inputs, _IMAGES, (height, width), "bilinear", device)
     (output,) = pipeline.run()
-    pixels = np.asarray((output.as_cpu() if device.id is not None else output).as_array()[0])
-    expected = picture[top : top + height, left : left + width]
-    difference = np.abs(pixels.astype(int) - expected.astype(int)).mean()
+    pixels = (output.as_cpu() if device.id is not None else output).as_array()
+    expected = np.stack([picture[top : top + height, left : left + width] for top, left in corners])
+    difference = np.abs(np.asarray(pixels).astype(int) - expected).mean((1, 2, 3)).max()
     print(f"{_DECODED} {difference:.3f}", flush=True)
     # Whatever the libraries do when they are taken down is not the question.
     sys.stdout.flush()

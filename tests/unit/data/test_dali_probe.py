@@ -16,7 +16,7 @@ from dattrain.errors import UserError
 
 pytest.importorskip("nvidia.dali")
 
-REAL = f"print({dali_probe._REAL!r}, flush=True);"
+USABLE = f"print({dali_probe._USABLE!r}, flush=True);"
 CRASH = "import os, signal, resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
 CRASH += "os.kill(os.getpid(), signal.SIGSEGV)"
 
@@ -34,9 +34,9 @@ def check_names_what_to_do(message: str) -> None:
     ("program", "says"),
     [
         (CRASH, "crashed with SIGSEGV"),
-        (REAL + "import time; time.sleep(60)", "did not come back in 0.5 s"),
-        (REAL + "raise SystemExit('nvImageCodec failure: #8')", "exit code 1 (nvImageCodec failure: #8)"),
-        (REAL + f"print({dali_probe._DECODED!r}, 97.25)", "97.25 levels of 255"),
+        (USABLE + "import time; time.sleep(60)", "did not come back in 0.5 s"),
+        (USABLE + "raise SystemExit('nvImageCodec failure: #8')", "exit code 1 (nvImageCodec failure: #8)"),
+        (USABLE + f"print({dali_probe._DECODED!r}, 97.25)", "97.25 levels of 255"),
     ],
 )
 def test_a_decoder_that_does_not_work_is_an_error(program, says):
@@ -50,8 +50,8 @@ def test_a_decoder_that_does_not_work_is_an_error(program, says):
     ("program", "says"),
     [
         ("raise SystemExit('all CUDA-capable devices are busy')", "could not use the GPU (all CUDA-capable"),
-        (REAL, "nothing of a decoded image"),
-        (REAL + f"print({dali_probe._DECODED!r}, 0.5)", "log names no decoder"),
+        (USABLE, "nothing of a decoded image"),
+        (USABLE + f"print({dali_probe._DECODED!r}, 0.5)", "does not name the decoder"),
     ],
 )
 def test_what_cannot_be_told_is_unknown(program, says):
@@ -62,16 +62,26 @@ def test_what_cannot_be_told_is_unknown(program, says):
 def test_who_decodes_is_read_from_the_log():
     """Lines as nvImageCodec 0.8 writes them; those of a GPU stand in its sources, src/image_generic_codec.h."""
     made = "[INFO] [nvimgcodec] create nvjpeg_hw_decoder load_hint 0.65 load_hint_policy 2\n"
-    made += "[INFO] [nvimgcodec] decode num_samples=1\n"
-    asked = "[INFO] [nvimgcodec] 0: {} process #0\n"
-    failed = "[INFO] [nvimgcodec] nvjpeg_hw_decoder failed #0. Trying next: nvjpeg_cuda_decoder\n"
-    assert who(made + asked.format("nvjpeg_cuda_decoder")).startswith("GPU (")
-    assert who(made + failed + asked.format("nvjpeg_cuda_decoder")).startswith("GPU (")
-    both = asked.format("nvjpeg_cuda_decoder") + asked.format("libjpeg_turbo_decoder")
-    assert who(made + both) == "CPU (libjpeg_turbo_decoder)"
-    assert who(made).startswith("hardware engine (")
-    assert who(made + failed).startswith("unknown")
+    made += "[INFO] [nvimgcodec] decode num_samples=4\n"
+
+    def asked(decoder, *images):
+        return "".join(f"[INFO] [nvimgcodec] 0: {decoder} process #{image}\n" for image in images)
+
+    def failed(*images):
+        line = "[INFO] [nvimgcodec] nvjpeg_hw_decoder failed #{}. Trying next: nvjpeg_cuda_decoder\n"
+        return "".join(line.format(image) for image in images)
+
+    cuda = asked("nvjpeg_cuda_decoder", 0, 1, 2, 3)
+    assert who(made + cuda) == who(made + failed(0, 1, 2) + cuda) == "GPU (nvjpeg_cuda_decoder)"
+    assert who(made + cuda + asked("libjpeg_turbo_decoder", 0, 1, 2, 3)) == "CPU (libjpeg_turbo_decoder)"
+    assert who(made) == "hardware engine (nvjpeg_hw_decoder)"
+    assert who(made + asked("nvjpeg_cuda_decoder", 3)) == (
+        "hardware engine (nvjpeg_hw_decoder) 3 of 4, GPU (nvjpeg_cuda_decoder) 1 of 4"
+    )
+    # What cannot be told.
+    assert who(made + failed(2)).startswith("unknown")
     assert who(made.replace("hw", "other")).startswith("unknown")
+    assert who(asked("nvjpeg_cuda_decoder", 0, 1, 2)).startswith("unknown")
 
 
 def test_the_child_decodes_and_the_log_is_understood():

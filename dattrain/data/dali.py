@@ -148,6 +148,7 @@ class DaliDecoder:
     def close(self) -> None:
         """End the threads and let go of the pipeline's memory."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._ahead.clear()
         if self._pipeline is not None:
             self._pipeline = None
             release(self._device)

@@ -126,6 +126,8 @@ def test_batches_are_made_one_ahead_on_a_stream_of_their_own(tmp_path, encodings
     next(made)
     assert [event.number for event, _ in made._used] == [2, 3]
     made.close()
+    with pytest.raises(StopIteration):
+        next(made)
 
 
 def test_an_error_comes_after_the_batches_before_it(tmp_path, encodings, recorded, monkeypatch):

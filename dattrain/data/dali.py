@@ -4,6 +4,9 @@ Order, crops and randomness stay ours: the pipeline decodes the planned region (
 it with antialiasing and flips it. The rest of the plan is done on the batch by ``dali_augment``; normalisation, erasing
 and mixing are the mixer's, as for the CPU decoder. Without a GPU the same pipeline runs on the CPU.
 
+Batches are made one ahead of those served. On CUDA they are made on a stream of their own, beside the training step, and
+the consumer's stream waits for a batch by an event; the host waits for DALI's CPU part alone.
+
 A DALI pipeline cannot skip: one image that does not decode is an error of the whole batch, and the end of the
 pipeline. So only what nvJPEG and libjpeg surely know (8-bit baseline or progressive JPEG of one or three components
 that ends as it should, and plain PNG) is given to it; the few others are decoded by Pillow beforehand. Where it fails
@@ -17,7 +20,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,9 +32,19 @@ from dattrain.data import images
 from dattrain.data.augment import crop_box, eval_geometry
 from dattrain.data.batch import Batch
 from dattrain.data.cpu import EvalTransform, assemble, decode_sample
-from dattrain.data.dali_augment import augment
-from dattrain.data.dali_pipeline import Device, eval_pipeline, fits, placeholder, release, train_pipeline
+from dattrain.data.dali_augment import Work, carry_out, prepare
+from dattrain.data.dali_pipeline import (
+    Device,
+    device_of,
+    eval_pipeline,
+    fits,
+    placeholder,
+    release,
+    train_pipeline,
+)
+from dattrain.data.dali_probe import probe, remedy
 from dattrain.data.feed import Encoded, bad_sample_message
+from dattrain.data.staging import stage
 from dattrain.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -44,14 +57,16 @@ _UNEXPLAINED = 3
 class _Prepared:
     """One micro-batch on its way: what is read, what the pipeline gets, and what was decoded without it.
 
-    ``here`` is B bool: the rows that the pipeline decodes; ``done`` holds the finished pixels (H x W x 3) of others.
+    ``here`` is B bool: the rows that the pipeline decodes, and ``work`` what remains to be done on them; ``done`` holds the
+    finished pixels (H x W x 3) of others.
     """
 
     encoded: Encoded
     here: NDArray[np.bool_]
     inputs: tuple[Any, ...]
-    done: dict[int, torch.Tensor] = field(default_factory=dict)
+    done: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)
 
 
 class DaliDecoder:
@@ -70,7 +85,8 @@ class DaliDecoder:
         threads: that read; one keeps the calls of ``read`` in order.
 
     Raises:
-        UserError: from the iterator, what ``read`` raises and for a bad image; here where DALI is not installed.
+        UserError: from the iterator, what ``read`` raises and for a bad image, and where DALI fails on good ones; here
+            where DALI is not installed, or its decoder does not work on this GPU (see ``dali_probe``).
     """
 
     def __init__(
@@ -87,6 +103,8 @@ class DaliDecoder:
         count: int | None = None,
         threads: int = 1,
     ) -> None:
+        self._device, self._data = device, data
+        self._check()
         self.read = read
         self.size = size
         self.skip_bad = skip_bad
@@ -94,8 +112,6 @@ class DaliDecoder:
         self.transform = transform
         self.count = count
         self.rebuilt = 0
-        self._data = data
-        self._device = device
         self._batch = batch
         self._threads = threads
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
@@ -106,47 +122,93 @@ class DaliDecoder:
         self._avoid: set[str] = set()
         self._unexplained = 0
         self._error: UserError | None = None
+        self._ahead: deque[tuple[Batch, Any] | Exception] = deque()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._used: deque[tuple[Any, _Prepared | None]] = deque()
         self._pipeline: Any = self._build()
 
     def __iter__(self) -> DaliDecoder:
         return self
 
     def __next__(self) -> Batch:
-        if self._pipeline is None:
-            raise StopIteration
-        try:
-            (output,) = self._pipeline.run()
-        except StopIteration:
-            return self._last()
-        except RuntimeError as error:
-            batch = self._recover(error)
-        else:
-            self._unexplained = 0
-            batch = self._finish(self._sent.popleft(), output)
-        self._given += 1
+        if not self._ahead:
+            self._make_ahead()
+        ready = self._ahead.popleft()
+        if isinstance(ready, Exception):
+            raise ready
+        self._make_ahead()
+        batch, made = ready
+        if made is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(made)
+            # The allocator must not hand the memory out again before the consumer's stream is done with it.
+            batch.images.record_stream(current)
         return batch
 
     def close(self) -> None:
         """End the threads and let go of the pipeline's memory."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._ahead.clear()
         if self._pipeline is not None:
             self._pipeline = None
             release(self._device)
 
+    def _make_ahead(self) -> None:
+        """Make the next batch, or keep what ended the batches until those before it are served."""
+        try:
+            if self._stream is None:
+                self._ahead.append((self._make()[0], None))
+                return
+            with torch.cuda.stream(self._stream):
+                batch, prepared = self._make()
+                made = torch.cuda.Event()
+                made.record(self._stream)
+            # The loader's copies of them shall not block; images are on the device.
+            batch = replace(batch, labels=batch.labels.pin_memory(), weight=batch.weight.pin_memory())
+        except Exception as error:
+            self._ahead.append(error)
+            return
+        self._ahead.append((batch, made))
+        # DALI reads its inputs in place: they are held until the device is past the batch.
+        while self._used and self._used[0][0].query():
+            self._used.popleft()
+        self._used.append((made, prepared))
+
+    def _make(self) -> tuple[Batch, _Prepared | None]:
+        """The next batch, and what it is made of; on CUDA its work is queued on the current stream, which is ours."""
+        if self._pipeline is None:
+            raise StopIteration
+        prepared = None
+        try:
+            (output,) = self._pipeline.run(self._stream)
+        except StopIteration:
+            return self._last(), None
+        except RuntimeError as error:
+            batch = self._recover(error)
+        else:
+            self._unexplained = 0
+            prepared = self._sent.popleft()
+            batch = self._finish(prepared, output)
+        self._given += 1
+        return batch, prepared
+
+    def _settings(self) -> Device:
+        if self._device.type != "cuda":
+            return device_of(None, self._data)
+        index = self._device.index
+        return device_of(torch.cuda.current_device() if index is None else index, self._data)
+
+    def _check(self) -> None:
+        """Ask who decodes on the GPU, before this process depends on it. Raises UserError where it does not work."""
+        if self._device.type != "cuda":
+            return
+        decodes = probe(self._settings())
+        level = logging.WARNING if "CPU" in decodes or decodes.startswith("unknown") else logging.INFO
+        log.log(level, "data.decoder=dali: regions of JPEGs are decoded by: %s", decodes)
+
     def _build(self) -> Any:
-        settings = Device(
-            id=None
-            if self._device.type != "cuda"
-            else self._device.index
-            if self._device.index is not None
-            else torch.cuda.current_device(),
-            threads=self._data.dali_threads,
-            depth=self._data.prefetch,
-            hw_decoder_load=self._data.dali_hw_decoder_load,
-            preallocate=self._data.dali_preallocate_mb * 10**6,
-        )
         make = train_pipeline if self.transform is None else eval_pipeline
-        return make(self._source, self._batch, self.size, self.interpolation, settings)
+        return make(self._source, self._batch, self.size, self.interpolation, self._settings())
 
     def _source(self) -> tuple[Any, ...]:
         """The next batch's inputs; DALI asks a few batches ahead."""
@@ -204,6 +266,8 @@ class DaliDecoder:
             else:
                 self._decode_here(prepared, i)
         prepared.inputs = (files, *self._geometry(encoded, sizes, prepared.here))
+        if encoded.request.plan is not None:
+            prepared.work = prepare(encoded.request.plan, prepared.here)
         return prepared
 
     def _geometry(
@@ -233,7 +297,7 @@ class DaliDecoder:
         out = torch.empty((*self.size, 3), dtype=torch.uint8)
         reason = decode_sample(prepared.encoded, i, self.transform, out)
         if reason is None:
-            prepared.done[i] = out
+            prepared.done[i] = out.numpy()
         elif self.skip_bad:
             prepared.bad[i] = reason
         else:
@@ -243,18 +307,22 @@ class DaliDecoder:
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         pixels = torch.empty((len(prepared.here), *self.size, 3), dtype=torch.uint8, device=self._device)
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        feed_ndarray(output.as_tensor(), pixels, cuda_stream=stream)
+        feed_ndarray(output.as_tensor(), pixels, cuda_stream=self._stream)
         return self._assemble(prepared, pixels)
 
     def _assemble(self, prepared: _Prepared, pixels: torch.Tensor) -> Batch:
-        for i, done in prepared.done.items():
-            pixels[i].copy_(done)
-        for i in prepared.bad:
-            pixels[i].zero_()
-        plan = prepared.encoded.request.plan
-        if plan is not None:
-            augment(pixels, plan, prepared.here)
+        """The batch of ``pixels`` (B x H x W x 3 uint8), with one copy from the host for all that is done on them."""
+        done, bad = sorted(prepared.done), sorted(prepared.bad)
+        images = np.empty((len(done), *self.size, 3), dtype=np.uint8)
+        for i, row in enumerate(done):
+            images[i] = prepared.done[row]
+        rows = (np.asarray(done, dtype=np.int64), np.asarray(bad, dtype=np.int64))
+        done_at, bad_at, finished, *arguments = stage([*rows, images, *prepared.work.arrays], self._device)
+        if done:
+            pixels[done_at] = finished
+        if bad:
+            pixels.index_fill_(0, bad_at, 0)
+        carry_out(pixels, prepared.work, arguments)
         return assemble(pixels.permute(0, 3, 1, 2), prepared.encoded, prepared.bad)
 
     def _recover(self, error: RuntimeError) -> Batch:
@@ -276,15 +344,20 @@ class DaliDecoder:
         self._unexplained = 0 if culprits else self._unexplained + 1
         if self._unexplained > _UNEXPLAINED:
             # Not the images, then: out of memory, a driver, a bug. Going on like this would train at a crawl.
-            raise error
+            self.close()
+            raise UserError(
+                f"DALI failed on {self._unexplained} batches one after the other, whose images decode well on the CPU; the "
+                f"last error was {_line(error)}; {remedy()}"
+            ) from error
         culprits = culprits or names
         self._avoid.update(culprits)
         log.warning(
             "DALI failed on a batch (%s); it was decoded on the CPU, and so will be %s from now on",
-            " ".join(str(error).split())[:300],
+            _line(error),
             ", ".join(culprits[:3]) + (f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""),
         )
         prepared.here[:] = False
+        prepared.work = Work()
         self._pipeline = None
         self._pipeline = self._build()
         pixels = torch.zeros((len(prepared.here), *self.size, 3), dtype=torch.uint8, device=self._device)
@@ -297,3 +370,7 @@ def _size(data: bytes) -> tuple[int, int] | None:
         return images.size(data)
     except images.BadImage:
         return None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

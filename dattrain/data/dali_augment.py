@@ -1,16 +1,19 @@
 """RandAugment and colour jitter of a plan on a whole uint8 batch, on the device where it is, to the bit what Pillow does.
 
 DALI's own versions of these operations interpolate and round in other ways than Pillow, by which timm defines them. So
-the DALI decoder hands its crops to this module. Which operation falls on which image stands in the plan, so images
-are grouped on the host and nothing waits for the device. Arithmetic follows Pillow's C code: integers where it has
-integers, single or double precision where it has those, truncation where it truncates.
+the DALI decoder hands its crops to this module. Which operation falls on which image stands in the plan, so all that the
+operations need (indices, tables, factors, matrices) is computed on the host beforehand (``prepare``); it goes to the device
+in one copy (``staging.stage``), and what runs there (``carry_out``) neither copies from the host nor waits for the device.
+Arithmetic follows Pillow's C code: integers where it has integers, single or double precision where it has those,
+truncation where it truncates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -21,11 +24,35 @@ from torch import Tensor
 from dattrain.data import randaugment
 from dattrain.data.augment import Plan
 from dattrain.data.randaugment import GEOMETRIC, Op
+from dattrain.data.staging import stage
 
 # Elementwise on the values of a channel, so a table of 256 entries says it all.
 _TABLES = frozenset({Op.INVERT, Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD, Op.BRIGHTNESS})
 _JITTER = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR)
 _CHUNK = 32
+
+
+Function = Callable[..., Tensor]
+"""N x H x W x 3 uint8 images and the tensors of their arguments to images of the same shape and dtype."""
+
+
+@dataclass
+class Work:
+    """The operations on a batch, in their order.
+
+    Attributes:
+        steps: a function, the place of its images' indices in ``arrays``, and the places of its further arguments.
+        arrays: everything that the functions need, on the host.
+    """
+
+    steps: list[tuple[Function, int, tuple[int, ...]]] = field(default_factory=list)
+    arrays: list[NDArray] = field(default_factory=list)
+
+    def add(self, function: Function, index: NDArray[np.int64], *arguments: NDArray) -> None:
+        """Append a step."""
+        first = len(self.arrays)
+        self.arrays += [index, *arguments]
+        self.steps.append((function, first, tuple(range(first + 1, first + 1 + len(arguments)))))
 
 
 def augment(pixels: Tensor, plan: Plan, rows: NDArray[np.bool_]) -> None:
@@ -35,43 +62,54 @@ def augment(pixels: Tensor, plan: Plan, rows: NDArray[np.bool_]) -> None:
         pixels: B x H x W x 3 uint8, cropped, resized and flipped.
         rows: B bool, which images; the others stay as they are.
     """
+    work = prepare(plan, rows)
+    carry_out(pixels, work, stage(work.arrays, pixels.device))
+
+
+def prepare(plan: Plan, rows: NDArray[np.bool_]) -> Work:
+    """The work on the images that ``rows`` (B bool) names. On the host alone."""
+    work = Work()
     for layer in range(plan.ops.shape[1]):
-        _layer(pixels, plan.ops[:, layer], plan.args[:, layer], rows, plan)
+        _layer(work, plan.ops[:, layer], plan.args[:, layer], rows, plan)
     for turn in range(plan.jitter_order.shape[1]):
         which = plan.jitter_order[:, turn].astype(np.int64)
         factor = plan.jitter[np.arange(len(which)), which]
         ops = np.where(factor == 1, int(Op.NONE), np.asarray(_JITTER, dtype=np.int64)[which])
-        _layer(pixels, ops, factor, rows, plan)
+        _layer(work, ops, factor, rows, plan)
+    return work
+
+
+def carry_out(pixels: Tensor, work: Work, staged: Sequence[Tensor]) -> None:
+    """Do the work on ``pixels`` (B x H x W x 3 uint8), in place; ``staged`` are ``work.arrays`` on the same device."""
+    for function, index, arguments in work.steps:
+        pixels[staged[index]] = function(pixels[staged[index]], *(staged[at] for at in arguments))
 
 
 def _layer(
-    pixels: Tensor,
-    ops: NDArray[np.integer],
-    args: NDArray[np.floating],
-    rows: NDArray[np.bool_],
-    plan: Plan,
+    work: Work, ops: NDArray[np.integer], args: NDArray[np.floating], rows: NDArray[np.bool_], plan: Plan
 ) -> None:
     """One operation (or none) on each image."""
-    groups: tuple[tuple[frozenset[Op], Callable[[Tensor, NDArray, NDArray], Tensor]], ...] = (
-        (_TABLES, _by_table),
-        (frozenset({Op.AUTO_CONTRAST}), lambda x, o, a: _autocontrast(x)),
-        (frozenset({Op.EQUALIZE}), lambda x, o, a: _equalize(x)),
-        (frozenset({Op.COLOR}), lambda x, o, a: _blend(_gray(x)[..., None], x, a)),
-        (frozenset({Op.CONTRAST}), lambda x, o, a: _contrast(x, a)),
-        (frozenset({Op.SHARPNESS}), lambda x, o, a: _blend(_smooth(x), x, a)),
-        (GEOMETRIC, lambda x, o, a: _affine(x, o, a, plan)),
+    affine = partial(_affine, plan.interpolation)
+    fill = np.asarray(plan.fill, dtype=np.uint8)
+    groups: tuple[tuple[frozenset[Op], Function, Callable[[NDArray, NDArray], tuple[NDArray, ...]]], ...] = (
+        (_TABLES, _look_up, lambda o, a: (_tables(o, a),)),
+        (frozenset({Op.AUTO_CONTRAST}), _autocontrast, lambda o, a: ()),
+        (frozenset({Op.EQUALIZE}), _equalize, lambda o, a: ()),
+        (frozenset({Op.COLOR}), _color, lambda o, a: (a.astype(np.float32),)),
+        (frozenset({Op.CONTRAST}), _contrast, lambda o, a: (a.astype(np.float32),)),
+        (frozenset({Op.SHARPNESS}), _sharpness, lambda o, a: (a.astype(np.float32),)),
+        (GEOMETRIC, affine, lambda o, a: (_matrices(o, a, plan.size), fill)),
     )
-    for members, function in groups:
+    for members, function, arguments in groups:
         hit = np.flatnonzero(rows & np.isin(ops, [int(op) for op in members]))
         # Chunks bound the memory that the intermediate results take.
         for at in (hit[i : i + _CHUNK] for i in range(0, len(hit), _CHUNK)):
-            index = torch.from_numpy(at).to(pixels.device)
-            pixels[index] = function(pixels[index], ops[at], args[at])
+            work.add(function, at, *arguments(ops[at], args[at]))
 
 
-def _by_table(x: Tensor, ops: NDArray[np.integer], args: NDArray[np.floating]) -> Tensor:
-    tables = np.stack([_table(int(op), float(arg)) for op, arg in zip(ops, args)])
-    return _look_up(x, torch.from_numpy(tables).to(x.device)[:, None].expand(-1, 3, -1))
+def _tables(ops: NDArray[np.integer], args: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """N x 1 x 256: one table for all channels of an image."""
+    return np.stack([_table(int(op), float(arg)) for op, arg in zip(ops, args)])[:, None]
 
 
 @lru_cache(maxsize=4096)
@@ -82,19 +120,23 @@ def _table(op: int, argument: float) -> NDArray[np.uint8]:
     return np.asarray(done)[0, :, 0].copy()
 
 
+def _places(x: Tensor, channels: int) -> Tensor:
+    """Where the values of ``x`` N x H x W x 3 stand in N x ``channels`` x 256 tables (1 or 3 channels): int64."""
+    n = len(x)
+    start = torch.arange(n * channels, device=x.device).view(n, 1, 1, channels) * 256
+    return start + x
+
+
 def _look_up(x: Tensor, table: Tensor) -> Tensor:
-    """``x`` N x H x W x 3 uint8 through N x 3 x 256 tables (uint8)."""
-    n, h, w, c = x.shape
-    flat = x.permute(0, 3, 1, 2).reshape(n, c, h * w).long()
-    return table.gather(2, flat).view(n, c, h, w).permute(0, 2, 3, 1)
+    """``x`` N x H x W x 3 uint8 through N x 1 x 256 or N x 3 x 256 tables (uint8)."""
+    return table.take(_places(x, table.shape[1]))
 
 
 def _histogram(x: Tensor) -> Tensor:
     """N x 3 x 256 int64."""
     n, _, _, c = x.shape
-    row = torch.arange(n * c, device=x.device).view(n, 1, 1, c) * 256
     # In one dimension, where torch has a deterministic kernel on CUDA too.
-    flat = (row + x).flatten()
+    flat = _places(x, c).flatten()
     count = torch.zeros(n * c * 256, dtype=torch.int64, device=x.device)
     return count.scatter_add_(0, flat, torch.ones_like(flat)).view(n, c, 256)
 
@@ -125,10 +167,18 @@ def _gray(x: Tensor) -> Tensor:
     return (r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16
 
 
-def _contrast(x: Tensor, factor: NDArray[np.floating]) -> Tensor:
+def _color(x: Tensor, factor: Tensor) -> Tensor:
+    return _blend(_gray(x)[..., None], x, factor)
+
+
+def _sharpness(x: Tensor, factor: Tensor) -> Tensor:
+    return _blend(_smooth(x), x, factor)
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
     n, h, w, _ = x.shape
     mean = (_gray(x).sum((1, 2), dtype=torch.int64).double() / (h * w) + 0.5).floor().int()
-    values = torch.arange(256, dtype=torch.int32, device=x.device).expand(n, 3, 256)
+    values = torch.arange(256, dtype=torch.int32, device=x.device).expand(n, 1, 256)
     return _look_up(x, _blend(mean[:, None, None], values, factor))
 
 
@@ -142,11 +192,22 @@ def _smooth(x: Tensor) -> Tensor:
     return out
 
 
-def _blend(degenerate: Tensor, x: Tensor, factor: NDArray[np.floating]) -> Tensor:
-    """``Image.blend``: degenerate + factor * (x - degenerate) in single precision, clipped and truncated."""
-    f = torch.from_numpy(factor.astype(np.float32)).to(x.device).view(-1, *[1] * (x.ndim - 1))
+def _blend(degenerate: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """``Image.blend``: degenerate + factor * (x - degenerate) in single precision, clipped and truncated.
+
+    ``factor`` is N float32, the others N x ... integers.
+    """
+    f = factor.view(-1, *[1] * (x.ndim - 1))
     start = degenerate.int()
     return (start.float() + f * (x.int() - start).float()).clamp(0, 255).to(torch.uint8)
+
+
+def _matrices(
+    ops: NDArray[np.integer], args: NDArray[np.floating], size: tuple[int, int]
+) -> NDArray[np.float64]:
+    """6 x N: see ``_matrix``."""
+    rows = [_matrix(int(op), float(arg), *size) for op, arg in zip(ops, args)]
+    return np.ascontiguousarray(np.asarray(rows, dtype=np.float64).T)
 
 
 def _matrix(op: int, argument: float, height: int, width: int) -> tuple[float, ...]:
@@ -167,39 +228,40 @@ def _matrix(op: int, argument: float, height: int, width: int) -> tuple[float, .
     return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
 
 
-def _affine(x: Tensor, ops: NDArray[np.integer], args: NDArray[np.floating], plan: Plan) -> Tensor:
-    """``Image.transform`` with Pillow's bicubic (a = -1) or bilinear filter; what lies outside is ``plan.fill``."""
+def _affine(interpolation: str, x: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
+    """``Image.transform`` with Pillow's bicubic (a = -1) or bilinear filter; what lies outside is ``fill`` (3 uint8).
+
+    ``matrices`` are 6 x N float64, from output to input coordinates.
+    """
     n, h, w, _ = x.shape
-    device = x.device
-    rows = [_matrix(int(op), float(arg), h, w) for op, arg in zip(ops, args)]
-    a, b, c, d, e, f = torch.tensor(rows, dtype=torch.float64).to(device).T[:, :, None, None]
-    px = torch.arange(w, dtype=torch.float64, device=device)[None, None, :] + 0.5
-    py = torch.arange(h, dtype=torch.float64, device=device)[None, :, None] + 0.5
+    a, b, c, d, e, f = matrices[:, :, None, None]
+    px = torch.arange(w, dtype=torch.float64, device=x.device)[None, None, :] + 0.5
+    py = torch.arange(h, dtype=torch.float64, device=x.device)[None, :, None] + 0.5
     sx, sy = a * px + b * py + c, d * px + e * py + f
     inside = (sx >= 0) & (sx < w) & (sy >= 0) & (sy < h)
     sx, sy = sx - 0.5, sy - 0.5
     x0, y0 = sx.floor(), sy.floor()
     dx, dy = (sx - x0)[..., None], (sy - y0)[..., None]
-    columns, lines = x0.long(), y0.long()
-    image = torch.arange(n, device=device)[:, None, None]
-
-    def tap(j: int, i: int) -> Tensor:
-        return x[image, (lines + j).clamp(0, h - 1), (columns + i).clamp(0, w - 1)].double()
-
-    if plan.interpolation == "bicubic":
-        across = [_cubic(tap(j, -1), tap(j, 0), tap(j, 1), tap(j, 2), dx) for j in (-1, 0, 1, 2)]
-        value = _cubic(across[0], across[1], across[2], across[3], dy)
-    else:
-        value = _linear(_linear(tap(0, 0), tap(0, 1), dx), _linear(tap(1, 0), tap(1, 1), dx), dy)
-    fill = torch.tensor(plan.fill, dtype=torch.uint8).to(device)
+    reach = 4 if interpolation == "bicubic" else 2
+    steps = torch.arange(reach, device=x.device).view(-1, 1, 1, 1) - (reach // 2 - 1)
+    # One gather brings a line of neighbours for every pixel: reach x N x H x W places in the flat images.
+    columns = (x0.long() + steps).clamp(0, w - 1)
+    lines = (y0.long() + steps).clamp(0, h - 1) * w
+    lines += torch.arange(n, device=x.device).view(n, 1, 1) * (h * w)
+    flat = x.reshape(-1, 3)
+    between = _cubic if interpolation == "bicubic" else _linear
+    across = [between(flat[columns + line].double(), dx) for line in lines]
+    value = between(across, dy)
     return torch.where(inside[..., None], value.clamp(0, 255).to(torch.uint8), fill)
 
 
-def _linear(v1: Tensor, v2: Tensor, d: Tensor) -> Tensor:
+def _linear(taps: Tensor | list[Tensor], d: Tensor) -> Tensor:
+    v1, v2 = taps
     return v1 + (v2 - v1) * d
 
 
-def _cubic(v1: Tensor, v2: Tensor, v3: Tensor, v4: Tensor, d: Tensor) -> Tensor:
+def _cubic(taps: Tensor | list[Tensor], d: Tensor) -> Tensor:
+    v1, v2, v3, v4 = taps
     # In Pillow's order of operations, which decides the last bit.
     p2, p3, p4 = v3 - v1, 2 * (v1 - v2) + v3 - v4, v2 - v1 - v3 + v4
     return v2 + d * (p2 + d * (p3 + d * p4))

@@ -13,10 +13,21 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from dattrain.config.schema import Data
 from dattrain.errors import UserError
 
 _TAIL = 64
 """Bytes at the end of a file in which its end marker is looked for; some writers pad."""
+
+
+_LARGEST = {
+    "device_memory_padding": 211_025_920,
+    "host_memory_padding": 140_544_512,
+    "preallocate_width_hint": 5980,
+    "preallocate_height_hint": 6430,
+}
+"""Buffers, in bytes, and pixels that fit ImageNet-1K's largest images, so that none makes nvJPEG allocate anew (which stops the
+device): the values of NVIDIA's own ImageNet example (DALI, docs/examples/use_cases/pytorch/resnet50; NVIDIA/DALI#3029)."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,17 @@ class Device:
     preallocate: int
 
 
+def device_of(index: int | None, data: Data) -> Device:
+    """The settings of ``data`` on CUDA device ``index``; None is the CPU."""
+    return Device(
+        id=index,
+        threads=data.dali_threads,
+        depth=data.prefetch,
+        hw_decoder_load=data.dali_hw_decoder_load,
+        preallocate=data.dali_preallocate_mb * 10**6,
+    )
+
+
 def train_pipeline(
     source: Callable[[], tuple[Any, ...]],
     batch: int,
@@ -47,13 +69,14 @@ def train_pipeline(
 ) -> Any:
     """Decode a region, resize it, flip it.
 
-    ``source`` gives (files, B x 2 int32 top and left, B x 2 int32 height and width, B int32 flips). The output is
+    ``source`` gives (files, B x 2 int32 top and left, B x 2 int32 height and width, B int32 flips). DALI reads these arrays in
+    place: whoever gives them holds them, unchanged, until the batch's output is there. The output is
     B x height x width x 3 uint8.
     """
-    fn, types = _dali()
+    fn, types = require()
 
     def graph() -> Any:
-        files, start, shape, flip = fn.external_source(source=source, num_outputs=4, batch=True)
+        files, start, shape, flip = fn.external_source(source=source, num_outputs=4, batch=True, no_copy=True)
         pixels = fn.decoders.image_slice(
             files, start=start, shape=shape, axes=(0, 1), **_decoding(types, device)
         )
@@ -72,17 +95,30 @@ def eval_pipeline(
 ) -> Any:
     """Decode, resize, crop.
 
-    ``source`` gives (files, B x 2 float32 height and width to resize to, B x 2 int32 top and left of the crop).
+    ``source`` gives (files, B x 2 float32 height and width to resize to, B x 2 int32 top and left of the crop), to be held as
+    for ``train_pipeline``.
     """
-    fn, types = _dali()
+    fn, types = require()
 
     def graph() -> Any:
-        files, resized, start = fn.external_source(source=source, num_outputs=3, batch=True)
+        files, resized, start = fn.external_source(source=source, num_outputs=3, batch=True, no_copy=True)
         pixels = fn.decoders.image(files, **_decoding(types, device))
         pixels = fn.resize(pixels, size=resized, **_resizing(types, interpolation))
         return fn.slice(pixels, start=start, shape=size, axes=(0, 1))
 
     return _built(graph, batch, device)
+
+
+def require() -> tuple[Any, Any]:
+    """DALI's ``fn`` and ``types``. Raises UserError where it is not installed."""
+    try:
+        from nvidia.dali import fn, types
+    except ImportError as error:
+        raise UserError(
+            f"data.decoder=dali needs NVIDIA DALI ({error}); install it with `pip install dattrain[dali]`, or set "
+            "data.decoder=cpu"
+        ) from error
+    return fn, types
 
 
 def release(device: torch.device) -> None:
@@ -148,6 +184,9 @@ def _decoding(types: Any, device: Device) -> dict[str, Any]:
     return {
         "device": "mixed",
         "hw_decoder_load": device.hw_decoder_load,
+        # DALI would tie each rank's threads to the same first cores.
+        "affine": False,
+        **_LARGEST,
         # As libjpeg-turbo upsamples, hence as the CPU decoder.
         "jpeg_fancy_upsampling": True,
         **common,
@@ -177,14 +216,3 @@ def _built(graph: Callable[[], Any], batch: int, device: Device) -> Any:
         pipeline.set_outputs(graph())
     pipeline.build()
     return pipeline
-
-
-def _dali() -> tuple[Any, Any]:
-    try:
-        from nvidia.dali import fn, types
-    except ImportError as error:
-        raise UserError(
-            f"data.decoder=dali needs NVIDIA DALI ({error}); install it with `pip install dattrain[dali]`, or set "
-            "data.decoder=cpu"
-        ) from error
-    return fn, types

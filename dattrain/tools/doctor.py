@@ -155,15 +155,23 @@ def attention() -> list[str]:
     return found
 
 
-def dali() -> str:
-    """Whether DALI can be imported and has a device to run on."""
+def dali() -> list[str]:
+    """Whether DALI can be imported, and who decodes JPEGs on each kind of GPU here (tried in a child process)."""
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        return "not installed (pip install dattrain[dali]); data.decoder=cpu works without"
-    import nvidia.dali as dali_module
+        return ["not installed (pip install dattrain[dali]); data.decoder=cpu works without"]
     import torch
 
-    where = "on the GPU" if torch.cuda.is_available() else "on the CPU alone: no CUDA device"
-    return f"{dali_module.__version__}, decodes {where}"
+    from dattrain.config.schema import Data
+    from dattrain.data.dali_pipeline import device_of
+    from dattrain.data.dali_probe import probe, versions
+
+    if not torch.cuda.is_available():
+        return [f"{versions()}; decodes on the CPU alone: no CUDA device"]
+    kinds = {torch.cuda.get_device_name(index): index for index in reversed(range(torch.cuda.device_count()))}
+    return [
+        versions(),
+        *(f"{kind}: {probe(device_of(index, Data()))}" for kind, index in kinds.items()),
+    ]
 
 
 def slurm() -> list[str]:

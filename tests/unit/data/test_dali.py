@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
+from collections import deque
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ from dattrain.config.schema import Augment, Data
 from dattrain.data import images
 from dattrain.data.cpu import CpuDecoder, EvalTransform
 from dattrain.data.dali import DaliDecoder
-from dattrain.data.dali_pipeline import fits
+from dattrain.data.dali_pipeline import device_of, fits, train_pipeline
+from dattrain.data.dali_probe import versions
 from dattrain.data.dataset import open_dataset
 from dattrain.data.feed import EvalFeed, TrainFeed, fetch
 from dattrain.data.indexing import index_shards
@@ -259,19 +263,72 @@ def test_exif_orientation_is_ignored(encodings):
     assert Image.open(io.BytesIO(encodings["exif"])).size == upright == (301, 427)
 
 
-def test_a_pipeline_that_is_broken_is_an_error(tmp_path, jpegs, monkeypatch):
+@pytest.mark.parametrize("failure", ["CUDA error: out of memory", "nvImageCodec failure: '#8'"])
+def test_a_pipeline_that_is_broken_is_an_error(tmp_path, jpegs, monkeypatch, failure):
     """What is no image's fault must not turn into training on the CPU unnoticed."""
     dataset = open_dataset(shards(tmp_path / "set", jpegs * 4))
-    _, dali = both(dataset, train_feed(dataset, PLAIN, (64, 64)), (64, 64))
+    cpu, dali = both(dataset, train_feed(dataset, PLAIN, (64, 64)), (64, 64))
 
     class Broken:
-        def run(self):
+        def run(self, stream):
             dali._source()
-            raise RuntimeError("CUDA error: out of memory")
+            raise RuntimeError(failure)
 
     monkeypatch.setattr(dali, "_build", Broken)
     dali._pipeline = Broken()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        for _ in range(10):
-            next(dali)
+    for number in range(3):
+        same_samples(cpu(number), next(dali))
+    with pytest.raises(UserError) as caught:
+        next(dali)
+    message = str(caught.value)
+    assert "DALI failed on 4 batches one after the other" in message and failure in message
+    assert versions() in message and "data.decoder=cpu" in message
+    with pytest.raises(StopIteration):
+        next(dali)
+
+
+def test_inputs_may_change_once_their_batch_is_there(encodings):
+    """DALI reads them in place, batches ahead."""
+    names = ("420", "progressive", "gray", "png")
+
+    def outputs(overwrite):
+        sent: deque = deque()
+
+        def source():
+            corner = np.array([[3, 5]] * len(names), np.int32)
+            files = [np.frombuffer(encodings[name], np.uint8).copy() for name in names]
+            sent.append((files, corner, corner + 120, np.array([0, 1, 0, 1], np.int32)))
+            return sent[-1]
+
+        pipeline = train_pipeline(source, len(names), (64, 64), "bicubic", device_of(None, Data(prefetch=3)))
+        for _ in range(6):
+            (output,) = pipeline.run()
+            files, *others = sent.popleft()
+            for array in [*files, *others] if overwrite else []:
+                array.fill(0)
+            yield np.array(output.as_array())
+
+    (first, *rest) = [*outputs(False), *outputs(True)]
+    assert first.any() and all(np.array_equal(output, first) for output in rest)
+
+
+def test_inputs_live_until_their_batch_is_there_and_no_longer(tmp_path, jpegs, monkeypatch):
+    dataset = open_dataset(shards(tmp_path / "set", jpegs * 4))
+    _, dali = both(dataset, train_feed(dataset, PLAIN, (64, 64)), (64, 64))
+    source, made = dali._source, []
+
+    def watched():
+        inputs = source()
+        made.append([weakref.ref(array) for array in (*inputs[0], *inputs[1:])])
+        return inputs
+
+    monkeypatch.setattr(dali, "_source", watched)
+    dali._pipeline = dali._build()
+    for served in range(1, 9):
+        next(dali)
+        # One batch is made ahead of those served; DALI has asked for some more.
+        assert len(made) > served + 1
+        assert all(ref() is not None for refs in made[served + 1 :] for ref in refs)
+    gc.collect()
+    assert all(ref() is None for refs in made[: served + 1] for ref in refs)
     dali.close()

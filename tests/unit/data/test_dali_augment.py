@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from host_waits import fake_cuda
 from PIL import Image
 
 from dattrain.config.schema import Augment
 from dattrain.data import augment, randaugment
 from dattrain.data.dali_augment import augment as on_device
+from dattrain.data.staging import stage
 from dattrain.data.transforms import train_image
 
 SIZE = (96, 128)
@@ -95,3 +97,51 @@ def test_only_the_rows_that_are_asked_for():
     expected = by_pillow(images, plan)
     on_device(images, plan, rows)
     assert torch.equal(images[1::2], before[1::2]) and torch.equal(images[::2], expected[::2])
+
+
+def test_the_host_does_not_wait_for_the_device():
+    """Every operation, and more images of one than a chunk holds, on fake CUDA tensors."""
+    ops = [*randaugment.OPERATIONS, *[randaugment.Op.ROTATE] * 40]
+    count = len(ops)
+    plan = replace(
+        plan_of(count, randaugment=None, color_jitter=0.4),
+        ops=np.array(ops, np.int8)[:, None],
+        args=randaugment.arguments(
+            np.array(ops), np.full(count, 5.0), np.zeros(count, bool), increasing=True
+        )[:, None],
+    )
+    with fake_cuda() as waits:
+        pixels = torch.empty(count, *SIZE, 3, dtype=torch.uint8, device="cuda")
+        on_device(pixels, plan, np.ones(count, bool))
+    assert not waits.found, waits.report()
+
+
+def test_staging_is_one_copy_of_pinned_memory(monkeypatch):
+    """The tensors are the arrays, whatever their shapes, types and alignment."""
+    rng = np.random.default_rng(0)
+    arrays = [
+        rng.integers(0, 9, 7),
+        rng.integers(0, 255, (5, 3), dtype=np.uint8),
+        np.empty((0, 4), np.int64),
+        rng.random((6, 5)).T,
+        rng.random(3).astype(np.float32),
+        np.broadcast_to(np.float64(0.5), (2, 2)),
+    ]
+    assert all(np.array_equal(a, t.numpy()) for a, t in zip(arrays, stage(arrays, torch.device("cpu"))))
+    copies = []
+
+    def to(tensor, device, non_blocking):
+        copies.append((tensor.dtype, device, non_blocking, any(tensor is p for p in pinned)))
+        return tensor.clone()
+
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1]
+    )
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    device = torch.device("cuda", 0)
+    staged = stage(arrays, device)
+    assert copies == [(torch.uint8, device, True, True)]
+    for array, tensor in zip(arrays, staged):
+        assert tensor.shape == array.shape and np.array_equal(array, tensor.numpy())
+        assert tensor.dtype == torch.from_numpy(np.empty(0, array.dtype)).dtype

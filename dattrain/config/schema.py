@@ -249,7 +249,7 @@ class Train(Section):
     channels_last: bool = False
     """Memory format of the images and convolutions."""
     deterministic: bool = False
-    """torch.use_deterministic_algorithms: bit-exact on CUDA too, slower."""
+    """torch.use_deterministic_algorithms: equal bits on equal CUDA devices too, slower; what cannot do that raises."""
     max_steps: Count | None = None
     """Stop early after this many updates; the schedule keeps its length."""
     log_every: Count = 50

@@ -61,7 +61,7 @@ def deform_attention(
     _check(q, k, v, positions, bias_table, height, width, query_grid)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     table = None if bias_table is None else bias_table.to(positions.dtype)
-    chosen = resolve(q, backend)
+    chosen = resolve(q, backend, q.shape[-1])
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
             return reference.deform_attention(q, k, v, positions, table, height, width, query_grid, scale)

@@ -56,8 +56,10 @@ def use_backend(name: Backend) -> Iterator[None]:
         _chosen.pop()
 
 
-def resolve(q: Tensor, asked: str | None) -> Backend:
-    """The backend for queries B x heads x n x d: the argument, else ``use_backend``, else the environment, else the best.
+def resolve(q: Tensor, asked: str | None, head_dim: int = 0) -> Backend:
+    """The backend for an operator on ``q``: the argument, else ``use_backend``, else the environment, else the best.
+
+    ``head_dim`` is that of attention's heads; operators on maps have none.
 
     On CPU the best is ``native``, whose operator runs as ``torch`` where it could not be compiled.
 
@@ -72,7 +74,7 @@ def resolve(q: Tensor, asked: str | None) -> Backend:
         else (os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE)
     )
     on_gpu = q.device.type == "cuda"
-    fits_triton = q.dtype != torch.float64 and q.shape[-1] <= MAX_TRITON_HEAD_DIM
+    fits_triton = q.dtype != torch.float64 and head_dim <= MAX_TRITON_HEAD_DIM
     if not named:
         if on_gpu:
             return "triton" if fits_triton and _triton_status()[0] else "torch"
@@ -82,7 +84,7 @@ def resolve(q: Tensor, asked: str | None) -> Backend:
         raise UserError(f"{source}=native is for CPU tensors, and these are on {q.device}")
     if chosen == "triton" and not fits_triton:
         raise UserError(
-            f"{source}=triton computes in fp32 with head dims up to {MAX_TRITON_HEAD_DIM}, not {q.dtype} with {q.shape[-1]}; "
+            f"{source}=triton computes in fp32 with head dims up to {MAX_TRITON_HEAD_DIM}, not {q.dtype} with {head_dim}; "
             "use torch"
         )
     return chosen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dattrain.ops.coordinates import QueryGrid, query_coordinates
@@ -27,9 +26,10 @@ def sampled_bias(bias_table: Tensor, positions: Tensor, height: int, width: int,
     displacement = (query - positions.unsqueeze(2)) / 2
     tables = bias_table.view(1, groups, heads // groups, table_height, table_width)
     tables = tables.expand(batch, -1, -1, -1, -1).flatten(0, 1)
-    bias = F.grid_sample(
-        tables, displacement.flip(-1).flatten(0, 1).to(tables.dtype), align_corners=True, mode="bilinear"
-    )
+    places = displacement.flip(-1).flatten(0, 1).to(tables.dtype)
+    # Bilinear, zeros outside, corners aligned. F.grid_sample on CUDA is cuDNN's, whose gradient has no fixed order of
+    # summation and does not say so under use_deterministic_algorithms; this one raises there.
+    bias = torch.ops.aten.grid_sampler_2d(tables, places, 0, 0, True)
     return bias.view(batch, heads, height * width, keys)
 
 

@@ -1,4 +1,9 @@
-"""Bilinear sampling of feature maps at key positions."""
+"""Bilinear sampling of feature maps at key positions.
+
+Backends: ``native`` on CPUs, ``triton`` on NVIDIA; elsewhere plain torch. ``F.grid_sample`` is never asked on CUDA: it goes
+to cuDNN, whose gradient of the map is made by atomic adds and, unlike torch's own, does not say so under
+``torch.use_deterministic_algorithms``.
+"""
 
 from __future__ import annotations
 
@@ -40,54 +45,108 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
             f"not {tuple(x.shape)} and {tuple(positions.shape)}"
         )
     computes = positions.dtype == torch.promote_types(x.dtype, torch.float32)
-    if computes and x.dtype in native_maps.SUFFIXES and resolve(x, None) == "native":
-        return _sample(x, positions)
-    return _grid_sample(x, positions)
+    chosen = resolve(x, None)
+    if computes and chosen == "native" and x.dtype in native_maps.SUFFIXES:
+        return _sample(x, positions, chosen)
+    if computes and chosen == "triton" and x.dtype != torch.float64:
+        return _sample(x, positions, chosen)
+    return _gather(x, positions) if x.is_cuda else _grid_sample(x, positions)
+
+
+def _folded(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps (B * groups) x c x H x W and grid (B * groups) x 1 x Ns x 2 in order x, y, as ``grid_sample`` takes them."""
+    batch, height, width, channels = x.shape
+    groups = positions.shape[1]
+    maps = x.reshape(batch, height, width, groups, channels // groups).permute(0, 3, 4, 1, 2).flatten(0, 1)
+    return maps.to(positions.dtype), positions.flatten(0, 1).flip(-1).unsqueeze(1)
 
 
 def _grid_sample(x: Tensor, positions: Tensor) -> Tensor:
+    # Autocast never narrows grid_sample's fp32 inputs, and has no switch on the meta device.
+    out = F.grid_sample(*_folded(x, positions), mode="bilinear", align_corners=True)
+    return out.to(x.dtype).reshape(x.shape[0], x.shape[3], positions.shape[2]).transpose(1, 2)
+
+
+def _grid_sample_backward(grad: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and positions, by name: inside an operator autograd records nothing."""
     batch, height, width, channels = x.shape
     groups, points = positions.shape[1:3]
-    maps = x.reshape(batch, height, width, groups, channels // groups).permute(0, 3, 4, 1, 2).flatten(0, 1)
-    # Autocast never narrows grid_sample's fp32 inputs, and has no switch on the meta device.
-    grid = positions.flatten(0, 1).flip(-1).unsqueeze(1)
-    out = F.grid_sample(maps.to(positions.dtype), grid, mode="bilinear", align_corners=True)
-    return out.to(x.dtype).reshape(batch, channels, points).transpose(1, 2)
+    maps, grid = _folded(x, positions)
+    cotangent = (
+        grad.to(positions.dtype).transpose(1, 2).reshape(batch * groups, channels // groups, 1, points)
+    )
+    bilinear, zeros = 0, 0
+    grad_maps, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
+        cotangent, maps, grid, bilinear, zeros, True, (True, True)
+    )
+    grad_x = grad_maps.view(batch, channels, height, width).permute(0, 2, 3, 1).to(x.dtype)
+    return grad_x.contiguous(), grad_grid.view(positions.shape).flip(-1)
+
+
+def _gather(x: Tensor, positions: Tensor) -> Tensor:
+    """Four rows of pixels per point, weighed: torch adds up its gradient in a fixed order when told to."""
+    batch, height, width, channels = x.shape
+    groups, points = positions.shape[1:3]
+    y = (positions[..., 0] + 1) * ((height - 1) / 2)
+    column = (positions[..., 1] + 1) * ((width - 1) / 2)
+    top, left = y.floor(), column.floor()
+    fy, fx = y - top, column - left
+    rows = x.to(positions.dtype).reshape(-1, channels // groups)
+    image = torch.arange(batch, device=x.device).view(-1, 1, 1) * (height * width)
+    group = torch.arange(groups, device=x.device).view(1, -1, 1)
+    out = torch.zeros((), dtype=positions.dtype, device=x.device)
+    for dy, by_y in enumerate((1 - fy, fy)):
+        for dx, by_x in enumerate((1 - fx, fx)):
+            at_y, at_x = top + dy, left + dx
+            outside = (at_y < 0) | (at_y > height - 1) | (at_x < 0) | (at_x > width - 1)
+            # A coordinate that is no number is neither outside nor inside: it reads the first pixel, with no number.
+            inside = (at_y >= 0) & (at_y <= height - 1) & (at_x >= 0) & (at_x <= width - 1)
+            pixel = at_y.where(inside, 0).long() * width + at_x.where(inside, 0).long()
+            taps = rows.index_select(0, ((image + pixel) * groups + group).flatten())
+            weight = (by_y * by_x).masked_fill(outside, 0).unsqueeze(-1)
+            out = out + weight * taps.view(batch, groups, points, channels // groups)
+    return out.to(x.dtype).transpose(1, 2).reshape(batch, points, channels)
 
 
 @torch.library.custom_op("dattrain::sample", mutates_args=())
-def _sample(x: Tensor, positions: Tensor) -> Tensor:
+def _sample(x: Tensor, positions: Tensor, backend: str) -> Tensor:
+    if backend == "triton":
+        from dattrain.ops import triton_maps
+
+        return triton_maps.sample(x, positions)
     if native.status()[0]:
         return native_maps.sample(x, positions)
     return _grid_sample(x, positions).contiguous()
 
 
 @_sample.register_fake
-def _(x: Tensor, positions: Tensor) -> Tensor:
+def _(x: Tensor, positions: Tensor, backend: str) -> Tensor:
     return x.new_empty(x.shape[0], positions.shape[2], x.shape[3])
 
 
 @torch.library.custom_op("dattrain::sample_backward", mutates_args=())
-def _sample_backward(grad: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _sample_backward(grad: Tensor, x: Tensor, positions: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from dattrain.ops import triton_maps
+
+        return triton_maps.sample_backward(grad, x, positions)
     if native.status()[0]:
         return native_maps.sample_backward(grad, x, positions)
-    with torch.enable_grad():
-        inputs = x.detach().requires_grad_(), positions.detach().requires_grad_()
-        grads = torch.autograd.grad(_grid_sample(*inputs), inputs, grad)
-    return grads[0].contiguous(), grads[1].contiguous()
+    return _grid_sample_backward(grad, x, positions)
 
 
 @_sample_backward.register_fake
-def _(grad: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, positions: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), positions.new_empty(positions.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, positions, ctx.backend = inputs
+    ctx.save_for_backward(x, positions)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return _sample_backward(grad, *ctx.saved_tensors)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return (*_sample_backward(grad, *ctx.saved_tensors, ctx.backend), None)
 
 
 _sample.register_autograd(_backward, setup_context=_setup_context)

@@ -167,7 +167,7 @@ def test_they_are_whole_torch_operators(function):
     qkv = torch.randn(2, 3, 4, 12, dtype=torch.float64, requires_grad=True)
     pairs = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
     operator, inputs = {
-        "sample": (torch.ops.dattrain.sample, (x, positions)),
+        "sample": (torch.ops.dattrain.sample, (x, positions, "native")),
         "depthwise_conv": (torch.ops.dattrain.depthwise_conv, (x, weight, bias, 2)),
         "window_attention": (torch.ops.dattrain.window_attention, (qkv, pairs, None, 2)),
     }[function]

@@ -11,7 +11,7 @@ in which programs run: the same inputs give the same bits, always.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ import triton
 from torch import Tensor
 
 from dattrain.ops import triton_kernels as kernels
-from dattrain.ops.coordinates import QueryGrid, start_and_step
+from dattrain.ops.coordinates import QueryGrid
+from dattrain.ops.triton_planes import Bias
 
 
 def forward(
@@ -41,7 +42,7 @@ def forward(
         return q.new_empty(batch, queries, heads, dim).transpose(1, 2), lse
     q, k, v = (_padded(x) for x in (q, k, v))
     out = q.new_empty(batch, queries, heads, q.shape[-1]).transpose(1, 2)
-    bias = _Bias.of(positions, table, q, height, width, grid)
+    bias = Bias.of(positions, table, q, height, width, grid)
     tiles = forward_tiles(q, width)
     kernels.forward_kernel[(batch * heads, tiles.patches(height, width))](
         q, k, v, bias.starts, bias.planes, out, lse, heads, groups, keys,
@@ -74,71 +75,112 @@ def backward(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), grad_positions, grad_table
     grad_out, q, k, v, out = (_padded(x) for x in (grad_out, q, k, v, out))
     lse = lse.contiguous()
-    wide = q.shape[-1]
     grad_q, grad_k, grad_v = (
-        q.new_empty(batch, length, heads, wide).transpose(1, 2) for length in (queries, keys, keys)
+        q.new_empty(batch, length, heads, q.shape[-1]).transpose(1, 2) for length in (queries, keys, keys)
     )
-    bias = _Bias.of(positions, table, q, height, width, grid)
-    tiles, precision = backward_tiles(q, width), _precision(q)
-    patch = {"R": tiles.R, "C": tiles.C, "S": tiles.S}
-    places = tiles.patches(height, width) * tiles.R * tiles.C * tiles.S
-    delta = torch.empty_like(lse)
     grad_starts = positions.new_empty(batch, heads, keys, 2)
-    grad_logits = q.new_empty(batch, heads, keys, places)
-    kernels.delta_kernel[(batch * heads, triton.cdiv(queries, 64))](
-        grad_out, out, delta, heads, queries, *grad_out.stride()[:3], *out.stride()[:3], D=wide, BLOCK=64
-    )
-    for first, count, block in tiles.launches(keys):
-        kernels.backward_kernel[(batch * heads, count)](
-            grad_out, q, k, v, bias.starts, bias.planes, lse, delta, grad_k, grad_v, grad_starts, grad_logits,
-            heads, groups, keys, first, *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *grad_k.stride()[:3], *grad_v.stride()[:3], *bias.step, *bias.slope, scale, H=height, W=width, D=wide,
-            MASKED=first + count * block > keys, **tiles.launch(block), **bias.constants, **precision,
+    bias = Bias.of(positions, table, q, height, width, grid)
+    tiles = backward_tiles(q, width)
+    bytes_per_image = heads * keys * tiles.places(height, width) * q.element_size()
+    some = max(1, SCORES_BYTES // bytes_per_image)
+    for first in range(0, batch, some):
+        images = slice(first, first + some)
+        grad_logits = _scores_gradient(
+            grad_out[images], q[images], k[images], v[images], out[images], lse[images], grad_k[images], grad_v[images],
+            grad_starts[images], bias.of_images(images), tiles, height, width, scale,
         )  # fmt: skip
-    some = math.gcd(places, QUERY_TILE)  # no place past the last
-    kernels.query_gradient_kernel[(batch * heads, places // some)](
-        grad_logits, k, grad_q, heads, keys, *k.stride()[:3], *grad_q.stride()[:3], scale, H=height, W=width, D=wide,
-        PLACES=places, BLOCK_Q=some, BLOCK_K=tiles.BLOCK_K, TAIL=tiles.tail(keys), num_warps=2, num_stages=1, **patch,
-        **precision,
-    )  # fmt: skip
+        _query_gradient(grad_logits, k[images], grad_q[images], tiles, height, width, scale)
+        if grad_table is not None:
+            grad_table += _table_gradient(
+                grad_logits, bias.of_images(images), grad_table, tiles, height, width
+            )
     if table is not None:
         grad_positions = grad_starts.view(batch, groups, heads // groups, keys, 2).sum(2)
-        grad_table = _table_gradient(grad_logits, bias, table, groups, height, width, patch)
     grad_q, grad_k, grad_v = (_narrowed(x, dim) for x in (grad_q, grad_k, grad_v))
     return grad_q, grad_k, grad_v, grad_positions, grad_table
 
 
+SCORES_BYTES = 256 << 20
+"""Of the scores' gradient, at most, at a time; one image's where that is more."""
 QUERY_TILE = 64
 """Places, at most, whose gradient of q is one program's."""
 SPLITS = 1024
 """Programs, about, that the (image, key) pairs of a table's gradient are spread over."""
 
 
-def _table_gradient(
-    grad_logits: Tensor,
-    bias: _Bias,
-    table: Tensor,
-    groups: int,
+def _scores_gradient(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    grad_starts: Tensor,
+    bias: Bias,
+    tiles: Tiles,
     height: int,
     width: int,
-    patch: dict[str, int],
+    scale: float,
 ) -> Tensor:
+    """B x heads x keys x places in the dtype of q; ``grad_k``, ``grad_v`` and ``grad_starts`` are filled."""
+    batch, heads, queries, dim = q.shape
+    keys, groups = k.shape[2], bias.starts.shape[1]
+    delta = torch.empty_like(lse)
+    grad_logits = q.new_empty(batch, heads, keys, tiles.places(height, width))
+    kernels.delta_kernel[(batch * heads, triton.cdiv(queries, 64))](
+        grad_out, out, delta, heads, queries, *grad_out.stride()[:3], *out.stride()[:3], D=dim, BLOCK=64
+    )
+    for first, count, block in tiles.launches(keys):
+        kernels.backward_kernel[(batch * heads, count)](
+            grad_out, q, k, v, bias.starts, bias.planes, lse, delta, grad_k, grad_v, grad_starts, grad_logits,
+            heads, groups, keys, first, *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *grad_k.stride()[:3], *grad_v.stride()[:3], *bias.step, *bias.slope, scale, H=height, W=width, D=dim,
+            MASKED=first + count * block > keys, **tiles.launch(block), **bias.constants, **_precision(q),
+        )  # fmt: skip
+    return grad_logits
+
+
+def _query_gradient(
+    grad_logits: Tensor, k: Tensor, grad_q: Tensor, tiles: Tiles, height: int, width: int, scale: float
+) -> None:
     batch, heads, keys, places = grad_logits.shape
+    some = math.gcd(places, QUERY_TILE)  # no place past the last
+    tiles = tiles._replace(BLOCK_K=32 if k.shape[-1] < 32 else 64)
+    kernels.query_gradient_kernel[(batch * heads, places // some)](
+        grad_logits, k, grad_q, heads, keys, *k.stride()[:3], *grad_q.stride()[:3], scale, H=height, W=width,
+        D=k.shape[-1], PLACES=places, BLOCK_Q=some, BLOCK_K=tiles.BLOCK_K, TAIL=tiles.tail(keys), **tiles.patch,
+        num_warps=2, num_stages=1, **_precision(k),
+    )  # fmt: skip
+
+
+def _table_gradient(
+    grad_logits: Tensor,
+    bias: Bias,
+    table: Tensor,
+    tiles: Tiles,
+    height: int,
+    width: int,
+) -> Tensor:
+    """As ``table`` (heads x Th x Tw, fp32)."""
+    batch, heads, keys, places = grad_logits.shape
+    groups = bias.starts.shape[1]
     half = grad_logits.element_size() == 2
     rows, columns = (min(64 if half else 32, _power(n)) for n in (height, width))
     tile_y, tile_x = (min(64 if half else 32, _power(n)) for n in table.shape[1:])
-    tiles = triton.cdiv(table.shape[1], tile_y) * triton.cdiv(table.shape[2], tile_x)
+    parts = triton.cdiv(table.shape[1], tile_y) * triton.cdiv(table.shape[2], tile_x)
     # As many heads as share positions and fit into registers.
     together = max(
         n for n in ((1, 2, 3, 4) if half and rows * columns <= 1024 else (1,)) if heads // groups % n == 0
     )
     splits = max(1, min(batch * keys, SPLITS * together // heads))
     partial = table.new_empty(splits, *table.shape)
-    kernels.table_gradient_kernel[(splits, heads // together, tiles)](
+    kernels.table_gradient_kernel[(splits, heads // together, parts)](
         grad_logits, bias.starts, partial, batch, heads, groups, keys, triton.cdiv(batch * keys, splits), *bias.step,
         *bias.offset, *table.shape[1:], H=height, W=width, PLACES=places, ROWS=rows, COLUMNS=columns, TILE_Y=tile_y,
         TILE_X=tile_x, TOGETHER=together, num_warps=2 if max(tile_y, tile_x) <= 32 else 4, num_stages=1,
-        PRECISION="tf32x3", **patch,
+        PRECISION="tf32x3", **tiles.patch,
     )  # fmt: skip
     return partial.sum(0)
 
@@ -156,6 +198,15 @@ class Tiles(NamedTuple):
         """How many cover a map."""
         return triton.cdiv(height, self.R * self.S) * triton.cdiv(width, self.C)
 
+    def places(self, height: int, width: int) -> int:
+        """Queries in them, those past the map included."""
+        return self.patches(height, width) * self.R * self.C * self.S
+
+    @property
+    def patch(self) -> dict[str, int]:
+        """Its constants."""
+        return {"R": self.R, "C": self.C, "S": self.S}
+
     def tail(self, keys: int) -> int:
         """Size of the tile for the keys past the last full one, 0 for none."""
         return _power(keys % self.BLOCK_K) if keys % self.BLOCK_K else 0
@@ -170,7 +221,7 @@ class Tiles(NamedTuple):
         """Constants of a launch; a smaller tile of keys takes fewer warps."""
         block = block or self.BLOCK_K
         warps = max(1, self.num_warps * block // self.BLOCK_K)
-        return {**self._asdict(), "BLOCK_K": block, "num_warps": warps, "num_stages": 1}
+        return {**self.patch, "BLOCK_K": block, "num_warps": warps, "num_stages": 1}
 
 
 def forward_tiles(q: Tensor, width: int) -> Tiles:
@@ -189,79 +240,6 @@ def backward_tiles(q: Tensor, width: int) -> Tiles:
 def _patch(width: int) -> tuple[int, int]:
     # 7, 24, 56: columns of 8 waste less than columns of 16.
     return (2, 8) if width % 16 in range(1, 9) else (1, 16)
-
-
-class _Bias(NamedTuple):
-    """The table as planes, the keys' starts in it, and what the kernels' arithmetic needs of both axes (y, x)."""
-
-    starts: Tensor
-    planes: Tensor
-    step: tuple[float, float]
-    slope: tuple[float, float]
-    offset: tuple[float, float]
-    """What turns a start into a table index."""
-    constants: dict[str, Any]
-
-    @classmethod
-    def of(
-        cls, positions: Tensor, table: Tensor | None, q: Tensor, height: int, width: int, grid: QueryGrid
-    ) -> _Bias:
-        """Two small kernels; nothing where there is no table."""
-        half = q.element_size() == 2
-        if table is None:
-            constants = {"HAS_TABLE": False, "HALF": half, "PITCH": 1, "WORDS": 1}
-            return cls(positions, positions, (0.0, 0.0), (0.0, 0.0), (0.0, 0.0), constants)
-        positions, table = positions.contiguous(), table.contiguous()
-        heads, *sizes = table.shape
-        y, x = (_Axis.of(n, size, grid, half) for n, size in zip((height, width), sizes))
-        broken = sizes[0] + 2 * y.pad
-        rows, pitch = broken + y.pad, sizes[1] + 2 * x.pad
-        starts = positions.new_empty(positions.shape[:3], dtype=torch.int64)
-        planes = table.new_empty(heads, rows, pitch, 1 if half else 2, dtype=torch.int64)
-        kernels.starts_kernel[(triton.cdiv(starts.numel(), 256),)](
-            positions, starts, starts.numel(), y.origin, x.origin, y.slope, x.slope, y.low, x.low, y.high, x.high,
-            float(broken), BLOCK=256,
-        )  # fmt: skip
-        cells = heads * rows * pitch
-        kernels.planes_kernel[(triton.cdiv(cells, 256),)](
-            table, planes, cells, rows * pitch, pitch, *sizes, y.pad, x.pad, broken, 0.5 - _edge(half), HALF=half,
-            BLOCK=256,
-        )  # fmt: skip
-        return cls(
-            starts, planes, (y.step, x.step), (y.slope, x.slope), (y.offset, x.offset),
-            {"HAS_TABLE": True, "HALF": half, "PITCH": pitch, "WORDS": planes[0].numel()},
-        )  # fmt: skip
-
-
-class _Axis(NamedTuple):
-    """One axis of the planes: a key's start is ``origin + slope * position``, within ``low`` and ``high``."""
-
-    origin: float
-    slope: float
-    step: float
-    low: float
-    high: float
-    pad: int
-    offset: float
-
-    @classmethod
-    def of(cls, size: int, table_size: int, grid: QueryGrid, half: bool) -> _Axis:
-        origin, slope, step = start_and_step(size, table_size, grid)
-        # Zeros around, wide enough for the queries past the map that fill up a tile (none is higher or wider than 16).
-        pad = math.ceil(step * triton.cdiv(size, 16) * 16) + 2
-        shift = pad - 0.5 + _edge(half)
-        low, high = -(step * (size - 1) + 1.25), table_size + 0.25
-        return cls(origin + shift, slope, step, low + shift, high + shift, pad, -shift)
-
-
-def _edge(half: bool) -> float:
-    """How far below a whole index its cell begins already.
-
-    Rounding (by addition) sends a tie to the even neighbour, where ``grid_sample`` takes the floor, and with it the slope to the right.
-    With this much of a cell added first there is no tie, and planes are about a point this much off the centre.
-    It is many times the rounding of an index, and below what the planes' own rounding makes of a value.
-    """
-    return 2.0**-13 if half else 2.0**-16
 
 
 def _power(n: int) -> int:

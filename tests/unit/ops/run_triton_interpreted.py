@@ -11,6 +11,7 @@ from attention_cases import Case
 from triton.runtime import interpreter
 
 from dattrain import ops
+from dattrain.ops import triton_attention
 
 CASES = {
     "center": Case(batch=1, heads=2, groups=1),
@@ -115,14 +116,25 @@ def check_broken_key() -> None:
         assert gradient[1, 0].isnan().any() and gradient[0].isfinite().all()
 
 
+def check_some_images_at_a_time() -> None:
+    """A batch whose scores' gradient would be too large at once."""
+    before = triton_attention.SCORES_BYTES
+    triton_attention.SCORES_BYTES = 1
+    try:
+        check("image by image", CASES["corner"], torch.float32)
+    finally:
+        triton_attention.SCORES_BYTES = before
+
+
 def main() -> None:
-    """All cases in fp32, some in half precision; strides; kinks; positions that are no numbers."""
+    """All cases in fp32, some in half precision; strides; a batch in parts; kinks; positions that are no numbers."""
     multiply_bf16_as_numbers()
     for name, case in CASES.items():
         check(name, case, torch.float32)
     for name, (case, dtype) in HALF.items():
         check(name, case, dtype)
     check("strided", CASES["center"], torch.float32, strided=True)
+    check_some_images_at_a_time()
     check_kinks()
     check_broken_key()
     print("all equal")

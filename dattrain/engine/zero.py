@@ -67,6 +67,8 @@ def ds_config(config: Config, derived: Derived, *, device: str = "cuda") -> dict
         # Stated even when it is off: DeepSpeed's default is 1.0.
         "gradient_clipping": config.optim.clip,
         "steps_per_print": None,
+        # Its clock is on by default and stops the whole device at each forward pass and each step; ours does not.
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {**block, **zero.extra},

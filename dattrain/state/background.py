@@ -116,6 +116,10 @@ class SideCopy:
     def run(self) -> None:
         """Copy; returns when all is in host memory."""
         try:
+            if self._stream is not None:
+                # A thread begins at device 0, and leaving the stream goes back to where it began: there CUDA would make a
+                # context, of half a gigabyte for each rank of the node.
+                torch.cuda.set_device(self._stream.device)
             with torch.cuda.stream(self._stream):  # without a stream this does nothing
                 self._issue()
                 if self._stream is not None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -62,6 +63,42 @@ def test_a_side_copy_holds_what_was_there_before_the_fence(device):
     state.zero_()
     task.wait()
     assert torch.equal(host[8:].view(torch.float32), expected)
+
+
+def test_a_side_copy_touches_no_device_but_its_own(monkeypatch):
+    """Each thread begins at device 0; whatever it enters or leaves there makes a context on that device."""
+    current, touched = threading.local(), set()
+
+    class Stream:
+        device = torch.device("cuda", 3)
+
+        def wait_stream(self, other): ...
+
+        def synchronize(self): ...
+
+    class Event:
+        def record(self):
+            touched.add(getattr(current, "index", 0))
+
+    @contextmanager
+    def stream(entered):
+        before = getattr(current, "index", 0)
+        touched.update((before, entered.device.index))
+        yield
+        touched.add(before)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: setattr(current, "index", d.index))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    host = torch.zeros(8, dtype=torch.uint8)
+    task = OneInFlight("t")
+    task.start(SideCopy(host, [Copy(torch.ones(2), 0, 2, at=0)]).run)
+    task.wait()
+    assert touched == {3}
+    assert host.view(torch.float32).tolist() == [1, 1]
 
 
 def test_a_side_copy_that_fails_holds_nobody_up():

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dattrain.ops.coordinates import QueryGrid, start_and_step
+from dattrain.ops.precision import products_of
 
 PAD = 2
 """Rows and columns of zeros around the table: an index clamped to [-2, size] reads zeros for both of its taps."""
@@ -429,7 +430,7 @@ def _constants(q: Tensor, table: Tensor | None, height: int, width: int, grid: Q
         "PADDED": max(16, triton.next_power_of_2(dim)),
         "HAS_TABLE": table is not None,
         "WHOLE": whole,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": products_of(q),
     }
 
 

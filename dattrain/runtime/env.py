@@ -180,8 +180,11 @@ def pick_device(env: Env) -> torch.device:
     return torch.device("cuda", index)
 
 
-def configure(*, threads: int = 0, deterministic: bool = False) -> None:
-    """Settings of torch that hold for the process; before the device is touched. ``threads`` 0 leaves torch's choice."""
+def configure(*, threads: int = 0, deterministic: bool = False, tf32: bool = False) -> None:
+    """Settings of torch that hold for the process; before the device is touched. ``threads`` 0 leaves torch's choice.
+
+    Without ``tf32`` fp32 convolutions are exact too, which torch alone computes in TF32.
+    """
     import torch
 
     if threads:
@@ -190,6 +193,11 @@ def configure(*, threads: int = 0, deterministic: bool = False) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+    # By the older interface: torch.compile reads it, which raises once the newer one was used, by a caller perhaps.
+    torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
+    torch.backends.cudnn.fp32_precision = "none"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def device_name(device: torch.device) -> str:

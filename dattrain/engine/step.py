@@ -20,6 +20,7 @@ from dattrain.config.schema import Config
 from dattrain.data.batch import Batch
 from dattrain.data.mix import Mixer
 from dattrain.data.philox import Stream, uniform32
+from dattrain.data.to_device import to_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16-pure": torch.bfloat16, "fp16": torch.float16}
 """Dtype of the network's input by ``train.precision``; under autocast (``bf16``) the layers cast by themselves."""
@@ -126,7 +127,7 @@ class Updater:
         noise = {}
         if self._drop_path:
             drawn = uniform32(self._seed, Stream.DROP_PATH, batch.position.numpy(), self._drop_path)
-            noise["drop_path_noise"] = torch.from_numpy(drawn).to(self._device, non_blocking=True)
+            noise["drop_path_noise"] = to_device(drawn, self._device)
         logits = self.engine(images, **noise)
         losses = weight * F.cross_entropy(logits.float(), targets, reduction="none")
         total = losses.sum()

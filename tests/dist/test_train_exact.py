@@ -40,13 +40,14 @@ def trained(tmp_path_factory):
     jobs = []
     for stage, precision in FAST:
         jobs += halves(path, folder, data, stage, precision)
+        if stage in BUCKETS and precision == "bf16":
+            # Here, since stage 3 changes torch's linear layers for the rest of the process.
+            settings = [f"zero.stage={stage}", "train.precision=bf16", "train.max_steps=2"]
+            settings.append("zero.extra={reduce_bucket_size: 300}")
+            jobs.append([str(path), str(folder / f"buckets-{stage}"), [*data, *settings]])
     for mode in REMAT:
         settings = ["zero.stage=3", "train.precision=bf16", f"train.remat={mode}", "train.max_steps=2"]
         jobs.append([str(path), str(folder / f"remat-{mode}"), [*data, *settings]])
-    for stage in BUCKETS:
-        settings = [f"zero.stage={stage}", "train.precision=bf16", "train.max_steps=2"]
-        settings.append("zero.extra={reduce_bucket_size: 300}")
-        jobs.append([str(path), str(folder / f"buckets-{stage}"), [*data, *settings]])
     print(run_jobs(folder, jobs)[0])
     return folder
 

@@ -1,3 +1,7 @@
+import os
+import tempfile
+from dataclasses import replace
+
 import pytest
 
 from dattrain.errors import UserError
@@ -41,6 +45,28 @@ def test_tf32_is_for_products_and_convolutions_alike(torch_settings, tf32):
     # What torch.compile reads, and what the newer interface says of it.
     assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
     assert (torch.backends.cudnn.conv.fp32_precision == "tf32") is tf32
+
+
+def test_ranks_of_a_node_share_a_cache_of_kernels_on_it(torch_settings, monkeypatch, tmp_path):
+    def configured(**changes):
+        os.environ.pop("TRITON_CACHE_DIR", None)
+        configure(env=replace(resolve(SLURM, "box"), **changes))
+        return os.environ.get("TRITON_CACHE_DIR")
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = tmp_path / f"dattrain-triton-{os.getuid()}"
+    assert configured(local_world=1) is None and configured(world=1, local_world=0) is None
+    assert configured() == str(folder) and folder.stat().st_mode & 0o777 == 0o700
+    assert configured(local_world=0) == str(folder)  # the launcher does not say
+    folder.chmod(0o777)
+    assert configured() is None  # others may have put libraries there
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    assert configured() is None
+    os.environ["TRITON_CACHE_DIR"] = "mine"
+    configure(env=resolve(SLURM, "box"))
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
 
 
 def test_nothing_set_is_one_process():

@@ -238,6 +238,8 @@ class Train(Section):
     """Samples per device and forward pass."""
     precision: Literal["fp32", "bf16", "bf16-pure", "fp16"] = "bf16"
     """``bf16`` is autocast over fp32 weights; ``bf16-pure`` keeps bf16 weights with fp32 masters; ``fp16`` has a dynamic loss scale."""
+    tf32: bool = False
+    """On CUDA, matrix products and convolutions of ``precision: fp32`` by TF32 tensor cores: inputs rounded to 10 bits of mantissa."""
     remat: Literal["none", "stage", "block", "selective"] = "none"
     """Activation checkpointing: recompute whole stages, blocks, or the attention and MLP interiors only."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -327,6 +329,11 @@ class Config(Section):
             }[t.precision]
             raise ValueError(
                 f"zero.stage=0 with train.precision={t.precision} trains wrongly: {why}; use zero.stage 1-3, or precision bf16 or fp32"
+            )
+        if t.tf32 and t.precision != "fp32":
+            raise ValueError(
+                f"train.tf32 is a way to multiply in fp32, and train.precision={t.precision}: its products are in 16 bits already, "
+                "and what it keeps in fp32 is kept so for accuracy; use train.precision=fp32, or leave train.tf32 out"
             )
         if t.cuda_graphs:
             # A graph's outputs live until the next forward pass, and its inputs must stay where they are.

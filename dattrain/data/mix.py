@@ -12,6 +12,7 @@ import torch
 from dattrain.config.schema import Augment
 from dattrain.data.augment import Plan
 from dattrain.data.batch import Batch
+from dattrain.data.to_device import to_device
 
 _MASK = 0xFFFFFFFF
 
@@ -63,7 +64,7 @@ class Normalize:
         if images.dtype != torch.uint8:
             return images.to(torch.float32, memory_format=torch.contiguous_format)
         if self._scale.device != images.device:
-            self._scale, self._shift = self._scale.to(images.device), self._shift.to(images.device)
+            self._scale, self._shift = (to_device(x, images.device) for x in (self._scale, self._shift))
         floats = images.to(torch.float32, memory_format=torch.contiguous_format)
         return floats.mul_(self._scale).add_(self._shift)
 
@@ -81,7 +82,7 @@ def erase(images: torch.Tensor, plan: Plan) -> torch.Tensor:
     counts = channels * boxes[:, 2] * boxes[:, 3]
     total = int(counts.sum())
     table = np.column_stack((hit, boxes, np.cumsum(counts) - counts, plan.erase_key[hit], counts))
-    columns = torch.from_numpy(table).to(device)
+    columns = to_device(table, device)
     # One row of the table for each pixel that is erased, in all boxes of the batch at once.
     sample, top, left, h, w, start, key = (
         columns[:, :7].repeat_interleave(columns[:, 7], 0, output_size=total).T
@@ -100,8 +101,8 @@ def mix(images: torch.Tensor, targets: torch.Tensor, plan: Plan) -> tuple[torch.
     if not pairs or ((plan.mix == 1) & (plan.mix_box[:, 2] == 0)).all():
         return images, targets
     device, (_, channels, height, width) = images.device, images.shape
-    lam = torch.from_numpy(plan.mix).to(device)
-    top, left, h, w = torch.from_numpy(plan.mix_box.astype(np.int64)).to(device).T[:, :, None, None]
+    lam = to_device(plan.mix, device)
+    top, left, h, w = to_device(plan.mix_box.astype(np.int64), device).T[:, :, None, None]
     y = torch.arange(height, device=device)[None, :, None]
     x = torch.arange(width, device=device)[None, None, :]
     outside = ~((y >= top) & (y < top + h) & (x >= left) & (x < left + w))

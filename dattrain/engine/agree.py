@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from dattrain.data.to_device import to_device
 from dattrain.engine.step import Update
 from dattrain.runtime.preempt import Request
 
@@ -41,7 +42,7 @@ def agree(
         1.0 if save_failed else 0.0,
         float(bad_samples),
     ]
-    told = torch.tensor(mine, dtype=torch.float64, device=device)
+    told = to_device(torch.tensor(mine, dtype=torch.float64), device)
     dist.all_reduce(told)
     loss, weight, broken, preempt, stop, failed, bad = told.tolist()
     wanted = Request.STOP if stop else Request.PREEMPT if preempt else Request.NONE
@@ -77,9 +78,11 @@ class Stragglers:
         own, self._own = self._own, 0.0
         if len(self._hosts) == 1:
             return None
-        told = torch.zeros(len(self._hosts), dtype=torch.float64, device=self._device)
+        told = torch.zeros(len(self._hosts), dtype=torch.float64)
         told[dist.get_rank()] = own
+        told = to_device(told, self._device)
         dist.all_reduce(told)
+        told = told.cpu()  # the one read
         rank = int(told.argmax())
         median = float(told.median())
         return Slowest(rank, self._hosts[rank], float(told[rank]) / median - 1 if median > 0 else 0.0)

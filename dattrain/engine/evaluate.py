@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from dattrain.config.schema import Config
 from dattrain.data.loader import EvalLoader
 from dattrain.data.mix import Normalize
+from dattrain.data.to_device import to_device
 from dattrain.engine.step import DTYPES
 
 
@@ -49,7 +50,7 @@ def evaluate(
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     try:
         for batch in loader:
-            asked = torch.tensor(float(leave()), device=device)
+            asked = to_device(torch.tensor(float(leave())), device)
             dist.all_reduce(asked)
             if asked.item() > 0:
                 raise Interrupted

@@ -20,6 +20,7 @@ from dattrain.config.schema import Config
 from dattrain.data.batch import Batch
 from dattrain.data.mix import Mixer
 from dattrain.data.philox import Stream, uniform32
+from dattrain.data.to_device import to_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16-pure": torch.bfloat16, "fp16": torch.float16}
 """Dtype of the network's input by ``train.precision``; under autocast (``bf16``) the layers cast by themselves."""
@@ -89,7 +90,7 @@ class Updater:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         weight_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         keys: list[str] = []
-        norm: float | None = None
+        told: tuple[float, float, float] | None = None
         for micro in range(self.accumulation):
             batch = next(loader)
             keys += batch.keys
@@ -99,14 +100,14 @@ class Updater:
             loss_sum += total
             weight_sum += weight
             if self._stage == 0 and micro == self.accumulation - 1:
-                norm = self._guard()
+                told = self._guard(loss_sum, weight_sum)
             engine.step()
-        applied, norm = (math.isfinite(norm), norm) if norm is not None else self._outcome()
+        loss_seen, weight_seen, norm = told or _fetch(loss_sum, weight_sum, self._norm())
         waited = loader.wait_s
         return Update(
-            loss_sum=float(loss_sum),
-            weight=float(weight_sum),
-            applied=applied,
+            loss_sum=loss_seen,
+            weight=weight_seen,
+            applied=math.isfinite(norm) if told else not self._overflowed(),
             grad_norm=norm,
             data_wait_s=waited,
             own_s=waited + self._clock.read(),
@@ -126,7 +127,7 @@ class Updater:
         noise = {}
         if self._drop_path:
             drawn = uniform32(self._seed, Stream.DROP_PATH, batch.position.numpy(), self._drop_path)
-            noise["drop_path_noise"] = torch.from_numpy(drawn).to(self._device, non_blocking=True)
+            noise["drop_path_noise"] = to_device(drawn, self._device)
         logits = self.engine(images, **noise)
         losses = weight * F.cross_entropy(logits.float(), targets, reduction="none")
         total = losses.sum()
@@ -135,20 +136,33 @@ class Updater:
         return loss * poison, total.detach().double(), weight.sum().double()
 
     @torch.no_grad()
-    def _guard(self) -> float:
-        """Stage 0: the norm of the reduced gradients; if it is not finite the step is told to do nothing."""
+    def _guard(self, loss_sum: Tensor, weight_sum: Tensor) -> tuple[float, float, float]:
+        """Stage 0: the update's numbers, with the norm of the reduced gradients; if that is not finite the step is told to do
+        nothing."""
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-        if not math.isfinite(norm):
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else 0.0
+        told = _fetch(loss_sum, weight_sum, norm)
+        if not math.isfinite(told[2]):
             self.engine.basic_optimizer.skip_next()
-        return norm
+        return told
 
-    def _outcome(self) -> tuple[bool, float]:
-        """Stages 1-3: what DeepSpeed decided, after having agreed with the other ranks."""
-        if bool(getattr(self.engine.optimizer, "overflow", False)):
-            return False, float("nan")
-        norm = self.engine.get_global_grad_norm()
-        return True, float("nan") if norm is None else float(norm)
+    def _norm(self) -> Tensor | float:
+        """Stages 1-3: the norm that DeepSpeed found; NaN where it skipped the update."""
+        norm = None if self._overflowed() else self.engine.get_global_grad_norm()
+        return math.nan if norm is None else norm
+
+    def _overflowed(self) -> bool:
+        """Stages 1-3: whether DeepSpeed skipped the update, after having agreed with the other ranks."""
+        return bool(getattr(self.engine.optimizer, "overflow", False))
+
+
+def _fetch(loss_sum: Tensor, weight_sum: Tensor, norm: Tensor | float) -> tuple[float, float, float]:
+    """The three as Python numbers, in one read: each would wait for the device anew."""
+    if isinstance(norm, Tensor) and norm.device == loss_sum.device:
+        loss, weight, found = torch.stack((loss_sum, weight_sum, norm.double().reshape(()))).tolist()
+        return loss, weight, found
+    loss, weight = torch.stack((loss_sum, weight_sum)).tolist()
+    return loss, weight, float(norm)  # on the host already
 
 
 def seed_all(seed: int, samples_seen: int, rank: int) -> None:

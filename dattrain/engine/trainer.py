@@ -71,7 +71,10 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
     """
     run_dir = run_dir.absolute()
     env = env or environment.resolve(os.environ)
-    environment.configure(threads=config.train.threads, deterministic=config.train.deterministic)
+    settings = config.train
+    environment.configure(
+        threads=settings.threads, deterministic=settings.deterministic, tf32=settings.tf32, env=env
+    )
     device = environment.pick_device(env)
     with ExitStack() as stack:
         preemption = Preemption(run_dir).install()

@@ -25,6 +25,11 @@ from dattrain.errors import ConfigError
 
 RESERVED = {"stage", "offload_optimizer", "offload_param"}
 """Keys of ``zero_optimization`` that have a setting of their own."""
+REDUCE_BUCKET = 5_000_000
+"""Elements of a reduction bucket. A bucket travels beside the rest of backward, so there must be several: DAT-T (28.3 M) has 6 and
+DAT-B (87.9 M) 18; what is reduced after backward is at most one, 20 MB in fp32. Of 50 M, DAT-T was one bucket and DAT-B two, so
+little or nothing overlapped. Not smaller, since DAT-B's largest matrix (4096 x 1024, 4.2 M) shall fit: a larger one (a head
+of 21,841 classes) is reduced by itself."""
 REFUSED = {
     "zero_quantized_weights": "quantised weights change what is trained and cannot be checkpointed exactly",
     "zero_quantized_gradients": "quantised gradients break the equality of curves across stages",
@@ -47,11 +52,11 @@ def ds_config(config: Config, derived: Derived, *, device: str = "cuda") -> dict
             raise ConfigError(f"zero.extra.{key} is refused: {REFUSED[key]}")
     block: dict[str, Any] = {"stage": zero.stage}
     if zero.stage > 0:
-        # The buckets are sized for models of 10-200M parameters; DeepSpeed's defaults take 2 GB for buffers alone.
+        # Sized for models of 10-200M parameters; DeepSpeed's defaults take 2 GB for buffers alone.
         block |= {
             "contiguous_gradients": True,
             "overlap_comm": device == "cuda",
-            "reduce_bucket_size": 50_000_000,
+            "reduce_bucket_size": REDUCE_BUCKET,
             "allgather_bucket_size": 200_000_000,
         }
     if zero.stage == 3:
@@ -67,6 +72,8 @@ def ds_config(config: Config, derived: Derived, *, device: str = "cuda") -> dict
         # Stated even when it is off: DeepSpeed's default is 1.0.
         "gradient_clipping": config.optim.clip,
         "steps_per_print": None,
+        # Its clock is on by default and stops the whole device at each forward pass and each step; ours does not.
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {**block, **zero.extra},

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dattrain.ops import blocked, native
+from dattrain.ops import blocked, dispatch, native
 from dattrain.ops.coordinates import QueryGrid
 from dattrain.ops.layout import tokens_like
 
@@ -35,13 +35,14 @@ def attention(
 
     Arguments are those of ``dattrain.ops.deform_attention`` after its checks; ``table`` has the dtype of positions.
     """
-    if backend == "triton":
+    if backend == "triton" and dispatch.compiles(q.device):
         from dattrain.ops import triton_attention
 
-        return triton_attention.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
+        with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors are on
+            return triton_attention.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
     if backend == "native" and _native(height, width, table, grid, scale):
         return native.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
-    lse = positions.new_empty(q.shape[:3] if backend == "native" else (0,))
+    lse = positions.new_empty((0,) if backend == "torch" else q.shape[:3])
     with torch.autocast(q.device.type, enabled=False):
         out = blocked.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
     return out, lse
@@ -81,12 +82,13 @@ def attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, positions and table (empty where there is no table)."""
-    if backend == "triton":
+    if backend == "triton" and dispatch.compiles(q.device):
         from dattrain.ops import triton_attention
 
-        grads = triton_attention.backward(
-            grad_out, q, k, v, positions, table, out, lse, height, width, _grid(grid), scale
-        )
+        with torch.cuda.device_of(q):
+            grads = triton_attention.backward(
+                grad_out, q, k, v, positions, table, out, lse, height, width, _grid(grid), scale
+            )
     elif backend == "native" and _native(height, width, table, grid, scale):
         grads = native.backward(
             grad_out, q, k, v, positions, table, out, lse, height, width, _grid(grid), scale

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dattrain.errors import UserError
 
@@ -67,57 +68,66 @@ def neighborhood_attention(
     return run(q * scale, k, v, bias_table, kernel_size)
 
 
-def window_start(size: int, kernel_size: int) -> list[int]:
-    """First key of each query's window along an axis of ``size``: centred, clamped so that it lies inside."""
-    last = size - min(kernel_size, size)
-    return [min(max(i - kernel_size // 2, 0), last) for i in range(size)]
+def window_start(query: Tensor, size: int, kernel_size: int) -> Tensor:
+    """First key of the window of each ``query`` (int64) along an axis of ``size``: centred, clamped so that it lies inside."""
+    return (query - kernel_size // 2).clamp(0, max(size - kernel_size, 0))
 
 
-@lru_cache(maxsize=64)
-def _tiles(
-    size: int, kernel_size: int
-) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[tuple[int, ...], ...], ...]]:
-    """How an axis is cut into tiles of ``kernel_size`` queries: (keys of each tile, table index per query and key).
+_kept: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+"""Of ``_tiles``, by its arguments: kilobytes each, and never let go, since a CUDA graph may read them."""
 
-    A tile reads min(2 kernel_size - 1, size) consecutive keys, which hold the windows of all its queries; the index is
-    -1 where a key is outside the query's window. Queries past the end of the axis repeat the last one.
+
+def _tiles(size: int, kernel_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How an axis is cut into tiles of ``kernel_size`` queries: keys of each tile (tiles x reach), and the table's index of
+    each query and key (tiles x kernel_size x reach), both int64.
+
+    A tile reads reach = min(2 kernel_size - 1, size) consecutive keys, which hold the windows of all its queries; the index
+    is -1 where a key is outside the query's window. Queries past the end of the axis repeat the last one.
+
+    Kept from call to call, but not by a compiler or under a mode (fake tensors, tracing), which must see how they are made,
+    nor while a CUDA graph is recorded, whose memory they would lie in.
     """
-    starts, width = window_start(size, kernel_size), min(kernel_size, size)
-    reach = min(2 * kernel_size - 1, size)
-    keys, index = [], []
-    for first in range(0, size, kernel_size):
-        base = min(max(first - kernel_size // 2, 0), size - reach)
-        keys.append(tuple(range(base, base + reach)))
-        rows = []
-        for query in (min(i, size - 1) for i in range(first, first + kernel_size)):
-            inside = range(starts[query], starts[query] + width)
-            rows.append(tuple(key - query + kernel_size - 1 if key in inside else -1 for key in keys[-1]))
-        index.append(tuple(rows))
-    return tuple(keys), tuple(index)
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return _tiles_on(device, size, kernel_size)
+    key = (size, kernel_size, device)
+    if key not in _kept:
+        with torch.inference_mode(False):  # or no later training could save them for backward
+            made = _tiles_on(device, size, kernel_size)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return made
+        _kept[key] = made
+    return _kept[key]
+
+
+def _tiles_on(device: torch.device, size: int, kernel_size: int) -> tuple[Tensor, Tensor]:
+    # By arithmetic on the device: a copy from the host would wait, and be a constant on the CPU to a compiler.
+    width, reach = min(kernel_size, size), min(2 * kernel_size - 1, size)
+    first = torch.arange(0, size, kernel_size, device=device)
+    keys = (first - kernel_size // 2).clamp(0, size - reach)[:, None] + torch.arange(reach, device=device)
+    query = (first[:, None] + torch.arange(kernel_size, device=device)).clamp(max=size - 1)[:, :, None]
+    place = keys[:, None] - window_start(query, size, kernel_size)
+    inside = (place >= 0) & (place < width)
+    return keys, torch.where(inside, keys[:, None] - query + kernel_size - 1, -1)
 
 
 def _tiled(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, size: int) -> Tensor:
     batch, heads, height, width, dim = q.shape
-    keys_y, index_y = _tiles(height, size)
-    keys_x, index_x = _tiles(width, size)
-    rows, cols, reach_y, reach_x = len(keys_y), len(keys_x), len(keys_y[0]), len(keys_x[0])
+    keys_y, at_y = _tiles(height, size, q.device)
+    keys_x, at_x = _tiles(width, size, q.device)
+    (rows, reach_y), (cols, reach_x) = keys_y.shape, keys_x.shape
 
     pad_y, pad_x = rows * size - height, cols * size - width
     tiles = torch.nn.functional.pad(q, (0, 0, 0, pad_x, 0, pad_y))
     tiles = tiles.reshape(batch, heads, rows, size, cols, size, dim).permute(0, 1, 2, 4, 3, 5, 6)
     tiles = tiles.reshape(batch, heads, rows * cols, size * size, dim)
 
-    select_y = torch.tensor(keys_y, device=q.device).flatten()
-    select_x = torch.tensor(keys_x, device=q.device).flatten()
-
     def windows(x: Tensor) -> Tensor:
-        x = x.index_select(2, select_y).index_select(3, select_x)
+        x = x.index_select(2, keys_y.flatten()).index_select(3, keys_x.flatten())
         x = x.reshape(batch, heads, rows, reach_y, cols, reach_x, dim).permute(0, 1, 2, 4, 3, 5, 6)
         return x.reshape(batch, heads, rows * cols, reach_y * reach_x, dim)
 
     logits = _wide(tiles @ windows(k).transpose(-1, -2))
-    at_y = torch.tensor(index_y, device=q.device)[:, None, :, None, :, None]
-    at_x = torch.tensor(index_x, device=q.device)[None, :, None, :, None, :]
+    at_y, at_x = at_y[:, None, :, None, :, None], at_x[None, :, None, :, None, :]
     outside = ((at_y < 0) | (at_x < 0)).reshape(rows * cols, size * size, reach_y * reach_x)
     if table is not None:
         flat = (at_y.clamp(min=0) * table.shape[-1] + at_x.clamp(min=0)).reshape(-1)
@@ -134,9 +144,9 @@ def _gather(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, size: int) ->
     batch, heads, height, width, dim = q.shape
 
     def axis(length: int) -> tuple[Tensor, Tensor]:
-        start = torch.tensor(window_start(length, size), device=q.device)
-        keys = start[:, None] + torch.arange(min(size, length), device=q.device)
-        return keys, keys - torch.arange(length, device=q.device)[:, None] + size - 1
+        query = torch.arange(length, device=q.device)[:, None]
+        keys = window_start(query, length, size) + torch.arange(min(size, length), device=q.device)
+        return keys, keys - query + size - 1
 
     (keys_y, at_y), (keys_x, at_x) = axis(height), axis(width)
     flat = (keys_y[:, None, :, None] * width + keys_x[None, :, None, :]).reshape(-1)

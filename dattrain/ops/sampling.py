@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dattrain.ops import native, native_maps
-from dattrain.ops.dispatch import resolve
+from dattrain.ops import dispatch, native, native_maps
 
 
 def sample(x: Tensor, positions: Tensor) -> Tensor:
@@ -45,10 +44,11 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
             f"not {tuple(x.shape)} and {tuple(positions.shape)}"
         )
     computes = positions.dtype == torch.promote_types(x.dtype, torch.float32)
-    chosen = resolve(x, None)
+    chosen = dispatch.resolve(x, None)
     if computes and chosen == "native" and x.dtype in native_maps.SUFFIXES:
         return _sample(x, positions, chosen)
-    if computes and chosen == "triton" and x.dtype != torch.float64:
+    # Under torch.compile the question cannot be traced (it runs a compiler); the operator meets the answer.
+    if computes and chosen == "triton" and (torch.compiler.is_compiling() or dispatch.compiles(x.device)):
         return _sample(x, positions, chosen)
     return _gather(x, positions) if x.is_cuda else _grid_sample(x, positions)
 
@@ -110,13 +110,13 @@ def _gather(x: Tensor, positions: Tensor) -> Tensor:
 
 @torch.library.custom_op("dattrain::sample", mutates_args=())
 def _sample(x: Tensor, positions: Tensor, backend: str) -> Tensor:
-    if backend == "triton":
-        from dattrain.ops import triton_maps
+    if backend == "native":
+        return (native_maps.sample if native.status()[0] else _grid_sample)(x, positions).contiguous()
+    if not dispatch.compiles(x.device):
+        return _gather(x, positions)
+    from dattrain.ops import triton_maps
 
-        return triton_maps.sample(x, positions)
-    if native.status()[0]:
-        return native_maps.sample(x, positions)
-    return _grid_sample(x, positions).contiguous()
+    return triton_maps.sample(x, positions)
 
 
 @_sample.register_fake
@@ -126,12 +126,12 @@ def _(x: Tensor, positions: Tensor, backend: str) -> Tensor:
 
 @torch.library.custom_op("dattrain::sample_backward", mutates_args=())
 def _sample_backward(grad: Tensor, x: Tensor, positions: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
+    if backend == "native" and native.status()[0]:
+        return native_maps.sample_backward(grad, x, positions)
+    if backend == "triton" and dispatch.compiles(x.device):
         from dattrain.ops import triton_maps
 
         return triton_maps.sample_backward(grad, x, positions)
-    if native.status()[0]:
-        return native_maps.sample_backward(grad, x, positions)
     return _grid_sample_backward(grad, x, positions)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dattrain.ops import triton_kernels as kernels
 from dattrain.ops.coordinates import QueryGrid
+from dattrain.ops.precision import products_of
 from dattrain.ops.triton_planes import Bias
 
 
@@ -261,4 +262,4 @@ def _narrowed(x: Tensor, dim: int) -> Tensor:
 
 
 def _precision(q: Tensor) -> dict[str, str]:
-    return {"PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"}
+    return {"PRECISION": products_of(q)}

@@ -10,11 +10,14 @@ import contextlib
 import os
 import re
 import socket
+import stat
 import sys
+import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from dattrain.errors import UserError
@@ -180,16 +183,43 @@ def pick_device(env: Env) -> torch.device:
     return torch.device("cuda", index)
 
 
-def configure(*, threads: int = 0, deterministic: bool = False) -> None:
-    """Settings of torch that hold for the process; before the device is touched. ``threads`` 0 leaves torch's choice."""
+def configure(
+    *, threads: int = 0, deterministic: bool = False, tf32: bool = False, env: Env | None = None
+) -> None:
+    """Settings of torch that hold for the process; before the device is touched. ``threads`` 0 leaves torch's choice.
+
+    Without ``tf32`` fp32 convolutions are exact too, which torch alone computes in TF32. Where ``env`` says that other ranks
+    may be on this node, Triton's cache goes to the node's own disk.
+    """
     import torch
 
+    if env is not None and env.world > 1 and env.local_world != 1:
+        _cache_on_the_node()
     if threads:
         torch.set_num_threads(threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+    # By the older interface: torch.compile reads it, which raises once the newer one was used, by a caller perhaps.
+    torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
+    torch.backends.cudnn.fp32_precision = "none"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+def _cache_on_the_node() -> None:
+    """Triton's cache in the temporary folder, unless ``TRITON_CACHE_DIR`` says where it is: by default it is at home, often a
+    network's, to which all ranks of all nodes would write the same kernels at once. It holds libraries that are loaded, so a
+    folder that another user made is not taken."""
+    if "TRITON_CACHE_DIR" in os.environ:
+        return
+    folder = Path(tempfile.gettempdir()) / f"dattrain-triton-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+            os.environ["TRITON_CACHE_DIR"] = str(folder)
 
 
 def device_name(device: torch.device) -> str:

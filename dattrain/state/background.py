@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -65,21 +66,45 @@ class HostBuffer:
     def __init__(self, *, pinned: bool) -> None:
         self._pinned = pinned
         self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._unpin: Callable[[], object] = lambda: None
 
     def take(self, size: int) -> Tensor:
-        """The first ``size`` bytes, uint8, 1-D. What an earlier ``take`` returned is overwritten by writing here."""
+        """The first ``size`` bytes, uint8, 1-D. What an earlier ``take`` returned is overwritten by writing here, and where
+        that was smaller it is no longer pinned: no copy to it may be under way."""
         if self._bytes.numel() < size:
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # let the old one go before its successor comes
+            # Let the old one go before its successor comes.
+            self._unpin()
+            self._bytes = torch.empty(0, dtype=torch.uint8)
+            area = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                area.madvise(
+                    mmap.MADV_HUGEPAGE
+                )  # fewer faults in the first copy, fewer pages to pin in a write
+            self._bytes = torch.frombuffer(area, dtype=torch.uint8)
             if self._pinned:
-                self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            else:
-                area = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                if hasattr(mmap, "MADV_HUGEPAGE"):
-                    area.madvise(
-                        mmap.MADV_HUGEPAGE
-                    )  # fewer faults in the first copy, fewer pages to pin in a write
-                self._bytes = torch.frombuffer(area, dtype=torch.uint8)
+                # A child's copy of the page table would make the next write move pages away from under the device.
+                area.madvise(mmap.MADV_DONTFORK)
+                address = pin(self._bytes)
+                self._unpin = weakref.finalize(self, unpin, address)
+                self._unpin.atexit = False  # CUDA may have ended before
         return self._bytes[:size]
+
+
+def pin(host: Tensor) -> int:
+    """Page-lock the memory of ``host``, no more than it has: torch's allocator of pinned memory rounds up to a power of two and
+    gives nothing back. Returns the address, for ``unpin``.
+
+    Raises:
+        torch.cuda.CudaError: the driver refuses.
+    """
+    address = host.data_ptr()
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, host.numel(), 0))
+    return address
+
+
+def unpin(address: int) -> None:
+    """Undo ``pin``; the memory must still be there."""
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 
 
 @dataclass(frozen=True)
@@ -116,6 +141,10 @@ class SideCopy:
     def run(self) -> None:
         """Copy; returns when all is in host memory."""
         try:
+            if self._stream is not None:
+                # A thread begins at device 0, and leaving the stream goes back to where it began: there CUDA would make a
+                # context, of half a gigabyte for each rank of the node.
+                torch.cuda.set_device(self._stream.device)
             with torch.cuda.stream(self._stream):  # without a stream this does nothing
                 self._issue()
                 if self._stream is not None:

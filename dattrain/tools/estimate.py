@@ -20,11 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dattrain.config.schema import Config
 from dattrain.engine import remat
+from dattrain.engine.zero import REDUCE_BUCKET
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16-pure": torch.bfloat16, "fp16": torch.float16}
 """Of weights and activations outside of autocast."""
-BUCKET = 50_000_000
-"""Elements of a reduction bucket (``zero_optimization.reduce_bucket_size``)."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def states(
         return States(size * p, size * p, 8 * p, average, 0, flat)
     weights = size * (p if stage < 3 else share)
     gradients = accumulated * share
-    bucket = size * BUCKET
+    bucket = size * REDUCE_BUCKET
     # With contiguous_gradients; two of them take turns where communication overlaps.
     buckets = bucket * (2 if device == "cuda" else 1)
     if stage == 1:

@@ -38,6 +38,8 @@ zero: {stage: 2}
 """
 """What is measured where no recipe is named: the authors' ImageNet-1K settings at a micro-batch that suits a CPU."""
 VARY = ("train.remat=none,selective,block,stage", "train.compile=none,block", "train.precision=fp32,bf16")
+PROCESS_WIDE = ("train.deterministic", "train.tf32", "train.threads")
+"""Settings that contenders which take turns in one process cannot have each for itself."""
 BASELINE = "recipe"
 BATCHES = 4
 """Different micro-batches that the updates run through."""
@@ -78,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     configs = {BASELINE: config, **variants(config, args.vary or VARY)}
     device = pick_device(args.device)
     environment.configure(
-        threads=args.threads or config.train.threads, deterministic=config.train.deterministic
+        threads=args.threads or config.train.threads,
+        deterministic=config.train.deterministic,
+        tf32=config.train.tf32,
     )
     wait = torch.cuda.synchronize if device.type == "cuda" else None
     notes: list[str] = []
@@ -158,7 +162,7 @@ def variants(config: Config, vary: Sequence[str]) -> dict[str, Config]:
         vary: ``key=v1,v2``, the values scalars in YAML.
 
     Raises:
-        ConfigError: unknown keys or values, or ones that change how many images an update has.
+        ConfigError: unknown keys or values, settings of the whole process, or ones that change how many images an update has.
     """
     from dattrain.config.load import dump, flatten, loads
 
@@ -167,6 +171,10 @@ def variants(config: Config, vary: Sequence[str]) -> dict[str, Config]:
         key, sign, values = given.partition("=")
         if not sign or not values:
             raise ConfigError(f"--vary {given}: say KEY=VALUE,VALUE, e.g. {VARY[0]}")
+        if key in PROCESS_WIDE:
+            raise ConfigError(
+                f"--vary {given}: {key} holds for the whole process; run the bench twice, with {key}=... in its recipe"
+            )
         for value in values.split(","):
             changed = loads(text, [f"{key}={value}"]).config
             if changed.train.global_batch != config.train.global_batch:

@@ -86,6 +86,13 @@ def test_stage_0_is_refused_where_deepspeed_trains_wrongly(recipe, precision):
         load(recipe, ["zero.stage=0", f"train.precision={precision}"])
 
 
+def test_tf32_is_a_way_to_compute_in_fp32(recipe):
+    assert load(recipe, ["train.tf32=true", "train.precision=fp32"]).config.train.tf32
+    for precision in ("bf16", "bf16-pure", "fp16"):
+        with pytest.raises(ConfigError, match=f"train.precision={precision}.*use train.precision=fp32"):
+            load(recipe, ["train.tf32=true", f"train.precision={precision}"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from host_waits import fake_cuda
 from timm.data.mixup import Mixup, mixup_target
 
 from dattrain.config.schema import Augment
@@ -143,6 +144,16 @@ def test_the_mixer_moves_no_global_generator():
     state = torch.get_rng_state()
     Mixer(Augment(), 5)(batch(Augment()))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_mixing_never_waits_for_the_device():
+    config = Augment(erase_prob=1.0)
+    b = batch(config)
+    with fake_cuda() as waits:
+        images = torch.empty(8, 3, *SIZE, dtype=torch.uint8, device="cuda")
+        labels, weight = torch.empty(8, dtype=torch.int64, device="cuda"), torch.empty(8, device="cuda")
+        Mixer(config, 5)(replace(b, images=images, labels=labels, weight=weight))
+    assert b.plan.mix_box.any() and not waits.found, waits.report()
 
 
 def replace_config(config: Augment, **changes) -> Augment:

@@ -1,8 +1,11 @@
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from host_waits import fake_cuda
 from torch import nn
 
 from dattrain.config.load import loads
@@ -55,6 +58,18 @@ def test_noise_is_a_function_of_the_sample():
     plain = updater()
     plain.forward(batch())
     assert plain.engine.noise is None
+
+
+def test_a_micro_batch_never_waits_for_the_device():
+    cuda = torch.device("cuda")
+    made = Updater(Net(), loads(RECIPE).config, 1, 6, cuda)
+    # Positions stay on the host, and fake tensors have no values.
+    host = replace(batch(), position=SimpleNamespace(numpy=lambda: np.arange(4)))
+    with fake_cuda() as waits:
+        images, labels = (torch.empty_like(x, device=cuda) for x in (host.images, host.labels))
+        made.forward(replace(host, images=images, labels=labels, weight=torch.empty(4, device=cuda)))
+    assert made.engine.noise.device.type == "cuda"
+    assert not waits.found, waits.report()
 
 
 def test_an_infinite_loss_makes_its_gradients_not_finite_too():

@@ -1,3 +1,7 @@
+from ast import literal_eval
+from math import ceil, prod
+from pathlib import Path
+
 import pytest
 
 from dattrain.config.derive import derive
@@ -28,6 +32,16 @@ def test_stages(stage):
     assert block["stage"] == stage
     assert ("reduce_bucket_size" in block) == (stage > 0)
     assert ("stage3_prefetch_bucket_size" in block) == (stage == 3)
+
+
+@pytest.mark.parametrize("name, buckets", [("dat_tiny", 6), ("dat_base", 18)])
+def test_gradients_travel_in_several_buckets_and_no_matrix_alone(name, buckets):
+    lines = (Path(__file__).parents[2] / f"assets/models/keys_{name}.txt").read_text().splitlines()
+    shapes = [literal_eval(line.split("\t")[1]) for line in lines]
+    sizes = [prod(shape) for shape, line in zip(shapes, lines) if "index" not in line]
+    size = settings()["zero_optimization"]["reduce_bucket_size"]
+    assert ceil(sum(sizes) / size) == buckets
+    assert max(sizes) <= size
 
 
 def test_precisions():

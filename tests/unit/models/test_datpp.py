@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from host_waits import fake_cuda, faked
 
 from dattrain.errors import UserError
 from dattrain.models import create, flops, surgery, zoo
@@ -177,3 +178,11 @@ def test_any_input_size_runs_forward_and_backward(size):
 def test_settings_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         create("dat_pp_tiny", num_classes=7, img_size=64, **arguments)
+
+
+def test_a_forward_pass_never_waits_for_the_device(vector):
+    model = surgery.from_authors(state_of(vector), json.loads(str(vector["config"])))
+    images = vector["input"].shape
+    with fake_cuda() as waits:
+        faked(model)(torch.empty(*images, dtype=torch.float64, device="cuda"))
+    assert not waits.found, waits.report()

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dattrain.errors import UserError
 from dattrain.ops import neighborhood
@@ -53,9 +54,64 @@ def test_values_and_gradients_equal_the_loop(backend, height, width, size, biase
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
+def starts(size, kernel_size):
+    return window_start(torch.arange(size), size, kernel_size).tolist()
+
+
 def test_window_shifts_inside_at_the_border():
-    assert window_start(8, 5) == [0, 0, 0, 1, 2, 3, 3, 3]
-    assert window_start(3, 7) == [0, 0, 0]
+    assert starts(8, 5) == [0, 0, 0, 1, 2, 3, 3, 3]
+    assert starts(3, 7) == [0, 0, 0]
+
+
+def attend(size=9, training=True):
+    x = torch.randn(1, 2, size, size, 4, generator=torch.Generator().manual_seed(0), requires_grad=training)
+    table = torch.randn(2, 9, 9, generator=torch.Generator().manual_seed(1))
+    return x, neighborhood_attention(x, x, x, table, kernel_size=5)
+
+
+def test_indices_are_made_once_wherever_they_are_first_wanted(monkeypatch):
+    monkeypatch.setattr(neighborhood, "_kept", {})
+    with torch.inference_mode():
+        _, first = attend(training=False)
+    (kept,) = neighborhood._kept.values()
+    x, second = attend()
+    second.sum().backward()  # inference's own tensors could not be saved for it
+    assert torch.equal(first, second) and x.grad.isfinite().all()
+    monkeypatch.setattr(neighborhood, "_tiles_on", lambda *a: pytest.fail("made again"))
+    attend()
+    assert neighborhood._kept == {(9, 5, torch.device("cpu")): kept}
+
+
+def test_fake_tensors_neither_meet_nor_become_the_kept_indices(monkeypatch):
+    monkeypatch.setattr(neighborhood, "_kept", {})
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 9, 9, 4)
+        neighborhood_attention(x, x, x, None, kernel_size=5)
+        assert not neighborhood._kept
+    attend()
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 9, 9, 4)
+        neighborhood_attention(x, x, x, None, kernel_size=5)
+
+
+def test_a_compiled_graph_makes_its_indices_on_the_device(monkeypatch):
+    """Constants on the CPU would keep a compiled block out of a CUDA graph."""
+    monkeypatch.setattr(neighborhood, "_kept", {})
+    attend()  # kept ones are not what the compiler sees
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append((graph, inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    x, table = torch.randn(1, 2, 9, 9, 4), torch.randn(2, 9, 9)
+    compiled = torch.compile(neighborhood_attention, backend=backend, fullgraph=True)
+    found = compiled(x, x, x, table, kernel_size=5)
+    assert torch.equal(found, neighborhood_attention(x, x, x, table, kernel_size=5))
+    ((graph, inputs),) = graphs
+    assert len([i for i in inputs if isinstance(i, torch.Tensor)]) == 2
+    assert not list(graph.buffers()) and not [n for n in graph.graph.nodes if n.op == "get_attr"]
 
 
 # Logits near 40 are rounded to 1/4 in bfloat16 and 1/32 in float16 before they are widened.
@@ -101,15 +157,15 @@ def window(x, size):
     rows = []
     for y in range(x.shape[2]):
         for c in range(x.shape[3]):
-            y0, c0 = window_start(x.shape[2], size)[y], window_start(x.shape[3], size)[c]
+            y0, c0 = starts(x.shape[2], size)[y], starts(x.shape[3], size)[c]
             rows.append(x[:, :, y0 : y0 + size, c0 : c0 + size].flatten(2, 3))
     return torch.stack(rows, 2).unflatten(2, x.shape[2:4])
 
 
 def na2d_qk(query, key, kernel_size, dilation, is_causal=False, rpb=None):
     logits = (window(key, kernel_size) * query[:, :, :, :, None]).sum(-1)
-    for y, y0 in enumerate(window_start(query.shape[2], kernel_size)):
-        for x, x0 in enumerate(window_start(query.shape[3], kernel_size)):
+    for y, y0 in enumerate(starts(query.shape[2], kernel_size)):
+        for x, x0 in enumerate(starts(query.shape[3], kernel_size)):
             top, left = y0 - y + kernel_size - 1, x0 - x + kernel_size - 1
             logits[:, :, y, x] += rpb[:, top : top + kernel_size, left : left + kernel_size].flatten(1)
     return logits

@@ -111,6 +111,7 @@ def test_a_deformable_block_on_cuda_never_samples_with_cudnn(
 ) -> None:
     # cudnn_grid_sampler has no deterministic gradient and does not raise under use_deterministic_algorithms.
     monkeypatch.setattr(dispatch, "_triton_status", lambda *_: (triton, ""))
+    monkeypatch.setattr(dispatch, "_failure", lambda device: None)
     if backend is not None:
         monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, backend)
     block = DeformableAttention(160, 5, 1, (6, 6), 3, conventions=Conventions())

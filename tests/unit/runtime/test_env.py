@@ -1,7 +1,11 @@
+import os
+import tempfile
+from dataclasses import replace
+
 import pytest
 
 from dattrain.errors import UserError
-from dattrain.runtime.env import FIRST_PORT, PORTS, first_host, port_of, resolve
+from dattrain.runtime.env import FIRST_PORT, PORTS, configure, first_host, port_of, resolve
 
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -15,6 +19,54 @@ SLURM = {
     "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
     "SLURMD_NODENAME": "gpu009",
 }
+
+
+@pytest.fixture
+def torch_settings():
+    """Those that ``configure`` changes, as they were."""
+    import torch
+
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    benchmark, deterministic = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = convolutions, benchmark
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_for_products_and_convolutions_alike(torch_settings, tf32):
+    import torch
+
+    configure(tf32=not tf32)
+    configure(tf32=tf32)
+    assert torch.backends.cuda.matmul.allow_tf32 is tf32
+    assert torch.backends.cudnn.allow_tf32 is tf32
+    # What torch.compile reads, and what the newer interface says of it.
+    assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    assert (torch.backends.cudnn.conv.fp32_precision == "tf32") is tf32
+
+
+def test_ranks_of_a_node_share_a_cache_of_kernels_on_it(torch_settings, monkeypatch, tmp_path):
+    def configured(**changes):
+        os.environ.pop("TRITON_CACHE_DIR", None)
+        configure(env=replace(resolve(SLURM, "box"), **changes))
+        return os.environ.get("TRITON_CACHE_DIR")
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = tmp_path / f"dattrain-triton-{os.getuid()}"
+    assert configured(local_world=1) is None and configured(world=1, local_world=0) is None
+    assert configured() == str(folder) and folder.stat().st_mode & 0o777 == 0o700
+    assert configured(local_world=0) == str(folder)  # the launcher does not say
+    folder.chmod(0o777)
+    assert configured() is None  # others may have put libraries there
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    assert configured() is None
+    os.environ["TRITON_CACHE_DIR"] = "mine"
+    configure(env=resolve(SLURM, "box"))
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
 
 
 def test_nothing_set_is_one_process():

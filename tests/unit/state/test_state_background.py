@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ctypes
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -51,10 +53,44 @@ def test_host_buffer_is_reused_and_page_aligned():
     assert len(image_of(buffer.take(123))) == 123
 
 
+class Runtime:
+    """CUDA's, as far as pinning goes: what is pinned, by address."""
+
+    def __init__(self):
+        self.pinned = {}
+
+    def cudaHostRegister(self, address, size, flags):
+        assert address not in self.pinned
+        self.pinned[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address):
+        ctypes.string_at(address, 1)  # still mapped
+        del self.pinned[address]
+        return 0
+
+
+def test_a_pinned_buffer_pins_what_was_asked_for_and_gives_it_back(monkeypatch):
+    runtime, checked = Runtime(), []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", checked.append)
+    buffer = HostBuffer(pinned=True)
+    first = buffer.take(5 << 20)
+    first.fill_(7)
+    assert runtime.pinned == {first.data_ptr(): 5 << 20}  # not a power of two
+    assert buffer.take(1000).data_ptr() == first.data_ptr() and len(runtime.pinned) == 1
+    second = buffer.take(9 << 20)
+    assert runtime.pinned == {second.data_ptr(): 9 << 20}
+    assert first[-1] == 7  # whoever has it still reads it
+    del buffer
+    assert runtime.pinned == {} and checked == [0] * 4
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_side_copy_holds_what_was_there_before_the_fence(device):
     state = torch.arange(1 << 22, dtype=torch.float32, device=device)
     host = HostBuffer(pinned=device == "cuda").take(4 * (state.numel() - 3) + 8)
+    assert host.is_pinned() == (device == "cuda")
     expected = state[3:].cpu().clone()
     copy, task = SideCopy(host, [Copy(state, 3, state.numel() - 3, at=8)]), OneInFlight("t")
     task.start(copy.run)
@@ -62,6 +98,42 @@ def test_a_side_copy_holds_what_was_there_before_the_fence(device):
     state.zero_()
     task.wait()
     assert torch.equal(host[8:].view(torch.float32), expected)
+
+
+def test_a_side_copy_touches_no_device_but_its_own(monkeypatch):
+    """Each thread begins at device 0; whatever it enters or leaves there makes a context on that device."""
+    current, touched = threading.local(), set()
+
+    class Stream:
+        device = torch.device("cuda", 3)
+
+        def wait_stream(self, other): ...
+
+        def synchronize(self): ...
+
+    class Event:
+        def record(self):
+            touched.add(getattr(current, "index", 0))
+
+    @contextmanager
+    def stream(entered):
+        before = getattr(current, "index", 0)
+        touched.update((before, entered.device.index))
+        yield
+        touched.add(before)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: setattr(current, "index", d.index))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    host = torch.zeros(8, dtype=torch.uint8)
+    task = OneInFlight("t")
+    task.start(SideCopy(host, [Copy(torch.ones(2), 0, 2, at=0)]).run)
+    task.wait()
+    assert touched == {3}
+    assert host.view(torch.float32).tolist() == [1, 1]
 
 
 def test_a_side_copy_that_fails_holds_nobody_up():

@@ -38,6 +38,12 @@ def group():
     assert "RANK" not in os.environ
 
 
+@pytest.mark.parametrize("key", ["train.tf32", "train.deterministic"])
+def test_what_holds_for_the_process_is_not_varied_within_it(key):
+    with pytest.raises(ConfigError, match=f"{key} holds for the whole process"):
+        bench.variants(bench.read(TINY, 1), [f"{key}=true,false"])
+
+
 def test_a_whole_run(group, tmp_path, capsys, monkeypatch):
     """Compilation is refused, as on a machine without a compiler; that the compiled update is right is tested elsewhere."""
     from torch._dynamo.exc import Unsupported

@@ -96,8 +96,8 @@ def place(stack: Sequence[traceback.FrameSummary]) -> str:
                 return (
                     f"{name}/{Path(frame.filename).relative_to(root).as_posix()}:{frame.lineno} {frame.name}"
                 )
-    # The last frame is that which counts.
-    frame = stack[-2] if len(stack) > 1 else stack[-1]
+    ours = {__file__, warnings.__file__}
+    frame = next((f for f in reversed(stack) if f.filename not in ours), stack[-1])
     return f"{frame.filename}:{frame.lineno} {frame.name}"
 
 

@@ -26,16 +26,19 @@ KINDS = {
     "progressive": {"subsampling": "4:2:0", "progressive": True},
 }
 LOG_LEVEL = "DALI_NVIMGCODEC_LOG_LEVEL"
+WATCHED = 4
+"""Images of the process that is asked who decodes: so many that the hardware engine and the CUDA decoder get some each, and as many
+as ``dattrain.data.dali_probe`` reads of."""
 
 
 def run(job: Job) -> None:
-    """Per kind: who decodes one image, then the speed and the distance to Pillow's pixels of many."""
+    """Per kind: who decodes a few images, then the speed and the distance to Pillow's pixels of many."""
     if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
         raise NotRun("DALI is not installed here (pip install dattrain[dali])")
     broken = 0
     for kind in list(KINDS)[: 1 if job.dry else None]:
         # nvImageCodec says at this level who decodes, and is slowed down by it.
-        code, text, _ = child(job, kind, 1, {LOG_LEVEL: "3"})
+        code, text, _ = child(job, kind, WATCHED, {LOG_LEVEL: "3"})
         job.figure(f"{kind}: decoded by", who(text) if code == 0 else how(code, text))
         code, text, found = child(job, kind, 8 if job.dry else 2048, {})
         if code or not found:

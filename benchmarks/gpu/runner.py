@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,9 +94,10 @@ def _copy(source: IO[bytes], log: IO[bytes], tail: bytearray) -> None:
 def run_stage(stage: Stage, out: Path, device: str, key: Mapping[str, Any], log: IO[bytes]) -> dict[str, Any]:
     """Run a stage in a child and return its entry for ``results.json``."""
     folder = out / "stages" / stage.name
-    folder.mkdir(parents=True, exist_ok=True)
+    # A training would go on where that of the last call ended.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     lines, plan = folder / "figures.jsonl", folder / "plan.json"
-    lines.unlink(missing_ok=True)
     dry = device == "cpu"
     # Limits are a GPU's; a dry run on a busy CPU only needs to end.
     limit = max(stage.seconds, 180) if dry else stage.seconds

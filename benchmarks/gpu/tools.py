@@ -10,7 +10,6 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.gpu import call
 from benchmarks.gpu.job import Job, NotRun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +68,8 @@ def memory_errors(text: str) -> int:
 def counters(job: Job) -> None:
     """Counters of every kernel of one forward and backward, at 14 x 14 and at 24 x 24; instructions per score of all of them."""
     if job.dry:
+        from benchmarks.gpu import call
+
         call.main(5, 2, 1, 1, job.device)  # what is watched, at least
     tool = required("ncu")
     for name, (side, heads, groups, batch) in SHAPES.items():

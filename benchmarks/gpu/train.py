@@ -36,10 +36,10 @@ def run(job: Job) -> None:
     if job.dry:
         settings += ["train.global_batch=8", "train.micro_batch=4", "data.workers=0"]
     killed = job.folder / "killed"
-    job.figure("killed behind the save of step", kill(killed, settings, every))
-    command(killed, settings).wait()
-    job.figure("resumed", resumed(killed), "times")
+    job.figure("killed behind the save of step", kill(killed, settings))
     with patched(job.dry), step.process_group(torch.device(job.device)):
+        train(killed, settings)
+        job.figure("resumed", resumed(killed), "times")
         whole, foreground = job.folder / "whole", job.folder / "foreground"
         train(whole, settings)
         job.figure("tensors that differ after SIGKILL and resume", differing(whole, killed, steps))
@@ -92,7 +92,7 @@ def command(run: Path, settings: Sequence[str]) -> subprocess.Popen[bytes]:
     )
 
 
-def kill(run: Path, settings: Sequence[str], every: int) -> int:
+def kill(run: Path, settings: Sequence[str]) -> int:
     """Start a training and SIGKILL it as soon as its first checkpoint is published; the step that this was of.
 
     Raises:

@@ -13,8 +13,8 @@ import pytest
 from benchmarks.gpu.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
-ALIKE = {"table", "large", "memory", "checkpoint"}
-"""Their code is that of ``model`` and ``step``, and of ``bench checkpoint``, which has its own test."""
+ALIKE = {"table", "large", "step", "memory", "largest", "checkpoint"}
+"""Their code is that of ``model``, ``waits`` and of ``dattrain bench``, which has tests of its own."""
 HERE = [stage.name for stage in STAGES if stage.name not in ALIKE]
 
 

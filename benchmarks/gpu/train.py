@@ -29,12 +29,13 @@ RECIPE = ROOT / "configs" / "demo" / "pretrain.yaml"
 def run(job: Job) -> None:
     """Train, kill, resume, compare."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    steps, every = (4, 2) if job.dry else (200, 20)
+    steps, every = (4, 1) if job.dry else (200, 20)
     settings = [*pack(job.folder, 32 if job.dry else 2048), "train.deterministic=true", "schedule.epochs=30"]
     settings += [f"train.max_steps={steps}", f"checkpoint.every_steps={every}"]
     settings += ["train.log_every=1000", "schedule.warmup_epochs=1", "train.ema_decay=0.99"]
     if job.dry:
-        settings += ["train.global_batch=8", "train.micro_batch=4", "data.workers=0"]
+        settings += ["train.global_batch=4", "train.micro_batch=2", "data.workers=0"]
+        settings += ["model.img_size=32", "train.precision=fp32", "train.remat=none"]
     killed = job.folder / "killed"
     job.figure("killed behind the save of step", kill(killed, settings))
     with patched(job.dry), step.process_group(torch.device(job.device)):

@@ -12,13 +12,14 @@ from benchmarks.gpu.job import Job
 from dattrain.config.schema import Augment
 from dattrain.data import augment
 from dattrain.data.dali_augment import augment as carry_out
+from dattrain.tools.bench.attention import pick_device
 
 POLICIES = ("rand-m9-n3-mstd0.5-inc1", "rand-m9-mstd0.5")
 
 
 def run(job: Job) -> None:
     """Both policies, both interpolations, on smooth and noisy images of 224 x 224."""
-    device = torch.device(job.device)
+    device = pick_device(job.device)
     size, count = ((32, 32), 8) if job.dry else ((224, 224), 256)
     differ = total = 0
     for number, (policy, interpolation) in enumerate(

@@ -55,7 +55,7 @@ DIM = 32
 
 def run(job: Job) -> None:
     """Every layer in bf16, in order, while there is time."""
-    device, dtype = torch.device(job.device), torch.float32 if job.dry else torch.bfloat16
+    device, dtype = attention.pick_device(job.device), torch.float32 if job.dry else torch.bfloat16
     ceilings = work.measure(device, dtype)
     layers = (
         (Layer("14x14", 4, 4, 2, 1, 1), Layer("DAT++ 56x56", 6, 3, 2, 1, 1, "corner")) if job.dry else LAYERS

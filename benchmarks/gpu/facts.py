@@ -12,6 +12,7 @@ import torch
 from benchmarks.gpu.job import Job
 from dattrain.cli import main as doctor
 from dattrain.observe import work
+from dattrain.tools.bench.attention import pick_device
 
 ASKED = (
     "name",
@@ -26,7 +27,7 @@ ASKED = (
 
 def run(job: Job) -> None:
     """Device, versions, ceilings, doctor."""
-    device = torch.device(job.device)
+    device = pick_device(job.device)
     job.figure("python", platform.python_version())
     for name in ("torch", "triton", "deepspeed", "timm"):
         job.figure(name, version(name))

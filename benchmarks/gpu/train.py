@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.gpu.job import Job
 from dattrain.tools.bench import step
+from dattrain.tools.bench.attention import pick_device
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "demo" / "pretrain.yaml"
@@ -38,7 +39,7 @@ def run(job: Job) -> None:
         settings += ["model.img_size=32", "train.precision=fp32", "train.remat=none"]
     killed = job.folder / "killed"
     job.figure("killed behind the save of step", kill(killed, settings))
-    with patched(job.dry), step.process_group(torch.device(job.device)):
+    with patched(job.dry), step.process_group(pick_device(job.device)):
         train(killed, settings)
         job.figure("resumed", resumed(killed), "times")
         whole, foreground = job.folder / "whole", job.folder / "foreground"

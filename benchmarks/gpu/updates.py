@@ -11,6 +11,7 @@ from benchmarks.gpu.job import Job
 from benchmarks.gpu.models import bench
 from dattrain.config.schema import Config
 from dattrain.tools.bench import step
+from dattrain.tools.bench.attention import pick_device
 
 IMAGENET = 1_281_167
 TINY = (
@@ -71,7 +72,7 @@ def report(job: Job, rows: list) -> None:
 
 def largest(job: Job) -> None:
     """The largest micro-batch that an update fits with, by doubling and halving."""
-    device = torch.device(job.device)
+    device = pick_device(job.device)
     asked = [
         (f"model.name={m}", f"model.img_size={s}")
         for m, s in (("dat_tiny", 224), ("dat_base", 224), ("dat_base", 384))

@@ -21,7 +21,7 @@ import torch
 from benchmarks.gpu.job import Job
 from benchmarks.gpu.updates import TINY
 from dattrain.tools.bench import step
-from dattrain.tools.bench.step_parts import replaced
+from dattrain.tools.bench.attention import pick_device
 
 AGREED = (
     "dattrain/engine/step.py",
@@ -35,7 +35,7 @@ MESSAGE = "synchronizing CUDA operation"
 
 def run(job: Job) -> None:
     """One update of DAT-T with ZeRO-2 in bf16, two micro-batches, after a few that warm up."""
-    device = torch.device(job.device)
+    device = pick_device(job.device)
     words = TINY if job.dry else ("train.micro_batch=64",)
     config = step.read([*words], 2)
     with step.process_group(device):
@@ -71,17 +71,19 @@ def counted(device: torch.device) -> Iterator[Counter[str]]:
 
         return stand_in
 
-    explicit: list[tuple[Any, str]] = [(torch.cuda, "synchronize")]
+    explicit: list[Any] = [torch.cuda, torch.cuda.Event, torch.cuda.Stream]
     if device.type == "cpu":
         from deepspeed.accelerator import get_accelerator
 
-        explicit = [(get_accelerator(), "synchronize")]
+        explicit = [get_accelerator()]
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("always")
         warnings.showwarning = note
-        for owner, name in explicit:
-            stack.enter_context(replaced(owner, **{name: standing_in(getattr(owner, name))}))
+        for owner in explicit:
+            kept = owner.synchronize
+            owner.synchronize = standing_in(kept)
+            stack.callback(setattr, owner, "synchronize", kept)
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
             stack.callback(torch.cuda.set_sync_debug_mode, "default")

@@ -154,7 +154,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: no CUDA device here; use cpu")
-    return torch.device(name)
+    # With its index, which ``torch.cuda.set_device`` wants.
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def to_dtype(name: str) -> torch.dtype:

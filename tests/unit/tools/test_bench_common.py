@@ -182,3 +182,15 @@ def test_the_devices_clock_counts_a_replayed_call_and_nothing_else() -> None:
     odd = clock.timed(lambda: float(out.sum()), "a host wait", notes)  # cannot be captured
     odd()
     assert len(notes) == 1 and notes[0].startswith("a host wait: timed without a CUDA graph")
+
+
+def test_a_cuda_device_has_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from dattrain.tools.bench.attention import pick_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    # torch.cuda.set_device, by which a process joins its group, takes none without.
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)
+    assert pick_device("cuda:3") == torch.device("cuda", 3) and pick_device("cpu") == torch.device("cpu")

@@ -3,13 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-full test-slurm lint format lock clean
+.PHONY: help demo test test-full test-slurm gpu gpu-wheels lint format lock clean
 
 help:
 	@echo "make demo        pack Fashion-MNIST, pre-train, interrupt, resume, fine-tune, evaluate: minutes on 2 cores"
 	@echo "make test        lint, types, and the tests (a real Slurm too where root and apt are there)"
 	@echo "make test-full   the long matrix as well: hours"
 	@echo "make test-slurm  the tests on a real four-node Slurm alone (root, Debian or Ubuntu)"
+	@echo "make gpu         ask one NVIDIA GPU everything that we want to know (docs/benchmarks/gpu.md)"
+	@echo "make gpu-wheels  the packages of ours that a container with torch lacks, as wheels"
 	@echo "make format      rewrite the sources in the house's format"
 	@echo "make lock        write requirements.lock anew from pyproject.toml"
 
@@ -37,6 +39,12 @@ test-full: lint
 
 test-slurm: .venv/.stamp
 	$(BIN)/python -m pytest tests/slurm
+
+gpu: .venv/.stamp
+	$(BIN)/python -m benchmarks.gpu --out gpu-out
+
+gpu-wheels: .venv/.stamp
+	benchmarks/gpu/wheels.sh wheels 3.12
 
 format: .venv/.stamp
 	$(BIN)/ruff check --fix .

@@ -27,25 +27,30 @@ def deform_attention(
     backend: Any = None,
 ) -> Tensor:
     """``dattrain.ops.deform_attention`` with everything materialised; ``backend`` is taken and has no meaning."""
-    batch, heads, queries, dim = q.shape
-    groups, keys = positions.shape[1:3]
-    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * (dim**-0.5 if scale is None else scale)
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias_table is not None:
-        axes = []
-        for size in (height, width):
-            index = torch.arange(size, device=q.device, dtype=positions.dtype)
-            center = (index + 0.5) / size * 2 - 1
-            axes.append(center if query_grid == "center" else index / max(size - 1, 1) * 2 - 1)
-        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(1, queries, 1, 2)
-        displacement = (grid - positions.reshape(batch * groups, 1, keys, 2)) * 0.5
-        tables = bias_table.reshape(1, groups, heads // groups, *bias_table.shape[1:]).expand(
-            batch, -1, -1, -1, -1
-        )
-        bias = F.grid_sample(
-            tables.reshape(batch * groups, heads // groups, *bias_table.shape[1:]),
-            displacement[..., (1, 0)],
-            mode="bilinear",
-            align_corners=True,
-        )
-        scores = scores + bias.reshape(batch, heads, queries, keys)
+        scores = scores + bias(positions, bias_table, height, width, query_grid)
     return torch.einsum("bhqk,bhkd->bhqd", F.softmax(scores, -1).to(v.dtype), v)
+
+
+def bias(positions: Tensor, bias_table: Tensor, height: int, width: int, query_grid: str) -> Tensor:
+    """The bias of every query and key, B x heads x (height*width) x Ns, in the dtype of ``positions``."""
+    batch, groups, keys = positions.shape[:3]
+    heads, queries = len(bias_table), height * width
+    axes = []
+    for size in (height, width):
+        index = torch.arange(size, device=positions.device, dtype=positions.dtype)
+        center = (index + 0.5) / size * 2 - 1
+        axes.append(center if query_grid == "center" else index / max(size - 1, 1) * 2 - 1)
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(1, queries, 1, 2)
+    displacement = (grid - positions.reshape(batch * groups, 1, keys, 2)) * 0.5
+    tables = bias_table.reshape(1, groups, heads // groups, *bias_table.shape[1:]).expand(
+        batch, -1, -1, -1, -1
+    )
+    sampled = F.grid_sample(
+        tables.reshape(batch * groups, heads // groups, *bias_table.shape[1:]),
+        displacement[..., (1, 0)],
+        mode="bilinear",
+        align_corners=True,
+    )
+    return sampled.reshape(batch, heads, queries, keys)

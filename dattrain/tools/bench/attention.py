@@ -7,27 +7,31 @@ Time forward and forward with backward, and the bytes that autograd keeps in bet
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dattrain.errors import UserError
 from dattrain.tools.bench import common
+from dattrain.tools.bench.device import DeviceClock
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("fp32", "bf16", "fp16")
+BATCHES = {"cpu": (8, 2), "cuda": (128, 32)}
+"""Images at 14 x 14 and at 24 x 24: on CUDA the micro-batches of DAT-T at 224 and of DAT-B at 384 pixels, so that it is the device
+that takes the time and not Python."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Shapes default to DAT-T's third stage at 224 and 384 pixels."""
+    """Sizes default to the third stage at 224 and 384 pixels."""
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[14, 24], metavar="N", help="sides of the map (14 24)"
     )
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=[8, 2], metavar="B", help="images, per size (8 2)"
+        "--batch", type=int, nargs="+", metavar="B", help="images, per size (8 2 on a CPU, 128 32 on CUDA)"
     )
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--groups", type=int, default=3)
@@ -52,16 +56,20 @@ def run(args: argparse.Namespace) -> int:
 
     from dattrain import ops
 
-    if len(args.batch) not in (1, len(args.sizes)):
-        raise UserError(
-            f"--batch has {len(args.batch)} values for {len(args.sizes)} sizes; give one, or one per size"
-        )
     device = pick_device(args.device)
+    usual = list(BATCHES[device.type])
+    batches = args.batch or (usual if len(args.sizes) == len(usual) else usual[:1])
+    if len(batches) not in (1, len(args.sizes)):
+        raise UserError(
+            f"--batch has {len(batches)} values for {len(args.sizes)} sizes; give one, or one per size"
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     running = [status.name for status in ops.backends() if status.available]
     backends = args.backends or [
-        name for name in running if name != "reference" and (name != "triton" or device.type == "cuda")
+        name
+        for name in running
+        if name != "reference" and name != ("native" if device.type == "cuda" else "triton")
     ]
     for name in backends:
         if name not in running:
@@ -69,10 +77,12 @@ def run(args: argparse.Namespace) -> int:
     plain = straightforward()
     measurements: list[common.Measurement] = []
     notes: list[str] = []
-    batches = args.batch * len(args.sizes) if len(args.batch) == 1 else args.batch
-    for size, batch in zip(args.sizes, batches):
+    for size, batch in zip(args.sizes, batches * len(args.sizes) if len(batches) == 1 else batches):
         for grid in args.grids:
             for dtype in args.dtypes:
+                # Each case is a graph of its own, and torch keeps a few per function: what came after them would run
+                # uncompiled.
+                torch._dynamo.reset()
                 inputs = draw(size, batch, args.heads, args.groups, args.dim, to_dtype(dtype), device)
                 calls: dict[str, Callable[..., torch.Tensor]] = {}
                 if plain is not None:
@@ -85,22 +95,8 @@ def run(args: argparse.Namespace) -> int:
                 calls |= {name: with_backend(ops.deform_attention, name) for name in backends}
                 for direction in args.passes:
                     case = f"{size}x{size} B{batch} {grid} {dtype} {'forward' if direction == 'forward' else 'forward+backward'}"
-                    measurements += common.compare(
-                        case,
-                        {
-                            name: step(call, inputs, size, grid, direction == "both")
-                            for name, call in calls.items()
-                        },
-                        baseline=next(iter(calls)),
-                        rounds=args.rounds,
-                        items=batch,
-                        extra={
-                            name: {"MB kept/image": kept_bytes(call, inputs, size, grid) / 1e6 / batch}
-                            for name, call in calls.items()
-                        }
-                        if direction == "both"
-                        else None,
-                        synchronize=torch.cuda.synchronize if device.type == "cuda" else None,
+                    measurements += measure(
+                        case, calls, inputs, size, grid, direction == "both", args.rounds, notes
                     )
     report = common.Report(
         f"Deformable attention core, {args.heads} heads of {args.dim}, {args.groups} groups",
@@ -113,6 +109,43 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def measure(
+    case: str,
+    calls: Mapping[str, Callable[..., torch.Tensor]],
+    inputs: tuple[torch.Tensor, ...],
+    size: int,
+    grid: str,
+    backward: bool,
+    rounds: int,
+    notes: list[str],
+    min_seconds: float = 0.05,
+) -> list[common.Measurement]:
+    """The calls in turns, the first the baseline. On CUDA their times are the device's own: see ``DeviceClock``."""
+    steps = {name: step(call, inputs, size, grid, backward) for name, call in calls.items()}
+    batch, device = inputs[0].shape[0], inputs[0].device
+    extra: dict[str, dict[str, float | str | None]] = {}
+    if backward:
+        extra = {
+            name: {"MB kept/image": kept_bytes(call, inputs, size, grid) / 1e6 / batch}
+            for name, call in calls.items()
+        }
+    keywords: dict[str, Any] = {}
+    if device.type == "cuda":
+        clock = DeviceClock(device)
+        steps = {name: clock.timed(one, f"{case}, {name}", notes) for name, one in steps.items()}
+        keywords["clock"] = clock
+    return common.compare(
+        case,
+        steps,
+        baseline=next(iter(calls)),
+        rounds=rounds,
+        min_seconds=min_seconds,
+        items=batch,
+        extra=extra,
+        **keywords,
+    )
+
+
 def pick_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is one."""
     import torch
@@ -121,7 +154,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: no CUDA device here; use cpu")
-    return torch.device(name)
+    # With its index, which ``torch.cuda.set_device`` wants.
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def to_dtype(name: str) -> torch.dtype:
@@ -147,22 +181,40 @@ def straightforward() -> ModuleType | None:
 
 
 def draw(
-    size: int, batch: int, heads: int, groups: int, dim: int, dtype: torch.dtype, device: torch.device
+    size: int,
+    batch: int,
+    heads: int,
+    groups: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    keys: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """q, k, v, positions (the grid moved by up to a pixel), table: leaves that require gradients."""
+    """q, k, v, positions (the grid moved by up to a pixel), table: leaves that require gradients.
+
+    q, k and v are views of tokens, B x length x heads x d and B x length x 2 x heads x d in memory, as the model makes them.
+
+    Args:
+        size: side of the map of queries, for which the table is laid out.
+        keys: side of the map of keys; that of the queries when None.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    side = keys or size
+    axis = (torch.arange(side) + 0.5) / side * 2 - 1
     points = (
         torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1)
         .view(1, 1, -1, 2)
         .repeat(batch, groups, 1, 1)
     )
-    points += (torch.rand(points.shape, generator=generator) * 2 - 1) * 2 / size
-    matrices = [torch.randn(batch, heads, size * size, dim, generator=generator).to(dtype) for _ in range(3)]
+    points += (torch.rand(points.shape, generator=generator) * 2 - 1) * 2 / side
+    tokens = torch.randn(batch, size * size, heads, dim, generator=generator).to(device, dtype)
+    pairs = torch.randn(batch, side * side, 2, heads, dim, generator=generator).to(device, dtype)
+    k, v = pairs.permute(2, 0, 3, 1, 4)
     table = torch.randn(heads, 2 * size - 1, 2 * size - 1, generator=generator) * 0.02
-    return tuple(x.to(device).requires_grad_() for x in (*matrices, points, table))
+    leaves = (tokens.transpose(1, 2), k, v, points.to(device), table.to(device))
+    return tuple(x.detach().requires_grad_() for x in leaves)
 
 
 def with_backend(function: Callable[..., torch.Tensor], backend: str) -> Callable[..., torch.Tensor]:
@@ -178,7 +230,9 @@ def step(
     """One turn: forward without gradients, or forward and all gradients."""
     import torch
 
-    cotangent = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
+    batch, heads, queries, dim = inputs[0].shape
+    tokens = torch.randn(batch, queries, heads, dim, generator=torch.Generator().manual_seed(1))
+    cotangent = tokens.to(inputs[0]).transpose(1, 2)
 
     def both() -> Any:
         out = call(*inputs, height=size, width=size, query_grid=grid)
@@ -217,8 +271,6 @@ def try_compile(
     """Compiled and run once; on failure a line in ``notes`` that says why, and None."""
     import torch
 
-    # Each case is a graph of its own, and torch keeps a few per function: what came after them would run uncompiled.
-    torch._dynamo.reset()
     compiled = torch.compile(function, dynamic=False, fullgraph=True)
     inputs, size, grid = warm
     try:

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--table", action="store_true", help=f"the throughput table: {', '.join(TABLE)}")
     parser.add_argument("--img-size", type=int, nargs="+", default=[224], metavar="PX")
-    parser.add_argument("--batch", type=int, default=8, metavar="B")
+    parser.add_argument("--batch", type=int, metavar="B", help="images (8 on a CPU, 128 on CUDA)")
     parser.add_argument(
         "--dtypes", "--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"]
     )
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
+    batch = args.batch or (128 if device.type == "cuda" else 8)
     baseline = args.vs or "swin_tiny_patch4_window7_224"
     names = list(dict.fromkeys([baseline, *(TABLE if args.table else ()), *(args.models or ["dat_tiny"])]))
     if args.straightforward:
@@ -99,9 +100,7 @@ def run(args: argparse.Namespace) -> int:
                 for name, model in models.items():
                     if args.channels_last:
                         model.to(memory_format=torch.channels_last)
-                    one = step(
-                        model, size, args.batch, to_dtype(dtype), train, device, name, args.channels_last
-                    )
+                    one = step(model, size, batch, to_dtype(dtype), train, device, name, args.channels_last)
                     parameters = sum(p.numel() for p in model.parameters()) / 1e6
                     extra[name] = {"parameters M": round(parameters, 2)}
                     if args.compile:
@@ -111,20 +110,22 @@ def run(args: argparse.Namespace) -> int:
                             name,
                             notes,
                             size,
-                            args.batch,
+                            batch,
                             to_dtype(dtype),
                             train,
                             device,
                             args.channels_last,
                         )
+                    if device.type == "cuda":
+                        extra[name]["GB peak"] = peak(one, device)
                     steps[name] = one
                 measurements += common.compare(
-                    f"{size} px B{args.batch} {dtype} {direction}",
+                    f"{size} px B{batch} {dtype} {direction}",
                     steps,
                     baseline=baseline,
                     rounds=args.rounds,
                     warmup=1,
-                    items=args.batch,
+                    items=batch,
                     extra=extra,
                     synchronize=torch.cuda.synchronize if device.type == "cuda" else None,
                 )
@@ -142,6 +143,19 @@ def run(args: argparse.Namespace) -> int:
     )
     common.emit(report, args)
     return 0
+
+
+def peak(call: Callable[[], object], device: torch.device) -> float:
+    """GB of device memory that a second turn allocates at most, over what stands after the first: without the weights."""
+    import torch
+
+    call()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e9
 
 
 def is_ours(name: str) -> bool:

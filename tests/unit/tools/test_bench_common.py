@@ -133,3 +133,64 @@ def test_the_straightforward_formulation_is_the_same_attention() -> None:
         same = {"height": 5, "width": 5, "query_grid": grid}
         expected = ops.deform_attention(*inputs, **same, backend="reference")
         torch.testing.assert_close(plain.deform_attention(*inputs, **same), expected)
+
+
+def test_the_core_is_timed_on_tokens_as_the_model_lays_them() -> None:
+    import torch
+
+    from dattrain.tools.bench.attention import draw
+
+    q, k, v, positions, table = draw(6, 2, 4, 2, 8, torch.bfloat16, torch.device("cpu"), keys=3)
+    assert q.shape == (2, 4, 36, 8) and q.transpose(1, 2).is_contiguous()
+    assert k.shape == v.shape == (2, 4, 9, 8) and k.stride() == v.stride() == (9 * 64, 8, 64, 1)
+    assert v.data_ptr() - k.data_ptr() == 32 * k.element_size()
+    assert positions.shape == (2, 2, 9, 2) and table.shape == (4, 11, 11)
+    assert all(x.is_leaf and x.requires_grad for x in (q, k, v, positions, table))
+
+
+def test_measuring_ceilings_draws_nothing_from_the_runs_generator() -> None:
+    import torch
+
+    from dattrain.observe import work
+
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    found = work.measure(torch.device("cpu"), torch.float32)
+    assert found.flops > 0 and found.bytes > 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.gpu
+def test_the_devices_clock_counts_a_replayed_call_and_nothing_else() -> None:
+    import time
+
+    import torch
+
+    from dattrain.tools.bench.device import DeviceClock
+
+    device = torch.device("cuda")
+    clock, notes, a = DeviceClock(device), [], torch.randn(2048, 2048, device=device)
+    out = torch.zeros_like(a)
+    call = clock.timed(lambda: out.copy_(a @ a), "product", notes)
+    before = clock()
+    time.sleep(0.2)
+    assert clock() == before and not notes
+    out.zero_()
+    call()
+    assert 0 < clock() - before < 0.1
+    torch.testing.assert_close(out, a @ a)
+    odd = clock.timed(lambda: float(out.sum()), "a host wait", notes)  # cannot be captured
+    odd()
+    assert len(notes) == 1 and notes[0].startswith("a host wait: timed without a CUDA graph")
+
+
+def test_a_cuda_device_has_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from dattrain.tools.bench.attention import pick_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    # torch.cuda.set_device, by which a process joins its group, takes none without.
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)
+    assert pick_device("cuda:3") == torch.device("cuda", 3) and pick_device("cpu") == torch.device("cpu")

@@ -1,0 +1,111 @@
+"""Stage ``kernels``: the Triton core against the fp64 equations on the device; bit for bit alike twice when deterministic.
+
+The cases are those that the tests run in Triton's interpreter, and the shapes of DAT's layers in every dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.job import Job
+
+TESTS = Path(__file__).resolve().parents[2] / "tests" / "unit" / "ops"
+
+
+def run(job: Job) -> None:
+    """Check every case; a case that fails is named and the rest go on."""
+    if job.dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    sys.path.insert(0, str(TESTS))
+    import torch
+    from run_triton_interpreted import CASES, check, multiply_bf16_as_numbers
+
+    if job.dry:
+        multiply_bf16_as_numbers()
+    wrong: list[str] = []
+    unequal: list[str] = []
+    count = repeated = 0
+    for name, case, dtype, strided in cases(CASES, job.dry):
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic, warn_only=True)
+            label = f"{name} {dtype}{' strided' * strided}{' deterministic' * deterministic}"
+            count += 1
+            try:
+                check(name, case, dtype, strided, job.device)
+                if deterministic and case.batch:
+                    repeated += 1
+                    if not same_twice(case, dtype, job.device):
+                        unequal.append(label)
+            except Exception as error:
+                wrong.append(label)
+                print(f"{label}: {type(error).__name__}: {error}", flush=True)
+        if job.left() < 0:
+            print(f"no time for what comes after {name}", flush=True)
+            break
+    job.figure("cases", count)
+    job.figure("cases run twice", repeated)
+    job.figure("cases outside their bounds", len(wrong))
+    job.figure("deterministic cases that differ between two runs", len(unequal))
+    for title, names in (("outside their bounds", wrong), ("differ", unequal)):
+        if names:
+            job.figure(title, ", ".join(names)[:2000])
+
+
+def cases(known: dict[str, Any], dry: bool) -> Iterator[tuple[str, Any, Any, bool]]:
+    """(name, case, dtype, whether strided): the tests' own in each dtype, then layers' sizes, both grids, dims, strides."""
+    import torch
+
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    if dry:
+        yield "one row", known["one row"], torch.float32, True
+        yield "center", known["center"], torch.bfloat16, False
+        return
+    for name, case in known.items():
+        for dtype in dtypes:
+            yield name, case, dtype, False
+    base = replace(known["center"], batch=2, heads=4, groups=2, dim=32)
+    for side in (7, 12, 14, 24):
+        for grid in ("center", "corner"):
+            case = replace(
+                base, height=side, width=side, keys=side * side, table=(2 * side - 1, 2 * side - 1), grid=grid
+            )
+            for dtype in dtypes:
+                for strided in (False, True):
+                    yield f"{side}x{side} {grid}", case, dtype, strided
+    square = replace(base, height=14, width=14, keys=196, table=(27, 27))
+    for dim in (16, 64, 96, 128):
+        for dtype in dtypes:
+            yield f"14x14 d={dim}", replace(square, dim=dim), dtype, False
+    for side, keys in ((56, 49), (28, 49)):
+        case = replace(
+            base,
+            batch=1,
+            height=side,
+            width=side,
+            keys=keys,
+            table=(2 * side - 1, 2 * side - 1),
+            grid="corner",
+        )
+        for dtype in dtypes:
+            yield f"{side}x{side}, {keys} keys", case, dtype, False
+
+
+def same_twice(case: Any, dtype: Any, device: str) -> bool:
+    """Whether output and gradients of two runs have the same bits."""
+    import torch
+
+    from dattrain import ops
+
+    runs = []
+    for _ in range(2):
+        inputs = [None if x is None else x.detach().to(device).requires_grad_() for x in case.inputs(dtype)]
+        out = ops.deform_attention(*inputs, **case.keywords, backend="triton")
+        wanted = [x for x in inputs if x is not None]
+        gradients = torch.autograd.grad(out.float().square().sum(), wanted, allow_unused=True)
+        runs.append([out, *(g for g in gradients if g is not None)])
+    return all(torch.equal(a, b) for a, b in zip(*runs))

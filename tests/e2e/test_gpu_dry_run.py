@@ -1,0 +1,57 @@
+"""``python -m benchmarks.gpu --dry-run``: every stage is walked on the CPU, so that none rots while there is no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu.stages import STAGES
+
+ROOT = Path(__file__).parents[2]
+ALIKE = {"table", "large", "step", "memory", "largest", "checkpoint"}
+"""Their code is that of ``model``, ``waits`` and of ``dattrain bench``, which has tests of its own."""
+HERE = [stage.name for stage in STAGES if stage.name not in ALIKE]
+
+
+@pytest.mark.parametrize(
+    "names", [pytest.param(HERE, id="most"), pytest.param(sorted(ALIKE), id="alike", marks=pytest.mark.full)]
+)
+def test_every_stage_is_walked(names, tmp_path):
+    environment = {**os.environ, "DATTRAIN_ATTENTION": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--dry-run", "--only", *names],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    entries = json.loads((tmp_path / "results.json").read_text())["stages"]
+    failed = [(e["stage"], e["reason"]) for e in entries if e["status"] == "failed"]
+    assert done.returncode == 0 and not failed, (
+        failed,
+        (tmp_path / "log.txt").read_text(errors="replace")[-4000:],
+    )
+    assert [e["stage"] for e in entries] == [stage.name for stage in STAGES if stage.name in names]
+    # A CPU's figure is none of a GPU.
+    assert {e["status"] for e in entries} == {"not run"} and all(e["dry"] for e in entries)
+    assert "DRY RUN" in (tmp_path / "table.txt").read_text()
+    figures = {e["stage"]: e["figures"] for e in entries}
+    for stage, figure in (
+        ("kernels", "cases outside their bounds"),
+        ("kernels", "deterministic cases that differ between two runs"),
+        ("train", "tensors that differ after SIGKILL and resume"),
+        ("train", "tensors that differ between background and foreground saves"),
+        ("train", "losses not finite in fp16"),
+        ("augment", "images that differ from the CPU's"),
+    ):
+        if stage in names:
+            assert figures[stage][figure]["value"] == 0, (stage, figure)
+    if "train" in names:
+        assert figures["train"]["resumed"]["value"] == 1
+        assert figures["augment"]["changed by the policy"]["value"] > 4

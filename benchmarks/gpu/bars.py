@@ -41,7 +41,7 @@ def _core(size: str, times: float) -> list[Bar]:
 
 BARS: tuple[Bar, ...] = (
     Bar("kernels", "cases outside their bounds", "at most", 0),
-    Bar("kernels", "deterministic cases that differ between two runs", "at most", 0),
+    Bar("kernels", "cases that differ between two runs", "at most", 0),
     *_core("14x14", 5),
     *_core("24x24", 10),
     Bar("core", "24x24: bytes kept for backward, straightforward = 1", "at most", 0.25),

@@ -1,4 +1,4 @@
-"""Stage ``kernels``: the Triton core against the fp64 equations on the device; bit for bit alike twice when deterministic.
+"""Stage ``kernels``: the Triton core against the fp64 equations on the device; bit for bit alike twice.
 
 The cases are those that the tests run in Triton's interpreter, and the shapes of DAT's layers in every dtype.
 """
@@ -22,7 +22,6 @@ def run(job: Job) -> None:
     if job.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     sys.path.insert(0, str(TESTS))
-    import torch
     from run_triton_interpreted import CASES, check, multiply_bf16_as_numbers
 
     if job.dry:
@@ -31,26 +30,24 @@ def run(job: Job) -> None:
     unequal: list[str] = []
     count = repeated = 0
     for name, case, dtype, strided in cases(CASES, job.dry):
-        for deterministic in (False, True):
-            torch.use_deterministic_algorithms(deterministic, warn_only=True)
-            label = f"{name} {dtype}{' strided' * strided}{' deterministic' * deterministic}"
-            count += 1
-            try:
-                check(name, case, dtype, strided, job.device)
-                if deterministic and case.batch:
-                    repeated += 1
-                    if not same_twice(case, dtype, job.device):
-                        unequal.append(label)
-            except Exception as error:
-                wrong.append(label)
-                print(f"{label}: {type(error).__name__}: {error}", flush=True)
+        label = f"{name} {dtype}{' strided' * strided}"
+        count += 1
+        try:
+            check(name, case, dtype, strided, job.device)
+            if case.batch:
+                repeated += 1
+                if not same_twice(case, dtype, job.device):
+                    unequal.append(label)
+        except Exception as error:
+            wrong.append(label)
+            print(f"{label}: {type(error).__name__}: {error}", flush=True)
         if job.left() < 0:
             print(f"no time for what comes after {name}", flush=True)
             break
     job.figure("cases", count)
     job.figure("cases run twice", repeated)
     job.figure("cases outside their bounds", len(wrong))
-    job.figure("deterministic cases that differ between two runs", len(unequal))
+    job.figure("cases that differ between two runs", len(unequal))
     for title, names in (("outside their bounds", wrong), ("differ", unequal)):
         if names:
             job.figure(title, ", ".join(names)[:2000])

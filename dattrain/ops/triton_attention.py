@@ -101,7 +101,7 @@ def backward(
     return grad_q, grad_k, grad_v, grad_positions, grad_table
 
 
-SCORES_BYTES = 256 << 20
+SCORES_BYTES = 512 << 20
 """Of the scores' gradient, at most, at a time; one image's where that is more."""
 QUERY_TILE = 64
 """Places, at most, whose gradient of q is one program's."""

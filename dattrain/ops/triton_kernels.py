@@ -375,28 +375,29 @@ def table_gradient_kernel(
         packed = tl.load(starts + (image * groups + group) * n_keys + key)
         y = _fp32(packed, 0) + offset_y
         x = _fp32(packed, 32) + offset_x
-        source = grad_logits + ((image * heads + head) * n_keys + key) * PLACES
         sums = ()
+        source = grad_logits + ((image * heads + head) * n_keys + key) * PLACES
         for h in tl.static_range(TOGETHER):
             result = results[h]
             for i in tl.static_range(0, H, ROWS):
                 row = i + tl.arange(0, ROWS)
-                hats_y = _hat((y + row.to(tl.float32) * step_y)[:, None] - table_y.to(tl.float32)[None, :])
-                half = tl.zeros([TILE_X, ROWS], tl.float32)
                 for j in tl.static_range(0, W, COLUMNS):
                     column = j + tl.arange(0, COLUMNS)
                     hats_x = _hat(
                         (x + column.to(tl.float32) * step_x)[None, :] - table_x.to(tl.float32)[:, None]
                     )
-                    patch = row[None, :] // (S * R) * ACROSS + column[:, None] // C
-                    within = ((row[None, :] % R) * C + column[:, None] % C) * S + row[None, :] % (S * R) // R
+                    patch = (row // (S * R) * ACROSS)[None, :] + column[:, None] // C
+                    within = ((row % R) * C * S + row % (S * R) // R)[None, :] + (column % C * S)[:, None]
                     inside = (row < H)[None, :] & (column < W)[:, None]
-                    grad = tl.load(
-                        source + h * n_keys * PLACES + patch * (S * R * C) + within, mask=inside, other=0.0
-                    )
-                    half = tl.dot(hats_x.to(low), grad, half, input_precision=PRECISION)
+                    grad = tl.load(source + patch * (S * R * C) + within, mask=inside, other=0.0)
+                    if j == 0:
+                        half = tl.dot(hats_x.to(low), grad, input_precision=PRECISION)
+                    else:
+                        half = tl.dot(hats_x.to(low), grad, half, input_precision=PRECISION)
+                hats_y = _hat((y + row.to(tl.float32) * step_y)[:, None] - table_y.to(tl.float32)[None, :])
                 result = tl.dot(half.to(low), hats_y.to(low), result, input_precision=PRECISION)
             sums = sums + (result,)
+            source += n_keys * PLACES
         results = sums
     inside = (table_y < table_height)[None, :] & (table_x < table_width)[:, None]
     for h in tl.static_range(TOGETHER):

@@ -44,7 +44,7 @@ def test_every_stage_is_walked(names, tmp_path):
     figures = {e["stage"]: e["figures"] for e in entries}
     for stage, figure in (
         ("kernels", "cases outside their bounds"),
-        ("kernels", "deterministic cases that differ between two runs"),
+        ("kernels", "cases that differ between two runs"),
         ("train", "tensors that differ after SIGKILL and resume"),
         ("train", "tensors that differ between background and foreground saves"),
         ("train", "losses not finite in fp16"),

@@ -23,7 +23,7 @@ STAGES: tuple[Stage, ...] = (
         "kernels",
         "run",
         120,
-        "every case of the Triton core against the equations, twice when deterministic",
+        "every case of the Triton core against the equations, each twice",
     ),
     Stage(
         "core",

@@ -29,7 +29,8 @@ def deform_attention(
 
     The bias of a query and a key is the head's table read bilinearly (corners aligned, zeros outside) at
     ``(query - position) / 2``. Logits, bias, softmax and the gradients of positions and table are computed in the
-    dtype of ``positions``, whatever q, k, v are. Under autocast q, k, v are cast to its dtype; positions never are.
+    dtype of ``positions``, whatever q, k, v are; the ``triton`` backend rounds the table it reads to fp16 beside bf16 and
+    fp16 queries. Under autocast q, k, v are cast to its dtype; positions never are.
 
     Args:
         q: B x heads x (height*width) x d, rows first; any float dtype.

@@ -13,8 +13,8 @@ What makes a score cheap, in the order of effect (counted in machine instruction
 - **One pass for backward.** It writes the scores' gradient once, in the tile's own order. The gradients of queries and of the table are
   products with that: no atomics, so that the same inputs always give the same bits.
 
-Of a warp's 32 loads of planes, most should hit the same cache lines: one or two keys in a warp. The compiler gives one layout to all
-two-dimensional loads of one shape and order, so K, V, Q and the output are loaded and stored as [D, n], unlike the bias.
+Planes are loaded as one dimension, so that a warp's 32 loads are neighbouring queries of one or two keys, and hit the same few cache
+lines. Two-dimensional, they would get the layout that the compiler finds for other loads of that shape, up to 32 keys in a warp.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ def _fp32(packed, SHIFT: tl.constexpr):
 
 @triton.jit
 def _plane(planes, cell, HALF: tl.constexpr):
-    """a, b, c, d of a cell."""
+    """a, b, c, d of each cell of a tile, keys x queries."""
+    flat = tl.reshape(cell, (cell.shape[0] * cell.shape[1],))
     if HALF:
-        abcd = tl.load(planes + cell)
+        abcd = tl.reshape(tl.load(planes + flat), cell.shape)
         return _fp16(abcd, 0), _fp16(abcd, 16), _fp16(abcd, 32), _fp16(abcd, 48)
     else:
-        ab = tl.load(planes + 2 * cell)
-        cd = tl.load(planes + 2 * cell + 1)
+        ab = tl.reshape(tl.load(planes + 2 * flat), cell.shape)
+        cd = tl.reshape(tl.load(planes + 2 * flat + 1), cell.shape)
         return _fp32(ab, 0), _fp32(ab, 32), _fp32(cd, 0), _fp32(cd, 32)
 
 

@@ -65,7 +65,8 @@ def cases(known: dict[str, Any], dry: bool) -> Iterator[tuple[str, Any, Any, boo
     for name, case in known.items():
         for dtype in dtypes:
             yield name, case, dtype, False
-    base = replace(known["center"], batch=2, heads=4, groups=2, dim=32)
+    # Large maps meet whole indices, where slopes jump; there fp32 and fp64 may well differ.
+    base = replace(known["center"], batch=2, heads=4, groups=2, dim=32, smooth=True)
     for side in (7, 12, 14, 24):
         for grid in ("center", "corner"):
             case = replace(

@@ -13,6 +13,13 @@ from torch import Tensor
 from dattrain.ops.coordinates import QueryGrid, start_and_step
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+EDGE = 2.0**-16
+"""How far below a whole index its cell begins already.
+
+Rounding (by addition) sends a tie to the even neighbour, where ``grid_sample`` takes the floor, and with it the slope to the right.
+With this much of a cell added first there is no tie, and planes are about a point this much off the centre. It is twice the rounding of
+an index below 128.
+"""
 
 
 class Bias(NamedTuple):
@@ -41,7 +48,7 @@ class Bias(NamedTuple):
             return cls(positions, positions, (0.0, 0.0), (0.0, 0.0), (0.0, 0.0), constants)
         positions, table = positions.contiguous(), table.contiguous()
         heads, *sizes = table.shape
-        y, x = (_Axis.of(n, size, grid, half) for n, size in zip((height, width), sizes))
+        y, x = (_Axis.of(n, size, grid) for n, size in zip((height, width), sizes))
         broken = sizes[0] + 2 * y.pad
         rows, pitch = broken + y.pad, sizes[1] + 2 * x.pad
         starts = positions.new_empty(positions.shape[:3], dtype=torch.int64)
@@ -52,7 +59,7 @@ class Bias(NamedTuple):
         )  # fmt: skip
         cells = heads * rows * pitch
         planes_kernel[(triton.cdiv(cells, 256),)](
-            table, planes, cells, rows * pitch, pitch, *sizes, y.pad, x.pad, broken, 0.5 - _edge(half), HALF=half,
+            table, planes, cells, rows * pitch, pitch, *sizes, y.pad, x.pad, broken, 0.5 - EDGE, HALF=half,
             BLOCK=256,
         )  # fmt: skip
         return cls(
@@ -73,23 +80,13 @@ class _Axis(NamedTuple):
     offset: float
 
     @classmethod
-    def of(cls, size: int, table_size: int, grid: QueryGrid, half: bool) -> _Axis:
+    def of(cls, size: int, table_size: int, grid: QueryGrid) -> _Axis:
         origin, slope, step = start_and_step(size, table_size, grid)
         # Zeros around, wide enough for the queries past the map that fill up a tile (none is higher or wider than 16).
         pad = math.ceil(step * triton.cdiv(size, 16) * 16) + 2
-        shift = pad - 0.5 + _edge(half)
+        shift = pad - 0.5 + EDGE
         low, high = -(step * (size - 1) + 1.25), table_size + 0.25
         return cls(origin + shift, slope, step, low + shift, high + shift, pad, -shift)
-
-
-def _edge(half: bool) -> float:
-    """How far below a whole index its cell begins already.
-
-    Rounding (by addition) sends a tie to the even neighbour, where ``grid_sample`` takes the floor, and with it the slope to the right.
-    With this much of a cell added first there is no tie, and planes are about a point this much off the centre.
-    It is many times the rounding of an index, and below what the planes' own rounding makes of a value.
-    """
-    return 2.0**-13 if half else 2.0**-16
 
 
 @triton.jit

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dattrain.ops.coordinates import start_and_step
+
 
 @dataclass(frozen=True)
 class Case:
@@ -23,6 +25,9 @@ class Case:
     grid: str = "center"
     spread: float = 1.7
     """Positions are uniform in [-spread, spread]: above 1, some lie outside the map."""
+    smooth: bool = False
+    """Whether positions are moved so that no query meets the table near a whole index, where slopes jump and the last bit of
+    an index decides: for tables 2H-1, whose fractions are then half-odd multiples of 1/H."""
 
     def inputs(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor | None]:
         """q, k, v, positions, table, all requiring gradients."""
@@ -36,7 +41,10 @@ class Case:
         positions = torch.rand(
             self.batch, self.groups, self.keys, 2, generator=generator, dtype=torch.float64
         )
-        positions = ((positions * 2 - 1) * self.spread).to(accumulate).requires_grad_()
+        positions = (positions * 2 - 1) * self.spread
+        if self.smooth:
+            positions = torch.stack([self._smoothed(positions[..., axis], axis) for axis in (0, 1)], -1)
+        positions = positions.to(accumulate).requires_grad_()
         return [
             normal(self.batch, self.heads, queries, self.dim),
             normal(self.batch, self.heads, self.keys, self.dim),
@@ -44,6 +52,12 @@ class Case:
             positions,
             None if self.table is None else normal(self.heads, *self.table, dtype=accumulate),
         ]
+
+    def _smoothed(self, positions: Tensor, axis: int) -> Tensor:
+        assert self.table is not None
+        size = (self.height, self.width)[axis]
+        origin, slope, _ = start_and_step(size, self.table[axis], self.grid)
+        return (((origin + slope * positions) * size).floor().add(0.5) / size - origin) / slope
 
     @property
     def keywords(self) -> dict:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import interpreter
 import pytest
 
 from benchmarks.gpu.stages import STAGES
@@ -15,7 +16,11 @@ from benchmarks.gpu.stages import STAGES
 ROOT = Path(__file__).parents[2]
 ALIKE = {"table", "large", "step", "memory", "largest", "checkpoint"}
 """Their code is that of ``model``, ``waits`` and of ``dattrain bench``, which has tests of its own."""
-HERE = [stage.name for stage in STAGES if stage.name not in ALIKE]
+HERE = [
+    stage.name
+    for stage in STAGES
+    if stage.name not in ALIKE and (interpreter.RUNS or stage.name != "kernels")
+]
 
 
 @pytest.mark.parametrize(

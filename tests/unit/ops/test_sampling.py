@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import needs_interpreter
 from sampling_cases import BOUNDS, CASES, Case, exact, relative_error
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -61,6 +62,7 @@ def results(function, x: Tensor, positions: Tensor, cotangent: Tensor) -> tuple[
     return (out.detach(), *torch.autograd.grad(out, leaves, cotangent))
 
 
+@needs_interpreter
 def test_kernels_equal_grid_sample_in_the_interpreter() -> None:
     assert "all equal" in child(str(HERE / "run_sampling_interpreted.py"), interpret="1")
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import Case
+from interpreter import needs_interpreter
 from test_attention import NAMES, run
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 
 
+@needs_interpreter
 def test_kernels_equal_the_equations_in_the_interpreter() -> None:
     # A process of its own: triton reads TRITON_INTERPRET when it is imported.
     environment = {

@@ -33,6 +33,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from dattrain.ops import triton_attention
+from dattrain.ops.dispatch import MAX_TRITON_HEAD_DIM
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -317,9 +318,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="fail on spills, too much shared memory, or more instructions than agreed",
+        help="fail on spills (half precision, head dims up to 64), too much shared memory, no tensor cores, "
+        "scattered loads, or more instructions than agreed",
     )
     args = parser.parse_args(argv)
+    for dim in args.head_dim:
+        if not 0 < dim <= MAX_TRITON_HEAD_DIM:
+            parser.error(f"--head-dim {dim}: the kernels take 1 to {MAX_TRITON_HEAD_DIM}")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     if args.json and max(map(len, (args.capability, args.dtype, args.head_dim))) > 1:
         parser.error("--json holds one capability, dtype and head dim")
     print(f"Triton {triton.__version__}, torch {torch.__version__}; nothing ran on a device")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--minutes",
-        type=float,
+        type=_minutes,
         default=60.0,
         metavar="N",
         help="start no stage whose limit does not fit in (60)",
@@ -42,6 +43,13 @@ def parser() -> argparse.ArgumentParser:
         help="walk every stage on the CPU with tiny sizes; none of its figures counts",
     )
     return p
+
+
+def _minutes(word: str) -> float:
+    minutes = float(word)
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word} is not a number of minutes above 0")
+    return minutes
 
 
 def chosen(only: Sequence[str] | None) -> list[Stage]:
@@ -84,34 +92,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"benchmarks.gpu: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"benchmarks.gpu: --out {args.out}: no folder to write to ({error.strerror})", file=sys.stderr)
+        return 2
+    # A stage has a session of its own and would outlive this process: whoever ends it ends the stage first, as Ctrl-C does.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     out = args.out.resolve()
     key = {"commit": runner.revision(), "device": name, "dry": args.dry_run}
     path = out / "results.json"
     runner.put_aside(path, key)
     entries = runner.finished(runner.load(path), key)
     print(f"commit: {key['commit']}\ndevice: {name}", flush=True)
-    with open(out / "log.txt", "ab") as log:
-        for stage in stages:
-            if stage.name in entries and not args.again:
-                print(f"{stage.name}: {entries[stage.name]['status']}, done before", flush=True)
-                continue
-            left = 60 * args.minutes - (time.monotonic() - begin)
-            if left >= stage.seconds:
-                print(f"{stage.name}: {stage.about} ...", flush=True)
-                entries[stage.name] = runner.run_stage(
-                    stage, out, "cpu" if args.dry_run else "cuda", key, log
-                )
-            elif stage.name in entries:
-                print(f"{stage.name}: no time to run it again", flush=True)
-            else:
-                entries[stage.name] = runner.late(stage, key, left)
-            found = entries[stage.name]
-            print(f"{stage.name}: {found['status']} {found['reason']} ({found['seconds']} s)", flush=True)
-            runner.write(path, key, in_order(entries))
+    interrupted = False
+    try:
+        with open(out / "log.txt", "ab") as log:
+            for stage in stages:
+                if stage.name in entries and not args.again:
+                    print(f"{stage.name}: {entries[stage.name]['status']}, done before", flush=True)
+                    continue
+                left = 60 * args.minutes - (time.monotonic() - begin)
+                if left >= stage.seconds:
+                    print(f"{stage.name}: {stage.about} ...", flush=True)
+                    entries[stage.name] = runner.run_stage(
+                        stage, out, "cpu" if args.dry_run else "cuda", key, log
+                    )
+                elif stage.name in entries:
+                    print(f"{stage.name}: no time to run it again", flush=True)
+                else:
+                    entries[stage.name] = runner.late(stage, key, left)
+                found = entries[stage.name]
+                print(f"{stage.name}: {found['status']} {found['reason']} ({found['seconds']} s)", flush=True)
+                runner.write(path, key, in_order(entries))
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted; what was done is kept, and the next call goes on", flush=True)
     shown = in_order(entries)
     text = bars.table(shown, dry=args.dry_run)
     (out / "table.txt").write_text(text, encoding="utf-8")
     print("\n" + text)
+    if interrupted:
+        return 130
     return int(any(entries[stage.name]["status"] in ("failed", "missed") for stage in stages))
 
 

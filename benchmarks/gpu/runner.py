@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -204,8 +203,8 @@ def put_aside(path: Path, key: Mapping[str, Any]) -> None:
 def write(path: Path, key: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]) -> None:
     """``results.json``, whole or not at all."""
     text = json.dumps({**key, "stages": list(entries)}, indent=1) + "\n"
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -151,6 +151,7 @@ class Workers(Generic[T]):
                 if not _timed_out(error):
                     if not self._pool.broken():
                         raise
+                    self._pool.end()
                     self.close()
                     raise UserError(
                         f"a data worker died ({error}); most often the machine's memory, or /dev/shm, was full: "
@@ -202,7 +203,7 @@ class Workers(Generic[T]):
         elif row.busy:
             doing = f"has been at {self.unit} {row.number}{where} for {row.seconds:.0f} s"
         else:
-            doing = f"was done with {self.unit} {row.number} {row.seconds:.0f} s ago and has begun no other"
+            doing = f"was done with {self.unit} {row.number} ({row.seconds:.0f} s ago) and has begun no other"
         return worker, f"process {pid} (worker {worker}, state {_state(pid)}) {doing}"
 
 
@@ -226,6 +227,10 @@ class _Pool:
                 for number in (signal.SIGABRT, signal.SIGCONT):  # one that is stopped would not see the first
                     os.kill(self.processes[worker].pid, number)
             self.processes[worker].join(1)
+        self.end()
+
+    def end(self) -> None:
+        """Kill all. Where an error of torch's iterator is being handled, letting go of it would ask nobody to end."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -234,8 +239,9 @@ class _Pool:
     def close(self) -> None:
         # Letting go of torch's iterator asks its workers to end, after the task at hand.
         self.iterator = None
+        until = time.monotonic() + 10
         for process in self.processes:
-            process.join(10)
+            process.join(max(0.0, until - time.monotonic()))
             if process.is_alive():
                 process.kill()
                 process.join()

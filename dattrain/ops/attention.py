@@ -36,8 +36,8 @@ def deform_attention(
         q: B x heads x (height*width) x d, rows first; any float dtype.
         k: B x heads x Ns x d, dtype of q.
         v: B x heads x Ns x d, dtype of q.
-        positions: B x groups x Ns x 2 in order y, x, normalised to [-1, 1] (points outside are fine), fp32, or fp64
-            when q is fp64. Head h reads the positions of group ``h // (heads // groups)``.
+        positions: B x groups x Ns x 2 in order y, x, normalised to [-1, 1], fp32, or fp64 when q is fp64. Points
+            outside are fine; one that is not finite makes its group's output NaN. Head h reads the positions of group ``h // (heads // groups)``.
         bias_table: heads x Th x Tw, or None for no bias.
         height: query rows.
         width: query columns.
@@ -107,8 +107,11 @@ def _check(
             "replace (they misplace keys by up to a fifth of a table cell)"
         )
     if bias_table is not None and (
-        bias_table.dim() != 3 or bias_table.shape[0] != heads or not bias_table.is_floating_point()
+        bias_table.dim() != 3
+        or bias_table.shape[0] != heads
+        or not bias_table.is_floating_point()
+        or 0 in bias_table.shape
     ):
         raise ValueError(
-            f"bias_table must be heads x Th x Tw with {heads} heads, not {tuple(bias_table.shape)}"
+            f"bias_table must be heads x Th x Tw with {heads} heads and no empty side, not {tuple(bias_table.shape)}"
         )

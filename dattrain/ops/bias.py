@@ -75,7 +75,8 @@ class _Axis:
         return queries == 1 or self.step == 1.0
 
     def start(self, positions: Tensor) -> Tensor:
-        return positions * self.slope + self.origin
+        # What is not finite becomes NaN, not a place far outside, where a diverged offset would go unseen.
+        return positions * self.slope + self.origin + (positions - positions)
 
 
 def _floor(index: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:

@@ -165,8 +165,9 @@ template <class T, class S> struct Worker {
             const T* p = position(image, head, key);
             T* into = scores.data() + key * block;
             const T start = c.origin_y + c.slope_y * p[0] + first_row * c.step_y;
-            if (start != start || p[1] != p[1]) {
-                std::fill(into, into + rows * c.width, start + p[1]);
+            const T broken = (start - start) + (p[1] - p[1]);  // not a number where one of them is not finite
+            if (broken != 0) {
+                std::fill(into, into + rows * c.width, broken);
                 continue;
             }
             if (!rows_of(start, rows)) {
@@ -275,8 +276,9 @@ template <class T, class S> struct Worker {
             const T* p = position(image, head, key);
             const T* source = grads.data() + key * block;
             const T start = c.origin_y + c.slope_y * p[0] + first_row * c.step_y;
-            if (start != start || p[1] != p[1]) {
-                into[2 * key] = into[2 * key + 1] = start + p[1];
+            const T broken = (start - start) + (p[1] - p[1]);
+            if (broken != 0) {
+                into[2 * key] = into[2 * key + 1] = broken;
                 continue;
             }
             if (!rows_of(start, rows)) continue;

@@ -96,15 +96,16 @@ def starts_kernel(
 ):  # fmt: skip
     """Planes' index of every key for the first query, y and x as fp32 in 8 bytes, clamped to where all is zero.
 
-    A key that is not a number starts at the row ``broken``, where the planes are not numbers either.
+    A key that is not finite starts at the row ``broken``, where the planes are no numbers.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     y = tl.load(positions + 2 * i, mask=i < n, other=0.0)
     x = tl.load(positions + 2 * i + 1, mask=i < n, other=0.0)
     start_y = tl.minimum(tl.maximum(origin_y + slope_y * y, low_y), high_y)
     start_x = tl.minimum(tl.maximum(origin_x + slope_x * x, low_x), high_x)
-    start_y = tl.where((y == y) & (x == x), start_y, broken)
-    start_x = tl.where(x == x, start_x, low_x)
+    finite = (y - y == 0) & (x - x == 0)
+    start_y = tl.where(finite, start_y, broken)
+    start_x = tl.where(finite, start_x, low_x)
     low = start_y.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     tl.store(starts + i, (start_x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low, mask=i < n)
 

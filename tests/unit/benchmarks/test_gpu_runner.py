@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -17,6 +20,7 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import runner, stages, waits
 from benchmarks.gpu.stages import Stage
 
+ROOT = Path(__file__).parents[3]
 KEY = {"commit": "c0ffee", "device": "cpu", "dry": True}
 
 
@@ -129,3 +133,25 @@ def test_host_waits_are_counted_by_place(monkeypatch):
     inner = traceback.FrameSummary("/somewhere/torch/_tensor.py", 1, "to")
     outer = traceback.FrameSummary("/somewhere/dattrain/tests/x.py", 1, "test")
     assert waits.place([outer, ours, inner]) == "dattrain/data/mix.py:84 mix"
+
+
+def test_who_ends_the_command_ends_its_stage(tmp_path):
+    def stages() -> list[Path]:
+        """Command lines of stages of this folder that are alive."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = path.read_bytes().decode(errors="replace")
+                if "benchmarks.gpu.child" in words and str(tmp_path) in words:
+                    found.append(path)
+        return found
+
+    line = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--dry-run", "--only", "train"]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 60
+        while not stages() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert stages()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 130
+    assert not stages()

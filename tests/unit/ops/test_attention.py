@@ -273,6 +273,7 @@ def test_the_same_bits_every_time(backend: str) -> None:
         ({"positions": torch.zeros(2, 3, 7, 2)}, "4 heads cannot be shared by 3 groups"),
         ({"positions": torch.zeros(2, 2, 6, 2)}, "positions must be"),
         ({"bias_table": torch.zeros(3, 5, 9)}, "bias_table must be"),
+        ({"bias_table": torch.zeros(4, 0, 9)}, "no empty side"),
         ({"k": torch.zeros(2, 4, 7, 8, dtype=torch.float16)}, "one float dtype"),
         ({"query_grid": "centre"}, "neither"),
         (
@@ -346,10 +347,14 @@ def test_without_a_compiler_plain_torch_runs_and_asking_for_native_says_why(
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_position_that_is_not_a_number_is_seen_in_the_output(small: Case, backend: str) -> None:
+def test_a_position_that_is_not_finite_is_seen_in_the_output(
+    small: Case, backend: str, broken: float, axis: int
+) -> None:
     q, k, v, positions, table = (x.detach() for x in small.inputs(torch.float32))
-    positions[0, 0, 3, 1] = float("nan")
+    positions[0, 0, 3, axis] = broken
     out = ops.deform_attention(q, k, v, positions, table, **small.keywords, backend=backend)
     assert out[0, :2].isnan().all() and not out[0, 2:].isnan().any() and not out[1].isnan().any()
 

@@ -239,8 +239,8 @@ def read_index(shard: str) -> ShardIndex:
         data = read_file(path)
     except FileNotFoundError:
         raise UserError(
-            f"{shard}: has no index ({os.path.basename(path)}); build it with `dattrain data index {shard}`"
-            + how_elsewhere(os.path.dirname(shard))
+            f"{shard}: has no index ({os.path.basename(path)}); "
+            + (elsewhere(os.path.dirname(shard)) or f"build it with `dattrain data index {shard}`")
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -252,13 +252,13 @@ def write_index(shard: str, index: ShardIndex) -> None:
     write_atomically(Path(index_path(shard)), index.to_bytes())
 
 
-def how_elsewhere(folder: str) -> str:
-    """The way where a folder may not be written, to be added to a message; else nothing."""
+def elsewhere(folder: str) -> str:
+    """The way to index shards whose folder may not be written; empty where it may."""
     if os.access(folder or ".", os.W_OK):
         return ""
     return (
-        "; its folder may not be written, so give it a folder of your own: `dattrain data index SHARDS --out DIR` puts "
-        "links to the shards and their indexes into DIR, which you name instead"
+        "their folder may not be written: `dattrain data index SHARDS --out DIR` puts links to the shards and their "
+        "indexes into a folder of your own, which you name instead"
     )
 
 

@@ -20,7 +20,7 @@ from dattrain.data.index import (
     Entry,
     LeftOut,
     ShardIndex,
-    how_elsewhere,
+    elsewhere,
     index_path,
     read_catalogue,
     read_dropped,
@@ -99,7 +99,8 @@ def index_shards(
             try:
                 write_index(path, index)
             except UserError as error:
-                raise UserError(f"{error}{how_elsewhere(os.path.dirname(path))}") from error
+                advice = elsewhere(os.path.dirname(path))
+                raise UserError(f"{error}; {advice}" if advice else str(error)) from error
         no_image = [_named(index, i) for i in range(len(index)) if not index.offsets[i]]
         no_label = [_named(index, i) for i in range(len(index)) if index.labels[i] == NO_LABEL]
         same = index.labels[1:] == index.labels[:-1]

@@ -21,7 +21,15 @@ from dattrain.data.folders import FolderDataset
 from dattrain.data.images import IMAGE_EXTENSIONS, is_image_name
 from dattrain.data.index import NO_LABEL, ShardIndex
 from dattrain.data.sample import BadSample, Dataset, Numbered, Sample
-from dattrain.data.shards import LocalSource, Shards, Source, expand, open_local, verify_sizes
+from dattrain.data.shards import (
+    LocalSource,
+    Shards,
+    Source,
+    expand,
+    holds_shards,
+    open_local,
+    verify_sizes,
+)
 from dattrain.errors import UserError
 
 _BLOCK = 512
@@ -70,12 +78,13 @@ class ShardDataset(Numbered):
         path = self.shards.paths[shard]
         name = f"{os.path.basename(path)}:{key}"
         if offset == 0:
-            raise BadSample(f"{path}: sample {key!r} has no image member")
+            why = f" ({index.why[key]})" if key in index.why else ""
+            raise BadSample(f"{path}: sample {key!r} has no image member{why}")
         where = f"{path}: sample {key!r} at offset {offset}"
         if length == 0:
             raise BadSample(f"{where}: the image has zero bytes")
         data = self.source.read(shard, offset - _BLOCK, length + _BLOCK)
-        if not header_fits(data[:_BLOCK], key, length):
+        if not header_fits(data[:_BLOCK], None if index.linked[sample] else key, length):
             raise UserError(
                 f"{where}: the tar header there is not this sample's, so the shard is not the one that was indexed; "
                 "restore it, or index it anew with `dattrain data index --force`"
@@ -120,10 +129,12 @@ def open_dataset(
     verify: bool = False,
     rank: int = 0,
     world: int = 1,
+    problems: list[str] | None = None,
 ) -> Dataset:
     """Open what ``data.train`` or ``data.val`` names: shards (local or remote) or an image folder.
 
-    With ``verify``, the sizes of this rank's part of the shards are compared with their indexes.
+    With ``verify``, the sizes of this rank's part of the shards are compared with their indexes. ``problems`` takes
+    messages about local shards that cannot be used, and which are then left out, instead of an error.
 
     Raises:
         UserError: nothing is there, an index is missing, or a shard's size differs from its index.
@@ -136,15 +147,15 @@ def open_dataset(
         )
         classes = class_names(shards.paths, source.transfer.read)
         dataset: Dataset = ShardDataset(spec, shards, source, classes=classes)
-    elif os.path.isdir(spec) and not any(e.name.endswith(".tar") for e in os.scandir(spec)):
+    elif os.path.isdir(spec) and not holds_shards(spec):
         dataset = FolderDataset(spec)
     else:
-        shards = open_local(expand(spec))
+        shards = open_local(expand(spec), problems=problems)
         if verify:
             verify_sizes(shards, rank=rank, world=world)
         classes = class_names(shards.paths, lambda path: Path(path).read_bytes())
         dataset = ShardDataset(spec, shards, LocalSource(shards), classes=classes)
-    if not dataset.counts.sum():
+    if not dataset.counts.sum() and not problems:
         raise UserError(f"{spec}: has no samples")
     return dataset
 
@@ -204,8 +215,8 @@ def locate(dataset: Dataset, item: int) -> tuple[int, int]:
     return shard, item - int(dataset.counts[:shard].sum())
 
 
-def header_fits(header: bytes, key: str, length: int) -> bool:
-    """Whether a tar header is that of a member of ``length`` bytes called ``key.*``."""
+def header_fits(header: bytes, key: str | None, length: int) -> bool:
+    """Whether a tar header is that of a member of ``length`` bytes called ``key``, ``key.*``, or anything for None."""
     from dattrain.data.tar import member_name, member_size
 
     try:
@@ -213,8 +224,10 @@ def header_fits(header: bytes, key: str, length: int) -> bool:
             return False
     except ValueError:
         return False
+    if key is None:
+        return True
     # Long and non-ASCII names stand in an extension header before this one, which holds a shortened form.
-    return len(key) > 90 or not key.isascii() or member_name(header).startswith(key + ".")
+    return len(key) > 90 or not key.isascii() or f"{member_name(header)}.".startswith(f"{key}.")
 
 
 __all__ = [

@@ -1,35 +1,40 @@
 """Building indexes for shards that others wrote, by reading tar headers alone.
 
 Layouts: a sample is the consecutive members of one key (the name up to the first dot of its last part); its image is
-the member with an image's extension; its label stands in ``.cls``, or in a field of ``.json``.
+the member with an image's extension; its label stands in ``.cls``, or in a field of ``.json``. ``--image`` and
+``--label`` name others. Members that no sample has are counted by kind.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
-from dattrain.data import tar
+from dattrain.data import inventory, tar
 from dattrain.data.dataset import IMAGE_EXTENSIONS
+from dattrain.data.files import open_file
 from dattrain.data.index import (
     NO_LABEL,
     Entry,
+    LeftOut,
     ShardIndex,
+    elsewhere,
     index_path,
     read_catalogue,
+    read_dropped,
     read_index,
     write_catalogue,
     write_index,
 )
+from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
 
-LABEL_FIELDS = ("label", "cls", "class_id")
+_REASONS_KEPT = 10
+_TEXT_LIMIT, _JSON_LIMIT = 4096, 64 << 20
+"""Bytes of a .cls and of a .json; larger ones hold something else."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Indexed:
 
     Attributes:
         path, entry: of the shard.
-        no_image, no_label: keys of samples that lack one.
+        no_image, no_label: keys of samples that lack one, with the reason of the first of them.
+        left_out: members that no sample has, by kind.
         together: share of neighbours with the same label; near 1 where the shard was written class by class.
     """
 
@@ -46,6 +52,7 @@ class Indexed:
     entry: Entry
     no_image: list[str]
     no_label: list[str]
+    left_out: tuple[LeftOut, ...]
     together: float
 
 
@@ -55,157 +62,331 @@ def index_shards(
     jobs: int = 1,
     force: bool = False,
     checksum: bool = False,
+    image: str | None = None,
     label: str | None = None,
     unterminated: bool = False,
+    drop: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Indexed]:
     """Index local shards, write each index beside its shard, and enter them in the catalogues of their folders.
 
     Args:
-        force: index anew what has an index already; else such shards are only entered in the catalogue.
+        paths: of shards; those that are not there stay in the catalogue.
+        force: index anew what has an index already, as ``image`` and ``label`` do; else such shards are only entered in
+            the catalogue.
         checksum: also compute the SHA-256 of each shard, which reads every byte.
-        label: field of ``.json`` that holds the label; None takes ``.cls``, else the first of label, cls, class_id.
+        image: extension of the image's member (``jpg``, ``input.jpg``); None takes the one with an image's extension.
+        label: field of ``.json`` that holds the label, or extension of the member that does (``output.cls``); None takes
+            ``.cls``, else the first of label, cls, class_id.
         unterminated: accept tars without their end marker.
+        drop: note in the catalogue that the shards that are not there are gone for good.
 
     Raises:
         UserError: a shard is no whole tar, or a member's name is not to be trusted.
     """
+    gone = set(inventory.missing(paths))
+    there = [path for path in paths if path not in gone]
 
     def work(number: int) -> Indexed:
-        path = paths[number]
+        path = there[number]
         index = None
-        if not force and os.path.exists(index_path(path)):
+        if not (force or image or label) and os.path.exists(index_path(path)):
             index = read_index(path)
             if index.size != os.stat(path).st_size or (checksum and not index.sha256):
                 index = None
         if index is None:
-            index = build(path, checksum=checksum, label=label, unterminated=unterminated)
-            write_index(path, index)
-        no_image = [index.key(i) for i in range(len(index)) if not index.offsets[i]]
-        no_label = [index.key(i) for i in range(len(index)) if index.labels[i] == NO_LABEL]
+            index = build(path, checksum=checksum, image=image, label=label, unterminated=unterminated)
+            try:
+                write_index(path, index)
+            except UserError as error:
+                advice = elsewhere(os.path.dirname(path))
+                raise UserError(f"{error}; {advice}" if advice else str(error)) from error
+        no_image = [_named(index, i) for i in range(len(index)) if not index.offsets[i]]
+        no_label = [_named(index, i) for i in range(len(index)) if index.labels[i] == NO_LABEL]
         same = index.labels[1:] == index.labels[:-1]
-        return Indexed(path, Entry.of(index), no_image, no_label, float(same.mean()) if len(same) else 0.0)
+        together = float(same.mean()) if len(same) else 0.0
+        return Indexed(path, Entry.of(index), no_image, no_label, index.left_out, together)
 
     done: list[Indexed] = []
     try:
-        with Workers(work, count=len(paths), workers=jobs if jobs > 1 else 0, in_order=False) as shards:
+        with Workers(work, count=len(there), workers=jobs if jobs > 1 else 0, in_order=False) as shards:
             for shard in shards:
                 done.append(shard)
-                progress(len(done), len(paths))
+                progress(len(done), len(there))
     finally:
         # What was indexed before an error stays indexed, so that a second try need not begin anew.
-        _catalogue(done)
-    order = {path: i for i, path in enumerate(paths)}
+        _catalogue(done, gone if drop else set(), force)
+    order = {path: i for i, path in enumerate(there)}
     return sorted(done, key=lambda shard: order[shard.path])
 
 
+def link_shards(paths: Sequence[str], out: str) -> list[str]:
+    """Links to the shards, and to the records beside them, in a folder of one's own; returns the links' paths.
+
+    Indexes and a catalogue can be written there where the shards' own folder may not be written.
+
+    Raises:
+        UserError: something else has one of the names in ``out``, or it cannot be written.
+    """
+    links = {os.path.join(out, os.path.basename(path)): os.path.abspath(path) for path in paths}
+    if len(links) < len(paths):
+        raise UserError(f"--out {out}: two of the shards have one name; index them in folders of their own")
+    folders = sorted({os.path.dirname(path) for path in links.values()})
+    names = {os.path.basename(path) for path in paths}
+    records = [os.path.join(folder, name) for folder in folders for name in inventory.records(folder, names)]
+    wanted = {**{os.path.join(out, os.path.basename(record)): record for record in records}, **links}
+    if len(wanted) < len(records) + len(links):
+        raise UserError(f"--out {out}: the shards' folders ({', '.join(folders)}) have records of one name")
+    try:
+        os.makedirs(out, exist_ok=True)
+        for link, target in wanted.items():
+            if os.path.islink(link) and os.readlink(link) == target:
+                continue
+            if os.path.lexists(link):
+                raise UserError(f"{link}: is there already, and is no link to {target}; use another folder")
+            os.symlink(target, link)
+    except OSError as error:
+        raise UserError(f"--out {out}: links cannot be made there ({error.strerror})") from error
+    return list(links)
+
+
 def build(
-    path: str, *, checksum: bool = False, label: str | None = None, unterminated: bool = False
+    path: str,
+    *,
+    checksum: bool = False,
+    image: str | None = None,
+    label: str | None = None,
+    unterminated: bool = False,
 ) -> ShardIndex:
     """The index of one local shard; arguments and errors as for ``index_shards``."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            return _build(path, file, checksum=checksum, label=label, unterminated=unterminated)
+        fd = open_file(path)
+        try:
+            index = _Builder(path, fd, image, label).index(unterminated)
+            digest, at = sha256(), 0
+            while checksum and (block := os.pread(fd, 1 << 20, at)):
+                digest.update(block)
+                at += len(block)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return replace(index, sha256=digest.hexdigest()) if checksum else index
 
 
-def _build(
-    path: str, file: io.FileIO, *, checksum: bool, label: str | None, unterminated: bool
-) -> ShardIndex:
-    offsets, lengths, labels, keys = [], [], [], []
-    seen: set[str] = set()
-    for key, members in _samples(tar.scan(path, unterminated=unterminated)):
-        if key in seen:
+class _Builder:
+    def __init__(self, path: str, fd: int, image: str | None, label: str | None) -> None:
+        self.path, self.fd = path, fd
+        self.image = image.lower().lstrip(".") if image else None
+        self.label = label
+        self.left_out: dict[str, LeftOut] = {}
+        self.why: dict[str, str] = {}
+
+    def index(self, unterminated: bool) -> ShardIndex:
+        path = self.path
+        offsets, lengths, labels, linked = [], [], [], []
+        keys: list[str] = []
+        seen: set[str] = set()
+        for key, members in self._samples(tar.scan(path, unterminated=unterminated)):
+            if key in seen:
+                raise UserError(
+                    f"{path}: sample {key!r} comes twice, the second time at offset {members[0].offset}; its members "
+                    "must stand together (`tar --sort=name` writes them so), and keys, which end at the first dot, must be "
+                    "unique within a shard"
+                )
+            seen.add(key)
+            image = self._image(key, members)
+            label = self._label(key, members)
+            if image is not None and image.kind == tar.HARD_LINK:
+                linked.append(len(keys))
+            offsets.append(image.offset if image else 0)
+            lengths.append(image.size if image else 0)
+            labels.append(label)
+            keys.append(key)
+        if not keys and self.left_out:
             raise UserError(
-                f"{path}: sample {key!r} comes twice, the second time at offset {members[0].offset}; its members "
-                "must stand together, and keys must be unique within a shard"
+                inventory.no_shard_message(path)
+                or f"{path}: a tar without samples; it holds {describe(self.left_out.values())}"
             )
-        seen.add(key)
-        images = [m for m in members if m.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
+        if all(label == NO_LABEL for label in labels) and (advice := inventory.no_shard_message(path)):
+            raise UserError(advice)
+        return ShardIndex.build(
+            offsets,
+            lengths,
+            labels,
+            keys,
+            size=os.fstat(self.fd).st_size,
+            sha256="",
+            linked=linked,
+            left_out=self.left_out.values(),
+            why=self.why,
+        )
+
+    def _samples(self, members: Iterable[tar.Member]) -> Iterator[tuple[str, list[tar.Member]]]:
+        key, group = None, []
+        for member in members:
+            its, extension = tar.split_name(member.name)
+            if os.path.basename(its) == "":
+                continue  # hidden files, as AppleDouble's
+            if not extension:
+                self._leave_out("without extension" if member.readable else member.kind, member, lost=False)
+                continue
+            if its != key and key is not None:
+                yield key, group
+                group = []
+            key = its
+            group.append(member)
+        if key is not None:
+            yield key, group
+
+    def _image(self, key: str, members: list[tar.Member]) -> tar.Member | None:
+        def wanted(member: tar.Member) -> bool:
+            extension = tar.split_name(member.name)[1].lower()
+            if self.image is not None:
+                return extension == self.image
+            return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+
+        candidates = [m for m in members if wanted(m)]
+        images = [m for m in candidates if m.readable]
         if len(images) > 1:
             raise UserError(
-                f"{path}: sample {key!r} at offset {images[0].offset} has {len(images)} images "
-                f"({', '.join(os.path.basename(m.name) for m in images)}); it must have one"
+                f"{self.path}: sample {key!r} at offset {images[0].offset} has {len(images)} images "
+                f"({', '.join(os.path.basename(m.name) for m in images)}); it must have one. Keys end at the first dot; "
+                "`--image EXTENSION` says which of a sample's images to take"
             )
-        offsets.append(images[0].offset if images else 0)
-        lengths.append(images[0].size if images else 0)
-        labels.append(_label(path, key, members, file.fileno(), label))
-        keys.append(key)
-    if not keys:
-        raise UserError(f"{path}: a tar without samples")
-    digest = sha256()
-    if checksum:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    size = os.fstat(file.fileno()).st_size
-    return ShardIndex.build(
-        offsets, lengths, labels, keys, size=size, sha256=digest.hexdigest() if checksum else ""
+        for member in members:
+            extension = tar.split_name(member.name)[1].lower()
+            if not member.readable:
+                read = member in candidates or extension in ("cls", "json")
+                self._leave_out(member.kind, member, lost=read)
+            elif (
+                member not in images and extension not in ("cls", "json") and not self._holds_label(extension)
+            ):
+                unread_picture = not images and extension.rpartition(".")[2] in UNREAD_PICTURES
+                self._leave_out(f".{extension}", member, lost=unread_picture)
+        if not images:
+            self._note(key, members, "no image")
+        return images[0] if images else None
+
+    def _label(self, key: str, members: list[tar.Member]) -> int:
+        by_extension = {tar.split_name(m.name)[1].lower(): m for m in members if m.readable}
+        where = f"{self.path}: sample {key!r}"
+        text = next((x for x in by_extension if _is_text(x) and self._holds_label(x)), None)
+        if text is not None:
+            member = by_extension[text]
+            where = f"{where} at offset {member.offset}"
+            content = os.pread(self.fd, min(member.size, _TEXT_LIMIT), member.offset)
+            label = as_label(content.decode("utf-8", "replace"), where)
+            if label is None or member.size > _TEXT_LIMIT:
+                raise UserError(f"{where}: its .{text} holds {content[:40]!r}, not a number")
+            return label
+        field = None if self.label is None or _is_text(self.label) else self.label
+        if "json" not in by_extension or (self.label is not None and field is None):
+            self._note(key, members, "no label")
+            return NO_LABEL
+        member = by_extension["json"]
+        where = f"{where} at offset {member.offset}"
+        if member.size > _JSON_LIMIT:
+            raise UserError(f"{where}: its .json has {member.size:,} bytes; it should hold a few fields")
+        content = parse_json(os.pread(self.fd, member.size, member.offset), where)
+        label, seen = label_of(content, (field,) if field else LABEL_FIELDS, where)
+        if label is not None:
+            return label
+        if field:
+            raise UserError(
+                f"{where}: its .json has no integer field {field!r}" + (f", but {seen}" if seen else "")
+            )
+        self._note(key, members, "no label", seen and f"its .json has {seen}, not a number")
+        return NO_LABEL
+
+    def _holds_label(self, extension: str) -> bool:
+        """Whether members of this extension are read for a label."""
+        if self.label is not None and _is_text(self.label):
+            return extension == self.label.lower().lstrip(".")
+        return extension == "json" or (self.label is None and extension == "cls")
+
+    def _leave_out(self, kind: str, member: tar.Member, *, lost: bool) -> None:
+        before = self.left_out.get(kind)
+        if before is None:
+            self.left_out[kind] = LeftOut(kind, 1, member.name, lost)
+        else:
+            self.left_out[kind] = replace(before, count=before.count + 1, lost=before.lost or lost)
+
+    def _note(self, key: str, members: list[tar.Member], what: str, why: str | None = None) -> None:
+        """Keep why a sample lacks something, of the first ones."""
+        if key in self.why or len(self.why) >= _REASONS_KEPT:
+            return
+        if why is None:
+            kinds = [os.path.basename(m.name) + ("" if m.readable else f", a {m.kind}") for m in members[:4]]
+            why = f"it has {'; '.join(kinds)}"
+            if any("." in tar.split_name(m.name)[1] for m in members):
+                why += "; keys end at the first dot"
+        self.why[key] = why
+
+
+UNREAD_PICTURES = (
+    frozenset(
+        {
+            "avif",
+            "heic",
+            "heif",
+            "jxl",
+            "jp2",
+            "j2k",
+            "jpe",
+            "jfif",
+            "pjpeg",
+            "pjp",
+            "svg",
+            "tga",
+            "ico",
+            "psd",
+            "raw",
+        }
+    )
+    - IMAGE_EXTENSIONS
+)
+"""Extensions of pictures that are not read."""
+
+
+def describe(left_out: Iterable[LeftOut]) -> str:
+    """``1 .avif (x.avif), 2 symbolic link (y.jpg, ...)``; the same kind of several shards is counted together."""
+    kinds: dict[str, LeftOut] = {}
+    for some in left_out:
+        before = kinds.get(some.kind)
+        kinds[some.kind] = replace(before, count=before.count + some.count) if before else some
+    return ", ".join(
+        f"{some.count:,} {some.kind} ({some.first}{', ...' if some.count > 1 else ''})"
+        for some in sorted(kinds.values(), key=lambda some: some.kind)
     )
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Key and extension of a member, as WebDataset splits them: at the first dot of the last part."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension
+def _is_text(label: str) -> bool:
+    """Whether ``--label`` names a member that holds the number, and not a field of ``.json``."""
+    return label.lower().lstrip(".") == "cls" or label.lower().endswith(".cls")
 
 
-def _samples(members: Iterable[tar.Member]) -> Iterator[tuple[str, list[tar.Member]]]:
-    key, group = None, []
-    for member in members:
-        its, extension = split_name(member.name)
-        if not extension or os.path.basename(its) == "":
-            continue  # files without extension and hidden ones belong to no sample
-        if its != key and key is not None:
-            yield key, group
-            group = []
-        key = its
-        group.append(member)
-    if key is not None:
-        yield key, group
+def _named(index: ShardIndex, sample: int) -> str:
+    key = index.key(sample)
+    return f"{key} ({index.why[key]})" if key in index.why else key
 
 
-def _label(path: str, key: str, members: list[tar.Member], fd: int, field: str | None) -> int:
-    by_extension = {split_name(m.name)[1].lower(): m for m in members}
-    where = f"{path}: sample {key!r}"
-    if field is None and "cls" in by_extension:
-        member = by_extension["cls"]
-        text = os.pread(fd, member.size, member.offset)
-        if not re.fullmatch(rb"\s*-?\d+\s*", text):
-            raise UserError(f"{where} at offset {member.offset}: its .cls holds {text[:40]!r}, not a number")
-        return _non_negative(int(text), f"{where} at offset {member.offset}")
-    if "json" not in by_extension:
-        return NO_LABEL
-    member = by_extension["json"]
-    try:
-        content = json.loads(os.pread(fd, member.size, member.offset))
-    except ValueError as error:
-        raise UserError(f"{where} at offset {member.offset}: its .json does not parse ({error})") from None
-    for name in (field,) if field else LABEL_FIELDS:
-        value = content.get(name) if isinstance(content, dict) else None
-        if isinstance(value, int) and not isinstance(value, bool):
-            return _non_negative(value, f"{where} at offset {member.offset}")
-        if isinstance(value, str) and value.isdigit():
-            return int(value)
-    if field:
-        raise UserError(f"{where} at offset {member.offset}: its .json has no integer field {field!r}")
-    return NO_LABEL
-
-
-def _non_negative(label: int, where: str) -> int:
-    if label < 0:
-        raise UserError(f"{where}: label {label} is negative")
-    return label
-
-
-def _catalogue(shards: list[Indexed]) -> None:
+def _catalogue(shards: list[Indexed], dropped: set[str], force: bool) -> None:
     folders: dict[str, dict[str, Entry]] = {}
     for shard in shards:
         folder, name = os.path.split(shard.path)
         folders.setdefault(folder or ".", {})[name] = shard.entry
+    gone: dict[str, set[str]] = {}
+    for path in dropped:
+        folder, name = os.path.split(path)
+        gone.setdefault(folder or ".", set()).add(name)
+        folders.setdefault(folder or ".", {})
     for folder, entries in folders.items():
-        known = read_catalogue(folder)
-        # Entries whose shard is gone would claim samples that nobody has.
-        kept = {name: entry for name, entry in known.items() if os.path.exists(os.path.join(folder, name))}
-        write_catalogue(folder, {**kept, **entries})
+        try:
+            known = read_catalogue(folder)
+        except UserError:
+            if not force:
+                raise
+            known = {}
+        kept = {name: entry for name, entry in known.items() if name not in gone.get(folder, ())}
+        write_catalogue(folder, {**kept, **entries}, dropped=read_dropped(folder) | gone.get(folder, set()))

@@ -30,11 +30,13 @@ from dattrain.data.board import note
 from dattrain.data.classes import Classes, few
 from dattrain.data.dataset import NO_LABEL, BadSample, Dataset, locate
 from dattrain.data.dedup import find_duplicates
+from dattrain.data.fields import fields
 from dattrain.data.index import (
     Entry,
     ShardIndex,
     read_catalogue,
     read_index,
+    read_json,
     write_atomically,
     write_catalogue,
     write_index,
@@ -61,6 +63,7 @@ class Options:
         quality: of jpg and webp.
         check: decode every image, else read its header alone.
         dedup: keep the first of the samples with equal bytes.
+        label: field of the source's ``.json`` that its labels were taken from, as the source was opened; None is its own.
         skip_bad: leave out and name what cannot be used, else stop.
         label_set: one of ``data.labels``, whose numbers the source's synsets take; None numbers its classes as the split
             that is in the folder already does, else in their order.
@@ -78,6 +81,7 @@ class Options:
     dedup: bool = False
     skip_bad: bool = False
     label_set: str | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -210,10 +214,10 @@ class _Packer:
             if path.stat().st_size != index.size:
                 return None
             note = self.folder / f".{name}.bad"
-            bad = json.loads(note.read_bytes()) if note.exists() else []
-        except (UserError, FileNotFoundError):
+            bad = read_json(note) or []
+            return self._describe(name, index, [(key, reason) for key, reason in bad])
+        except (FileNotFoundError, ValueError, TypeError):  # UserError is a ValueError
             return None
-        return self._describe(name, index, [(key, reason) for key, reason in bad])
 
     def _describe(self, name: str, index: ShardIndex, bad: list[tuple[str, str]]) -> Done:
         labels, counts = np.unique(index.labels, return_counts=True)
@@ -237,7 +241,9 @@ class _Packer:
         except images.BadImage as error:
             raise BadSample(f"{sample.where}: {error}") from error
         name = sample.key.partition(":")[2]
-        info: dict[str, object] = {"label": sample.label, "filename": name, "height": height, "width": width}
+        # What the source's own .json says stays, but where it is about what this packing decides.
+        info = {"filename": name, **fields(self.source, *locate(self.source, item))}
+        info.update({"label": sample.label, "height": height, "width": width})
         if self.classes:
             info["class"] = self.classes[sample.label]
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.splitext(os.path.basename(name))[0])[:64]
@@ -322,8 +328,10 @@ def _publish(packer: _Packer, split: str, shards: list[Done]) -> dict[str, Any]:
     catalogue.update({shard.name: shard.entry for shard in shards})
     write_catalogue(folder, catalogue)
     info_path = folder / "_info.json"
-    info = json.loads(info_path.read_bytes()) if info_path.exists() else {}
-    info.setdefault("splits", {})[split] = {
+    info = read_json(info_path) or {}
+    if not isinstance(info, dict) or not isinstance(info.setdefault("splits", {}), dict):
+        raise UserError(f"{info_path}: has no object of splits; restore it, or move it away")
+    info["splits"][split] = {
         "name": split,
         "num_samples": samples,
         "filenames": [shard.name for shard in shards],
@@ -388,8 +396,8 @@ def _same_settings(folder: Path, source: Dataset, options: Options) -> None:
             )
     settings = {**asdict(options), "source": source.name, "content": digest.hexdigest()}
     path = folder / f".{options.split}.settings.json"
-    if path.exists():
-        noted = json.loads(path.read_bytes())
+    noted = read_json(path)
+    if noted is not None:
         differ = sorted(key for key in settings if noted.get(key) != settings[key])
         if differ:
             what = ", ".join(f"{key} ({noted.get(key)} then, {settings[key]} now)" for key in differ)

@@ -8,7 +8,6 @@ ranks: samples are missed and doubled, and a resumed run draws anew.
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import time
@@ -30,7 +29,7 @@ from dattrain.data.cpu import CpuDecoder
 from dattrain.data.dataset import class_names
 from dattrain.data.feed import Encoded, Request, bad_sample_message
 from dattrain.data.images import IMAGE_EXTENSIONS
-from dattrain.data.indexing import LABEL_FIELDS
+from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
 from dattrain.data.loader import Bad, Decoder, ToDevice, open_split, patience
 from dattrain.data.shards import brace_expand
 from dattrain.data.workers import Workers
@@ -316,14 +315,14 @@ class WebStream:
 def _label(sample: Mapping[str, Any]) -> int | None:
     """From ``.cls``, else from ``.json``, as ``data index`` finds it; None where there is none."""
     where = f"{sample['__url__']}: sample {sample['__key__']!r}"
-    try:
-        if "cls" in sample:
-            return int(sample["cls"])
-        fields = json.loads(sample["json"]) if "json" in sample else {}
-        found = [fields[name] for name in LABEL_FIELDS if isinstance(fields.get(name), (int, str))]
-        return int(found[0]) if found else None
-    except ValueError as error:
-        raise UserError(f"{where}: its label is not a number ({error})") from None
+    if "cls" in sample:
+        label = as_label(sample["cls"].decode("utf-8", "replace"), where)
+        if label is None:
+            raise UserError(f"{where}: its .cls holds {sample['cls'][:40]!r}, not a number")
+        return label
+    if "json" not in sample:
+        return None
+    return label_of(parse_json(sample["json"], where), LABEL_FIELDS, where)[0]
 
 
 def unweighted(batch: Batch, rows: NDArray[np.bool_]) -> Batch:

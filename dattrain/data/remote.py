@@ -8,7 +8,6 @@ for it or fetches it.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -22,13 +21,13 @@ import numpy as np
 
 from dattrain.data.cache import Cache
 from dattrain.data.index import CATALOGUE, Entry, ShardIndex, index_path, parse_catalogue
+from dattrain.data.inventory import HUB_INFO, parse_hub_info
 from dattrain.data.shards import Shards, brace_expand, check_one_split, check_size
 from dattrain.data.transfer import Transfer
 from dattrain.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
-HUB_INFO = "_info.json"
 _THREADS = 4
 _MAX_OPEN = 128
 _TOUCH_EVERY = 256
@@ -170,25 +169,6 @@ class _Catalogues:
                 f"{CATALOGUE} nor {HUB_INFO} nor {os.path.basename(index_path(url))}; "
                 "run `dattrain data index` where the shards are, and put what it writes beside them"
             ) from None
-
-
-def parse_hub_info(data: bytes, name: str) -> dict[str, int]:
-    """Samples per shard file from timm's ``_info.json``: ``splits.<split>.{filenames, shard_lengths}``.
-
-    Raises:
-        UserError: it does not say so.
-    """
-    try:
-        splits = json.loads(data)["splits"].values()
-        return {
-            os.path.basename(file): int(length)
-            for split in splits
-            for file, length in zip(split["filenames"], split["shard_lengths"], strict=True)
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{name}: does not say how many samples each shard has ({type(error).__name__}: {error})"
-        ) from error
 
 
 class RemoteSource:

@@ -20,6 +20,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dattrain.data import inventory, tar
+from dattrain.data.files import open_file
 from dattrain.data.index import Entry, ShardIndex, read_catalogue, read_index
 from dattrain.errors import UserError
 
@@ -79,7 +81,7 @@ class _File:
     """An open file that closes itself when the last reader lets go."""
 
     def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = open_file(path)
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -100,7 +102,10 @@ class LocalSource:
         file = self._file(shard)
         parts, missing = [], length
         while missing:
-            part = os.pread(file.fd, missing, offset + length - missing)
+            try:
+                part = os.pread(file.fd, missing, offset + length - missing)
+            except OSError as error:
+                raise UserError(f"{self.shards.paths[shard]}: cannot be read ({error.strerror})") from error
             if not part:
                 raise UserError(
                     f"{self.shards.paths[shard]}: ends before byte {offset + length}, which its index says it has; "
@@ -148,18 +153,27 @@ def check_size(path: str, found: int, expected: int) -> None:
         )
 
 
+def check_local_size(path: str, expected: int) -> None:
+    """As ``check_size`` for a file; raises UserError where there is none, too."""
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened ({error.strerror})") from error
+    check_size(path, size, expected)
+
+
 def expand(pattern: str) -> list[str]:
     """Shard paths that a pattern names: a folder, a .tar, a .txt list, a brace or glob pattern, or several with ``::``.
 
+    A folder and a glob pattern also name the shards that should be there, by the records of the folder.
+
     Raises:
-        UserError: nothing is there, or a folder holds the shards of more than one split.
+        UserError: nothing is there, a folder holds the shards of more than one split, or some are compressed.
     """
     if "::" in pattern and "://" not in pattern.replace("::", ""):
         return [path for part in pattern.split("::") for path in expand(part)]
     if os.path.isdir(pattern):
-        paths = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
-        check_one_split(pattern, [os.path.basename(path) for path in paths])
-        return paths
+        return _in_folder(pattern)
     if pattern.endswith(".txt") and os.path.isfile(pattern):
         base = os.path.dirname(pattern)
         lines = [line.strip() for line in Path(pattern).read_text().splitlines()]
@@ -168,10 +182,58 @@ def expand(pattern: str) -> list[str]:
         return [pattern]
     paths = brace_expand(pattern)
     if any(re.search(r"[*?\[]", path) for path in paths):
-        paths = sorted(found for path in paths for found in glob.glob(path))
+        paths = sorted({found for path in paths for found in _matching(path)})
     if not paths or (len(paths) == 1 and not os.path.exists(paths[0])):
         raise UserError(f"{pattern}: there is no such shard, folder or pattern of shards")
     return paths
+
+
+def holds_shards(folder: str) -> bool:
+    """Whether a local folder is one of shards, and not of class folders."""
+    with os.scandir(folder) as entries:
+        found = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
+    if any(name.endswith(".tar") for name, _ in found):
+        return True
+    if any(is_folder for _, is_folder in found):
+        return False
+    return any(tar.COMPRESSED_NAME.search(name) for name, _ in found) or bool(inventory.claims(folder))
+
+
+def _in_folder(folder: str) -> list[str]:
+    names = sorted(os.listdir(folder))
+    found = [name for name in names if name.endswith(".tar") and not name.startswith(".")]
+    check_one_split(folder, found)
+    compressed = [name for name in names if tar.COMPRESSED_NAME.search(name)]
+    forgotten = [
+        name
+        for name in compressed
+        if not found or inventory.set_of(_plain(name)) == inventory.set_of(found[0])
+    ]
+    if forgotten and not set(map(_plain, forgotten)) <= set(found):
+        raise UserError(
+            f"{folder}: {forgotten[0]} is compressed ({len(forgotten)} such files); gunzip, unzstd or unxz it: shards must "
+            "be plain .tar files, in which any image can be found"
+        )
+    claimed = [
+        name
+        for name in inventory.claims(folder)
+        if not found or inventory.set_of(name) == inventory.set_of(found[0])
+    ]
+    if not found and not claimed:
+        raise UserError(f"{folder}: there are no shards (*.tar) in it")
+    return [os.path.join(folder, name) for name in sorted({*found, *claimed})]
+
+
+def _matching(pattern: str) -> list[str]:
+    folders = [os.path.dirname(pattern)]
+    if re.search(r"[*?\[]", folders[0]):
+        folders = glob.glob(folders[0])
+    base = os.path.basename(pattern)
+    return glob.glob(pattern) + [path for f in folders for path in inventory.claimed_like(f, base)]
+
+
+def _plain(compressed: str) -> str:
+    return tar.COMPRESSED_NAME.sub("", compressed) + ".tar"
 
 
 def brace_expand(pattern: str) -> list[str]:
@@ -186,7 +248,7 @@ def brace_expand(pattern: str) -> list[str]:
 
 def check_one_split(folder: str, names: Sequence[str]) -> None:
     """Raise UserError where the names of a folder's shards differ by more than their numbers."""
-    prefixes = sorted({re.sub(r"\d+(?=\D*$)", "*", name) for name in names})
+    prefixes = sorted({inventory.set_of(name) for name in names})
     if len(prefixes) > 1:
         raise UserError(
             f"{folder}: holds the shards of several sets ({', '.join(prefixes[:4])}); name one, "
@@ -194,24 +256,55 @@ def check_one_split(folder: str, names: Sequence[str]) -> None:
         )
 
 
-def open_local(paths: Sequence[str]) -> Shards:
+def open_local(paths: Sequence[str], *, problems: list[str] | None = None) -> Shards:
     """Samples and sizes of local shards, from the catalogues of their folders or else from their own indexes.
 
+    Shards without samples are left out.
+
+    Args:
+        problems: takes the messages about shards that cannot be used, which are then left out; None raises the first.
+
     Raises:
-        UserError: a shard is neither in a catalogue nor has an index.
+        UserError: a shard is not there, is neither in a catalogue nor has an index, or records contradict its index.
     """
-    catalogues = {
-        folder: read_catalogue(folder) for folder in {os.path.dirname(path) or "." for path in paths}
-    }
-    entries: list[Entry | None] = [
-        catalogues[os.path.dirname(path) or "."].get(os.path.basename(path)) for path in paths
-    ]
-    missing = [i for i, entry in enumerate(entries) if entry is None]
-    if missing:
-        with ThreadPoolExecutor(16) as pool:
-            for i, index in zip(missing, pool.map(lambda i: read_index(paths[i]), missing)):
-                entries[i] = Entry.of(index)
-    return Shards.build(paths, [entry for entry in entries if entry is not None])
+
+    def problem(text: str) -> None:
+        if problems is None:
+            raise UserError(text)
+        problems.append(text)
+
+    lost = set(inventory.missing(paths))
+    if lost:
+        problem(inventory.missing_message(sorted(lost)))
+    folders = {os.path.dirname(path) for path in paths}
+    catalogues = {folder: read_catalogue(folder or ".") for folder in folders}
+    claims = {folder: inventory.claims(folder or ".") for folder in folders}
+
+    def read(path: str) -> Entry | str:
+        try:
+            return Entry.of(read_index(path))
+        except UserError as error:
+            return inventory.no_shard_message(path) or str(error)
+
+    entries: dict[str, Entry | str] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        if path not in lost and name in catalogues[folder]:
+            entries[path] = catalogues[folder][name]
+    unknown = [path for path in paths if path not in lost and path not in entries]
+    with ThreadPoolExecutor(16) as pool:
+        entries.update(zip(unknown, pool.map(read, unknown)))
+    good: list[tuple[str, Entry]] = []
+    for path in paths:
+        entry = entries.get(path)
+        if isinstance(entry, Entry):
+            folder, name = os.path.split(path)
+            entry = inventory.disagreement(path, entry.samples, claims[folder].get(name)) or entry
+        if isinstance(entry, str):
+            problem(entry)
+        elif entry is not None and entry.samples:
+            good.append((path, entry))
+    return Shards.build([path for path, _ in good], [entry for _, entry in good])
 
 
 def verify_sizes(shards: Shards, *, rank: int = 0, world: int = 1) -> None:
@@ -222,12 +315,7 @@ def verify_sizes(shards: Shards, *, rank: int = 0, world: int = 1) -> None:
     """
 
     def check(shard: int) -> None:
-        path = shards.paths[shard]
-        try:
-            size = os.stat(path).st_size
-        except OSError as error:
-            raise UserError(f"{path}: cannot be opened ({error.strerror})") from error
-        check_size(path, size, int(shards.sizes[shard]))
+        check_local_size(shards.paths[shard], int(shards.sizes[shard]))
 
     mine = range(rank, len(shards.paths), world)
     with ThreadPoolExecutor(min(16, max(1, len(mine) // 64))) as pool:

@@ -1,4 +1,4 @@
-"""What ``data pack`` reads: an image folder, a list file, IDX or npz arrays, or shards to be packed anew.
+"""What ``data pack`` reads: an image folder, a list file, IDX or npz arrays, ImageNet's class tars, or shards.
 
 Each is a ``Dataset``; a source adds names of its classes where it knows them.
 """
@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dattrain.data.class_tars import ClassTars, find
 from dattrain.data.dataset import open_dataset
+from dattrain.data.fields import Relabelled
 from dattrain.data.folders import read_file
 from dattrain.data.sample import Dataset, Numbered, Sample
 from dattrain.errors import UserError
@@ -177,18 +179,30 @@ class ArrayDataset(Numbered):
         """Nothing to close."""
 
 
-def open_source(path: str, *, labels: str | None = None, root: str | None = None) -> Dataset:
+def open_source(
+    path: str,
+    *,
+    labels: str | None = None,
+    root: str | None = None,
+    label: str | None = None,
+    jobs: int = 1,
+) -> Dataset:
     """Whatever ``path`` is, by its content and name.
 
     Args:
         labels: the IDX file of labels; found by name beside the images when None.
         root: folder to which a list file's paths are relative; the list's own when None.
+        label: field of the ``.json`` of shards that holds the label; None takes that of their index.
+        jobs: processes that read the headers of ImageNet's class tars.
 
     Raises:
         UserError: nothing there, or nothing that can be read.
     """
-    if "://" in path or os.path.isdir(path):
-        return open_dataset(path)
+    source = _open(path, labels, root, jobs)
+    return source if label is None else Relabelled(source, label)
+
+
+def _open(path: str, labels: str | None, root: str | None, jobs: int) -> Dataset:
     if os.path.isfile(path):
         if path.endswith(".npz"):
             return _from_npz(path)
@@ -196,7 +210,8 @@ def open_source(path: str, *, labels: str | None = None, root: str | None = None
             return ArrayDataset(path, read_idx(path), read_idx(labels or _labels_beside(path)))
         if re.search(r"\.(txt|csv|tsv|lst|list)$", path):
             return ListDataset(path, root)
-    return open_dataset(path)
+    tars = find(path)
+    return open_dataset(path) if tars is None else ClassTars(path, tars, jobs=jobs)
 
 
 def read_idx(path: str) -> NDArray:

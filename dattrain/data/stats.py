@@ -48,7 +48,9 @@ class Stats:
         present = self.histogram[self.histogram > 0]
         out = [
             f"samples      {self.samples:,} in {self.shards:,} shards",
-            f"classes      {len(present):,} present, labels 0 to {len(self.histogram) - 1:,}",
+            f"classes      {len(present):,} present, labels 0 to {len(self.histogram) - 1:,}"
+            if len(present)
+            else "classes      none: no sample has a label",
         ]
         if len(present):
             out.append(

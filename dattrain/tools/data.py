@@ -13,6 +13,7 @@ from dattrain.errors import UserError
 
 if TYPE_CHECKING:
     from dattrain.data.dataset import Dataset
+    from dattrain.data.indexing import Indexed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pack", parents=[jobs], help="write shuffled WebDataset shards; run it again after a kill"
     )
     p.add_argument(
-        "source", metavar="SRC", help="image folder, list file (path, label), IDX file, .npz, or shards"
+        "source",
+        metavar="SRC",
+        help="image folder, list file (path, label), IDX file, .npz, shards, or ImageNet's tars of a class each",
     )
     p.add_argument("out", metavar="OUT", help="folder of the shards")
     p.add_argument("--labels", metavar="FILE", help="IDX file of labels (default: beside the images)")
@@ -35,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--label-set",
         metavar="SET",
         help="number synset folders as this set of data.labels (imagenet-22k, ...)",
+    )
+    p.add_argument(
+        "--label", metavar="FIELD", help="of shards: field of .json with the label (default: their index's)"
     )
     p.add_argument("--root", metavar="DIR", help="where a list file's paths begin (default: its own folder)")
     p.add_argument("--split", default="train", metavar="NAME", help="prefix of the shards (default: train)")
@@ -69,7 +75,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     i.add_argument("--force", action="store_true", help="index anew what has an index")
     i.add_argument("--checksum", action="store_true", help="also compute SHA-256, which reads every byte")
     i.add_argument(
-        "--label", metavar="FIELD", help="field of .json with the label (default: .cls, else label)"
+        "--label",
+        metavar="FIELD",
+        help="field of .json with the label, or the member that holds it, as output.cls (default: .cls, else label)",
+    )
+    i.add_argument("--image", metavar="EXT", help="the image's member, as input.jpg (default: any image's)")
+    i.add_argument(
+        "--out",
+        metavar="DIR",
+        help="write links to the shards, indexes and catalogue there, for a read-only place",
+    )
+    i.add_argument(
+        "--drop", action="store_true", help="shards that are missing are gone for good: forget them"
     )
     i.add_argument("--unterminated", action="store_true", help="accept tars without their end marker")
 
@@ -87,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; ``verify`` gives 1 where something is bad."""
+    """Exit code 0; ``verify`` gives 1 where something is bad, ``index`` where an image or label is lost."""
     return {"pack": _pack, "verify": _verify, "index": _index, "ls": _ls, "stats": _stats}[args.action](args)
 
 
@@ -108,8 +125,9 @@ def _pack(args: argparse.Namespace) -> int:
         dedup=args.dedup,
         skip_bad=args.on_bad == "skip",
         label_set=args.label_set,
+        label=args.label,
     )
-    source = open_source(args.source, labels=args.labels, root=args.root)
+    source = open_source(args.source, labels=args.labels, root=args.root, label=args.label, jobs=args.jobs)
     with _Progress("packing") as progress:
         manifests = pack(source, args.out, options, jobs=args.jobs, progress=progress)
     for m in manifests:
@@ -134,9 +152,11 @@ def _verify(args: argparse.Namespace) -> int:
     from dattrain.data.dataset import open_dataset
     from dattrain.data.verify import verify
 
-    dataset = open_dataset(args.data)
+    problems: list[str] = []
+    dataset = open_dataset(args.data, problems=problems)
     with _Progress("verifying") as progress:
         report = verify(dataset, jobs=args.jobs, num_classes=args.classes, progress=progress)
+    report.damaged[:0] = problems
     for message in report.damaged:
         print(f"damaged: {message}")
     for key, reason in report.bad:
@@ -149,28 +169,55 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from dattrain.data.indexing import index_shards
+    from dattrain.data import inventory
+    from dattrain.data.indexing import describe, index_shards, link_shards
     from dattrain.data.shards import expand
 
+    if "://" in args.data:
+        raise UserError(
+            f"{args.data}: shards are indexed where they are written, as files; then copy what it writes there"
+        )
+    paths = expand(args.data)
+    missing = inventory.missing(paths)
+    if args.out:
+        paths = link_shards([path for path in paths if path not in set(missing)], args.out)
     with _Progress("indexing", unit="shards") as progress:
         shards = index_shards(
-            expand(args.data),
+            paths,
             jobs=args.jobs,
             force=args.force,
             checksum=args.checksum,
+            image=args.image,
             label=args.label,
             unterminated=args.unterminated,
+            drop=args.drop,
             progress=progress,
         )
     samples = sum(shard.entry.samples for shard in shards)
-    print(f"{args.data}: {samples:,} samples in {len(shards)} shards indexed")
+    print(f"{args.out or args.data}: {samples:,} samples in {len(shards)} shards indexed")
     for what, keys in (
-        ("no image", [f"{s.path}: {key}" for s in shards for key in s.no_image]),
-        ("no label", [f"{s.path}: {key}" for s in shards for key in s.no_label]),
+        ("samples have no image", [f"{s.path}: {key}" for s in shards for key in s.no_image]),
+        ("samples have no label", [f"{s.path}: {key}" for s in shards for key in s.no_label]),
+        ("shards have no samples", [s.path for s in shards if not s.entry.samples]),
+        ("shards are missing between others", inventory.gaps(paths)),
+        ("missing shards dropped from the catalogue", missing if args.drop else []),
     ):
         if keys:
             more = f", and {len(keys) - 10:,} more" if len(keys) > 10 else ""
-            print(f"{len(keys):,} samples have {what}: {', '.join(keys[:10])}{more}", file=sys.stderr)
+            print(f"{len(keys):,} {what}: {', '.join(keys[:10])}{more}", file=sys.stderr)
+    left_out = [some for shard in shards for some in shard.left_out]
+    if left_out:
+        total = sum(some.count for some in left_out)
+        print(f"{total:,} members left out: {describe(left_out)}", file=sys.stderr)
+    _warn_of_order(shards)
+    if missing and not args.drop:
+        raise UserError(inventory.missing_message(missing))
+    return 1 if any(some.lost for some in left_out) else 0
+
+
+def _warn_of_order(shards: list[Indexed]) -> None:
+    if not shards:
+        return
     labels = max(shard.entry.max_label for shard in shards) + 1
     together = sum(shard.together for shard in shards) / len(shards)
     if labels > 10 and together > 0.5:
@@ -179,7 +226,6 @@ def _index(args: argparse.Namespace) -> int:
             "shuffle windows cannot undo; pack them anew with `dattrain data pack` before training",
             file=sys.stderr,
         )
-    return 0
 
 
 def _ls(args: argparse.Namespace) -> int:

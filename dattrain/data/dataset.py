@@ -20,6 +20,7 @@ from dattrain.data.board import note
 from dattrain.data.index import NO_LABEL, ShardIndex
 from dattrain.data.shards import LocalSource, Shards, Source, expand, open_local, verify_sizes
 from dattrain.errors import UserError
+from dattrain.urls import mask
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff"})
 _BLOCK = 512
@@ -27,6 +28,9 @@ _BLOCK = 512
 
 class BadSample(Exception):
     """One sample that cannot be used. The message names shard, key and offset, and says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(mask(message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,13 +228,15 @@ def open_dataset(
     Raises:
         UserError: nothing is there, an index is missing, or a shard's size differs from its index.
     """
-    if "://" in spec:
+    from dattrain.data.listing import is_remote
+
+    if is_remote(spec):
         from dattrain.data.remote import open_remote
 
         shards, source = open_remote(
             spec, cache_dir=cache_dir, cache_gb=cache_gb, verify=verify, rank=rank, world=world
         )
-        dataset: Dataset = ShardDataset(spec, shards, source)
+        dataset: Dataset = ShardDataset(mask(spec), shards, source)
     elif os.path.isdir(spec) and not any(e.name.endswith(".tar") for e in os.scandir(spec)):
         dataset = FolderDataset(spec)
     else:

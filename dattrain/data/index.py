@@ -100,6 +100,8 @@ class ShardIndex:
             UserError: it is cut short, of another format, or inconsistent.
         """
         try:
+            if not zipfile.is_zipfile(io.BytesIO(data)):  # what numpy says of that is to load it unsafely
+                raise ValueError(f"it begins with {data[:16]!r}")
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 if int(file["format"]) != FORMAT:
                     raise UserError(

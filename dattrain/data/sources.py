@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dattrain.data.dataset import BadSample, Dataset, FolderDataset, Sample, open_dataset
+from dattrain.data.listing import is_remote
 from dattrain.errors import UserError
 
 _IMAGES, _LABELS = ("images", "x", "x_train", "data"), ("labels", "y", "y_train", "targets")
@@ -137,17 +138,22 @@ class ArrayDataset:
         """Nothing to close."""
 
 
-def open_source(path: str, *, labels: str | None = None, root: str | None = None) -> Dataset:
+def open_source(
+    path: str, *, labels: str | None = None, root: str | None = None, cache_dir: str | None = None
+) -> Dataset:
     """Whatever ``path`` is, by its content and name.
 
     Args:
         labels: the IDX file of labels; found by name beside the images when None.
         root: folder to which a list file's paths are relative; the list's own when None.
+        cache_dir: folder for shards that are remote.
 
     Raises:
         UserError: nothing there, or nothing that can be read.
     """
-    if "://" in path or os.path.isdir(path):
+    if is_remote(path):
+        return open_dataset(path, cache_dir=cache_dir)
+    if os.path.isdir(path):
         return open_dataset(path)
     if os.path.isfile(path):
         if path.endswith(".npz"):

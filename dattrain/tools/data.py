@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dattrain.errors import UserError
+from dattrain.urls import mask
 
 if TYPE_CHECKING:
     from dattrain.data.dataset import Dataset
@@ -23,8 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="processes"
     )
 
+    remote = argparse.ArgumentParser(add_help=False)
+    remote.add_argument("--cache-dir", metavar="DIR", help="where shards at s3://, https://, ... are kept")
+
     p = actions.add_parser(
-        "pack", parents=[jobs], help="write shuffled WebDataset shards; run it again after a kill"
+        "pack", parents=[jobs, remote], help="write shuffled WebDataset shards; run it again after a kill"
     )
     p.add_argument(
         "source", metavar="SRC", help="image folder, list file (path, label), IDX file, .npz, or shards"
@@ -54,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     v = actions.add_parser(
-        "verify", parents=[jobs], help="read every byte, decode every image, name what is bad"
+        "verify", parents=[jobs, remote], help="read every byte, decode every image, name what is bad"
     )
     v.add_argument("data", metavar="DATA", help="shards (folder, file, pattern) or image folder")
     v.add_argument("--classes", type=_positive, metavar="N", help="labels must be below N")
@@ -68,11 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     i.add_argument("--unterminated", action="store_true", help="accept tars without their end marker")
 
-    n = actions.add_parser("ls", help="list shards, or the samples of one")
+    n = actions.add_parser("ls", parents=[remote], help="list shards, or the samples of one")
     n.add_argument("data", metavar="DATA", help="shards (folder, file, pattern) or image folder")
     n.add_argument("--samples", action="store_true", help="list every sample: key, label, offset, bytes")
 
-    s = actions.add_parser("stats", parents=[jobs], help="classes and image sizes, with a picture")
+    s = actions.add_parser("stats", parents=[jobs, remote], help="classes and image sizes, with a picture")
     s.add_argument("data", metavar="DATA", help="shards (folder, file, pattern) or image folder")
     s.add_argument(
         "--limit", type=_positive, default=20_000, metavar="N", help="headers to read (default: 20000)"
@@ -103,7 +107,7 @@ def _pack(args: argparse.Namespace) -> int:
         dedup=args.dedup,
         skip_bad=args.on_bad == "skip",
     )
-    source = open_source(args.source, labels=args.labels, root=args.root)
+    source = open_source(args.source, labels=args.labels, root=args.root, cache_dir=args.cache_dir)
     with _Progress("packing") as progress:
         manifests = pack(source, args.out, options, jobs=args.jobs, progress=progress)
     for m in manifests:
@@ -128,7 +132,7 @@ def _verify(args: argparse.Namespace) -> int:
     from dattrain.data.dataset import open_dataset
     from dattrain.data.verify import verify
 
-    dataset = open_dataset(args.data)
+    dataset = open_dataset(args.data, cache_dir=args.cache_dir)
     with _Progress("verifying") as progress:
         report = verify(dataset, jobs=args.jobs, num_classes=args.classes, progress=progress)
     for message in report.damaged:
@@ -136,7 +140,7 @@ def _verify(args: argparse.Namespace) -> int:
     for key, reason in report.bad:
         print(f"bad: {key}: {reason}")
     print(
-        f"{args.data}: {report.samples:,} samples, {_size(report.nbytes)} decoded; {len(report.bad)} bad samples, "
+        f"{mask(args.data)}: {report.samples:,} samples, {_size(report.nbytes)} decoded; {len(report.bad)} bad samples, "
         f"{len(report.damaged)} damaged shards"
     )
     return 0 if report.good else 1
@@ -144,7 +148,13 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _index(args: argparse.Namespace) -> int:
     from dattrain.data.indexing import index_shards
+    from dattrain.data.listing import is_remote
     from dattrain.data.shards import expand
+
+    if is_remote(args.data):
+        raise UserError(
+            f"{args.data}: an index is written beside its shards, so run this where they are, or on a copy of them"
+        )
 
     with _Progress("indexing", unit="shards") as progress:
         shards = index_shards(
@@ -179,7 +189,7 @@ def _index(args: argparse.Namespace) -> int:
 def _ls(args: argparse.Namespace) -> int:
     from dattrain.data.dataset import ShardDataset, open_dataset
 
-    dataset = open_dataset(args.data)
+    dataset = open_dataset(args.data, cache_dir=args.cache_dir)
     if args.samples:
         for shard, count in enumerate(dataset.counts.tolist()):
             for i in range(count):
@@ -219,7 +229,7 @@ def _stats(args: argparse.Namespace) -> int:
 
     if args.out and os.path.splitext(args.out)[1] not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {args.out}: the picture is a .png, .pdf or .svg file", exit_code=2)
-    dataset = open_dataset(args.data)
+    dataset = open_dataset(args.data, cache_dir=args.cache_dir)
     with _Progress("reading headers") as progress:
         stats = measure(dataset, limit=None if args.all else args.limit, jobs=args.jobs, progress=progress)
     print("\n".join(stats.lines()))

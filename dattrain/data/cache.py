@@ -149,8 +149,11 @@ class Cache:
     def _reserve(self, part: Path, size: int, keep: Collection[str]) -> bool:
         """Make room for ``size`` bytes and take it; False where that is not possible now."""
         with self._held("", True):
-            if not self.remove(part.name):
-                raise self._no_writing(part.name)
+            try:
+                part.unlink(missing_ok=True)
+            except OSError as error:
+                self._explain(error)
+                raise
             files, stuck, busy = [], 0, 0
             for name, length, used_at in self._files():
                 if not name.endswith(_PART):

@@ -126,8 +126,8 @@ class Transfer:
 
     def glob(self, url: str) -> list[str]:
         """URLs that match a pattern of ``*``, ``?`` and ``[]``, sorted; none where it cannot be listed. Raises UserError."""
-        # fsspec takes a ? in HTTP for the begin of a query string.
-        pattern = url.replace("?", "[!/]") if _http(url) else _inside(url)
+        # In HTTP fsspec takes a ? for the begin of a query string, and would part [!/] at its slash.
+        pattern = url.replace("?", "[!?]") if _http(url) else _inside(url)
         try:
             return sorted(
                 _like(url, path) for path in self._retry(url, lambda: self._system(url).glob(pattern))
@@ -201,7 +201,7 @@ class Transfer:
                     raise _Wrong(f"nothing from offset {at} on") from None
                 raise
             if data is None:
-                if self.hosts.first(server(url), "no ranges"):
+                if self.hosts.lacks_ranges(server(url)):
                     log.warning(
                         "%s knows no ranges: a shard comes in one piece, and from its beginning again after each break",
                         server(url),

@@ -22,6 +22,7 @@ from dattrain.submit import history, queue, slurm, snapshot
 from dattrain.submit.cluster import Profile
 from dattrain.submit.job import Job
 from dattrain.submit.slurm import Placement
+from dattrain.urls import mask
 
 STARTUP_S = 15.0
 """Seconds that a job spends before its first step: imports, process group, data, checkpoint. A guess on the small side."""
@@ -324,7 +325,8 @@ def add_dependents(run: Path, waiting: Sequence[Path]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a small file at once: a reader sees the old one or the new one."""
+    """Write a small file at once: a reader sees the old one or the new one. What holds the secrets of a URL is its owner's."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.touch(0o666 if mask(text) == text else 0o600)
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

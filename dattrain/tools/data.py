@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dattrain.errors import UserError
+from dattrain.urls import mask
 
 if TYPE_CHECKING:
     from dattrain.data.dataset import Dataset
@@ -24,8 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="processes"
     )
 
+    remote = argparse.ArgumentParser(add_help=False)
+    remote.add_argument("--cache-dir", metavar="DIR", help="where shards at s3://, https://, ... are kept")
+
     p = actions.add_parser(
-        "pack", parents=[jobs], help="write shuffled WebDataset shards; run it again after a kill"
+        "pack", parents=[jobs, remote], help="write shuffled WebDataset shards; run it again after a kill"
     )
     p.add_argument(
         "source",
@@ -65,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     v = actions.add_parser(
-        "verify", parents=[jobs], help="read every byte, decode every image, name what is bad"
+        "verify", parents=[jobs, remote], help="read every byte, decode every image, name what is bad"
     )
     v.add_argument("data", metavar="DATA", help="shards (folder, file, pattern) or image folder")
     v.add_argument("--classes", type=_positive, metavar="N", help="labels must be below N")
@@ -90,11 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     i.add_argument("--unterminated", action="store_true", help="accept tars without their end marker")
 
-    n = actions.add_parser("ls", help="list shards, or the samples of one")
+    n = actions.add_parser("ls", parents=[remote], help="list shards, or the samples of one")
     n.add_argument("data", metavar="DATA", help="shards (folder, file, pattern) or image folder")
     n.add_argument("--samples", action="store_true", help="list every sample: key, label, offset, bytes")
 
-    s = actions.add_parser("stats", parents=[jobs], help="classes and image sizes, with a picture")
+    s = actions.add_parser("stats", parents=[jobs, remote], help="classes and image sizes, with a picture")
     s.add_argument("data", metavar="DATA", help="shards (folder, file, pattern) or image folder")
     s.add_argument(
         "--limit", type=_positive, default=20_000, metavar="N", help="headers to read (default: 20000)"
@@ -127,7 +131,14 @@ def _pack(args: argparse.Namespace) -> int:
         label_set=args.label_set,
         label=args.label,
     )
-    source = open_source(args.source, labels=args.labels, root=args.root, label=args.label, jobs=args.jobs)
+    source = open_source(
+        args.source,
+        labels=args.labels,
+        root=args.root,
+        label=args.label,
+        cache_dir=args.cache_dir,
+        jobs=args.jobs,
+    )
     with _Progress("packing") as progress:
         manifests = pack(source, args.out, options, jobs=args.jobs, progress=progress)
     for m in manifests:
@@ -153,7 +164,7 @@ def _verify(args: argparse.Namespace) -> int:
     from dattrain.data.verify import verify
 
     problems: list[str] = []
-    dataset = open_dataset(args.data, problems=problems)
+    dataset = open_dataset(args.data, cache_dir=args.cache_dir, problems=problems)
     with _Progress("verifying") as progress:
         report = verify(dataset, jobs=args.jobs, num_classes=args.classes, progress=progress)
     report.damaged[:0] = problems
@@ -162,7 +173,7 @@ def _verify(args: argparse.Namespace) -> int:
     for key, reason in report.bad:
         print(f"bad: {key}: {reason}")
     print(
-        f"{args.data}: {report.samples:,} samples, {_size(report.nbytes)} decoded; {len(report.bad)} bad samples, "
+        f"{mask(args.data)}: {report.samples:,} samples, {_size(report.nbytes)} decoded; {len(report.bad)} bad samples, "
         f"{len(report.damaged)} damaged shards"
     )
     return 0 if report.good else 1
@@ -171,11 +182,12 @@ def _verify(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     from dattrain.data import inventory
     from dattrain.data.indexing import describe, index_shards, link_shards
+    from dattrain.data.listing import is_remote
     from dattrain.data.shards import expand
 
-    if "://" in args.data:
+    if is_remote(args.data):
         raise UserError(
-            f"{args.data}: shards are indexed where they are written, as files; then copy what it writes there"
+            f"{args.data}: an index is written beside its shards, so run this where they are, or on a copy of them"
         )
     paths = expand(args.data)
     missing = inventory.missing(paths)
@@ -231,7 +243,7 @@ def _warn_of_order(shards: list[Indexed]) -> None:
 def _ls(args: argparse.Namespace) -> int:
     from dattrain.data.dataset import ShardDataset, open_dataset
 
-    dataset = open_dataset(args.data)
+    dataset = open_dataset(args.data, cache_dir=args.cache_dir)
     if args.samples:
         for shard, count in enumerate(dataset.counts.tolist()):
             for i in range(count):
@@ -269,7 +281,7 @@ def _stats(args: argparse.Namespace) -> int:
 
     if args.out and os.path.splitext(args.out)[1] not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {args.out}: the picture is a .png, .pdf or .svg file", exit_code=2)
-    dataset = open_dataset(args.data)
+    dataset = open_dataset(args.data, cache_dir=args.cache_dir)
     with _Progress("reading headers") as progress:
         stats = measure(dataset, limit=None if args.all else args.limit, jobs=args.jobs, progress=progress)
     print("\n".join(stats.lines()))

@@ -172,11 +172,12 @@ def _data(config: Config, given: int | None) -> tuple[int, str, float, str]:
     Raises:
         UserError: nothing tells how many samples there are.
     """
+    from dattrain.data.listing import is_remote
     from dattrain.errors import UserError
 
     if given is not None:
         return given, "given", IMAGE_BYTES, "ImageNet's mean"
-    if config.data.train is not None and "://" not in config.data.train:
+    if config.data.train is not None and not is_remote(config.data.train):
         try:
             samples, size = _count(config.data.train)
         except UserError:

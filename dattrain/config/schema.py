@@ -296,6 +296,8 @@ class Checkpoint(Section):
 class Init(Section):
     """Start from the weights of another run or file (a fine-tune): weights alone, new optimizer and schedule."""
 
+    required: bool = False
+    """The recipe is a fine-tune: ``train``, ``plan`` and ``submit`` refuse it without ``init.from``."""
     from_: Annotated[str | None, Field(alias="from")] = None
     """A run folder, a checkpoint folder or a safetensors file."""
     ema: bool = True

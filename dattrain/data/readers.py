@@ -327,7 +327,7 @@ def _label(sample: Mapping[str, Any]) -> int | None:
 
 
 def unweighted(batch: Batch, rows: NDArray[np.bool_]) -> Batch:
-    """The batch with zero weight on some rows, and the pairs unmixed that they belong to."""
+    """The batch with zero weight on some rows, and those unmixed that have one of them as partner."""
     if not rows.any():
         return batch
     weight = torch.where(torch.from_numpy(rows), 0.0, batch.weight)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from dattrain.config.derive import derive
+from dattrain.config.derive import check_source, derive
 from dattrain.config.load import Loaded, diff, dump, load
 from dattrain.errors import ConfigError, UserError
 from dattrain.submit import history, queue, slurm, snapshot
@@ -86,7 +86,7 @@ def check(stage: Stage, images_per_second: float | None = None) -> None:
 
     Raises:
         ConfigError: the batch does not divide over every number of devices that the job may get, the time limit has no
-            room for a step and a save, or a local run asks for more than one node.
+            room for a step and a save, a local run asks for more than one node, or a fine-tune starts from nowhere.
     """
     profile = stage.profile
     if profile.kind == "local" and stage.nodes != (1, 1):
@@ -100,6 +100,8 @@ def check(stage: Stage, images_per_second: float | None = None) -> None:
     for run, loaded in zip(stage.runs, stage.loaded):
         if stage.action == "evaluate":
             continue
+        if history.newest_checkpoint(run) is None:
+            check_source(loaded.config)
         for nodes in range(stage.nodes[0], stage.nodes[1] + 1):
             try:
                 derive(

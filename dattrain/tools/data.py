@@ -139,6 +139,7 @@ def _pack(args: argparse.Namespace) -> int:
         cache_dir=args.cache_dir,
         jobs=args.jobs,
     )
+    _say(source)
     with _Progress("packing") as progress:
         manifests = pack(source, args.out, options, jobs=args.jobs, progress=progress)
     for m in manifests:
@@ -165,6 +166,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     problems: list[str] = []
     dataset = open_dataset(args.data, cache_dir=args.cache_dir, problems=problems)
+    _say(dataset)
     with _Progress("verifying") as progress:
         report = verify(dataset, jobs=args.jobs, num_classes=args.classes, progress=progress)
     report.damaged[:0] = problems
@@ -244,6 +246,7 @@ def _ls(args: argparse.Namespace) -> int:
     from dattrain.data.dataset import ShardDataset, open_dataset
 
     dataset = open_dataset(args.data, cache_dir=args.cache_dir)
+    _say(dataset)
     if args.samples:
         for shard, count in enumerate(dataset.counts.tolist()):
             for i in range(count):
@@ -282,6 +285,7 @@ def _stats(args: argparse.Namespace) -> int:
     if args.out and os.path.splitext(args.out)[1] not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {args.out}: the picture is a .png, .pdf or .svg file", exit_code=2)
     dataset = open_dataset(args.data, cache_dir=args.cache_dir)
+    _say(dataset)
     with _Progress("reading headers") as progress:
         stats = measure(dataset, limit=None if args.all else args.limit, jobs=args.jobs, progress=progress)
     print("\n".join(stats.lines()))
@@ -289,6 +293,12 @@ def _stats(args: argparse.Namespace) -> int:
         draw(stats, args.out)
         print(f"picture      {args.out}")
     return 0
+
+
+def _say(dataset: Dataset) -> None:
+    """What was left out of a set, on stderr."""
+    for line in dataset.notes:
+        print(line, file=sys.stderr)
 
 
 class _Progress:

@@ -275,33 +275,50 @@ def open_split(
     spec = data.train if split == "train" else data.val
     if spec is None:
         raise ConfigError(f"data.{split} is not set; name a folder or pattern of shards, or an image folder")
-    what, num_classes = f"data.{split}={spec}", config.model.num_classes
     dataset = open_dataset(
         spec, cache_dir=data.cache_dir, cache_gb=data.cache_gb, verify=data.verify, rank=rank, world=world
     )
-    notes = list(dataset.notes)
     try:
-        if classes is None:
-            classes = decide(dataset.classes, num_classes, data.labels, what)
-        if dataset.classes is not None:
-            numbers = classes.numbers(dataset.classes, what)
-            dataset.renumber(numbers)
-            if missing := absent(classes, numbers):
-                notes.append(
-                    f"{what}: has images of {len(numbers)} of {classes.count} classes; none of {few(missing)}"
-                )
-        if dataset.max_label >= num_classes:
-            raise ConfigError(
-                f"{what} has labels up to {dataset.max_label}, but model.num_classes={num_classes}; "
-                "the data set and the head do not fit"
-            )
+        classes, notes = number(config, split, dataset, classes)
     except BaseException:
         dataset.close()
         raise
     if rank == 0:
-        for line in notes:
+        for line in [*dataset.notes, *notes]:
             log.warning("%s", line)
     return dataset, classes
+
+
+def number(
+    config: Config, split: str, dataset: Dataset, classes: Classes | None
+) -> tuple[Classes, list[str]]:
+    """Give a set the class numbers of the network; returns the network's classes, and what to tell of them.
+
+    Args:
+        classes: of the network; None lets this set or ``data.labels`` decide them.
+
+    Raises:
+        ConfigError: classes or labels that do not fit the head.
+        UserError: a class that the network has not.
+    """
+    data, num_classes = config.data, config.model.num_classes
+    what = f"data.{split}={dataset.name}"
+    notes = []
+    if classes is None:
+        classes = decide(dataset.classes, num_classes, data.labels, what)
+    if dataset.classes is not None:
+        numbers = classes.numbers(dataset.classes, what)
+        dataset.renumber(numbers)
+        if missing := absent(classes, numbers):
+            notes.append(
+                f"{what}: has images of {len(numbers)} of {classes.count} classes; none of {few(missing)}"
+            )
+    if dataset.max_label >= num_classes:
+        raise ConfigError(
+            f"{what} has labels up to {dataset.max_label}, but model.num_classes={num_classes}; "
+            "the data set and the head do not fit"
+        )
+    return classes, notes
 
 
 def _decoder(

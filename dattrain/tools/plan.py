@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dattrain.config.schema import Config
+    from dattrain.data.sample import Dataset
 
 SAMPLES = {
     "imagenet-1k": 1_281_167,
@@ -178,21 +179,28 @@ def _data(config: Config, given: int | None) -> tuple[int, str, float, str]:
     """Samples per epoch and mean bytes of a sample, each with where it is from.
 
     Raises:
-        UserError: nothing tells how many samples there are.
+        UserError: nothing tells how many samples there are; classes that do not fit the head.
     """
+    from dattrain.data.dataset import open_dataset
     from dattrain.data.listing import is_remote
+    from dattrain.data.loader import number
     from dattrain.errors import UserError
 
     if given is not None:
         return given, "given", IMAGE_BYTES, "ImageNet's mean"
     if config.data.train is not None and not is_remote(config.data.train):
         try:
-            samples, size = _count(config.data.train)
+            dataset = open_dataset(config.data.train)
         except UserError:
             # Planned where the shards are not; then the label set tells.
             if config.data.labels is None:
                 raise
         else:
+            try:
+                number(config, "train", dataset, None)
+                samples, size = _count(dataset)
+            finally:
+                dataset.close()
             return samples, "the data", size, "the data"
     if config.data.labels is not None:
         return (
@@ -206,19 +214,15 @@ def _data(config: Config, given: int | None) -> tuple[int, str, float, str]:
     )
 
 
-def _count(train: str) -> tuple[int, float]:
+def _count(dataset: Dataset) -> tuple[int, float]:
     """Samples and mean bytes of a sample of local shards or an image folder."""
-    from dattrain.data.dataset import ShardDataset, open_dataset
+    from dattrain.data.dataset import ShardDataset
 
-    dataset = open_dataset(train)
-    try:
-        samples = int(dataset.counts.sum())
-        if isinstance(dataset, ShardDataset):
-            return samples, float(dataset.shards.sizes.sum()) / samples
-        chosen = range(0, samples, max(1, samples // 64))
-        return samples, sum(len(dataset.read(0, n).data) for n in chosen) / len(chosen)
-    finally:
-        dataset.close()
+    samples = int(dataset.counts.sum())
+    if isinstance(dataset, ShardDataset):
+        return samples, float(dataset.shards.sizes.sum()) / samples
+    chosen = range(0, samples, max(1, samples // 64))
+    return samples, sum(len(dataset.read(0, n).data) for n in chosen) / len(chosen)
 
 
 def render(config: Config, p: dict[str, Any]) -> str:

@@ -217,6 +217,9 @@ def test_images_at_hand_are_counted_and_weighed(tmp_path: Path) -> None:
     assert (found["samples_per_epoch"], found["samples_from"]) == (64, "the data")
     sizes = [path.stat().st_size for path in tmp_path.rglob("*.png")]
     assert found["image_bytes"] == pytest.approx(sum(sizes) / 64)
+    config = _config(model={"img_size": 32, "num_classes": 3}, data={"train": str(tmp_path / "data")})
+    with pytest.raises(ConfigError, match=r"has 2 classes \(class0, class1\), but model.num_classes=3"):
+        _plan(config, "--gpus-per-node", "1", "--device", "cpu")
 
 
 def test_without_any_count_of_images_it_asks(tmp_path: Path) -> None:

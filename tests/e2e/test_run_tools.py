@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -68,6 +69,35 @@ def test_predictions_have_the_names_of_the_class_folders(run, capsys):
     image = next((run.parent / "val").glob("*/*.png"))
     assert cli.main(["predict", str(image), "--checkpoint", str(run), "--topk", "10"]) == 0
     assert {line.split("%")[1].strip() for line in capsys.readouterr().out.splitlines()[1:]} == set(NAMES)
+
+
+def test_evaluation_asks_the_run_for_its_classes_by_name(run, tmp_path, capsys):
+    assert json.loads((run / "classes.json").read_text()) == sorted(NAMES)
+    report = tmp_path / "report.json"
+    classes = {}
+    for name in sorted(NAMES)[-2:]:
+        (tmp_path / "some").mkdir(exist_ok=True)
+        (tmp_path / "some" / name).symlink_to(run.parent / "val" / name)
+    for folder in (run.parent / "val", tmp_path / "some"):
+        command = [
+            "eval",
+            str(run),
+            "--data",
+            str(folder),
+            "--workers",
+            "0",
+            "--csv",
+            str(tmp_path / folder.name),
+        ]
+        assert cli.main([*command, "--json", str(report)]) == 0
+        with open(tmp_path / folder.name / "per_class.csv", newline="") as file:
+            found = [row for row in csv.DictReader(file) if int(row["images"])]
+        classes[folder.name] = {row["name"]: (row["images"], row["top1"], row["top5"]) for row in found}
+    assert set(classes["some"]) == set(sorted(NAMES)[-2:])
+    assert all(classes["val"][name] == row for name, row in classes["some"].items())
+    (tmp_path / "some" / "zebra").symlink_to(run.parent / "val" / NAMES[0])
+    assert cli.main(["eval", str(run), "--data", str(tmp_path / "some"), "--workers", "0"]) == 1
+    assert "'zebra' is no class of the network" in capsys.readouterr().err
 
 
 def test_pictures_and_exports_of_a_run(run, tmp_path):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dattrain.data import inventory, tar
 from dattrain.data.dataset import IMAGE_EXTENSIONS, ShardDataset
 from dattrain.data.index import Entry, LeftOut, ShardIndex
+from dattrain.data.indexing import UNREAD_PICTURES
 from dattrain.data.shards import LocalSource, Shards, expand
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
@@ -28,7 +29,6 @@ class ClassTars(ShardDataset):
 
     Attributes:
         classes: names by label.
-        left_out: members that are no images, by kind.
 
     Raises:
         UserError: a tar is damaged, a class comes twice, or no images are there.
@@ -44,7 +44,6 @@ class ClassTars(ShardDataset):
             lambda i: _index(*tars[i], label=i), count=len(tars), workers=jobs if jobs > 1 else 0
         ) as found:
             self._built = list(found)
-        self.left_out = tuple(some for index in self._built for some in index.left_out)
         shards = Shards.build([path for _, path, *_ in tars], [Entry.of(index) for index in self._built])
         super().__init__(name, shards, LocalSource(shards))
         if not self.counts.sum():
@@ -110,8 +109,9 @@ def _index(class_name: str, path: str, start: int, size: int, *, label: int) -> 
                     keys.append(member.name)
                 else:
                     kind = f".{extension}" if member.readable else member.kind
-                    before = left_out.get(kind, LeftOut(kind, 0, member.name, True))
-                    left_out[kind] = LeftOut(kind, before.count + 1, before.first, True)
+                    lost = extension in UNREAD_PICTURES or not member.readable
+                    before = left_out.get(kind, LeftOut(kind, 0, member.name, lost))
+                    left_out[kind] = LeftOut(kind, before.count + 1, before.first, before.lost or lost)
     except UserError as error:
         raise UserError(f"{class_name}.tar: {error}") from error
     end = os.stat(path).st_size

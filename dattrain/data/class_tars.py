@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dattrain.data import inventory, tar
-from dattrain.data.dataset import IMAGE_EXTENSIONS, ShardDataset
+from dattrain.data.dataset import IMAGE_EXTENSIONS, Sample, ShardDataset
 from dattrain.data.index import Entry, LeftOut, ShardIndex
 from dattrain.data.indexing import UNREAD_PICTURES
 from dattrain.data.shards import LocalSource, Shards, expand
@@ -53,6 +54,10 @@ class ClassTars(ShardDataset):
         """See ``Dataset.key``; class and file name stand for the key."""
         file = os.path.basename(self.index(shard).key(sample))
         return f"{os.path.basename(self.name)}:{self.classes[shard]}/{file}"
+
+    def read(self, shard: int, sample: int) -> Sample:
+        """See ``Dataset.read``."""
+        return replace(super().read(shard, sample), key=self.key(shard, sample))
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a class, of the whole names of its images."""
@@ -113,7 +118,7 @@ def _index(class_name: str, path: str, start: int, size: int, *, label: int) -> 
                     before = left_out.get(kind, LeftOut(kind, 0, member.name, lost))
                     left_out[kind] = LeftOut(kind, before.count + 1, before.first, before.lost or lost)
     except UserError as error:
-        raise UserError(f"{class_name}.tar: {error}") from error
+        raise UserError(f"{class_name}.tar in {error}" if start else str(error)) from error
     end = os.stat(path).st_size
     return ShardIndex.build(
         offsets,

@@ -58,7 +58,7 @@ class Data(Section):
     val: str | None = None
     """As ``train``; evaluated every ``eval.every_epochs``."""
     labels: Literal["imagenet-1k", "imagenet-22k", "imagenet-22k-winter21", "imagenet-21k-p"] | None = None
-    """Label set; the loader refuses a label outside it, or outside the head when None."""
+    """Label set that numbers the classes; None leaves it to the training set's names, or to bare numbers (docs/labels.md)."""
     lanes: Count = 64
     """Canonical lanes from which the global order is woven: part of the recipe, independent of the world size."""
     window: Count = 4
@@ -296,7 +296,7 @@ class Init(Section):
     bias_table: Literal["resize", "sample"] = "resize"
     """Deformable bias tables: bicubic ``resize`` to the new map, or keep the continuous table and ``sample`` it unchanged."""
     head: Literal["keep", "new", "map"] = "keep"
-    """``map`` picks the head's rows by synset (22K to 1K); ``new`` draws it afresh."""
+    """``map`` picks the head's rows by the names of classes (22K to 1K); ``new`` draws it afresh; ``keep`` needs the same classes."""
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 

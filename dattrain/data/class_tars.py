@@ -7,12 +7,14 @@ so that nothing is unpacked, and nothing held but names and places (about 50 byt
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 from dattrain.data import inventory, tar
-from dattrain.data.dataset import IMAGE_EXTENSIONS, Sample, ShardDataset
+from dattrain.data.dataset import Sample, ShardDataset
+from dattrain.data.images import IMAGE_EXTENSIONS
 from dattrain.data.index import Entry, LeftOut, ShardIndex
 from dattrain.data.indexing import UNREAD_PICTURES
 from dattrain.data.shards import LocalSource, Shards, expand
@@ -37,8 +39,8 @@ class ClassTars(ShardDataset):
 
     def __init__(self, name: str, tars: Sequence[tuple[str, str, int, int]], *, jobs: int = 1) -> None:
         tars = sorted(tars)
-        self.classes = [class_name for class_name, *_ in tars]
-        for one, two in zip(self.classes, self.classes[1:]):
+        classes = [class_name for class_name, *_ in tars]
+        for one, two in itertools.pairwise(classes):
             if one == two:
                 raise UserError(f"{name}: {one}.tar comes twice")
         with Workers(
@@ -46,13 +48,14 @@ class ClassTars(ShardDataset):
         ) as found:
             self._built = list(found)
         shards = Shards.build([path for _, path, *_ in tars], [Entry.of(index) for index in self._built])
-        super().__init__(name, shards, LocalSource(shards))
+        super().__init__(name, shards, LocalSource(shards), classes=classes)
         if not self.counts.sum():
             raise UserError(f"{name}: its tars hold no images")
 
     def key(self, shard: int, sample: int) -> str:
         """See ``Dataset.key``; class and file name stand for the key."""
         file = os.path.basename(self.index(shard).key(sample))
+        assert self.classes is not None
         return f"{os.path.basename(self.name)}:{self.classes[shard]}/{file}"
 
     def read(self, shard: int, sample: int) -> Sample:

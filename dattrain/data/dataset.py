@@ -1,23 +1,26 @@
-"""Samples by number: tar shards with an index, or a folder of images per class, behind one protocol.
+"""Data sets of samples by number: tar shards with an index here, image folders in ``folders``; one function opens both.
 
 A data set delivers encoded bytes. Decoding, order and augmentation are elsewhere, so both decoders share this.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dattrain.data.board import note
+from dattrain.data.classes import few
+from dattrain.data.folders import FolderDataset
+from dattrain.data.images import IMAGE_EXTENSIONS, is_image_name
 from dattrain.data.index import NO_LABEL, ShardIndex
+from dattrain.data.sample import BadSample, Dataset, Numbered, Sample
 from dattrain.data.shards import (
     LocalSource,
     Shards,
@@ -29,64 +32,23 @@ from dattrain.data.shards import (
 )
 from dattrain.errors import UserError
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff"})
 _BLOCK = 512
 
 
-class BadSample(Exception):
-    """One sample that cannot be used. The message names shard, key and offset, and says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Where a sample is, and what it holds.
-
-    ``key`` is ``shard:key``; ``where`` adds the offset; ``label`` may be ``NO_LABEL``; ``data`` is the encoded image.
-    """
-
-    key: str
-    where: str
-    label: int
-    data: bytes
-
-
-class Dataset(Protocol):
-    """Samples addressed by (shard, sample)."""
-
-    name: str
-    counts: NDArray[np.int64]
-    """Samples per shard."""
-    max_label: int
-    """Largest label, or ``NO_LABEL`` where it is not known without reading every index."""
-    fetches: bool
-    """Whether ``ahead`` does anything."""
-
-    def key(self, shard: int, sample: int) -> str:
-        """``shard:key`` of a sample."""
-        ...
-
-    def label(self, shard: int, sample: int) -> int:
-        """Label of a sample, or ``NO_LABEL``."""
-        ...
-
-    def read(self, shard: int, sample: int) -> Sample:
-        """The encoded image. Raises BadSample for a sample without image, UserError for a damaged shard."""
-        ...
-
-    def ahead(self, shards: Sequence[int]) -> None:
-        """Hint: shards read next."""
-        ...
-
-    def close(self) -> None:
-        """Release files."""
-        ...
-
-
-class ShardDataset:
+class ShardDataset(Numbered):
     """Tar shards. Indexes are read when first needed, and ``max_indexes`` of them are kept."""
 
-    def __init__(self, name: str, shards: Shards, source: Source, *, max_indexes: int = 512) -> None:
+    def __init__(
+        self,
+        name: str,
+        shards: Shards,
+        source: Source,
+        *,
+        classes: Sequence[str] | None = None,
+        max_indexes: int = 512,
+    ) -> None:
         self.name = name
+        self.classes = classes
         self.shards = shards
         self.counts = shards.samples
         self.max_label = int(shards.max_labels.max(initial=NO_LABEL))
@@ -101,7 +63,7 @@ class ShardDataset:
 
     def label(self, shard: int, sample: int) -> int:
         """See ``Dataset.label``."""
-        return int(self.index(shard).labels[sample])
+        return self._number(int(self.index(shard).labels[sample]), self.shards.paths[shard])
 
     def read(self, shard: int, sample: int) -> Sample:
         """See ``Dataset.read``.
@@ -127,7 +89,7 @@ class ShardDataset:
                 f"{where}: the tar header there is not this sample's, so the shard is not the one that was indexed; "
                 "restore it, or index it anew with `dattrain data index --force`"
             )
-        return Sample(name, where, int(index.labels[sample]), data[_BLOCK:])
+        return Sample(name, where, self._number(int(index.labels[sample]), where), data[_BLOCK:])
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard, checked against the catalogue."""
@@ -159,64 +121,6 @@ class ShardDataset:
         self.source.close()
 
 
-class FolderDataset:
-    """``root/<class>/**/<image>``: one file per image; labels number the sorted class folders.
-
-    The files are one shard in a fixed scrambled order (by a hash of the name), since the order's windows would
-    otherwise keep classes together; random access costs a folder nothing.
-    """
-
-    def __init__(self, root: str) -> None:
-        self.name = root
-        self.root = Path(root)
-        classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
-        files: list[tuple[str, int]] = []
-        for label, folder in enumerate(classes):
-            found = len(files)
-            for parent, _, names in os.walk(self.root / folder, followlinks=True):
-                relative = os.path.relpath(parent, root)
-                files += [(os.path.join(relative, n), label) for n in names if is_image_name(n)]
-            if len(files) == found:
-                raise UserError(f"{self.root / folder}: a class folder without images")
-        if not files:
-            raise UserError(f"{root}: has neither tar shards nor class folders with images")
-        self.classes = classes
-        files.sort(key=lambda file: (scramble(file[0]), file[0]))
-        self._names = [name for name, _ in files]
-        self._labels = np.asarray([label for _, label in files], dtype=np.int64)
-        self.counts = np.asarray([len(files)], dtype=np.int64)
-        self.max_label = len(classes) - 1
-        self.fetches = False
-
-    def key(self, shard: int, sample: int) -> str:
-        """See ``Dataset.key``; the path below the root."""
-        return f"{self.root.name}:{self._names[sample]}"
-
-    def label(self, shard: int, sample: int) -> int:
-        """See ``Dataset.label``."""
-        return int(self._labels[sample])
-
-    def read(self, shard: int, sample: int) -> Sample:
-        """See ``Dataset.read``."""
-        path = self.root / self._names[sample]
-        note(str(path))
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: is gone since the folder was listed") from error
-        except OSError as error:
-            raise BadSample(f"{path}: cannot be read ({error.strerror})") from error
-        if not data:
-            raise BadSample(f"{path}: the image has zero bytes")
-        return Sample(self.key(shard, sample), str(path), self.label(shard, sample), data)
-
-    def ahead(self, shards: Sequence[int]) -> None:
-        """Nothing to fetch."""
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
 def open_dataset(
     spec: str,
     *,
@@ -241,35 +145,74 @@ def open_dataset(
         shards, source = open_remote(
             spec, cache_dir=cache_dir, cache_gb=cache_gb, verify=verify, rank=rank, world=world
         )
-        dataset: Dataset = ShardDataset(spec, shards, source)
+        classes = class_names(shards.paths, source.transfer.read)
+        dataset: Dataset = ShardDataset(spec, shards, source, classes=classes)
     elif os.path.isdir(spec) and not holds_shards(spec):
         dataset = FolderDataset(spec)
     else:
         shards = open_local(expand(spec), problems=problems)
         if verify:
             verify_sizes(shards, rank=rank, world=world)
-        dataset = ShardDataset(spec, shards, LocalSource(shards))
+        classes = class_names(shards.paths, lambda path: Path(path).read_bytes())
+        dataset = ShardDataset(spec, shards, LocalSource(shards), classes=classes)
     if not dataset.counts.sum() and not problems:
         raise UserError(f"{spec}: has no samples")
     return dataset
+
+
+def class_names(paths: Sequence[str], read: Callable[[str], bytes]) -> list[str] | None:
+    """Names of the labels of shards, from the manifests that ``data pack`` left beside them; None where there are none.
+
+    Args:
+        paths: of the shards, or URLs.
+        read: gives a file's bytes. Raises FileNotFoundError.
+
+    Raises:
+        UserError: shards that number their classes differently, or of which only some have names.
+    """
+    manifests: dict[str, dict] = {}
+    found: dict[tuple[str, ...] | None, str] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        beside = os.path.join(folder, f"_{re.sub(r'-[0-9]+[.]tar$', '', name)}.manifest.json")
+        if beside not in manifests:
+            manifests[beside] = _manifest(beside, read)
+        names = manifests[beside].get(name)
+        found.setdefault(names, path)
+    if len(found) > 1:
+        (some, one), (others, other) = list(found.items())[:2]
+        what = "one has names of its classes and the other has none" if some is None or others is None else (
+            f"label 0 to {len(some) - 1} are {few(some)} there, and 0 to {len(others) - 1} are {few(others)} here"
+        )  # fmt: skip
+        raise UserError(
+            f"{one} and {other} number their classes each in its own way: {what}; pack them together, or train on one"
+        )
+    names = next(iter(found), None)
+    return None if names is None else list(names)
+
+
+def _manifest(path: str, read: Callable[[str], bytes]) -> dict[str, tuple[str, ...]]:
+    """Class names by shard, of a manifest; empty where there is none or it names no classes."""
+    try:
+        content = json.loads(read(path))
+        classes = content.get("classes")
+        if not classes:
+            return {}
+        names = tuple(map(str, classes))
+        return dict.fromkeys((shard["name"] for shard in content["shards"]), names)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: says what the labels of the shards beside it mean, and cannot be read "
+            f"({type(error).__name__}: {error}); restore it, or pack the set again"
+        ) from error
 
 
 def locate(dataset: Dataset, item: int) -> tuple[int, int]:
     """Shard and sample of a number that counts through the whole set."""
     shard = int(np.searchsorted(np.cumsum(dataset.counts), item, side="right"))
     return shard, item - int(dataset.counts[:shard].sum())
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file name ends like an image."""
-    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
-
-
-def scramble(name: str) -> bytes:
-    """A fixed pseudo-random key of a name, the same on every machine."""
-    from hashlib import blake2b
-
-    return blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 
 def header_fits(header: bytes, key: str | None, length: int) -> bool:
@@ -285,3 +228,9 @@ def header_fits(header: bytes, key: str | None, length: int) -> bool:
         return True
     # Long and non-ASCII names stand in an extension header before this one, which holds a shortened form.
     return len(key) > 90 or not key.isascii() or f"{member_name(header)}.".startswith(f"{key}.")
+
+
+__all__ = [
+    "IMAGE_EXTENSIONS", "NO_LABEL", "BadSample", "Dataset", "FolderDataset", "Sample", "ShardDataset", "class_names",
+    "header_fits", "is_image_name", "locate", "open_dataset",
+]  # fmt: skip

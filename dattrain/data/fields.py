@@ -12,9 +12,10 @@ import numpy as np
 
 from dattrain.data import tar
 from dattrain.data.class_tars import ClassTars
-from dattrain.data.dataset import BadSample, Dataset, Sample, ShardDataset
+from dattrain.data.dataset import ShardDataset
 from dattrain.data.index import NO_LABEL
 from dattrain.data.label_values import label_of, parse_json
+from dattrain.data.sample import BadSample, Dataset, Numbered, Sample
 from dattrain.errors import UserError
 
 
@@ -58,7 +59,7 @@ def fields(dataset: Dataset, shard: int, sample: int) -> dict[str, Any]:
     return {}
 
 
-class Relabelled:
+class Relabelled(Numbered):
     """Shards whose labels stand in another field of ``.json``. A sample without it has no label."""
 
     def __init__(self, source: Dataset, field: str) -> None:
@@ -68,7 +69,6 @@ class Relabelled:
             )
         self.source, self.field = source, field
         self.name, self.counts, self.fetches = source.name, source.counts, source.fetches
-        self.max_label = NO_LABEL
 
     def key(self, shard: int, sample: int) -> str:
         """See ``Dataset.key``."""

@@ -23,9 +23,16 @@ MAX_PIXELS = 89_478_485
 # Pillow would try every format that it knows, among them some that start other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000")
 
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff"})
+
 
 class BadImage(ValueError):
     """The bytes are no image that can be used; the message says why, without naming the sample."""
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file name ends like an image."""
+    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
 def sniff(data: bytes) -> str:

@@ -36,7 +36,7 @@ class LabelSet:
 
     Attributes:
         name: as in ``data.labels``.
-        synsets: one WordNet id (``n01440764``) per label.
+        synsets: one WordNet id (``n01440764``) per label; names of another kind where a network's classes are no label set.
     """
 
     name: str
@@ -57,7 +57,7 @@ class ClassMap:
 
     Attributes:
         index: per class of the target, int64: the class of the source, or -1 where it has none.
-        missing: synsets of the target that the source has not.
+        missing: names (synsets) of the target that the source has not.
         source, target: names of the two sets.
     """
 
@@ -72,8 +72,7 @@ class ClassMap:
         line = f"{found} of {len(self.index)} classes of {self.target} are in {self.source}"
         if not self.missing:
             return line
-        info = _timm("imagenet-22k")
-        shown = [f"{s} ({info.label_name_to_description(s)})" for s in self.missing[:5]]
+        shown = [_with_words(name) for name in self.missing[:5]]
         more = f" and {len(self.missing) - 5} more" if len(self.missing) > 5 else ""
         return f"{line}; missing: {', '.join(shown)}{more}"
 
@@ -108,7 +107,7 @@ def infer(classes: int) -> str | None:
 
 
 def class_map(target: LabelSet, source: LabelSet) -> ClassMap:
-    """Join two sets by synset: 999 of ImageNet-1K's classes are in 22K; n04399382 is not."""
+    """Join two sets by name: 999 of ImageNet-1K's classes are in 22K; n04399382 is not."""
     where = {synset: label for label, synset in enumerate(source.synsets)}
     index = np.asarray([where.get(synset, -1) for synset in target.synsets], dtype=np.int64)
     missing = tuple(synset for synset, at in zip(target.synsets, index) if at < 0)
@@ -152,6 +151,16 @@ def read_synsets(path: str | os.PathLike[str]) -> tuple[str, ...]:
         twice = next(s for s in synsets if synsets.count(s) > 1)
         raise UserError(f"{path}: {twice} comes twice")
     return tuple(synsets)
+
+
+def _with_words(name: str) -> str:
+    """A synset with what it is called; any other name as it is."""
+    if not re.fullmatch(r"n\d{8}", name):
+        return name
+    try:
+        return f"{name} ({_timm('imagenet-22k').label_name_to_description(name)})"
+    except KeyError:
+        return name
 
 
 def _winter21(folder: str | None) -> tuple[str, ...]:

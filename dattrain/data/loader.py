@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +12,10 @@ import torch
 
 from dattrain.config.schema import Config
 from dattrain.data.batch import Batch
+from dattrain.data.classes import Classes, absent, decide, few
 from dattrain.data.cpu import CpuDecoder, EvalTransform
 from dattrain.data.dataset import Dataset, open_dataset
 from dattrain.data.feed import Encoded, EvalFeed, TrainFeed, fetch
-from dattrain.data.labels import check_head
 from dattrain.data.order import Order
 from dattrain.data.ring import Ring
 from dattrain.data.workers import Workers
@@ -22,6 +23,8 @@ from dattrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from dattrain.data.readers import StreamLoader
+
+log = logging.getLogger(__name__)
 
 _NAMES_KEPT = 1000
 _UPDATES_PER_HINT = 8
@@ -59,14 +62,18 @@ class TrainLoader:
     Attributes:
         samples_per_epoch: samples of the set.
         num_classes_seen: one more than the largest label of the set, where its catalogue says; else None.
+        classes: what the network's outputs stand for, as this training set or ``data.labels`` decides.
         bad: skipped samples.
         exact: whether order and resume are a function of the position (``data.reader: index``).
     """
 
     exact = True
 
-    def __init__(self, dataset: Dataset, decoder: Decoder, *, feed: TrainFeed, device: torch.device) -> None:
+    def __init__(
+        self, dataset: Dataset, classes: Classes, decoder: Decoder, *, feed: TrainFeed, device: torch.device
+    ) -> None:
         self.dataset = dataset
+        self.classes = classes
         self.feed = feed
         self.samples_per_epoch = feed.order.samples
         self.num_classes_seen = dataset.max_label + 1 or None
@@ -204,7 +211,7 @@ def train_loader(
         return open_stream(
             config, rank=rank, world=world, samples_seen=samples_seen, device=device, size=size, states=states
         )
-    dataset = open_split(config, "train", rank=rank, world=world)
+    dataset, classes = open_split(config, "train", None, rank=rank, world=world)
     order = Order(
         dataset.counts,
         seed=train.seed,
@@ -229,39 +236,72 @@ def train_loader(
         samples_seen,
     )
     decoder = _decoder(config, dataset, feed, size=size, device=device)
-    return TrainLoader(dataset, decoder, feed=feed, device=device)
+    return TrainLoader(dataset, classes, decoder, feed=feed, device=device)
 
 
 def eval_loader(
-    config: Config, *, rank: int, world: int, device: torch.device, img_size: int | tuple[int, int]
+    config: Config,
+    classes: Classes,
+    *,
+    rank: int,
+    world: int,
+    device: torch.device,
+    img_size: int | tuple[int, int],
 ) -> EvalLoader:
     """The evaluation loader of one rank over ``data.val``; its workers start when it is iterated.
 
+    Args:
+        classes: of the network: ``TrainLoader.classes``, or those of a run or weights file. Labels of the set that have
+            names are asked for by name.
+
     Raises:
         ConfigError: no ``data.val``, or labels that do not fit the head.
-        UserError: nothing there, or a shard that does not fit its index.
+        UserError: nothing there, a class that the network has not, or a shard that does not fit its index.
     """
-    dataset = open_split(config, "val", rank=rank, world=world)
+    dataset, _ = open_split(config, "val", classes, rank=rank, world=world)
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     return EvalLoader(config, dataset, EvalFeed(dataset.counts, config.eval.batch, rank, world), size, device)
 
 
-def open_split(config: Config, split: str, *, rank: int, world: int) -> Dataset:
-    """The data set of ``data.train`` or ``data.val``; errors as for the loaders."""
+def open_split(
+    config: Config, split: str, classes: Classes | None, *, rank: int, world: int
+) -> tuple[Dataset, Classes]:
+    """The data set of ``data.train`` or ``data.val``, its labels being class numbers of the network; errors as for the loaders.
+
+    Args:
+        classes: of the network; None lets this set or ``data.labels`` decide them.
+    """
     data = config.data
     spec = data.train if split == "train" else data.val
     if spec is None:
         raise ConfigError(f"data.{split} is not set; name a folder or pattern of shards, or an image folder")
-    check_head(data.labels, config.model.num_classes)
+    what, num_classes = f"data.{split}={spec}", config.model.num_classes
     dataset = open_dataset(
         spec, cache_dir=data.cache_dir, cache_gb=data.cache_gb, verify=data.verify, rank=rank, world=world
     )
-    if dataset.max_label >= config.model.num_classes:
-        raise ConfigError(
-            f"data.{split}={spec} has labels up to {dataset.max_label}, but model.num_classes="
-            f"{config.model.num_classes}; the data set and the head do not fit"
-        )
-    return dataset
+    notes = list(dataset.notes)
+    try:
+        if classes is None:
+            classes = decide(dataset.classes, num_classes, data.labels, what)
+        if dataset.classes is not None:
+            numbers = classes.numbers(dataset.classes, what)
+            dataset.renumber(numbers)
+            if missing := absent(classes, numbers):
+                notes.append(
+                    f"{what}: has images of {len(numbers)} of {classes.count} classes; none of {few(missing)}"
+                )
+        if dataset.max_label >= num_classes:
+            raise ConfigError(
+                f"{what} has labels up to {dataset.max_label}, but model.num_classes={num_classes}; "
+                "the data set and the head do not fit"
+            )
+    except BaseException:
+        dataset.close()
+        raise
+    if rank == 0:
+        for line in notes:
+            log.warning("%s", line)
+    return dataset, classes
 
 
 def _decoder(

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b, sha256
@@ -27,6 +27,7 @@ from PIL import Image
 
 from dattrain.data import images, tar
 from dattrain.data.board import note
+from dattrain.data.classes import Classes, few
 from dattrain.data.dataset import NO_LABEL, BadSample, Dataset, locate
 from dattrain.data.dedup import find_duplicates
 from dattrain.data.fields import fields
@@ -40,8 +41,8 @@ from dattrain.data.index import (
     write_catalogue,
     write_index,
 )
+from dattrain.data.labels import label_set
 from dattrain.data.philox import Stream, words
-from dattrain.data.sources import class_names
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
 
@@ -64,6 +65,8 @@ class Options:
         dedup: keep the first of the samples with equal bytes.
         label: field of the source's ``.json`` that its labels were taken from, as the source was opened; None is its own.
         skip_bad: leave out and name what cannot be used, else stop.
+        label_set: one of ``data.labels``, whose numbers the source's synsets take; None numbers its classes as the split
+            that is in the folder already does, else in their order.
     """
 
     split: str = "train"
@@ -77,6 +80,7 @@ class Options:
     check: bool = True
     dedup: bool = False
     skip_bad: bool = False
+    label_set: str | None = None
     label: str | None = None
 
 
@@ -105,7 +109,8 @@ def pack(
         progress: called with the samples packed so far and in all.
 
     Raises:
-        UserError: a sample that cannot be used (without ``skip_bad``), settings that differ from those of the packing
+        UserError: a sample that cannot be used (without ``skip_bad``), a class that the label set or the folder's other split
+            has not, settings that differ from those of the packing
             that ``out`` holds, another packing at work there, or a full disk.
     """
     folder = Path(out)
@@ -114,8 +119,9 @@ def pack(
         total = int(source.counts.sum())
         for leftover in folder.glob(".*.part"):
             leftover.unlink()
+        classes = _classes(folder, source, options)
         _same_settings(folder, source, options)
-        packer = _Packer(source, folder, options)
+        packer = _Packer(source, folder, options, classes)
         items = np.arange(total, dtype=np.int64)
         if options.dedup:
             items = items[~find_duplicates(source, folder, jobs=jobs)]
@@ -140,11 +146,13 @@ def shard_names(split: str, samples: int, per_shard: int) -> list[str]:
 class _Packer:
     """Writes shards; lives in each process."""
 
-    def __init__(self, source: Dataset, folder: Path, options: Options) -> None:
+    def __init__(
+        self, source: Dataset, folder: Path, options: Options, classes: Sequence[str] | None
+    ) -> None:
         self.source = source
         self.folder = folder
         self.options = options
-        self.classes = class_names(source)
+        self.classes = None if classes is None else list(classes)
 
     def write(self, name: str, items: NDArray[np.int64]) -> Done:
         """Write one shard aside, then publish its index and itself, in that order."""
@@ -344,6 +352,36 @@ def _permute(items: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:
         w = words(seed, Stream.PACK, items[start : start + (1 << 18)], 2)
         key[start : start + len(w)] = (w[:, 0] << np.uint64(32)) | w[:, 1]
     return items[np.argsort(key, kind="stable")]
+
+
+def _classes(folder: Path, source: Dataset, options: Options) -> Sequence[str] | None:
+    """Names of labels 0, 1, ... of what is packed, as the source tells its labels from now on; None for bare numbers."""
+    if options.label_set is not None:
+        known = label_set(options.label_set).synsets
+        if source.classes is None:
+            raise UserError(
+                f"{source.name}: its labels are numbers; --label-set {options.label_set} numbers classes that are synsets"
+            )
+        numbers = Classes(len(known), known, f"--label-set {options.label_set}").numbers(
+            source.classes, source.name
+        )
+        source.renumber(numbers)
+        return known
+    if source.classes is None:
+        return None
+    for path in sorted(folder.glob("_*.manifest.json")):
+        manifest = json.loads(path.read_bytes())
+        known = tuple(manifest.get("classes") or ())
+        if known and manifest["split"] not in (options.split, options.holdout_split):
+            missing = [name for name in source.classes if name not in known]
+            if missing:
+                raise UserError(
+                    f"{folder}: its split {manifest['split']!r} has no class {missing[0]!r} ({few(known)}), and {source.name} "
+                    "has; a class has one number in a folder: pack the training set first, or into another folder"
+                )
+            source.renumber(Classes(len(known), known).numbers(source.classes, source.name))
+            return known
+    return source.classes
 
 
 def _same_settings(folder: Path, source: Dataset, options: Options) -> None:

@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,12 @@ from dattrain.config.schema import Config
 from dattrain.data.augment import draw
 from dattrain.data.batch import Batch
 from dattrain.data.board import note
+from dattrain.data.classes import Classes, decide
 from dattrain.data.cpu import CpuDecoder
-from dattrain.data.dataset import IMAGE_EXTENSIONS
+from dattrain.data.dataset import class_names
 from dattrain.data.feed import Encoded, Request, bad_sample_message
+from dattrain.data.images import IMAGE_EXTENSIONS
 from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
-from dattrain.data.labels import check_head
 from dattrain.data.loader import Bad, Decoder, ToDevice, open_split, patience
 from dattrain.data.shards import brace_expand
 from dattrain.data.workers import Workers
@@ -63,6 +65,7 @@ class StreamLoader:
         exact: False.
         samples_per_epoch: with the padding that ends a rank's epoch in ``data.reader: dali``.
         num_classes_seen: one more than the largest label, None where that is unknown.
+        classes: what the network's outputs stand for.
         bad: skipped samples.
     """
 
@@ -71,6 +74,7 @@ class StreamLoader:
     def __init__(
         self,
         decoder: Decoder,
+        classes: Classes,
         *,
         samples_per_epoch: int,
         num_classes_seen: int | None,
@@ -80,6 +84,7 @@ class StreamLoader:
     ) -> None:
         self.samples_per_epoch = samples_per_epoch
         self.num_classes_seen = num_classes_seen
+        self.classes = classes
         self.bad = Bad()
         self._decoder = decoder
         self._after = after
@@ -140,7 +145,7 @@ def open_stream(
     from dattrain.data.dali import DaliDecoder
     from dattrain.data.dali_reader import DaliReader
 
-    dataset = open_split(config, "train", rank=rank, world=world)
+    dataset, classes = open_split(config, "train", None, rank=rank, world=world)
     reader = DaliReader(config, dataset, slots, size, states)
     log.info(
         "data.reader=dali: DALI keeps the order; a checkpoint can only be resumed on %d ranks with the same shards, "
@@ -163,6 +168,7 @@ def open_stream(
     )
     return StreamLoader(
         decoder,
+        classes,
         samples_per_epoch=reader.samples_per_epoch,
         num_classes_seen=dataset.max_label + 1 or None,
         device=device,
@@ -183,7 +189,7 @@ def _open_webdataset(
         raise ConfigError(
             "data.reader=webdataset cannot count the samples of a stream; set data.samples to how many make an epoch"
         )
-    check_head(data.labels, config.model.num_classes)
+    classes = _stream_classes(config)
     log.warning(
         "data.reader=webdataset is not exact: shards are drawn with replacement, so samples are missed and doubled, and "
         "a resumed run does not see what an uninterrupted one would have seen; data.reader=index is exact"
@@ -198,7 +204,25 @@ def _open_webdataset(
         patience=patience(config),
         unit="micro-batch",
     )
-    return StreamLoader(workers, samples_per_epoch=data.samples, num_classes_seen=None, device=device)
+    return StreamLoader(
+        workers, classes, samples_per_epoch=data.samples, num_classes_seen=None, device=device
+    )
+
+
+def _stream_classes(config: Config) -> Classes:
+    """The classes of a stream, whose labels are taken as they stand: refused where names say that they must not be."""
+    data, what = config.data, f"data.train={config.data.train}"
+    assert data.train is not None
+    paths = [path for part in data.train.split("::") for path in brace_expand(part)]
+    local = [path for path in paths if "://" not in path and not path.startswith("pipe:")]
+    names = class_names(local, lambda path: Path(path).read_bytes()) if len(local) == len(paths) else None
+    classes = decide(names, config.model.num_classes, data.labels, what)
+    if names is not None and classes.numbers(names, what).tolist() != list(range(len(names))):
+        raise ConfigError(
+            f"{what}: numbers its classes otherwise than {classes.source}, and data.reader=webdataset takes labels as they "
+            "stand; use data.reader=index, which asks by name"
+        )
+    return classes
 
 
 class WebStream:

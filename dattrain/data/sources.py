@@ -18,51 +18,65 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dattrain.data.class_tars import ClassTars, find
-from dattrain.data.dataset import BadSample, Dataset, FolderDataset, Sample, open_dataset
+from dattrain.data.dataset import open_dataset
 from dattrain.data.fields import Relabelled
+from dattrain.data.folders import read_file
+from dattrain.data.sample import Dataset, Numbered, Sample
 from dattrain.errors import UserError
 
 _IMAGES, _LABELS = ("images", "x", "x_train", "data"), ("labels", "y", "y_train", "targets")
+_COLUMNS = frozenset(
+    {"label", "labels", "class", "class_id", "class_name", "classes", "category", "target", "y"}
+)
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
-class ListDataset:
+class ListDataset(Numbered):
     """A text file with a path and a label on each line, apart by tab, comma or the last space.
 
-    Paths are relative to the list's folder, or to ``root``. Labels are integers, or names of classes, which are
-    numbered in sorted order.
+    Paths are relative to the list's folder, or to ``root``. Labels are integers (``3`` or ``3.0``), or names of classes,
+    which are numbered in sorted order. A first line of column names (``path,label``) is passed over, and noted.
+
+    Raises:
+        UserError: a line that is no path and label; integers and names in one list; a negative label.
     """
 
     def __init__(self, path: str, root: str | None = None) -> None:
         self.name = path
         self.root = Path(root if root is not None else os.path.dirname(path) or ".")
-        names, words = [], []
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            for number, line in enumerate(file, 1):
-                line = line.strip()
-                if not line or line.startswith("#"):
-                    continue
-                match = re.fullmatch(r"(.+?)\s*[\t,]\s*([^\t,]+)", line) or re.fullmatch(
-                    r"(.+)\s+(\S+)", line
-                )
-                if match is None:
-                    raise UserError(f"{path}, line {number}: {line!r} is not a path and a label")
-                names.append(match[1])
-                words.append(match[2])
-        if not names:
-            raise UserError(f"{path}: names no images")
-        self.classes: list[str] | None = None
-        if all(re.fullmatch(r"\d+", word) for word in words):
-            labels = [int(word) for word in words]
-        else:
-            self.classes = sorted(set(words))
-            number_of = {name: i for i, name in enumerate(self.classes)}
-            labels = [number_of[word] for word in words]
-        self._names = names
-        self._labels = np.asarray(labels, dtype=np.int64)
-        self.counts = np.asarray([len(names)], dtype=np.int64)
-        self.max_label = int(self._labels.max())
         self.fetches = False
+        rows = _rows(path)
+        if rows and _is_header(rows[0], self.root):
+            self.notes = (f"{path}, line {rows[0][0]}: taken for column names, not for a sample",)
+            rows = rows[1:]
+        if not rows:
+            raise UserError(f"{path}: names no images")
+        numbers = [_integer(word) for _, _, word in rows]
+        if None not in numbers:
+            labels = [number for number in numbers if number is not None]
+            for (line, _, word), label in zip(rows, labels):
+                if label < 0:
+                    raise UserError(
+                        f"{path}, line {line}: label {word} is negative; classes are numbered from 0"
+                    )
+        elif all(number is None for number in numbers):
+            self.classes = sorted({word for _, _, word in rows})
+            number_of = {name: i for i, name in enumerate(self.classes)}
+            labels = [number_of[word] for _, _, word in rows]
+        else:
+            # Which kind is meant is told by the majority, and the first line that is of the other kind is named.
+            named = sum(number is None for number in numbers)
+            odd = 2 * named < len(numbers)
+            at = next(i for i, number in enumerate(numbers) if (number is None) == odd)
+            line, _, word = rows[at]
+            raise UserError(
+                f"{path}, line {line}: label {word!r} is {'no integer' if odd else 'an integer'}, unlike those of most "
+                f"other lines ({len(numbers) - named} of {len(numbers)} are integers); a list has either numbers or names"
+            )
+        self._names = [name for _, name, _ in rows]
+        self._labels = np.asarray(labels, dtype=np.int64)
+        self.counts = np.asarray([len(rows)], dtype=np.int64)
+        self.max_label = int(self._labels.max())
 
     def key(self, shard: int, sample: int) -> str:
         """See ``Dataset.key``."""
@@ -70,17 +84,12 @@ class ListDataset:
 
     def label(self, shard: int, sample: int) -> int:
         """See ``Dataset.label``."""
-        return int(self._labels[sample])
+        return self._number(int(self._labels[sample]), self.name)
 
     def read(self, shard: int, sample: int) -> Sample:
         """See ``Dataset.read``."""
         path = self.root / self._names[sample]
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BadSample(f"{path} (from {self.name}): cannot be read ({error.strerror})") from error
-        if not data:
-            raise BadSample(f"{path}: the image has zero bytes")
+        data = read_file(path, f" (from {self.name})")
         return Sample(self.key(shard, sample), str(path), self.label(shard, sample), data)
 
     def ahead(self, shards: Sequence[int]) -> None:
@@ -90,7 +99,39 @@ class ListDataset:
         """Nothing to close."""
 
 
-class ArrayDataset:
+def _rows(path: str) -> list[tuple[int, str, str]]:
+    """Line number, path and label of each line of a list."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                line = line.strip()
+                if not line or line.startswith("#"):
+                    continue
+                match = re.fullmatch(r"(.+?)\s*[\t,]\s*([^\t,]+)", line) or re.fullmatch(
+                    r"(.+)\s+(\S+)", line
+                )
+                if match is None:
+                    raise UserError(f"{path}, line {number}: {line!r} is not a path and a label")
+                rows.append((number, match[1], match[2]))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return rows
+
+
+def _is_header(row: tuple[int, str, str], root: Path) -> bool:
+    """Whether a first line has names of columns instead of a sample."""
+    _, name, word = row
+    return word.strip("\"'").lower() in _COLUMNS and not (root / name).exists()
+
+
+def _integer(word: str) -> int | None:
+    """``3``, ``-1`` and ``3.0`` (what a table with gaps makes of integers) as an integer; None for anything else."""
+    match = re.fullmatch(r"([+-]?[0-9]{1,18})(\.0*)?", word)
+    return int(match[1]) if match else None
+
+
+class ArrayDataset(Numbered):
     """Images in an array, N x H x W or N x H x W x 3 uint8, encoded losslessly as PNG when read."""
 
     def __init__(self, name: str, images: NDArray[np.uint8], labels: NDArray[np.integer]) -> None:
@@ -111,7 +152,6 @@ class ArrayDataset:
         if len(labels) and labels.min() < 0:
             raise UserError(f"{name}: label {labels.min()} of sample {int(labels.argmin())} is negative")
         self.name = name
-        self.classes: list[str] | None = None
         self._images, self._labels = images, labels.astype(np.int64)
         self.counts = np.asarray([len(images)], dtype=np.int64)
         self.max_label = int(self._labels.max(initial=-1))
@@ -123,7 +163,7 @@ class ArrayDataset:
 
     def label(self, shard: int, sample: int) -> int:
         """See ``Dataset.label``."""
-        return int(self._labels[sample])
+        return self._number(int(self._labels[sample]), self.name)
 
     def read(self, shard: int, sample: int) -> Sample:
         """See ``Dataset.read``."""
@@ -174,11 +214,6 @@ def _open(path: str, labels: str | None, root: str | None, jobs: int) -> Dataset
     return open_dataset(path) if tars is None else ClassTars(path, tars, jobs=jobs)
 
 
-def class_names(source: Dataset) -> list[str] | None:
-    """Names of a source's classes by label, where it knows them."""
-    return getattr(source, "classes", None)
-
-
 def read_idx(path: str) -> NDArray:
     """An IDX array (the format of MNIST), gzipped or not.
 
@@ -227,6 +262,3 @@ def _from_npz(path: str) -> ArrayDataset:
         raise
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: not a readable npz file ({error})") from error
-
-
-__all__ = ["ArrayDataset", "FolderDataset", "ListDataset", "class_names", "open_source", "read_idx"]

@@ -17,6 +17,8 @@ import dattrain
 from dattrain.config.load import dump
 from dattrain.config.load import load as load_config
 from dattrain.config.schema import Config
+from dattrain.data.classes import Classes
+from dattrain.data.classes import write as write_classes
 from dattrain.errors import UserError
 from dattrain.runtime.env import Env
 from dattrain.state.checkpointer import versions
@@ -26,8 +28,9 @@ CONFIG, CODE, DIFF, ENVIRONMENT = "config.yaml", "code.json", "code.diff", "env.
 log = logging.getLogger(__name__)
 
 
-def open_run(run_dir: Path, config: Config, env: Env, device_name: str) -> None:
-    """Write ``config.yaml``, ``code.json`` with its diff, and ``env.json``. Rank 0 calls it, once the recipe is known to run.
+def open_run(run_dir: Path, config: Config, classes: Classes, env: Env, device_name: str) -> None:
+    """Write ``config.yaml``, ``classes.json``, ``code.json`` with its diff, and ``env.json``. Rank 0 calls it, once the recipe
+    is known to run.
 
     A recipe that passed ``check`` takes the place of the one before it: what may differ from one start to the next may stay so.
 
@@ -37,6 +40,7 @@ def open_run(run_dir: Path, config: Config, env: Env, device_name: str) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         _write(run_dir / CONFIG, dump(config))
+        write_classes(run_dir, classes)
         if not (run_dir / CODE).exists():
             code, diff = describe_code()
             if diff:

@@ -5,6 +5,7 @@ Progressive resizing ends one session and opens the next from the checkpoint bet
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from dattrain.config.derive import Derived
 from dattrain.config.load import load as load_config
 from dattrain.config.schema import Config
 from dattrain.data import labels
+from dattrain.data.classes import FILE as CLASSES_FILE
+from dattrain.data.classes import Classes
+from dattrain.data.classes import read as read_classes
 from dattrain.engine import compile as compiling
 from dattrain.engine import optim, remat, zero
 from dattrain.engine.ema import Ema
@@ -90,17 +94,19 @@ def open_session(
     img_size: Size,
     *,
     manifest: Manifest | None = None,
+    classes: Classes | None = None,
 ) -> Session:
     """Build model and engine. Collective.
 
     Args:
         manifest: of the checkpoint that will be loaded: weights need not come from ``init.from``, and continuous tables
             take the shapes that they have there. None for a fresh start.
+        classes: of the network's outputs, for ``init.head``; None where they are unknown.
     """
     model = build_model(config, img_size)
     if manifest is None:
         if config.init.from_ is not None:
-            initialise(model, config)
+            initialise(model, config, classes)
     elif config.init.bias_table == "sample":
         surgery.adopt_tables(model, {name: p.shape for name, p in manifest.parameters.items()})
     remat.apply(model, config.train.remat)
@@ -120,7 +126,7 @@ def open_session(
 # Fine-tuning ------------------------------------------------------------------------------------------------------
 
 
-def initialise(model: DAT, config: Config) -> surgery.Report:
+def initialise(model: DAT, config: Config, classes: Classes | None = None) -> surgery.Report:
     """Load the weights that ``init`` names into ``model``; prints the fate of every tensor.
 
     Raises:
@@ -132,9 +138,14 @@ def initialise(model: DAT, config: Config) -> surgery.Report:
     buffers = {name for name, _ in model.named_buffers()}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
     index = None
+    head = tensors.get(surgery.HEAD[0])
+    known = classes or Classes(config.model.num_classes, (), "this recipe")
+    if init.head == "keep" and head is not None:
+        check_same(known, source_classes(Path(init.from_), len(head), guess=False))
     if init.head == "map":
-        head = tensors.get(surgery.HEAD[0])
-        found = class_map(config, Path(init.from_), 0 if head is None else len(head))
+        found = class_map(
+            known, source_classes(Path(init.from_), 0 if head is None else len(head), guess=True)
+        )
         log.info("init.head=map: %s", found.report())
         index = found.index
     try:
@@ -171,24 +182,76 @@ def read_source(path: Path, *, ema: bool) -> tuple[dict[str, Tensor], str]:
     return gather.load_tensors(folder, state), what
 
 
-def class_map(config: Config, source: Path, source_classes: int) -> labels.ClassMap:
-    """Classes of this recipe in the source's label set, which its run folder names or its head's size tells."""
-    name: str | None = None
-    for folder in (source, *source.absolute().parents[:2]):
-        if (folder / "config.yaml").is_file():
-            name = load_config(folder / "config.yaml").config.data.labels
-            break
-    name = name or labels.infer(source_classes)
-    if name is None:
-        raise UserError(
-            f"init.head=map: {source} does not say which label set its {source_classes} classes are of (data.labels)"
+def source_classes(path: Path, count: int, *, guess: bool) -> Classes:
+    """The classes of ``init.from``'s ``count`` outputs: as its run folder or file names them, else its label set's, else
+    (``guess``) those of the label set of that size; without names where none of these says.
+
+    Raises:
+        UserError: its label set needs a file that is not there.
+    """
+    names: tuple[str, ...] = ()
+    label_set: str | None = None
+    run = next((p for p in (path, *path.absolute().parents[:2]) if (p / "config.yaml").is_file()), None)
+    if path.is_file():
+        card = _card(path)
+        names, label_set = tuple(card.get("classes") or ()), card.get("labels")
+    elif run is not None:
+        names = read_classes(run) or ()
+        label_set = load_config(run / "config.yaml").config.data.labels
+    label_set = label_set or (labels.infer(count) if guess else None)
+    if len(names) != count and label_set is not None:
+        names = labels.label_set(label_set, classes=count).synsets
+    return Classes(count, names if len(names) == count else (), f"init.from={path}")
+
+
+def class_map(target: Classes, source: Classes) -> labels.ClassMap:
+    """Where each class of the new head is in the source's, by name.
+
+    Raises:
+        ConfigError: the names of one of them are unknown.
+    """
+    if not source.names:
+        raise ConfigError(
+            f"init.head=map: nothing says what the {source.count} classes of {source.source} are called; it takes a "
+            f"data.labels, a run folder with {CLASSES_FILE}, or a file that `dattrain export` wrote"
         )
-    if config.data.labels is None:
-        raise ConfigError("init.head=map needs data.labels, the label set of the new head")
+    if not target.names:
+        raise ConfigError(
+            "init.head=map needs the names of the new head's classes: set data.labels, or train on class folders or "
+            "shards that `dattrain data pack` wrote of such"
+        )
     return labels.class_map(
-        labels.label_set(config.data.labels, classes=config.model.num_classes),
-        labels.label_set(name, classes=source_classes),
+        labels.LabelSet(target.source, target.names), labels.LabelSet(source.source, source.names)
     )
+
+
+def check_same(target: Classes, source: Classes) -> None:
+    """Refuse ``init.head=keep`` where a row of the head would come to stand for another class.
+
+    Raises:
+        ConfigError: both are known by name, and differ.
+    """
+    if not target.names or not source.names or target.count != source.count:
+        return
+    for number, (new, old) in enumerate(zip(target.names, source.names)):
+        if new != old:
+            raise ConfigError(
+                f"init.head=keep: class {number} is {old!r} in {source.source} and {new!r} by {target.source}; "
+                "init.head=map joins classes by name, init.head=new draws a fresh head"
+            )
+
+
+def _card(path: Path) -> dict[str, Any]:
+    """What a weights file says of itself; empty where it says nothing."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    try:
+        card = json.loads(metadata.get("dattrain", "{}"))
+        return {**card, "classes": card.get("classes") or json.loads(metadata.get("classes", "[]"))}
+    except (ValueError, AttributeError):
+        return {}
 
 
 # Carrying over to another size ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from dattrain.config.derive import Derived, derive
 from dattrain.config.schema import Config
+from dattrain.data import classes
 from dattrain.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from dattrain.data.readers import StreamLoader
 from dattrain.engine import evaluate as evaluation
@@ -152,7 +153,15 @@ class Trainer:
                 f"{per_epoch}; the order of the data depends on it. Give it the same shards, or another --run folder"
             )
         self.derived: Derived = derive(config, world=self.world, samples_per_epoch=self.samples_per_epoch)
-        on_first_rank(lambda: runfolder.open_run(run_dir, config, env, environment.device_name(device)))
+        if found is not None:
+            on_first_rank(lambda: classes.check(run_dir, self.loader.classes))
+        if config.data.val is not None:
+            self._eval_loader()  # what is wrong with it is said now, not after the first epoch
+        on_first_rank(
+            lambda: runfolder.open_run(
+                run_dir, config, self.loader.classes, env, environment.device_name(device)
+            )
+        )
         self.session = self._open_session(found)
         stack.callback(lambda: self.session.close())
         self.reporter = Reporter(
@@ -296,19 +305,23 @@ class Trainer:
         return Request.NONE
 
     def _evaluate_once(self, prefix: str) -> dict[str, float]:
-        if self._eval is None or self._eval[0] != self.img_size:
-            if self._eval is not None:
-                self._eval[1].close()
-            loader = eval_loader(
-                self.config, rank=self.rank, world=self.world, device=self.device, img_size=self.img_size
-            )
-            self._eval = (self.img_size, loader)
         found = evaluation.evaluate(
-            self.session.engine, self._eval[1], self.config, self.device,
+            self.session.engine, self._eval_loader(), self.config, self.device,
             leave=lambda: bool(self.preemption.request(look_for_file=self.rank == 0)),
             beat=lambda: self.watchdog.beat("evaluating"),
         )  # fmt: skip
         return {prefix + key: value for key, value in found.items()}
+
+    def _eval_loader(self) -> EvalLoader:
+        if self._eval is None or self._eval[0] != self.img_size:
+            if self._eval is not None:
+                self._eval[1].close()
+            loader = eval_loader(
+                self.config, self.loader.classes, rank=self.rank, world=self.world, device=self.device,
+                img_size=self.img_size,
+            )  # fmt: skip
+            self._eval = (self.img_size, loader)
+        return self._eval[1]
 
     def save(self, *, background: bool | None = None) -> None:
         """Save this position, unless that is done."""
@@ -376,7 +389,14 @@ class Trainer:
     def _open_session(self, found: tuple[Path, Manifest] | None) -> Session:
         """A session at the current size and position: fresh, or with the state of a checkpoint."""
         manifest = None if found is None else found[1]
-        session = open_session(self.config, self.derived, self.device, self.img_size, manifest=manifest)
+        session = open_session(
+            self.config,
+            self.derived,
+            self.device,
+            self.img_size,
+            manifest=manifest,
+            classes=self.loader.classes,
+        )
         if found is None:
             return session
         folder, manifest = found

@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("out", metavar="OUT", help="folder of the shards")
     p.add_argument("--labels", metavar="FILE", help="IDX file of labels (default: beside the images)")
     p.add_argument(
+        "--label-set",
+        metavar="SET",
+        help="number synset folders as this set of data.labels (imagenet-22k, ...)",
+    )
+    p.add_argument(
         "--label", metavar="FIELD", help="of shards: field of .json with the label (default: their index's)"
     )
     p.add_argument("--root", metavar="DIR", help="where a list file's paths begin (default: its own folder)")
@@ -122,6 +127,7 @@ def _pack(args: argparse.Namespace) -> int:
         check=not args.no_check,
         dedup=args.dedup,
         skip_bad=args.on_bad == "skip",
+        label_set=args.label_set,
         label=args.label,
     )
     source = open_source(args.source, labels=args.labels, root=args.root, label=args.label, jobs=args.jobs)
@@ -263,9 +269,7 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _per_class(dataset: Dataset) -> str:
-    from dattrain.data.sources import class_names
-
-    names = class_names(dataset) or []
+    names = dataset.classes or ()
     counts = [0] * len(names)
     for i in range(int(dataset.counts[0])):
         counts[dataset.label(0, i)] += 1

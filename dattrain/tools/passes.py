@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from dattrain.config.schema import Config
 from dattrain.data.loader import EvalLoader, eval_loader
 from dattrain.errors import UserError
-from dattrain.tools import classes, scores
+from dattrain.tools import scores
 from dattrain.tools.pictures import normalise
-from dattrain.tools.weights import Card
+from dattrain.tools.weights import Card, classes_of
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,7 @@ def open_loader(config: Config, card: Card, spec: str, views: Views, *, device: 
         }
     )
     rank, world = place()
-    return eval_loader(changed, rank=rank, world=world, device=device, img_size=size)
-
-
-def label_map(loader: EvalLoader, card: Card) -> np.ndarray | None:
-    """Class of the model for each label of an image folder; None for shards, whose labels are the model's already."""
-    folders = getattr(loader.dataset, "classes", None)
-    if folders is None:
-        return None
-    return classes.locate(folders, card.num_classes, card.labels, card.classes)
+    return eval_loader(changed, classes_of(card), rank=rank, world=world, device=device, img_size=size)
 
 
 @torch.inference_mode()
@@ -113,8 +105,6 @@ def classify(
         among: classes that count (ImageNet-A and -R have 200 of the 1,000); the others get no probability.
         keep_keys: also return the images' names.
     """
-    mapped = label_map(loader, card)
-    table = None if mapped is None else torch.from_numpy(mapped).to(device)
     masked = None
     if among is not None:
         masked = torch.full((card.num_classes,), -torch.inf, device=device)
@@ -127,7 +117,6 @@ def classify(
         good = (batch.weight > 0).nonzero().squeeze(1)
         if len(good):
             images, labels = batch.images[good], batch.labels[good]
-            labels = labels if table is None else torch.where(labels >= 0, table[labels.clamp(min=0)], labels)
             before = now(device)
             x = normalise(images, card, device) if images.dtype == torch.uint8 else images.float()
             probabilities: Tensor | None = None
@@ -172,7 +161,6 @@ def features(
 
     On ranks other than 0 both are empty. ``limit`` stops after so many images of a rank.
     """
-    mapped = label_map(loader, card)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     progress, seen = Progress(len(loader), title), 0
     for batch in loader:
@@ -185,8 +173,6 @@ def features(
             )
             pooled = model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
             labels = batch.labels[good].cpu()
-            if mapped is not None:
-                labels = torch.where(labels >= 0, torch.from_numpy(mapped)[labels.clamp(min=0)], labels)
             parts.append((batch.position[good.cpu()], pooled.float().cpu(), labels))
             seen += len(good)
         progress(f"{seen} images")

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from dattrain.data import labels
+from dattrain.data.classes import are_synsets
 from dattrain.errors import UserError
-from dattrain.tools.weights import Card
+from dattrain.tools.weights import Card, classes_of
 
 NAMES = ("imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c", "real")
 
@@ -74,33 +75,31 @@ def parts(kind: str | None, path: str, card: Card) -> list[Part]:
     if kind == "imagenet-v2":
         if sorted(found) != sorted(map(str, range(1000))):
             raise UserError(f"{path}: ImageNet-V2 has the folders 0 to 999, this one {_few(found)}")
-        if card.num_classes != 1000:
-            raise UserError(
-                f"{path}: ImageNet-V2 numbers ImageNet-1K's classes; the model has {card.num_classes}"
-            )
+        _check_imagenet(card, f"{path}: ImageNet-V2")
         return [Part(kind, path)]
     expected = list(
         _synsets(f"imagenet_{kind[-1]}_synsets.txt") if kind != "imagenet-sketch" else _imagenet()
     )
     if set(found) - set(expected):
         raise UserError(f"{path}: {_few(sorted(set(found) - set(expected)))} are no synsets of {kind}")
-    among = None if kind == "imagenet-sketch" else classes_of(expected, card)
+    among = None if kind == "imagenet-sketch" else outputs_of(expected, card)
     return [Part(kind, path, among)]
 
 
-def classes_of(synsets: list[str], card: Card) -> np.ndarray:
-    """The model's class for each synset. Raises UserError where its label set is unknown or lacks one."""
-    own = card.labels or labels.infer(card.num_classes)
-    if own is None:
+def outputs_of(synsets: list[str], card: Card) -> np.ndarray:
+    """The model's output for each synset. Raises UserError where it lacks one, or its classes are unknown."""
+    return classes_of(card).numbers(synsets, "the test set")
+
+
+def _check_imagenet(card: Card, what: str) -> None:
+    """Refuse a model whose outputs are not ImageNet-1K's classes in their usual order, which a test set's numbers mean."""
+    names = classes_of(card).names
+    if card.num_classes != 1000:
+        raise UserError(f"{what} numbers ImageNet-1K's classes; the model has {card.num_classes}")
+    if are_synsets(names) and names != _imagenet():
         raise UserError(
-            f"the model's {card.num_classes} classes are of no known label set; set data.labels in its recipe"
+            f"{what} numbers ImageNet-1K's classes, and the model's 1000 are others, or in another order"
         )
-    found = labels.class_map(
-        labels.LabelSet("the test set", tuple(synsets)), labels.label_set(own, classes=card.num_classes)
-    )
-    if len(found.missing):
-        raise UserError(found.report())
-    return found.index
 
 
 def real_answers(keys: list[str], card: Card) -> list[frozenset[int]]:
@@ -109,8 +108,7 @@ def real_answers(keys: list[str], card: Card) -> list[frozenset[int]]:
     Raises:
         UserError: the model is not ImageNet-1K's, or a name is not ``ILSVRC2012_val_00000001`` to ``_00050000``.
     """
-    if card.num_classes != 1000:
-        raise UserError(f"ReaL's labels are ImageNet-1K's; the model has {card.num_classes} classes")
+    _check_imagenet(card, "ReaL")
     data = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
     if data is None:
         raise UserError("timm does not hold ReaL's labels; install timm 1.0.20 or newer")

@@ -20,13 +20,16 @@ from torch import Tensor
 
 from dattrain.config.load import load as load_config
 from dattrain.config.schema import Config
+from dattrain.data import labels
+from dattrain.data.classes import Classes
+from dattrain.data.classes import read as read_classes
+from dattrain.data.dataset import open_dataset
 from dattrain.errors import UserError
 from dattrain.models.dat import DAT
 from dattrain.models.deformable import Conventions
 from dattrain.models.surgery import adopt_tables
 from dattrain.models.zoo import create, variant_of
 from dattrain.state import checkpoint, gather
-from dattrain.tools import classes
 
 _SETTINGS = (
     "patch_size",
@@ -248,12 +251,38 @@ def card_of_checkpoint(folder: Path, manifest: checkpoint.Manifest, *, ema: bool
         return None
     config = load_config(run / "config.yaml").config
     source = f"{run.name}, step {manifest.step}" + (", EMA" if ema else "")
-    known = classes.of_data(config.data.val) or classes.of_data(config.data.train)
-    card = replace(card_of(config, source=source), classes=known)
+    card = replace(card_of(config, source=source), classes=class_names(run, config))
     found = {name: tuple(parameter.shape) for name, parameter in manifest.parameters.items()}
     sizes = [config.model.img_size, *(phase.img_size for phase in config.train.progressive)]
     cards = [replace(card, img_size=size) for size in dict.fromkeys(map(_pair, sizes))]
     return next((each for each in cards if _shapes(build(each, meta=True).state_dict()) == found), cards[0])
+
+
+def class_names(run: Path, config: Config) -> tuple[str, ...]:
+    """Names of the classes of a run, as it noted them; of the training set, where it did not (an older run)."""
+    noted = read_classes(run)
+    if noted is not None:
+        return noted
+    if config.data.labels is not None or config.data.train is None or "://" in config.data.train:
+        return ()
+    try:
+        dataset = open_dataset(config.data.train)
+    except UserError:  # the data are elsewhere now
+        return ()
+    dataset.close()
+    names = tuple(dataset.classes or ())
+    return names if len(names) == config.model.num_classes else ()
+
+
+def classes_of(card: Card) -> Classes:
+    """The classes of a network's outputs, as its card tells them: by name, or by its label set."""
+    names = card.classes
+    if len(names) != card.num_classes and card.labels is not None:
+        try:
+            names = labels.label_set(card.labels, classes=card.num_classes).synsets
+        except UserError:  # winter21 without its file
+            names = ()
+    return Classes(card.num_classes, tuple(names) if len(names) == card.num_classes else (), "the network")
 
 
 def _from_checkpoint(path: Path, ema: bool | None) -> tuple[DAT, Card]:

@@ -78,6 +78,7 @@ def test_whatever_interrupted_it_the_run_is_the_undisturbed_one(folder):
 
 
 def test_evaluation_sees_each_image_once_and_computes_what_one_process_does(folder):
+    from dattrain.data.classes import Classes
     from dattrain.data.loader import eval_loader
     from dattrain.data.mix import Normalize
     from dattrain.engine.session import build_model
@@ -87,7 +88,7 @@ def test_evaluation_sees_each_image_once_and_computes_what_one_process_does(fold
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
     assert all(row["eval_images"] == 21 for row in found)
     held = states(folder / "whole", 5)
-    loader = eval_loader(config, rank=0, world=1, device=torch.device("cpu"), img_size=32)
+    loader = eval_loader(config, Classes(config.model.num_classes), rank=0, world=1, device=torch.device("cpu"), img_size=32)
     normalize = Normalize(config.augment)
     for state, prefix in (("param", ""), ("ema", "ema_")):
         model = build_model(config, 32).eval()

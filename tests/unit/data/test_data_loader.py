@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dattrain.config.schema import Config
+from dattrain.data.classes import Classes
 from dattrain.data.dataset import open_dataset
 from dattrain.data.feed import TrainFeed
 from dattrain.data.loader import eval_loader, train_loader
@@ -149,7 +150,7 @@ def test_evaluation_takes_each_image_once(make_shards, world):
     cfg = config(make_shards(), workers=1 if world == 2 else 0)
     positions, lengths = [], []
     for rank in range(world):
-        loader = eval_loader(cfg, rank=rank, world=world, device=CPU, img_size=32)
+        loader = eval_loader(cfg, Classes(10), rank=rank, world=world, device=CPU, img_size=32)
         batches = list(loader)
         assert len(batches) == len(loader)
         lengths.append(len(batches))

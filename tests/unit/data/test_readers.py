@@ -131,7 +131,7 @@ class TestDali:
         for i in range(30):
             (tmp_path / "images" / "cat" / f"{i}.jpg").write_bytes(jpegs[0])
         with pytest.raises(ConfigError, match="image folder"):
-            opened(config(tmp_path / "images", "dali"))
+            opened(config(tmp_path / "images", "dali", num_classes=1))
 
 
 class TestWebdataset:

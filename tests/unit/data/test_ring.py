@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dattrain.config.schema import Config
+from dattrain.data.classes import Classes
 from dattrain.data.loader import eval_loader, train_loader
 from dattrain.data.ring import Ring
 
@@ -83,7 +84,7 @@ def test_a_loader_that_is_gone_leaves_its_batches(make_shards):
 def test_evaluation_with_a_short_last_batch(make_shards):
     folder = make_shards()
     found = [
-        list(eval_loader(config(folder, workers), rank=0, world=1, device=CPU, img_size=32))
+        list(eval_loader(config(folder, workers), Classes(10), rank=0, world=1, device=CPU, img_size=32))
         for workers in (0, 2)
     ]
     assert [len(b) for b in found[1]] == [9] * 5 + [4]

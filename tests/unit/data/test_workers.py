@@ -17,6 +17,7 @@ import torch
 
 from dattrain.config.schema import Config
 from dattrain.data.board import Board, note
+from dattrain.data.classes import Classes
 from dattrain.data.cpu import CpuDecoder
 from dattrain.data.fork import kept
 from dattrain.data.loader import eval_loader, train_loader
@@ -235,7 +236,7 @@ def test_the_loaders_end_within_the_watchdogs_patience(make_shards, monkeypatch,
     if kind == "train":
         loader = train_loader(config, rank=0, world=1, samples_seen=0, device=CPU, img_size=32)
     else:
-        loader = eval_loader(config, rank=0, world=1, device=CPU, img_size=32)
+        loader = eval_loader(config, Classes(10), rank=0, world=1, device=CPU, img_size=32)
     begun = time.monotonic()
     with pytest.raises(UserError, match=r"gives nothing: process \d+ .* at micro-batch 0 \(.*tar:"):
         next(iter(loader))

@@ -147,26 +147,6 @@ def test_a_missing_model_is_named(capsys):
     assert "no/such/run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("labels_given", [True, False])
-def test_folders_find_their_classes(labels_given):
-    synsets = labels.label_set("imagenet-1k").synsets
-    chosen = [synsets[7], synsets[3], synsets[999]]
-    found = classes.locate(chosen, 1000, "imagenet-1k" if labels_given else None)
-    assert found.tolist() == [7, 3, 999]
-    assert classes.locate(["10", "2"], 1000, None).tolist() == [10, 2]
-    assert classes.locate(["b", "a"], 3, None, known=("a", "b", "c")).tolist() == [1, 0]
-    assert classes.locate(["x", "y"], 2, None).tolist() == [0, 1]
-    for folders in (["n99999999"], ["x"], ["1000"]):
-        with pytest.raises(UserError):
-            classes.locate(folders, 1000, "imagenet-1k")
-
-
-def test_22k_models_find_1k_folders_by_synset():
-    synsets = labels.label_set("imagenet-1k").synsets[:3]
-    found = classes.locate(list(synsets), 21841, "imagenet-22k")
-    assert [labels.label_set("imagenet-22k").synsets[i] for i in found] == list(synsets)
-
-
 @pytest.fixture(scope="module")
 def thousand(tmp_path_factory):
     """A 1,000-class model of few parameters."""

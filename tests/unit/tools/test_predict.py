@@ -60,9 +60,10 @@ def test_a_bad_image_does_not_hide_the_others(images, weights_file, capsys):
 
 
 def test_imagenet_heads_have_names():
-    assert classes.names(1000)[:2] == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
+    assert classes.names(1000, "imagenet-1k")[:2] == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
     assert classes.names(2, known=["n01440764", "n01443537"])[0] == "tench, Tinca tinca"
     assert classes.names(3) == ["class 0", "class 1", "class 2"]
+    assert classes.names(1000)[7] == "class 7", "of no known label set"
 
 
 def test_files_that_are_not_ours_are_named_as_such(tmp_path, weights_file):

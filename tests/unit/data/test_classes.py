@@ -1,0 +1,261 @@
+"""A class has one number, decided once and asked for by name: ``dattrain.data.classes`` and who uses it."""
+
+import io
+import json
+import logging
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dattrain.config.schema import Config
+from dattrain.data import classes, labels
+from dattrain.data.classes import Classes, decide
+from dattrain.data.dataset import open_dataset
+from dattrain.data.loader import eval_loader, open_split, train_loader
+from dattrain.data.pack import Options, pack
+from dattrain.errors import ConfigError, UserError
+
+CPU = torch.device("cpu")
+
+
+def jpeg(seed):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def folder(root, names, each=4):
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for k in range(each):
+            (root / name / f"{name}{k}.jpg").write_bytes(jpeg(7 * number + k))
+    return str(root)
+
+
+def config(train=None, val=None, num_classes=3, **data):
+    return Config.model_validate({
+        "model": {"num_classes": num_classes},
+        "data": {"train": train, "val": val, "lanes": 1, "workers": 0, **data},
+        "train": {"global_batch": 4, "micro_batch": 4},
+        "eval": {"batch": 64},
+    })  # fmt: skip
+
+
+def seen(loader):
+    """Class numbers by the name in front of the file's number."""
+    found = {}
+    for batch in loader:
+        for key, label in zip(batch.keys, batch.labels.tolist()):
+            found.setdefault(re.search("[a-z]+(?=[0-9]*(.jpg)?$)", key)[0], set()).add(label)
+    return found
+
+
+def packed(source, out, split):
+    pack(open_dataset(source), out, Options(split=split, per_shard=5))
+    return str(out / f"{split}-*.tar")
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("decoder", ["cpu", "dali"])
+def test_validation_takes_the_training_sets_numbers(tmp_path, shards, decoder):
+    if decoder == "dali":
+        pytest.importorskip("nvidia.dali")
+    train = folder(tmp_path / "train", ["ant", "bee", "cat"])
+    val = folder(tmp_path / "val", ["bee", "cat"])
+    if shards:
+        train, val = packed(train, tmp_path / "a", "train"), packed(val, tmp_path / "b", "val")
+    cfg = config(train, val, decoder=decoder)
+    loader = train_loader(cfg, rank=0, world=1, samples_seen=0, device=CPU, img_size=32)
+    assert loader.classes.names == ("ant", "bee", "cat")
+    loader.close()
+    evaluation = eval_loader(cfg, loader.classes, rank=0, world=1, device=CPU, img_size=32)
+    assert seen(evaluation) == {"bee": {1}, "cat": {2}}
+
+
+def test_a_class_that_the_training_set_has_not_is_refused_by_name(tmp_path):
+    train = folder(tmp_path / "train", ["a", "b", "c"])
+    val = folder(tmp_path / "val", ["b", "c", "d"])
+    _, known = open_split(config(train), "train", None, rank=0, world=1)
+    with pytest.raises(UserError, match=r"val: 'd' is no class of data.train=.*\(a, b, c\); 1 of its 3"):
+        eval_loader(config(train, val), known, rank=0, world=1, device=CPU, img_size=32)
+
+
+@pytest.mark.parametrize("source", ["folder", "shards"])
+def test_synsets_take_the_label_sets_numbers(tmp_path, source, caplog):
+    synsets = labels.label_set("imagenet-1k").synsets
+    train = folder(tmp_path / "train", [synsets[3], synsets[500], synsets[999]])
+    if source == "shards":
+        train = packed(train, tmp_path / "out", "train")
+    cfg = config(train, num_classes=1000, labels="imagenet-1k")
+    with caplog.at_level(logging.WARNING):
+        dataset, known = open_split(cfg, "train", None, rank=0, world=1)
+    assert known.names == synsets
+    found = {dataset.label(s, i) for s, n in enumerate(dataset.counts) for i in range(n)}
+    assert found == {3, 500, 999}
+    assert "has images of 3 of 1000 classes" in caplog.text
+    assert {dataset.read(0, 0).label} <= found
+
+
+def test_folders_that_are_no_class_of_the_label_set(tmp_path):
+    train = folder(tmp_path / "train", ["ant", "bee"])
+    with pytest.raises(UserError, match=r"'ant' is no class of data.labels=imagenet-1k"):
+        open_split(config(train, num_classes=1000, labels="imagenet-1k"), "train", None, rank=0, world=1)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("outputs", [2, 4, 1000])
+def test_as_many_classes_as_outputs(tmp_path, shards, outputs):
+    train = folder(tmp_path / "train", ["ant", "bee", "cat"])
+    if shards:
+        train = packed(train, tmp_path / "out", "train")
+    with pytest.raises(
+        ConfigError, match=rf"has 3 classes \(ant, bee, cat\), but model.num_classes={outputs}; set"
+    ):
+        open_split(config(train, num_classes=outputs), "train", None, rank=0, world=1)
+
+
+def test_shards_that_number_their_classes_differently(tmp_path, make_shards):
+    a = packed(folder(tmp_path / "a", ["ant", "bee"]), tmp_path / "sa", "train")
+    b = packed(folder(tmp_path / "b", ["bee", "cat"]), tmp_path / "sb", "train")
+    with pytest.raises(
+        UserError, match="number their classes each in its own way: label 0 to 1 are ant, bee there"
+    ):
+        open_dataset(f"{a}::{b}")
+    with pytest.raises(UserError, match="one has names of its classes and the other has none"):
+        open_dataset(f"{a}::{make_shards()}/*.tar")
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    spec = packed(folder(tmp_path / "a", ["ant", "bee"]), tmp_path / "s", "train")
+    (tmp_path / "s" / "_train.manifest.json").write_text('{"classes": ["a"], "shards": 3}')
+    with pytest.raises(UserError, match=r"_train.manifest.json: .*; restore it"):
+        open_dataset(spec)
+
+
+def test_a_label_outside_of_the_manifests_names(tmp_path):
+    spec = packed(folder(tmp_path / "a", ["ant", "bee"]), tmp_path / "s", "train")
+    manifest = tmp_path / "s" / "_train.manifest.json"
+    content = json.loads(manifest.read_text())
+    content["classes"] = ["ant"]
+    manifest.write_text(json.dumps(content))
+    dataset, _ = open_split(config(spec, num_classes=1), "train", None, rank=0, world=1)
+    with pytest.raises(UserError, match="has label 1, but its set names 1 classes"):
+        [dataset.label(s, i) for s, n in enumerate(dataset.counts) for i in range(n)]
+
+
+IMAGENET = labels.label_set("imagenet-1k").synsets
+
+
+@pytest.mark.parametrize(
+    ("known", "names", "numbers"),
+    [
+        (Classes(3, ("a", "b", "c")), ["c", "a"], [2, 0]),
+        (Classes(3, ("1", "2", "10")), ["10", "1"], [2, 0]),
+        (Classes(1000, IMAGENET), [IMAGENET[999], IMAGENET[3]], [999, 3]),
+        (Classes(1000), [IMAGENET[999], IMAGENET[3]], [999, 3]),  # unknown, and of ImageNet's size
+        (Classes(1000, IMAGENET), ["10", "2"], [10, 2]),  # ImageNet-V2
+        (Classes(1000), ["0010", "2"], [10, 2]),
+        (Classes(2), ["x", "y"], [0, 1]),
+    ],
+)
+def test_numbers(known, names, numbers):
+    assert known.numbers(names, "it").tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    ("known", "names"),
+    [
+        (Classes(3, ("cat", "dog", "horse")), ["dog", "equine", "feline"]),
+        (Classes(3, ("cat", "dog", "horse")), ["airplane", "boat", "car"]),
+        (Classes(3, ("1", "2", "10")), ["0", "1"]),
+        (Classes(1000, IMAGENET), ["n99999999"]),
+        (Classes(1000, IMAGENET), ["1000"]),
+        (Classes(1000), ["n99999999"]),
+        (Classes(1000), ["x"]),
+        (Classes(1000), ["1", "01"]),
+        (Classes(3), ["x", "y"]),
+    ],
+)
+def test_names_that_are_no_class(known, names):
+    with pytest.raises(UserError, match="^it: "):
+        known.numbers(names, "it")
+
+
+def test_classes_in_their_order_are_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        Classes(2).numbers(["x", "y"], "it")
+    assert "taken in their order: 0 is x, 1 is y" in caplog.text
+
+
+def test_22k_models_find_1k_folders_by_synset():
+    known = decide(None, 21841, "imagenet-22k", "it")
+    found = known.numbers(IMAGENET[:3], "it")
+    assert [known.names[number] for number in found] == list(IMAGENET[:3])
+
+
+def test_numbers_of_a_raw_22k_folder_depart_from_the_list():
+    # Two synsets more than timm's list has: every class behind them has another number, and the same name.
+    ours = labels.label_set("imagenet-22k").synsets
+    raw = sorted({*ours, "n03933934", "n10148036"})
+    known = decide(raw, len(raw), None, "data.train=raw")
+    found = known.numbers(ours, "it")
+    assert (found != np.arange(len(ours))).any()
+    assert [known.names[number] for number in found] == list(ours)
+    with pytest.raises(UserError, match="'n03933934' is no class of data.labels=imagenet-22k"):
+        decide(raw, 21841, "imagenet-22k", "it").numbers(raw, "it")
+
+
+def test_a_run_notes_its_classes(tmp_path):
+    assert classes.read(tmp_path) is None
+    known = Classes(2, ("a", "ö\udcff"), "data.train=x")
+    classes.write(tmp_path, known)
+    assert classes.read(tmp_path) == known.names
+    classes.check(tmp_path, known)
+    with pytest.raises(UserError, match=r"class 0 was 'a' in this run, and is 'b' by data.train=y"):
+        classes.check(tmp_path, Classes(2, ("b", "a"), "data.train=y"))
+    (tmp_path / classes.FILE).write_text('{"a": 0}')
+    with pytest.raises(UserError, match="no list of class names"):
+        classes.read(tmp_path)
+
+
+def test_webdataset_streams_take_labels_as_they_stand(tmp_path):
+    train = packed(folder(tmp_path / "t", [IMAGENET[3], IMAGENET[5]]), tmp_path / "s", "train")
+    cfg = config(
+        train.replace("*", "{0000..0001}"),
+        num_classes=1000,
+        labels="imagenet-1k",
+        reader="webdataset",
+        samples=8,
+    )
+    with pytest.raises(ConfigError, match="data.reader=webdataset takes labels as they stand"):
+        train_loader(cfg, rank=0, world=1, samples_seen=0, device=CPU, img_size=32)
+
+
+def test_packed_splits_of_a_folder_share_their_numbers(tmp_path):
+    train = folder(tmp_path / "train", ["ant", "bee", "cat"])
+    val = folder(tmp_path / "val", ["bee", "cat"])
+    packed(train, tmp_path / "out", "train")
+    dataset = open_dataset(packed(val, tmp_path / "out", "val"))
+    assert {dataset.label(0, i) for i in range(dataset.counts[0])} == {1, 2}, "what .cls says to any reader"
+    assert list(dataset.classes) == ["ant", "bee", "cat"]
+    other = folder(tmp_path / "other", ["bee", "dog"])
+    with pytest.raises(UserError, match=r"its split 'train' has no class 'dog' \(ant, bee, cat\)"):
+        packed(other, tmp_path / "out", "test")
+
+
+def test_packing_by_a_label_set(tmp_path):
+    source = folder(tmp_path / "train", [IMAGENET[3], IMAGENET[999]])
+    pack(open_dataset(source), tmp_path / "out", Options(label_set="imagenet-1k"))
+    dataset = open_dataset(str(tmp_path / "out"))
+    assert {dataset.label(0, i) for i in range(8)} == {3, 999}
+    assert tuple(dataset.classes) == IMAGENET
+    with pytest.raises(UserError, match="'ant' is no class of --label-set imagenet-1k"):
+        pack(
+            open_dataset(folder(tmp_path / "ants", ["ant"])),
+            tmp_path / "out2",
+            Options(label_set="imagenet-1k"),
+        )

@@ -11,12 +11,10 @@ import pytest
 from pictures import write_tar
 
 from dattrain.cli import main
-from dattrain.config.schema import Config
 from dattrain.data import inventory
 from dattrain.data.dataset import open_dataset
 from dattrain.data.index import read_catalogue
 from dattrain.data.indexing import index_shards, link_shards
-from dattrain.data.loader import open_split
 from dattrain.data.shards import expand
 from dattrain.errors import UserError
 
@@ -52,11 +50,6 @@ def test_a_missing_shard_is_named_whoever_knows_of_it(stopped, pattern):
     folder, record = stopped
     with pytest.raises(UserError, match=rf"{LOST}: is missing, though {record} beside it names it; .*--drop"):
         open_dataset(str(folder / pattern))
-    config = Config.model_validate(
-        {"model": {"num_classes": 10}, "data": {"train": str(folder / pattern), "verify": False}}
-    )
-    with pytest.raises(UserError, match=f"{LOST}: is missing"):
-        open_split(config, "train", rank=0, world=1)
 
 
 def test_what_is_asked_for_by_name_may_be_a_part(stopped):

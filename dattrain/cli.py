@@ -7,10 +7,14 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
+from types import TracebackType
+from typing import NoReturn
 
 from dattrain import __version__
 from dattrain.errors import UserError
+from dattrain.urls import mask
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("dattrain.tools.train", "train a recipe, or go on with a run folder"),
@@ -34,12 +38,24 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Shows no secrets of URLs; the parsers of verbs are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(mask(message))
+
+
+def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints what Python would, without the secrets of URLs."""
+    print(mask("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 1 (a user error while running), 2 (usage or configuration)."""
+    if argv is None:
+        sys.excepthook = _bug
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="dattrain", description="Pre-train and fine-tune DAT at ImageNet-22K scale."
-    )
+    parser = _Parser(prog="dattrain", description="Pre-train and fine-tune DAT at ImageNet-22K scale.")
     parser.add_argument("--version", action="version", version=f"dattrain {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     asked = next((word for word in argv if not word.startswith("-")), None)

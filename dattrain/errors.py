@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dattrain.urls import mask
+
 STALLED = 70
 """Exit code of a process that ended itself because a rank or a data worker stalled (EX_SOFTWARE)."""
 
@@ -10,11 +12,12 @@ class UserError(ValueError):
     """Something that the person at the keyboard can put right.
 
     The message names the file or setting, the value seen, and what would be right. ``dattrain.cli`` prints it as one
-    line and exits with ``exit_code``: 2 for usage and configuration, 1 for everything met while running.
+    line and exits with ``exit_code``: 2 for usage and configuration, 1 for everything met while running. Secrets of
+    URLs are masked in it.
     """
 
     def __init__(self, message: str, *, exit_code: int = 1) -> None:
-        super().__init__(message)
+        super().__init__(mask(message))
         self.exit_code = exit_code
 
 

@@ -31,6 +31,29 @@ class Derived:
     """Updates between two evaluations."""
 
 
+def check_source(config: Config) -> None:
+    """Refuse a fine-tune that starts from nowhere: it would train a random network in silence. For a run without checkpoints.
+
+    What makes a recipe a fine-tune: ``init.required``, a head that is made from the source's (``init.head``), or a backbone that
+    is not trained.
+
+    Raises:
+        ConfigError: ``init.from`` is not set.
+    """
+    init = config.init
+    marks = {
+        "init.required=true": init.required,
+        f"init.head={init.head}": init.head != "keep",
+        "optim.freeze_backbone=true": config.optim.freeze_backbone,
+    }
+    if not init.from_ and any(marks.values()):
+        why = next(mark for mark, there in marks.items() if there)
+        raise ConfigError(
+            f"{config.name} is a fine-tune ({why}), but init.from is not set, and a random network would be trained: add "
+            "init.from=RUN_OR_WEIGHTS, for example init.from=runs/pretrained or init.from=weights.safetensors"
+        )
+
+
 def derive(config: Config, *, world: int, samples_per_epoch: int) -> Derived:
     """Derive steps, accumulation and rates for ``world`` devices and ``samples_per_epoch`` training samples.
 

@@ -114,9 +114,11 @@ class Augment(Section):
     cutmix: Annotated[float, Field(ge=0.0)] = 1.0
     """Alpha of the Beta distribution; 0 switches cutmix off."""
     mix_prob: Probability = 1.0
-    """Probability that a pair is mixed at all."""
+    """Probability that a group is mixed at all."""
     mix_switch: Probability = 0.5
     """Probability of cutmix where both are on."""
+    mix_group: Annotated[int, Field(ge=2, multiple_of=2)] = 2
+    """Samples that share one draw of weight, box and mode, and are mixed first with last: 2 is timm's ``pair`` mode, a device's batch timm's ``batch`` mode."""
     label_smoothing: Probability = 0.1
     """Mass taken from the true class."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -126,8 +128,13 @@ class Augment(Section):
 
     @property
     def mixes(self) -> bool:
-        """Whether neighbouring samples are mixed in pairs."""
+        """Whether samples are mixed."""
         return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    @property
+    def group(self) -> int:
+        """Samples that are mixed among themselves; 1 where nothing is mixed."""
+        return self.mix_group if self.mixes else 1
 
 
 class Eval(Section):
@@ -289,6 +296,8 @@ class Checkpoint(Section):
 class Init(Section):
     """Start from the weights of another run or file (a fine-tune): weights alone, new optimizer and schedule."""
 
+    required: bool = False
+    """The recipe is a fine-tune: ``train``, ``plan`` and ``submit`` refuse it without ``init.from``."""
     from_: Annotated[str | None, Field(alias="from")] = None
     """A run folder, a checkpoint folder or a safetensors file."""
     ema: bool = True
@@ -354,10 +363,16 @@ class Config(Section):
                 f"train.micro_batch={t.micro_batch} does not divide train.global_batch={t.global_batch}; "
                 f"the nearest divisor is {_nearest_divisor(t.global_batch, t.micro_batch)}"
             )
-        if self.augment.mixes and t.micro_batch % 2:
+        if t.global_batch % self.augment.group:
             raise ValueError(
-                f"train.micro_batch={t.micro_batch} is odd, but augment.mixup/cutmix mix neighbouring samples in pairs; "
-                "use an even micro-batch, or augment.mix_prob=0"
+                f"augment.mix_group={self.augment.mix_group} does not divide train.global_batch={t.global_batch}, and samples are "
+                "mixed within groups of an update; use a group that does, or augment.mix_prob=0"
+            )
+        if self.data.reader != "index" and t.micro_batch % self.augment.group:
+            raise ValueError(
+                f"augment.mix_group={self.augment.mix_group} does not divide train.micro_batch={t.micro_batch}, and "
+                f"data.reader={self.data.reader} cannot read a partner that is elsewhere; use data.reader=index, another micro-batch "
+                "or group, or augment.mix_prob=0"
             )
         for size in (self.model.img_size, *(p.img_size for p in t.progressive)):
             for side in (size,) if isinstance(size, int) else size:

@@ -43,8 +43,10 @@ class Plan:
         erase: B x 4 int32, (top, left, height, width) of the box that is erased after normalisation; height 0: none.
         erase_key: B int64 below 2**32, keys of the noise that fills it.
         erase_noise: whether the box is filled with normal noise, else with zeros (the mean colour).
-        mix: B // 2 float32, weight of each sample in its own mixture with the other of the pair (2j, 2j + 1); 1: none.
-        mix_box: B // 2 x 4 int32, (top, left, height, width) exchanged between the two (cutmix); height 0: mixup.
+        mix: N float32, weight of each of the first N samples in its own mixture with its partner; 1: none. The rows from N
+            on are partners alone: they are decoded, and not trained on.
+        mix_box: N x 4 int32, (top, left, height, width) that comes from the partner (cutmix); height 0: mixup.
+        mix_partner: N int64, row of the partner.
     """
 
     size: tuple[int, int]
@@ -62,6 +64,7 @@ class Plan:
     erase_noise: bool
     mix: NDArray[np.float32]
     mix_box: NDArray[np.int32]
+    mix_partner: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.flip)
@@ -72,9 +75,11 @@ class Plan:
         return (self.ops >= 0).any(1) | (self.jitter != 1).any(1)
 
     def without_mixing(self, bad: NDArray[np.bool_]) -> Plan:
-        """The plan with the pairs unmixed that have a bad sample, whose pixels must not enter a good one."""
-        pairs = len(self.mix)
-        hit = bad[0 : 2 * pairs : 2] | bad[1 : 2 * pairs : 2]
+        """The plan with those unmixed that are bad or have a bad partner, whose pixels must not enter a good one.
+
+        ``bad`` is B bool.
+        """
+        hit = bad[: len(self.mix)] | bad[self.mix_partner]
         if not hit.any():
             return self
         return replace(
@@ -84,16 +89,56 @@ class Plan:
         )
 
 
-def draw(config: Augment, seed: int, positions: ArrayLike, size: tuple[int, int]) -> Plan:
+@dataclass(frozen=True)
+class Mates:
+    """Who is mixed with whom among the samples of a micro-batch.
+
+    Attributes:
+        partner: N int64, row of each sample's partner; its own row where it has none.
+        key: N int64, the position that keys the draw of each sample's group.
+    """
+
+    partner: NDArray[np.int64]
+    key: NDArray[np.int64]
+
+
+def mates(slots: NDArray[np.int64], start: int, stop: int, group: int) -> tuple[NDArray[np.int64], Mates]:
+    """The positions that a micro-batch needs, and who is mixed with whom.
+
+    Groups are ``group`` consecutive slots of the global batch, whoever trains on them; the i-th of a group is mixed with the
+    i-th from its end, and the first one's position keys the draw. So pairs of neighbours are groups of two, and timm's
+    ``batch`` mode is groups of its batch.
+
+    Args:
+        slots: global positions of a whole global batch, in its order (G int64); the last group may be shorter.
+        start, stop: the slots that are trained on.
+        group: samples of a group; 1 mixes nobody.
+
+    Returns:
+        The positions of ``slots[start:stop]``, then of those partners that lie outside of it.
+    """
+    own = np.arange(start, stop)
+    first = own // group * group
+    other = first + np.minimum(first + group, len(slots)) - 1 - own
+    away = (other < start) | (other >= stop)
+    partner = np.where(away, len(own) + np.cumsum(away) - 1, other - start)
+    return np.concatenate((slots[own], slots[other[away]])), Mates(partner, slots[first])
+
+
+def draw(
+    config: Augment, seed: int, positions: ArrayLike, size: tuple[int, int], groups: Mates | None = None
+) -> Plan:
     """Draw the plan of the samples at ``positions`` (B int64, global) for images of ``size`` (height, width).
 
-    The pairs that are mixed are the neighbours in ``positions``, keyed by the first; where mixing is on, B is even.
+    ``groups`` says who is mixed with whom, as ``mates`` gives it with ``positions``; None takes ``positions`` for a global batch.
     """
     at = np.asarray(positions, dtype=np.int64)
+    if groups is None:
+        _, groups = mates(at, 0, len(at), config.group)
     ops, args = _ops(config, seed, at)
     jitter, jitter_order = _jitter(config, seed, at)
     erase, erase_key = _erase(config, seed, at, size)
-    mix, mix_box = _mix(config, seed, at[0 : len(at) // 2 * 2 : 2], size)
+    mix, mix_box = _mix(config, seed, groups, size)
     return Plan(
         size=size,
         interpolation=config.interpolation,
@@ -110,6 +155,7 @@ def draw(config: Augment, seed: int, positions: ArrayLike, size: tuple[int, int]
         erase_noise=config.erase_mode == "pixel",
         mix=mix,
         mix_box=mix_box,
+        mix_partner=groups.partner,
     )
 
 
@@ -219,16 +265,25 @@ def _erase(
 
 
 def _mix(
+    config: Augment, seed: int, groups: Mates, size: tuple[int, int]
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Zhang et al., "mixup" (2018) and Yun et al., "CutMix" (2019) with timm's box and corrected weight: one draw a group."""
+    if not config.mixes:
+        return np.ones(len(groups.key), np.float32), np.zeros((len(groups.key), 4), np.int32)
+    first, group = np.unique(groups.key, return_inverse=True)
+    lam, box = _mix_of(config, seed, first, size)
+    alone = groups.partner == np.arange(len(group))
+    return np.where(alone, np.float32(1), lam[group]), np.where(alone[:, None], np.int32(0), box[group])
+
+
+def _mix_of(
     config: Augment, seed: int, first: NDArray[np.int64], size: tuple[int, int]
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Zhang et al., "mixup" (2018) and Yun et al., "CutMix" (2019) with timm's box and corrected weight."""
-    pairs = len(first)
-    if not config.mixes:
-        return np.ones(pairs, np.float32), np.zeros((pairs, 4), np.int32)
+    """Weights (K float32) and boxes (K x 4 int32) of the groups keyed by ``first`` (K int64)."""
     gammas = 2 * (3 * _GAMMA_ATTEMPTS + 1)
     u = uniform(seed, Stream.MIX, first, 4 + 2 * gammas)
     both = config.mixup > 0 and config.cutmix > 0
-    cut = u[:, 1] < config.mix_switch if both else np.full(pairs, config.cutmix > 0)
+    cut = u[:, 1] < config.mix_switch if both else np.full(len(first), config.cutmix > 0)
     lam_mixup = _beta(config.mixup, u[:, 4 : 4 + gammas])
     lam_cut = _beta(config.cutmix, u[:, 4 + gammas :])
     height, width = size

@@ -14,11 +14,11 @@ from dattrain.data.ring import ring
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples.
+    """B samples, and P more images to be mixed into them, where ``augment.mix_group`` reaches beyond the micro-batch.
 
     Attributes:
-        images: B x 3 x H x W; uint8 before normalisation, or a float dtype after it. On the device.
-        labels: B int64, on the device.
+        images: B + P x 3 x H x W; uint8 before normalisation, or a float dtype after it. On the device.
+        labels: B + P int64, on the device.
         weight: B float32, on the device: 0 for a bad sample, else 1.
         position: B int64 on the CPU: global positions in training, places in the set in evaluation.
         keys: B names, ``shard:key``.

@@ -5,6 +5,9 @@ its lock (``flock``, which the kernel drops when a process dies), so a file is f
 want it, and what a killed process left is known by its free lock and removed. Space is taken before it is filled, so
 the folder's files never exceed the bound. The folder should be on a disk of the node: ``flock`` does not reach other
 nodes on every network file system.
+
+Users may share it, where the folder lets each write (mode 1777, or a group's): what belongs to another user is read, and
+goes only by its owner's hand where the folder is sticky. A folder that cannot be written is read.
 """
 
 from __future__ import annotations
@@ -21,6 +24,11 @@ from dattrain.errors import UserError
 
 _PART = ".part"
 _WAIT_S = 0.05
+_MAY_NOT = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Unwritable(UserError):
+    """The cache does not have a file, and this process may not add it."""
 
 
 class Cache:
@@ -35,10 +43,14 @@ class Cache:
         self.folder = Path(folder)
         self.limit = limit
         self._locks = self.folder / ".locks"
+        self._part = f".{os.geteuid()}{_PART}"
         try:
-            self._locks.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"data.cache_dir={folder}: cannot be made ({error.strerror})") from error
+        with suppress(OSError):  # it is there, or whoever needs a lock says what is wrong
+            self._locks.mkdir(exist_ok=True)
+            os.chmod(self._locks, os.stat(self.folder).st_mode & 0o7777)
 
     def __contains__(self, name: str) -> bool:
         return (self.folder / name).exists()
@@ -49,14 +61,22 @@ class Cache:
             fd = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise UserError(
+                f"data.cache_dir={self.folder}: {name} cannot be read ({error.strerror}); users who share a cache need a umask "
+                "that lets the others read (022), or each a folder of their own"
+            ) from error
         self.touch(name)
         return fd
 
     def touch(self, name: str) -> None:
-        """Count a file as used now; nothing where it is not there."""
-        now = time.time_ns()
-        with suppress(FileNotFoundError):
-            os.utime(self.folder / name, ns=(now, now))
+        """Count a file as used now; nothing where it is not there, or where it is not ours to say so."""
+        path, now = self.folder / name, time.time_ns()
+        with suppress(OSError):
+            try:
+                os.utime(path, ns=(now, now))
+            except PermissionError:
+                os.utime(path)  # of another user's file: now, where it may be written
 
     def fetch(
         self,
@@ -77,7 +97,9 @@ class Cache:
             keep: files that may not go to make room.
 
         Raises:
-            UserError: the file is larger than the whole cache, or the disk is full.
+            Unwritable: it is not there, and the folder may not be written.
+            UserError: the file is larger than the whole cache, the disk is full, or there is no room since the other files
+                may not be removed.
         """
         if size > self.limit:
             raise UserError(
@@ -89,7 +111,7 @@ class Cache:
             fd = self.open(name)
             if fd is not None:
                 return fd
-            part = self.folder / (name + _PART)
+            part = self.folder / (name + self._part)
             while not self._reserve(part, size, keep):
                 if not wait:
                     return None
@@ -110,9 +132,15 @@ class Cache:
         self.touch(name)
         return fd
 
-    def remove(self, name: str) -> None:
-        """Delete a file, if it is there."""
-        (self.folder / name).unlink(missing_ok=True)
+    def remove(self, name: str) -> bool:
+        """Delete a file, if it is there; False where we may not."""
+        try:
+            (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            if error.errno not in _MAY_NOT:
+                raise
+            return False
+        return True
 
     def used(self) -> int:
         """Bytes of all files, finished or being written."""
@@ -121,25 +149,37 @@ class Cache:
     def _reserve(self, part: Path, size: int, keep: Collection[str]) -> bool:
         """Make room for ``size`` bytes and take it; False where that is not possible now."""
         with self._held("", True):
-            part.unlink(missing_ok=True)
-            files = []
+            try:
+                part.unlink(missing_ok=True)
+            except OSError as error:
+                self._explain(error)
+                raise
+            files, stuck, busy = [], 0, 0
             for name, length, used_at in self._files():
-                if name.endswith(_PART) and self._abandoned(name):
-                    self.remove(name)
-                else:
+                if not name.endswith(_PART):
                     files.append((used_at, length, name))
-            excess = sum(length for _, length, _ in files) + size - self.limit
-            gone = []
-            for _, length, name in sorted(files):
-                if excess <= 0:
-                    break
-                if not name.endswith(_PART) and name not in keep:
-                    gone.append(name)
-                    excess -= length
+                # Whose lock we hold, nobody writes.
+                elif _of_part(name) != _of_part(part.name) and not self._abandoned(name):
+                    busy += length
+                elif not self.remove(name):
+                    stuck += length
+            excess = sum(length for _, length, _ in files) + busy + stuck + size - self.limit
+            if excess <= sum(length for _, length, name in files if name not in keep):
+                for _, length, name in sorted(files):
+                    if excess <= 0:
+                        break
+                    if name not in keep:
+                        gone = self.remove(name)
+                        excess -= length if gone else 0
+                        stuck += 0 if gone else length
             if excess > 0:
+                if stuck + size > self.limit:
+                    raise UserError(
+                        f"data.cache_dir={self.folder}: {stuck / 1e9:.3g} GB of it belong to other users and may not be "
+                        f"removed, so data.cache_gb={self.limit / 1e9:g} has no room for {size / 1e9:.3g} more; make it larger, "
+                        "or take a folder of your own"
+                    )
                 return False
-            for name in gone:
-                self.remove(name)
             try:
                 with open(part, "wb") as file:
                     if size:
@@ -151,7 +191,7 @@ class Cache:
             return True
 
     def _abandoned(self, part: str) -> bool:
-        with self._held(part[: -len(_PART)], False) as free:
+        with self._held(_of_part(part), False) as free:
             return free
 
     def _files(self) -> Iterator[tuple[str, int, int]]:
@@ -168,7 +208,7 @@ class Cache:
     @contextmanager
     def _held(self, name: str, wait: bool) -> Iterator[bool]:
         """Hold the lock of a name ("" is the folder's); yields False where it is taken and we do not wait."""
-        fd = os.open(self._locks / (name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = self._lock(self._locks / (name + ".lock"))
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -183,9 +223,42 @@ class Cache:
         finally:
             os.close(fd)
 
+    def _lock(self, path: Path) -> int:
+        """A descriptor of a lock: of our own, or of another user's, which need not be writable."""
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            # Without O_CREAT: the kernel may refuse that for another's file in a sticky folder (fs.protected_regular).
+            for flags in (os.O_RDWR, os.O_RDONLY):
+                with suppress(OSError):
+                    return os.open(path, flags | os.O_CLOEXEC)
+            if error.errno not in _MAY_NOT and error.errno not in (errno.EEXIST, errno.ENOENT):
+                self._explain(error)
+                raise
+            where = path if error.errno == errno.EEXIST else path.parent
+            raise self._no_writing(f"{error.strerror}: {where}") from error
+        with suppress(OSError):
+            os.fchmod(fd, 0o666)  # it holds nothing, and whoever comes needs it
+        return fd
+
     def _explain(self, error: BaseException) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"data.cache_dir={self.folder}: the disk is full ({error.strerror}); free some space, or set "
                 f"data.cache_gb (now {self.limit / 1e9:g}) to what there is"
             ) from error
+        if isinstance(error, OSError) and error.errno in _MAY_NOT:
+            raise self._no_writing(error.strerror) from error
+
+    def _no_writing(self, why: str | None) -> Unwritable:
+        return Unwritable(
+            f"data.cache_dir={self.folder}: lacks a file, and cannot be written ({why}); let all who share it write (chmod "
+            "1777), or take a folder of your own"
+        )
+
+
+def _of_part(part: str) -> str:
+    """The file that a part becomes: its writer's number stands between."""
+    whole = part[: -len(_PART)]
+    name, _, writer = whole.rpartition(".")
+    return name if writer.isdecimal() else whole

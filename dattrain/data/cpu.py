@@ -118,20 +118,22 @@ def decode_sample(encoded: Encoded, i: int, transform: EvalTransform | None, out
 
 def assemble(pixels: torch.Tensor, encoded: Encoded, bad: dict[int, str]) -> Batch:
     """The batch of decoded ``pixels`` (B x 3 x H x W); bad samples get label 0 and weight 0, and are not mixed."""
-    weight = np.ones(len(encoded.keys), dtype=np.float32)
+    count = encoded.request.count
+    good = np.ones(len(encoded.keys), dtype=np.bool_)
     labels = encoded.labels.copy()
     plan = encoded.request.plan
     if bad:
-        weight[list(bad)] = 0
+        good[list(bad)] = False
         labels[list(bad)] = 0
         if plan is not None:
-            plan = plan.without_mixing(weight == 0)
+            plan = plan.without_mixing(~good)
     return Batch(
         images=pixels,
         labels=torch.from_numpy(labels),
-        weight=torch.from_numpy(weight),
-        position=torch.from_numpy(encoded.request.positions),
-        keys=encoded.keys,
+        weight=torch.from_numpy(good[:count].astype(np.float32)),
+        position=torch.from_numpy(encoded.request.positions[:count]),
+        keys=encoded.keys[:count],
         plan=plan,
-        bad=tuple((encoded.keys[i], bad[i]) for i in sorted(bad)),
+        # A partner from elsewhere is counted where it is trained on.
+        bad=tuple((encoded.keys[i], bad[i]) for i in sorted(bad) if i < count),
     )

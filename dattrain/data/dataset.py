@@ -30,7 +30,9 @@ from dattrain.data.shards import (
     open_local,
     verify_sizes,
 )
+from dattrain.data.transfer import Refused
 from dattrain.errors import UserError
+from dattrain.urls import beside, mask, plain
 
 _BLOCK = 512
 
@@ -139,14 +141,16 @@ def open_dataset(
     Raises:
         UserError: nothing is there, an index is missing, or a shard's size differs from its index.
     """
-    if "://" in spec:
+    from dattrain.data.listing import is_remote
+
+    if is_remote(spec):
         from dattrain.data.remote import open_remote
 
         shards, source = open_remote(
             spec, cache_dir=cache_dir, cache_gb=cache_gb, verify=verify, rank=rank, world=world
         )
-        classes = class_names(shards.paths, source.transfer.read)
-        dataset: Dataset = ShardDataset(spec, shards, source, classes=classes)
+        classes = class_names(source.urls, source.transfer.read)
+        dataset: Dataset = ShardDataset(mask(spec), shards, source, classes=classes)
     elif os.path.isdir(spec) and not holds_shards(spec):
         dataset = FolderDataset(spec)
     else:
@@ -173,12 +177,13 @@ def class_names(paths: Sequence[str], read: Callable[[str], bytes]) -> list[str]
     manifests: dict[str, dict] = {}
     found: dict[tuple[str, ...] | None, str] = {}
     for path in paths:
-        folder, name = os.path.split(path)
-        beside = os.path.join(folder, f"_{re.sub(r'-[0-9]+[.]tar$', '', name)}.manifest.json")
-        if beside not in manifests:
-            manifests[beside] = _manifest(beside, read)
-        names = manifests[beside].get(name)
-        found.setdefault(names, path)
+        folder, name = os.path.split(plain(path))
+        manifest = f"_{re.sub(r'-[0-9]+[.]tar$', '', name)}.manifest.json"
+        manifest = beside(path, manifest) if "://" in path else os.path.join(folder, manifest)
+        if manifest not in manifests:
+            manifests[manifest] = _manifest(manifest, read)
+        names = manifests[manifest].get(name)
+        found.setdefault(names, plain(path))
     if len(found) > 1:
         (some, one), (others, other) = list(found.items())[:2]
         what = "one has names of its classes and the other has none" if some is None or others is None else (
@@ -200,8 +205,8 @@ def _manifest(path: str, read: Callable[[str], bytes]) -> dict[str, tuple[str, .
             return {}
         names = tuple(map(str, classes))
         return dict.fromkeys((shard["name"] for shard in content["shards"]), names)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+    except (FileNotFoundError, NotADirectoryError, Refused):
+        return {}  # a bucket that may not be listed refuses what is not there
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: says what the labels of the shards beside it mean, and cannot be read "

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.config.schema import Augment
-from dattrain.data.augment import Plan, draw
+from dattrain.data.augment import Plan, draw, mates
 from dattrain.data.dataset import NO_LABEL, BadSample, Dataset
 from dattrain.data.images import BadImage
 from dattrain.data.order import Order
@@ -22,12 +22,20 @@ from dattrain.errors import UserError
 
 @dataclass(frozen=True)
 class Request:
-    """The samples of one micro-batch: global positions, shard and sample numbers (B int64 each), and the plan."""
+    """The samples of one micro-batch: global positions, shard and sample numbers (B int64 each), and the plan.
+
+    In training the first ``count`` of them are trained on; the others are decoded to be mixed into those.
+    """
 
     positions: NDArray[np.int64]
     shards: NDArray[np.int64]
     samples: NDArray[np.int64]
     plan: Plan | None
+
+    @property
+    def count(self) -> int:
+        """Samples that are trained on, or evaluated."""
+        return len(self.positions) if self.plan is None else len(self.plan.mix)
 
 
 @dataclass(frozen=True)
@@ -59,15 +67,21 @@ class TrainFeed:
     world: int
     samples_seen: int
 
+    @property
+    def most(self) -> int:
+        """Images of the largest micro-batch, with the partners that lie outside of it."""
+        return self.micro_batch if self.micro_batch % self.augment.group == 0 else 2 * self.micro_batch
+
     def request(self, number: int) -> Request:
         """Micro-batch ``number`` since ``samples_seen``."""
-        per_update = self.global_batch // self.world // self.micro_batch
-        update, part = divmod(number, per_update)
-        seen = self.samples_seen + update * self.global_batch
-        slots = self.order.rank_positions(seen, self.global_batch, self.rank, self.world)
-        positions = slots[part * self.micro_batch : (part + 1) * self.micro_batch]
+        share = self.global_batch // self.world
+        update, part = divmod(number, share // self.micro_batch)
+        slots = self.order.batch_positions(self.samples_seen + update * self.global_batch, self.global_batch)
+        start = self.rank * share + part * self.micro_batch
+        positions, groups = mates(slots, start, start + self.micro_batch, self.augment.group)
         shards, samples = self.order.locate(positions)
-        return Request(positions, shards, samples, draw(self.augment, self.seed, positions, self.size))
+        plan = draw(self.augment, self.seed, positions, self.size, groups)
+        return Request(positions, shards, samples, plan)
 
 
 @dataclass
@@ -81,6 +95,11 @@ class EvalFeed:
     batch: int
     rank: int
     world: int
+
+    @property
+    def most(self) -> int:
+        """Images of the largest batch."""
+        return self.batch
 
     def __len__(self) -> int:
         longest = -(-int(self.counts.sum()) // self.world)

@@ -33,6 +33,8 @@ from collections.abc import Iterator
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
+from dattrain.urls import mask
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -43,7 +45,7 @@ class _Process(ForkProcess):
             super().run()
             code = 0
         except BaseException:
-            traceback.print_exc()
+            print(mask(traceback.format_exc()), file=sys.stderr)
         finally:
             with contextlib.suppress(Exception):
                 sys.stdout.flush()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
@@ -143,8 +144,8 @@ class ShardIndex:
             UserError: it is cut short, of another format, or inconsistent.
         """
         try:
-            if not data.startswith(b"PK"):
-                raise ValueError("no zip archive")
+            if not zipfile.is_zipfile(io.BytesIO(data)):  # what numpy says of that is to load it unsafely
+                raise ValueError(f"it begins with {data[:16]!r}")
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 if int(file["format"]) != FORMAT:
                     raise UserError(

@@ -326,7 +326,7 @@ def _decoder(
 
         return DaliDecoder(
             read,
-            batch=feed.micro_batch if isinstance(feed, TrainFeed) else feed.batch,
+            batch=feed.most,
             size=size,
             skip_bad=skip_bad,
             interpolation=config.augment.interpolation,
@@ -336,9 +336,8 @@ def _decoder(
             count=count,
             threads=max(1, data.workers),
         )
-    images = feed.micro_batch if isinstance(feed, TrainFeed) else feed.batch
     # A worker holds ``prefetch`` batches ready; one is in the trainer's hands and one on its way.
-    ring = Ring(max(1, data.workers), data.prefetch + 2, images * size[0] * size[1] * 3)
+    ring = Ring(max(1, data.workers), data.prefetch + 2, feed.most * size[0] * size[1] * 3)
     return Workers(
         CpuDecoder(read, size=size, skip_bad=skip_bad, transform=transform, ring=ring),
         count=count,

@@ -96,22 +96,20 @@ def erase(images: torch.Tensor, plan: Plan) -> torch.Tensor:
 
 
 def mix(images: torch.Tensor, targets: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix the pairs (2j, 2j + 1) of images and targets as the plan says."""
-    pairs = len(plan.mix)
-    if not pairs or ((plan.mix == 1) & (plan.mix_box[:, 2] == 0)).all():
-        return images, targets
-    device, (_, channels, height, width) = images.device, images.shape
-    lam = to_device(plan.mix, device)
+    """Mix each of the first N images and targets with its partner as the plan says; the rows behind them fall away."""
+    count = len(plan.mix)
+    if ((plan.mix == 1) & (plan.mix_box[:, 2] == 0)).all():
+        return images[:count], targets[:count]
+    device, (_, _, height, width) = images.device, images.shape
+    partner, lam = to_device(plan.mix_partner, device), to_device(plan.mix, device)
     top, left, h, w = to_device(plan.mix_box.astype(np.int64), device).T[:, :, None, None]
     y = torch.arange(height, device=device)[None, :, None]
     x = torch.arange(width, device=device)[None, None, :]
     outside = ~((y >= top) & (y < top + h) & (x >= left) & (x < left + w))
-    own = torch.where(h > 0, outside.to(images.dtype), lam[:, None, None])[:, None, None]
-    two = images[: 2 * pairs].view(pairs, 2, channels, height, width)
-    mixed = two * own + two.flip(1) * (1 - own)
-    soft = targets[: 2 * pairs].view(pairs, 2, -1)
-    soft = soft * lam[:, None, None] + soft.flip(1) * (1 - lam[:, None, None])
-    return mixed.view_as(images[: 2 * pairs]), soft.view_as(targets[: 2 * pairs])
+    own = torch.where(h > 0, outside.to(images.dtype), lam[:, None, None])[:, None]
+    mixed = images[:count] * own + images.index_select(0, partner) * (1 - own)
+    lam = lam[:, None]
+    return mixed, targets[:count] * lam + targets.index_select(0, partner) * (1 - lam)
 
 
 def hashed_normal(key: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:

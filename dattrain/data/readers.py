@@ -34,6 +34,7 @@ from dattrain.data.loader import Bad, Decoder, ToDevice, open_split, patience
 from dattrain.data.shards import brace_expand
 from dattrain.data.workers import Workers
 from dattrain.errors import ConfigError, UserError
+from dattrain.urls import mask, plain
 
 log = logging.getLogger(__name__)
 
@@ -260,12 +261,12 @@ class WebStream:
                 raise
             except Exception as error:
                 raise UserError(f"data.train={self.config.data.train}: {error}") from error
-            keys[i] = f"{str(sample['__url__']).rpartition('/')[2]}:{sample['__key__']}"
+            keys[i] = f"{plain(str(sample['__url__'])).rpartition('/')[2]}:{sample['__key__']}"
             found, reason = self._image_and_label(sample)
             if reason is None:
                 content[i], labels[i] = found
             else:
-                bad[i] = f"{sample['__url__']}: sample {sample['__key__']!r} {reason}"
+                bad[i] = mask(f"{sample['__url__']}: sample {sample['__key__']!r} {reason}")
                 if not skip_bad:
                     raise UserError(bad_sample_message(bad[i]))
         train = self.config.train
@@ -302,7 +303,7 @@ class WebStream:
             turn = place
             while True:
                 url = draws.choice(self.urls) if shuffle else self.urls[turn % len(self.urls)]
-                note(url)
+                note(mask(url))
                 yield {"url": url}
                 turn += places
 
@@ -326,7 +327,7 @@ def _label(sample: Mapping[str, Any]) -> int | None:
 
 
 def unweighted(batch: Batch, rows: NDArray[np.bool_]) -> Batch:
-    """The batch with zero weight on some rows, and the pairs unmixed that they belong to."""
+    """The batch with zero weight on some rows, and those unmixed that have one of them as partner."""
     if not rows.any():
         return batch
     weight = torch.where(torch.from_numpy(rows), 0.0, batch.weight)

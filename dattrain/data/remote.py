@@ -1,30 +1,31 @@
 """Shards at ``s3://``, ``gs://``, ``https://`` or ``hf://``: opened by their catalogue, read through a local cache.
 
-``open_remote`` finds the shards of a pattern and how many samples each has, from what lies beside them: our
-catalogue, the hub's ``_info.json``, or the index of each shard. ``RemoteSource`` delivers their bytes; the rank's main
-process fetches the shards of the window ahead in the background, and a worker that needs a shard before that waits
-for it or fetches it.
+``open_remote`` finds the shards of a pattern and how many samples each has (``dattrain.data.listing``). ``RemoteSource``
+delivers their bytes; the rank's main process fetches the shards of the window ahead in the background, and a worker that
+needs a shard before that waits for it or fetches it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 
 import numpy as np
 
-from dattrain.data.cache import Cache
-from dattrain.data.index import CATALOGUE, Entry, ShardIndex, index_path, parse_catalogue
-from dattrain.data.inventory import HUB_INFO, parse_hub_info
-from dattrain.data.shards import Shards, brace_expand, check_one_split, check_size
-from dattrain.data.transfer import Transfer
+from dattrain.data.cache import Cache, Unwritable
+from dattrain.data.index import ShardIndex
+from dattrain.data.listing import Catalogues, expand_remote, index_url, names, parsed
+from dattrain.data.shards import Shards, check_size
+from dattrain.data.transfer import Refused, Transfer
 from dattrain.errors import ConfigError, UserError
+from dattrain.urls import mask
 
 log = logging.getLogger(__name__)
 
@@ -58,128 +59,52 @@ def open_remote(
     """
     if cache_dir is None:
         raise ConfigError(
-            f"{spec} is remote, so data.cache_dir must name a folder for its shards, on a disk of the node"
+            f"{spec} is remote, so data.cache_dir (of `dattrain data`: --cache-dir) must name a folder for its shards, on a "
+            "disk of the node"
         )
     transfer = transfer or Transfer()
-    catalogues = _Catalogues(transfer)
+    catalogues = Catalogues(transfer)
     urls = expand_remote(spec, transfer, catalogues)
-    shards = Shards.build(urls, catalogues.entries(urls))
+    shards = Shards.build(names(urls), catalogues.entries(urls))
     largest = int(shards.sizes.max())
     if largest > cache_gb * 1e9:
         raise ConfigError(
             f"data.cache_gb={cache_gb:g} does not hold the largest shard of {spec}, which has {largest / 1e9:.3g}"
         )
     if verify:
-        mine = range(rank, len(urls), world)
-        with ThreadPoolExecutor(16) as pool:
-            for i, size in zip(mine, pool.map(lambda i: transfer.size(urls[i]), mine)):
-                if size is not None:
-                    check_size(urls[i], size, int(shards.sizes[i]))
-    return shards, RemoteSource(shards, Cache(cache_dir, int(cache_gb * 1e9)), transfer)
+        _verify(shards, urls, range(rank, len(urls), world), transfer)
+    return shards, RemoteSource(shards, urls, Cache(cache_dir, int(cache_gb * 1e9)), transfer)
 
 
-def expand_remote(spec: str, transfer: Transfer, catalogues: _Catalogues | None = None) -> list[str]:
-    """URLs of the shards that a pattern names.
-
-    Raises:
-        UserError: nothing is there, or a folder holds the shards of more than one split.
-    """
-    if "::" in spec:
-        return [url for part in spec.split("::") for url in expand_remote(part, transfer, catalogues)]
-    if spec.endswith(".txt"):
-        base = spec.rpartition("/")[0]
+def _verify(shards: Shards, urls: Sequence[str], mine: range, transfer: Transfer) -> None:
+    def check(i: int) -> None:
         try:
-            lines = transfer.read(spec).decode().splitlines()
-        except FileNotFoundError:
-            raise UserError(f"{spec}: there is no such list") from None
-        names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        return [name if "://" in name else f"{base}/{name}" for name in names]
-    urls = brace_expand(spec)
-    if any(re.search(r"[*\[]", url) for url in urls):
-        urls = [found for url in urls for found in transfer.glob(url)]
-    elif len(urls) == 1 and not spec.endswith(".tar"):
-        folder = spec.rstrip("/")
-        known = (catalogues or _Catalogues(transfer)).ours(folder)
-        names = sorted(known or (n for n in transfer.listing(folder) if n.endswith(".tar")))
-        check_one_split(folder, names)
-        urls = [f"{folder}/{name}" for name in names]
-    if not urls:
-        raise UserError(f"{spec}: there are no shards there")
-    return urls
-
-
-class _Catalogues:
-    """What lies beside the shards and says how many samples each has; read once per folder."""
-
-    def __init__(self, transfer: Transfer) -> None:
-        self.transfer = transfer
-        self._ours: dict[str, dict[str, Entry]] = {}
-        self._hub: dict[str, dict[str, int]] = {}
-
-    def ours(self, folder: str) -> dict[str, Entry]:
-        """Our catalogue of a folder; empty where there is none."""
-        if folder not in self._ours:
-            url = f"{folder}/{CATALOGUE}"
-            try:
-                self._ours[folder] = parse_catalogue(self.transfer.read(url), url)
-            except FileNotFoundError:
-                self._ours[folder] = {}
-        return self._ours[folder]
-
-    def hub(self, folder: str) -> dict[str, int]:
-        """Samples per shard from the hub's ``_info.json`` (timm's format); empty where there is none."""
-        if folder not in self._hub:
-            url = f"{folder}/{HUB_INFO}"
-            try:
-                self._hub[folder] = parse_hub_info(self.transfer.read(url), url)
-            except FileNotFoundError:
-                self._hub[folder] = {}
-        return self._hub[folder]
-
-    def entries(self, urls: Sequence[str]) -> list[Entry]:
-        """One entry per shard.
-
-        Raises:
-            UserError: nothing says how many samples one has.
-        """
-        with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(self._entry, urls)) if self._prepare(urls) else []
-
-    def _prepare(self, urls: Sequence[str]) -> bool:
-        for folder in dict.fromkeys(url.rpartition("/")[0] for url in urls):
-            self.ours(folder) or self.hub(folder)
-        return bool(urls)
-
-    def _entry(self, url: str) -> Entry:
-        folder, _, name = url.rpartition("/")
-        entry = self.ours(folder).get(name)
-        if entry is not None:
-            return entry
-        try:
-            if name in self._hub.get(folder, {}):
-                size = self.transfer.size(url)
-                if size is None:
-                    raise UserError(f"{url}: its server does not say how many bytes it has")
-                return Entry(self._hub[folder][name], size, "")
-            index = index_path(url)
-            return Entry.of(ShardIndex.from_bytes(self.transfer.read(index), index))
+            size = transfer.size(urls[i])
         except FileNotFoundError:
             raise UserError(
-                f"{url}: there is no such shard, or nothing beside it says how many samples it has: neither "
-                f"{CATALOGUE} nor {HUB_INFO} nor {os.path.basename(index_path(url))}; "
-                "run `dattrain data index` where the shards are, and put what it writes beside them"
+                f"{shards.paths[i]}: there is no such shard, though what lies beside it (or its pattern) names it: restore it, "
+                "or index the shards anew with `dattrain data index`"
             ) from None
+        if size is not None:
+            check_size(shards.paths[i], size, int(shards.sizes[i]))
+
+    with ThreadPoolExecutor(16) as pool:
+        for _ in pool.map(check, mine):
+            pass
 
 
 class RemoteSource:
     """A ``Source`` of remote shards. See ``dattrain.data.shards.Source``.
 
     Attributes:
+        shards: named by their URLs without secrets.
+        urls: of the shards, with the secrets that they are asked for with.
         cache: where the shards are kept; its bound is the node's.
     """
 
-    def __init__(self, shards: Shards, cache: Cache, transfer: Transfer) -> None:
+    def __init__(self, shards: Shards, urls: Sequence[str], cache: Cache, transfer: Transfer) -> None:
         self.shards = shards
+        self.urls = tuple(urls)
         self.cache = cache
         self.transfer = transfer
         self._ahead = _Ahead(self)
@@ -200,18 +125,23 @@ class RemoteSource:
     def index(self, shard: int) -> ShardIndex:
         """See ``Source.index``. Kept in the cache too; made from the shard itself where there is none beside it."""
         self._after_fork()
-        url = self.shards.paths[shard]
+        url = index_url(self.urls[shard])
         name = self.name(shard) + ".index.npz"
         fd = self.cache.open(name)
-        if fd is None:
-            try:
-                data = self.transfer.read(index_path(url))
-            except FileNotFoundError:
-                data = self._made_index(shard).to_bytes()
+        if fd is not None:
+            with open(fd, "rb") as file:
+                return parsed(file.read(), url, ShardIndex.from_bytes)
+        try:
+            index = parsed(self.transfer.read(url), url, ShardIndex.from_bytes)
+        except (FileNotFoundError, Refused):
+            # A bucket that may not be listed says "forbidden" of what is not there, and a signature is good for one file.
+            index = self._made_index(shard)
+        data = index.to_bytes()
+        with suppress(Unwritable):
             fd = self.cache.fetch(name, len(data), lambda fd: os.pwrite(fd, data, 0))
             assert fd is not None
-        with open(fd, "rb") as file:
-            return ShardIndex.from_bytes(file.read(), index_path(url))
+            os.close(fd)
+        return index
 
     def ahead(self, shards: Sequence[int]) -> None:
         """See ``Source.ahead``."""
@@ -232,15 +162,11 @@ class RemoteSource:
 
     def fetch(self, shard: int, *, wait: bool = True, keep: Sequence[str] = ()) -> int | None:
         """A descriptor of the shard in the cache, fetched where needed; see ``Cache.fetch``."""
-        url, size, checksum = (
-            self.shards.paths[shard],
-            int(self.shards.sizes[shard]),
-            self.shards.sha256[shard],
-        )
+        size, checksum = int(self.shards.sizes[shard]), self.shards.sha256[shard]
 
         def write(fd: int) -> None:
-            log.debug("fetching %s", url)
-            self.transfer.download(url, fd, size, checksum)
+            log.debug("fetching %s", self.shards.paths[shard])
+            self.transfer.download(self.urls[shard], fd, size, checksum)
 
         return self.cache.fetch(self.name(shard), size, write, wait=wait, keep=keep)
 
@@ -284,7 +210,7 @@ class RemoteSource:
         expected = int(self.shards.samples[shard])
         if len(index) != expected:
             raise UserError(
-                f"{self.shards.paths[shard]}: holds {len(index)} samples, {HUB_INFO} says {expected}"
+                f"{self.shards.paths[shard]}: holds {len(index)} samples, what lies beside it says {expected}"
             )
         return index
 
@@ -360,8 +286,9 @@ class _Ahead:
         with self._condition:
             self._closed, self._queue = True, []
             self._condition.notify_all()
+        until = time.monotonic() + 5
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join(timeout=max(0.0, until - time.monotonic()))
 
     def _work(self) -> None:
         while True:
@@ -376,7 +303,7 @@ class _Ahead:
                 fd = self.source.fetch(shard, wait=False, keep=[self.source.name(s) for s in keep])
             except Exception as error:
                 # Whoever reads the shard meets the same error, in a place where it can be raised.
-                log.warning("fetching ahead: %s", error)
+                log.warning("fetching ahead: %s", mask(str(error)))
                 continue
             if fd is not None:
                 os.close(fd)

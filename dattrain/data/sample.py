@@ -11,10 +11,14 @@ from numpy.typing import NDArray
 
 from dattrain.data.index import NO_LABEL
 from dattrain.errors import UserError
+from dattrain.urls import mask
 
 
 class BadSample(Exception):
     """One sample that cannot be used. The message names shard, key and offset, and says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(mask(message))
 
 
 @dataclass(frozen=True, slots=True)

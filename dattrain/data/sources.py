@@ -21,6 +21,7 @@ from dattrain.data.class_tars import ClassTars, find
 from dattrain.data.dataset import open_dataset
 from dattrain.data.fields import Relabelled
 from dattrain.data.folders import read_file
+from dattrain.data.listing import is_remote
 from dattrain.data.sample import Dataset, Numbered, Sample
 from dattrain.errors import UserError
 
@@ -186,6 +187,7 @@ def open_source(
     root: str | None = None,
     label: str | None = None,
     jobs: int = 1,
+    cache_dir: str | None = None,
 ) -> Dataset:
     """Whatever ``path`` is, by its content and name.
 
@@ -194,15 +196,18 @@ def open_source(
         root: folder to which a list file's paths are relative; the list's own when None.
         label: field of the ``.json`` of shards that holds the label; None takes that of their index.
         jobs: processes that read the headers of ImageNet's class tars.
+        cache_dir: folder for shards that are remote.
 
     Raises:
         UserError: nothing there, or nothing that can be read.
     """
-    source = _open(path, labels, root, jobs)
+    source = _open(path, labels, root, cache_dir, jobs)
     return source if label is None else Relabelled(source, label)
 
 
-def _open(path: str, labels: str | None, root: str | None, jobs: int) -> Dataset:
+def _open(path: str, labels: str | None, root: str | None, cache_dir: str | None, jobs: int) -> Dataset:
+    if is_remote(path):
+        return open_dataset(path, cache_dir=cache_dir)
     if os.path.isfile(path):
         if path.endswith(".npz"):
             return _from_npz(path)

@@ -1,20 +1,23 @@
 """Bytes of remote files through fsspec: in ranges, each with a time limit, tried again after a pause that grows.
 
 fsspec's back ends raise whatever their libraries raise, so every error but a plain "not there" and "not allowed" is
-taken for a passing one.
+taken for a passing one. Nothing that leaves here holds a URL's secrets, nor has an error behind it that does.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
-import random
-import time
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from dattrain.data import answers, web
+from dattrain.data.hosts import HOSTS, Hosts
 from dattrain.errors import UserError
+from dattrain.urls import mask, server, split_query
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +35,47 @@ EXTRA = {
 
 _MIB = 2**20
 _SMALLEST_BLOCK = 256 * 1024
-_FINAL = frozenset({400, 401, 403, 404, 405, 410})
+_LONGEST_WAIT_S = 600.0
+_DENIED = frozenset({400, 401, 403})
+_FINAL = frozenset({404, 405, 410})
+_EXPIRED = re.compile(
+    r"(?<!certificate has )expired|InvalidToken|TokenRefreshRequired|InvalidAccessKeyId", re.IGNORECASE
+)
+
+
+class Refused(UserError):
+    """The server does not let us read a file."""
 
 
 class _Wrong(Exception):
     """What came is not what the index says."""
+
+
+class _DiskError(Exception):
+    """The error of the disk that is written to is behind this one: no reason to ask the server again."""
+
+
+class _File:
+    """Takes a file in pieces, from its beginning on."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd, self.size = fd, size
+        self.at = 0
+        self.digest = hashlib.sha256()
+
+    def __call__(self, data: bytes) -> None:
+        """Write the next piece."""
+        if self.at + len(data) > self.size:
+            raise _Wrong(f"more than {self.size} bytes")
+        rest = memoryview(data)
+        while rest:
+            try:
+                done = os.pwrite(self.fd, rest, self.at)
+            except OSError as error:
+                raise _DiskError from error
+            self.digest.update(rest[:done])
+            self.at += done
+            rest = rest[done:]
 
 
 class Transfer:
@@ -44,9 +83,11 @@ class Transfer:
 
     Args:
         attempts: of each request before it is given up.
-        timeout: seconds for one request, so for one block of a large file.
+        timeout: seconds for one request, so for one block of a large file; of a file that comes in one piece, since its
+            server knows no ranges, and of a small one, seconds without a byte.
         pause: seconds before the second attempt; doubled each time up to ``longest_pause``, with some jitter.
         block: bytes asked for at once; halved, down to 256 KiB, where a request ran out of time.
+        hosts: what servers asked for, ``Retry-After`` above all, which is obeyed up to 10 minutes at a time.
     """
 
     def __init__(
@@ -57,20 +98,22 @@ class Transfer:
         pause: float = 0.5,
         longest_pause: float = 30.0,
         block: int = 16 * _MIB,
+        hosts: Hosts = HOSTS,
     ) -> None:
         self.attempts = attempts
         self.timeout = timeout
         self.pause = pause
         self.longest_pause = longest_pause
         self.block = block
+        self.hosts = hosts
         self._systems: dict[str, Any] = {}
         self._owner = os.getpid()
-        # A generator of its own: the global one belongs to the user.
-        self._jitter = random.Random()
 
     def read(self, url: str) -> bytes:
         """A whole small file. Raises FileNotFoundError where there is none, UserError where it cannot be read."""
-        return self._retry(url, lambda: self._range(url, None, None))
+        found = self._retry(url, lambda: self._range(url, None, None))
+        assert found is not None  # only a part can be sent whole
+        return found
 
     def listing(self, url: str) -> dict[str, int | None]:
         """Names and sizes of the files right in a folder. Raises UserError."""
@@ -82,13 +125,27 @@ class Transfer:
         }
 
     def glob(self, url: str) -> list[str]:
-        """URLs that match a pattern, sorted. Raises UserError."""
-        system = self._system(url)
-        return sorted(_like(url, path) for path in self._retry(url, lambda: system.glob(_inside(url))))
+        """URLs that match a pattern of ``*``, ``?`` and ``[]``, sorted; none where it cannot be listed. Raises UserError."""
+        # In HTTP fsspec takes a ? for the begin of a query string, and would part [!/] at its slash.
+        pattern = url.replace("?", "[!?]") if _http(url) else _inside(url)
+        try:
+            return sorted(
+                _like(url, path) for path in self._retry(url, lambda: self._system(url).glob(pattern))
+            )
+        except FileNotFoundError:
+            return []
 
     def size(self, url: str) -> int | None:
         """Bytes of a file, None where the server does not say. Raises FileNotFoundError or UserError."""
-        return self._retry(url, lambda: self._system(url).info(_inside(url)).get("size"))
+        return self._retry(url, lambda: self._size(url))
+
+    def _size(self, url: str) -> int | None:
+        system = self._system(url)
+        if not _http(url):
+            return system.info(_inside(url)).get("size")
+        from fsspec.asyn import sync
+
+        return sync(system.loop, web.size, system, url, self.timeout)
 
     def download(self, url: str, fd: int, size: int, sha256: str = "") -> None:
         """Write a file of ``size`` bytes to a descriptor and compare its checksum where one is known.
@@ -98,38 +155,62 @@ class Transfer:
                 could not be reached.
         """
         for attempt in range(2):
-            digest = hashlib.sha256()
-            at, block = 0, self.block
-            while at < size:
-                data, block = self._block(url, at, block, size)
-                os.pwrite(fd, data, at)
-                digest.update(data)
-                at += len(data)
-            if not sha256 or digest.hexdigest() == sha256:
+            try:
+                digest = self._fill(url, _File(fd, size))
+            except _DiskError as error:
+                assert error.__cause__ is not None
+                raise error.__cause__ from None
+            if not sha256 or digest == sha256:
                 return
             if attempt == 0:
-                log.warning("%s: its checksum is not that of its index; fetching it again", url)
+                log.warning("%s: its checksum is not that of its index; fetching it again", mask(url))
         raise UserError(
-            f"{url}: its SHA-256 is {digest.hexdigest()[:16]}..., its index was built for {sha256[:16]}...; "
+            f"{url}: its SHA-256 is {digest[:16]}..., its index was built for {sha256[:16]}...; "
             "the shard was changed or damaged: restore it, or index it anew with `dattrain data index --force`"
         )
 
-    def _block(self, url: str, at: int, block: int, size: int) -> tuple[bytes, int]:
-        """The bytes from ``at`` on, and the length of block to ask for next."""
-        shrunk = block
+    def _fill(self, url: str, file: _File) -> str:
+        """Fetch the file; returns its SHA-256."""
+        block = self.block
+        while file.at < file.size:
+            found, block = self._block(url, file, block)
+            if isinstance(found, _File):
+                return found.digest.hexdigest()
+            file(found)
+        return file.digest.hexdigest()
 
-        def once() -> bytes:
+    def _block(self, url: str, file: _File, block: int) -> tuple[bytes | _File, int]:
+        """The next bytes, and the length of block to ask for next; or the file as it was written in one piece."""
+        shrunk, at, size = block, file.at, file.size
+
+        def once() -> bytes | _File:
             nonlocal shrunk
             length = min(shrunk, size - at)
             # The last block asks for one byte more, which shows a file that is too long without another request.
             last = at + length == size
+            whole = _File(file.fd, size)
             try:
-                data = self._range(url, at, at + length + last)
-            except TimeoutError:
+                data = self._range(url, at, at + length + last, whole)
+            except (TimeoutError, asyncio.TimeoutError):
                 shrunk = max(min(_SMALLEST_BLOCK, shrunk), shrunk // 2)
                 raise
+            except web.Unranged:
+                raise _Wrong("the whole file, not a part of it") from None
+            except Exception as error:
+                if answers.status(error) == 416:
+                    raise _Wrong(f"nothing from offset {at} on") from None
+                raise
+            if data is None:
+                if self.hosts.lacks_ranges(server(url)):
+                    log.warning(
+                        "%s knows no ranges: a shard comes in one piece, and from its beginning again after each break",
+                        server(url),
+                    )
+                if whole.at != size:
+                    raise _Wrong(f"{whole.at} bytes, not {size}")
+                return whole
             if at == 0 and len(data) == size:
-                return data  # the server does not know ranges, and sent everything
+                return data
             if len(data) != length:
                 raise _Wrong(f"{len(data)} bytes from offset {at} on, not {length}")
             return data
@@ -152,49 +233,83 @@ class Transfer:
 
     def _size_or_none(self, url: str) -> int | None:
         try:
-            return self._system(url).info(_inside(url)).get("size")
+            return self._size(url)
         except Exception:
             return None
 
-    def _range(self, url: str, start: int | None, end: int | None) -> bytes:
+    def _range(
+        self, url: str, start: int | None, end: int | None, whole: Callable[[bytes], object] | None = None
+    ) -> bytes | None:
+        """Bytes of a file; None where the server sent it all, and ``whole`` took it."""
         system = self._system(url)
         path = _inside(url)
         if not system.async_impl:
             return system.cat_file(path, start=start, end=end)
         from fsspec.asyn import sync
 
+        if _http(url):
+            return sync(system.loop, web.get, system, url, start, end, self.timeout, whole)
         return sync(system.loop, system._cat_file, path, start=start, end=end, timeout=self.timeout)
 
     def _retry(self, url: str, call: Callable[[], T]) -> T:
-        pause = self.pause
-        for attempt in range(1, self.attempts + 1):
+        """What ``call`` returns, once it does.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            Refused: it may not be read, even with credentials that were read anew: those of an hour do expire in a run.
+            UserError: every attempt failed.
+        """
+        pause, attempt, renewed = self.pause, 0, False
+        while True:
+            self.hosts.wait(server(url))
+            used = self._systems.get(_scheme(url))
             try:
                 return call()
-            except UserError:
+            except (UserError, _DiskError):
                 raise
             except Exception as error:
-                final = _final(error)
-                if final == 404:
-                    raise FileNotFoundError(url) from error
-                if final:
-                    raise UserError(f"{url}: may not be read ({_reason(error)})") from error
+                status, reason = answers.status(error), answers.reason(error)
+                if status == 404:
+                    raise FileNotFoundError(mask(url)) from None
+                if status in _FINAL or (_http(url) and isinstance(error, ValueError)):
+                    raise Refused(f"{url}: may not be read ({reason})") from None
+                if status in _DENIED or _EXPIRED.search(reason):
+                    if renewed or _http(url):  # whose credentials are in the URL
+                        raise Refused(f"{url}: may not be read ({reason}){_advice(url)}") from None
+                    renewed = True
+                    self._forget(url, used)
+                    log.info("%s: %s; reading the credentials anew", mask(url), reason)
+                    continue
+                attempt += 1
+                asked = answers.asked_to_wait(error, self.hosts.wall())
                 if attempt == self.attempts:
                     if isinstance(error, _Wrong):
                         raise
+                    wait = f" (its server asks to wait {asked:.0f} s)" if asked else ""
                     raise UserError(
-                        f"{url}: could not be read in {attempt} attempts; the last error was {_reason(error)}"
-                    ) from error
-                log.info("%s: attempt %d failed (%s); again in %.1f s", url, attempt, _reason(error), pause)
-                time.sleep(pause * self._jitter.uniform(0.7, 1.3))
+                        f"{url}: could not be read in {attempt} attempts; the last error was {reason}{wait}"
+                    ) from None
+                if asked:
+                    asked = min(asked, _LONGEST_WAIT_S)
+                    if self.hosts.hold(server(url), asked) and asked > pause:
+                        log.warning("%s: %s; waiting %.0f s, as its server asks", mask(url), reason, asked)
+                if asked < pause:
+                    log.info("%s: attempt %d failed (%s); again in %.1f s", mask(url), attempt, reason, pause)
+                    self.hosts.sleep(pause * self.hosts.jitter.uniform(0.7, 1.3))
                 pause = min(self.longest_pause, 2 * pause)
-        raise AssertionError("unreachable")
+
+    def _forget(self, url: str, system: Any) -> None:
+        """Open a file system anew when it is next used, unless another thread has done so since ``system`` was taken."""
+        if system is None or self._systems.get(_scheme(url)) is system:
+            self._systems.pop(_scheme(url), None)
 
     def _system(self, url: str) -> Any:
         if self._owner != os.getpid():
             # Sockets and the thread of the event loop stayed in the parent.
             self._systems, self._owner = {}, os.getpid()
-        scheme = url.partition("://")[0]
-        if scheme not in self._systems:
+        scheme = _scheme(url)
+        system = self._systems.get(scheme)
+        if system is None:
             import fsspec
 
             options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
@@ -206,41 +321,39 @@ class Transfer:
                     "read_timeout": self.timeout,
                 }
             try:
-                self._systems[scheme] = fsspec.filesystem(scheme, **options)
+                system = fsspec.filesystem(scheme, **options)
             except (ImportError, ValueError) as error:
                 needs = EXTRA.get(scheme)
                 hint = f"; install {needs} (pip install dattrain[remote])" if needs else ""
                 raise UserError(f"{url}: cannot be opened ({error}){hint}") from error
             if scheme == "s3":
-                self._systems[scheme].retries = 1
-        return self._systems[scheme]
+                system.retries = 1
+            # Another thread may have opened one meanwhile.
+            system = self._systems.setdefault(scheme, system)
+        return system
 
 
-def _final(error: Exception) -> int:
-    """HTTP status of an error that another attempt will not mend, 0 for every other."""
-    if isinstance(error, FileNotFoundError):
-        # fsspec's HTTP back end says "not found" of everything that kept it from asking for a size.
-        cause = error.__cause__
-        return 404 if cause is None or (getattr(cause, "status", 404) == 404 and not _network(cause)) else 0
-    if isinstance(error, PermissionError):
-        return 403
-    status = getattr(error, "status", None)
-    return status if isinstance(status, int) and status in _FINAL else 0
+def _advice(url: str) -> str:
+    if not _http(url):
+        return "; its credentials were read anew and did not help: renew them, and go on with the run"
+    return (
+        "; where its signature has expired, give a new URL and go on with the run"
+        if split_query(url)[1]
+        else ""
+    )
 
 
-def _network(error: BaseException) -> bool:
-    return isinstance(error, (OSError, TimeoutError))
+def _scheme(url: str) -> str:
+    return url.partition("://")[0]
 
 
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _http(url: str) -> bool:
+    return _scheme(url) in ("http", "https")
 
 
 def _inside(url: str) -> str:
     """A URL as its file system wants it: without the scheme, but for HTTP, whose paths are URLs."""
-    scheme, _, path = url.partition("://")
-    return url if scheme in ("http", "https") else path
+    return url if _http(url) else url.partition("://")[2]
 
 
 def _like(pattern: str, path: str) -> str:

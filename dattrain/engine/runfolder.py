@@ -22,6 +22,7 @@ from dattrain.data.classes import write as write_classes
 from dattrain.errors import UserError
 from dattrain.runtime.env import Env
 from dattrain.state.checkpointer import versions
+from dattrain.urls import mask
 
 CONFIG, CODE, DIFF, ENVIRONMENT = "config.yaml", "code.json", "code.diff", "env.json"
 
@@ -122,7 +123,7 @@ def _note_start(path: Path, env: Env, device_name: str) -> None:
     starts.append(
         {
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": sys.argv,
+            "command": [mask(word) for word in sys.argv],
             "launcher": env.launcher,
             "world": env.world,
             "host": socket.gethostname(),
@@ -136,7 +137,8 @@ def _note_start(path: Path, env: Env, device_name: str) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Whole or not at all; for its owner alone where it holds the secrets of a URL, which going on needs."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.touch(0o666 if mask(text) == text else 0o600)
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from dattrain.config.derive import Derived, derive
+from dattrain.config.derive import Derived, check_source, derive
 from dattrain.config.schema import Config
 from dattrain.data import classes
 from dattrain.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
@@ -138,7 +138,9 @@ class Trainer:
         self._read_all = bool(config.train.progressive)
         found = newest_checkpoint(self.checkpointer.root, read_all=self._read_all)
         per_epoch = None
-        if found is not None:
+        if found is None:
+            check_source(config)
+        else:
             # One that DeepSpeed wrote knows nothing of the data.
             per_epoch = found[1].meta.get("samples_per_epoch")
             self._restore_counters(found[1].meta)

@@ -3,10 +3,12 @@
 ``paper``: what the released models were trained from. The authors' ``reset_parameters`` walks parameters and tests whether
 each is a module, so it changes nothing: convolutions and linear layers keep PyTorch's default (uniform within
 1/sqrt(fan_in), biases too), and with it the offset networks start from non-zero offsets. Only bias tables are drawn
-otherwise, from a truncated normal of std .01.
+otherwise, from a normal of std .01.
 
-``trunc_normal``: Swin's habit. Weights of linear layers and convolutions from a truncated normal of std .02, biases zero,
-tables as above; offsets so start near zero.
+``trunc_normal``: Swin's habit. Weights of linear layers and convolutions from a normal of std .02, biases zero, tables as
+above; offsets so start near zero.
+
+Both call ``trunc_normal_`` as the originals do; it cuts at +-2 in absolute value, not in deviations, so it cuts nothing here.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ TABLE_STD = 0.01
 
 
 def init_table(table: nn.Parameter) -> None:
-    """Draw a bias table in place: truncated normal, std .01."""
+    """Draw a bias table in place: normal, std .01."""
     nn.init.trunc_normal_(table, std=TABLE_STD)
 
 

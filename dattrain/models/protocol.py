@@ -84,9 +84,9 @@ class TimmProtocol(nn.Module):
         return {"stem": r"^patch_embed", "blocks": blocks}
 
     def layer_of(self, parameter_name: str) -> int:
-        """Depth of a parameter, for layer decay: 0 stem, then one per block, ``num_layers`` final norm and head.
+        """Depth of a parameter, for layer decay: 0 stem, then one per block, ``num_layers`` head.
 
-        A stage's downsampling counts with its first block.
+        A stage's downsampling counts with its first block, the final norm with the last one: timm's layers.
 
         Raises:
             ValueError: not a name of this model's parameters.
@@ -94,8 +94,10 @@ class TimmProtocol(nn.Module):
         parts = parameter_name.split(".")
         if parts[0] == "patch_embed":
             return 0
-        if parts[0] in ("norm", "head"):
+        if parts[0] == "head":
             return self.num_layers
+        if parts[0] == "norm":
+            return self.num_layers - 1
         if parts[0] != "stages":
             raise ValueError(f"{parameter_name!r} is not a parameter of {type(self).__name__}")
         block = int(parts[3]) if parts[2] == "blocks" else 0

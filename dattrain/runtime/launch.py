@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dattrain.runtime.preempt import REQUEUE
+from dattrain.urls import mask
 
 REPORT = "DATTRAIN_REPORT"
 """Names the file in which a rank says why it ends."""
@@ -109,6 +110,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
 
 def report(text: str) -> None:
     """In a rank: why it ends. Ranks that fail for one reason say it once, through their launcher; others print it."""
+    text = mask(text)
     if REPORT in os.environ:
         Path(os.environ[REPORT]).write_text(text, encoding="utf-8")
     else:

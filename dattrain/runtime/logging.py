@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import IO
 
+from dattrain.urls import mask
+
 _FORMAT = "%(asctime)s %(levelname).1s {who} %(name)s: %(message)s"
 _CONSOLE = "%(message)s"
 
@@ -51,6 +53,13 @@ class Console(logging.StreamHandler):
             self.stream.flush()
 
 
+class _Masked(logging.Formatter):
+    """What is logged, by other libraries too, shows no secrets of URLs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask(super().format(record))
+
+
 class RankLog:
     """The log of one rank; ``setup`` makes it, ``close`` gives back what it took."""
 
@@ -61,11 +70,11 @@ class RankLog:
         # A restart appends: what the attempt before it said is evidence.
         self._file: io.TextIOWrapper = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
         to_file = logging.StreamHandler(self._file)
-        to_file.setFormatter(logging.Formatter(_FORMAT.format(who=f"r{rank}@{host}".replace("%", "%%"))))
+        to_file.setFormatter(_Masked(_FORMAT.format(who=f"r{rank}@{host}".replace("%", "%%"))))
         self._handlers: list[logging.Handler] = [to_file]
         if rank == 0:
             self.console = Console()
-            self.console.setFormatter(logging.Formatter(_CONSOLE))
+            self.console.setFormatter(_Masked(_CONSOLE))
             self.console.addFilter(_only_ours_or_warnings)
             self._handlers.append(self.console)
         root = logging.getLogger()

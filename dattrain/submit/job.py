@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from dattrain.errors import UserError
 from dattrain.submit.history import attempt_folder
+from dattrain.urls import mask
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Job:
         report = {
             "rank": _rank(),
             "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
-            "error": str(error) if isinstance(error, UserError) else "".join(lines).strip()[-2000:],
+            "error": str(error) if isinstance(error, UserError) else mask("".join(lines).strip())[-2000:],
             "user_error": isinstance(error, UserError),
             "time": time.time(),
         }

@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from dattrain.config.derive import derive
+from dattrain.config.derive import check_source, derive
 from dattrain.config.load import Loaded, diff, dump, load
 from dattrain.errors import ConfigError, UserError
 from dattrain.submit import history, queue, slurm, snapshot
 from dattrain.submit.cluster import Profile
 from dattrain.submit.job import Job
 from dattrain.submit.slurm import Placement
+from dattrain.urls import mask
 
 STARTUP_S = 15.0
 """Seconds that a job spends before its first step: imports, process group, data, checkpoint. A guess on the small side."""
@@ -85,7 +86,7 @@ def check(stage: Stage, images_per_second: float | None = None) -> None:
 
     Raises:
         ConfigError: the batch does not divide over every number of devices that the job may get, the time limit has no
-            room for a step and a save, or a local run asks for more than one node.
+            room for a step and a save, a local run asks for more than one node, or a fine-tune starts from nowhere.
     """
     profile = stage.profile
     if profile.kind == "local" and stage.nodes != (1, 1):
@@ -99,6 +100,8 @@ def check(stage: Stage, images_per_second: float | None = None) -> None:
     for run, loaded in zip(stage.runs, stage.loaded):
         if stage.action == "evaluate":
             continue
+        if history.newest_checkpoint(run) is None:
+            check_source(loaded.config)
         for nodes in range(stage.nodes[0], stage.nodes[1] + 1):
             try:
                 derive(
@@ -324,7 +327,8 @@ def add_dependents(run: Path, waiting: Sequence[Path]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a small file at once: a reader sees the old one or the new one."""
+    """Write a small file at once: a reader sees the old one or the new one. What holds the secrets of a URL is its owner's."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.touch(0o666 if mask(text) == text else 0o600)
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

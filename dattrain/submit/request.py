@@ -15,6 +15,7 @@ from dattrain.errors import ConfigError
 from dattrain.submit import chain, cluster, launch, slurm
 from dattrain.submit.cluster import Profile, minutes
 from dattrain.submit.launch import Stage
+from dattrain.urls import mask
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def plan(request: Request) -> Plan:
     listed = _split(values)
     loaded_all = tuple(load(path, [*request.overrides, f"{key}={value}"]) for value in listed)
     root = Path(request.folder or f"runs/{loaded_all[0].config.name}").resolve()
-    folders = tuple(root / re.sub(r"[^\w.=+-]", "_", f"{key}={value}") for value in listed)
+    folders = tuple(root / re.sub(r"[^\w.=+-]", "_", mask(f"{key}={value}")) for value in listed)
     if len(set(folders)) < len(folders):
         raise ConfigError(f"--array {request.array}: a value is there twice")
     if _profile(request, size).kind == "local" and len(listed) > 1:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from dattrain.config.load import Loaded, diff, dump, load, reference, show
+from dattrain.urls import mask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,11 +30,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.action == "show":
         loaded = _load(args.config, args.overrides)
-        print(dump(loaded.config).rstrip() if args.yaml else show(loaded))
+        text = dump(loaded.config).rstrip() if args.yaml else show(loaded)
+        print(mask(text))
+        if args.yaml and mask(text) != text:
+            print("credentials in URLs are shown as ***: put them back to use this", file=sys.stderr)
         return 0
     rows = diff(_load(args.a), _load(args.b))
     for key, left, right in rows:
-        print(f"{key}\n  A: {left}\n  B: {right}")
+        print(mask(f"{key}\n  A: {left}\n  B: {right}"))
     return 1 if rows else 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dattrain.errors import UserError
+from dattrain.urls import mask
 
 if TYPE_CHECKING:
     from dattrain.data.dataset import Dataset
@@ -25,8 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="processes"
     )
 
+    remote = argparse.ArgumentParser(add_help=False)
+    remote.add_argument("--cache-dir", metavar="DIR", help="where shards at s3://, https://, ... are kept")
+
     p = actions.add_parser(
-        "pack", parents=[jobs], help="write shuffled WebDataset shards; run it again after a kill"
+        "pack", parents=[jobs, remote], help="write shuffled WebDataset shards; run it again after a kill"
     )
     p.add_argument(
         "source",
@@ -66,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     v = actions.add_parser(
-        "verify", parents=[jobs], help="read every byte, decode every image, name what is bad"
+        "verify", parents=[jobs, remote], help="read every byte, decode every image, name what is bad"
     )
     v.add_argument("data", metavar="DATA", help="shards (folder, file, pattern) or image folder")
     v.add_argument("--classes", type=_positive, metavar="N", help="labels must be below N")
@@ -91,11 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     i.add_argument("--unterminated", action="store_true", help="accept tars without their end marker")
 
-    n = actions.add_parser("ls", help="list shards, or the samples of one")
+    n = actions.add_parser("ls", parents=[remote], help="list shards, or the samples of one")
     n.add_argument("data", metavar="DATA", help="shards (folder, file, pattern) or image folder")
     n.add_argument("--samples", action="store_true", help="list every sample: key, label, offset, bytes")
 
-    s = actions.add_parser("stats", parents=[jobs], help="classes and image sizes, with a picture")
+    s = actions.add_parser("stats", parents=[jobs, remote], help="classes and image sizes, with a picture")
     s.add_argument("data", metavar="DATA", help="shards (folder, file, pattern) or image folder")
     s.add_argument(
         "--limit", type=_positive, default=20_000, metavar="N", help="headers to read (default: 20000)"
@@ -130,7 +134,15 @@ def _pack(args: argparse.Namespace) -> int:
         label_set=args.label_set,
         label=args.label,
     )
-    source = open_source(args.source, labels=args.labels, root=args.root, label=args.label, jobs=args.jobs)
+    source = open_source(
+        args.source,
+        labels=args.labels,
+        root=args.root,
+        label=args.label,
+        cache_dir=args.cache_dir,
+        jobs=args.jobs,
+    )
+    _say(source)
     with _Progress("packing") as progress:
         manifests = pack(source, args.out, options, jobs=args.jobs, progress=progress)
     for m in manifests:
@@ -160,7 +172,8 @@ def _verify(args: argparse.Namespace) -> int:
     from dattrain.data.verify import verify
 
     problems: list[str] = []
-    dataset = open_dataset(args.data, problems=problems)
+    dataset = open_dataset(args.data, cache_dir=args.cache_dir, problems=problems)
+    _say(dataset)
     with _Progress("verifying") as progress:
         report = verify(dataset, jobs=args.jobs, num_classes=args.classes, progress=progress)
     report.damaged[:0] = problems
@@ -170,7 +183,7 @@ def _verify(args: argparse.Namespace) -> int:
         print(f"bad: {key}: {reason}")
     _say_left_out(report.left_out)
     print(
-        f"{args.data}: {report.samples:,} samples, {_size(report.nbytes)} decoded; {len(report.bad)} bad samples, "
+        f"{mask(args.data)}: {report.samples:,} samples, {_size(report.nbytes)} decoded; {len(report.bad)} bad samples, "
         f"{len(report.damaged)} damaged shards"
     )
     return 0 if report.good else 1
@@ -179,11 +192,12 @@ def _verify(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     from dattrain.data import inventory
     from dattrain.data.indexing import index_shards, link_shards
+    from dattrain.data.listing import is_remote
     from dattrain.data.shards import expand
 
-    if "://" in args.data:
+    if is_remote(args.data):
         raise UserError(
-            f"{args.data}: shards are indexed where they are written, as files; then copy what it writes there"
+            f"{args.data}: an index is written beside its shards, so run this where they are, or on a copy of them"
         )
     paths = expand(args.data)
     missing = inventory.missing(paths)
@@ -246,7 +260,8 @@ def _warn_of_order(shards: list[Indexed]) -> None:
 def _ls(args: argparse.Namespace) -> int:
     from dattrain.data.dataset import ShardDataset, open_dataset
 
-    dataset = open_dataset(args.data)
+    dataset = open_dataset(args.data, cache_dir=args.cache_dir)
+    _say(dataset)
     if args.samples:
         for shard, count in enumerate(dataset.counts.tolist()):
             for i in range(count):
@@ -284,7 +299,8 @@ def _stats(args: argparse.Namespace) -> int:
 
     if args.out and os.path.splitext(args.out)[1] not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {args.out}: the picture is a .png, .pdf or .svg file", exit_code=2)
-    dataset = open_dataset(args.data)
+    dataset = open_dataset(args.data, cache_dir=args.cache_dir)
+    _say(dataset)
     with _Progress("reading headers") as progress:
         stats = measure(dataset, limit=None if args.all else args.limit, jobs=args.jobs, progress=progress)
     print("\n".join(stats.lines()))
@@ -292,6 +308,12 @@ def _stats(args: argparse.Namespace) -> int:
         draw(stats, args.out)
         print(f"picture      {args.out}")
     return 0
+
+
+def _say(dataset: Dataset) -> None:
+    """What was left out of a set, on stderr."""
+    for line in dataset.notes:
+        print(line, file=sys.stderr)
 
 
 class _Progress:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dattrain.errors import ConfigError
+from dattrain.urls import mask
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +153,7 @@ def _one(args: argparse.Namespace, path: str, device: torch.device, speaks: bool
         "classes": card.num_classes,
         "parameters": flops.parameters(model),
         "gflops": flops.flops(model, card.img_size, card.in_chans) / 1e9,
-        "data": spec,
+        "data": mask(spec),
         "views": (2 if args.flip else 1) * args.crops,
         "device": str(device),
         "precision": args.precision,

@@ -52,15 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; 1 where a device is too small, or a save does not fit before the signal's end."""
+    """Exit code 0; 1 where a device is too small, or a save does not fit before the signal's end.
+
+    Raises:
+        ConfigError: as ``plan``; the recipe is wrong, or a fine-tune that starts from nowhere.
+    """
     import json
     from pathlib import Path
 
+    from dattrain.config.derive import check_source
     from dattrain.config.load import load
+    from dattrain.submit.history import newest_checkpoint
 
     folder = Path(args.config)
     path = folder / "config.yaml" if (folder / "config.yaml").is_file() else folder
     config = load(path, args.overrides).config
+    if newest_checkpoint(folder) is None:
+        check_source(config)
     found = plan(config, args, measured=_measured(folder) if folder.is_dir() else None)
     print(json.dumps(found, indent=2) if args.json else render(config, found))
     return 1 if found["problems"] else 0
@@ -172,11 +180,12 @@ def _data(config: Config, given: int | None) -> tuple[int, str, float, str]:
     Raises:
         UserError: nothing tells how many samples there are.
     """
+    from dattrain.data.listing import is_remote
     from dattrain.errors import UserError
 
     if given is not None:
         return given, "given", IMAGE_BYTES, "ImageNet's mean"
-    if config.data.train is not None and "://" not in config.data.train:
+    if config.data.train is not None and not is_remote(config.data.train):
         try:
             samples, size = _count(config.data.train)
         except UserError:

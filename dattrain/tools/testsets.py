@@ -21,6 +21,7 @@ from dattrain.data import labels
 from dattrain.data.classes import are_synsets
 from dattrain.errors import UserError
 from dattrain.tools.weights import Card, classes_of
+from dattrain.urls import plain
 
 NAMES = ("imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c", "real")
 
@@ -60,7 +61,7 @@ def parts(kind: str | None, path: str, card: Card) -> list[Part]:
         UserError: the folders are not laid out as that set's are, or the model's classes cannot hold them.
     """
     if kind in (None, "real"):
-        return [Part(kind or Path(path).name or path, path)]
+        return [Part(kind or Path(plain(path)).name or path, path)]
     if kind not in NAMES:
         raise UserError(f"--labels {kind}: choose one of {', '.join(NAMES)}")
     if not os.path.isdir(path):

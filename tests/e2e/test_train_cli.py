@@ -107,15 +107,16 @@ def test_a_fine_tune_at_a_higher_resolution_says_what_became_of_every_tensor_and
 ):
     folder, path, data = home
     run, whole = folder / f"tuned-{table}", folder / f"tuned-{table}-whole"
-    settings = [*data[:1], *FP32, "model.img_size=64", f"init.from={trained}", f"init.bias_table={table}"]
+    settings = [*data[:1], *FP32, "model.img_size=64", "init.required=true", f"init.bias_table={table}"]
+    source = f"init.from={trained}"
     steps = ["train.max_steps=2"]
-    first = dattrain("train", path, *settings, "train.max_steps=1", "--run", run)
+    first = dattrain("train", path, *settings, source, "train.max_steps=1", "--run", run)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "tensors:" in first.stdout and "resized" in first.stdout and "EMA" in first.stdout
     assert ("read at the displacements" in first.stdout) == (table == "sample")
     again = dattrain("train", path, *settings, *steps, "--run", run)
     assert again.returncode == 0 and "tensors:" not in again.stdout, again.stdout + again.stderr
-    assert dattrain("train", path, *settings, *steps, "--run", whole).returncode == 0
+    assert dattrain("train", path, *settings, source, *steps, "--run", whole).returncode == 0
     assert curve(run) == curve(whole)
     assert_same(states(run, 2), states(whole, 2))
 

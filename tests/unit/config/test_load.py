@@ -66,7 +66,8 @@ def test_scalars_mean_what_a_researcher_reads(text, value):
         ("optim.lr=-1", "command line: optim.lr"),
         ("optim.lr=fast", "not 'fast'"),
         ("train.micro_batch=48", "nearest divisor"),
-        ("train.micro_batch=1", "odd"),
+        ("augment.mix_group=7", "multiple of 2"),
+        ("augment.mix_group=768", "augment.mix_group=768 does not divide train.global_batch=1024"),
         ("model.img_size=100", "multiple of 32"),
         ("optim.lr", "not of the form"),
         ("train.progressive=[{epoh: 1, img_size: 96}]", "train.progressive.0.epoch"),
@@ -84,6 +85,14 @@ def test_mistakes_on_the_command_line(recipe, override, says):
 def test_stage_0_is_refused_where_deepspeed_trains_wrongly(recipe, precision):
     with pytest.raises(ConfigError, match="zero.stage=0"):
         load(recipe, ["zero.stage=0", f"train.precision={precision}"])
+
+
+def test_readers_that_cannot_fetch_a_partner_refuse_groups_beyond_the_micro_batch(recipe):
+    given = ["augment.mix_group=256", "data.samples=9"]
+    assert load(recipe, given).config.augment.group == 256
+    assert load(recipe, [*given, "augment.mix_prob=0", "data.reader=webdataset"]).config.augment.group == 1
+    with pytest.raises(ConfigError, match="mix_group=256 does not divide train.micro_batch=128"):
+        load(recipe, [*given, "data.reader=webdataset"])
 
 
 def test_tf32_is_a_way_to_compute_in_fp32(recipe):

@@ -5,13 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from dattrain.config.derive import derive
-from dattrain.config.load import load
+from dattrain import cli
+from dattrain.config.derive import check_source, derive
+from dattrain.config.load import diff, load
+from dattrain.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 RECIPES = sorted(
     p for folder in ("scratch", "pretrain", "finetune") for p in (CONFIGS / folder).glob("*.yaml")
 )
+
+
+def recipe(path: str, *overrides: str):
+    return load(CONFIGS / path, overrides).config
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -24,18 +30,61 @@ def test_recipe(path):
     )
     assert micro == config.train.micro_batch
     assert derive(config, world=devices, samples_per_epoch=1_281_167).accumulation == 1
+    assert derive(config, world=8, samples_per_epoch=1_281_167).accumulation == devices // 8
+    assert config.augment.mix_group == 2, "the unit of mixing is said, and is that of the page"
+    assert config.init.required == (path.parent.name == "finetune")
+    if config.init.required:
+        with pytest.raises(ConfigError, match="init.from=RUN_OR_WEIGHTS, for example init.from=runs/"):
+            check_source(config)
+    check_source(load(path, ["init.from=runs/x"]).config)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_is_planned(path, capsys):
+    source = ["init.from=runs/x"] if path.parent.name == "finetune" else []
+    assert cli.main(["plan", str(path), *source, "--nodes", "4", "--device-gb", "1000"]) == 0
+    assert load(path).config.model.name in capsys.readouterr().out
 
 
 def test_rates_of_the_authors_runs():
-    """dat.md section 3: lr 1e-3 at 1,024 for DAT-T, 1e-3 at 4,096 for 22K, 300 epochs of 1,281,167 images."""
-    tiny = derive(
-        load(CONFIGS / "scratch/in1k_dat_tiny_224.yaml").config, world=8, samples_per_epoch=1_281_167
-    )
-    assert tiny.peak_lr == pytest.approx(1e-3) and tiny.total_steps == 375_342
-    base = derive(
-        load(CONFIGS / "pretrain/in22k_dat_base_224.yaml").config, world=32, samples_per_epoch=13_673_551
-    )
+    """dat.md sections 3 and 9: 4e-3 at 4,096 (3.2e-3 for base), 1e-3 at 1,024; 22K at 1e-3; 300 epochs of 1,281,167 images."""
+
+    def derived(path, world, samples=1_281_167):
+        return derive(recipe(path), world=world, samples_per_epoch=samples)
+
+    tiny = derived("scratch/in1k_dat_tiny_224.yaml", 32)
+    assert tiny.peak_lr == pytest.approx(4e-3) and tiny.total_steps == 93_836
+    assert derived("scratch/in1k_dat_small_224.yaml", 32).peak_lr == pytest.approx(4e-3)
+    assert derived("scratch/in1k_dat_base_224.yaml", 32).peak_lr == pytest.approx(3.2e-3)
+    node = derived("scratch/in1k_dat_tiny_224_b1024.yaml", 8)
+    assert node.peak_lr == pytest.approx(1e-3) and node.total_steps == 375_342
+    assert derived("scratch/in1k_dat_pp_base_224.yaml", 64).peak_lr == pytest.approx(4e-3)
+    assert derived("finetune/in1k_dat_tiny_224_from_22k.yaml", 8).peak_lr == pytest.approx(4e-5)
+    base = derived("pretrain/in22k_dat_base_224.yaml", 32, 13_673_551)
     assert base.peak_lr == pytest.approx(1e-3) and base.warmup_steps == 16691
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_the_variant_at_1024_differs_in_the_batch_alone(size):
+    """And quotes no accuracy of 4,096 as its own."""
+    paper, node = (load(CONFIGS / f"scratch/in1k_dat_{size}_224{tail}.yaml") for tail in ("", "_b1024"))
+    assert {key for key, *_ in diff(paper, node)} == {"name", "description", "train.global_batch"}
+    said = node.config.description
+    assert ("81.8" in said) == (size == "tiny") and ("No accuracy at this batch is known" in said) == (
+        size != "tiny"
+    )
+    assert {"tiny": "82.0", "small": "83.7", "base": "84.0"}[size] in paper.config.description
+
+
+def test_each_recipe_evaluates_as_its_source():
+    """DAT squashes to a square, Swin, and so 22K and what comes from it, keeps the shorter side; at 384 the whole image."""
+    for path in RECIPES:
+        config = load(path).config
+        swin = "22k" in path.stem and config.model.img_size == 224
+        assert config.eval.resize == ("shorter" if swin else "squash"), path.stem
+        whole = path.stem in ("in1k_dat_pp_base_384", "in1k_dat_base_384_from_22k")
+        assert config.eval.crop_pct == (1.0 if whole else 0.875), path.stem
 
 
 @pytest.mark.parametrize(

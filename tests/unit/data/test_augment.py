@@ -15,7 +15,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import functional as tvf
 
 from dattrain.config.schema import Augment
-from dattrain.data.augment import crop_box, draw, drop_path_noise, eval_geometry, fill_color
+from dattrain.data.augment import crop_box, draw, drop_path_noise, eval_geometry, fill_color, mates
 
 SIZE = (224, 192)
 
@@ -75,8 +75,10 @@ def test_a_sample_is_drawn_alike_in_any_company():
         for field in dataclasses.fields(part):
             ours, all_ = getattr(part, field.name), getattr(whole, field.name)
             if isinstance(ours, np.ndarray):
-                rows = slice(i // 2, i // 2 + 1) if field.name.startswith("mix") else slice(i, i + 2)
-                np.testing.assert_array_equal(ours, all_[rows], err_msg=field.name)
+                shift = i if field.name == "mix_partner" else 0
+                np.testing.assert_array_equal(
+                    ours + shift if shift else ours, all_[i : i + 2], err_msg=field.name
+                )
     other = draw(config, 8, at, SIZE)
     assert not np.array_equal(other.crop, whole.crop) and not np.array_equal(other.mix, whole.mix)
 
@@ -115,9 +117,9 @@ def test_erasing_is_distributed_as_timms(monkeypatch):
 @pytest.mark.parametrize("alpha", [0.1, 0.8, 1.0, 4.0])
 def test_mixup_weights_follow_the_beta_distribution(alpha):
     plan = draw(Augment(mixup=alpha, cutmix=0), 0, np.arange(16_000), SIZE)
-    assert not plan.mix_box.any()
+    assert not plan.mix_box.any() and (plan.mix[::2] == plan.mix[1::2]).all()
     theirs = np.random.default_rng(0).beta(alpha, alpha, 8000).astype(np.float32)
-    assert kolmogorov_smirnov(theirs, plan.mix) < 0.03
+    assert kolmogorov_smirnov(theirs, plan.mix[::2]) < 0.03
     assert abs(plan.mix.std() - math.sqrt(1 / (4 * (2 * alpha + 1)))) < 0.01
 
 
@@ -130,7 +132,7 @@ def test_cutmix_boxes_and_weights_are_timms():
         (yl, yh, xl, xh), lam = cutmix_bbox_and_lam((3, *SIZE), lam)
         theirs.append((yl, xl, yh - yl, xh - xl, lam) if (yh - yl) * (xh - xl) else (0, 0, 0, 0, lam))
     table = np.array(theirs)
-    ours = np.column_stack((plan.mix_box, plan.mix))
+    ours = np.column_stack((plan.mix_box, plan.mix))[::2]
     for column in range(5):
         assert kolmogorov_smirnov(table[:, column], ours[:, column]) < 0.03
     both = draw(Augment(), 0, np.arange(16_000), SIZE)
@@ -138,12 +140,35 @@ def test_cutmix_boxes_and_weights_are_timms():
 
 
 def test_bad_samples_are_not_mixed():
+    for group, whole in ((2, [0, 1, 4, 5]), (8, [0, 2, 5, 7])):
+        plan = draw(Augment(mix_group=group), 0, np.arange(8), SIZE)
+        bad = np.array([0, 0, 0, 1, 0, 0, 1, 0], dtype=bool)
+        unmixed = plan.without_mixing(bad)
+        rest = sorted({*range(8)} - {*whole})
+        assert (unmixed.mix[rest] == 1).all() and not unmixed.mix_box[rest].any()
+        assert (unmixed.mix[whole] == plan.mix[whole]).all()
+        assert plan.without_mixing(np.zeros(8, dtype=bool)) is plan
+
+
+@pytest.mark.parametrize("group", [1, 2, 6, 8])
+def test_whoever_trains_on_a_group_draws_the_same(group):
+    """Slots in any cut, the last group shorter where it does not divide: partners and keys are those of the whole."""
+    slots = np.random.default_rng(0).permutation(22)
+    _, whole = mates(slots, 0, 22, group)
+    assert (slots[whole.partner][whole.partner] == slots).all(), "each is its partner's partner"
+    for step in (1, 3, 11):
+        for start in range(0, 22, step):
+            stop = min(start + step, 22)
+            positions, part = mates(slots, start, stop, group)
+            assert (positions[: stop - start] == slots[start:stop]).all()
+            assert len(set(positions.tolist())) == len(positions) <= 2 * step, "none is decoded twice"
+            assert (positions[part.partner] == slots[whole.partner[start:stop]]).all()
+            assert (part.key == whole.key[start:stop]).all()
+
+
+def test_one_that_is_left_over_is_not_mixed():
     plan = draw(Augment(), 0, np.arange(7), SIZE)
-    bad = np.array([0, 0, 0, 1, 0, 0, 1], dtype=bool)
-    unmixed = plan.without_mixing(bad)
-    assert unmixed.mix[1] == 1 and not unmixed.mix_box[1].any()
-    assert (unmixed.mix[[0, 2]] == plan.mix[[0, 2]]).all()
-    assert plan.without_mixing(np.zeros(7, dtype=bool)) is plan
+    assert plan.mix[6] == 1 and not plan.mix_box[6].any() and (plan.mix[:6] < 1).any()
 
 
 def test_color_jitter():

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from dattrain.config.schema import Config
+from dattrain.config.schema import Augment, Config
 from dattrain.data.classes import Classes
 from dattrain.data.dataset import open_dataset
 from dattrain.data.feed import TrainFeed
 from dattrain.data.loader import eval_loader, train_loader
+from dattrain.data.mix import Mixer
 from dattrain.data.order import Order
 from dattrain.errors import ConfigError, UserError
 
@@ -136,6 +137,31 @@ def test_micro_batch_does_not_matter(make_shards):
     assert np.array_equal(
         np.concatenate([b.plan.mix for b in small]), np.concatenate([b.plan.mix for b in large])
     )
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "dali"])
+def test_a_mix_group_reaches_over_micro_batches_and_ranks(make_shards, decoder):
+    """Groups of 12 in batches of 24 with two bad samples: what is trained on is one, however the batch is cut."""
+    if decoder == "dali":
+        pytest.importorskip("nvidia.dali")
+    folder = make_shards(bad={17: b"", 30: b"no image"})
+
+    def mixed(micro: int, world: int) -> list[torch.Tensor]:
+        cfg = config(folder, decoder=decoder, on_bad="skip", train={"micro_batch": micro})
+        cfg = cfg.model_copy(update={"augment": Augment(mix_group=12)})
+        mixer = Mixer(cfg.augment, 10)
+        batches = run_of(cfg, world=world, updates=3)
+        assert all(len(b) == micro == len(b.keys) == len(b.weight) for b in batches)
+        beyond = {len(b.images) - micro for b in batches}
+        assert (beyond == {0}) == (micro % 12 == 0) and max(beyond) <= micro
+        assert sum(len(b.bad) for b in batches) == sum(int((b.weight == 0).sum()) for b in batches) > 0
+        parts = [mixer(b) for b in batches]
+        keys = torch.cat([b.position for b in batches])
+        return [keys, *(torch.cat([part[i] for part in parts]) for i in range(3))]
+
+    whole = mixed(24, 1)
+    for micro, world in ((12, 2), (8, 1), (4, 3), (1, 2)):
+        assert all(torch.equal(a, b) for a, b in zip(whole, mixed(micro, world))), (micro, world)
 
 
 def test_loading_moves_no_global_generator(make_shards):
@@ -287,7 +313,7 @@ def _shift(path: Path) -> None:
 
 SCRIPT = """
     import itertools, os, signal, sys, torch
-    from dattrain.config.schema import Config
+    from dattrain.config.schema import Augment, Config
     from dattrain.data.loader import train_loader
     folder, how = sys.argv[1:]
     cfg = Config.model_validate({"model": {"num_classes": 10}, "data": {"train": folder, "workers": 2},

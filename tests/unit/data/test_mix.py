@@ -55,7 +55,7 @@ def test_mixup_and_smoothing_are_timms():
     images, targets, _ = Mixer(config, 7)(b)
     plain, _, _ = Mixer(OFF, 7)(replace(b, plan=None))
     plan = draw(config, 0, np.arange(100, 108), SIZE)
-    for j, lam in enumerate(plan.mix.tolist()):
+    for j, lam in enumerate(plan.mix[::2].tolist()):
         i, k = 2 * j, 2 * j + 1
         torch.testing.assert_close(images[i], plain[i] * lam + plain[k] * (1 - lam), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(images[k], plain[k] * lam + plain[i] * (1 - lam), atol=1e-5, rtol=1e-5)
@@ -72,8 +72,8 @@ def test_cutmix_is_timms(monkeypatch):
     plan = b.plan
     plain = Mixer(OFF, 5)(replace(b, plan=None))[0]
     timm_mix = Mixup(mixup_alpha=0, cutmix_alpha=1.0, mode="pair", num_classes=5)
-    boxes = iter([(t, t + h, l, l + w) for t, l, h, w in plan.mix_box.tolist()])
-    lams = iter(plan.mix.tolist())
+    boxes = iter([(t, t + h, l, l + w) for t, l, h, w in plan.mix_box[::2].tolist()])
+    lams = iter(plan.mix[::2].tolist())
     monkeypatch.setattr("timm.data.mixup.cutmix_bbox_and_lam", lambda *a, **k: (next(boxes), next(lams)))
     monkeypatch.setattr(
         timm_mix, "_params_per_elem", lambda n: (np.full(n, 0.5, np.float32), np.ones(n, bool))
@@ -84,10 +84,34 @@ def test_cutmix_is_timms(monkeypatch):
     timm_mix._mix_pair(theirs)
     assert torch.equal(images[order], theirs)
     changed = (images != plain).any(1)
-    for j, (t, l, h, w) in enumerate(plan.mix_box.tolist()):
-        outside = changed[2 * j].clone()
+    for i, (t, l, h, w) in enumerate(plan.mix_box.tolist()):
+        outside = changed[i].clone()
         outside[t : t + h, l : l + w] = False
         assert not outside.any()
+
+
+@pytest.mark.parametrize("on", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
+def test_a_group_is_timms_batch_mode(on, monkeypatch):
+    """timm's Mixup on each group as its batch, made to draw our weights and boxes."""
+    config = replace_config(OFF, mix_group=8, label_smoothing=0.1, **on)
+    b = batch(config, 32)
+    images, targets, _ = Mixer(config, 7)(b)
+    plain = Mixer(OFF, 7)(replace(b, plan=None))[0]
+    kinds = set()
+    for start in range(0, 32, 8):
+        lam, (t, l, h, w) = float(b.plan.mix[start]), b.plan.mix_box[start].tolist()
+        kinds.add(h > 0)
+        theirs = Mixup(
+            on.get("mixup", 0), on.get("cutmix", 0), mode="batch", label_smoothing=0.1, num_classes=7
+        )
+        monkeypatch.setattr(theirs, "_params_per_batch", lambda lam=lam, cut=h > 0: (lam, cut))
+        drawn = ((t, t + h, l, l + w), lam)
+        monkeypatch.setattr("timm.data.mixup.cutmix_bbox_and_lam", lambda *a, drawn=drawn, **k: drawn)
+        x, y = theirs(plain[start : start + 8].clone(), b.labels[start : start + 8])
+        torch.testing.assert_close(images[start : start + 8], x, atol=0 if h else 1e-6, rtol=0)
+        torch.testing.assert_close(targets[start : start + 8], y, atol=1e-7, rtol=0)
+    assert kinds == {"cutmix" in on} or len(on) == 2
+    assert len(np.unique(b.plan.mix)) == 4, "a draw for each group"
 
 
 def test_erasing_fills_its_box_with_normal_noise_and_nothing_else():

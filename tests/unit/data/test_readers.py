@@ -76,7 +76,8 @@ class TestDali:
                     assert not batch.bad
                     for pair in range(2):
                         if not batch.weight[2 * pair : 2 * pair + 2].all():
-                            assert batch.plan.mix[pair] == 1 and batch.plan.mix_box[pair, 2] == 0
+                            rows = slice(2 * pair, 2 * pair + 2)
+                            assert (batch.plan.mix[rows] == 1).all() and not batch.plan.mix_box[rows].any()
                     for_epoch[epoch].update(kept)
             loader.close()
         for seen in for_epoch:

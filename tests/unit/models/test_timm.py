@@ -134,7 +134,8 @@ def test_layer_of_counts_from_stem_to_head(name, full):
     model = build(name, full)
     layers = {n: model.layer_of(n) for n, _ in model.named_parameters()}
     assert set(layers.values()) == set(range(model.num_layers + 1))
-    assert model.layer_of("head.fc.weight") == model.layer_of("norm.weight") == model.num_layers
+    assert layers == group_parameters(model, model.group_matcher(), reverse=True), "timm's layers"
+    assert model.layer_of("head.fc.weight") == model.num_layers == model.layer_of("norm.weight") + 1
     assert list(layers.values()) == sorted(layers.values()), "parameters are registered in the order of depth"
     with pytest.raises(ValueError, match="is not a parameter"):
         model.layer_of("neck.weight")

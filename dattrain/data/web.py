@@ -1,0 +1,104 @@
+"""HTTP on fsspec's sessions, where its own calls do not do: a range is asked for without holding more than the range in
+memory, a server that knows no ranges is written to a file as it comes, and a failed HEAD says why it failed.
+
+Everything here runs on fsspec's event loop. A status of 400 and above is aiohttp's ``ClientResponseError``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import Any
+
+from dattrain.urls import split_query, with_query
+
+_CHUNK = 2**20
+
+
+class Unranged(Exception):
+    """The whole file was sent where a part was asked for."""
+
+
+async def get(
+    system: Any,
+    url: str,
+    start: int | None,
+    end: int | None,
+    timeout: float,
+    whole: Callable[[bytes], object] | None,
+) -> bytes | None:
+    """Bytes ``start`` to ``end`` of a file, up to one more where the server sends too much; all of it where ``start`` is None.
+
+    Args:
+        timeout: seconds for a range, or in which something of a whole file must come.
+        whole: is given the whole file in pieces, where the server knows no ranges and the first is asked for; None is
+            returned then. It runs in a thread.
+
+    Raises:
+        Unranged: the server sent the whole file, and nobody wants it.
+    """
+    session = await system.set_session()
+    headers = {"Accept-Encoding": "identity"}
+    if start is not None and end is not None:
+        headers["Range"] = f"bytes={start}-{end - 1}"
+    began = asyncio.get_running_loop().time()
+    async with session.get(_address(url), headers=headers, timeout=_patience(timeout)) as answer:
+        answer.raise_for_status()
+        if start is None or end is None:
+            return await answer.read()
+        if answer.status == 206:
+            left = timeout - (asyncio.get_running_loop().time() - began)
+            return await asyncio.wait_for(_at_most(answer, end - start + 1), max(left, 0.0))
+        if start > 0 or whole is None:
+            raise Unranged
+        async for piece in answer.content.iter_chunked(_CHUNK):
+            await asyncio.to_thread(whole, piece)
+        return None
+
+
+async def _at_most(answer: Any, length: int) -> bytes:
+    found = bytearray()
+    while len(found) < length:
+        piece = await answer.content.read(length - len(found))
+        if not piece:
+            break
+        found += piece
+    return bytes(found)
+
+
+async def size(system: Any, url: str, timeout: float) -> int | None:
+    """Bytes of a file; None where the server does not say. HEAD, and GET where that is refused: a signature may be for GET."""
+    session = await system.set_session()
+    for method, asked in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
+        headers = {"Accept-Encoding": "identity", **asked}
+        async with session.request(
+            method, _address(url), headers=headers, timeout=_patience(timeout), allow_redirects=True
+        ) as answer:
+            if method == "HEAD" and answer.status in (400, 401, 403, 404, 405, 501):
+                continue
+            if answer.status != 416:
+                answer.raise_for_status()
+            total = re.search(r"/\s*(\d+)$", answer.headers.get("Content-Range", ""))
+            if total:
+                return int(total[1])
+            encoded = answer.headers.get("Content-Encoding", "identity")
+            length = answer.headers.get("Content-Length", "")
+            if answer.status == 200 and encoded in ("identity", "") and length.isdecimal():
+                return int(length)
+    return None
+
+
+def _address(url: str) -> Any:
+    """The query string as it was given: what was signed may not be quoted anew."""
+    import yarl
+
+    path, query = split_query(url)
+    address = yarl.URL(path)
+    return yarl.URL(with_query(str(address), query), encoded=True) if query else address
+
+
+def _patience(silence: float) -> Any:
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=None, connect=silence, sock_connect=silence, sock_read=silence)

@@ -1,0 +1,69 @@
+"""A fine-tune without weights to start from is refused, by whatever would train it; a random network is never trained in silence."""
+
+import pytest
+import torch.distributed as dist
+
+from dattrain import cli
+from dattrain.config.derive import check_source
+from dattrain.config.load import loads
+from dattrain.engine.trainer import train
+from dattrain.errors import ConfigError
+from dattrain.runtime import env as environment
+from dattrain.tools import plan
+
+BASE = "name: tune\nmodel: {name: dat_atto, img_size: 32}\ntrain: {global_batch: 8, micro_batch: 8}\n"
+REFUSED = r"tune is a fine-tune \({}\).*init.from=RUN_OR_WEIGHTS, for example init.from="
+
+
+@pytest.mark.parametrize(
+    "mark", ["init.required=true", "init.head=map", "init.head=new", "optim.freeze_backbone=true"]
+)
+def test_what_makes_a_fine_tune(mark):
+    check_source(loads(BASE).config)
+    for source in ("init.from=null", "init.from="):
+        with pytest.raises(ConfigError, match=REFUSED.format(mark)):
+            check_source(loads(BASE, [mark, source]).config)
+    check_source(loads(BASE, [mark, "init.from=runs/a"]).config)
+
+
+def test_training_is_refused_before_anything_is_read_or_written(tmp_path):
+    config = loads(BASE, ["init.required=true", f"data.train={tmp_path}/nowhere"]).config
+    try:
+        with pytest.raises(ConfigError, match=REFUSED.format("init.required=true")):
+            train(config, tmp_path / "run")
+    finally:
+        if dist.is_initialized():
+            environment.disconnect()
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_plan_and_submit_refuse_it_but_for_a_run_under_way(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "plan", lambda *a, **k: {"problems": []})
+    monkeypatch.setattr(plan, "render", lambda *a: "planned")
+    recipe, run = tmp_path / "tune.yaml", tmp_path / "run"
+    recipe.write_text(BASE + "init: {required: true}\n")
+    submit = ["submit", "--cluster", "local", "--dry-run", "--run", str(run)]
+    for words in (["plan", str(recipe)], [*submit, str(recipe)]):
+        assert cli.main(words) == 2
+        assert "init.from=RUN_OR_WEIGHTS" in capsys.readouterr().err
+        assert cli.main([*words, "init.from=weights.safetensors"]) == 0
+    checkpoint = run / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    (run / "config.yaml").write_text(recipe.read_text())
+    assert cli.main(["plan", str(run)]) == 0
+    assert cli.main(["submit", str(run), "--cluster", "local", "--dry-run"]) == 0
+
+
+def test_a_chain_fills_it_in(tmp_path, capsys):
+    (tmp_path / "tune.yaml").write_text(BASE + "init: {required: true}\n")
+    (tmp_path / "first.yaml").write_text(BASE)
+    chain, profile = tmp_path / "chain.yaml", tmp_path / "profile.yaml"
+    profile.write_text("tasks_per_node: 1\n")
+    words = ["submit", str(chain), "--cluster", str(profile), "--dry-run", "--run", str(tmp_path / "runs")]
+    chain.write_text(
+        "name: c\nstages: {first: {config: first.yaml}, tune: {config: tune.yaml, from: first}}\n"
+    )
+    assert cli.main(words) == 0, capsys.readouterr().err
+    chain.write_text("name: c\nstages: {first: {config: first.yaml}, tune: {config: tune.yaml}}\n")
+    assert cli.main(words) == 2 and "init.from=RUN_OR_WEIGHTS" in capsys.readouterr().err

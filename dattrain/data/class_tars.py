@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dattrain.data import inventory, tar
-from dattrain.data.dataset import ShardDataset
+from dattrain.data.dataset import Sample, ShardDataset
 from dattrain.data.images import IMAGE_EXTENSIONS
 from dattrain.data.index import Entry, LeftOut, ShardIndex
+from dattrain.data.indexing import UNREAD_PICTURES
 from dattrain.data.shards import LocalSource, Shards, expand
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
@@ -30,7 +32,6 @@ class ClassTars(ShardDataset):
 
     Attributes:
         classes: names by label.
-        left_out: members that are no images, by kind.
 
     Raises:
         UserError: a tar is damaged, a class comes twice, or no images are there.
@@ -46,7 +47,6 @@ class ClassTars(ShardDataset):
             lambda i: _index(*tars[i], label=i), count=len(tars), workers=jobs if jobs > 1 else 0
         ) as found:
             self._built = list(found)
-        self.left_out = tuple(some for index in self._built for some in index.left_out)
         shards = Shards.build([path for _, path, *_ in tars], [Entry.of(index) for index in self._built])
         super().__init__(name, shards, LocalSource(shards), classes=classes)
         if not self.counts.sum():
@@ -57,6 +57,10 @@ class ClassTars(ShardDataset):
         file = os.path.basename(self.index(shard).key(sample))
         assert self.classes is not None
         return f"{os.path.basename(self.name)}:{self.classes[shard]}/{file}"
+
+    def read(self, shard: int, sample: int) -> Sample:
+        """See ``Dataset.read``."""
+        return replace(super().read(shard, sample), key=self.key(shard, sample))
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a class, of the whole names of its images."""
@@ -113,10 +117,11 @@ def _index(class_name: str, path: str, start: int, size: int, *, label: int) -> 
                     keys.append(member.name)
                 else:
                     kind = f".{extension}" if member.readable else member.kind
-                    before = left_out.get(kind, LeftOut(kind, 0, member.name, True))
-                    left_out[kind] = LeftOut(kind, before.count + 1, before.first, True)
+                    lost = extension in UNREAD_PICTURES or not member.readable
+                    before = left_out.get(kind, LeftOut(kind, 0, member.name, lost))
+                    left_out[kind] = LeftOut(kind, before.count + 1, before.first, before.lost or lost)
     except UserError as error:
-        raise UserError(f"{class_name}.tar: {error}") from error
+        raise UserError(f"{class_name}.tar in {error}" if start else str(error)) from error
     end = os.stat(path).st_size
     return ShardIndex.build(
         offsets,

@@ -155,11 +155,9 @@ class DaliReader:
         return total * (part + 1) // world - total * part // world
 
     def _place(self, info: str) -> tuple[int, int]:
-        """Shard and sample of ``path:offset:member``."""
-        path, offset, _ = info.rsplit(":", 2)
-        shard = self._shard_of[os.path.abspath(path)]
-        offsets = self.dataset.index(shard).offsets
-        return shard, int(np.searchsorted(offsets, int(offset)))
+        """Shard and sample of ``path:offset:member``; members are called by number in the index that DALI was given."""
+        path, _, member = info.rsplit(":", 2)
+        return self._shard_of[os.path.abspath(path)], int(member.partition(".")[0])
 
     def _identity(self) -> dict[str, Any]:
         import nvidia.dali

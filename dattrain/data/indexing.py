@@ -265,7 +265,7 @@ class _Builder:
                 unread_picture = not images and extension.rpartition(".")[2] in UNREAD_PICTURES
                 self._leave_out(f".{extension}", member, lost=unread_picture)
         if not images:
-            self._note(key, members, "no image")
+            self._note(key, members)
         return images[0] if images else None
 
     def _label(self, key: str, members: list[tar.Member]) -> int:
@@ -282,7 +282,7 @@ class _Builder:
             return label
         field = None if self.label is None or _is_text(self.label) else self.label
         if "json" not in by_extension or (self.label is not None and field is None):
-            self._note(key, members, "no label")
+            self._note(key, members)
             return NO_LABEL
         member = by_extension["json"]
         where = f"{where} at offset {member.offset}"
@@ -296,7 +296,8 @@ class _Builder:
             raise UserError(
                 f"{where}: its .json has no integer field {field!r}" + (f", but {seen}" if seen else "")
             )
-        self._note(key, members, "no label", seen and f"its .json has {seen}, not a number")
+        none = f"none of {', '.join(LABEL_FIELDS)}"
+        self._note(key, members, f"its .json has {f'{seen}, not a number' if seen else none}")
         return NO_LABEL
 
     def _holds_label(self, extension: str) -> bool:
@@ -312,7 +313,7 @@ class _Builder:
         else:
             self.left_out[kind] = replace(before, count=before.count + 1, lost=before.lost or lost)
 
-    def _note(self, key: str, members: list[tar.Member], what: str, why: str | None = None) -> None:
+    def _note(self, key: str, members: list[tar.Member], why: str | None = None) -> None:
         """Keep why a sample lacks something, of the first ones."""
         if key in self.why or len(self.why) >= _REASONS_KEPT:
             return

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dattrain.data import tar
+from dattrain.data.files import open_file
 from dattrain.data.index import CATALOGUE, read_catalogue, read_dropped, read_record
 from dattrain.errors import UserError
 
@@ -130,12 +131,16 @@ def class_tar(path: str) -> bool:
 
 
 def no_shard_message(path: str) -> str | None:
-    """What to tell the user who would take a compressed tar, or one of a class, for a shard; None for others."""
+    """What to tell the user who would take for a shard what is none: no file, compressed, a tar of a class; else None."""
     if tar.COMPRESSED_NAME.search(path):
         return (
             f"{path}: is compressed; gunzip, unzstd or unxz it: shards must be plain .tar files, in which any image can be "
             "found"
         )
+    try:
+        os.close(open_file(path))
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
     if not class_tar(path):
         return None
     source = (os.path.dirname(path) or ".") if SYNSET_TAR.search(path) else path

@@ -9,6 +9,7 @@ from hashlib import sha256
 from dattrain.data import images, tar
 from dattrain.data.dataset import NO_LABEL, BadSample, Dataset, ShardDataset
 from dattrain.data.files import open_file
+from dattrain.data.index import LeftOut
 from dattrain.data.shards import LocalSource, check_local_size
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
@@ -25,17 +26,19 @@ class Report:
         nbytes: of images, decoded.
         bad: (key, reason) of samples that cannot be used.
         damaged: messages about whole shards.
+        left_out: members of shards that no sample has.
     """
 
     samples: int = 0
     nbytes: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
 
     @property
     def good(self) -> bool:
         """Whether nothing was found."""
-        return not (self.bad or self.damaged)
+        return not (self.bad or self.damaged or any(some.lost for some in self.left_out))
 
 
 def verify(
@@ -66,6 +69,7 @@ def verify(
             report.samples += part.samples
             report.nbytes += part.nbytes
             report.bad += part.bad
+            report.left_out += part.left_out
             report.damaged += [message for message in part.damaged if message not in report.damaged]
             done += end - start
             progress(done, total)
@@ -88,7 +92,8 @@ def _check(dataset: Dataset, shard: int, start: int, end: int, num_classes: int 
     report = Report()
     if isinstance(dataset, ShardDataset):
         try:
-            dataset.index(shard)
+            left_out = dataset.index(shard).left_out
+            report.left_out += left_out if start == 0 else ()
             dataset.source.read(shard, 0, 1)  # opens it
         except UserError as error:
             report.damaged.append(str(error))

@@ -14,6 +14,7 @@ from dattrain.urls import mask
 
 if TYPE_CHECKING:
     from dattrain.data.dataset import Dataset
+    from dattrain.data.index import LeftOut
     from dattrain.data.indexing import Indexed
 
 
@@ -113,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
+    from dattrain.data.dataset import ShardDataset
+    from dattrain.data.fields import Relabelled
     from dattrain.data.pack import Options, pack
     from dattrain.data.sources import open_source
 
@@ -157,7 +160,11 @@ def _pack(args: argparse.Namespace) -> int:
         found = json.loads(duplicates.read_bytes())
         differ = sum(not row["same_label"] for row in found)
         print(f"{len(found):,} duplicates left out, {differ:,} of them with another label; see {duplicates}")
-    return 0
+    shards = source.source if isinstance(source, Relabelled) else source
+    left_out: list[LeftOut] = []
+    if isinstance(shards, ShardDataset):
+        left_out = [some for i in range(len(shards.counts)) for some in shards.index(i).left_out]
+    return 1 if _say_left_out(left_out) else 0
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -174,6 +181,7 @@ def _verify(args: argparse.Namespace) -> int:
         print(f"damaged: {message}")
     for key, reason in report.bad:
         print(f"bad: {key}: {reason}")
+    _say_left_out(report.left_out)
     print(
         f"{mask(args.data)}: {report.samples:,} samples, {_size(report.nbytes)} decoded; {len(report.bad)} bad samples, "
         f"{len(report.damaged)} damaged shards"
@@ -183,7 +191,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _index(args: argparse.Namespace) -> int:
     from dattrain.data import inventory
-    from dattrain.data.indexing import describe, index_shards, link_shards
+    from dattrain.data.indexing import index_shards, link_shards
     from dattrain.data.listing import is_remote
     from dattrain.data.shards import expand
 
@@ -219,14 +227,21 @@ def _index(args: argparse.Namespace) -> int:
         if keys:
             more = f", and {len(keys) - 10:,} more" if len(keys) > 10 else ""
             print(f"{len(keys):,} {what}: {', '.join(keys[:10])}{more}", file=sys.stderr)
-    left_out = [some for shard in shards for some in shard.left_out]
-    if left_out:
-        total = sum(some.count for some in left_out)
-        print(f"{total:,} members left out: {describe(left_out)}", file=sys.stderr)
+    lost = _say_left_out([some for shard in shards for some in shard.left_out])
     _warn_of_order(shards)
     if missing and not args.drop:
         raise UserError(inventory.missing_message(missing))
-    return 1 if any(some.lost for some in left_out) else 0
+    return 1 if lost else 0
+
+
+def _say_left_out(left_out: list[LeftOut]) -> bool:
+    """Count by kind what no sample has; returns whether something is lost by it."""
+    from dattrain.data.indexing import describe
+
+    if left_out:
+        total = sum(some.count for some in left_out)
+        print(f"{total:,} members left out: {describe(left_out)}", file=sys.stderr)
+    return any(some.lost for some in left_out)
 
 
 def _warn_of_order(shards: list[Indexed]) -> None:

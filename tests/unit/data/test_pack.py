@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import encode
+from pictures import encode, write_tar
 from PIL import Image
 
+from dattrain.data import images
 from dattrain.data.dataset import open_dataset
 from dattrain.data.index import read_index
-from dattrain.data.indexing import build
+from dattrain.data.indexing import build, index_shards
 from dattrain.data.pack import Options, pack
 from dattrain.data.sources import open_source
 from dattrain.errors import UserError
@@ -343,3 +344,60 @@ def test_fifty_kills_lose_and_double_nothing(many, tmp_path):
         kill_and_resume(many, tmp_path / f"o{i}", 5, originals(many), window=0.1 * (i + 1)) for i in range(10)
     )
     assert hits >= 25
+
+
+def hub_shard(path: Path, jpegs: list[bytes], *, order: tuple[str, ...] = ("jpg", "cls", "json")) -> Path:
+    """As timm's imagenet-22k-wds: two labels, a name, and what else there may be."""
+    members = []
+    for i in range(5):
+        info = {
+            "label": i,
+            "label_12k": 100.0 + i,
+            "filename": f"n1/{i}.JPEG",
+            "class": "n1",
+            "width": 1,
+            "note": "ü",
+        }
+        content = {"jpg": jpegs[i], "cls": b"%d" % i, "json": json.dumps(info).encode()}
+        members += [(f"k{i}.{x}", content[x]) for x in order if not (x == "json" and i == 4)]
+    return write_tar(path, members)
+
+
+@pytest.mark.parametrize("order", [("jpg", "cls", "json"), ("json", "cls", "jpg"), ("cls", "json", "jpg")])
+def test_foreign_fields_stay(tmp_path, jpegs, order):
+    """Wherever the .json stands among a sample's members; a packing's own label and size go before."""
+    path = str(hub_shard(tmp_path / "h.tar", jpegs, order=order))
+    index_shards([path])
+    pack(open_source(path), tmp_path / "out", Options())
+    with tarfile.open(tmp_path / "out" / "train-0000.tar") as file:
+        infos = {m.name.partition("-")[2]: json.load(file.extractfile(m)) for m in file if "json" in m.name}
+    for i in range(4):
+        height, width = images.size(jpegs[i])
+        assert infos[f"k{i}.json"] == {
+            "label": i,
+            "label_12k": 100.0 + i,
+            "filename": f"n1/{i}.JPEG",
+            "class": "n1",
+            "height": height,
+            "width": width,
+            "note": "ü",
+        }
+    assert infos["k4.json"]["filename"] == "k4"
+
+
+def test_labels_of_another_field(tmp_path, jpegs):
+    path = str(hub_shard(tmp_path / "h.tar", jpegs))
+    index_shards([path])
+    with pytest.raises(UserError, match=r"'k4' at offset \d+: its .json has no integer field 'label_12k'"):
+        pack(open_source(path, label="label_12k"), tmp_path / "a", Options(label="label_12k"))
+    out, options = tmp_path / "out", Options(label="label_12k", skip_bad=True)
+    (manifest,) = pack(open_source(path, label="label_12k"), out, options)
+    dataset = open_dataset(str(out))
+    assert sorted(dataset.label(0, i) for i in range(4)) == [100, 101, 102, 103] and len(manifest["bad"]) == 1
+    with pytest.raises(UserError, match="label"):
+        pack(open_source(path), out, Options())
+    with pytest.raises(UserError, match="has no integer field 'note', but note 'ü'"):
+        pack(open_source(path, label="note"), tmp_path / "b", Options(label="note"))
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4), np.uint8), labels=np.zeros(2, np.int64))
+    with pytest.raises(UserError, match="--label x: .*a.npz holds no shards"):
+        open_source(str(tmp_path / "a.npz"), label="x")

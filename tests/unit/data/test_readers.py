@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import tarfile
 from collections import Counter
 
 import pytest
 import torch
+from pictures import write_tar
 
 from dattrain.config.schema import Config
+from dattrain.data.indexing import index_shards
 from dattrain.data.loader import train_loader
 from dattrain.errors import ConfigError, UserError
 
@@ -126,6 +129,23 @@ class TestDali:
         loader.close()
         with pytest.raises(UserError, match=r"train-000\d\.tar: sample '000(05|30)' at offset"):
             run(config(folder, "dali"), 13)
+
+    def test_hard_links(self, tmp_path, jpegs):
+        """Two samples of one image, at an offset before that of others."""
+        link = tarfile.TarInfo("00003.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "00000.jpg"
+        parts = [(f"{i:05d}.{x}", d) for i in range(3) for x, d in (("jpg", jpegs[i]), ("cls", b"%d" % i))]
+        write_tar(tmp_path / "a.tar", parts, end=b"")
+        with open(tmp_path / "a.tar", "ab") as file:
+            file.write(link.tobuf(tarfile.USTAR_FORMAT))
+        last = write_tar(tmp_path / "last", [("00003.cls", b"3")]).read_bytes()
+        with open(tmp_path / "a.tar", "ab") as file:
+            file.write(last)
+        index_shards([str(tmp_path / "a.tar")])
+        loader = opened(config(tmp_path / "a.tar", "dali"))
+        batch = next(iter(loader))
+        assert sorted(zip(batch.keys, batch.labels.tolist())) == [(f"a.tar:{i:05d}", i) for i in range(4)]
+        loader.close()
 
     def test_what_it_cannot_read(self, tmp_path, jpegs):
         (tmp_path / "images" / "cat").mkdir(parents=True)

@@ -83,7 +83,8 @@ class TestRetryAfter:
             quick(clock).read(f"{url}/a.tar")
             clock.now = 1010.0  # while that still waits
             threads = [
-                threading.Thread(target=quick(clock).read, args=(f"{url}/{n}.tar",), daemon=True) for n in "bc"
+                threading.Thread(target=quick(clock).read, args=(f"{url}/{n}.tar",), daemon=True)
+                for n in "bc"
             ]
             for thread in threads:
                 thread.start()

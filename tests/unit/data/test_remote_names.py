@@ -84,9 +84,11 @@ class TestQueryStrings:
             assert content_of(dataset) == content
 
     def test_that_alone_tell_shards_apart_are_refused(self, tmp_path, content):
-        with answering(lambda asked: file(tmp_path / "set", asked)) as (url, _):
-            with pytest.raises(UserError, match="named twice with different query strings"):
-                opened(f"{url}/set-0000.tar?part=1::{url}/set-0000.tar?part=2", tmp_path / "cache")
+        with (
+            answering(lambda asked: file(tmp_path / "set", asked)) as (url, _),
+            pytest.raises(UserError, match="named twice with different query strings"),
+        ):
+            opened(f"{url}/set-0000.tar?part=1::{url}/set-0000.tar?part=2", tmp_path / "cache")
 
     def test_of_a_pattern_that_needs_a_listing_are_refused(self):
         with pytest.raises(UserError, match="with braces"):
@@ -142,18 +144,19 @@ def test_wildcards_of_each_kind_are_looked_up(tmp_path, content, pattern):
 @pytest.mark.parametrize("status", [404, 403, 500])
 @pytest.mark.parametrize("names", ["", "set-*.tar", "set-{0000..0001}.tar", "list.txt"])
 def test_a_place_where_nothing_is_gives_one_line(tmp_path, status, names):
-    with answering(lambda asked: (status, {}, b"")) as (url, _):
-        with pytest.raises(UserError) as found:
-            opened(f"{url.replace('//', '//ann:hunter2@')}/{names}", tmp_path)
+    with answering(lambda asked: (status, {}, b"")) as (url, _), pytest.raises(UserError) as found:
+        opened(f"{url.replace('//', '//ann:hunter2@')}/{names}", tmp_path)
     assert "hunter2" not in str(found.value) and "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_shard_that_is_gone_is_named(tmp_path, content, verify):
     (tmp_path / "set" / "set-0001.tar").unlink()
-    with answering(lambda asked: file(tmp_path / "set", asked)) as (url, _):
-        with pytest.raises(UserError, match=r"set-0001\.tar: there is no such"):
-            content_of(opened(f"{url}/set-{{0000..0002}}.tar", tmp_path / "cache", verify=verify))
+    with (
+        answering(lambda asked: file(tmp_path / "set", asked)) as (url, _),
+        pytest.raises(UserError, match=r"set-0001\.tar: there is no such"),
+    ):
+        content_of(opened(f"{url}/set-{{0000..0002}}.tar", tmp_path / "cache", verify=verify))
 
 
 def test_a_bucket_that_may_not_be_listed_says_forbidden_of_what_is_not_there(tmp_path, content):

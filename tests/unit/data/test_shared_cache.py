@@ -159,7 +159,7 @@ def test_a_shard_is_indexed_although_its_cache_may_not_be_written(tmp_path, monk
 
     write_shards(tmp_path / "set", shards=1, samples=4)
     with answering(lambda asked: file(tmp_path / "set", asked)) as (url, _):
-        shards, source = open_remote(
+        _, source = open_remote(
             url, cache_dir=str(tmp_path / "cache"), cache_gb=1, transfer=Transfer(hosts=Clock().hosts)
         )
         source.read(0, 0, 512)

@@ -47,10 +47,12 @@ class Hosts:
 
     def wait(self, server: str) -> None:
         """Return when it may be asked: at once where nothing is known of it."""
-        while (left := self._row(server)[0] - self.clock()) > 0:
+        waited = 0.0
+        while (until := self._row(server)[0]) != waited and (left := until - self.clock()) > 0:
             note(f"waits {left:.0f} s for {server}, as that asked")
             # Not all at the same instant: those who were refused together would be again.
             self.sleep(left + self.jitter.uniform(0.0, min(5.0, 0.1 * left)))
+            waited = until  # another may have been told to wait longer meanwhile
 
     def lacks_ranges(self, server: str) -> bool:
         """It knows no ranges; whether that is news."""

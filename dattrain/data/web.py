@@ -43,7 +43,7 @@ async def get(
     if start is not None and end is not None:
         headers["Range"] = f"bytes={start}-{end - 1}"
     began = asyncio.get_running_loop().time()
-    async with session.get(_address(url), headers=headers, timeout=_patience(timeout)) as answer:
+    async with session.get(_address(system, url), headers=headers, timeout=_patience(timeout)) as answer:
         answer.raise_for_status()
         if start is None or end is None:
             return await answer.read()
@@ -73,7 +73,7 @@ async def size(system: Any, url: str, timeout: float) -> int | None:
     for method, asked in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
         headers = {"Accept-Encoding": "identity", **asked}
         async with session.request(
-            method, _address(url), headers=headers, timeout=_patience(timeout), allow_redirects=True
+            method, _address(system, url), headers=headers, timeout=_patience(timeout), allow_redirects=True
         ) as answer:
             if method == "HEAD" and answer.status in (400, 401, 403, 404, 405, 501):
                 continue
@@ -89,13 +89,11 @@ async def size(system: Any, url: str, timeout: float) -> int | None:
     return None
 
 
-def _address(url: str) -> Any:
+def _address(system: Any, url: str) -> Any:
     """The query string as it was given: what was signed may not be quoted anew."""
-    import yarl
-
     path, query = split_query(url)
-    address = yarl.URL(path)
-    return yarl.URL(with_query(str(address), query), encoded=True) if query else address
+    address = system.encode_url(path)
+    return type(address)(with_query(str(address), query), encoded=True) if query else address
 
 
 def _patience(silence: float) -> Any:

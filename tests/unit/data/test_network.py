@@ -62,17 +62,21 @@ class TestRetryAfter:
 
     def test_is_bounded_and_the_message_says_429(self):
         clock = Clock()
-        with answering(lambda asked: (429, {"Retry-After": "9" * 40}, b"")) as (url, _):
-            with pytest.raises(UserError, match="in 4 attempts; the last error was HTTP 429"):
-                quick(clock).size(f"{url}/x.tar")
+        with (
+            answering(lambda asked: (429, {"Retry-After": "9" * 40}, b"")) as (url, _),
+            pytest.raises(UserError, match="in 4 attempts; the last error was HTTP 429"),
+        ):
+            quick(clock).size(f"{url}/x.tar")
         assert len(clock.slept) == 3 and all(600 <= seconds <= 605 for seconds in clock.slept)
 
     @pytest.mark.parametrize("said", ["", "soon", "-5", "Mon, 99 Foo 2026", "0"])
     def test_that_says_nothing_leaves_the_pauses_as_they_are(self, said):
         clock = Clock()
-        with answering(lambda asked: (429, {"Retry-After": said}, b"")) as (url, _):
-            with pytest.raises(UserError, match="429"):
-                quick(clock, pause=1.0, longest_pause=2.0).read(f"{url}/x.tar")
+        with (
+            answering(lambda asked: (429, {"Retry-After": said}, b"")) as (url, _),
+            pytest.raises(UserError, match="429"),
+        ):
+            quick(clock, pause=1.0, longest_pause=2.0).read(f"{url}/x.tar")
         assert len(clock.slept) == 3 and max(clock.slept) <= 2 * 1.3
 
     def test_holds_every_thread_transfer_and_forked_worker_back(self):
@@ -203,9 +207,11 @@ class TestExpiredCredentials:
 
     @pytest.mark.parametrize("status", [400, 401, 403])
     def test_of_a_signed_url_end_it_at_once_and_say_so(self, status):
-        with answering(lambda asked: (status, {}, b"")) as (url, got):
-            with pytest.raises(Refused, match=rf"HTTP {status} .*signature has expired") as found:
-                quick().read(f"{url}/x.tar?X-Amz-Signature={SECRET}")
+        with (
+            answering(lambda asked: (status, {}, b"")) as (url, got),
+            pytest.raises(Refused, match=rf"HTTP {status} .*signature has expired") as found,
+        ):
+            quick().read(f"{url}/x.tar?X-Amz-Signature={SECRET}")
         assert len(got) == 1 and SECRET not in str(found.value)
 
     def test_a_certificate_is_no_credential(self, opening):
@@ -270,9 +276,11 @@ class TestNoRanges:
             assert download(transfer, f"{url}/x", len(data), hashlib.sha256(data).hexdigest()) == data
 
     def test_a_file_of_another_size_is_refused_with_both(self):
-        with answering(lambda asked: (200, {}, bytes(200_000))) as (url, _):
-            with pytest.raises(UserError, match="has 200000 bytes, but its index was built for 150000"):
-                download(quick(block=2**16), f"{url}/x", 150_000)
+        with (
+            answering(lambda asked: (200, {}, bytes(200_000))) as (url, _),
+            pytest.raises(UserError, match="has 200000 bytes, but its index was built for 150000"),
+        ):
+            download(quick(block=2**16), f"{url}/x", 150_000)
 
     def test_a_full_disk_is_no_reason_to_ask_again(self, monkeypatch):
         def full(*_):

@@ -370,6 +370,7 @@ def test_an_s3_compatible_server(tmp_path, s3):
         "s3://bucket/sets",
         "s3://bucket/sets/set-{0000..0002}.tar",
         "s3://bucket/sets/set-*.tar",
+        "s3://bucket/sets/set-000?.tar",
     ):
         dataset = opened(spec, tmp_path / "cache", transfer=transfer, verify=True)
         check_all(dataset, content)

@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.data.board import note
+from dattrain.data.images import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
+from dattrain.data.images import is_image_name
 from dattrain.data.index import NO_LABEL, ShardIndex
 from dattrain.data.shards import LocalSource, Shards, Source, expand, open_local, verify_sizes
 from dattrain.errors import UserError
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff"})
 _BLOCK = 512
 
 
@@ -247,11 +248,6 @@ def locate(dataset: Dataset, item: int) -> tuple[int, int]:
     """Shard and sample of a number that counts through the whole set."""
     shard = int(np.searchsorted(np.cumsum(dataset.counts), item, side="right"))
     return shard, item - int(dataset.counts[:shard].sum())
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file name ends like an image."""
-    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
 def scramble(name: str) -> bytes:

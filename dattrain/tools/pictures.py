@@ -12,7 +12,7 @@ from torch import Tensor
 from dattrain.data import images
 from dattrain.data.augment import eval_geometry
 from dattrain.data.dataset import is_image_name
-from dattrain.data.transforms import resize
+from dattrain.data.transforms import resize_window
 from dattrain.errors import UserError
 from dattrain.tools.weights import Card
 
@@ -48,10 +48,10 @@ def read(path: Path) -> Tensor:
 def prepare(image: Tensor, card: Card, size: tuple[int, int] | None = None) -> Tensor:
     """Resize and centre crop for evaluation: 3 x H x W uint8 to 3 x size uint8 (``card.img_size`` when None)."""
     size = size or card.img_size
-    resized, (top, left) = eval_geometry(
+    resized, corner = eval_geometry(
         image.shape[1], image.shape[2], size, resize=card.resize, crop_pct=card.crop_pct
     )
-    return resize(image, resized, card.interpolation)[:, top : top + size[0], left : left + size[1]]
+    return resize_window(image, resized, corner, size, card.interpolation)
 
 
 def normalise(batch: Tensor, card: Card, device: torch.device | str = "cpu") -> Tensor:

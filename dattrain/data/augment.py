@@ -8,6 +8,7 @@ decoder, sees the same crops.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -217,6 +218,23 @@ def eval_geometry(
         scale = min(height / target[0], width / target[1])
         new_h, new_w = max(size[0], round(height / scale)), max(size[1], round(width / scale))
     return (new_h, new_w), (round((new_h - size[0]) / 2), round((new_w - size[1]) / 2))
+
+
+def source_edges(
+    sides: Sequence[int], resized: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The part ``corner``, ``size`` of a resized image, in the pixels of the image before: (top, left), (bottom, right).
+
+    Args:
+        sides: height and width before.
+        resized: height and width after.
+    """
+    scale = [side / new for side, new in zip(sides, resized)]
+    top, left = (start * s for start, s in zip(corner, scale))
+    bottom, right = (
+        min((start + length) * s, side) for start, length, s, side in zip(corner, size, scale, sides)
+    )
+    return (top, left), (bottom, right)
 
 
 def _crop(config: Augment, seed: int, at: NDArray[np.int64]) -> NDArray[np.float64]:

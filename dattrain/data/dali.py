@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from dattrain.config.schema import Data
 from dattrain.data import images
-from dattrain.data.augment import crop_box, eval_geometry
+from dattrain.data.augment import crop_box, eval_geometry, source_edges
 from dattrain.data.batch import Batch
 from dattrain.data.cpu import EvalTransform, assemble, decode_sample
 from dattrain.data.dali_augment import Work, carry_out, prepare
@@ -273,17 +273,20 @@ class DaliDecoder:
     def _geometry(
         self, encoded: Encoded, sizes: list[tuple[int, int]], here: NDArray[np.bool_]
     ) -> tuple[NDArray[Any], ...]:
-        """Per image: crop (top, left), (height, width) and flip; or in evaluation the size to resize to and the crop's
-        (top, left)."""
+        """Per image: crop (top, left), (height, width) and flip; or in evaluation the crop's edges, (top, left) and
+        (bottom, right), in pixels of the file."""
         plan = encoded.request.plan
         if plan is None:
             t = self.transform
             assert t is not None
-            found = [eval_geometry(*hw, self.size, resize=t.resize, crop_pct=t.crop_pct) for hw in sizes]
-            return (
-                np.asarray([size for size, _ in found], dtype=np.float32).reshape(-1, 2),
-                np.asarray([corner for _, corner in found], dtype=np.int32).reshape(-1, 2),
-            )
+            edges = [
+                source_edges(
+                    hw, *eval_geometry(*hw, self.size, resize=t.resize, crop_pct=t.crop_pct), self.size
+                )
+                for hw in sizes
+            ]
+            both = np.asarray(edges, dtype=np.float32).reshape(-1, 2, 2)
+            return np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1])
         boxes = [
             crop_box(plan.crop[i], *hw, plan.crop_ratio) if here[i] else (0, 0, *hw)
             for i, hw in enumerate(sizes)

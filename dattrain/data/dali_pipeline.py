@@ -93,18 +93,18 @@ def eval_pipeline(
     interpolation: str,
     device: Device,
 ) -> Any:
-    """Decode, resize, crop.
+    """Decode, crop, resize; the crop's edges lie between pixels, and the filter reads beyond them.
 
-    ``source`` gives (files, B x 2 float32 height and width to resize to, B x 2 int32 top and left of the crop), to be held as
-    for ``train_pipeline``.
+    So memory is of the order of the image and of ``size``, while the resized form of a thin image would be thousands of times
+    that. ``source`` gives (files, B x 2 float32 top and left, B x 2 float32 bottom and right, in pixels of the file),
+    to be held as for ``train_pipeline``.
     """
     fn, types = require()
 
     def graph() -> Any:
-        files, resized, start = fn.external_source(source=source, num_outputs=3, batch=True, no_copy=True)
+        files, start, end = fn.external_source(source=source, num_outputs=3, batch=True, no_copy=True)
         pixels = fn.decoders.image(files, **_decoding(types, device))
-        pixels = fn.resize(pixels, size=resized, **_resizing(types, interpolation))
-        return fn.slice(pixels, start=start, shape=size, axes=(0, 1))
+        return fn.resize(pixels, size=size, roi_start=start, roi_end=end, **_resizing(types, interpolation))
 
     return _built(graph, batch, device)
 

@@ -163,4 +163,7 @@ def fetch(
 
 def bad_sample_message(reason: str) -> str:
     """What to tell the user of a bad sample that is an error."""
-    return f"{reason}; remove it, or set data.on_bad=skip to go on without it (its place stays, with zero weight)"
+    return (
+        f"{reason}; remove it, or set data.on_bad=skip (of dattrain eval, --on-bad skip) to go on without it "
+        "(its place stays, with zero weight)"
+    )

@@ -1,7 +1,7 @@
 """Encoded bytes to RGB pixels: magic bytes first, libjpeg-turbo for JPEG, Pillow as the second way.
 
 EXIF orientation is ignored, as timm and torchvision's folders do. Sizes are read from the header before anything is
-decoded, so that a decompression bomb costs nothing.
+decoded, so that a decompression bomb costs nothing. What image files may be called stands here too, beside what is read.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from functools import cache
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_SIDE = 16_384
 """Pixels; the longest side of ImageNet-22K's images is well below."""
@@ -21,22 +22,39 @@ MAX_PIXELS = 89_478_485
 """Where Pillow begins to suspect a decompression bomb."""
 
 # Pillow would try every format that it knows, among them some that start other programs (EPS).
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF")
+_EXTENSIONS = {
+    "JPEG": "jpg jpeg jpe jif jfif pjpeg pjp mpo",
+    "PNG": "png apng",
+    "WEBP": "webp",
+    "BMP": "bmp dib",
+    "GIF": "gif",
+    # Not pfm: such files are depth maps that lie beside images.
+    "PPM": "ppm pgm pbm pnm",
+    "TIFF": "tif tiff",
+    "JPEG2000": "jp2 j2k j2c jpc jpf jpx",
+    "AVIF": "avif avifs",
+}
+IMAGE_EXTENSIONS = frozenset(" ".join(_EXTENSIONS.values()).split())
+"""File names that end so, in either case, are images: of folders, of tar members, of what a verb is given."""
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff"})
+# ISO base media files: the brand says what is in them (MIAF, ISO/IEC 23000-22; HEIF, ISO/IEC 23008-12).
+_BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), "avif"),
+    **dict.fromkeys(
+        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"), "heic"
+    ),
+}
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF 6.0
+_UNREAD = {"avif": "AVIF (Pillow reads it from 11.3 on)", "heic": "HEIC", "jxl": "JPEG XL"}
 
 
 class BadImage(ValueError):
     """The bytes are no image that can be used; the message says why, without naming the sample."""
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a file name ends like an image."""
-    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
-
-
 def sniff(data: bytes) -> str:
-    """``jpeg``, ``png``, ``webp``, ``gif``, ``bmp`` or ``other``, by the magic bytes."""
+    """``jpeg``, ``png``, ``webp``, ``gif``, ``bmp``, ``avif``, ``heic``, ``jxl`` or ``other``, by the magic bytes."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpeg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -47,7 +65,16 @@ def sniff(data: bytes) -> str:
         return "gif"
     if data[:2] == b"BM":
         return "bmp"
+    if data[4:8] == b"ftyp":
+        return _BRANDS.get(bytes(data[8:12]), "other")
+    if data[:2] == b"\xff\x0a" or data[:12] == b"\0\0\0\x0cJXL \r\n\x87\n":
+        return "jxl"
     return "other"
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file name ends like an image, and is not hidden."""
+    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
 def size(data: bytes) -> tuple[int, int]:
@@ -78,10 +105,12 @@ def size(data: bytes) -> tuple[int, int]:
 
 
 def decode(data: bytes) -> torch.Tensor:
-    """RGB pixels, 3 x H x W uint8, in channels-last memory. Gray, CMYK and alpha are converted as Pillow does.
+    """RGB pixels, 3 x H x W uint8, in channels-last memory.
+
+    Gray, CMYK and alpha are converted as Pillow does; gray of more than 8 bits as ``decode_pillow`` says.
 
     Raises:
-        BadImage: not an image, cut short, or too large.
+        BadImage: not an image, cut short, too large, or of numbers that say no brightness.
     """
     size(data)
     frame = _jpeg_frame(data) if sniff(data) == "jpeg" else None
@@ -95,12 +124,45 @@ def decode(data: bytes) -> torch.Tensor:
 
 
 def decode_pillow(data: bytes) -> Image.Image:
-    """The image as Pillow reads it, in RGB. Raises BadImage."""
+    """The image as Pillow reads it, in RGB.
+
+    Gray of more than 8 bits keeps its highest 8, as Pillow keeps them of 16-bit colour (its own conversion of gray clips at 255
+    instead); of TIFF the stated number of bits counts, up to 16. Floating point is brightness from 0 to 1.
+
+    Raises:
+        BadImage: see ``decode``.
+    """
     with _open(data) as image:
         try:
-            return image.convert("RGB")
+            return _gray(image).convert("RGB") if image.mode[0] in "IF" else image.convert("RGB")
+        except BadImage:
+            raise
         except Exception as error:
             raise BadImage(f"{image.format} that does not decode ({_reason(error)})") from error
+
+
+def _gray(image: Image.Image) -> Image.Image:
+    """8-bit gray (mode ``L``) of an image in mode I;16 (either byte order), I or F. Raises BadImage where that has no rule."""
+    tags = getattr(image, "tag_v2", {})
+    values = np.asarray(image)
+    if image.mode == "F":
+        low, high = float(values.min()), float(values.max())
+        if not 0 <= low <= high <= 1:
+            raise BadImage(
+                f"{image.format} of floating point from {low:g} to {high:g}, of which only 0 (black) to 1 (white) is known "
+                "to be brightness; save it with 8 bits"
+            )
+        gray = np.rint(values * np.float32(255)).astype(np.uint8)
+    elif image.mode == "I" and image.format == "TIFF":
+        raise BadImage(
+            "TIFF of signed or 32-bit integers, which do not say what is white; save it with 8 bits"
+        )
+    else:
+        # Mode I elsewhere: what Pillow makes of 16-bit PGM, and before version 11 of 16-bit PNG.
+        (bits,) = tags.get(_BITS_PER_SAMPLE, (16,))
+        gray = (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
+    # Pillow inverts 8-bit TIFF that says so, and nothing wider.
+    return Image.fromarray(~gray if tags.get(_PHOTOMETRIC) == 0 else gray)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -108,17 +170,45 @@ def _open(data: bytes) -> Image.Image:
         # Our own limits are checked by ``size``.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            return Image.open(io.BytesIO(data), formats=_FORMATS)
+            return Image.open(io.BytesIO(data), formats=_readable())
         except Image.DecompressionBombError as error:
             raise BadImage(f"too many pixels ({error})") from error
+        except UnidentifiedImageError as error:
+            raise BadImage(_unidentified(data)) from error
         except Exception as error:
-            # Pillow's plugins raise many types on damaged headers: OSError, SyntaxError, struct.error, ...
-            start = data[:16]
-            raise BadImage(f"not an image (it starts with {start!r})") from error
+            # Pillow's plugins raise many types on damaged headers: OSError, ValueError, struct.error, ...
+            kind = sniff(data)
+            name = "an image" if kind == "other" else kind.upper()
+            raise BadImage(f"{name} that does not open ({_reason(error)})") from error
+
+
+@cache
+def _readable() -> tuple[str, ...]:
+    """Those of ``_FORMATS`` that this Pillow knows."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _unidentified(data: bytes) -> str:
+    """Why no plugin of Pillow's took the file: what the one for it says, which ``Image.open`` keeps to itself."""
+    kind = sniff(data)
+    for name in _readable() if kind not in ("heic", "jxl") else ():
+        factory, accepts = Image.OPEN[name]
+        if accepts is None or accepts(data[:16].ljust(16)) is not True:
+            continue
+        try:
+            factory(io.BytesIO(data), "").close()
+        except Exception as error:
+            return f"{name} that does not open ({_reason(error)})"
+    if kind in _UNREAD:
+        return f"{_UNREAD[kind]}, which is not read here; save it as JPEG or PNG"
+    return f"not an image (it starts with {data[:16]!r})"
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    # Pillow raises SyntaxError for what is wrong in a header; the word would be taken for a fault of the program.
+    said = isinstance(error, SyntaxError) and str(error)
+    return said or (f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:

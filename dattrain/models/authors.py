@@ -100,7 +100,8 @@ def _(module: DAT, theirs: str, ours: str) -> Iterator[Link]:
             assert isinstance(stage, Stage)
             yield from links(stage.downsample, f"down_projs.{number - 1}", f"stages.{number}.downsample")
     yield from same("cls_norm.norm", "norm")
-    yield from same("cls_head", "head.fc")
+    if module.num_classes:
+        yield from same("cls_head", "head.fc")
 
 
 @links.register

@@ -15,7 +15,7 @@ from torch import Tensor
 from dattrain.errors import UserError
 from dattrain.models.authors import Link, links, only, pointwise, same
 from dattrain.models.datpp import ConvDownsample, ConvMlp, ConvStem, LocalPerception, NeighborhoodAttention
-from dattrain.models.recognise import offset_range
+from dattrain.models.recognise import classes, offset_range
 
 CONVENTIONS: dict[str, Any] = {"reference": "shifted", "query_grid": "corner"}
 """What the DAT++ code has fixed."""
@@ -152,7 +152,7 @@ def _from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "img_size": sides.pop(),
         "patch_size": patch,
         "in_chans": state["patch_proj.0.weight"].shape[1],
-        "num_classes": state["cls_head.weight"].shape[0],
+        "num_classes": classes(state),
         "mlp_ratio": state[f"stages.0.mlps.0.{first}.weight"].shape[0] / found[0]["dims"],
         **{
             name: tuple(each[name] for each in found)

@@ -18,6 +18,12 @@ def is_datpp(state: Mapping[str, Tensor]) -> bool:
     return any(name.endswith(".rpb") or ".local_perception_units." in name for name in state)
 
 
+def classes(state: Mapping[str, Tensor]) -> int:
+    """Outputs of the classification head; 0 where there is none."""
+    head = state.get("cls_head.weight")
+    return 0 if head is None else head.shape[0]
+
+
 def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``DAT`` for the authors' MODEL.DAT mapping of the CVPR code.
 
@@ -138,7 +144,7 @@ def _from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "img_size": side,
         "patch_size": patch.shape[-1],
         "in_chans": patch.shape[1],
-        "num_classes": state["cls_head.weight"].shape[0],
+        "num_classes": classes(state),
         "mlp_ratio": hidden / dims[0],
         "dims": tuple(dims),
         "blocks": tuple(blocks),

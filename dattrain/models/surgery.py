@@ -285,7 +285,7 @@ def _recognised(state: Mapping[str, Tensor], config: Mapping[str, Any] | None) -
     arguments = code.from_tensors(state) if config is None else code.from_config(config)
     try:
         arguments["in_chans"] = state["patch_proj.0.weight"].shape[1]
-        arguments["num_classes"] = state["cls_head.weight"].shape[0]
+        arguments["num_classes"] = recognise.classes(state)
     except KeyError as error:
         raise UserError(f"not a checkpoint of the authors: {error} is missing") from error
     return arguments

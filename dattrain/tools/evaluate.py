@@ -90,6 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="decoding processes (default: the run's data.workers)"
     )
+    parser.add_argument(
+        "--on-bad",
+        choices=("error", "skip"),
+        help="an image that cannot be read ends it, or is left out and counted (default: the run's data.on_bad)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
 
 
@@ -139,6 +144,8 @@ def _one(args: argparse.Namespace, path: str, device: torch.device, speaks: bool
     model, card = load_model(
         path, ema=args.ema, device=device, img_size=image_size(args.img_size), bias_table=args.bias_table
     )
+    if not card.num_classes:
+        raise ConfigError(f"{path}: has no classification head to evaluate")
     card = replace(card, resize=args.resize or card.resize, crop_pct=args.crop_pct or card.crop_pct)
     config = adjusted(config_of(path), args)
     spec = args.data or config.data.val
@@ -218,10 +225,11 @@ def adjusted(config: Config | None, args: argparse.Namespace) -> Config:
     config = config or Schema()
     batch = args.batch or config.eval.batch
     workers = config.data.workers if args.workers is None else args.workers
+    on_bad = args.on_bad or config.data.on_bad
     return config.model_copy(
         update={
             "eval": config.eval.model_copy(update={"batch": batch}),
-            "data": config.data.model_copy(update={"workers": workers}),
+            "data": config.data.model_copy(update={"workers": workers, "on_bad": on_bad}),
         }
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -31,6 +31,9 @@ SUFFIX = {
     "onnx": ".onnx",
     "torch.export": ".pt2",
 }
+
+LOWEST_OPSET = 18
+"""Of ONNX: torch.onnx has no operators below; it would convert, fail on ``Pad``, and give 18 under another number."""
 
 EXACT, GRAPH = 1e-6, 1e-3
 """Largest difference of logits that is accepted, relative to their largest. The same numbers may lie otherwise in memory, where
@@ -59,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", nargs="+", metavar="IMAGE", help="what to compare on (default: eight of the demo's)"
     )
-    parser.add_argument("--opset", type=int, default=20, help="of ONNX (default: 20)")
+    parser.add_argument("--opset", type=int, default=20, help=f"of ONNX, from {LOWEST_OPSET} (default: 20)")
     parser.add_argument("--force", action="store_true", help="replace what is at --out")
 
 
@@ -140,7 +143,12 @@ def images_for(card: Card, paths: Sequence[str] | None) -> Tensor:
         file = resources.files("dattrain") / "demo" / "t10k-images-idx3-ubyte.gz"
         with resources.as_file(file) as path:
             pixels = [pictures.from_array(image) for image in read_idx(str(path))[:8]]
-    return pictures.normalise(torch.stack([pictures.prepare(each, card) for each in pixels]), card)
+    prepared = torch.stack([pictures.prepare(each, card) for each in pixels])
+    if card.in_chans in (1, 3):
+        return pictures.normalise(prepared, card)
+    # Of other channels (depth, infrared) there are no files here: red, green and blue again and again will do to compare.
+    colours = replace(card, in_chans=3, mean=card.mean[:3], std=card.std[:3])
+    return pictures.normalise(prepared, colours)[:, torch.arange(card.in_chans) % 3]
 
 
 def _safetensors(model: DAT, card: Card, out: Path) -> Written:
@@ -165,7 +173,7 @@ def _authors(model: DAT, card: Card, out: Path) -> Written:
         yaml.safe_dump({"MODEL": {"TYPE": "dat", "NAME": card.name, "DAT": config}}, sort_keys=False),
         encoding="utf-8",
     )
-    state, _ = importer.load(out)
+    state, *_ = importer.load(out)
     return Written(out, card, from_authors(state, importer.read_config(name)), EXACT)
 
 
@@ -268,7 +276,25 @@ def timm_config(card: Card) -> dict[str, Any]:
             "classifier": "head.fc",
             "license": "apache-2.0",
         },
+        **_label_names(card),
     }
+
+
+def _label_names(card: Card) -> dict[str, Any]:
+    """``label_names``, one per output, and where these are synsets ``label_descriptions``, their words; nothing where the
+    classes are not known. timm's hub format and transformers' pipelines read them."""
+    from dattrain.data import labels
+    from dattrain.tools import classes
+
+    names = list(card.classes)
+    if not names and card.labels is not None:
+        with suppress(UserError):  # winter21 needs a file that may not be here
+            names = list(labels.label_set(card.labels, classes=card.num_classes).synsets)
+    if not names or len(names) != card.num_classes:
+        return {}
+    words = classes.names(len(names), known=names)
+    described = {"label_descriptions": dict(zip(names, words))} if words != names else {}
+    return {"label_names": names, **described}
 
 
 def _onnx(model: DAT, card: Card, out: Path, opset: int) -> Written:
@@ -279,16 +305,25 @@ def _onnx(model: DAT, card: Card, out: Path, opset: int) -> Written:
         raise UserError(f"--to onnx needs {error.name}: pip install 'dattrain[export]'") from None
     import torch
 
-    program = torch.onnx.export(
-        _traced(model, card),
-        dynamo=True,
-        opset_version=opset,
-        optimize=True,
-        verbose=False,
-        input_names=["images"],
-        output_names=["logits"],
-    )
+    if opset < LOWEST_OPSET:
+        raise UserError(f"--opset {opset}: {LOWEST_OPSET} is the lowest that torch writes")
+    with _quiet("torch.onnx", "onnxscript"):
+        program = torch.onnx.export(
+            _traced(model, card),
+            dynamo=True,
+            opset_version=opset,
+            optimize=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+        )
     assert program is not None
+    found = program.model.opset_imports.get("")
+    if found != opset:
+        # Where its conversion fails, torch logs that and gives what it had.
+        raise UserError(
+            f"--opset {opset}: torch {torch.__version__} cannot write it (it gave {found}); take a lower one"
+        )
     _describe(program.model.metadata_props, card)
     program.save(str(out))
     options = onnxruntime.SessionOptions()
@@ -319,6 +354,22 @@ def _traced(model: DAT, card: Card) -> Any:
     batch = torch.export.Dim("batch", min=1)
     with ops.use_backend("reference"), _plain_attention(), torch.no_grad():
         return torch.export.export(model.eval(), (images,), dynamic_shapes=({0: batch},))
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Warnings of other libraries' loggers are not shown: what matters of them is checked."""
+    import logging
+
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 @contextmanager

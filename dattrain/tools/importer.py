@@ -1,7 +1,8 @@
 """``dattrain import FILE``: weights that the authors released, DAT (CVPR 2022) and DAT++, become a file of ours.
 
 Nothing in the file is executed: ``torch.load`` with ``weights_only``, or safetensors. Their checkpoints also hold their
-configuration as a ``yacs`` object, which plain safe loading refuses; here it is read as the dictionary that it is.
+configuration as a ``yacs`` object, which plain safe loading refuses; here it is read as the dictionary that it is. Other
+harmless objects that trainers put beside the tensors (numpy's numbers, parsed arguments) are passed over unread.
 """
 
 from __future__ import annotations
@@ -20,6 +21,31 @@ if TYPE_CHECKING:
 
     from dattrain.models.dat import DAT
     from dattrain.tools.weights import Card
+
+
+_STATES = ("model", "state_dict", "module", "model_ema", "state_dict_ema", "ema")
+"""Where trainers keep tensors in a checkpoint: the first that is there is taken, so averaged weights only where they are alone."""
+_FIRST = "patch_proj.0.weight"
+"""The authors' name of the first tensor of every DAT; what stands before it is a wrapper's prefix."""
+_PASSED_OVER = (
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "argparse.Namespace",
+)
+
+
+class _PassedOver:
+    """Stands for an object in a checkpoint that nobody needs; made from whatever its own class would be."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> _PassedOver:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,16 +75,17 @@ def run(args: argparse.Namespace) -> int:
     count = sum(p.numel() for p in model.parameters())
     settings = "".join(f", {key}={value}" for key, value in (card.overrides or {}).items())
     height, width = card.img_size
-    print(
-        f"{args.file}: {card.name}{settings}, {height} x {width}, {card.num_classes} classes, {count / 1e6:.3f}M parameters"
-    )
+    head = f"{card.num_classes} classes" if card.num_classes else "no classification head"
+    print(f"{args.file}: {card.name}{settings}, {height} x {width}, {head}, {count / 1e6:.3f}M parameters")
     print(f"architecture {origin}; written back in the authors' names, every tensor is identical")
     print(out)
     return 0
 
 
 def read(file: Path, config_file: Path | None = None) -> tuple[DAT, Card, str]:
-    """The model in a file of the authors, its card, and where its architecture was read from.
+    """The model in a file of the authors, its card, and where its architecture and its tensors were read from.
+
+    A file without classification head (a detector's backbone) gives a model without one.
 
     Raises:
         UserError: not such a file, or one whose model is not built here.
@@ -67,12 +94,14 @@ def read(file: Path, config_file: Path | None = None) -> tuple[DAT, Card, str]:
     from dattrain.models.surgery import from_authors
     from dattrain.tools.weights import card_of_model
 
-    state, own = load(file)
+    state, own, notes = load(file)
     config, origin = own, f"from the configuration in {file.name}"
     if config_file is not None:
         config, origin = read_config(config_file), f"from {config_file}"
     elif own is None:
         origin = "inferred from names and shapes"
+    state, more = _with_last_norm(state)
+    notes += more
     model = from_authors(state, config)
     check_round_trip(model, state)
     card = card_of_model(
@@ -81,11 +110,15 @@ def read(file: Path, config_file: Path | None = None) -> tuple[DAT, Card, str]:
         labels=infer(model.num_classes),
         source=f"the authors' {file.name}",
     )
-    return model, card, origin
+    return model, card, "; ".join([origin, *notes])
 
 
-def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors by the authors' names, and their MODEL.DAT mapping where the file has it. Raises UserError."""
+def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, list[str]]:
+    """Tensors by the authors' names, their MODEL.DAT mapping where the file has it, and what was done to get there.
+
+    Raises:
+        UserError: no such file, one that cannot be read safely, or one without tensors.
+    """
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -96,11 +129,14 @@ def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         head = opened.read(9)
     if head[8:] == b"{":  # safetensors: eight bytes of length, then JSON
         try:
-            return load_file(file), None
+            tensors, notes = _own_names(load_file(file), file)
+            return tensors, None, notes
         except SafetensorError as error:
             raise UserError(f"{file}: not a whole safetensors file ({error})") from None
     try:
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        harmless = [(_PassedOver, name) for name in _PASSED_OVER]
+        allowed: list[Any] = [(OrderedDict, "yacs.config.CfgNode"), _PassedOver, *harmless]
+        with torch.serialization.safe_globals(allowed):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (
         Exception
@@ -113,15 +149,53 @@ def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         ) from None
     if not isinstance(content, Mapping):
         raise UserError(f"{file}: holds a {type(content).__name__}, not a checkpoint")
-    state = next(
-        (content[k] for k in ("model", "state_dict") if isinstance(content.get(k), Mapping)), content
-    )
+    state, path = content, []
+    while key := next((k for k in _STATES if isinstance(state.get(k), Mapping)), None):
+        state = state[key]
+        path.append(key)
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise UserError(
             f"{file}: holds no tensors under 'model' (its keys: {', '.join(map(str, list(content)[:5]))})"
         )
-    return tensors, _model_dat(content.get("config"))
+    tensors, notes = _own_names(tensors, file)
+    if path and path[-1] != "model":
+        notes.insert(0, f"tensors of {path[-1]!r}")
+    return tensors, _model_dat(content.get("config")), notes
+
+
+def _own_names(state: dict[str, Tensor], file: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The model's tensors without what wrappers put before their names (``module.``, ``_orig_mod.``, a detector's
+    ``backbone.``), and without those beside the model; with a note of each. Raises UserError where there are two models."""
+    found = [name.removesuffix(_FIRST) for name in state if name.endswith(_FIRST)]
+    if len(found) > 1:
+        raise UserError(
+            f"{file}: holds {len(found)} models, named {', '.join(found)}; save one of them alone"
+        )
+    if not found or not found[0]:
+        return state, []
+    (prefix,) = found
+    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    notes = [f"names without {prefix!r}"]
+    if beside := [name for name in state if not name.startswith(prefix)]:
+        parts = ", ".join(sorted({name.partition(".")[0] for name in beside}))
+        notes.append(f"left out {len(beside)} tensors beside it ({parts})")
+    return inside, notes
+
+
+def _with_last_norm(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """A detector's backbone has a norm per output (``norms.N``) in place of the last one; our model begins with a fresh one."""
+    import torch
+
+    stages = [name for name in state if re.fullmatch(r"stages\.\d+\.layer_norms\.0\.norm\.weight", name)]
+    if not stages or "cls_head.weight" in state or "cls_norm.norm.weight" in state:
+        return state, []
+    width = state[max(stages)]
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("norms.")}
+    kept |= {"cls_norm.norm.weight": torch.ones_like(width), "cls_norm.norm.bias": torch.zeros_like(width)}
+    return kept, [
+        "the last norm is fresh" + (", those of outputs are left out" if len(kept) - 2 < len(state) else "")
+    ]
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,13 +13,16 @@ from torch import Tensor
 from dattrain.data import images
 from dattrain.data.augment import eval_geometry
 from dattrain.data.dataset import is_image_name
-from dattrain.data.transforms import resize
+from dattrain.data.transforms import resize_window
 from dattrain.errors import UserError
 from dattrain.tools.weights import Card
 
+_NAMED = 5
+"""Files passed over that are named."""
+
 
 def find(paths: Iterable[str | Path]) -> list[Path]:
-    """Image files named, and those in folders named (sorted, not deeper).
+    """Image files named, and those in folders named (sorted, not deeper); what is passed over there is said on stderr.
 
     Raises:
         UserError: a path does not exist, or a folder holds no image.
@@ -26,9 +30,16 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.is_file() and is_image_name(p.name))
+            entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+            inside = [p for p in entries if p.is_file() and is_image_name(p.name)]
+            others = [p.name + "/" * p.is_dir() for p in entries if p not in inside]
+            more = ", ..." if len(others) > _NAMED else ""
+            passed_over = f"{', '.join(others[:_NAMED])}{more}"
             if not inside:
-                raise UserError(f"{path}: a folder without images")
+                holds = f" (it holds {passed_over})" if others else ""
+                raise UserError(f"{path}: a folder without images{holds}")
+            if others:
+                print(f"{path}: {len(others)} passed over: {passed_over}", file=sys.stderr)
             found += inside
         elif path.is_file():
             found.append(path)
@@ -48,14 +59,22 @@ def read(path: Path) -> Tensor:
 def prepare(image: Tensor, card: Card, size: tuple[int, int] | None = None) -> Tensor:
     """Resize and centre crop for evaluation: 3 x H x W uint8 to 3 x size uint8 (``card.img_size`` when None)."""
     size = size or card.img_size
-    resized, (top, left) = eval_geometry(
+    resized, corner = eval_geometry(
         image.shape[1], image.shape[2], size, resize=card.resize, crop_pct=card.crop_pct
     )
-    return resize(image, resized, card.interpolation)[:, top : top + size[0], left : left + size[1]]
+    return resize_window(image, resized, corner, size, card.interpolation)
 
 
 def normalise(batch: Tensor, card: Card, device: torch.device | str = "cpu") -> Tensor:
-    """B x 3 x H x W uint8 to the model's input, float32: (x / 255 - mean) / std; one channel is the mean of three."""
+    """B x 3 x H x W uint8 to the model's input, float32: (x / 255 - mean) / std; one channel is the mean of three.
+
+    Raises:
+        UserError: the model takes another number of channels.
+    """
+    if card.in_chans not in (1, 3):
+        raise UserError(
+            f"the model takes {card.in_chans} channels, and image files give 3 (or 1, their mean)"
+        )
     x = batch.to(device).float() / 255
     mean, std = (torch.tensor(each, device=x.device).view(1, -1, 1, 1) for each in (card.mean, card.std))
     if card.in_chans == 1:

@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     model, card = load_model(
         args.checkpoint, ema=args.ema, device=args.device, img_size=image_size(args.img_size)
     )
+    if not card.num_classes:
+        raise UserError(f"{args.checkpoint}: has no classification head, so it knows no classes")
     if args.resize:
         card = replace(card, resize=args.resize)
     names = read_names(args.classes, card.num_classes) if args.classes else None

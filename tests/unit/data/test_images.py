@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from pictures import encode
-from PIL import Image
+from PIL import Image, features
 
-from dattrain.data.images import MAX_SIDE, BadImage, decode, size, sniff
+from dattrain.data import dataset, images
+from dattrain.data.images import IMAGE_EXTENSIONS, MAX_SIDE, BadImage, decode, is_image_name, size, sniff
 
 
 def test_every_encoding_decodes_as_pillow_does(encodings):
@@ -55,7 +56,7 @@ def test_a_truncated_image_is_bad(encodings, share):
     ],
 )
 def test_what_is_no_image_is_bad(data):
-    with pytest.raises(BadImage, match="not an image"):
+    with pytest.raises(BadImage, match="not an image|JPEG that does not open"):
         decode(data)
 
 
@@ -92,3 +93,97 @@ def png_bomb(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = zlib.compress(bytes(1 << 20), 9)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+RAMP = np.tile(np.arange(256, dtype=np.uint16) * 257, (4, 1))
+
+
+def tiff12(values: np.ndarray) -> bytes:
+    """A TIFF of 12 bits a pixel, two pixels in three bytes."""
+    height, width = values.shape
+    first, second = values.ravel()[::2].astype(int), values.ravel()[1::2].astype(int)
+    packed = np.stack((first >> 4, (first & 15) << 4 | second >> 8, second & 255), 1).astype(np.uint8)
+    short = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: packed.size}
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in short.items())
+    place = struct.pack("<I", 8 + packed.size)
+    return b"II*\0" + place + packed.tobytes() + struct.pack("<H", len(short)) + entries + bytes(4)
+
+
+WIDE = {
+    "png": lambda: encode(Image.fromarray(RAMP), "PNG"),
+    "tiff": lambda: encode(Image.fromarray(RAMP), "TIFF"),
+    "tiff big-endian": lambda: encode(
+        Image.frombytes("I;16B", (256, 4), RAMP.astype(">u2").tobytes()), "TIFF"
+    ),
+    "tiff 12 bits": lambda: tiff12(RAMP >> 4),
+    "tiff white is zero": lambda: encode(Image.fromarray(~RAMP), "TIFF", tiffinfo={262: 0}),
+    "tiff float": lambda: encode(Image.fromarray(RAMP.astype(np.float32) / 65535), "TIFF"),
+    "pgm": lambda: b"P5 256 4 65535\n" + RAMP.astype(">u2").tobytes(),
+    "pgm 10 bits": lambda: b"P5 256 4 1023\n" + (RAMP >> 6).astype(">u2").tobytes(),
+    "jpeg 2000": lambda: encode(Image.fromarray(RAMP), "JPEG2000"),
+}
+
+
+@pytest.mark.parametrize("kind", list(WIDE))
+def test_gray_of_more_than_8_bits_keeps_its_brightness(kind):
+    found = decode(WIDE[kind]()).numpy().astype(int)
+    assert found.shape == (3, 4, 256)
+    assert np.abs(found - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((4, 4), 12.5, np.float32), "floating point from 12.5 to 12.5"),
+        (np.full((4, 4), -0.1, np.float32), "floating point from -0.1"),
+        (np.full((4, 4), np.nan, np.float32), "floating point from nan"),
+        (np.full((4, 4), 70_000, np.int32), "32-bit integers"),
+    ],
+)
+def test_gray_without_a_known_white_is_bad(values, message):
+    with pytest.raises(BadImage, match=message):
+        decode(encode(Image.fromarray(values), "TIFF"))
+
+
+def png_with(chunk: bytes, data: bytes, *, damaged: bool = False) -> bytes:
+    """A whole PNG with one more chunk after its header."""
+    whole = encode(Image.new("RGB", (8, 8)), "PNG")
+    check = struct.pack(">I", zlib.crc32(chunk + data) ^ damaged)
+    return whole[:33] + struct.pack(">I", len(data)) + chunk + data + check + whole[33:]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (png_with(b"iCCP", b"p\0\0" + zlib.compress(bytes(1 << 21))), "Decompressed data too large"),
+        (png_with(b"zTXt", b"c\0\0" + zlib.compress(bytes(1 << 21))), "Decompressed data too large"),
+        (png_with(b"tEXt", b"c\0hello", damaged=True), "PNG that does not open .*tEXt"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC, which is not read here"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(99), "HEIC, which is not read here"),
+        (b"\xff\x0a" + bytes(99), "JPEG XL, which is not read here"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "JPEG XL, which is not read here"),
+    ],
+)
+def test_a_bad_image_keeps_the_true_reason(data, reason):
+    with pytest.raises(BadImage, match=reason) as caught:
+        decode(data)
+    assert "not an image" not in str(caught.value)
+
+
+def test_avif_is_read_or_named():
+    if features.check("avif"):
+        found = decode(encode(Image.new("RGB", (16, 16), (200, 30, 40)), "AVIF", quality=95))
+        assert np.abs(found[:, 8, 8].numpy().astype(int) - [200, 30, 40]).max() <= 6
+    else:
+        with pytest.raises(BadImage, match="AVIF .* not read here"):
+            decode(b"\0\0\0\x18ftypavif" + bytes(99))
+
+
+def test_file_names_are_those_of_the_formats_that_are_read():
+    Image.init()
+    known = {extension[1:]: kind for extension, kind in Image.registered_extensions().items()}
+    readable = set(images._FORMATS) | {"MPO"}  # which begins with a JPEG
+    assert {name for name, kind in known.items() if kind in readable} - {"pfm"} <= IMAGE_EXTENSIONS
+    assert {known[name] for name in IMAGE_EXTENSIONS & set(known)} <= readable
+    assert IMAGE_EXTENSIONS is dataset.IMAGE_EXTENSIONS
+    assert is_image_name("a.b.JFIF") and not any(map(is_image_name, (".a.jpg", "a.heic", "a.txt", "jpg.")))

@@ -52,6 +52,16 @@ def test_figures_are_those_counted_by_hand(tmp_path, atto, card, weights_file, v
     assert flipped["views"] == 2
 
 
+def test_a_bad_image_is_an_error_or_left_out_as_asked(tmp_path, weights_file, capsys):
+    folder = image_folder(tmp_path / "val", 20)
+    (next(folder.iterdir()) / "bad.png").write_bytes(b"no image")
+    command = ["eval", str(weights_file), "--data", str(folder), "--workers", "0"]
+    assert cli.main(command) == 1
+    assert "bad.png" in (message := capsys.readouterr().err) and "--on-bad skip" in message
+    report = evaluated(tmp_path, weights_file, "--data", folder, "--on-bad", "skip")
+    assert (report["images"], report["bad"]) == (20, 1)
+
+
 def test_five_crops_are_corners_and_centre():
     image = torch.arange(36.0).reshape(1, 1, 6, 6)
     views = list(passes.Views(flip=True, crops=5)(image, (4, 4)))

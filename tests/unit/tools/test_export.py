@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import numpy as np
 import onnx
@@ -55,7 +56,7 @@ def test_weights_come_back_bit_for_bit(tmp_path, capsys, request, which, to):
     assert "same best class on 8 of 8 images" in capsys.readouterr().out
     model = weights.load_model(source)[0]
     if to == "authors":
-        state, _ = importer.load(out.with_suffix(".pth"))
+        state, *_ = importer.load(out.with_suffix(".pth"))
         assert any("conv_offset" in name for name in state)
         back = surgery.from_authors(state, importer.read_config(out.with_suffix(".yaml")))
     elif to == "timm":
@@ -125,6 +126,40 @@ def test_onnx_runs_at_several_sizes_with_its_sampling_intact(tmp_path, capsys, r
             np.testing.assert_allclose(
                 session.run(None, {"images": x.numpy()})[0], expected, atol=2e-4, rtol=1e-3
             )
+
+
+def test_an_opset_that_cannot_be_written_is_refused(tmp_path, small, capsys, monkeypatch):
+    command = ["export", str(small), "--to", "onnx", "--out", str(tmp_path / "m.onnx"), "--opset"]
+    assert cli.main([*command, "17"]) == 1
+    assert "--opset 17: 18 is the lowest" in capsys.readouterr().err
+    # Where torch's conversion to a later one fails, it gives what it had.
+    kept = types.SimpleNamespace(model=types.SimpleNamespace(opset_imports={"": 18}))
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: kept)
+    monkeypatch.setattr(export, "_traced", lambda model, card: None)
+    assert cli.main([*command, "99"]) == 1
+    assert "--opset 99" in (message := capsys.readouterr().err) and "gave 18" in message
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_class_names_are_in_timms_config(tmp_path):
+    named = weights.Card("dat_atto", 2, (64, 64), classes=("cat", "dog"))
+    assert export.timm_config(named)["label_names"] == ["cat", "dog"]
+    assert "label_descriptions" not in export.timm_config(named)
+    config = export.timm_config(weights.Card("dat_atto", 1000, (64, 64), labels="imagenet-1k"))
+    assert config["label_names"][1] == "n01443537" and len(config["label_names"]) == 1000
+    assert config["label_descriptions"]["n01443537"] == "goldfish, Carassius auratus"
+    assert "label_names" not in export.timm_config(weights.Card("dat_atto", 1000, (64, 64)))
+    # timm gives them to whoever loads the folder.
+    model = create("dat_atto", num_classes=2, img_size=64)
+    export.write(model.eval(), named, "timm", tmp_path / "hub")
+    assert timm.create_model(f"local-dir:{tmp_path / 'hub'}").pretrained_cfg["label_names"] == ["cat", "dog"]
+
+
+def test_a_model_of_other_channels_is_exported(tmp_path, capsys):
+    model = create("dat_atto", num_classes=2, img_size=64, in_chans=4)
+    weights.save(tmp_path / "a.safetensors", model.state_dict(), weights.card_of_model(model))
+    command = ["export", str(tmp_path / "a.safetensors"), "--to", "safetensors", "--out", str(tmp_path / "b")]
+    assert cli.main(command) == 0
 
 
 def test_torch_export_loads_back_for_any_batch(tmp_path, small):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from dattrain import cli
@@ -151,3 +153,71 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys):
     assert cli.main(["import", str(file)]) == 1
     assert "--force" in capsys.readouterr().err and out.read_text() == "mine"
     assert cli.main(["import", str(file), "--force"]) == 0
+
+
+def authors_state(classes: int = 3) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return surgery.to_authors(create("dat_atto", num_classes=classes, img_size=64))
+
+
+WRAPPED = {
+    "ddp": lambda state: {"model": {f"module.{n}": t for n, t in state.items()}},
+    "compiled": lambda state: {"state_dict": {f"_orig_mod.{n}": t for n, t in state.items()}},
+    "both": lambda state: {"model": {f"module._orig_mod.{n}": t for n, t in state.items()}},
+    "averaged alone": lambda state: {"model_ema": state, "epoch": 3},
+    "timm's average": lambda state: {"state_dict_ema": {f"module.{n}": t for n, t in state.items()}},
+    "nested": lambda state: {"ema": {"module": state, "decay": 0.999}},
+    "detector": lambda state: {
+        "state_dict": {f"backbone.{n}": t for n, t in state.items()} | {"neck.conv.weight": torch.zeros(1)},
+        "meta": {"epoch": 12},
+    },
+    "numpy's numbers and arguments": lambda state: {
+        "model": state,
+        "max_accuracy": np.float64(81.5),
+        "best": np.int64(7),
+        "curve": np.arange(3.0),
+        "args": argparse.Namespace(lr=1e-3, seed=np.int32(0)),
+    },
+}
+
+
+@pytest.mark.parametrize("wrapped", list(WRAPPED))
+def test_what_trainers_put_around_the_tensors_is_taken_off(tmp_path, wrapped):
+    state, file = authors_state(), tmp_path / "a.pth"
+    torch.save(WRAPPED[wrapped](state), file)
+    found, _, notes = importer.load(file)
+    assert list(found) == list(state) and all(torch.equal(found[n], t) for n, t in state.items())
+    assert ("neck" in " ".join(notes)) == (wrapped == "detector")
+    assert ("ema" in " ".join(notes)) == (wrapped in ("averaged alone", "timm's average"))
+
+
+def test_two_models_in_one_file_are_refused(tmp_path, capsys):
+    state = authors_state()
+    both = {f"{side}.{n}": t for side in ("student", "teacher") for n, t in state.items()}
+    torch.save({"model": both}, tmp_path / "a.pth")
+    assert cli.main(["import", str(tmp_path / "a.pth")]) == 1
+    assert "holds 2 models, named student., teacher." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_file_without_head_gives_a_model_without_one(tmp_path, capsys, dense):
+    model = create("dat_tiny", num_classes=5, img_size=224)
+    state = surgery.to_authors(model)
+    headless = {n: t for n, t in state.items() if not n.startswith("cls_head")}
+    if dense:
+        headless = {n: t for n, t in headless.items() if not n.startswith("cls_norm")}
+        headless |= {
+            f"norms.{i}.norm.{part}": torch.ones(96 * 2**i) for i in range(4) for part in ("weight", "bias")
+        }
+        headless = {f"backbone.{n}": t for n, t in headless.items()}
+    torch.save({"state_dict": headless}, tmp_path / "a.pth")
+    assert cli.main(["import", str(tmp_path / "a.pth")]) == 0
+    out = capsys.readouterr().out
+    assert "no classification head" in out and ("the last norm is fresh" in out) == dense
+    back, card = weights.load_model(tmp_path / "a.safetensors")
+    assert (card.name, card.num_classes, card.labels) == ("dat_tiny", 0, None)
+    assert torch.equal(back.stages[2].blocks[1].attn.q.weight, model.stages[2].blocks[1].attn.q.weight)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for verb in (["predict", str(tmp_path / "a.png"), "--checkpoint"], ["eval"]):
+        assert cli.main([*verb, str(tmp_path / "a.safetensors")]) != 0
+        assert "has no classification head" in capsys.readouterr().err

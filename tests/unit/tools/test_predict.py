@@ -59,6 +59,26 @@ def test_a_bad_image_does_not_hide_the_others(images, weights_file, capsys):
     assert "2.png" in out.out and "bad.png" in out.err
 
 
+def test_what_a_folder_holds_beside_images_is_named(images, weights_file, capsys):
+    (images / "a.heic").write_bytes(b"")
+    (images / "deeper").mkdir()
+    (images / ".hidden").write_bytes(b"")
+    assert cli.main(["predict", str(images), "--checkpoint", str(weights_file)]) == 0
+    assert "2 passed over: a.heic, deeper/" in capsys.readouterr().err
+    with pytest.raises(UserError, match="a folder without images$"):
+        pictures.find([images / "deeper"])
+    (images / "deeper/b.heic").write_bytes(b"")
+    with pytest.raises(UserError, match=r"without images \(it holds b.heic\)"):
+        pictures.find([images / "deeper"])
+
+
+def test_a_model_of_other_channels_is_refused_by_name(images, tmp_path, capsys):
+    model = create("dat_atto", num_classes=2, img_size=64, in_chans=4)
+    weights.save(tmp_path / "c4.safetensors", model.state_dict(), weights.card_of_model(model))
+    assert cli.main(["predict", str(images / "0.png"), "--checkpoint", str(tmp_path / "c4.safetensors")]) == 1
+    assert "the model takes 4 channels" in capsys.readouterr().err
+
+
 def test_imagenet_heads_have_names():
     assert classes.names(1000, "imagenet-1k")[:2] == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
     assert classes.names(2, known=["n01440764", "n01443537"])[0] == "tench, Tinca tinca"

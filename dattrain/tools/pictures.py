@@ -55,7 +55,15 @@ def prepare(image: Tensor, card: Card, size: tuple[int, int] | None = None) -> T
 
 
 def normalise(batch: Tensor, card: Card, device: torch.device | str = "cpu") -> Tensor:
-    """B x 3 x H x W uint8 to the model's input, float32: (x / 255 - mean) / std; one channel is the mean of three."""
+    """B x 3 x H x W uint8 to the model's input, float32: (x / 255 - mean) / std; one channel is the mean of three.
+
+    Raises:
+        UserError: the model takes other images than of one or three channels.
+    """
+    if card.in_chans not in (1, 3):
+        raise UserError(
+            f"this model takes {card.in_chans} channels, and an image file gives 3 (or their mean, 1)"
+        )
     x = batch.to(device).float() / 255
     mean, std = (torch.tensor(each, device=x.device).view(1, -1, 1, 1) for each in (card.mean, card.std))
     if card.in_chans == 1:

@@ -68,6 +68,7 @@ def test_scalars_mean_what_a_researcher_reads(text, value):
         ("train.micro_batch=48", "nearest divisor"),
         ("train.micro_batch=1", "odd"),
         ("model.img_size=100", "multiple of 32"),
+        ("model.in_chans=4", "the data gives 3"),
         ("optim.lr", "not of the form"),
         ("train.progressive=[{epoh: 1, img_size: 96}]", "train.progressive.0.epoch"),
         ("optim.lr=.nan", "optim.lr"),

@@ -31,7 +31,7 @@ class Model(Section):
     num_classes: Count = 1000
     """Outputs of the head."""
     in_chans: Count = 3
-    """Channels of an image."""
+    """Channels of an image: 3, which is what the data gives."""
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Stochastic depth of the last block; the blocks before it grow linearly from 0."""
     init: Literal["paper", "trunc_normal"] = "paper"
@@ -374,6 +374,8 @@ class Config(Section):
                 f"data.reader={self.data.reader} cannot read a partner that is elsewhere; use data.reader=index, another micro-batch "
                 "or group, or augment.mix_prob=0"
             )
+        if self.model.in_chans != 3:
+            raise ValueError(f"model.in_chans={self.model.in_chans}, but the data gives 3 (RGB, gray as RGB)")
         for size in (self.model.img_size, *(p.img_size for p in t.progressive)):
             for side in (size,) if isinstance(size, int) else size:
                 if side < 32 or side % 32:

@@ -49,12 +49,11 @@ def shift_mask(
         windows x area x area, fp32.
     """
 
-    def regions(size: int, extent: int, by: int) -> Tensor:
-        place = torch.arange(size, device=device)
-        return (place >= size - extent).long() + (place >= size - by).long()
-
-    rows, columns = (regions(*each) for each in zip((height, width), window, shift))
-    region = (rows[:, None] * 3 + columns).view(height // window[0], window[0], width // window[1], window[1])
+    # Only windows at the bottom and at the right hold tokens from both sides of the map: the last ``by`` were first.
+    rows, columns = (
+        torch.arange(size, device=device) >= size - by for size, by in zip((height, width), shift)
+    )
+    region = (rows[:, None] * 2 + columns).view(height // window[0], window[0], width // window[1], window[1])
     region = region.transpose(1, 2).reshape(-1, window[0] * window[1])
     return (region[:, :, None] != region[:, None, :]).float() * MASKED
 
@@ -81,7 +80,6 @@ class WindowAttention(Interior):
         self.drop = nn.Dropout(drop)
         self.window = window
         self.bias_table = nn.Parameter(torch.empty(heads, 2 * window[0] - 1, 2 * window[1] - 1))
-        self._mask: tuple[object, Tensor | None] = (None, None)
         init_table(self.bias_table)
 
     @property
@@ -133,13 +131,9 @@ class WindowAttention(Interior):
         return self.drop(self.proj(out))
 
     def _shift_mask(self, height: int, width: int, device: torch.device) -> Tensor:
-        if torch.compiler.is_compiling():
-            return shift_mask(height, width, self.window, self.shift_size, device)
-        key = (height, width, self.window, device)
-        if self._mask[0] != key:
-            self._mask = (key, shift_mask(height, width, self.window, self.shift_size, device))
-        assert self._mask[1] is not None
-        return self._mask[1]
+        # Made anew at every call, a few kernels on little memory: one that is kept must belong to no mode, trace, thread
+        # or CUDA graph.
+        return shift_mask(height, width, self.window, self.shift_size, device)
 
 
 class SpatialReductionAttention(Interior):
@@ -176,5 +170,5 @@ class SpatialReductionAttention(Interior):
         batch, height, width, dim = q.shape
         query = q.view(batch, height * width, self.heads, -1).transpose(1, 2)
         k, v = kv.view(batch, -1, 2, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(query, k, v)
+        out = ops.biased_attention(query, k, v, None)
         return self.drop(self.proj(out.transpose(1, 2).reshape(batch, height, width, dim)))

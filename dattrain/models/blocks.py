@@ -33,7 +33,54 @@ def as_computed(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-class DepthwiseConv(nn.Conv2d):
+def check_channels(x: Tensor, channels: int, axis: int) -> None:
+    """Refuse what is no batch of images (``axis`` 1) or maps (-1) of so many channels.
+
+    Raises:
+        ValueError: the shape, and what was expected.
+    """
+    if x.dim() != 4 or x.shape[axis] != channels:
+        wanted = f"B x {channels} x H x W" if axis == 1 else f"B x H x W x {channels}"
+        found = f"{x.shape[axis]} channels" if x.dim() == 4 else f"{x.dim()} dimensions"
+        raise ValueError(f"expected {channels} channels ({wanted}), got {found}: {tuple(x.shape)}")
+
+
+class MapConv(nn.Module):
+    """Weight and bias of a convolution, shaped and drawn as ``nn.Conv2d``'s, for B x H x W x C maps.
+
+    It is no ``nn.Conv2d``, which tools take for B x C x H x W in and out, and for its constructor.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int,
+        padding: int = 0,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.padding = (kernel, kernel), (stride, stride), (padding, padding)
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel, kernel))
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew: uniform within 1 / sqrt(fan-in), both."""
+        nn.Conv2d.reset_parameters(self)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"groups={self.groups}, bias={self.bias is not None}"
+        )
+
+
+class DepthwiseConv(MapConv):
     """k x k depthwise convolution of a B x H x W x C map; maps of several times ``channels`` share its kernels by groups."""
 
     def __init__(self, channels: int, kernel: int = 3, stride: int = 1) -> None:
@@ -51,48 +98,57 @@ class Interior(nn.Module):
     checkpoint_interior: bool = False
 
 
-class PatchConv(nn.Conv2d):
-    """Convolution whose stride is its kernel, written as one matrix product over patches.
+class PatchConv(MapConv):
+    """Convolution of a map whose stride is its kernel, as one matrix product over patches.
 
-    Weight and bias have ``nn.Conv2d``'s layout. Maps whose size the kernel does not divide are padded with zeros at right
-    and bottom, so no pixel is lost.
-
-    Args:
-        image: the input is B x C x H x W (an image) and not B x H x W x C (a map).
+    Maps whose size the kernel does not divide are padded with zeros at right and bottom, so no pixel is lost.
     """
 
-    def __init__(
-        self, in_chans: int, out_chans: int, kernel: int, *, bias: bool = True, image: bool = False
-    ) -> None:
-        super().__init__(in_chans, out_chans, kernel, stride=kernel, bias=bias)
-        self.image = image
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, *, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, kernel, kernel, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns B x ceil(H / kernel) x ceil(W / kernel) x out_chans."""
+        """B x H x W x in_channels -> B x ceil(H / kernel) x ceil(W / kernel) x out_channels."""
+        check_channels(x, self.in_channels, -1)
         kernel = self.kernel_size[0]
-        if self.image:
-            x = F.pad(x, (0, -x.shape[-1] % kernel, 0, -x.shape[-2] % kernel))
-            batch, channels, height, width = x.shape
-            x = x.reshape(batch, channels, height // kernel, kernel, width // kernel, kernel)
-            x, weight = x.permute(0, 2, 4, 1, 3, 5), self.weight
-        else:
-            x = F.pad(x, (0, 0, 0, -x.shape[2] % kernel, 0, -x.shape[1] % kernel))
-            batch, height, width, channels = x.shape
-            x = x.reshape(batch, height // kernel, kernel, width // kernel, kernel, channels)
-            x, weight = x.permute(0, 1, 3, 2, 4, 5), self.weight.permute(0, 2, 3, 1)
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % kernel, 0, -x.shape[1] % kernel))
+        batch, height, width, channels = x.shape
+        x = x.reshape(batch, height // kernel, kernel, width // kernel, kernel, channels)
+        x, weight = x.permute(0, 1, 3, 2, 4, 5), self.weight.permute(0, 2, 3, 1)
         return F.linear(x.flatten(3), weight.flatten(1), self.bias)
 
 
+class PatchProjection(nn.Conv2d):
+    """``nn.Conv2d`` of images, constructor and all, whose stride is its kernel: one matrix product over patches.
+
+    B x C x H x W in and out as a view of channels-last memory, so that tools which wrap, prune or adapt convolutions may.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """H and W are multiples of the kernel's."""
+        height, width = self.kernel_size
+        rows, columns = x.shape[2] // height, x.shape[3] // width
+        x = x.reshape(x.shape[0], x.shape[1], rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(x.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class PatchEmbed(nn.Module):
-    """Stem: non-overlapping patches of the image, then LayerNorm. B x C x H x W -> B x H/patch x W/patch x dim."""
+    """Stem: non-overlapping patches of the image, then LayerNorm.
+
+    B x C x H x W -> B x ceil(H / patch) x ceil(W / patch) x dim; padded with zeros at right and bottom to whole patches.
+    """
 
     def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
         super().__init__()
-        self.proj = PatchConv(in_chans, dim, patch_size, image=True)
+        self.patch_size = patch_size
+        self.proj = PatchProjection(in_chans, dim, patch_size, patch_size)
         self.norm = nn.LayerNorm(dim)
+        self.in_chans = in_chans
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x))
+        check_channels(x, self.in_chans, 1)
+        x = F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 class Downsample(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dattrain.models.blocks import DepthwiseConv, Interior, recompute
+from dattrain.models.blocks import DepthwiseConv, Interior, check_channels, recompute
 from dattrain.ops.neighborhood import neighborhood_attention
 
 
@@ -33,8 +33,10 @@ class ConvStem(nn.Module):
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride, 1)
         self.norm2 = nn.LayerNorm(dim)
+        self.in_chans = in_chans
 
     def forward(self, x: Tensor) -> Tensor:
+        check_channels(x, self.in_chans, 1)
         x = self.conv1(x).permute(0, 2, 3, 1)
         return self.norm2(conv_map(self.conv2, self.act(self.norm1(x))))
 

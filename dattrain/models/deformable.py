@@ -33,7 +33,7 @@ class Conventions:
 
     Attributes:
         offsets: False leaves the points on the grid (the paper's ablation; the offset network keeps its parameters, which
-            Table 6 counts, but is not run).
+            Table 6 counts, but its results are not used).
         offset_range: s > 0 limits offsets to s * tanh(.) / (Hk, Wk), in [-1, 1] units (2 is .93 pixels at 14 x 14);
             ``free`` leaves them as they are, ``tanh`` is tanh(reference + offset) (the CVPR code's negative factor),
             ``clamp`` clamps reference + offset to [-1, 1] (DAT++).
@@ -103,6 +103,12 @@ class OffsetNetwork(nn.Module):
         kind = self.conventions.reference if self.conventions.offsets else "corner"
         return reference_points(rows, columns, kind, device, dtype)
 
+    def offsets(self, q: Tensor) -> Tensor:
+        """What the network itself gives for B x H x W x C: B x groups x Hk x Wk x 2, not limited yet."""
+        features = self.conv(q)
+        features = features.reshape(*features.shape[:3], self.groups, -1)
+        return self.proj(self.act(self.norm(features))).permute(0, 3, 1, 2, 4)
+
     def forward(self, q: Tensor) -> Tensor:
         """Positions of the keys.
 
@@ -117,10 +123,8 @@ class OffsetNetwork(nn.Module):
         reference = self.reference(height, width, q.device, wide)
         if not self.conventions.offsets:
             return reference.expand(batch, self.groups, -1, -1, -1)
-        features = self.conv(q)
-        rows, columns = features.shape[1:3]
-        features = features.reshape(batch, rows, columns, self.groups, -1)
-        offset = self.proj(self.act(self.norm(features))).permute(0, 3, 1, 2, 4)
+        offset = self.offsets(q)
+        rows, columns = offset.shape[2:4]
         limit = self.conventions.offset_range
         if limit == "clamp":
             return (reference + offset).clamp(-1, 1)
@@ -168,7 +172,7 @@ class DeformableAttention(Interior):
         self.drop = nn.Dropout(drop)
         self.size = size
         self.bias_table: nn.Parameter | None = None
-        self.position_conv: nn.Conv2d | None = None
+        self.position_conv: SharedDepthwiseConv | None = None
         if conventions.position in ("relative", "fixed"):
             self.bias_table = nn.Parameter(torch.empty(heads, *self.table_size(size)))
             init_table(self.bias_table)
@@ -210,6 +214,9 @@ class DeformableAttention(Interior):
         _, height, width, _ = x.shape
         x = as_computed(x)
         q = self.q(x)
+        if not self.conventions.offsets and torch.is_grad_enabled():
+            # DDP waits for a gradient of every parameter: the network that is not run gets zeros, through one pixel.
+            q = q + self.offset.offsets(q[:1, :1, :1].detach()).sum().to(q.dtype) * 0
         positions = self.offset(q).flatten(2, 3)
         sampled = x.flatten(1, 2) if self.on_grid(height, width) else ops.sample(x, positions)
         kv = self.kv(sampled)
@@ -235,9 +242,7 @@ class DeformableAttention(Interior):
                 bias = resize_fixed_table(table, self.map_sizes(self.size), self.map_sizes((height, width)))
             elif table is not None:
                 bias = relative_bias(table, height, width)
-            if bias is None:
-                return F.scaled_dot_product_attention(q, k, v)
-            return ops.biased_attention(q, k, v, bias.unsqueeze(0))
+            return ops.biased_attention(q, k, v, None if bias is None else bias.unsqueeze(0))
         return ops.deform_attention(
             q,
             k,

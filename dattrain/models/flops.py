@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dattrain.models.blocks import MapConv
+
 
 def parameters(model: nn.Module) -> int:
     """Number of parameters, buffers left out (the paper's figures leave them out too)."""
@@ -41,7 +43,7 @@ def by_module(model: nn.Module, img_size: int | tuple[int, int], in_chans: int =
         return count
 
     for name, module in twin.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm)) or hasattr(module, "core_flops"):
+        if isinstance(module, (nn.Linear, nn.Conv2d, MapConv, nn.LayerNorm)) or hasattr(module, "core_flops"):
             module.register_forward_hook(hook(name))
     with torch.no_grad():
         twin(torch.empty(1, in_chans, height, width, device="meta"))
@@ -57,7 +59,7 @@ def count_call(module: nn.Module, x: Tensor, output: Tensor) -> int:
         return 5 * output.numel()
     if isinstance(module, nn.Linear):
         return output.numel() * module.in_features
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, (nn.Conv2d, MapConv)):
         # Every output channel is a sum over this many inputs, wherever the channels lie in memory.
         height, width = module.kernel_size
         return output.numel() * module.in_channels // module.groups * height * width

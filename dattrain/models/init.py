@@ -18,6 +18,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from dattrain.errors import UserError
+from dattrain.models.blocks import MapConv
 
 Init = Literal["paper", "trunc_normal"]
 
@@ -38,7 +39,7 @@ def init_weights(module: nn.Module, init: Init) -> None:
     if init not in get_args(Init):
         raise UserError(f"init={init!r} is not known; choose one of {', '.join(get_args(Init))}")
     for child in module.modules():
-        if not isinstance(child, (nn.Linear, nn.Conv2d)):
+        if not isinstance(child, (nn.Linear, nn.Conv2d, MapConv)):
             continue
         if init == "paper":
             child.reset_parameters()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dattrain.ops import native, native_maps
+from dattrain.ops import native, native_maps, transforms
 from dattrain.ops.dispatch import resolve
 
 
@@ -51,11 +50,39 @@ def _conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     return out.permute(0, 2, 3, 1)
 
 
+def _conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stride: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, by name: inside an operator autograd records nothing."""
+    wide = weight.dtype
+    groups, padding = x.shape[3] // weight.shape[0], [weight.shape[-2] // 2, weight.shape[-1] // 2]
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad.to(wide).permute(0, 3, 1, 2),
+        x.to(wide).permute(0, 3, 1, 2),
+        weight.repeat(groups, 1, 1, 1),
+        [x.shape[3]],
+        [stride, stride],
+        padding,
+        [1, 1],
+        False,
+        [0, 0],
+        x.shape[3],
+        [True, True, True],
+    )
+    per_group = (groups, *weight.shape)
+    return (
+        grad_x.permute(0, 2, 3, 1).to(x.dtype).contiguous(),
+        grad_weight.view(per_group).sum(0),
+        grad_bias.view(per_group[:2]).sum(0),
+    )
+
+
+# Where the library is not there, a graph that was made where it is (exported, or on the meta device) runs all the same.
 @torch.library.custom_op("dattrain::depthwise_conv", mutates_args=())
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     if native.status()[0]:
         return native_maps.depthwise(x, weight, bias, stride)
-    with _no_autocast():
+    with torch.autocast("cpu", enabled=False):
         return _conv2d(x, weight, bias, stride).contiguous()
 
 
@@ -71,10 +98,7 @@ def _depthwise_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if native.status()[0]:
         return native_maps.depthwise_backward(grad, x, weight, bias, stride)
-    with torch.enable_grad(), _no_autocast():
-        x, weight, bias = (each.detach().requires_grad_() for each in (x, weight, bias))
-        grads = torch.autograd.grad(_conv2d(x, weight, bias, stride), (x, weight, bias), grad)
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+    return _conv2d_backward(grad, x, weight, bias, stride)
 
 
 @_depthwise_backward.register_fake
@@ -88,7 +112,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_depthwise_backward(grad, *ctx.saved_tensors, ctx.stride), None)
+    inputs = ctx.saved_tensors
+    again = transforms.gradients(lambda x, weight, bias: _conv2d(x, weight, bias, ctx.stride), inputs, grad)
+    return (*(again or _depthwise_backward(grad, *inputs, ctx.stride)), None)
 
 
 _depthwise.register_autograd(_backward, setup_context=_setup_context)
@@ -109,7 +135,3 @@ def _flops_backward(
 ) -> int:
     """One for the map's gradient, one for the kernels'."""
     return 2 * _flops(x, weight, bias, stride)
-
-
-def _no_autocast() -> Any:
-    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()

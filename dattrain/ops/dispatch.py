@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dattrain.errors import UserError
-from dattrain.ops import native
+from dattrain.ops import native, transforms
 
 Backend = Literal["reference", "torch", "native", "triton"]
 ENVIRONMENT_VARIABLE = "DATTRAIN_ATTENTION"
@@ -65,11 +65,14 @@ def resolve(q: Tensor, asked: str | None, head_dim: int = 0) -> Backend:
 
     ``head_dim`` is that of attention's heads; operators on maps have none.
 
-    On CPU the best is ``native``, on CUDA ``triton``: their operators run as ``torch`` where they could not be compiled.
+    On CPU the best is ``native`` where it compiles, on CUDA ``triton``, whose operators run as ``torch`` where it does not.
+    Under derivatives that operators do not have (``transforms``) it is ``reference``, whatever was asked for.
 
     Raises:
         UserError: if the backend asked for is unknown, cannot run here, or not for this device, dtype or head dim.
     """
+    if transforms.under_way():
+        return "reference"
     named, source = (
         (asked, "backend")
         if asked is not None
@@ -82,7 +85,9 @@ def resolve(q: Tensor, asked: str | None, head_dim: int = 0) -> Backend:
     if not named:
         if on_gpu:
             return "triton" if fits_triton and _triton_status(q.device.index)[0] else "torch"
-        return "native" if q.device.type in ("cpu", "meta") else "torch"
+        # On the meta device, where nothing is computed, no compiler is asked.
+        native_runs = q.is_meta or (q.device.type == "cpu" and _native_usable())
+        return "native" if native_runs else "torch"
     chosen = _checked(named, source, q.device.index if on_gpu else None)
     if chosen == "native" and on_gpu:
         raise UserError(f"{source}=native is for CPU tensors, and these are on {q.device}")
@@ -113,6 +118,14 @@ def _checked(name: str, source: str, index: int | None = None) -> Backend:
         if not usable:
             raise UserError(f"{source}={name} cannot run here: {why}")
     return cast(Backend, name)
+
+
+def _native_usable() -> bool:
+    return native.status()[0]
+
+
+# For torch.compile the answer is a constant: torch.compiler.assume_constant_result, which would load the compiler here.
+_native_usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_usable(index: int | None = None) -> tuple[bool, str]:
@@ -156,7 +169,6 @@ def _triton_status(index: int | None = None) -> tuple[bool, str]:
     return _device_status(index)
 
 
-# For torch.compile the answer is a constant: torch.compiler.assume_constant_result, which would load the compiler here.
 _triton_status._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dattrain.ops import blocked, dispatch, native
+from dattrain.ops import blocked, dispatch, native, reference, transforms
 from dattrain.ops.coordinates import QueryGrid
 from dattrain.ops.layout import tokens_like
 
@@ -133,6 +133,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, positions, table, out, lse = ctx.saved_tensors
+    height, width, grid, scale, _ = ctx.settings
+    again = transforms.gradients(
+        lambda q, k, v, positions, table: reference.deform_attention(
+            q, k, v, positions, table, height, width, _grid(grid), scale
+        ),
+        (q, k, v, positions, table),
+        grad_out,
+    )
+    if again is not None:
+        return (*again, None, None, None, None, None)
     *grads, grad_table = attention_backward(grad_out, q, k, v, positions, table, out, lse, *ctx.settings)
     return (*grads, None if table is None else grad_table, None, None, None, None, None)
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dattrain.errors import UserError
+from dattrain.ops import transforms
 
 Backend = Literal["tiled", "gather", "natten"]
 ENVIRONMENT_VARIABLE = "DATTRAIN_NEIGHBORHOOD"
@@ -84,10 +84,10 @@ def _tiles(size: int, kernel_size: int, device: torch.device) -> tuple[Tensor, T
     A tile reads reach = min(2 kernel_size - 1, size) consecutive keys, which hold the windows of all its queries; the index
     is -1 where a key is outside the query's window. Queries past the end of the axis repeat the last one.
 
-    Kept from call to call, but not by a compiler or under a mode (fake tensors, tracing), which must see how they are made,
-    nor while a CUDA graph is recorded, whose memory they would lie in.
+    Kept from call to call, but not where they are no ordinary tensors (``transforms.ordinary``): whoever traces must see how
+    they are made; nor while a CUDA graph is recorded, whose memory they would lie in.
     """
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if not transforms.ordinary():
         return _tiles_on(device, size, kernel_size)
     key = (size, kernel_size, device)
     if key not in _kept:

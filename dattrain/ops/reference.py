@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dattrain.ops import sampling, transforms
 from dattrain.ops.coordinates import QueryGrid, query_coordinates
 
 
@@ -24,6 +25,10 @@ def sampled_bias(bias_table: Tensor, positions: Tensor, height: int, width: int,
     x = query_coordinates(width, grid, device=positions.device, dtype=positions.dtype)
     query = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).view(1, 1, height * width, 1, 2)
     displacement = (query - positions.unsqueeze(2)) / 2
+    if transforms.under_way():  # the sampler below has no forward mode
+        map_ = bias_table.permute(1, 2, 0).expand(batch, -1, -1, -1)
+        bias = sampling.gather(map_, displacement.flatten(2, 3).to(map_.dtype))
+        return bias.view(batch, height * width, keys, heads).permute(0, 3, 1, 2)
     tables = bias_table.view(1, groups, heads // groups, table_height, table_width)
     tables = tables.expand(batch, -1, -1, -1, -1).flatten(0, 1)
     places = displacement.flip(-1).flatten(0, 1).to(tables.dtype)

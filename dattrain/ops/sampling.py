@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dattrain.ops import dispatch, native, native_maps
+from dattrain.ops import dispatch, native, native_maps, transforms
 
 
 def sample(x: Tensor, positions: Tensor) -> Tensor:
@@ -50,7 +50,8 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
     # Under torch.compile the question cannot be traced (it runs a compiler); the operator meets the answer.
     if computes and chosen == "triton" and (torch.compiler.is_compiling() or dispatch.compiles(x.device)):
         return _sample(x, positions, chosen)
-    return _gather(x, positions) if x.is_cuda else _grid_sample(x, positions)
+    # grid_sample has no forward mode.
+    return gather(x, positions) if x.is_cuda or transforms.under_way() else _grid_sample(x, positions)
 
 
 def _folded(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,8 +84,8 @@ def _grid_sample_backward(grad: Tensor, x: Tensor, positions: Tensor) -> tuple[T
     return grad_x.contiguous(), grad_grid.view(positions.shape).flip(-1)
 
 
-def _gather(x: Tensor, positions: Tensor) -> Tensor:
-    """Four rows of pixels per point, weighed: torch adds up its gradient in a fixed order when told to."""
+def gather(x: Tensor, positions: Tensor) -> Tensor:
+    """``sample`` by four rows of pixels per point, weighed: it has every kind of derivative, and torch adds its gradient up in a fixed order when told to."""
     batch, height, width, channels = x.shape
     groups, points = positions.shape[1:3]
     y = (positions[..., 0] + 1) * ((height - 1) / 2)
@@ -113,7 +114,7 @@ def _sample(x: Tensor, positions: Tensor, backend: str) -> Tensor:
     if backend == "native":
         return (native_maps.sample if native.status()[0] else _grid_sample)(x, positions).contiguous()
     if not dispatch.compiles(x.device):
-        return _gather(x, positions)
+        return gather(x, positions)
     from dattrain.ops import triton_maps
 
     return triton_maps.sample(x, positions)
@@ -145,8 +146,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, positions)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    return (*_sample_backward(grad, *ctx.saved_tensors, ctx.backend), None)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    again = transforms.gradients(gather, inputs, grad)
+    return (*(again or _sample_backward(grad, *inputs, ctx.backend)), None)
 
 
 _sample.register_autograd(_backward, setup_context=_setup_context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dattrain.ops import native, native_maps
+from dattrain.ops import native, native_maps, transforms
 from dattrain.ops.dispatch import resolve
 
 
@@ -31,24 +32,40 @@ def window_attention(qkv: Tensor, bias: Tensor, mask: Tensor | None, heads: int)
     return _plain(qkv, bias, mask, heads)
 
 
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v, logits and softmax in fp32 or better.
 
-    ``scaled_dot_product_attention``, but for a bias that needs gradients on the CPU: there it has no fused kernel, and its
-    fallback scales q and k apart and searches for empty rows (3-7% of a window block's time).
+    ``scaled_dot_product_attention``, but for the ``reference`` backend, and for a bias on the CPU where gradients are
+    needed: there it has no fused kernel, and its fallback scales q and k apart and searches for empty rows (3-7% of a
+    window block's time).
 
     Args:
-        q, k, v: B x heads x length x d.
-        bias: broadcastable to B x heads x length x length, any float dtype.
+        q, k, v: B x heads x length x d; k and v may have another length.
+        bias: broadcastable to B x heads x queries x keys, any float dtype; None for none.
     """
-    if q.device.type == "cpu" and bias.requires_grad and torch.is_grad_enabled():
-        wide = torch.promote_types(bias.dtype, torch.float32)
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(wide)
-        return logits.softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    slow = bias is not None and q.device.type == "cpu" and torch.is_grad_enabled()
+    if slow and any(x is not None and x.requires_grad for x in (q, k, v, bias)):
+        return _equations(q, k, v, bias)
+    if resolve(q, None) == "reference":
+        return _equations(q, k, v, bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
 
 
-def _plain(qkv: Tensor, bias: Tensor, mask: Tensor | None, heads: int) -> Tensor:
+def _equations(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if bias is not None:
+        logits = logits + bias
+    return logits.softmax(-1).to(v.dtype) @ v
+
+
+def _plain(
+    qkv: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    heads: int,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = biased_attention,
+) -> Tensor:
     batch, windows, area, channels = qkv.shape
     q, k, v = qkv.view(batch, windows, area, 3, heads, channels // 3 // heads).permute(3, 0, 1, 4, 2, 5)
     if mask is None:
@@ -58,10 +75,34 @@ def _plain(qkv: Tensor, bias: Tensor, mask: Tensor | None, heads: int) -> Tensor
         # Windows join the heads, so that their masks broadcast over the batch and are never written per sample.
         q, k, v = (each.flatten(1, 2) for each in (q, k, v))
         bias = (bias + mask.unsqueeze(1).to(bias.dtype)).flatten(0, 1).unsqueeze(0)
-    out = biased_attention(q, k, v, bias)
+    out = attend(q, k, v, bias)
     return out.reshape(batch, windows, heads, area, channels // 3 // heads).transpose(2, 3).flatten(3)
 
 
+def _plain_backward(
+    grad: Tensor, qkv: Tensor, bias: Tensor, mask: Tensor | None, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and bias, by formula: inside an operator autograd records nothing."""
+    batch, windows, area, channels = qkv.shape
+    dim = channels // 3 // heads
+    wide, scale = bias.dtype, dim**-0.5
+    q, k, v = qkv.to(wide).view(batch, windows, area, 3, heads, dim).permute(3, 0, 1, 4, 2, 5)
+    grad = grad.to(wide).reshape(batch, windows, area, heads, dim).transpose(2, 3)
+    added = bias if mask is None else bias + mask.unsqueeze(1)
+    weights = ((q * scale) @ k.transpose(-2, -1) + added).softmax(-1)
+    grad_weights = grad @ v.transpose(-2, -1)
+    grad_logits = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
+    grad_qkv = torch.stack(
+        (
+            grad_logits @ k * scale,
+            grad_logits.transpose(-2, -1) @ q * scale,
+            weights.transpose(-2, -1) @ grad,
+        )
+    )
+    return grad_qkv.permute(1, 2, 4, 0, 3, 5).reshape(qkv.shape).to(qkv.dtype), grad_logits.sum((0, 1))
+
+
+# Where the library is not there, a graph that was made where it is (exported, or on the meta device) runs all the same.
 # The log-sum-exp is a second result because the library's backward needs it; without the library nobody fills or reads it.
 @torch.library.custom_op("dattrain::window_attention", mutates_args=())
 def _windows(qkv: Tensor, bias: Tensor, mask: Optional[Tensor], heads: int) -> tuple[Tensor, Tensor]:  # noqa: UP045
@@ -90,10 +131,8 @@ def _windows_backward(
 ) -> tuple[Tensor, Tensor]:
     if native.status()[0]:
         return native_maps.windows_backward(grad, qkv, bias, mask, out, lse, heads)
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        qkv, bias = qkv.detach().requires_grad_(), bias.detach().requires_grad_()
-        grads = torch.autograd.grad(_plain(qkv, bias, mask, heads), (qkv, bias), grad)
-    return grads[0].contiguous(), grads[1].contiguous()
+    with torch.autocast("cpu", enabled=False):
+        return _plain_backward(grad, qkv, bias, mask, heads)
 
 
 @_windows_backward.register_fake
@@ -109,7 +148,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*_windows_backward(grad, *ctx.saved_tensors, ctx.heads), None, None)
+    qkv, bias, mask, out, lse = ctx.saved_tensors
+    again = transforms.gradients(
+        lambda qkv, bias: _plain(qkv, bias, mask, ctx.heads, _equations), (qkv, bias), grad
+    )
+    grads = again or _windows_backward(grad, qkv, bias, mask, out, lse, ctx.heads)
+    return (*grads, None, None)
 
 
 _windows.register_autograd(_backward, setup_context=_setup_context)

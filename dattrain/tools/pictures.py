@@ -69,11 +69,11 @@ def normalise(batch: Tensor, card: Card, device: torch.device | str = "cpu") -> 
     """B x 3 x H x W uint8 to the model's input, float32: (x / 255 - mean) / std; one channel is the mean of three.
 
     Raises:
-        UserError: the model takes another number of channels.
+        UserError: the model takes other images than of one or three channels.
     """
     if card.in_chans not in (1, 3):
         raise UserError(
-            f"the model takes {card.in_chans} channels, and image files give 3 (or 1, their mean)"
+            f"this model takes {card.in_chans} channels, and an image file gives 3 (or their mean, 1)"
         )
     x = batch.to(device).float() / 255
     mean, std = (torch.tensor(each, device=x.device).view(1, -1, 1, 1) for each in (card.mean, card.std))

@@ -69,6 +69,7 @@ def test_scalars_mean_what_a_researcher_reads(text, value):
         ("augment.mix_group=7", "multiple of 2"),
         ("augment.mix_group=768", "augment.mix_group=768 does not divide train.global_batch=1024"),
         ("model.img_size=100", "multiple of 32"),
+        ("model.in_chans=4", "the data gives 3"),
         ("optim.lr", "not of the form"),
         ("train.progressive=[{epoh: 1, img_size: 96}]", "train.progressive.0.epoch"),
         ("optim.lr=.nan", "optim.lr"),

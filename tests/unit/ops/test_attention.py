@@ -334,14 +334,14 @@ def test_without_a_compiler_plain_torch_runs_and_asking_for_native_says_why(
     inputs = small.inputs()
     expected, expected_grads = run(small, inputs, "torch")
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    for cached in (native.status, native.library):
+    for cached in (native.status, native._compiled):
         cached.cache_clear()
     try:
         out, grads = run(small, inputs, None)
         with pytest.raises(UserError, match="native cannot run here.*no/such/compiler"):
             run(small, inputs, "native")
     finally:
-        for cached in (native.status, native.library):
+        for cached in (native.status, native._compiled):
             cached.cache_clear()
     for a, b in zip((out, *grads), (expected, *expected_grads)):
         assert torch.equal(a, b)

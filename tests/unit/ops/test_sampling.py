@@ -87,10 +87,10 @@ def test_the_operator_has_its_gradients_without_a_compiler(
 def test_what_cuda_runs_without_triton_is_grid_sample(name: str) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         inputs = CASES[name].inputs(dtype)
-        for a, b in zip(results(sampling._gather, *inputs), exact(*inputs)):
+        for a, b in zip(results(sampling.gather, *inputs), exact(*inputs)):
             assert a.shape == b.shape and relative_error(a, b) < BOUNDS[dtype]
     positions = torch.tensor([float("nan"), 0.0, 1e30, 0.0]).view(1, 1, 2, 2)
-    assert sampling._gather(torch.ones(1, 3, 3, 2), positions).isnan().any(-1).tolist() == [[True, False]]
+    assert sampling.gather(torch.ones(1, 3, 3, 2), positions).isnan().any(-1).tolist() == [[True, False]]
 
 
 class Seen(TorchDispatchMode):
@@ -136,7 +136,7 @@ def test_sampling_on_the_device_equals_grid_sample_and_itself(case: Case, dtype:
     torch.use_deterministic_algorithms(True)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = {f: [results(f, *inputs) for _ in range(2)] for f in (ops.sample, sampling._gather)}
+        found = {f: [results(f, *inputs) for _ in range(2)] for f in (ops.sample, sampling.gather)}
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.use_deterministic_algorithms(False)

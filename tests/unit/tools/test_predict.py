@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,3 +123,8 @@ def test_tables_that_were_sampled_keep_their_size(tmp_path, atto, card):
     back, _ = weights.load_model(tmp_path / "a.safetensors")
     x = torch.randn(1, 3, 96, 96)
     torch.testing.assert_close(back(x), model(x))
+
+
+def test_a_model_of_other_channels_is_refused(card):
+    with pytest.raises(UserError, match="takes 4 channels, and an image file gives 3"):
+        pictures.normalise(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), replace(card, in_chans=4))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +16,8 @@ from dattrain.data.shards import brace_expand, check_one_split
 from dattrain.data.transfer import Refused, Transfer
 from dattrain.errors import UserError
 from dattrain.urls import beside, parts, plain, split_query, with_query
+
+_WILD = re.compile(r"[*?\[]")
 
 T = TypeVar("T")
 
@@ -81,19 +84,56 @@ def _expand(spec: str, transfer: Transfer, catalogues: Catalogues) -> list[str]:
         urls = _listed(spec, transfer, catalogues)
     else:
         paths = brace_expand(path)
-        if any(re.search(r"[*?\[]", each.partition("://")[2].partition("/")[2]) for each in paths):
+        if any(map(_wild, paths)):
             if query:
                 raise UserError(
                     f"{spec}: a pattern with * ? or [] is looked up in the listing of its folder, for which a URL with a query "
                     "string is not good; name the shards with braces, as in {0000..0127}, or in a .txt list"
                 )
-            paths = [found for each in paths for found in transfer.glob(each)]
+            paths = [found for each in paths for found in _looked_up(each, transfer, catalogues)]
         elif len(paths) == 1 and not path.endswith(".tar"):
             paths = _folder(path.rstrip("/"), query, transfer, catalogues)
         urls = [with_query(each, query) for each in paths]
     if not urls:
         raise UserError(f"{spec}: there are no shards there")
     return urls
+
+
+def _looked_up(pattern: str, transfer: Transfer, catalogues: Catalogues) -> list[str]:
+    """What a wildcard names; a shard that the catalogue has and the server lacks is not passed over.
+
+    Raises:
+        UserError: there is nothing like it, or less than the catalogue has.
+    """
+    if not _wild(pattern):
+        return [pattern]
+    found = transfer.glob(pattern)
+    if not found:
+        raise UserError(f"{pattern}: there are no shards there")
+    folder, name = _place(pattern)
+    if not _wild(folder):
+        known = catalogues.ours(folder)
+        _compare(folder, [each for each in known if fnmatch.fnmatchcase(each, name)], map(_name, found))
+    return found
+
+
+def _wild(url: str) -> bool:
+    """Whether it has a wildcard, apart from the brackets of an IPv6 address."""
+    return _WILD.search(url.partition("://")[2].partition("/")[2]) is not None
+
+
+def _compare(folder: str, known: Iterable[str], found: Iterable[str]) -> None:
+    gone = sorted(set(known) - set(found))
+    if gone:
+        more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
+        raise UserError(
+            f"{folder}: {', '.join(gone[:3])}{more}: in its {CATALOGUE} and not there; restore what is missing, or index the "
+            "shards anew with `dattrain data index`"
+        )
+
+
+def _name(url: str) -> str:
+    return _place(url)[1]
 
 
 def _listed(spec: str, transfer: Transfer, catalogues: Catalogues) -> list[str]:
@@ -111,15 +151,24 @@ def _listed(spec: str, transfer: Transfer, catalogues: Catalogues) -> list[str]:
 
 def _folder(folder: str, query: str, transfer: Transfer, catalogues: Catalogues) -> list[str]:
     known = catalogues.ours(f"{folder}/", query)
-    try:
-        names = sorted(
-            known or (n for n in transfer.listing(with_query(folder, query)) if n.endswith(".tar"))
-        )
-    except FileNotFoundError:
+    seen: list[str] = []
+    # A web server's page about a folder is nothing to hold a catalogue against; a bucket's listing is.
+    if not known or folder.partition("://")[0] not in ("http", "https"):
+        try:
+            seen = [n for n in transfer.listing(with_query(folder, query)) if n.endswith(".tar")]
+        except FileNotFoundError:
+            pass
+        except Refused:
+            if not known:
+                raise
+    if seen:
+        _compare(f"{folder}/", known, seen)
+    names = sorted({*known, *seen})
+    if not names:
         raise UserError(
             f"{folder}: there is no such folder, or its server does not list it: put a {CATALOGUE} in it (`dattrain data "
             "index` writes one), or name the shards with a pattern"
-        ) from None
+        )
     check_one_split(folder, names)
     return [f"{folder}/{name}" for name in names]
 

@@ -141,6 +141,32 @@ def test_wildcards_of_each_kind_are_looked_up(tmp_path, content, pattern):
         assert expand_remote(f"{url}/{pattern}", quick()) == [f"{url}/set-000{i}.tar" for i in range(3)]
 
 
+@pytest.mark.parametrize(
+    "pattern", ["set-*.tar", "set-000?.tar", "set-{0000,000[12]}.tar", "set-{0000,0001,000[2]}.tar"]
+)
+def test_a_wildcard_does_not_pass_over_what_the_catalogue_has(tmp_path, content, pattern):
+    def answer(asked):
+        links = "".join(f'<a href="{name}">{name}</a>' for name in os.listdir(tmp_path / "set"))
+        return (200, {}, links.encode()) if asked.path == "/" else file(tmp_path / "set", asked)
+
+    (tmp_path / "set" / "set-0001.tar").unlink()
+    with answering(answer) as (url, _), pytest.raises(UserError, match=r"set-0001\.tar: (in its|there is)"):
+        opened(f"{url}/{pattern}", tmp_path / "cache", verify=True)
+
+
+@pytest.mark.parametrize(
+    "change, words", [("gone", r"set-0001\.tar: in its _catalogue"), ("new", "set-0009")]
+)
+def test_a_bucket_is_compared_with_its_catalogue(tmp_path, content, change, words, monkeypatch):
+    known = (tmp_path / "set" / "_catalogue.json").read_bytes()
+    held = {"set-0000.tar": 1, "set-0001.tar": 1, "set-0002.tar": 1}
+    held = {**held, "set-0009.tar": 1} if change == "new" else {k: v for k, v in held.items() if "1" not in k}
+    holding = Holding({"_catalogue.json": known})
+    monkeypatch.setattr(holding, "listing", lambda url: held)
+    with pytest.raises(UserError, match=words):
+        open_remote("s3://bucket/set/", cache_dir=str(tmp_path), cache_gb=1, transfer=holding)
+
+
 @pytest.mark.parametrize("status", [404, 403, 500])
 @pytest.mark.parametrize("names", ["", "set-*.tar", "set-{0000..0001}.tar", "list.txt"])
 def test_a_place_where_nothing_is_gives_one_line(tmp_path, status, names):

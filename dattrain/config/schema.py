@@ -57,7 +57,10 @@ class Data(Section):
     """Shards: a folder, a file, or a brace pattern, local or ``s3://``, ``gs://``, ``https://``, ``hf://``; or an image folder."""
     val: str | None = None
     """As ``train``; evaluated every ``eval.every_epochs``."""
-    labels: Literal["imagenet-1k", "imagenet-22k", "imagenet-22k-winter21", "imagenet-21k-p"] | None = None
+    labels: (
+        Literal["imagenet-1k", "imagenet-12k", "imagenet-22k", "imagenet-22k-winter21", "imagenet-21k-p"]
+        | None
+    ) = None
     """Label set that numbers the classes; None leaves it to the training set's names, or to bare numbers (docs/labels.md)."""
     lanes: Count = 64
     """Canonical lanes from which the global order is woven: part of the recipe, independent of the world size."""

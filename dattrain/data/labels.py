@@ -20,11 +20,19 @@ from dattrain.errors import ConfigError, UserError
 
 SIZES: dict[str, tuple[int, ...]] = {
     "imagenet-1k": (1000,),
+    "imagenet-12k": (11821,),
     "imagenet-22k": (21841,),
     "imagenet-22k-winter21": (19167,),
     "imagenet-21k-p": (11221, 10450),
 }
 """Classes of each set of ``data.labels``. 21K-P was cut from fall11 (11,221) and from winter21 (10,450)."""
+
+_OTHERS = {
+    1001: "ImageNet-1K's and a background class's, as TensorFlow's models number them",
+    21842: "those of a fall11 to which n04399382 (teddy) was added (timm's imagenet-22k-ms)",
+    21843: "those of Google's ImageNet-21K (BiT, ViT; timm's imagenet-21k-goog)",
+}
+"""Sizes that people meet and that are no set of ``data.labels``: a recipe for one of them leaves that null."""
 
 SYNSETS_FILE = "synsets.txt"
 """Beside the shards or in the image folder: one synset a line, in the order of the labels."""
@@ -128,6 +136,8 @@ def check_head(name: str | None, classes: int) -> None:
         sizes = " or ".join(f"{size:,}" for size in SIZES[name])
         other = infer(classes)
         hint = f"; {classes:,} are {other}'s" if other else ""
+        if classes in _OTHERS:
+            hint = f"; {classes:,} are {_OTHERS[classes]}: leave data.labels null"
         raise ConfigError(
             f"model.num_classes={classes} does not fit data.labels={name}, which has {sizes} classes{hint}"
         )

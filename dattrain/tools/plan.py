@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 SAMPLES = {
     "imagenet-1k": 1_281_167,
+    "imagenet-12k": 12_129_687,
     "imagenet-22k": 14_197_122,
     "imagenet-22k-winter21": 13_151_276,
     "imagenet-21k-p": 11_060_223,

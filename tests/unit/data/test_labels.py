@@ -87,3 +87,13 @@ def test_a_list_that_is_none(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(UserError, match=words):
         read_synsets(path)
+
+
+@pytest.mark.parametrize(("classes", "words"), [(1001, "background"), (21842, "teddy"), (21843, "Google")])
+def test_other_numberings_are_called_what_they_are(classes, words):
+    with pytest.raises(ConfigError, match=f"{words}.*leave data.labels null"):
+        check_head("imagenet-22k", classes)
+
+
+def test_12k_is_a_set():
+    assert len(label_set("imagenet-12k", classes=11821)) == 11821 and infer(11821) == "imagenet-12k"

@@ -160,12 +160,14 @@ class DAT(TimmProtocol):
 
         self.patch_embed = self._make_stem()
         sizes, windows = self.map_sizes(self.img_size), self.windows(self.img_size)
-        self.stages = nn.ModuleList(
-            Stage(
-                self._make_downsample(stage) if stage else nn.Identity(),
-                [self._make_block(stage, kind, sizes[stage], windows[stage]) for kind in kinds],
+        self.stages = nn.Sequential(
+            *(
+                Stage(
+                    self._make_downsample(stage) if stage else nn.Identity(),
+                    [self._make_block(stage, kind, sizes[stage], windows[stage]) for kind in kinds],
+                )
+                for stage, kinds in enumerate(blocks)
             )
-            for stage, kinds in enumerate(blocks)
         )
         self.norm: nn.Module = nn.LayerNorm(dims[-1])
         self.head = ClassifierHead(

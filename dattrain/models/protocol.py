@@ -24,7 +24,7 @@ Remat = Literal["stage", "block", "selective"]
 class TimmProtocol(nn.Module):
     """What timm's tools ask of a model beside ``forward``; DAT sets the attributes and lays out maps and windows."""
 
-    stages: nn.ModuleList
+    stages: nn.Sequential
     norm: nn.Module
     head: ClassifierHead
     num_classes: int

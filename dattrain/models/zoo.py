@@ -191,7 +191,7 @@ def _build(
             name,
             pretrained,
             pretrained_filter_fn=surgery.for_model,
-            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+            feature_cfg={"out_indices": out_indices, "feature_cls": "getter", "flatten_sequential": True},
             **{**arguments, **kwargs},
         )
     return model if dtype is None else model.to(dtype=dtype)

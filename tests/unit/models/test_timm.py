@@ -95,6 +95,21 @@ def test_intermediates(name, full):
         assert torch.equal(early[0], maps[1])
 
 
+def test_features_by_a_list_of_modules_are_those_of_the_model(name, full):
+    model, images = (
+        build(name, full, features_only=True, out_indices=(1, 2)).eval(),
+        torch.randn(1, 3, SIZE, SIZE),
+    )
+    chained = build(name, full, features_only=True, out_indices=(1, 2), feature_cls="list").eval()
+    chained.load_state_dict(
+        {key.replace("stages.", "stages_"): value for key, value in model.model.state_dict().items()},
+        strict=False,
+    )
+    with torch.no_grad():
+        for found, wanted in zip(chained(images), model(images)):
+            assert torch.equal(found.permute(0, 3, 1, 2), wanted)  # each in the model's own layout
+
+
 @pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 2)])
 def test_features_only(name, full, out_indices):
     model = build(name, full, features_only=True, out_indices=out_indices).eval()

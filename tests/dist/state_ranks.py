@@ -31,6 +31,8 @@ def free_port() -> int:
 
 def spawn(world: int, command: Sequence[str], **environment: str) -> list[subprocess.Popen[str]]:
     """Start ``world`` ranks of ``python *command``, each in its own process group."""
+    import warm  # The scripts that use the rest are started without tests/ on their path.
+
     port = free_port()
     base = {
         **os.environ,
@@ -43,7 +45,7 @@ def spawn(world: int, command: Sequence[str], **environment: str) -> list[subpro
         **environment,
     }
     return [
-        subprocess.Popen(
+        warm.Popen(
             [sys.executable, *command],
             env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,

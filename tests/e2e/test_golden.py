@@ -21,7 +21,7 @@ def dattrain(*arguments):
     done = subprocess.run(
         [sys.executable, "-m", "dattrain", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def train(folder):

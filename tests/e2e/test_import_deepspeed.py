@@ -1,11 +1,11 @@
 """Going on from a checkpoint that DeepSpeed wrote, by the commands that a person types."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
 from state_ranks import assert_same, finished, spawn, states
@@ -19,7 +19,7 @@ SETTINGS = ["train.precision=fp32", "train.ema_decay=0", "train.max_steps=4", "c
 
 def dattrain(*arguments):
     command = [sys.executable, "-m", "dattrain", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = warm.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -99,10 +99,10 @@ def from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    patch = state["patch_proj.0.weight"]
     count = 1 + max(int(found[1]) for name in state if (found := re.match(r"stages\.(\d+)\.", name)))
     blocks, heads, groups, windows, kernels, dims = [], [], [], [], [], []
     position, side = "none", 0
-    patch = state["patch_proj.0.weight"]
     for stage in range(count):
         prefix = f"stages.{stage}.attns."
         depth = 1 + max(int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix))

@@ -20,6 +20,8 @@ from dattrain.data.feed import EvalFeed, fetch
 from dattrain.data.images import decode
 from dattrain.data.indexing import index_shards
 from dattrain.data.transforms import eval_image, resize, resize_window, train_image
+from dattrain.tools import pictures
+from dattrain.tools.weights import Card
 
 SIZE = (224, 224)
 THIN = [(1, 16_384), (16_384, 1), (2, 16_384), (7, 3_000)]
@@ -55,6 +57,8 @@ def test_memory_in_evaluation_is_of_the_order_of_the_crop(hw, policy):
     data = encode(ramp(*hw), "PNG")
     with peak_below(32):
         eval_image(decode(data), SIZE, out, policy=policy, crop_pct=0.875, interpolation="bicubic")
+        prepared = pictures.prepare(decode(data), Card("dat_atto", 2, SIZE, resize=policy))
+    assert torch.equal(prepared.permute(1, 2, 0), out)
     assert abs(int(out[112, 112, 0]) - 120) <= 1
 
 

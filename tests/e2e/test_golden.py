@@ -21,7 +21,8 @@ def dattrain(*arguments):
     done = subprocess.run(
         [sys.executable, "-m", "dattrain", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
 
 
 def train(folder):
@@ -32,7 +33,7 @@ def train(folder):
     dattrain("data", "pack", source, folder / "shards", "--holdout", 2000, "--per-shard", 500)
     run = folder / "run"
     shards = f"data.train={folder}/shards/train-*.tar"
-    dattrain(
+    done = dattrain(
         "train",
         "configs/demo/pretrain.yaml",
         shards,
@@ -42,6 +43,7 @@ def train(folder):
         "--nproc",
         2,
     )
+    assert done.stderr == ""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "tools"))
 from fashion_images import NAMES, image_folder
@@ -36,7 +37,8 @@ def run(tmp_path_factory):
         "schedule.warmup_epochs": 0.5,
     }
     command = [f"{key}={value}" for key, value in overrides.items()]
-    assert cli.main(["train", str(DEMO), *command, "--run", str(root / "run"), "--nproc", "1"]) == 0
+    train = [sys.executable, "-m", "dattrain", "train", str(DEMO), *command, "--run", str(root / "run")]
+    assert warm.run(train).returncode == 0
     return root / "run"
 
 

@@ -20,7 +20,7 @@ from dattrain.models.deformable import DeformableAttention
 
 TRAINED, HEADS, DISTANCE, SPOT = 128, 8, 0.3, 0.1
 ANCHOR, MARKER = 0, 1
-IMAGES = 160
+IMAGES = 64
 WINDOWS, DEFORMABLE = 0, 1
 """Blocks of stage 3; its window is as large as its map wherever the image is square."""
 
@@ -116,7 +116,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("img_size", [160, 256])
+@pytest.mark.parametrize("img_size", [160, pytest.param(256, marks=pytest.mark.full)])
 @pytest.mark.parametrize("block", [WINDOWS, DEFORMABLE])
 def test_no_other_table_would_do(trained, block, img_size, wrong):
     """A table left at random, transposed or mirrored fails the task, so the test above is one of the resize."""

@@ -21,14 +21,12 @@ def naive(q, k, v, table, size, scale):
         for x in range(width):
             y0 = min(max(y - size // 2, 0), max(height - size, 0))
             x0 = min(max(x - size // 2, 0), max(width - size, 0))
-            logits, values = [], []
-            for ky in range(y0, min(y0 + size, height)):
-                for kx in range(x0, min(x0 + size, width)):
-                    bias = table[:, ky - y + size - 1, kx - x + size - 1] if table is not None else 0.0
-                    logits.append((q[:, :, y, x] * k[:, :, ky, kx]).sum(-1) * scale + bias)
-                    values.append(v[:, :, ky, kx])
-            weights = torch.stack(logits, -1).softmax(-1)
-            rows.append((weights[..., None] * torch.stack(values, 2)).sum(2))
+            y1, x1 = min(y0 + size, height), min(x0 + size, width)
+            logits = (q[:, :, y, x, None] * k[:, :, y0:y1, x0:x1].flatten(2, 3)).sum(-1) * scale
+            if table is not None:
+                top, left = y0 - y + size - 1, x0 - x + size - 1
+                logits = logits + table[:, top : top + y1 - y0, left : left + x1 - x0].flatten(1)
+            rows.append((logits.softmax(-1)[..., None] * v[:, :, y0:y1, x0:x1].flatten(2, 3)).sum(2))
     return torch.stack(rows, 2).reshape(batch, heads, height, width, -1)
 
 

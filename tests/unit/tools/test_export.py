@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from dattrain import cli
 from dattrain.models import create, surgery
@@ -80,12 +81,10 @@ def test_authors_export_of_a_released_architecture_needs_no_yaml(tmp_path):
     torch.manual_seed(0)
     model = create("dat_tiny", num_classes=1000, img_size=224)
     weights.save(tmp_path / "a.safetensors", model.state_dict(), weights.card_of_model(model))
-    assert (
-        cli.main(
-            ["export", str(tmp_path / "a.safetensors"), "--to", "authors", "--out", str(tmp_path / "b.pth")]
-        )
-        == 0
-    )
+    # One image to compare on: it is a large model.
+    Image.new("RGB", (64, 48), (90, 150, 30)).save(tmp_path / "x.png")
+    command = ["export", str(tmp_path / "a.safetensors"), "--images", str(tmp_path / "x.png")]
+    assert cli.main([*command, "--to", "authors", "--out", str(tmp_path / "b.pth")]) == 0
     assert cli.main(["import", str(tmp_path / "b.pth")]) == 0
     back, card = weights.load_model(tmp_path / "b.safetensors")
     assert card.name == "dat_tiny"
@@ -104,14 +103,23 @@ def test_a_model_the_authors_code_cannot_hold_is_refused(tmp_path, capsys):
     assert "64 x 32" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("which", ["small", pytest.param("small_pp", marks=pytest.mark.full)])
-def test_onnx_runs_at_several_sizes_with_its_sampling_intact(tmp_path, capsys, request, which):
+@pytest.mark.parametrize(
+    ("which", "sizes"),
+    [
+        ("small", [(32, 96)]),
+        pytest.param("small", [(64, 64), (32, 96)], marks=pytest.mark.full),
+        pytest.param("small_pp", [(64, 64), (32, 96)], marks=pytest.mark.full),
+    ],
+)
+def test_onnx_runs_with_its_sampling_intact(tmp_path, capsys, request, which, sizes):
     source = request.getfixturevalue(which)
     command = ["export", str(source), "--to", "onnx", "--out", str(tmp_path / "m")]
-    assert cli.main([*command, "--img-size", "64", "--img-size", "32", "96"]) == 0
-    assert capsys.readouterr().out.count("same best class on 8 of 8 images") == 2
-    for size in ((64, 64), (32, 96)):
-        file = tmp_path / f"m_{size[0]}x{size[1]}.onnx"
+    for height, width in sizes:
+        command += ["--img-size", str(height), str(width)]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.count("same best class on 8 of 8 images") == len(sizes)
+    for size in sizes:
+        file = tmp_path / (f"m_{size[0]}x{size[1]}.onnx" if len(sizes) > 1 else "m.onnx")
         graph = onnx.load(file)
         # Two samplings per deformable block: of the keys, and of the bias at continuous displacements.
         assert sum(node.op_type == "GridSample" for node in graph.graph.node) >= 4
@@ -172,16 +180,29 @@ def test_torch_export_loads_back_for_any_batch(tmp_path, small):
         torch.testing.assert_close(program.module()(x), weights.load_model(small)[0](x), atol=1e-4, rtol=1e-3)
 
 
+def pretend(monkeypatch, factor):
+    """Instead of a graph, whose making takes long: the model itself, its logits times ``factor``."""
+
+    def written(model, card, out):
+        out.write_text(f"{card.img_size}")
+        return export.Written(out, card, lambda x: model(x) * factor, export.GRAPH)
+
+    monkeypatch.setattr(export, "_torch_export", written)
+
+
 def test_a_graph_that_differs_is_an_error(tmp_path, small, monkeypatch, capsys):
-    real = export._torch_export
-
-    def wrong(model, card, out):
-        item = real(model, card, out)
-        return export.Written(item.path, item.card, lambda x: item.run(x) * 1.1, item.tolerance)
-
-    monkeypatch.setattr(export, "_torch_export", wrong)
+    pretend(monkeypatch, 1.1)
     assert cli.main(["export", str(small), "--to", "torch.export", "--out", str(tmp_path / "m")]) == 1
     assert "does not give the model's logits" in capsys.readouterr().err
+
+
+def test_every_size_has_a_graph_of_its_own(tmp_path, small, monkeypatch, capsys):
+    pretend(monkeypatch, 1.0)
+    command = ["export", str(small), "--to", "torch.export", "--out", str(tmp_path / "m")]
+    assert cli.main([*command, "--img-size", "64", "--img-size", "32", "96"]) == 0
+    assert capsys.readouterr().out.count("same best class on 8 of 8 images") == 2
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {"m_64x64.pt2": "(64, 64)", "m_32x96.pt2": "(32, 96)"}
 
 
 def test_nothing_is_overwritten_unasked(tmp_path, small, capsys):

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>`]+")
-_USER = re.compile(r"(?<=://)(?:[^\s/]*@|[^\s/@:]+:(?!\d+/|:)[^\s@]*@)")
-_HEADER = re.compile(r"(authorization\s*:\s*)[^'\"\n]+", re.IGNORECASE)
+# One slash: what is left of a URL that was taken for a path.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:(?://|(?<=[A-Za-z0-9]{2}:)/)[^\s'\"<>`]+")
+_USER = re.compile(r"(?<=:/)(/?)(?:[^\s/]*@|[^\s/@:]+:(?!\d+/|:)[^\s@]*@)")
+_HEADER = re.compile(
+    r"((?:authorization|x-amz-security-token|x-goog-api-key)['\"]?\s*[:=]\s*['\"]?)[^'\"\n,}]+", re.IGNORECASE
+)
 _FILE = re.compile(r"\.(?:tar|txt|json|npz)$")
 _REST_OF_A_NAME = re.compile(r"[\[\]{}*,.\-_\d]{0,8}|.*\.(?:tar|txt|json|npz)")
 _PARTS = re.compile(r"::(?![0-9A-Fa-f:.]*\])")
@@ -21,10 +24,10 @@ def mask(text: str) -> str:
     """The text with ``***`` for the user and password of every URL in it, for its query string, and for what an
     ``Authorization`` header says. Whatever is printed or written for people goes through here."""
     text = _HEADER.sub(r"\1***", text)
-    if "://" not in text:
+    if ":/" not in text:
         return text
     return _URL.sub(
-        lambda url: "::".join(map(_without_query, _BETWEEN.split(url[0]))), _USER.sub("***@", text)
+        lambda url: "::".join(map(_without_query, _BETWEEN.split(url[0]))), _USER.sub(r"\1***@", text)
     )
 
 
@@ -63,7 +66,7 @@ def beside(url: str, name: str) -> str:
 
 def plain(url: str) -> str:
     """The URL without user, password and query string: what names the file, whoever asks for it."""
-    return _USER.sub("", split_query(url)[0])
+    return _USER.sub(r"\1", split_query(url)[0])
 
 
 def server(url: str) -> str:

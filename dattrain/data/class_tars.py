@@ -17,6 +17,7 @@ from dattrain.data.dataset import Sample, ShardDataset
 from dattrain.data.images import IMAGE_EXTENSIONS
 from dattrain.data.index import Entry, LeftOut, ShardIndex
 from dattrain.data.indexing import UNREAD_PICTURES
+from dattrain.data.manifest import Named
 from dattrain.data.shards import LocalSource, Shards, expand
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
@@ -48,7 +49,7 @@ class ClassTars(ShardDataset):
         ) as found:
             self._built = list(found)
         shards = Shards.build([path for _, path, *_ in tars], [Entry.of(index) for index in self._built])
-        super().__init__(name, shards, LocalSource(shards), classes=classes)
+        super().__init__(name, shards, LocalSource(shards), named=Named(tuple(classes), None))
         if not self.counts.sum():
             raise UserError(f"{name}: its tars hold no images")
 

@@ -125,6 +125,47 @@ def absent(classes: Classes, numbers: NDArray[np.int64]) -> list[str]:
     return [name for number, name in enumerate(classes.names) if number not in there]
 
 
+def bare_numbers(classes: Classes, said: Sequence[tuple[str, int, str]], what: str) -> list[str]:
+    """Whether labels that are bare numbers can be the network's class numbers; returns what to tell of it.
+
+    Args:
+        said: (key, label, name of the class) of samples that know it.
+        what: the set, for messages.
+
+    Raises:
+        UserError: a sample's class has another number; or the network's classes are called by numbers that are not theirs,
+            so that nobody can tell which are meant.
+    """
+    manifest = "the manifest (_SPLIT.manifest.json) that `dattrain data pack` wrote beside the shards"
+    if not classes.names:
+        if not said:
+            return []
+        key, label, name = said[0]
+        return [
+            f"{what}: its samples name their classes ({key} is {name!r}, label {label}), and nothing beside the shards names all: "
+            f"labels are taken as bare numbers. Restore {manifest}"
+        ]
+    where = {name: number for number, name in enumerate(classes.names)}
+    for key, label, name in said:
+        if where.get(name, label) != label:
+            raise UserError(
+                f"{what}: {key} is {name!r} by its .json and has label {label}, but {name!r} is class {where[name]} by "
+                f"{classes.source}; restore {manifest}, or pack the set again"
+            )
+    if any(map(is_number, classes.names)) and classes.names != tuple(map(str, range(classes.count))):
+        raise UserError(
+            f"{what}: its labels are bare numbers, and the network's classes are called {few(classes.names)}, which are not their "
+            f"numbers; nothing says which are meant: use class folders, or shards that were packed of such"
+        )
+    own = labels.infer(classes.count)
+    if own is not None and classes.names == labels.label_set(own, classes=classes.count).synsets:
+        return []
+    return [
+        f"{what}: its labels are bare numbers, taken for those of {classes.source} (0 is {classes.names[0]}); nothing beside it "
+        "names its classes"
+    ]
+
+
 def write(run_dir: Path, classes: Classes) -> None:
     """Note the classes of a run in its folder."""
     path = run_dir / FILE

@@ -5,21 +5,19 @@ A data set delivers encoded bytes. Decoding, order and augmentation are elsewher
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from dattrain.data.board import note
-from dattrain.data.classes import few
 from dattrain.data.folders import FolderDataset
 from dattrain.data.images import IMAGE_EXTENSIONS, is_image_name
 from dattrain.data.index import NO_LABEL, ShardIndex
+from dattrain.data.manifest import Named, class_names
 from dattrain.data.sample import BadSample, Dataset, Numbered, Sample
 from dattrain.data.shards import (
     LocalSource,
@@ -30,9 +28,8 @@ from dattrain.data.shards import (
     open_local,
     verify_sizes,
 )
-from dattrain.data.transfer import Refused
 from dattrain.errors import UserError
-from dattrain.urls import beside, mask, plain
+from dattrain.urls import mask, parts, split_query
 
 _BLOCK = 512
 
@@ -46,11 +43,12 @@ class ShardDataset(Numbered):
         shards: Shards,
         source: Source,
         *,
-        classes: Sequence[str] | None = None,
+        named: Named | None = None,
         max_indexes: int = 512,
     ) -> None:
         self.name = name
-        self.classes = classes
+        if named is not None:
+            self.classes, self.used = list(named.classes), named.used
         self.shards = shards
         self.counts = shards.samples
         self.max_label = int(shards.max_labels.max(initial=NO_LABEL))
@@ -149,69 +147,24 @@ def open_dataset(
         shards, source = open_remote(
             spec, cache_dir=cache_dir, cache_gb=cache_gb, verify=verify, rank=rank, world=world
         )
-        classes = class_names(source.urls, source.transfer.read)
-        dataset: Dataset = ShardDataset(mask(spec), shards, source, classes=classes)
+
+        def read(path: str) -> bytes:
+            return source.transfer.read(path) if "://" in path else Path(path).read_bytes()
+
+        lists = [part for part in parts(spec) if split_query(part)[0].endswith(".txt")]
+        named = class_names(source.urls, read, lists)
+        dataset: Dataset = ShardDataset(mask(spec), shards, source, named=named)
     elif os.path.isdir(spec) and not holds_shards(spec):
         dataset = FolderDataset(spec)
     else:
         shards = open_local(expand(spec), problems=problems)
         if verify:
             verify_sizes(shards, rank=rank, world=world)
-        classes = class_names(shards.paths, lambda path: Path(path).read_bytes())
-        dataset = ShardDataset(spec, shards, LocalSource(shards), classes=classes)
+        named = class_names(shards.paths, lambda path: Path(path).read_bytes())
+        dataset = ShardDataset(spec, shards, LocalSource(shards), named=named)
     if not dataset.counts.sum() and not problems:
         raise UserError(f"{spec}: has no samples")
     return dataset
-
-
-def class_names(paths: Sequence[str], read: Callable[[str], bytes]) -> list[str] | None:
-    """Names of the labels of shards, from the manifests that ``data pack`` left beside them; None where there are none.
-
-    Args:
-        paths: of the shards, or URLs.
-        read: gives a file's bytes. Raises FileNotFoundError.
-
-    Raises:
-        UserError: shards that number their classes differently, or of which only some have names.
-    """
-    manifests: dict[str, dict] = {}
-    found: dict[tuple[str, ...] | None, str] = {}
-    for path in paths:
-        folder, name = os.path.split(plain(path))
-        manifest = f"_{re.sub(r'-[0-9]+[.]tar$', '', name)}.manifest.json"
-        manifest = beside(path, manifest) if "://" in path else os.path.join(folder, manifest)
-        if manifest not in manifests:
-            manifests[manifest] = _manifest(manifest, read)
-        names = manifests[manifest].get(name)
-        found.setdefault(names, plain(path))
-    if len(found) > 1:
-        (some, one), (others, other) = list(found.items())[:2]
-        what = "one has names of its classes and the other has none" if some is None or others is None else (
-            f"label 0 to {len(some) - 1} are {few(some)} there, and 0 to {len(others) - 1} are {few(others)} here"
-        )  # fmt: skip
-        raise UserError(
-            f"{one} and {other} number their classes each in its own way: {what}; pack them together, or train on one"
-        )
-    names = next(iter(found), None)
-    return None if names is None else list(names)
-
-
-def _manifest(path: str, read: Callable[[str], bytes]) -> dict[str, tuple[str, ...]]:
-    """Class names by shard, of a manifest; empty where there is none or it names no classes."""
-    try:
-        content = json.loads(read(path))
-        classes = content.get("classes")
-        if not classes:
-            return {}
-        names = tuple(map(str, classes))
-        return dict.fromkeys((shard["name"] for shard in content["shards"]), names)
-    except (FileNotFoundError, NotADirectoryError, Refused):
-        return {}  # a bucket that may not be listed refuses what is not there
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: says what the labels of the shards beside it mean, and cannot be read "
-            f"({type(error).__name__}: {error}); restore it, or pack the set again"
-        ) from error
 
 
 def locate(dataset: Dataset, item: int) -> tuple[int, int]:
@@ -236,6 +189,6 @@ def header_fits(header: bytes, key: str | None, length: int) -> bool:
 
 
 __all__ = [
-    "IMAGE_EXTENSIONS", "NO_LABEL", "BadSample", "Dataset", "FolderDataset", "Sample", "ShardDataset", "class_names",
+    "IMAGE_EXTENSIONS", "NO_LABEL", "BadSample", "Dataset", "FolderDataset", "Sample", "ShardDataset",
     "header_fits", "is_image_name", "locate", "open_dataset",
 ]  # fmt: skip

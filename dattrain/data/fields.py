@@ -12,10 +12,11 @@ import numpy as np
 
 from dattrain.data import tar
 from dattrain.data.class_tars import ClassTars
-from dattrain.data.dataset import ShardDataset
+from dattrain.data.dataset import ShardDataset, locate
 from dattrain.data.index import NO_LABEL
 from dattrain.data.label_values import label_of, parse_json
 from dattrain.data.sample import BadSample, Dataset, Numbered, Sample
+from dattrain.data.shards import LocalSource
 from dattrain.errors import UserError
 
 
@@ -57,6 +58,23 @@ def fields(dataset: Dataset, shard: int, sample: int) -> dict[str, Any]:
                 raise BadSample(str(error)) from error
             return content if isinstance(content, dict) else {"json": content}
     return {}
+
+
+def said_by_samples(dataset: Dataset, limit: int = 16) -> list[tuple[str, int, str]]:
+    """(key, label, class) of some samples of local shards whose ``.json`` names their class, as ``data pack`` writes it."""
+    if not isinstance(dataset, ShardDataset) or not isinstance(dataset.source, LocalSource):
+        return []
+    found = []
+    total = int(dataset.counts.sum())
+    for item in np.unique(np.linspace(0, total - 1, limit).astype(np.int64)).tolist():
+        place = locate(dataset, item)
+        try:
+            name = fields(dataset, *place).get("class")
+        except BadSample:
+            continue
+        if isinstance(name, str) and dataset.label(*place) != NO_LABEL:
+            found.append((dataset.key(*place), dataset.label(*place), name))
+    return found
 
 
 class Relabelled(Numbered):

@@ -7,6 +7,7 @@ its directories.
 from __future__ import annotations
 
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,8 @@ from dattrain.errors import UserError
 
 _HIDDEN = frozenset({"@eaDir", "__MACOSX", "lost+found"})
 """Beside names that begin with a dot: thumbnails of a NAS, what a Mac puts into zip files, what ``fsck`` found."""
-_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
+_TRAINING = frozenset({"train", "training"})
+_OTHERS = frozenset({"val", "valid", "validation", "dev", "test", "testing"})
 
 
 class FolderDataset(Numbered):
@@ -115,7 +117,8 @@ def class_folders(root: str | os.PathLike[str]) -> list[str]:
             if other != entry.name:
                 raise UserError(f"{root}: the class folders {other} and {entry.name} are one and the same")
     names = order(list(found.values()))
-    if names and {name.lower() for name in names} <= _SPLITS:
+    bare = {re.sub(r"[-_ .]?(set|images|data|[0-9]+)$", "", name.lower()) for name in names}
+    if bare and (bare <= _TRAINING | _OTHERS or (bare & _TRAINING and bare & _OTHERS)):
         raise UserError(
             f"{root}: holds {few(names)}, which are splits and not classes; name one of them, as in "
             f"data.train={os.path.join(root, names[0])}"

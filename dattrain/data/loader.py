@@ -8,14 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from dattrain.config.schema import Config
 from dattrain.data.batch import Batch
-from dattrain.data.classes import Classes, absent, decide, few
+from dattrain.data.classes import Classes, absent, bare_numbers, decide, few
 from dattrain.data.cpu import CpuDecoder, EvalTransform
 from dattrain.data.dataset import Dataset, open_dataset
 from dattrain.data.feed import Encoded, EvalFeed, TrainFeed, fetch
+from dattrain.data.fields import said_by_samples
+from dattrain.data.index import NO_LABEL
 from dattrain.data.order import Order
 from dattrain.data.ring import Ring
 from dattrain.data.workers import Workers
@@ -307,12 +310,16 @@ def number(
     if classes is None:
         classes = decide(dataset.classes, num_classes, data.labels, what)
     if dataset.classes is not None:
-        numbers = classes.numbers(dataset.classes, what)
-        dataset.renumber(numbers)
+        used = range(len(dataset.classes)) if dataset.used is None else sorted(dataset.used)
+        table = np.full(len(dataset.classes), NO_LABEL, dtype=np.int64)
+        table[list(used)] = numbers = classes.numbers([dataset.classes[label] for label in used], what)
+        dataset.renumber(table)
         if missing := absent(classes, numbers):
             notes.append(
                 f"{what}: has images of {len(numbers)} of {classes.count} classes; none of {few(missing)}"
             )
+    else:
+        notes += bare_numbers(classes, said_by_samples(dataset), what)
     if dataset.max_label >= num_classes:
         raise ConfigError(
             f"{what} has labels up to {dataset.max_label}, but model.num_classes={num_classes}; "

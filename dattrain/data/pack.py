@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dattrain.data import images, tar
+from dattrain.data import images, inventory, tar
 from dattrain.data.board import note
-from dattrain.data.classes import Classes, few
+from dattrain.data.classes import Classes, bare_numbers, few
 from dattrain.data.dataset import NO_LABEL, BadSample, Dataset, locate
 from dattrain.data.dedup import find_duplicates
 from dattrain.data.fields import fields
@@ -42,6 +42,7 @@ from dattrain.data.index import (
     write_index,
 )
 from dattrain.data.labels import label_set
+from dattrain.data.manifest import named_in
 from dattrain.data.philox import Stream, words
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
@@ -356,32 +357,45 @@ def _permute(items: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:
 
 def _classes(folder: Path, source: Dataset, options: Options) -> Sequence[str] | None:
     """Names of labels 0, 1, ... of what is packed, as the source tells its labels from now on; None for bare numbers."""
+    own = {options.split, options.holdout_split} if options.holdout else {options.split}
+    beside = None
+    for path in sorted(folder.glob(inventory.MANIFESTS)):
+        try:
+            manifest = json.loads(path.read_bytes())
+            named = named_in(manifest)
+            if named is not None and manifest["split"] not in own:
+                beside = Classes(len(named.classes), named.classes, f"its split {manifest['split']!r}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: cannot be read ({type(error).__name__}: {error}); it says how another split of this folder numbers "
+                "its classes: restore it, or pack into another folder"
+            ) from error
     if options.label_set is not None:
         known = label_set(options.label_set).synsets
         if source.classes is None:
             raise UserError(
                 f"{source.name}: its labels are numbers; --label-set {options.label_set} numbers classes that are synsets"
             )
-        numbers = Classes(len(known), known, f"--label-set {options.label_set}").numbers(
-            source.classes, source.name
-        )
-        source.renumber(numbers)
-        return known
+        if beside is not None and beside.names != known:
+            raise UserError(
+                f"{folder}: {beside.source} numbers its classes otherwise ({few(beside.names)}) than --label-set "
+                f"{options.label_set}; a class has one number in a folder: pack into another one"
+            )
+        beside = Classes(len(known), known, f"--label-set {options.label_set}")
     if source.classes is None:
+        if beside is not None:
+            bare_numbers(beside, (), source.name)
         return None
-    for path in sorted(folder.glob("_*.manifest.json")):
-        manifest = json.loads(path.read_bytes())
-        known = tuple(manifest.get("classes") or ())
-        if known and manifest["split"] not in (options.split, options.holdout_split):
-            missing = [name for name in source.classes if name not in known]
-            if missing:
-                raise UserError(
-                    f"{folder}: its split {manifest['split']!r} has no class {missing[0]!r} ({few(known)}), and {source.name} "
-                    "has; a class has one number in a folder: pack the training set first, or into another folder"
-                )
-            source.renumber(Classes(len(known), known).numbers(source.classes, source.name))
-            return known
-    return source.classes
+    if beside is None:
+        return source.classes
+    missing = [name for name in source.classes if name not in beside.names]
+    if missing and options.label_set is None:
+        raise UserError(
+            f"{folder}: {beside.source} has no class {missing[0]!r} ({few(beside.names)}), and {source.name} has; a class has "
+            "one number in a folder: pack the training set first, or into another folder"
+        )
+    source.renumber(beside.numbers(source.classes, source.name))
+    return beside.names
 
 
 def _same_settings(folder: Path, source: Dataset, options: Options) -> None:
@@ -397,6 +411,8 @@ def _same_settings(folder: Path, source: Dataset, options: Options) -> None:
     settings = {**asdict(options), "source": source.name, "content": digest.hexdigest()}
     path = folder / f".{options.split}.settings.json"
     noted = read_json(path)
+    if noted is not None and not isinstance(noted, dict):
+        raise UserError(f"{path}: is not what a packing notes there; remove it, or pack into another folder")
     if noted is not None:
         differ = sorted(key for key in settings if noted.get(key) != settings[key])
         if differ:

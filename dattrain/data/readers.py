@@ -26,11 +26,11 @@ from dattrain.data.batch import Batch
 from dattrain.data.board import note
 from dattrain.data.classes import Classes, decide
 from dattrain.data.cpu import CpuDecoder
-from dattrain.data.dataset import class_names
 from dattrain.data.feed import Encoded, Request, bad_sample_message
 from dattrain.data.images import IMAGE_EXTENSIONS
 from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
 from dattrain.data.loader import Bad, Decoder, ToDevice, open_split, patience
+from dattrain.data.manifest import class_names
 from dattrain.data.shards import brace_expand
 from dattrain.data.workers import Workers
 from dattrain.errors import ConfigError, UserError
@@ -216,7 +216,8 @@ def _stream_classes(config: Config) -> Classes:
     assert data.train is not None
     paths = [path for part in data.train.split("::") for path in brace_expand(part)]
     local = [path for path in paths if "://" not in path and not path.startswith("pipe:")]
-    names = class_names(local, lambda path: Path(path).read_bytes()) if len(local) == len(paths) else None
+    named = class_names(local, lambda path: Path(path).read_bytes()) if len(local) == len(paths) else None
+    names = None if named is None else named.classes
     classes = decide(names, config.model.num_classes, data.labels, what)
     if names is not None and classes.numbers(names, what).tolist() != list(range(len(names))):
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +44,8 @@ class Dataset(Protocol):
     """Largest label, or ``NO_LABEL`` where it is not known without reading every index."""
     classes: Sequence[str] | None
     """Names of the set's own labels 0, 1, ...; None where its labels are bare numbers."""
+    used: Collection[int] | None
+    """Those of the set's own labels that have samples; None where all have, or nothing says."""
     notes: Sequence[str]
     """What was left out, or looks odd: one line each, for whoever opened the set to print."""
     fetches: bool
@@ -62,7 +64,7 @@ class Dataset(Protocol):
         ...
 
     def renumber(self, numbers: NDArray[np.int64]) -> None:
-        """Give the set's labels the class numbers of a network (``Classes.numbers``): ``label`` and ``read`` tell these
+        """Give the set's labels the class numbers of a network (``Classes.numbers``; ``NO_LABEL`` for labels without samples): ``label`` and ``read`` tell these
         from now on. ``classes`` stays."""
         ...
 
@@ -80,6 +82,7 @@ class Numbered:
 
     max_label: int = NO_LABEL
     classes: Sequence[str] | None = None
+    used: Collection[int] | None = None
     notes: Sequence[str] = ()
     _numbers: NDArray[np.int64] | None = None
 
@@ -94,4 +97,9 @@ class Numbered:
             return label
         if not 0 <= label < len(self._numbers):
             raise UserError(f"{where}: has label {label}, but its set names {len(self._numbers)} classes")
-        return int(self._numbers[label])
+        number = int(self._numbers[label])
+        if number == NO_LABEL:
+            raise UserError(
+                f"{where}: has label {label}, of which its manifest counts no samples; pack the set again"
+            )
+        return number

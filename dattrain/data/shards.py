@@ -171,13 +171,18 @@ def expand(pattern: str) -> list[str]:
         UserError: nothing is there, a folder holds the shards of more than one split, or some are compressed.
     """
     if "::" in pattern and "://" not in pattern.replace("::", ""):
-        return [path for part in pattern.split("::") for path in expand(part)]
+        parts = pattern.split("::")
+        if not all(parts):
+            raise UserError(f"{pattern}: nothing stands on one side of a ::")
+        return _once(pattern, [path for part in parts for path in expand(part)])
     if os.path.isdir(pattern):
         return _in_folder(pattern)
     if pattern.endswith(".txt") and os.path.isfile(pattern):
         base = os.path.dirname(pattern)
-        lines = [line.strip() for line in Path(pattern).read_text().splitlines()]
-        return [os.path.join(base, line) for line in lines if line and not line.startswith("#")]
+        lines = [line.strip() for line in Path(pattern).read_text(encoding="utf-8-sig").splitlines()]
+        return _once(
+            pattern, [os.path.join(base, line) for line in lines if line and not line.startswith("#")]
+        )
     if os.path.exists(pattern):
         return [pattern]
     paths = brace_expand(pattern)
@@ -185,6 +190,17 @@ def expand(pattern: str) -> list[str]:
         paths = sorted({found for path in paths for found in _matching(path)})
     if not paths or (len(paths) == 1 and not os.path.exists(paths[0])):
         raise UserError(f"{pattern}: there is no such shard, folder or pattern of shards")
+    return paths
+
+
+def _once(pattern: str, paths: list[str]) -> list[str]:
+    """The paths. Raises UserError where one comes twice: its samples would be seen twice an epoch."""
+    seen: set[str] = set()
+    for path in paths:
+        real = os.path.normpath(path)
+        if real in seen:
+            raise UserError(f"{pattern}: names {path} twice")
+        seen.add(real)
     return paths
 
 

@@ -21,6 +21,7 @@ from dattrain.data.class_tars import ClassTars, find
 from dattrain.data.dataset import open_dataset
 from dattrain.data.fields import Relabelled
 from dattrain.data.folders import read_file
+from dattrain.data.index import MAX_LABEL
 from dattrain.data.listing import is_remote
 from dattrain.data.sample import Dataset, Numbered, Sample
 from dattrain.errors import UserError
@@ -52,7 +53,7 @@ class ListDataset(Numbered):
             rows = rows[1:]
         if not rows:
             raise UserError(f"{path}: names no images")
-        numbers = [_integer(word) for _, _, word in rows]
+        numbers = [_integer(path, line, word) for line, _, word in rows]
         if None not in numbers:
             labels = [number for number in numbers if number is not None]
             for (line, _, word), label in zip(rows, labels):
@@ -60,10 +61,15 @@ class ListDataset(Numbered):
                     raise UserError(
                         f"{path}, line {line}: label {word} is negative; classes are numbered from 0"
                     )
+                if label > MAX_LABEL:
+                    raise UserError(
+                        f"{path}, line {line}: label {word} is above {MAX_LABEL:,}, and no class number"
+                    )
         elif all(number is None for number in numbers):
             self.classes = sorted({word for _, _, word in rows})
             number_of = {name: i for i, name in enumerate(self.classes)}
             labels = [number_of[word] for _, _, word in rows]
+            self._check_files(rows)
         else:
             # Which kind is meant is told by the majority, and the first line that is of the other kind is named.
             named = sum(number is None for number in numbers)
@@ -78,6 +84,22 @@ class ListDataset(Numbered):
         self._labels = np.asarray(labels, dtype=np.int64)
         self.counts = np.asarray([len(rows)], dtype=np.int64)
         self.max_label = int(self._labels.max())
+
+    def _check_files(self, rows: Sequence[tuple[int, str, str]]) -> None:
+        """Refuse a class none of whose files is there: it is no class (a header, a name with spaces), and would shift the
+        numbers of the others."""
+        first: dict[str, tuple[int, str]] = {}
+        there: set[str] = set()
+        for line, name, word in rows:
+            first.setdefault(word, (line, name))
+            if word not in there and (self.root / name).exists():
+                there.add(word)
+        for word, (line, name) in first.items():
+            if word not in there:
+                raise UserError(
+                    f"{self.name}, line {line}: class {word!r} has no file that is there ({self.root / name}); remove the line if it "
+                    "is no sample; paths with spaces want a tab or comma before the label, and --root says where paths begin"
+                )
 
     def key(self, shard: int, sample: int) -> str:
         """See ``Dataset.key``."""
@@ -126,10 +148,20 @@ def _is_header(row: tuple[int, str, str], root: Path) -> bool:
     return word.strip("\"'").lower() in _COLUMNS and not (root / name).exists()
 
 
-def _integer(word: str) -> int | None:
-    """``3``, ``-1`` and ``3.0`` (what a table with gaps makes of integers) as an integer; None for anything else."""
-    match = re.fullmatch(r"([+-]?[0-9]{1,18})(\.0*)?", word)
-    return int(match[1]) if match else None
+def _integer(path: str, line: int, word: str) -> int | None:
+    """``3``, ``-1``, ``3.0`` and ``3e0`` (what tables make of integers) as an integer; None for a name.
+
+    Raises:
+        UserError: a number that is not whole.
+    """
+    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", word):
+        return None
+    if re.fullmatch(r"[+-]?[0-9]{1,4000}", word):
+        return int(word)
+    value = float(word)
+    if not value.is_integer():
+        raise UserError(f"{path}, line {line}: label {word} is no whole number, and so no class")
+    return int(value)
 
 
 class ArrayDataset(Numbered):
@@ -152,6 +184,10 @@ class ArrayDataset(Numbered):
             )
         if len(labels) and labels.min() < 0:
             raise UserError(f"{name}: label {labels.min()} of sample {int(labels.argmin())} is negative")
+        if len(labels) and labels.max() > MAX_LABEL:
+            raise UserError(
+                f"{name}: label {labels.max()} of sample {int(labels.argmax())} is above {MAX_LABEL:,}, and no class number"
+            )
         self.name = name
         self._images, self._labels = images, labels.astype(np.int64)
         self.counts = np.asarray([len(images)], dtype=np.int64)

@@ -20,7 +20,7 @@ from dattrain.config.load import load as load_config
 from dattrain.config.schema import Config
 from dattrain.data import labels
 from dattrain.data.classes import FILE as CLASSES_FILE
-from dattrain.data.classes import Classes
+from dattrain.data.classes import Classes, few
 from dattrain.data.classes import read as read_classes
 from dattrain.engine import compile as compiling
 from dattrain.engine import optim, remat, zero
@@ -208,7 +208,7 @@ def class_map(target: Classes, source: Classes) -> labels.ClassMap:
     """Where each class of the new head is in the source's, by name.
 
     Raises:
-        ConfigError: the names of one of them are unknown.
+        ConfigError: the names of one of them are unknown, or they have no class in common.
     """
     if not source.names:
         raise ConfigError(
@@ -220,9 +220,15 @@ def class_map(target: Classes, source: Classes) -> labels.ClassMap:
             "init.head=map needs the names of the new head's classes: set data.labels, or train on class folders or "
             "shards that `dattrain data pack` wrote of such"
         )
-    return labels.class_map(
+    found = labels.class_map(
         labels.LabelSet(target.source, target.names), labels.LabelSet(source.source, source.names)
     )
+    if len(found.missing) == target.count:
+        raise ConfigError(
+            f"init.head=map: no class of {target.source} ({few(target.names)}) is one of {source.source} "
+            f"({few(source.names)}); init.head=new draws a fresh head"
+        )
+    return found
 
 
 def check_same(target: Classes, source: Classes) -> None:

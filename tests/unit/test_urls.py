@@ -12,6 +12,7 @@ import pytest
 
 from dattrain import cli
 from dattrain.config.load import dump, load, loads
+from dattrain.data.classes import Classes
 from dattrain.data.dataset import BadSample
 from dattrain.errors import ConfigError, UserError
 from dattrain.urls import mask, parts, plain, server, split_query
@@ -30,6 +31,9 @@ SHOWN = "https://***@h:8000/a/s-{0000..0127}.tar?***"
         (f"'{URL}'", f"'{SHOWN}'"),
         (f"url=URL('http://h/x?t={S}'), 403", "url=URL('http://h/x?***'), 403"),
         (f"https://{S}@h/x", "https://***@h/x"),
+        (f"https:/a:{S}@h/x?t={S}: no such config", "https:/***@h/x?***: no such config"),
+        (f"{{'Authorization': 'Bearer {S}'}}", "{'Authorization': '***'}"),
+        (f'{{"x-amz-security-token": "{S}"}}', '{"x-amz-security-token": "***"}'),
         (f"https://a:{S}@{S}@h/x", "https://***@h/x"),
         (f"https://a:{S}/{S}@h/x", "https://***@h/x"),
         (f"https://a:it's{S}@h/x", "https://***@h/x"),
@@ -97,13 +101,13 @@ def test_a_run_folder_holds_them_for_its_owner_alone_and_only_where_going_on_nee
 
     monkeypatch.setattr("sys.argv", ["dattrain", "train", "x.yaml", f"data.train={URL}"])
     config = loads(f"data: {{train: '{URL}'}}").config
-    open_run(tmp_path / "run", config, resolve({}), "cpu")
+    open_run(tmp_path / "run", config, Classes(1000), resolve({}), "cpu")
     assert load(tmp_path / "run" / "config.yaml").config.data.train == URL
     assert stat.S_IMODE((tmp_path / "run" / "config.yaml").stat().st_mode) == 0o600
     holds = [p.name for p in (tmp_path / "run").rglob("*") if p.is_file() and S in p.read_text()]
     assert holds == ["config.yaml"]
     assert json.loads((tmp_path / "run" / "env.json").read_text())["starts"][0]["command"][3].endswith(SHOWN)
-    open_run(tmp_path / "other", loads("data: {train: 's3://b/a.tar'}").config, resolve({}), "cpu")
+    open_run(tmp_path / "other", loads("data: {train: 's3://b/a.tar'}").config, Classes(1000), resolve({}), "cpu")
     mask_of_all = os.umask(0)
     os.umask(mask_of_all)
     assert stat.S_IMODE((tmp_path / "other" / "config.yaml").stat().st_mode) == 0o666 & ~mask_of_all

@@ -118,7 +118,7 @@ def test_shards_that_are_called_by_synset_stay_shards(tmp_path):
 def test_what_is_no_image_is_counted(release, tmp_path, capsys, jpegs):
     write_tar(
         release / f"{SYNSETS[1]}.tar",
-        [("a.JPEG", jpegs[0]), ("notes.txt", b""), ("b.avif", b"x"), ("._a.JPEG", b"")],
+        [("a.JPEG", jpegs[0]), ("notes.txt", b""), ("b.heic", b"x"), ("._a.JPEG", b"")],
     )
     assert main(["data", "pack", str(release), str(tmp_path / "out"), "--jobs", "1"]) == 1
-    assert "2 members left out: 1 .avif (b.avif), 1 .txt (notes.txt)" in capsys.readouterr().err
+    assert "2 members left out: 1 .heic (b.heic), 1 .txt (notes.txt)" in capsys.readouterr().err

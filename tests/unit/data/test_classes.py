@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ from dattrain.config.schema import Config
 from dattrain.data import classes, labels
 from dattrain.data.classes import Classes, decide
 from dattrain.data.dataset import open_dataset
+from dattrain.data.indexing import index_shards, link_shards
 from dattrain.data.loader import eval_loader, open_split, train_loader
+from dattrain.data.manifest import class_names
 from dattrain.data.pack import Options, pack
+from dattrain.data.transfer import Refused
 from dattrain.errors import ConfigError, UserError
 
 CPU = torch.device("cpu")
@@ -136,15 +140,70 @@ def test_a_damaged_manifest_is_named(tmp_path):
         open_dataset(spec)
 
 
-def test_a_label_outside_of_the_manifests_names(tmp_path):
+def edited(spec, **changes):
+    """Change the manifest beside packed shards; None removes a key."""
+    path = next(Path(spec).parent.glob("_*.manifest.json"))
+    content = {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not None}
+    path.write_text(json.dumps(content))
+
+
+def test_labels_that_the_manifest_does_not_count(tmp_path):
     spec = packed(folder(tmp_path / "a", ["ant", "bee"]), tmp_path / "s", "train")
-    manifest = tmp_path / "s" / "_train.manifest.json"
-    content = json.loads(manifest.read_text())
-    content["classes"] = ["ant"]
-    manifest.write_text(json.dumps(content))
-    dataset, _ = open_split(config(spec, num_classes=1), "train", None, rank=0, world=1)
-    with pytest.raises(UserError, match="has label 1, but its set names 1 classes"):
+    edited(spec, histogram={"0": 4})
+    dataset, _ = open_split(config(spec, num_classes=2), "train", None, rank=0, world=1)
+    with pytest.raises(UserError, match="has label 1, of which its manifest counts no samples"):
         [dataset.label(s, i) for s, n in enumerate(dataset.counts) for i in range(n)]
+    edited(spec, histogram={"0": 4, "2": 1})
+    with pytest.raises(UserError, match="cannot be read .*label 2 of 2 classes"):
+        open_dataset(spec)
+
+
+def test_names_without_samples_are_no_class_of_a_set(tmp_path, caplog):
+    folder(tmp_path / "train", ["ant", "bee", "cat"])
+    packed(str(tmp_path / "train"), tmp_path / "out", "train")
+    val = packed(folder(tmp_path / "val", ["bee"]), tmp_path / "out", "val")
+    with caplog.at_level(logging.WARNING):
+        dataset, _ = open_split(config(None, val, 2), "val", Classes(2, ("bee", "dog")), rank=0, world=1)
+    assert {dataset.label(0, i) for i in range(4)} == {0}
+    assert "has images of 1 of 2 classes; none of dog" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["manifest removed", "key misspelt", "shards renamed", "indexed elsewhere"])
+def test_shards_that_lost_their_names_are_held_against_their_samples(tmp_path, how):
+    out = tmp_path / "out"
+    spec = packed(folder(tmp_path / "val", ["bee", "cat"]), out, "val")
+    if how == "manifest removed":
+        (out / "_val.manifest.json").unlink()
+    elif how == "key misspelt":
+        edited(spec, classes=None)
+    else:
+        spec = str(tmp_path / "other")
+        (tmp_path / "other").mkdir()
+        for path in out.glob("val-*"):
+            (tmp_path / "other" / path.name.replace("val", "my-val")).write_bytes(path.read_bytes())
+        if how == "indexed elsewhere":
+            link_shards([str(path) for path in sorted(out.glob("*0000.tar"))], tmp_path / "linked")
+            index_shards([str(path) for path in (tmp_path / "linked").glob("*.tar")], jobs=1)
+            spec = str(tmp_path / "linked")
+    known = Classes(3, ("ant", "bee", "cat"), "the network")
+    with pytest.raises(
+        UserError, match=r"'(bee|cat)' by its .json and has label [01], but .* is class [12] by the network"
+    ):
+        open_split(config(None, spec), "val", known, rank=0, world=1)
+
+
+def test_bare_numbers_are_said(tmp_path, make_shards, caplog):
+    spec = str(make_shards())
+    names = tuple("abcdefghij")
+    with caplog.at_level(logging.WARNING):
+        open_split(config(None, spec, 10), "val", Classes(10, names), rank=0, world=1)
+    assert "its labels are bare numbers, taken for those of the network (0 is a)" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        open_split(config(None, spec, 1000), "val", Classes(1000, IMAGENET), rank=0, world=1)
+    assert not caplog.text
+    with pytest.raises(UserError, match="called 1, 2, 3, ..., which are not their numbers"):
+        open_split(config(None, spec, 10), "val", Classes(10, tuple(map(str, range(1, 11)))), rank=0, world=1)
 
 
 IMAGENET = labels.label_set("imagenet-1k").synsets
@@ -242,8 +301,12 @@ def test_packed_splits_of_a_folder_share_their_numbers(tmp_path):
     dataset = open_dataset(packed(val, tmp_path / "out", "val"))
     assert {dataset.label(0, i) for i in range(dataset.counts[0])} == {1, 2}, "what .cls says to any reader"
     assert list(dataset.classes) == ["ant", "bee", "cat"]
+    first = folder(tmp_path / "first", ["bee"])
+    packed(first, tmp_path / "late", "val")
+    with pytest.raises(UserError, match="pack the training set first"):
+        packed(train, tmp_path / "late", "train")
     other = folder(tmp_path / "other", ["bee", "dog"])
-    with pytest.raises(UserError, match=r"its split 'train' has no class 'dog' \(ant, bee, cat\)"):
+    with pytest.raises(UserError, match=r"its split '(train|val)' has no class 'dog' \(ant, bee, cat\)"):
         packed(other, tmp_path / "out", "test")
 
 
@@ -253,9 +316,24 @@ def test_packing_by_a_label_set(tmp_path):
     dataset = open_dataset(str(tmp_path / "out"))
     assert {dataset.label(0, i) for i in range(8)} == {3, 999}
     assert tuple(dataset.classes) == IMAGENET
+    with pytest.raises(UserError, match="numbers its classes otherwise .* than --label-set imagenet-12k"):
+        pack(open_dataset(source), tmp_path / "out", Options(split="val", label_set="imagenet-12k"))
     with pytest.raises(UserError, match="'ant' is no class of --label-set imagenet-1k"):
         pack(
             open_dataset(folder(tmp_path / "ants", ["ant"])),
             tmp_path / "out2",
             Options(label_set="imagenet-1k"),
         )
+
+
+def test_manifests_beside_a_list_of_signed_urls(tmp_path):
+    packed(folder(tmp_path / "a", ["ant", "bee"]), tmp_path / "s", "train")
+
+    def read(path):
+        if "://" in path:
+            raise Refused("signed for one file alone")
+        return Path(path).read_bytes()
+
+    urls = ["https://h/x/train-0000.tar?sig=1", "https://h/x/train-0001.tar?sig=2"]
+    assert class_names(urls, read) is None
+    assert class_names(urls, read, [str(tmp_path / "s" / "list.txt")]).classes == ("ant", "bee")

@@ -93,7 +93,10 @@ def test_a_class_of_other_files_alone_says_which(root):
         open_dataset(str(root))
 
 
-@pytest.mark.parametrize("names", [("train", "val"), ("Train", "test", "validation"), ("train",)])
+@pytest.mark.parametrize(
+    "names",
+    [("train", "val"), ("Train", "test", "validation"), ("train",), ("train_set", "val_set", "masks")],
+)
 def test_one_level_too_high(tmp_path, names):
     for name in names:
         (tmp_path / name / "ant").mkdir(parents=True)
@@ -140,7 +143,7 @@ def lines(labels):
     return "".join(f"{k}.jpg,{label}\n" for k, label in enumerate(labels)).encode()
 
 
-@pytest.mark.parametrize("form", ["{}", "{}.0", "+{}", "{}."])
+@pytest.mark.parametrize("form", ["{}", "{}.0", "+{}", "{}.", "{}e0", "{}.000e+00"])
 @pytest.mark.parametrize(
     "header", [b"", b"filename,label\n", b"\xef\xbb\xbfpath,Class\n", b'"path","target"\n']
 )
@@ -160,7 +163,9 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
     [
         ([1, 2, -1, 3], "line 3: label -1 is negative"),
         ([1, 2, "cat", 3], "line 3: label 'cat' is no integer, unlike those of most other lines"),
-        ([1, "2.5", 3], "line 2: label '2.5' is no integer"),
+        ([1, "2.5", 3], "line 2: label 2.5 is no whole number"),
+        ([0.5, 1.5], "line 1: label 0.5 is no whole number"),
+        ([1, 99999999999], "line 2: label 99999999999 is above"),
         (["nan", 2, 3], "line 1: label 'nan' is no integer"),
         (["ant", "bee", 7], "line 3: label '7' is an integer, unlike"),
     ],
@@ -168,3 +173,9 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
 def test_labels_of_two_kinds_are_refused_by_line(tmp_path, labels, message):
     with pytest.raises(UserError, match=message):
         open_source(made(tmp_path, lines(labels)))
+
+
+@pytest.mark.parametrize("text", [b"image,Animal\n0.jpg,ant\n", b"0.jpg ant\n1.jpg great dane\n"])
+def test_a_class_none_of_whose_files_is_there_is_no_class(tmp_path, text):
+    with pytest.raises(UserError, match="line [12]: class '(Animal|dane)' has no file that is there"):
+        open_source(made(tmp_path, text))

@@ -250,12 +250,12 @@ def test_fifos_are_no_files(tmp_path, capsys):
 def test_unread_extensions_are_counted_by_kind(tmp_path, capsys):
     path = write_tar(
         tmp_path / "t.tar",
-        [("0.avif", b"x"), ("0.cls", b"0"), ("README", b""), ("._1.jpg", b"")]
+        [("0.heic", b"x"), ("0.cls", b"0"), ("README", b""), ("._1.jpg", b"")]
         + [(f"{i}.{x}", b"1") for i in (1, 2) for x in ("jpg", "cls", "txt")],
     )
     assert main(["data", "index", str(path), "--jobs", "1"]) == 1, "a picture is lost"
     err = capsys.readouterr().err
-    assert "4 members left out: 1 .avif (0.avif), 2 .txt (1.txt, ...), 1 without extension (README)" in err
+    assert "4 members left out: 1 .heic (0.heic), 2 .txt (1.txt, ...), 1 without extension (README)" in err
     write_tar(path, [(f"1.{x}", b"1") for x in ("jpg", "cls", "txt")])
     assert main(["data", "index", str(path), "--jobs", "1", "--force"]) == 0, "a caption is none"
     assert "1 members left out: 1 .txt (1.txt)" in capsys.readouterr().err

@@ -306,3 +306,22 @@ def test_reading_is_bounded_in_open_files(make_shards):
     assert 0 < open_shards() <= 3
     dataset.close()
     assert open_shards() == 0
+
+
+@pytest.mark.parametrize("form", ["{0}::{0}", "{0}/train-0000.tar::{0}/train-*.tar", "list"])
+def test_a_shard_that_is_named_twice_is_refused(make_shards, form):
+    folder = make_shards()
+    spec = form.format(folder)
+    if form == "list":
+        spec = str(folder / "list.txt")
+        (folder / "list.txt").write_text("train-0000.tar\ntrain-0000.tar\n")
+    with pytest.raises(UserError, match="train-0000.tar twice"):
+        open_dataset(spec)
+
+
+def test_a_list_with_a_byte_order_mark_and_an_empty_part(make_shards):
+    folder = make_shards()
+    (folder / "list.txt").write_bytes(b"\xef\xbb\xbftrain-0000.tar\n")
+    assert len(open_dataset(str(folder / "list.txt")).counts) == 1
+    with pytest.raises(UserError, match="nothing stands on one side of a ::"):
+        open_dataset(f"{folder}::")

@@ -1,0 +1,96 @@
+"""Class names of shards, from the manifests that ``data pack`` leaves beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dattrain.data.classes import few
+from dattrain.data.transfer import Refused
+from dattrain.errors import UserError
+from dattrain.urls import beside, plain
+
+
+@dataclass(frozen=True)
+class Named:
+    """Names of labels 0, 1, ..., and which of these have samples; None where that is not said."""
+
+    classes: tuple[str, ...]
+    used: frozenset[int] | None
+
+
+def class_names(
+    paths: Sequence[str], read: Callable[[str], bytes], lists: Sequence[str] = ()
+) -> Named | None:
+    """What the manifests of shards say of their labels; None where there is none, or none that names classes.
+
+    Args:
+        paths: of the shards, or URLs.
+        read: gives the bytes of a path or URL. Raises FileNotFoundError.
+        lists: of these shards, beside which a manifest may lie too: a signed URL opens one file alone.
+
+    Raises:
+        UserError: shards that number their classes differently, or of which only some have names.
+    """
+    manifests: dict[str, dict[str, Named]] = {}
+    found: dict[tuple[str, ...] | None, str] = {}
+    used: set[int] | None = set()
+    for path in paths:
+        name = os.path.basename(plain(path))
+        file = f"_{re.sub(r'-[0-9]+[.]tar$', '', name)}.manifest.json"
+        named = None
+        for place in (path, *lists):
+            manifest = beside(place, file) if "://" in place else os.path.join(os.path.dirname(place), file)
+            if manifest not in manifests:
+                manifests[manifest] = _read(manifest, read)
+            named = named or manifests[manifest].get(name)
+        found.setdefault(None if named is None else named.classes, plain(path))
+        if named is not None and used is not None:
+            used = None if named.used is None else used | named.used
+    if len(found) > 1:
+        (some, one), (others, other) = list(found.items())[:2]
+        what = "one has names of its classes and the other has none" if some is None or others is None else (
+            f"label 0 to {len(some) - 1} are {few(some)} there, and 0 to {len(others) - 1} are {few(others)} here"
+        )  # fmt: skip
+        raise UserError(
+            f"{one} and {other} number their classes each in its own way: {what}; pack them together, or train on one"
+        )
+    names = next(iter(found), None)
+    return None if names is None else Named(names, None if used is None else frozenset(used))
+
+
+def named_in(manifest: Any) -> Named | None:
+    """The class names in the content of a manifest; None where it names none.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is no manifest.
+    """
+    if not manifest.get("classes"):
+        return None
+    histogram = manifest.get("histogram")
+    used = None if histogram is None else frozenset(map(int, histogram))
+    classes = tuple(map(str, manifest["classes"]))
+    if used and not 0 <= max(used) < len(classes):
+        raise ValueError(f"label {max(used)} of {len(classes)} classes")
+    return Named(classes, used)
+
+
+def _read(path: str, read: Callable[[str], bytes]) -> dict[str, Named]:
+    """Class names by shard, of a manifest; empty where there is none or it names no classes."""
+    try:
+        content = json.loads(read(path))
+        named = named_in(content)
+        if named is None:
+            return {}
+        return dict.fromkeys((str(shard["name"]) for shard in content["shards"]), named)
+    except (FileNotFoundError, NotADirectoryError, Refused):
+        return {}  # a bucket that may not be listed refuses what is not there
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: says what the labels of the shards beside it mean, and cannot be read "
+            f"({type(error).__name__}: {error}); restore it, or pack the set again"
+        ) from error

@@ -96,7 +96,7 @@ def _check_imagenet(card: Card, what: str) -> None:
     """Refuse a model whose outputs are not ImageNet-1K's classes in their usual order, which a test set's numbers mean."""
     names = classes_of(card).names
     if card.num_classes != 1000:
-        raise UserError(f"{what} numbers ImageNet-1K's classes; the model has {card.num_classes}")
+        raise UserError(f"{what} numbers ImageNet-1K's classes; the model has {card.num_classes} classes")
     if are_synsets(names) and names != _imagenet():
         raise UserError(
             f"{what} numbers ImageNet-1K's classes, and the model's 1000 are others, or in another order"

@@ -9,6 +9,7 @@ all of it where CUDA is, which cannot be used in forks.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import inspect
@@ -35,6 +36,10 @@ PRELOAD = (
     "dattrain.state.checkpointer",
     "dattrain.tools.train",
     "torch.utils.tensorboard",
+    # What deepspeed.initialize imports late; wherever another release has it, only speed is lost.
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch.utils.cpp_extension",
 )
 AT_IMPORT = ("TRITON_INTERPRET", "DS_ACCELERATOR")
 """Variables that are read while something is imported."""
@@ -101,6 +106,14 @@ def become(command: list[str], cwd: str | None, environment: dict[str, str], new
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 0)
+
+
+def preload() -> None:
+    """Import what forks then have."""
+    for name in PRELOAD:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.freeze()
 
 
 class Forked(subprocess.Popen):  # type: ignore[type-arg]
@@ -237,9 +250,7 @@ def run(
 def main(descriptor: int) -> None:
     """Import, then fork for every request until the other side closes."""
     channel = socket.socket(fileno=descriptor)
-    for name in PRELOAD:
-        importlib.import_module(name)
-    gc.freeze()
+    preload()
     ended: dict[int, int] = {}
     running: set[int] = set()
     while True:

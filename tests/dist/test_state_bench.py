@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+
+import warm
 
 from dattrain.cli import main
 
 
-def test_bench_checkpoint(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+def test_bench_checkpoint(tmp_path):
     out = tmp_path / "report.json"
     words = [
+        sys.executable,
+        "-m",
+        "dattrain",
         "bench",
         "checkpoint",
         "--parameters",
@@ -22,7 +28,9 @@ def test_bench_checkpoint(tmp_path, capsys, monkeypatch):
         "--rounds",
         "2",
     ]
-    assert main([*words, "--dir", str(tmp_path), "--json", str(out)]) == 0
+    words += ["--dir", str(tmp_path), "--json", str(out)]
+    done = warm.run(words, env={**os.environ, "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())
     cases = {(m["case"], m["name"]): m for m in report["measurements"]}
     assert [name for case, name in cases if case.startswith("step loop")] == [
@@ -33,7 +41,7 @@ def test_bench_checkpoint(tmp_path, capsys, monkeypatch):
     assert cases[("state to disk (2 ranks)", "blocking save")]["items"] > 12.0
     assert ("load on 1 ranks", "load, checked") in cases
     assert all(m["wall"][0] > 0 for m in report["measurements"])
-    text = capsys.readouterr().out
+    text = done.stdout
     assert "Stall:" in text and "Bandwidth:" in text and "1 M parameters" in text
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"], "the folder is left as it was"
     assert main(["bench", "checkpoint", "--dir", str(tmp_path / "none")]) == 2

@@ -17,7 +17,7 @@ GROW = "train.progressive=[{epoch: 1, img_size: 64}]"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, request):
     """Everything is run in one pair of processes; the tests read what it left."""
     folder = tmp_path_factory.mktemp("events")
     data, path = pack(folder), str(recipe(folder))
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
         )
     three = ["zero.stage=3", "train.precision=fp32", HEALTH, *EVERY, "train.max_steps=9"]
     job("rollback", "rollback", three, {"3": "nan", "4": "nan", "6": "nan", "7": "nan"})
-    for stage in (0, 3):
+    for stage in (0, 3) if request.config.getoption("--full") else (3,):
         grow = [f"zero.stage={stage}", "train.precision=fp32", GROW, "train.max_steps=5"]
         job(f"grow-{stage}", f"grow-{stage}", grow)
         job(f"grow-{stage}-a", f"grow-{stage}-parts", [*grow, "train.max_steps=3"])  # up to the very edge
@@ -88,7 +88,9 @@ def test_evaluation_sees_each_image_once_and_computes_what_one_process_does(fold
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
     assert all(row["eval_images"] == 21 for row in found)
     held = states(folder / "whole", 5)
-    loader = eval_loader(config, Classes(config.model.num_classes), rank=0, world=1, device=torch.device("cpu"), img_size=32)
+    loader = eval_loader(
+        config, Classes(config.model.num_classes), rank=0, world=1, device=torch.device("cpu"), img_size=32
+    )
     normalize = Normalize(config.augment)
     for state, prefix in (("param", ""), ("ema", "ema_")):
         model = build_model(config, 32).eval()
@@ -157,7 +159,7 @@ def test_after_rollbacks_the_run_stops_and_leaves_a_bundle(folder):
         assert row["non_finite"] == 0
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.full), 3])
 def test_the_image_grows_on_the_way_and_a_resume_is_exact_at_and_after_the_edge(folder, stage):
     whole, parts = folder / f"grow-{stage}", folder / f"grow-{stage}-parts"
     assert curve(whole) == curve(parts)

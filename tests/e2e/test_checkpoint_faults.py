@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parents[2]
 
 
 def python(*arguments: object, timeout: float = 3000.0) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(
+    return warm.run(
         [sys.executable, *map(str, arguments)],
         env=environment,
         capture_output=True,

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 
 from dattrain.config.schema import Augment, Config
 from dattrain.data.classes import Classes
@@ -91,8 +92,11 @@ def test_resuming_anywhere_on_another_world_goes_on_exactly(make_shards):
         assert_same(whole[12 * update :], rest)
 
 
-def test_three_hundred_steps_resumed_at_twenty_places(make_shards):
-    """Keys and plans of 300 updates on 1, 2 and 4 ranks, and from 20 random updates on at another rank count."""
+@pytest.mark.parametrize(
+    ("steps", "places"), [(60, 6), pytest.param(300, 20, marks=pytest.mark.full)], ids=["60", "300"]
+)
+def test_many_steps_resumed_at_many_places(make_shards, steps, places):
+    """Keys and plans of all updates (an epoch has 21) on 1, 2 and 4 ranks, and from random ones on at another rank count."""
     folder = make_shards((90, 41, 77, 5, 63, 110, 28, 99))
     cfg = config(folder, window=2)
     dataset = open_dataset(str(folder))
@@ -113,11 +117,11 @@ def test_three_hundred_steps_resumed_at_twenty_places(make_shards):
                     out.append((keys, [a.tobytes() for a in arrays if isinstance(a, np.ndarray)]))
         return out
 
-    whole = run(1, 0, 300)
-    assert whole == run(2, 0, 300) == run(4, 0, 300)
+    whole = run(1, 0, steps)
+    assert whole == run(2, 0, steps) == run(4, 0, steps)
     rng = np.random.default_rng(1)
-    for update in rng.integers(1, 299, 20).tolist():
-        world, stop = int(rng.choice([1, 2, 4])), min(300, update + 12)
+    for update in rng.integers(1, steps - 1, places).tolist():
+        world, stop = int(rng.choice([1, 2, 4])), min(steps, update + 12)
         assert run(world, update, stop) == whole[4 * update : 4 * stop]
 
 
@@ -323,7 +327,7 @@ SCRIPT = """
         list(itertools.islice(loader, n))
         return loader
     if how == "loop":
-        for i in range(30):
+        for i in range(12):
             loader = once(i % 4)
             pids = [p.pid for p in loader._decoder.processes]
             assert len(pids) == 2
@@ -352,7 +356,7 @@ SCRIPT = """
 
 
 def start(folder: Path, how: str, **kwargs) -> subprocess.Popen:
-    return subprocess.Popen(
+    return warm.Popen(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder), how],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -388,7 +392,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_workers_end_cleanly_thirty_times_of_thirty(make_shards):
+def test_workers_end_cleanly_twelve_times_of_twelve(make_shards):
     process = start(make_shards(), "loop")
     out, err = finish(process)
     assert (process.returncode, out.strip(), err) == (0, "done", "")

@@ -1,13 +1,13 @@
 """The host waits for the device where an update must be agreed on, and nowhere else."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from host_waits import fake_cuda
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 def update():
     """What one update waits for, by stage and place. In a process of its own: DeepSpeed keeps the first process group."""
     command = [sys.executable, "-m", "benchmarks.host_waits", "--json", *(f"update-{i}" for i in range(4))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = warm.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,8 +1,6 @@
-"""Run by test_sampling.py in a process of its own, with TRITON_INTERPRET=1: kernels on CPU tensors against grid_sample."""
+"""Called by run_triton_interpreted.py under TRITON_INTERPRET=1: sampling's kernels on CPU tensors against grid_sample."""
 
 from __future__ import annotations
-
-import sys
 
 import torch
 from run_triton_interpreted import multiply_bf16_as_numbers
@@ -64,8 +62,3 @@ def main() -> None:
         check("fp16", CASES["several tiles"], torch.float16)
         check("bf16", CASES["odd channels"], torch.bfloat16)
     check_positions_that_are_no_place()
-    print("all equal")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from interpreter import needs_interpreter
 from sampling_cases import BOUNDS, CASES, Case, exact, relative_error
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +17,6 @@ from dattrain import ops
 from dattrain.models.deformable import Conventions, DeformableAttention
 from dattrain.ops import dispatch, native, sampling
 
-HERE = Path(__file__).parent
 COMPILED = """
 import torch
 from triton.backends.compiler import GPUTarget
@@ -46,15 +43,6 @@ print("compiled")
 """
 
 
-def child(*command: str, interpret: str) -> str:
-    """What a process of its own prints: triton reads TRITON_INTERPRET when it is imported."""
-    path = os.pathsep.join([str(HERE), *sys.path])
-    environment = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def results(function, x: Tensor, positions: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Output and gradients of x and positions."""
     leaves = x.detach().requires_grad_(), positions.detach().requires_grad_()
@@ -62,13 +50,11 @@ def results(function, x: Tensor, positions: Tensor, cotangent: Tensor) -> tuple[
     return (out.detach(), *torch.autograd.grad(out, leaves, cotangent))
 
 
-@needs_interpreter
-def test_kernels_equal_grid_sample_in_the_interpreter() -> None:
-    assert "all equal" in child(str(HERE / "run_sampling_interpreted.py"), interpret="1")
-
-
 def test_kernels_compile_to_machine_code_as_they_are_launched() -> None:
-    assert "compiled" in child("-c", COMPILED, interpret="0")
+    # In a process of its own: triton reads TRITON_INTERPRET when it is imported, and a named driver stays.
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "compiled" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

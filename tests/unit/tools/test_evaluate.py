@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import warm
 from fashion_images import fashion, image_folder
 
 from dattrain import cli
@@ -276,7 +276,7 @@ def test_two_ranks_report_what_one_does(tmp_path, weights_file, val_folder):
         "--json",
         str(report),
     ]
-    done = subprocess.run(
+    done = warm.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr

@@ -75,7 +75,10 @@ def test_a_checkpoint_with_their_config_gives_their_logits(tmp_path, capsys, cfg
     torch.testing.assert_close(ours, logits, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("variant", "size"), [("dat_tiny", 224), ("dat_base", 384), ("dat_pp_tiny", 224)])
+@pytest.mark.parametrize(
+    ("variant", "size"),
+    [("dat_tiny", 224), pytest.param("dat_base", 384, marks=pytest.mark.full), ("dat_pp_tiny", 224)],
+)
 def test_the_variant_is_told_from_the_keys_alone(tmp_path, variant, size):
     # Real shapes: the file of a fresh model in the authors' names.
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ from dattrain.data.indexing import index_shards, link_shards
 from dattrain.data.loader import eval_loader, open_split, train_loader
 from dattrain.data.manifest import class_names
 from dattrain.data.pack import Options, pack
+from dattrain.data.sources import open_source
 from dattrain.data.transfer import Refused
 from dattrain.errors import ConfigError, UserError
 
@@ -337,3 +338,28 @@ def test_manifests_beside_a_list_of_signed_urls(tmp_path):
     urls = ["https://h/x/train-0000.tar?sig=1", "https://h/x/train-0001.tar?sig=2"]
     assert class_names(urls, read) is None
     assert class_names(urls, read, [str(tmp_path / "s" / "list.txt")]).classes == ("ant", "bee")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("_train.manifest.json", '{"split": "train", "cl', "_train.manifest.json: cannot be read"),
+        ("_train.manifest.json", "[]", "_train.manifest.json: cannot be read"),
+        (".val.settings.json", "[]", "is not what a packing notes there"),
+    ],
+)
+def test_packing_beside_damaged_notes(tmp_path, file, text, message):
+    source = folder(tmp_path / "a", ["ant", "bee"])
+    out = tmp_path / "out"
+    packed(source, out, "train")
+    (out / file).write_text(text)
+    with pytest.raises(UserError, match=message):
+        packed(source, out, "val")
+
+
+def test_a_list_of_numbers_beside_a_split_whose_classes_are_called_by_numbers(tmp_path):
+    source = folder(tmp_path / "a", ["1", "2", "10"])
+    packed(source, tmp_path / "out", "train")
+    (tmp_path / "list.txt").write_text("a/1/10.jpg 1\na/2/20.jpg 2\n")
+    with pytest.raises(UserError, match="called 1, 2, 10, which are not their numbers"):
+        pack(open_source(str(tmp_path / "list.txt")), tmp_path / "out", Options(split="val"))

@@ -110,10 +110,12 @@ class Bench:
     def config(self, *, workers: int, decoder: str = "cpu", randaugment: str | None = None) -> Config:
         """A recipe with this bench's sizes."""
         from dattrain.config.schema import Config
+        from dattrain.data.dataset import open_dataset
 
+        named = open_dataset(self.images.shards).classes
         return Config.model_validate(
             {
-                "model": {"num_classes": 100_000},
+                "model": {"num_classes": 100_000 if named is None else len(named)},
                 "data": {
                     "train": self.images.shards,
                     "workers": workers,

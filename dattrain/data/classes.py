@@ -110,7 +110,7 @@ def decide(names: Sequence[str] | None, num_classes: int, label_set: str | None,
     if names is None:
         return Classes(num_classes, (), what)
     if len(names) != num_classes:
-        own = next((name for name, sizes in labels.SIZES.items() if num_classes in sizes), None)
+        own = labels.infer(num_classes)
         hint = f", or data.labels={own} to number synsets by that set" if own and are_synsets(names) else ""
         raise ConfigError(
             f"{what} has {len(names)} classes ({few(names)}), but model.num_classes={num_classes}; set "

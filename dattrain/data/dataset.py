@@ -15,7 +15,6 @@ import numpy as np
 
 from dattrain.data.board import note
 from dattrain.data.folders import FolderDataset
-from dattrain.data.images import IMAGE_EXTENSIONS, is_image_name
 from dattrain.data.index import NO_LABEL, ShardIndex
 from dattrain.data.manifest import Named, class_names
 from dattrain.data.sample import BadSample, Dataset, Numbered, Sample
@@ -189,6 +188,6 @@ def header_fits(header: bytes, key: str | None, length: int) -> bool:
 
 
 __all__ = [
-    "IMAGE_EXTENSIONS", "NO_LABEL", "BadSample", "Dataset", "FolderDataset", "Sample", "ShardDataset",
-    "header_fits", "is_image_name", "locate", "open_dataset",
+    "NO_LABEL", "BadSample", "Dataset", "FolderDataset", "Sample", "ShardDataset",
+    "header_fits", "locate", "open_dataset",
 ]  # fmt: skip

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from dattrain.data import inventory, tar
-from dattrain.data.dataset import IMAGE_EXTENSIONS
 from dattrain.data.files import open_file
+from dattrain.data.images import IMAGE_EXTENSIONS
 from dattrain.data.index import (
     NO_LABEL,
     Entry,

@@ -1,15 +1,19 @@
-"""Class names of shards, from the manifests that ``data pack`` leaves beside them."""
+"""Class names of shards: read from the manifests that ``data pack`` leaves beside them, and agreed on before it writes."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dattrain.data.classes import few
+from dattrain.data import labels
+from dattrain.data.classes import Classes, bare_numbers, few
+from dattrain.data.inventory import MANIFESTS
+from dattrain.data.sample import Dataset
 from dattrain.data.transfer import Refused
 from dattrain.errors import UserError
 from dattrain.urls import beside, plain
@@ -61,6 +65,61 @@ def class_names(
         )
     names = next(iter(found), None)
     return None if names is None else Named(names, None if used is None else frozenset(used))
+
+
+def agree(
+    folder: Path, source: Dataset, splits: Collection[str], label_set: str | None
+) -> Sequence[str] | None:
+    """Give a source the class numbers that a packing into ``folder`` takes: a class has one number there.
+
+    Args:
+        splits: that are packed; the manifests of the folder's others say how classes are numbered.
+        label_set: of ``data.labels``, whose numbers synsets take; None leaves it to the other splits, else to the source.
+
+    Returns:
+        Names of labels 0, 1, ... as the source tells them from now on; None for bare numbers.
+
+    Raises:
+        UserError: a class that the label set or another split has not, or a damaged manifest.
+    """
+    beside = None
+    for path in sorted(folder.glob(MANIFESTS)):
+        try:
+            manifest = json.loads(path.read_bytes())
+            named = named_in(manifest)
+            if named is not None and manifest["split"] not in splits:
+                beside = Classes(len(named.classes), named.classes, f"its split {manifest['split']!r}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: cannot be read ({type(error).__name__}: {error}); it says how another split of this folder numbers "
+                "its classes: restore it, or pack into another folder"
+            ) from error
+    if label_set is not None:
+        known = labels.label_set(label_set).synsets
+        if source.classes is None:
+            raise UserError(
+                f"{source.name}: its labels are numbers; --label-set {label_set} numbers classes that are synsets"
+            )
+        if beside is not None and beside.names != known:
+            raise UserError(
+                f"{folder}: {beside.source} numbers its classes otherwise ({few(beside.names)}) than --label-set "
+                f"{label_set}; a class has one number in a folder: pack into another one"
+            )
+        beside = Classes(len(known), known, f"--label-set {label_set}")
+    if source.classes is None:
+        if beside is not None:
+            bare_numbers(beside, (), source.name)
+        return None
+    if beside is None:
+        return source.classes
+    missing = [name for name in source.classes if name not in beside.names]
+    if missing and label_set is None:
+        raise UserError(
+            f"{folder}: {beside.source} has no class {missing[0]!r} ({few(beside.names)}), and {source.name} has; a class has "
+            "one number in a folder: pack the training set first, or into another folder"
+        )
+    source.renumber(beside.numbers(source.classes, source.name))
+    return beside.names
 
 
 def named_in(manifest: Any) -> Named | None:

@@ -25,9 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dattrain.data import images, inventory, tar
+from dattrain.data import images, tar
 from dattrain.data.board import note
-from dattrain.data.classes import Classes, bare_numbers, few
 from dattrain.data.dataset import NO_LABEL, BadSample, Dataset, locate
 from dattrain.data.dedup import find_duplicates
 from dattrain.data.fields import fields
@@ -41,8 +40,7 @@ from dattrain.data.index import (
     write_catalogue,
     write_index,
 )
-from dattrain.data.labels import label_set
-from dattrain.data.manifest import named_in
+from dattrain.data.manifest import agree
 from dattrain.data.philox import Stream, words
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
@@ -120,7 +118,8 @@ def pack(
         total = int(source.counts.sum())
         for leftover in folder.glob(".*.part"):
             leftover.unlink()
-        classes = _classes(folder, source, options)
+        own = {options.split, options.holdout_split} if options.holdout else {options.split}
+        classes = agree(folder, source, own, options.label_set)
         _same_settings(folder, source, options)
         packer = _Packer(source, folder, options, classes)
         items = np.arange(total, dtype=np.int64)
@@ -353,49 +352,6 @@ def _permute(items: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:
         w = words(seed, Stream.PACK, items[start : start + (1 << 18)], 2)
         key[start : start + len(w)] = (w[:, 0] << np.uint64(32)) | w[:, 1]
     return items[np.argsort(key, kind="stable")]
-
-
-def _classes(folder: Path, source: Dataset, options: Options) -> Sequence[str] | None:
-    """Names of labels 0, 1, ... of what is packed, as the source tells its labels from now on; None for bare numbers."""
-    own = {options.split, options.holdout_split} if options.holdout else {options.split}
-    beside = None
-    for path in sorted(folder.glob(inventory.MANIFESTS)):
-        try:
-            manifest = json.loads(path.read_bytes())
-            named = named_in(manifest)
-            if named is not None and manifest["split"] not in own:
-                beside = Classes(len(named.classes), named.classes, f"its split {manifest['split']!r}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({type(error).__name__}: {error}); it says how another split of this folder numbers "
-                "its classes: restore it, or pack into another folder"
-            ) from error
-    if options.label_set is not None:
-        known = label_set(options.label_set).synsets
-        if source.classes is None:
-            raise UserError(
-                f"{source.name}: its labels are numbers; --label-set {options.label_set} numbers classes that are synsets"
-            )
-        if beside is not None and beside.names != known:
-            raise UserError(
-                f"{folder}: {beside.source} numbers its classes otherwise ({few(beside.names)}) than --label-set "
-                f"{options.label_set}; a class has one number in a folder: pack into another one"
-            )
-        beside = Classes(len(known), known, f"--label-set {options.label_set}")
-    if source.classes is None:
-        if beside is not None:
-            bare_numbers(beside, (), source.name)
-        return None
-    if beside is None:
-        return source.classes
-    missing = [name for name in source.classes if name not in beside.names]
-    if missing and options.label_set is None:
-        raise UserError(
-            f"{folder}: {beside.source} has no class {missing[0]!r} ({few(beside.names)}), and {source.name} has; a class has "
-            "one number in a folder: pack the training set first, or into another folder"
-        )
-    source.renumber(beside.numbers(source.classes, source.name))
-    return beside.names
 
 
 def _same_settings(folder: Path, source: Dataset, options: Options) -> None:

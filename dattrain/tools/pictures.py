@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dattrain.data import images
 from dattrain.data.augment import eval_geometry
-from dattrain.data.dataset import is_image_name
+from dattrain.data.images import is_image_name
 from dattrain.data.transforms import resize_window
 from dattrain.errors import UserError
 from dattrain.tools.weights import Card

@@ -31,8 +31,8 @@ def run(tmp_path_factory):
         "data.val": root / "shards/val",
         "train.max_steps": 6,
         "train.ema_decay": 0.9,
-        "train.global_batch": 64,
-        "train.micro_batch": 64,
+        "train.global_batch": 32,
+        "train.micro_batch": 32,
         "train.remat": "none",
         "schedule.warmup_epochs": 0.5,
     }

@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import warm
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,8 @@ def run(words, **kwargs):
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in launched}
     env |= {"HOME": str(kwargs.pop("home", Path.home())), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
+    start = warm.run if words[0] == sys.executable else subprocess.run
+    done = start(words, cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
     assert done.returncode == 0, (
         f"{shlex.join(map(str, words))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     )
@@ -63,9 +65,7 @@ def test_from_there_to_imagenet(shards, tmp_path):
         if words[1] == "submit" and "--dry-run" not in words:
             continue  # tests/slurm submits for real
         if words[1] == "status":  # nothing was submitted, which it says
-            done = subprocess.run(
-                [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True
-            )
+            done = warm.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True)
             assert done.returncode == 2 and "no run folder" in done.stderr
             continue
         run([sys.executable, "-m", *words], home=tmp_path)
@@ -73,7 +73,7 @@ def test_from_there_to_imagenet(shards, tmp_path):
 
 
 def test_demo_goes_the_whole_road(tmp_path):
-    """`make demo` with a few steps a stage: every step of it runs, is killed and resumed, and draws."""
+    """`make demo`, a few small steps a stage and one shard to evaluate: it runs, is killed, resumed, drawn."""
     out = tmp_path / "out"
     shown = run(
         [
@@ -85,6 +85,9 @@ def test_demo_goes_the_whole_road(tmp_path):
             str(out),
             "train.max_steps=8",
             "checkpoint.every_steps=3",
+            "train.global_batch=32",
+            "train.micro_batch=16",
+            f"data.val={out}/shards/val-*0.tar",
         ]
     )
     assert "killed on purpose" in shown and "resumed from" in shown

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
+# Two that compute, and one for the Slurm, which mostly waits (tests/conftest.py).
+WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-full test-slurm gpu gpu-wheels lint format lock clean
 
@@ -30,12 +32,10 @@ lint: .venv/.stamp
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm
-	$(BIN)/python -m pytest tests/slurm
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-full: lint
-	$(BIN)/python -m pytest --full -n 2 --dist loadfile --ignore tests/slurm
-	$(BIN)/python -m pytest --full tests/slurm
+	$(BIN)/python -m pytest --full $(WORKERS)
 
 test-slurm: .venv/.stamp
 	$(BIN)/python -m pytest tests/slurm

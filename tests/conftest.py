@@ -38,6 +38,13 @@ def pytest_timeout_cancel_timer(item):
     return (yield)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_rank_is_left():
+    """Or what the tests after these start would take itself for a rank."""
+    yield
+    assert "RANK" not in os.environ
+
+
 def pytest_addoption(parser):
     parser.addoption("--freeze-help", action="store_true", help="rewrite tests/assets/help")
     parser.addoption("--full", action="store_true", help="run the long matrix too")
@@ -51,8 +58,22 @@ def pytest_runtest_setup(item):
             pytest.skip("no NVIDIA GPU")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file is one worker's, and so is the one Slurm of tests/slurm: it mostly waits, beside workers that compute."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFileAndSlurm(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+    return ByFileAndSlurm(config, log) if config.getoption("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(config, items):
     here = Path(__file__).parent
+    # What takes longest starts first (with --no-loadscope-reorder), so that workers end together.
+    items.sort(key=lambda item: not item.path.is_relative_to(here / "slurm"))
     for item in items:
         limit = LIMITS.get(item.path.relative_to(here).parts[0]) if here in item.path.parents else None
         if "full" in item.keywords:

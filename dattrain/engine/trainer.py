@@ -85,12 +85,12 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
         health = config.train.health
         watchdog = Watchdog(health.stall_seconds, run_dir, log_file.file, env.rank, env.host).start()
         stack.callback(watchdog.close)
-        joined = not dist.is_initialized()
         try:
-            if joined:
+            if not dist.is_initialized():
                 preflight.reach(env)
                 # Longer than the watchdog's patience: it names who is silent, a collective's timeout does not.
-                environment.connect(env, device, max(1800.0, 2 * health.stall_seconds))
+                patience = max(1800.0, 2 * health.stall_seconds)
+                stack.enter_context(environment.process_group(env, device, patience))
                 for line in preflight.check(env, run_dir).lines():
                     log.info("%s", line, extra={"console": False})
             trainer = Trainer(config, run_dir, env, device, preemption, watchdog, log_file.console, stack)
@@ -102,9 +102,6 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
         except BaseException:
             log.exception("rank %d on %s failed", env.rank, env.host, extra={"console": False})
             raise
-    # After a failure the process group is left alone: the others may be waiting in it, and leaving would wait for them.
-    if joined:
-        environment.disconnect()
     return outcome
 
 

@@ -1,6 +1,6 @@
 """Who am I: rank, world, device and rendezvous, resolved once, for torchrun, our launcher, submitit, srun and plain python.
 
-``resolve`` is pure (a mapping of environment variables in, an ``Env`` out); ``connect`` and ``disconnect`` have the effects.
+``resolve`` is pure (a mapping of environment variables in, an ``Env`` out); ``connect``, ``disconnect`` and ``process_group`` have the effects.
 Not here: spawning local ranks (``launch``), checking that the nodes can talk to each other (``preflight``).
 """
 
@@ -14,7 +14,7 @@ import stat
 import sys
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +29,8 @@ Launcher = Literal["single", "torchrun", "local", "submitit-local", "slurm"]
 
 FIRST_PORT, PORTS = 20000, 12000
 """Ports of jobs, below Linux' ephemeral range (32768 on), so that no client socket of the node can sit on one."""
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""torchrun's, of a rank."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,8 @@ def device_name(device: torch.device) -> str:
 def connect(env: Env, device: torch.device, timeout_s: float = 1800.0) -> None:
     """Join the process group (gloo on CPU; NCCL with gloo for CPU tensors on CUDA) and set torchrun's variables.
 
-    One process needs no network at all. Libraries that look for ``RANK`` and friends find them afterwards.
+    One process needs no network at all. Libraries that look for ``RANK`` and friends find them afterwards. For a process
+    that ends as a rank; ``process_group`` for one that goes on.
 
     Raises:
         UserError: the master cannot be reached, or its port is taken.
@@ -242,15 +245,10 @@ def connect(env: Env, device: torch.device, timeout_s: float = 1800.0) -> None:
 
     if dist.is_initialized():
         return
-    names = {
-        "RANK": env.rank,
-        "LOCAL_RANK": env.local_rank,
-        "WORLD_SIZE": env.world,
-        "LOCAL_WORLD_SIZE": env.local_world or 1,
-        "MASTER_ADDR": env.master_addr,
-        "MASTER_PORT": env.master_port or 29500,
-    }
-    os.environ.update({name: str(value) for name, value in names.items()})
+    values = (
+        env.rank, env.local_rank, env.world, env.local_world or 1, env.master_addr, env.master_port or 29500
+    )  # fmt: skip
+    os.environ.update(zip(VARIABLES, map(str, values)))
     limit = timedelta(seconds=timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -284,6 +282,39 @@ def disconnect() -> None:
         # A rank that has failed will not answer; its launcher reports it.
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def process_group(env: Env, device: torch.device, timeout_s: float = 1800.0) -> Iterator[None]:
+    """``connect`` for a block, unless this process is in a group already; its variables are then what they were before, or
+    whatever is started later from here would take itself for a rank.
+
+    After a failure a group of several is left alone: the others may be waiting in it, and leaving would wait for them.
+
+    Raises:
+        UserError: as ``connect``.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        yield
+        return
+    before = {name: os.environ.get(name) for name in VARIABLES}
+    try:
+        connect(env, device, timeout_s)
+        try:
+            yield
+        except BaseException:
+            if env.world == 1:
+                disconnect()
+            raise
+        disconnect()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def leave(code: int) -> NoReturn:

@@ -124,10 +124,9 @@ def _ranks(args: argparse.Namespace, env: Any) -> list[str]:
         folder = Path(tempfile.mkdtemp(prefix="dattrain-doctor-")) if env.world == 1 else Path.cwd()
     try:
         preflight.reach(env)
-        environment.connect(env, environment.pick_device(env), 120.0)
-        lines = preflight.check(env, folder).lines()
+        with environment.process_group(env, environment.pick_device(env), 120.0):
+            lines = preflight.check(env, folder).lines()
     finally:
-        environment.disconnect()
         if args.folder is None and env.world == 1:
             shutil.rmtree(folder, ignore_errors=True)
     return [f"started by: {env.launcher}", *lines]

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate each model in turn; rank 0 prints, and writes what was asked for."""
     import torch
 
-    from dattrain.runtime.env import connect, disconnect, leave, pick_device, resolve
+    from dattrain.runtime.env import leave, pick_device, process_group, resolve
     from dattrain.tools import figures
 
     if args.batch is not None and args.batch < 1:
@@ -115,13 +115,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--labels {args.labels} needs --data, the folder of that set")
     env = resolve(os.environ)
     device = torch.device(args.device) if args.device else pick_device(env)
-    if env.world > 1:
-        connect(env, device)
-    try:
+    with process_group(env, device) if env.world > 1 else nullcontext():
         reports = [_one(args, path, device, env.rank == 0) for path in [args.model, *args.compare]]
-    finally:
-        if env.world > 1:
-            disconnect()
     if env.rank == 0 and len(reports) > 1:
         print("\n" + figures.comparison(reports))
     if env.rank == 0 and args.json:

@@ -19,10 +19,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def run(words, **kwargs):
-    # A test before this one may have been a rank in this process (DeepSpeed leaves these variables); a user's shell is none.
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in launched}
-    env |= {"HOME": str(kwargs.pop("home", Path.home())), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "HOME": str(kwargs.pop("home", Path.home())), "OMP_NUM_THREADS": "1"}
     start = warm.run if words[0] == sys.executable else subprocess.run
     done = start(words, cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
     assert done.returncode == 0, (

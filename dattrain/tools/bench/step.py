@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     wait = torch.cuda.synchronize if device.type == "cuda" else None
     notes: list[str] = []
     with ExitStack() as stack:
-        stack.enter_context(process_group(device))
+        stack.enter_context(environment.process_group(environment.resolve({}), device))
         contenders: dict[str, Contender] = {}
         for name, each in configs.items():
             contender = open_contender(name, each, device, notes)
@@ -253,25 +252,6 @@ class Contender:
     def close(self) -> None:
         """End the engine."""
         self.session.close()
-
-
-@contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """One process that has joined a group of one, unless it is in a group already."""
-    import torch.distributed as dist
-
-    from dattrain.runtime import env as environment
-
-    joined, variables = not dist.is_initialized(), dict(os.environ)
-    environment.connect(environment.resolve({}), device)
-    try:
-        yield
-    finally:
-        if joined:
-            environment.disconnect()
-        # What is started from here later must not take itself for a rank.
-        os.environ.clear()
-        os.environ.update(variables)
 
 
 def open_contender(name: str, config: Config, device: torch.device, notes: list[str]) -> Contender | None:

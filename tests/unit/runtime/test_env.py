@@ -1,11 +1,13 @@
+import contextlib
 import os
 import tempfile
 from dataclasses import replace
 
 import pytest
+import torch
 
 from dattrain.errors import UserError
-from dattrain.runtime.env import FIRST_PORT, PORTS, configure, first_host, port_of, resolve
+from dattrain.runtime.env import FIRST_PORT, PORTS, configure, first_host, port_of, process_group, resolve
 
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -155,3 +157,17 @@ def test_ports_lie_below_the_ephemeral_range():
     ports = {port_of(str(job)) for job in range(2000)}
     assert min(ports) >= FIRST_PORT and max(ports) < FIRST_PORT + PORTS < 32768
     assert len(ports) > 1800
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+def test_a_process_that_was_no_rank_is_none_after_its_group(fails, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    before = dict(os.environ)
+    with contextlib.suppress(KeyError), process_group(resolve({}), torch.device("cpu")):
+        assert os.environ["RANK"] == "0" and torch.distributed.is_initialized()
+        with process_group(resolve({}), torch.device("cpu")):
+            pass
+        assert torch.distributed.is_initialized(), "it was there before"
+        if fails:
+            raise KeyError
+    assert dict(os.environ) == before and not torch.distributed.is_initialized()

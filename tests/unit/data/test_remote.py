@@ -168,7 +168,7 @@ def test_a_block_that_ran_out_of_time_is_halved_down_to_256_kib_and_never_grows(
     asked = []
 
     class Slow(Transfer):
-        def _range(self, url, start, end, whole=None):
+        def _range(self, url, start, end, whole=None, version=None):
             asked.append(end - start)
             if len(asked) == 1:
                 raise TimeoutError

@@ -198,7 +198,7 @@ def _once(pattern: str, paths: list[str]) -> list[str]:
     """The paths. Raises UserError where one comes twice: its samples would be seen twice an epoch."""
     seen: set[str] = set()
     for path in paths:
-        real = os.path.normpath(path)
+        real = os.path.abspath(path)
         if real in seen:
             raise UserError(f"{pattern}: names {path} twice")
         seen.add(real)

@@ -297,7 +297,7 @@ class Transfer:
                 if status == 404:
                     raise FileNotFoundError(mask(url)) from None
                 if status in _FINAL or (_http(url) and isinstance(error, ValueError)):
-                    raise Refused(f"{url}: may not be read ({reason})") from None
+                    raise Refused(f"{url}: may not be read ({reason}){_spelling(url, error)}") from None
                 if status in _DENIED or _EXPIRED.search(reason):
                     if renewed or _http(url):  # whose credentials are in the URL
                         raise Refused(f"{url}: may not be read ({reason}){_advice(url)}") from None
@@ -350,7 +350,7 @@ class Transfer:
                 }
             try:
                 system = fsspec.filesystem(scheme, **options)
-            except (ImportError, ValueError) as error:
+            except (ImportError, ValueError, TypeError) as error:
                 needs = EXTRA.get(scheme)
                 hint = f"; install {needs} (pip install dattrain[remote])" if needs else ""
                 raise UserError(f"{url}: cannot be opened ({error}){hint}") from error
@@ -369,6 +369,11 @@ def _advice(url: str) -> str:
         if split_query(url)[1]
         else ""
     )
+
+
+def _spelling(url: str, error: Exception) -> str:
+    odd = isinstance(error, ValueError) and "@" in url
+    return "; in a user's name or password / ? # [ ] are written %2F %3F %23 %5B %5D" if odd else ""
 
 
 def _scheme(url: str) -> str:

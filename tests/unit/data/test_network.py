@@ -404,6 +404,21 @@ def test_the_proxy_of_the_environment_is_used_and_its_refusal_is_told(monkeypatc
     assert SECRET not in str(found.value) and got[0].headers["Proxy-Authorization"]
 
 
+@pytest.mark.parametrize("password", ["a/b", "a#b", "a?b", "a[b"])
+def test_a_password_that_cuts_the_url_is_shown_how_to_spell(password):
+    with pytest.raises(UserError, match="may not be read .* written %2F") as found:
+        quick().read(f"http://ann:{SECRET}{password}{SECRET}@h/x.json")
+    assert SECRET not in str(found.value)
+
+
+@pytest.mark.parametrize("url", ["github://h/a.tar", "none://h/a.tar"])
+def test_a_kind_of_source_that_cannot_be_opened_is_refused_at_once(url):
+    clock = Clock()
+    with pytest.raises(UserError, match="cannot be opened"):
+        quick(clock).read(url)
+    assert not clock.slept
+
+
 @pytest.mark.parametrize("url", ["http://", "http://:x/a.tar", "http://h:99999/a.tar", "http://[::/a.tar"])
 def test_what_is_no_url_is_refused_at_once(url):
     clock = Clock()

@@ -12,18 +12,19 @@ import re
 # where it goes on behind them.
 _URL = re.compile(
     r"[A-Za-z][A-Za-z0-9+.\-]*:(?://|(?<=[A-Za-z0-9]{2}:)/)[^\s'\"<>`?#;]*"
-    r"(?:[?#;](?:=\"[^\"\n]*\"|='[^'\n]*'|[^\s'\"<>`]|['\"<>`](?=[\w%&=+~\-]))*)?"
+    r"(?:[?#;](?:=\"[^\"\n]*\"|='[^'\n]*'|[^\s'\"<>`]|['\"<>`](?=[\w%&=+~\-])| (?=[^\s:/]*&[\w.\-]+=))*)?"
 )
 # Up to the last @ before a slash or space; or whatever stands between a colon, which no port follows, and the next @.
 _USER = re.compile(
-    r"(?<=:/)(/?)(?:[^\s/@]*(?:@[^\s/@:]*)?:"
+    r"(?<=:/)(/?)(?:[^\s/@:]*(?:@[^\s/@:]*)?:"
     r"(?![\s:]|\d+(?:$|[^\w@\s]|\s(?![^\n@:]*@[\w.\-]+(?::\d+)?/)))[^\n@]*@(?:[^\s/@]*@)*|[^\s/]*@)"
 )
 _HEADER = re.compile(
-    r"((?:authorization|-token|api-key|cookie)['\"]?\s*[:=]\s*['\"]?)"
+    r"((?:authorization|-token|api-key|cookie)['\"]?\s*[:=]\s*(?:b(?=['\"]))?['\"]?)"
     r"(?:=\"[^\"\n]*\"|[^'\"\n,}])+(?:,\s*\w+=(?:\"[^\"\n]*\"|[^'\"\n,}])*)*",
     re.IGNORECASE,
 )
+_CURL = re.compile(r"((?:^|\s)(?:-u|--user|--proxy-user)[ =]?['\"]?)[^\s'\":]+:[^\s'\"]+")
 _PARAMETERS = {True: re.compile("([;#]).+"), False: re.compile("([;#]).*=.*")}
 """Behind ``;`` or ``#``, by whether it is HTTP; keys in buckets may have either in their names."""
 _FILE = re.compile(r"\.(?:tar|txt|json|npz)$")
@@ -34,8 +35,8 @@ _BETWEEN = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.\-]*://)")
 
 def mask(text: str) -> str:
     """The text with ``***`` for the user and password of every URL in it, for its query string, parameters (``;``) and fragment
-    (``#``), and for what headers with credentials say. Whatever is printed or written for people goes through here."""
-    text = _HEADER.sub(r"\1***", text)
+    (``#``), and for what headers with credentials and curl's user say. Whatever is printed or written for people goes through here."""
+    text = _CURL.sub(r"\1***", _HEADER.sub(r"\1***", text))
     if ":/" not in text:
         return text
     return _URL.sub(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import re
 import sys
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 1 (a user error while running), 2 (usage or configuration)."""
     if argv is None:
         sys.excepthook = _bug
+        # Names of files need not be UTF-8; stderr shows such bytes so by itself.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog="dattrain", description="Pre-train and fine-tune DAT at ImageNet-22K scale.")
     parser.add_argument("--version", action="version", version=f"dattrain {__version__}")

@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import re
 
-# One slash: what is left of a URL that was taken for a path.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:(?://|(?<=[A-Za-z0-9]{2}:)/)[^\s'\"<>`]+")
-_USER = re.compile(r"(?<=:/)(/?)(?:[^\s/]*@|[^\s/@:]+:(?!\d+/|:)[^\s@]*@)")
-_HEADER = re.compile(
-    r"((?:authorization|x-amz-security-token|x-goog-api-key)['\"]?\s*[:=]\s*['\"]?)[^'\"\n,}]+", re.IGNORECASE
+# One slash: what is left of a URL that was taken for a path. Behind ? # and ; quotes are part of it where they hold a value, or
+# where it goes on behind them.
+_URL = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.\-]*:(?://|(?<=[A-Za-z0-9]{2}:)/)[^\s'\"<>`?#;]*"
+    r"(?:[?#;](?:=\"[^\"\n]*\"|='[^'\n]*'|[^\s'\"<>`]|['\"<>`](?=[\w%&=+~\-])| (?=[^\s:/]*&[\w.\-]+=))*)?"
 )
+# Up to the last @ before a slash or space; or whatever stands between a colon, which no port follows, and the next @.
+_USER = re.compile(
+    r"(?<=:/)(/?)(?:[^\s/@:]*(?:@[^\s/@:]*)?:"
+    r"(?![\s:]|\d+(?:$|[^\w@\s]|\s(?![^\n@:]*@[\w.\-]+(?::\d+)?/)))[^\n@]*@(?:[^\s/@]*@)*|[^\s/]*@)"
+)
+_HEADER = re.compile(
+    r"((?:authorization|-token|api-key|cookie)['\"]?\s*[:=]\s*(?:b(?=['\"]))?['\"]?)"
+    r"(?:=\"[^\"\n]*\"|[^'\"\n,}])+(?:,\s*\w+=(?:\"[^\"\n]*\"|[^'\"\n,}])*)*",
+    re.IGNORECASE,
+)
+_CURL = re.compile(r"((?:^|\s)(?:-u|--user|--proxy-user)[ =]?['\"]?)[^\s'\":]+:[^\s'\"]+")
+_PARAMETERS = {True: re.compile("([;#]).+"), False: re.compile("([;#]).*=.*")}
+"""Behind ``;`` or ``#``, by whether it is HTTP; keys in buckets may have either in their names."""
 _FILE = re.compile(r"\.(?:tar|txt|json|npz)$")
 _REST_OF_A_NAME = re.compile(r"[\[\]{}*,.\-_\d]{0,8}|.*\.(?:tar|txt|json|npz)")
 _PARTS = re.compile(r"::(?![0-9A-Fa-f:.]*\])")
@@ -21,9 +34,9 @@ _BETWEEN = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.\-]*://)")
 
 
 def mask(text: str) -> str:
-    """The text with ``***`` for the user and password of every URL in it, for its query string, and for what an
-    ``Authorization`` header says. Whatever is printed or written for people goes through here."""
-    text = _HEADER.sub(r"\1***", text)
+    """The text with ``***`` for the user and password of every URL in it, for its query string, parameters (``;``) and fragment
+    (``#``), and for what headers with credentials and curl's user say. Whatever is printed or written for people goes through here."""
+    text = _CURL.sub(r"\1***", _HEADER.sub(r"\1***", text))
     if ":/" not in text:
         return text
     return _URL.sub(
@@ -33,8 +46,8 @@ def mask(text: str) -> str:
 
 def _without_query(url: str) -> str:
     end = len(url.rstrip(":;,.)]}"))
-    path, query = split_query(url[:end])
-    return f"{path}?***{url[end:]}" if query else url
+    path, query = split_query(_PARAMETERS[url[:4].lower() == "http"].sub(r"\1***", url[:end]))
+    return path + ("?***" if query else "") + url[end:]
 
 
 def split_query(url: str) -> tuple[str, str]:

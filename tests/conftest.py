@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Servers of tests are on loopback, whatever proxy this machine goes through.
+os.environ["no_proxy"] = "localhost,127.0.0.1"
 
 
 LIMITS = {"dist": 1800, "e2e": 3600, "slurm": 3600}

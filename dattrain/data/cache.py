@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dattrain.data.files import open_file
 from dattrain.errors import UserError
 
 _PART = ".part"
@@ -55,10 +56,10 @@ class Cache:
     def __contains__(self, name: str) -> bool:
         return (self.folder / name).exists()
 
-    def open(self, name: str) -> int | None:
-        """A descriptor for reading, and the file counts as used now; None where it is not there."""
+    def open(self, name: str, size: int | None = None) -> int | None:
+        """A descriptor for reading, and the file counts as used now; None where it is not there, or is not of ``size``."""
         try:
-            fd = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_file(self.folder / name)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -66,6 +67,9 @@ class Cache:
                 f"data.cache_dir={self.folder}: {name} cannot be read ({error.strerror}); users who share a cache need a umask "
                 "that lets the others read (022), or each a folder of their own"
             ) from error
+        if size is not None and os.fstat(fd).st_size != size:
+            os.close(fd)  # damaged since; whoever writes it anew replaces it
+            return None
         self.touch(name)
         return fd
 
@@ -108,7 +112,7 @@ class Cache:
         with self._held(name, wait) as held:
             if not held:
                 return None
-            fd = self.open(name)
+            fd = self.open(name, size)
             if fd is not None:
                 return fd
             part = self.folder / (name + self._part)
@@ -232,22 +236,20 @@ class Cache:
             for flags in (os.O_RDWR, os.O_RDONLY):
                 with suppress(OSError):
                     return os.open(path, flags | os.O_CLOEXEC)
-            if error.errno not in _MAY_NOT and error.errno not in (errno.EEXIST, errno.ENOENT):
-                self._explain(error)
-                raise
+            self._explain(error, but=_MAY_NOT)
             where = path if error.errno == errno.EEXIST else path.parent
             raise self._no_writing(f"{error.strerror}: {where}") from error
         with suppress(OSError):
             os.fchmod(fd, 0o666)  # it holds nothing, and whoever comes needs it
         return fd
 
-    def _explain(self, error: BaseException) -> None:
+    def _explain(self, error: BaseException, but: Collection[int] = ()) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"data.cache_dir={self.folder}: the disk is full ({error.strerror}); free some space, or set "
                 f"data.cache_gb (now {self.limit / 1e9:g}) to what there is"
             ) from error
-        if isinstance(error, OSError) and error.errno in _MAY_NOT:
+        if isinstance(error, OSError) and error.errno in _MAY_NOT and error.errno not in but:
             raise self._no_writing(error.strerror) from error
 
     def _no_writing(self, why: str | None) -> Unwritable:

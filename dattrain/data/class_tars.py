@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from dattrain.data import inventory, tar
 from dattrain.data.dataset import Sample, ShardDataset
+from dattrain.data.files import listing
 from dattrain.data.images import IMAGE_EXTENSIONS
 from dattrain.data.index import Entry, LeftOut, ShardIndex
 from dattrain.data.indexing import UNREAD_PICTURES
@@ -76,7 +77,7 @@ def find(path: str) -> list[tuple[str, str, int, int]] | None:
     Raises:
         UserError: a tar of tars is damaged or holds others too.
     """
-    if "://" in path or (os.path.isdir(path) and not any(n.endswith(".tar") for n in os.listdir(path))):
+    if "://" in path or (os.path.isdir(path) and not any(e.name.endswith(".tar") for e in listing(path))):
         return None
     files = expand(path)
     known = inventory.claims(os.path.dirname(files[0]) or ".")

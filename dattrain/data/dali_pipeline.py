@@ -156,7 +156,7 @@ def _plain_jpeg(data: bytes) -> bool:
             continue
         if marker in (0xC0, 0xC1, 0xC2):
             components = data[at + 9]
-            ids = bytes(data[at + 10 + 3 * i] for i in range(components)) if at + 19 < len(data) else b""
+            ids = data[at + 10 : at + 10 + 3 * components : 3]
             return data[at + 4] == 8 and (
                 components == 1 or (components == 3 and not adobe_rgb and ids != b"RGB")
             )
@@ -164,7 +164,7 @@ def _plain_jpeg(data: bytes) -> bool:
             return False
         length = (data[at + 2] << 8) | data[at + 3]
         if marker == 0xEE and data[at + 4 : at + 9] == b"Adobe" and length >= 14:
-            adobe_rgb = data[at + 15] == 0
+            adobe_rgb = data[at + 15 : at + 16] == b"\0"
         at += 2 + length
     return False
 

@@ -9,11 +9,11 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 
 from dattrain.data.board import note
+from dattrain.data.files import read_file
 from dattrain.data.folders import FolderDataset
 from dattrain.data.index import NO_LABEL, ShardIndex
 from dattrain.data.manifest import Named, class_names
@@ -148,7 +148,7 @@ def open_dataset(
         )
 
         def read(path: str) -> bytes:
-            return source.transfer.read(path) if "://" in path else Path(path).read_bytes()
+            return source.transfer.read(path) if "://" in path else read_file(path)
 
         lists = [part for part in parts(spec) if split_query(part)[0].endswith(".txt")]
         named = class_names(source.urls, read, lists)
@@ -159,7 +159,7 @@ def open_dataset(
         shards = open_local(expand(spec), problems=problems)
         if verify:
             verify_sizes(shards, rank=rank, world=world)
-        named = class_names(shards.paths, lambda path: Path(path).read_bytes())
+        named = class_names(shards.paths, read_file)
         dataset = ShardDataset(spec, shards, LocalSource(shards), named=named)
     if not dataset.counts.sum() and not problems:
         raise UserError(f"{spec}: has no samples")

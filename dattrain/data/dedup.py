@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from hashlib import blake2b
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.data.dataset import BadSample, Dataset, locate
-from dattrain.data.index import write_atomically
+from dattrain.data.index import json_bytes, write_atomically
 from dattrain.data.workers import Workers
 
 _CHUNK = 1024
@@ -51,6 +50,6 @@ def find_duplicates(source: Dataset, folder: Path, *, jobs: int = 1) -> NDArray[
                 "same_label": source.label(*a) == source.label(*b),
             }
         )
-    text = json.dumps(rows, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    text = json_bytes(rows, indent=1)
     write_atomically(folder / "_duplicates.json", text)
     return repeated

@@ -1,10 +1,12 @@
-"""Opening regular files alone: a FIFO among pictures or shards would wait for its writer for ever."""
+"""Opening regular files alone (a FIFO among pictures or shards would wait for its writer for ever), and listing folders."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+
+from dattrain.errors import UserError
 
 _KINDS = ((stat.S_ISFIFO, "a FIFO"), (stat.S_ISDIR, "a folder"), (stat.S_ISSOCK, "a socket"))
 
@@ -28,3 +30,12 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """The content of a regular file. Raises OSError as ``open_file``."""
     with open(open_file(path), "rb") as file:
         return file.read()
+
+
+def listing(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """What is in a folder, sorted by name. Raises UserError where that may not be seen."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{os.fspath(folder)}: cannot be listed ({error.strerror})") from error

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dattrain.data import files
 from dattrain.data.board import note
 from dattrain.data.classes import few, order
+from dattrain.data.files import listing
 from dattrain.data.images import is_image_name
 from dattrain.data.sample import BadSample, Numbered, Sample
 from dattrain.errors import UserError
@@ -102,7 +104,7 @@ def class_folders(root: str | os.PathLike[str]) -> list[str]:
         UserError: one is a link to what is not there; all are splits; two are one folder.
     """
     found: dict[str, str] = {}
-    for entry in sorted(os.scandir(root), key=lambda each: each.name):
+    for entry in listing(root):
         if _hidden(entry.name):
             continue
         if entry.is_symlink() and not os.path.exists(entry.path):
@@ -129,7 +131,7 @@ def class_folders(root: str | os.PathLike[str]) -> list[str]:
 def read_file(path: Path, origin: str = "") -> bytes:
     """The bytes of an image file. Raises BadSample; ``origin`` is added to the name there."""
     try:
-        data = path.read_bytes()
+        data = files.read_file(path)
     except OSError as error:
         if path.is_symlink() and not path.exists():
             raise BadSample(f"{path}{origin}: a link to {os.readlink(path)}, which is not there") from error
@@ -148,7 +150,7 @@ class _Walk:
         self._seen = {self._real_root, *(os.path.realpath(root / name) for name in classes)}
         self._left: Counter[str] = Counter()
         self._example: dict[str, str] = {}
-        for entry in os.scandir(root):
+        for entry in listing(root):
             if is_image_name(entry.name) and not entry.is_dir():
                 self._leave("image beside the class folders", entry.name)
 
@@ -157,11 +159,7 @@ class _Walk:
         waiting = [(folder, os.path.realpath(self.root / folder))]
         while waiting:
             parent, real_parent = waiting.pop()
-            try:
-                entries = sorted(os.scandir(self.root / parent), key=lambda each: each.name)
-            except OSError as error:
-                raise UserError(f"{self.root / parent}: cannot be listed ({error.strerror})") from error
-            for entry in entries:
+            for entry in listing(self.root / parent):
                 name = os.path.join(parent, entry.name)
                 if entry.is_dir():
                     link = entry.is_symlink()

@@ -7,6 +7,7 @@ decoded, so that a decompression bomb costs nothing. What image files may be cal
 from __future__ import annotations
 
 import io
+import math
 import struct
 import warnings
 from functools import cache
@@ -45,7 +46,8 @@ _BRANDS = {
         (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"), "heic"
     ),
 }
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF 6.0
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _TILE = 258, 262, (322, 323)  # TIFF 6.0
+_SMALL_TILE = 1024 * 1024
 _UNREAD = {"avif": "AVIF (Pillow reads it from 11.3 on)", "heic": "HEIC", "jxl": "JPEG XL"}
 
 
@@ -88,20 +90,24 @@ def size(data: bytes) -> tuple[int, int]:
     if kind == "jpeg":
         frame = _jpeg_frame(data)
         found = None if frame is None else frame[:2]
-    elif kind == "png" and len(data) >= 24:
+    elif kind == "png" and len(data) >= 24 and data[12:16] == b"IHDR":
         width, height = struct.unpack(">II", data[16:24])
         found = height, width
     if found is None:
         with _open(data) as image:
             found = image.height, image.width
-    height, width = found
+    _check_size(*found)
+    return found
+
+
+def _check_size(height: int, width: int) -> None:
+    """Raise BadImage where a side or the whole is beyond the limits, or nothing is there."""
     if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
         raise BadImage(
             f"{width} x {height} pixels; the limits are {MAX_SIDE} a side and {MAX_PIXELS} in all (a decompression bomb?)"
         )
     if min(height, width) < 1:
         raise BadImage(f"{width} x {height} pixels")
-    return height, width
 
 
 def decode(data: bytes) -> torch.Tensor:
@@ -133,6 +139,8 @@ def decode_pillow(data: bytes) -> Image.Image:
         BadImage: see ``decode``.
     """
     with _open(data) as image:
+        # A second header may have said otherwise than the first.
+        _check_size(image.height, image.width)
         try:
             return _gray(image).convert("RGB") if image.mode[0] in "IF" else image.convert("RGB")
         except BadImage:
@@ -170,7 +178,7 @@ def _open(data: bytes) -> Image.Image:
         # Our own limits are checked by ``size``.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            return Image.open(io.BytesIO(data), formats=_readable())
+            image = Image.open(io.BytesIO(data), formats=_readable())
         except Image.DecompressionBombError as error:
             raise BadImage(f"too many pixels ({error})") from error
         except UnidentifiedImageError as error:
@@ -180,6 +188,19 @@ def _open(data: bytes) -> Image.Image:
             kind = sniff(data)
             name = "an image" if kind == "other" else kind.upper()
             raise BadImage(f"{name} that does not open ({_reason(error)})") from error
+    _check_tiles(image)
+    return image
+
+
+def _check_tiles(image: Image.Image) -> None:
+    """Raise BadImage for a TIFF whose tiles, each of which is unpacked whole, are larger than it, but for small ones."""
+    sides = [getattr(image, "tag_v2", {}).get(tag, 1) for tag in _TILE]
+    if all(isinstance(side, int) for side in sides) and math.prod(sides) > max(
+        _SMALL_TILE, math.prod(image.size)
+    ):
+        raise BadImage(
+            f"TIFF of {image.width} x {image.height} pixels in tiles of {sides[0]} x {sides[1]} (a decompression bomb?)"
+        )
 
 
 @cache

@@ -325,6 +325,14 @@ def read_json(path: Path) -> Any:
     return found
 
 
+def json_bytes(content: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8; all in ASCII where a name in it is no UTF-8, whose bytes then stand there as surrogates."""
+    try:
+        return json.dumps(content, indent=indent, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=indent).encode()
+
+
 def write_catalogue(
     folder: str | Path, entries: Mapping[str, Entry], *, dropped: Iterable[str] | None = None
 ) -> None:

@@ -294,13 +294,15 @@ def names(urls: Sequence[str]) -> tuple[str, ...]:
     """What the shards are called in messages, in keys of samples and in the cache: their URLs without secrets.
 
     Raises:
-        UserError: two are told apart by their query strings alone.
+        UserError: one is named twice, be it with different query strings: its samples would be seen twice an epoch.
     """
     found: dict[str, str] = {}
     for url in urls:
-        path = split_query(url)[0]
-        if found.setdefault(path, url) != url:
-            raise UserError(
-                f"{path}: is named twice with different query strings; the path must be what tells shards apart"
-            )
+        path, query = split_query(url)
+        scheme, _, place = plain(url).partition("://")
+        known = f"{scheme}://{os.path.normpath(place)}"
+        if known in found:
+            queries = " with different query strings; the path must be what tells shards apart"
+            raise UserError(f"{path}: is named twice{queries if query != found[known] else ''}")
+        found[known] = query
     return tuple(plain(url) for url in urls)

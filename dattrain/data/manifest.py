@@ -12,6 +12,7 @@ from typing import Any
 
 from dattrain.data import labels
 from dattrain.data.classes import Classes, bare_numbers, few
+from dattrain.data.files import read_file
 from dattrain.data.inventory import MANIFESTS
 from dattrain.data.sample import Dataset
 from dattrain.data.transfer import Refused
@@ -85,11 +86,11 @@ def agree(
     beside = None
     for path in sorted(folder.glob(MANIFESTS)):
         try:
-            manifest = json.loads(path.read_bytes())
+            manifest = json.loads(read_file(path))
             named = named_in(manifest)
             if named is not None and manifest["split"] not in splits:
                 beside = Classes(len(named.classes), named.classes, f"its split {manifest['split']!r}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}: cannot be read ({type(error).__name__}: {error}); it says how another split of this folder numbers "
                 "its classes: restore it, or pack into another folder"
@@ -148,7 +149,7 @@ def _read(path: str, read: Callable[[str], bytes]) -> dict[str, Named]:
         return dict.fromkeys((str(shard["name"]) for shard in content["shards"]), named)
     except (FileNotFoundError, NotADirectoryError, Refused):
         return {}  # a bucket that may not be listed refuses what is not there
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: says what the labels of the shards beside it mean, and cannot be read "
             f"({type(error).__name__}: {error}); restore it, or pack the set again"

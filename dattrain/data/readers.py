@@ -13,7 +13,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from dattrain.data.board import note
 from dattrain.data.classes import Classes, decide
 from dattrain.data.cpu import CpuDecoder
 from dattrain.data.feed import Encoded, Request, bad_sample_message
+from dattrain.data.files import read_file
 from dattrain.data.images import IMAGE_EXTENSIONS
 from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
 from dattrain.data.loader import Bad, Decoder, ToDevice, open_split, patience
@@ -216,7 +216,7 @@ def _stream_classes(config: Config) -> Classes:
     assert data.train is not None
     paths = [path for part in data.train.split("::") for path in brace_expand(part)]
     local = [path for path in paths if "://" not in path and not path.startswith("pipe:")]
-    named = class_names(local, lambda path: Path(path).read_bytes()) if len(local) == len(paths) else None
+    named = class_names(local, read_file) if len(local) == len(paths) else None
     names = None if named is None else named.classes
     classes = decide(names, config.model.num_classes, data.labels, what)
     if names is not None and classes.numbers(names, what).tolist() != list(range(len(names))):

@@ -129,7 +129,8 @@ class RemoteSource:
         name = self.name(shard) + ".index.npz"
         fd = self.cache.open(name)
         if fd is not None:
-            with open(fd, "rb") as file:
+            # What is in the cache was good once; damaged since, it is fetched anew.
+            with open(fd, "rb") as file, suppress(UserError):
                 return parsed(file.read(), url, ShardIndex.from_bytes)
         try:
             index = parsed(self.transfer.read(url), url, ShardIndex.from_bytes)
@@ -182,7 +183,7 @@ class RemoteSource:
                     self.cache.touch(self.name(shard))
                 return file
         name = self.name(shard)
-        fd = self.cache.open(name)
+        fd = self.cache.open(name, int(self.shards.sizes[shard]))
         if fd is None:
             fd = self.fetch(shard)
         assert fd is not None

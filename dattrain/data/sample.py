@@ -93,10 +93,13 @@ class Numbered:
 
     def _number(self, label: int, where: str) -> int:
         """The class number of one of the set's own labels."""
-        if self._numbers is None or label == NO_LABEL:
+        named = self.classes if self._numbers is None else self._numbers
+        if named is None or label == NO_LABEL:
             return label
-        if not 0 <= label < len(self._numbers):
-            raise UserError(f"{where}: has label {label}, but its set names {len(self._numbers)} classes")
+        if not 0 <= label < len(named):
+            raise UserError(f"{where}: has label {label}, but its set names {len(named)} classes")
+        if self._numbers is None:
+            return label
         number = int(self._numbers[label])
         if number == NO_LABEL:
             raise UserError(

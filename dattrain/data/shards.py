@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.data import inventory, tar
-from dattrain.data.files import open_file
+from dattrain.data.files import listing, open_file
 from dattrain.data.index import Entry, ShardIndex, read_catalogue, read_index
 from dattrain.errors import UserError
 
@@ -180,9 +180,10 @@ def expand(pattern: str) -> list[str]:
     if pattern.endswith(".txt") and os.path.isfile(pattern):
         base = os.path.dirname(pattern)
         lines = [line.strip() for line in Path(pattern).read_text(encoding="utf-8-sig").splitlines()]
-        return _once(
-            pattern, [os.path.join(base, line) for line in lines if line and not line.startswith("#")]
-        )
+        named = [os.path.join(base, line) for line in lines if line and not line.startswith("#")]
+        if not named:
+            raise UserError(f"{pattern}: names no shards")
+        return _once(pattern, named)
     if os.path.exists(pattern):
         return [pattern]
     paths = brace_expand(pattern)
@@ -197,7 +198,7 @@ def _once(pattern: str, paths: list[str]) -> list[str]:
     """The paths. Raises UserError where one comes twice: its samples would be seen twice an epoch."""
     seen: set[str] = set()
     for path in paths:
-        real = os.path.normpath(path)
+        real = os.path.abspath(path)
         if real in seen:
             raise UserError(f"{pattern}: names {path} twice")
         seen.add(real)
@@ -206,8 +207,7 @@ def _once(pattern: str, paths: list[str]) -> list[str]:
 
 def holds_shards(folder: str) -> bool:
     """Whether a local folder is one of shards, and not of class folders."""
-    with os.scandir(folder) as entries:
-        found = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
+    found = [(e.name, e.is_dir()) for e in listing(folder) if not e.name.startswith(".")]
     if any(name.endswith(".tar") for name, _ in found):
         return True
     if any(is_folder for _, is_folder in found):
@@ -216,7 +216,7 @@ def holds_shards(folder: str) -> bool:
 
 
 def _in_folder(folder: str) -> list[str]:
-    names = sorted(os.listdir(folder))
+    names = [entry.name for entry in listing(folder)]
     found = [name for name in names if name.endswith(".tar") and not name.startswith(".")]
     check_one_split(folder, found)
     compressed = [name for name in names if tar.COMPRESSED_NAME.search(name)]

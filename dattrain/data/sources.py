@@ -10,6 +10,8 @@ import io
 import os
 import re
 import struct
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -264,7 +266,7 @@ def read_idx(path: str) -> NDArray:
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             data = file.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES:
         raise UserError(f"{path}: not an IDX file")
@@ -289,6 +291,8 @@ def _labels_beside(images: str) -> str:
 
 
 def _from_npz(path: str) -> ArrayDataset:
+    if not zipfile.is_zipfile(path):  # what numpy says of that is to load it unsafely
+        raise UserError(f"{path}: not a readable npz file; it was cut short, or is something else")
     try:
         with np.load(path, allow_pickle=False) as file:
             images = next((name for name in _IMAGES if name in file), None)
@@ -301,5 +305,6 @@ def _from_npz(path: str) -> ArrayDataset:
             return ArrayDataset(path, file[images], file[labels])
     except UserError:
         raise
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable npz file ({error})") from error
+    except Exception as error:
+        # Of damaged files zipfile, zlib and numpy raise a dozen types.
+        raise UserError(f"{path}: not a readable npz file ({type(error).__name__}: {error})") from error

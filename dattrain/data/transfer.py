@@ -11,11 +11,12 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from dattrain.data import answers, web
 from dattrain.data.hosts import HOSTS, Hosts
+from dattrain.data.web import Wrong
 from dattrain.errors import UserError
 from dattrain.urls import mask, server, split_query
 
@@ -37,7 +38,7 @@ _MIB = 2**20
 _SMALLEST_BLOCK = 256 * 1024
 _LONGEST_WAIT_S = 600.0
 _DENIED = frozenset({400, 401, 403})
-_FINAL = frozenset({404, 405, 410})
+_FINAL = frozenset({404, 405, 407, 410})
 _EXPIRED = re.compile(
     r"(?<!certificate has )expired|InvalidToken|TokenRefreshRequired|InvalidAccessKeyId", re.IGNORECASE
 )
@@ -47,8 +48,8 @@ class Refused(UserError):
     """The server does not let us read a file."""
 
 
-class _Wrong(Exception):
-    """What came is not what the index says."""
+class _Changed(UserError):
+    """The file was replaced between two of its blocks."""
 
 
 class _DiskError(Exception):
@@ -62,11 +63,21 @@ class _File:
         self.fd, self.size = fd, size
         self.at = 0
         self.digest = hashlib.sha256()
+        self._version: dict[str, str] = {}
+
+    def version(self, headers: Mapping[str, str]) -> None:
+        """Raise _Changed where each validator (RFC 9110, 8.8) of an answer is another than that of the block before; mirrors
+        behind one name may have ETags of their own."""
+        found = {name: headers[name] for name in ("ETag", "Last-Modified") if name in headers}
+        both = found.keys() & self._version.keys()
+        if both and all(found[name] != self._version[name] for name in both):
+            raise _Changed("it was replaced while it was fetched")
+        self._version = found
 
     def __call__(self, data: bytes) -> None:
         """Write the next piece."""
         if self.at + len(data) > self.size:
-            raise _Wrong(f"more than {self.size} bytes")
+            raise Wrong(f"more than {self.size} bytes")
         rest = memoryview(data)
         while rest:
             try:
@@ -156,7 +167,16 @@ class Transfer:
         """
         for attempt in range(2):
             try:
-                digest = self._fill(url, _File(fd, size))
+                # Where there is a checksum, it alone decides.
+                digest = self._fill(url, _File(fd, size), mixed=bool(sha256))
+            except _Changed as error:
+                if attempt == 0:
+                    log.warning("%s: %s; fetching it again", mask(url), error)
+                    continue
+                raise UserError(
+                    f"{url}: {error}, in both attempts, so its parts may be of different files: wait until it is written, or "
+                    "index the shards with --checksum, if its server has several copies"
+                ) from error
             except _DiskError as error:
                 assert error.__cause__ is not None
                 raise error.__cause__ from None
@@ -169,17 +189,19 @@ class Transfer:
             "the shard was changed or damaged: restore it, or index it anew with `dattrain data index --force`"
         )
 
-    def _fill(self, url: str, file: _File) -> str:
-        """Fetch the file; returns its SHA-256."""
+    def _fill(self, url: str, file: _File, *, mixed: bool) -> str:
+        """Fetch the file, whose blocks may be ``mixed`` of several versions; returns its SHA-256."""
         block = self.block
         while file.at < file.size:
-            found, block = self._block(url, file, block)
+            found, block = self._block(url, file, block, None if mixed else file.version)
             if isinstance(found, _File):
                 return found.digest.hexdigest()
             file(found)
         return file.digest.hexdigest()
 
-    def _block(self, url: str, file: _File, block: int) -> tuple[bytes | _File, int]:
+    def _block(
+        self, url: str, file: _File, block: int, version: Callable[[Mapping[str, str]], object] | None
+    ) -> tuple[bytes | _File, int]:
         """The next bytes, and the length of block to ask for next; or the file as it was written in one piece."""
         shrunk, at, size = block, file.at, file.size
 
@@ -190,15 +212,13 @@ class Transfer:
             last = at + length == size
             whole = _File(file.fd, size)
             try:
-                data = self._range(url, at, at + length + last, whole)
+                data = self._range(url, at, at + length + last, whole, version)
             except (TimeoutError, asyncio.TimeoutError):
                 shrunk = max(min(_SMALLEST_BLOCK, shrunk), shrunk // 2)
                 raise
-            except web.Unranged:
-                raise _Wrong("the whole file, not a part of it") from None
             except Exception as error:
                 if answers.status(error) == 416:
-                    raise _Wrong(f"nothing from offset {at} on") from None
+                    raise Wrong(f"nothing from offset {at} on") from None
                 raise
             if data is None:
                 if self.hosts.lacks_ranges(server(url)):
@@ -207,19 +227,19 @@ class Transfer:
                         server(url),
                     )
                 if whole.at != size:
-                    raise _Wrong(f"{whole.at} bytes, not {size}")
+                    raise Wrong(f"{whole.at} bytes, not {size}")
                 return whole
             if at == 0 and len(data) == size:
                 return data
             if len(data) != length:
-                raise _Wrong(f"{len(data)} bytes from offset {at} on, not {length}")
+                raise Wrong(f"{len(data)} bytes from offset {at} on, not {length}")
             return data
 
         try:
             return self._retry(url, once), shrunk
         except FileNotFoundError:
             raise UserError(f"{url}: there is no such file") from None
-        except _Wrong as error:
+        except Wrong as error:
             found = self._size_or_none(url)
             if found is not None and found != size:
                 raise UserError(
@@ -227,7 +247,7 @@ class Transfer:
                     "short: restore it, or index it anew with `dattrain data index --force`"
                 ) from error
             raise UserError(
-                f"{url}: sent {error} as its index says, in {self.attempts} attempts; the server or a proxy cuts it, "
+                f"{url}: sent {error}, which does not fit its index, in {self.attempts} attempts; the server or a proxy cuts it, "
                 "or the shard was changed"
             ) from error
 
@@ -238,7 +258,12 @@ class Transfer:
             return None
 
     def _range(
-        self, url: str, start: int | None, end: int | None, whole: Callable[[bytes], object] | None = None
+        self,
+        url: str,
+        start: int | None,
+        end: int | None,
+        whole: Callable[[bytes], object] | None = None,
+        version: Callable[[Mapping[str, str]], object] | None = None,
     ) -> bytes | None:
         """Bytes of a file; None where the server sent it all, and ``whole`` took it."""
         system = self._system(url)
@@ -248,7 +273,7 @@ class Transfer:
         from fsspec.asyn import sync
 
         if _http(url):
-            return sync(system.loop, web.get, system, url, start, end, self.timeout, whole)
+            return sync(system.loop, web.get, system, url, start, end, self.timeout, whole, version)
         return sync(system.loop, system._cat_file, path, start=start, end=end, timeout=self.timeout)
 
     def _retry(self, url: str, call: Callable[[], T]) -> T:
@@ -272,7 +297,7 @@ class Transfer:
                 if status == 404:
                     raise FileNotFoundError(mask(url)) from None
                 if status in _FINAL or (_http(url) and isinstance(error, ValueError)):
-                    raise Refused(f"{url}: may not be read ({reason})") from None
+                    raise Refused(f"{url}: may not be read ({reason}){_spelling(url, error)}") from None
                 if status in _DENIED or _EXPIRED.search(reason):
                     if renewed or _http(url):  # whose credentials are in the URL
                         raise Refused(f"{url}: may not be read ({reason}){_advice(url)}") from None
@@ -283,7 +308,7 @@ class Transfer:
                 attempt += 1
                 asked = answers.asked_to_wait(error, self.hosts.wall())
                 if attempt == self.attempts:
-                    if isinstance(error, _Wrong):
+                    if isinstance(error, Wrong):
                         raise
                     wait = f" (its server asks to wait {asked:.0f} s)" if asked else ""
                     raise UserError(
@@ -313,6 +338,9 @@ class Transfer:
             import fsspec
 
             options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+            if _http(url):
+                # HTTPS_PROXY, NO_PROXY and .netrc, which the other kinds of source heed by themselves.
+                options["client_kwargs"] = {"trust_env": True}
             if scheme == "s3":
                 # Attempts are counted here alone, not multiplied by botocore's.
                 options["config_kwargs"] = {
@@ -322,7 +350,7 @@ class Transfer:
                 }
             try:
                 system = fsspec.filesystem(scheme, **options)
-            except (ImportError, ValueError) as error:
+            except (ImportError, ValueError, TypeError) as error:
                 needs = EXTRA.get(scheme)
                 hint = f"; install {needs} (pip install dattrain[remote])" if needs else ""
                 raise UserError(f"{url}: cannot be opened ({error}){hint}") from error
@@ -341,6 +369,11 @@ def _advice(url: str) -> str:
         if split_query(url)[1]
         else ""
     )
+
+
+def _spelling(url: str, error: Exception) -> str:
+    odd = isinstance(error, ValueError) and "@" in url
+    return "; in a user's name or password / ? # [ ] are written %2F %3F %23 %5B %5D" if odd else ""
 
 
 def _scheme(url: str) -> str:

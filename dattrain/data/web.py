@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dattrain.urls import split_query, with_query
@@ -16,8 +16,8 @@ from dattrain.urls import split_query, with_query
 _CHUNK = 2**20
 
 
-class Unranged(Exception):
-    """The whole file was sent where a part was asked for."""
+class Wrong(Exception):
+    """What came is not what was asked for, or not what the index says."""
 
 
 async def get(
@@ -27,6 +27,7 @@ async def get(
     end: int | None,
     timeout: float,
     whole: Callable[[bytes], object] | None,
+    version: Callable[[Mapping[str, str]], object] | None = None,
 ) -> bytes | None:
     """Bytes ``start`` to ``end`` of a file, up to one more where the server sends too much; all of it where ``start`` is None.
 
@@ -34,9 +35,10 @@ async def get(
         timeout: seconds for a range, or in which something of a whole file must come.
         whole: is given the whole file in pieces, where the server knows no ranges and the first is asked for; None is
             returned then. It runs in a thread.
+        version: is given the headers of an answer with a range; raises where that is of another version of the file.
 
     Raises:
-        Unranged: the server sent the whole file, and nobody wants it.
+        Wrong: the server sent another range, or the whole file where nobody wants it, or no file.
     """
     session = await system.set_session()
     headers = {"Accept-Encoding": "identity"}
@@ -48,10 +50,17 @@ async def get(
         if start is None or end is None:
             return await answer.read()
         if answer.status == 206:
+            began_at = re.match(r"\s*bytes\s+(\d+)", answer.headers.get("Content-Range", ""))
+            if began_at and int(began_at[1]) != start:
+                raise Wrong(f"bytes from offset {began_at[1]} on, not {start}")
+            if version is not None:
+                version(answer.headers)
             left = timeout - (asyncio.get_running_loop().time() - began)
             return await asyncio.wait_for(_at_most(answer, end - start + 1), max(left, 0.0))
+        if answer.status != 200:
+            raise Wrong(f"HTTP status {answer.status} and no file")
         if start > 0 or whole is None:
-            raise Unranged
+            raise Wrong("the whole file, not a part of it")
         async for piece in answer.content.iter_chunked(_CHUNK):
             await asyncio.to_thread(whole, piece)
         return None

@@ -68,7 +68,9 @@ class RankLog:
         self.path = path
         self.console: Console | None = None
         # A restart appends: what the attempt before it said is evidence.
-        self._file: io.TextIOWrapper = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
+        self._file: io.TextIOWrapper = open(  # noqa: SIM115 (closed by close)
+            path, "a", encoding="utf-8", errors="backslashreplace", buffering=1
+        )
         to_file = logging.StreamHandler(self._file)
         to_file.setFormatter(_Masked(_FORMAT.format(who=f"r{rank}@{host}".replace("%", "%%"))))
         self._handlers: list[logging.Handler] = [to_file]

@@ -175,6 +175,14 @@ def test_which_files_dali_gets(encodings):
         assert not fits(encodings[name][:-100])
 
 
+@pytest.mark.parametrize(
+    "last", [b"\xff\xc0\0\x11\x08\0\x08\0\x08\xff", b"\xff\xee\0\x0eAdobe\0", b"\xff\xc2", b"\xff\xfe\xff"]
+)
+@pytest.mark.parametrize("more", range(12))
+def test_a_header_at_the_end_of_a_file_is_no_plain_jpeg(last, more):
+    assert not fits(b"\xff\xd8" + last + b"\xff\xd9"[:more] + b"\xff\xd9" * more)
+
+
 def damaged(jpeg: bytes) -> dict[str, bytes]:
     """Files that are no images, by what is wrong with them; the last one only shows when it is decoded."""
     table = jpeg.index(b"\xff\xc4") + 5

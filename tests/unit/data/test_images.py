@@ -74,6 +74,37 @@ def test_too_wide_and_bombs_are_refused_by_their_header():
         decode(png_bomb(0, 10))
 
 
+@pytest.mark.parametrize("first", [b"tEXt", b"IHDR"])
+def test_a_second_header_does_not_pass_the_limits(first):
+    """Pillow takes the size of the last, wherever it stands."""
+    bomb, small = png_bomb(12_000, 12_000), png_bomb(8, 8)
+    head = bytearray(small[8:33])
+    head[4:8] = first
+    head[21:25] = struct.pack(">I", zlib.crc32(head[4:21]))
+    with pytest.raises(BadImage, match="12000 x 12000"):
+        decode(bomb[:8] + bytes(head) + bomb[8:])
+
+
+@pytest.mark.parametrize("side", [16, 1024, 1040, 32_768])
+def test_tiles_larger_than_their_image_are_a_bomb_unless_they_are_small(side):
+    pixels = zlib.compress(bytes([200]) * min(side, 1024) ** 2, 9)
+    tags = {256: 3, 257: 2, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = (
+        b"II*\0"
+        + struct.pack("<I", 8 + len(pixels))
+        + pixels
+        + struct.pack("<H", len(tags))
+        + entries
+        + bytes(4)
+    )
+    if side <= 1024:
+        assert decode(data).shape == (3, 2, 3) and (decode(data) == 200).all()
+    else:
+        with pytest.raises(BadImage, match=f"TIFF of 3 x 2 pixels in tiles of {side} x {side}"):
+            decode(data)
+
+
 def test_damage_inside_gives_an_image_or_a_clear_error(encodings):
     """Bits flipped anywhere: no other exception, no crash, no hang."""
     rng = np.random.default_rng(0)

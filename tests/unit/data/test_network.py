@@ -303,6 +303,122 @@ def test_a_shard_that_ends_before_a_block_is_named_with_both_sizes():
         download(quick(attempts=2, block=2**16), f"{url}/x", 150_000)
 
 
+def part(asked, data: bytes, *, shift: int = 0, **headers: str):
+    """The bytes that a request asks for, or those so many behind them; a body of another version has other headers."""
+    first, last = map(int, asked.headers["Range"].removeprefix("bytes=").split("-"))
+    body = data[first + shift : last + 1 + shift]
+    return 206, {"Content-Range": f"bytes {first + shift}-{first + shift + len(body) - 1}/*", **headers}, body
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_another_range_than_the_one_asked_for_is_asked_for_again(turn):
+    data, asked_for = os.urandom(200_000), []
+
+    def answer(asked):
+        asked_for.append(asked)
+        return part(asked, data, shift=7 if len(asked_for) == turn + 1 else 0)
+
+    with answering(answer) as (url, got):
+        assert download(quick(block=2**16), f"{url}/x", len(data)) == data
+    assert len(got) == 5
+    with (
+        answering(lambda asked: part(asked, data, shift=7)) as (url, _),
+        pytest.raises(UserError, match="sent bytes from offset 7 on, not 0, .* in 4 attempts"),
+    ):
+        download(quick(block=2**16), f"{url}/x", len(data))
+
+
+class TestReplaced:
+    """A file of the same size takes the place of another between two blocks."""
+
+    @pytest.mark.parametrize("names", [["ETag"], ["Last-Modified"], ["ETag", "Last-Modified"]])
+    def test_its_parts_are_not_joined(self, names, caplog):
+        old, new = os.urandom(200_000), os.urandom(200_000)
+
+        def answer(asked):
+            first = not caplog.records and asked.headers["Range"].startswith("bytes=0-")
+            return part(asked, old if first else new, **dict.fromkeys(names, str(first)))
+
+        with answering(answer) as (url, _):
+            assert download(quick(block=2**16), f"{url}/x?{SECRET}", len(old)) == new
+        assert "replaced while it was fetched" in caplog.text and SECRET not in caplog.text
+
+    def test_again_and_again_it_is_refused_but_for_a_checksum(self):
+        data, count = os.urandom(200_000), iter(range(99))
+        with answering(lambda asked: part(asked, data, ETag=str(next(count)))) as (url, _):
+            with pytest.raises(UserError, match="in both attempts, .* --checksum"):
+                download(quick(block=2**16), f"{url}/x", len(data))
+            digest = hashlib.sha256(data).hexdigest()
+            assert download(quick(block=2**16), f"{url}/x", len(data), digest) == data
+
+    def test_mirrors_may_have_tags_of_their_own(self, caplog):
+        data, count = os.urandom(200_000), iter(range(99))
+
+        def answer(asked):
+            return part(
+                asked, data, **{"ETag": str(next(count)), "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}
+            )
+
+        with answering(answer) as (url, _):
+            assert download(quick(block=2**16), f"{url}/x", len(data)) == data
+        assert not caplog.records
+
+
+@pytest.mark.parametrize("status", [204, 302, 304])
+def test_an_answer_without_a_file_is_called_so(status):
+    with (
+        answering(lambda asked: (status, {}, b"")) as (url, _),
+        pytest.raises(UserError, match=f"sent HTTP status {status} and no file"),
+    ):
+        download(quick(block=2**16), f"{url}/x", 200_000)
+
+
+@pytest.mark.parametrize("call", ["read", "size", "download"])
+def test_a_redirect_to_another_host_takes_no_credentials_along(call):
+    data = os.urandom(100_000)
+    with (
+        answering(lambda asked: (200, {}, data)) as (there, got),
+        answering(lambda asked: (302, {"Location": there.replace("127.0.0.1", "localhost") + "/y"}, b"")) as (
+            url,
+            asked,
+        ),
+    ):
+        spec = f"{url.replace('//', f'//ann:{SECRET}@')}/x?{SECRET}"
+        if call == "download":
+            assert download(quick(), spec, len(data)) == data
+        else:
+            assert getattr(quick(), call)(spec) in (data, len(data))
+    assert all(one.headers.get("Authorization") and one.query for one in asked)
+    assert got and not any(
+        SECRET in f"{one.query} {one.headers}" or one.headers.get("Authorization") for one in got
+    )
+
+
+def test_the_proxy_of_the_environment_is_used_and_its_refusal_is_told(monkeypatch):
+    answers = [(200, {}, b"whole"), (407, {}, b"")]
+    with answering(lambda asked: answers.pop(0)) as (url, got):
+        monkeypatch.setenv("http_proxy", url.replace("//", f"//ann:{SECRET}@"))
+        assert quick().read("http://elsewhere.invalid/x.json") == b"whole"
+        with pytest.raises(Refused, match="HTTP 407") as found:
+            quick().read("http://elsewhere.invalid/x.json")
+    assert SECRET not in str(found.value) and got[0].headers["Proxy-Authorization"]
+
+
+@pytest.mark.parametrize("password", ["a/b", "a#b", "a?b", "a[b"])
+def test_a_password_that_cuts_the_url_is_shown_how_to_spell(password):
+    with pytest.raises(UserError, match="may not be read .* written %2F") as found:
+        quick().read(f"http://ann:{SECRET}{password}{SECRET}@h/x.json")
+    assert SECRET not in str(found.value)
+
+
+@pytest.mark.parametrize("url", ["github://h/a.tar", "none://h/a.tar"])
+def test_a_kind_of_source_that_cannot_be_opened_is_refused_at_once(url):
+    clock = Clock()
+    with pytest.raises(UserError, match="cannot be opened"):
+        quick(clock).read(url)
+    assert not clock.slept
+
+
 @pytest.mark.parametrize("url", ["http://", "http://:x/a.tar", "http://h:99999/a.tar", "http://[::/a.tar"])
 def test_what_is_no_url_is_refused_at_once(url):
     clock = Clock()

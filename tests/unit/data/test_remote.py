@@ -168,7 +168,7 @@ def test_a_block_that_ran_out_of_time_is_halved_down_to_256_kib_and_never_grows(
     asked = []
 
     class Slow(Transfer):
-        def _range(self, url, start, end, whole=None):
+        def _range(self, url, start, end, whole=None, version=None):
             asked.append(end - start)
             if len(asked) == 1:
                 raise TimeoutError
@@ -178,6 +178,24 @@ def test_a_block_that_ran_out_of_time_is_halved_down_to_256_kib_and_never_grows(
     Slow(attempts=2, pause=0.0, block=block).download("s3://bucket/shard.tar", fd, 8 << 20)
     os.close(fd)
     assert asked[:3] == [block, then, then]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".index.npz"])
+def test_what_was_damaged_in_the_cache_is_fetched_anew(tmp_path, suffix):
+    content = write_shards(tmp_path / "set", shards=1, samples=4)
+    with serving(tmp_path / "set") as server:
+        for cut in (False, True):
+            if cut:
+                (damaged,) = (p for p in (tmp_path / "cache").iterdir() if p.name.endswith(suffix))
+                damaged.write_bytes(damaged.read_bytes()[:-700])
+            assert (
+                opened(server.url, tmp_path / "cache").read(0, 3).data == content["set-0000.tar:00000003"][0]
+            )
+        (damaged,) = (p for p in (tmp_path / "cache").iterdir() if p.name.endswith(suffix))
+        damaged.unlink()
+        os.mkfifo(damaged)
+        with pytest.raises(UserError, match="cannot be read .it is a FIFO"):
+            opened(server.url, tmp_path / "cache").read(0, 0)
 
 
 def test_a_source_that_cannot_be_reached(tmp_path):

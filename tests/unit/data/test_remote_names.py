@@ -96,6 +96,16 @@ class TestQueryStrings:
 
 
 class TestLists:
+    @pytest.mark.parametrize("second", ["", "./", "../{folder}/"])
+    def test_that_name_a_shard_twice_are_refused(self, tmp_path, content, second):
+        """Its samples would be seen twice an epoch."""
+        lines = ["set-0000.tar", f"{second.format(folder='set')}set-0000.tar"]
+        (tmp_path / "set" / "list.txt").write_text("\n".join(lines))
+        with answering(lambda asked: file(tmp_path, asked)) as (url, _):
+            for spec in (f"{url}/set/list.txt", f"{url}/set/set-{{0000..0001}}.tar::{url}/set/set-0000.tar"):
+                with pytest.raises(UserError, match=r"set-0000\.tar: is named twice$"):
+                    opened(spec, tmp_path / "cache")
+
     def test_of_urls_are_remote_whether_local_or_not(self, tmp_path, content):
         with answering(lambda asked: file(tmp_path / "set", asked)) as (url, _):
             lines = [f"{url}/set-000{i}.tar" for i in range(3)]

@@ -308,10 +308,10 @@ def test_reading_is_bounded_in_open_files(make_shards):
     assert open_shards() == 0
 
 
-@pytest.mark.parametrize("form", ["{0}::{0}", "{0}/train-0000.tar::{0}/train-*.tar", "list"])
+@pytest.mark.parametrize("form", ["{0}::{0}", "{0}/train-0000.tar::{0}/train-*.tar", "{0}::{1}", "list"])
 def test_a_shard_that_is_named_twice_is_refused(make_shards, form):
     folder = make_shards()
-    spec = form.format(folder)
+    spec = form.format(folder, os.path.relpath(folder))
     if form == "list":
         spec = str(folder / "list.txt")
         (folder / "list.txt").write_text("train-0000.tar\ntrain-0000.tar\n")

@@ -3,10 +3,13 @@ one line. Nothing but ``UserError`` and ``BadSample`` comes out, and it comes so
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import os
 import random
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,8 +20,10 @@ import pytest
 from pictures import encode
 from PIL import Image
 
+from dattrain import cli
 from dattrain.data import tar
 from dattrain.data.dataset import BadSample, Dataset, open_dataset
+from dattrain.data.folders import FolderDataset
 from dattrain.data.index import ShardIndex, index_path
 from dattrain.data.indexing import index_shards
 from dattrain.data.order import Order
@@ -88,6 +93,14 @@ def whole(tmp_path_factory) -> Path:
     (root / "_info.json").write_text(json.dumps({"splits": {"t": info}}))
     shards = [{"name": name, "samples": 6} for name in info["filenames"]]
     (root / "_t.manifest.json").write_text(json.dumps({"shards": shards, "classes": ["a", "b", "c"]}))
+    (root / "list.txt").write_bytes(b"\xef\xbb\xbft-0000.tar\r\n# t\r\nt-0001.tar\n")
+    for name, head in (
+        ("images-idx3", b"\0\0\x08\3" + b"\0\0\0\4" * 3),
+        ("labels-idx1", b"\0\0\x08\1\0\0\0\4"),
+    ):
+        array = random.Random(0).randbytes(64) if "images" in name else bytes(4)
+        (root / f"{name}-ubyte.gz").write_bytes(gzip.compress(head + array))
+    np.savez_compressed(root / "arrays.npz", images=np.zeros((3, 4, 4), np.uint8), labels=np.arange(3))
     return root
 
 
@@ -119,6 +132,18 @@ def repack(folder: Path) -> None:
 
 def classes(folder: Path) -> None:
     every_sample(open_source(str(folder / "n*.tar")))
+
+
+def listed(folder: Path) -> None:
+    every_sample(open_dataset(str(folder / "list.txt")))
+
+
+def idx(folder: Path) -> None:
+    every_sample(open_source(str(folder / "images-idx3-ubyte.gz")))
+
+
+def npz(folder: Path) -> None:
+    every_sample(open_source(str(folder / "arrays.npz")))
 
 
 def every_sample(dataset: Dataset) -> None:
@@ -232,6 +257,11 @@ CASES: dict[str, tuple[str, Callable[[bytes, random.Random], bytes], list[Act]]]
     "catalogue bytes": ("_catalogue.json", mutate_bytes, RECORD),
     "hub info": ("_info.json", mutate_json, RECORD),
     "manifest": ("_t.manifest.json", mutate_json, RECORD),
+    "manifest bytes": ("_t.manifest.json", mutate_bytes, [*RECORD, repack]),
+    "list": ("list.txt", mutate_bytes, [listed]),
+    "idx images": ("images-idx3-ubyte.gz", mutate_bytes, [idx]),
+    "idx labels": ("labels-idx1-ubyte.gz", mutate_bytes, [idx]),
+    "npz": ("arrays.npz", mutate_bytes, [npz]),
 }
 
 
@@ -257,6 +287,72 @@ def test_damage_is_one_line(whole, tmp_path, case, examples):
                     f"{case}, seed {seed}, {act.__name__}: {type(error).__name__}: {error}"
                 ) from error
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("record", ["_catalogue.json", "_info.json", "_t.manifest.json"])
+def test_a_record_that_is_nested_without_end_is_one_line(whole, tmp_path, record):
+    folder = tmp_path / "set"
+    shutil.copytree(whole, folder)
+    (folder / record).write_text("[" * 100_000 + '"shards" "splits"')
+    for act in (read, repack):
+        with pytest.raises(UserError, match=record):
+            act(folder)
+    # Without the words that make it a record, a manifest is read for class names alone.
+    (folder / record).write_text("[" * 100_000)
+    if "manifest" in record:
+        with pytest.raises(UserError, match=record):
+            read(folder)
+
+
+def test_labels_beyond_the_names_of_a_manifest_are_named(whole, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(whole, folder)
+    manifest = json.loads((folder / "_t.manifest.json").read_bytes())
+    (folder / "_t.manifest.json").write_text(json.dumps({**manifest, "classes": ["a", "b"]}))
+    for act in (read, repack):
+        with pytest.raises(UserError, match=r"t-000\d\.tar.*has label 2, but its set names 2 classes"):
+            act(folder)
+
+
+@pytest.mark.parametrize("act", [expand, open_dataset, open_source, FolderDataset])
+def test_a_folder_that_may_not_be_listed_is_one_line(tmp_path, act, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", refuse)
+    monkeypatch.setattr("os.listdir", refuse)
+    with pytest.raises(UserError, match=r"cannot be listed \(Permission denied\)"):
+        act(str(tmp_path))
+
+
+def test_a_fifo_in_a_list_or_beside_shards_does_not_wait_for_its_writer(whole, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(whole, folder)
+    (folder / "_t.manifest.json").unlink()
+    os.mkfifo(folder / "_t.manifest.json")
+    with pytest.raises(UserError, match="FIFO"):
+        read(folder)
+    (tmp_path / "list.txt").write_text("set/_t.manifest.json 0")
+    with pytest.raises(BadSample, match="FIFO"):
+        open_source(str(tmp_path / "list.txt")).read(0, 0)
+
+
+def test_names_that_are_no_utf8_go_through_packing_and_are_shown(tmp_path, monkeypatch, capsys):
+    picture = encode(Image.new("RGB", (8, 8)))
+    for name in (b"two", b"\xff\xe9"):
+        os.makedirs(os.path.join(os.fsencode(tmp_path), b"in", name))
+        for file in (b"\xfe.jpg", b"\xfe2.jpg"):
+            with open(os.path.join(os.fsencode(tmp_path), b"in", name, file), "wb") as image:
+                image.write(picture)
+    for source, out in (("in", "out"), ("out", "again")):
+        pack(open_source(str(tmp_path / source)), tmp_path / out, Options(dedup=True))
+        found = open_dataset(str(tmp_path / out))
+        assert found.classes == ["two", "\udcff\udce9"] and found.counts.sum() == 1
+        json.loads((tmp_path / out / "_duplicates.json").read_bytes())
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for words in (["--samples"], []):
+        monkeypatch.setattr(sys, "argv", ["dattrain", "data", "ls", str(tmp_path / "in"), *words])
+        assert cli.main() == 0 and "\\udcf" in capsys.readouterr().out
 
 
 @pytest.mark.timeout(60)

@@ -12,11 +12,15 @@ from typing import Any
 
 from dattrain.data import labels
 from dattrain.data.classes import Classes, bare_numbers, few
+from dattrain.data.index import read_json, write_atomically
 from dattrain.data.inventory import MANIFESTS
 from dattrain.data.sample import Dataset
 from dattrain.data.transfer import Refused
 from dattrain.errors import UserError
 from dattrain.urls import beside, plain
+
+_COPIED = "copied_from"
+"""In a manifest beside links to shards: those of the shards' own folders. ``histogram`` then counts whole sets."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,54 @@ def class_names(
         )
     names = next(iter(found), None)
     return None if names is None else Named(names, None if used is None else frozenset(used))
+
+
+def copy_manifests(out: str) -> None:
+    """Write into a folder of links to shards what the manifests beside the shards themselves say, of the linked ones alone.
+
+    Raises:
+        UserError: a manifest is damaged, ``out`` has one that is no such copy, or two of one name number classes differently.
+    """
+    linked: dict[str, str] = {}
+    for name in sorted(os.listdir(out)):
+        link = os.path.join(out, name)
+        if name.endswith(".tar") and os.path.islink(link):
+            linked[name] = os.path.dirname(os.path.abspath(os.path.join(out, os.readlink(link))))
+    copies: dict[str, dict[str, Any]] = {}
+    for path in (
+        path for folder in sorted(set(linked.values())) for path in sorted(Path(folder).glob(MANIFESTS))
+    ):
+        content = read_json(path)
+        if not isinstance(content, dict) or "shards" not in content:
+            continue  # a file of that name and another purpose
+        try:
+            shards = [shard for shard in content["shards"] if linked.get(shard["name"]) == str(path.parent)]
+            if not shards:
+                continue
+            copy = copies.setdefault(path.name, {**content, "shards": [], _COPIED: []})
+            if (copy.get("classes") or None) != (content.get("classes") or None):
+                raise UserError(
+                    f"{path}: names other classes than {copy[_COPIED][0]}; link the shards beside each into a folder of their own"
+                )
+            copy["shards"] += shards
+            copy[_COPIED].append(str(path))
+            before, more = copy.get("histogram"), content.get("histogram")
+            copy["histogram"] = None if before is None or more is None else {**before, **more}
+            copy["samples"] = sum(shard["samples"] for shard in copy["shards"])
+            copy["bytes"] = sum(shard.get("bytes", 0) for shard in copy["shards"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: is no manifest ({type(error).__name__}: {error}); restore it, or move it away"
+            ) from error
+    for name, copy in copies.items():
+        target = Path(out, name)
+        there = None if target.is_symlink() else read_json(target)
+        if there is not None and not (isinstance(there, dict) and _COPIED in there):
+            raise UserError(
+                f"{target}: is there already, and is no copy of {copy[_COPIED][0]}; use another folder"
+            )
+        text = json.dumps(copy, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape")
+        write_atomically(target, text)
 
 
 def agree(

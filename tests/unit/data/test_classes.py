@@ -169,7 +169,41 @@ def test_names_without_samples_are_no_class_of_a_set(tmp_path, caplog):
     assert "has images of 1 of 2 classes; none of dog" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["manifest removed", "key misspelt", "shards renamed", "indexed elsewhere"])
+def test_a_part_that_is_indexed_elsewhere_keeps_the_names_of_the_set(tmp_path):
+    spec = packed(folder(tmp_path / "val", ["bee", "cat"], each=8), tmp_path / "out", "val")
+    shards = [str(path) for path in sorted(Path(spec).parent.glob("*.tar"))]
+    mine = str(tmp_path / "mine")
+
+    def index(some):
+        index_shards(link_shards(some, mine))
+        return open_split(config(None, mine), "val", Classes(3, ("ant", "bee", "cat")), rank=0, world=1)[0]
+
+    for some in (shards[1:2], shards[2:3], shards):
+        dataset = index(some)
+        for shard, count in enumerate(dataset.counts):
+            for i in range(count):
+                name = re.search("-([a-z]+)", dataset.key(shard, i))[1]
+                assert ("ant", "bee", "cat")[dataset.label(shard, i)] == name
+    assert len(dataset.counts) == len(shards) > 3
+    (tmp_path / "mine" / "val-0001.tar").unlink()
+    with pytest.raises(UserError, match=r"mine/val-0001.tar: is missing, though"):
+        open_dataset(mine)
+    (tmp_path / "mine" / "_val.manifest.json").write_bytes((tmp_path / "out/_val.manifest.json").read_bytes())
+    with pytest.raises(UserError, match=r"_val.manifest.json: is there already, and is no copy of"):
+        link_shards(shards, mine)
+
+
+def test_shards_of_two_packings_are_not_linked_under_one_manifest(tmp_path):
+    both = [("a", ["ant", "bee"], "0000"), ("b", ["bee", "cat"], "0001")]
+    shards = []
+    for place, names, number in both:
+        packed(folder(tmp_path / f"{place}s", names), tmp_path / place, "train")
+        shards.append(str(tmp_path / place / f"train-{number}.tar"))
+    with pytest.raises(UserError, match=r"b/_train.manifest.json: names other classes than .*a/_train"):
+        link_shards(shards, str(tmp_path / "mine"))
+
+
+@pytest.mark.parametrize("how", ["manifest removed", "key misspelt", "shards renamed"])
 def test_shards_that_lost_their_names_are_held_against_their_samples(tmp_path, how):
     out = tmp_path / "out"
     spec = packed(folder(tmp_path / "val", ["bee", "cat"]), out, "val")
@@ -182,10 +216,6 @@ def test_shards_that_lost_their_names_are_held_against_their_samples(tmp_path, h
         (tmp_path / "other").mkdir()
         for path in out.glob("val-*"):
             (tmp_path / "other" / path.name.replace("val", "my-val")).write_bytes(path.read_bytes())
-        if how == "indexed elsewhere":
-            link_shards([str(path) for path in sorted(out.glob("*0000.tar"))], tmp_path / "linked")
-            index_shards([str(path) for path in (tmp_path / "linked").glob("*.tar")], jobs=1)
-            spec = str(tmp_path / "linked")
     known = Classes(3, ("ant", "bee", "cat"), "the network")
     with pytest.raises(
         UserError, match=r"'(bee|cat)' by its .json and has label [01], but .* is class [12] by the network"

@@ -13,7 +13,7 @@ import torch
 
 from dattrain.config.schema import Config
 from dattrain.data.batch import Batch
-from dattrain.data.classes import Classes, absent, bare_numbers, decide, few
+from dattrain.data.classes import Classes, absent, bare_numbers, decide, few, hold
 from dattrain.data.cpu import CpuDecoder, EvalTransform
 from dattrain.data.dataset import Dataset, open_dataset
 from dattrain.data.feed import Encoded, EvalFeed, TrainFeed, fetch
@@ -310,6 +310,8 @@ def number(
     if classes is None:
         classes = decide(dataset.classes, num_classes, data.labels, what)
     if dataset.classes is not None:
+        own = Classes(len(dataset.classes), tuple(dataset.classes), "the manifest beside it")
+        hold(own, said_by_samples(dataset), what)
         used = range(len(dataset.classes)) if dataset.used is None else sorted(dataset.used)
         table = np.full(len(dataset.classes), NO_LABEL, dtype=np.int64)
         table[list(used)] = numbers = classes.numbers([dataset.classes[label] for label in used], what)

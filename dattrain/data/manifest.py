@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dattrain.data import labels
-from dattrain.data.classes import Classes, bare_numbers, few
+from dattrain.data.classes import Classes, bare_numbers, few, unique
 from dattrain.data.index import read_json, write_atomically
 from dattrain.data.inventory import MANIFESTS
 from dattrain.data.sample import Dataset
@@ -139,13 +139,22 @@ def agree(
         try:
             manifest = json.loads(path.read_bytes())
             named = named_in(manifest)
-            if named is not None and manifest["split"] not in splits:
-                beside = Classes(len(named.classes), named.classes, f"its split {manifest['split']!r}")
+            if named is None or manifest["split"] in splits:
+                continue
+            other, beside = (
+                beside,
+                Classes(len(named.classes), named.classes, f"its split {manifest['split']!r}"),
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: cannot be read ({type(error).__name__}: {error}); it says how another split of this folder numbers "
                 "its classes: restore it, or pack into another folder"
             ) from error
+        if other is not None and other.names != beside.names:
+            raise UserError(
+                f"{folder}: {other.source} and {beside.source} number their classes each in its own way ({few(other.names)}; "
+                f"{few(beside.names)}); pack into another folder"
+            )
     if label_set is not None:
         known = labels.label_set(label_set).synsets
         if source.classes is None:
@@ -162,15 +171,17 @@ def agree(
         if beside is not None:
             bare_numbers(beside, (), source.name)
         return None
+    own = unique(source.classes, source.name)
     if beside is None:
-        return source.classes
-    missing = [name for name in source.classes if name not in beside.names]
+        return own
+    there = set(beside.names)
+    missing = [name for name in own if name not in there]
     if missing and label_set is None:
         raise UserError(
             f"{folder}: {beside.source} has no class {missing[0]!r} ({few(beside.names)}), and {source.name} has; a class has "
             "one number in a folder: pack the training set first, or into another folder"
         )
-    source.renumber(beside.numbers(source.classes, source.name))
+    source.renumber(beside.numbers(own, source.name))
     return beside.names
 
 
@@ -184,7 +195,9 @@ def named_in(manifest: Any) -> Named | None:
         return None
     histogram = manifest.get("histogram")
     used = None if histogram is None else frozenset(map(int, histogram))
-    classes = tuple(map(str, manifest["classes"]))
+    if not isinstance(manifest["classes"], list):
+        raise TypeError("classes is no list")
+    classes = unique(list(map(str, manifest["classes"])), "classes")
     if used and not 0 <= max(used) < len(classes):
         raise ValueError(f"label {max(used)} of {len(classes)} classes")
     return Named(classes, used)

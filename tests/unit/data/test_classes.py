@@ -141,6 +141,28 @@ def test_a_damaged_manifest_is_named(tmp_path):
         open_dataset(spec)
 
 
+@pytest.mark.parametrize("names", [["crane", "crane"], {"bee": 1, "ant": 0}, "ab"])
+def test_a_manifest_that_is_written_by_hand(tmp_path, names):
+    spec = packed(folder(tmp_path / "a", ["ant", "bee"]), tmp_path / "s", "train")
+    edited(spec, classes=names)
+    with pytest.raises(UserError, match=r"_train.manifest.json: .*(comes twice|classes is no list)"):
+        open_dataset(spec)
+
+
+@pytest.mark.parametrize("how", ["indexed by another field", "another set's manifest"])
+def test_a_manifest_is_held_against_the_samples(tmp_path, how):
+    spec = packed(folder(tmp_path / "a", ["ant", "bee", "cat"]), tmp_path / "s", "train")
+    if how == "another set's manifest":
+        edited(spec, classes=["bee", "cat", "dog"])
+    else:
+        for path in (tmp_path / "s").glob("*.tar"):
+            path.write_bytes(path.read_bytes().replace(b'"height": 24', b'"c12k": 0   '))
+        index_shards([str(path) for path in sorted((tmp_path / "s").glob("*.tar"))], label="c12k")
+        edited(spec, histogram={"0": 12})
+    with pytest.raises(UserError, match=r"'.*' by its .json and has label ., .* by the manifest beside it"):
+        open_split(config(spec), "train", None, rank=0, world=1)
+
+
 def edited(spec, **changes):
     """Change the manifest beside packed shards; None removes a key."""
     path = next(Path(spec).parent.glob("_*.manifest.json"))
@@ -245,6 +267,7 @@ IMAGENET = labels.label_set("imagenet-1k").synsets
     [
         (Classes(3, ("a", "b", "c")), ["c", "a"], [2, 0]),
         (Classes(3, ("1", "2", "10")), ["10", "1"], [2, 0]),
+        (Classes(2, ("caf\u00e9", "tea ")), ["tea", "cafe\u0301"], [1, 0]),  # a Mac's folder
         (Classes(1000, IMAGENET), [IMAGENET[999], IMAGENET[3]], [999, 3]),
         (Classes(1000), [IMAGENET[999], IMAGENET[3]], [999, 3]),  # unknown, and of ImageNet's size
         (Classes(1000, IMAGENET), ["10", "2"], [10, 2]),  # ImageNet-V2
@@ -279,6 +302,33 @@ def test_classes_in_their_order_are_said(caplog):
     with caplog.at_level(logging.WARNING):
         Classes(2).numbers(["x", "y"], "it")
     assert "taken in their order: 0 is x, 1 is y" in caplog.text
+
+
+def test_folders_called_by_numbers_are_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert Classes(1000, IMAGENET).numbers(["1", "2"], "it").tolist() == [1, 2]
+        assert not caplog.text
+        Classes(3, ("ant", "bee", "cat")).numbers(["1", "2"], "it")
+    assert "it: its classes are called by numbers, taken for those of the network (1 is bee)" in caplog.text
+
+
+@pytest.mark.parametrize("names", [["caf\u00e9", "cafe\u0301"], ["ant", "ant "], ["crane", "crane"]])
+def test_a_class_has_one_name_and_a_name_one_class(names, tmp_path):
+    for use in (
+        lambda: Classes(2, tuple(names)),
+        lambda: decide(names, 2, None, "it"),
+        lambda: Classes(2).numbers(names, "it"),
+    ):
+        with pytest.raises(UserError, match=r"class '.*' (comes twice|and '.*' differ in .* alone)"):
+            use()
+    if names[0] != names[1]:
+        with pytest.raises(UserError, match="differ in .* alone"):
+            packed(folder(tmp_path / "a", names), tmp_path / "s", "train")
+
+
+def test_numbers_with_zeros_in_front_are_numbers():
+    tens = tuple(f"{number:02d}" for number in range(10))
+    assert classes.bare_numbers(Classes(10, tens), (), "it"), "a warning, and no error"
 
 
 def test_22k_models_find_1k_folders_by_synset():
@@ -339,6 +389,9 @@ def test_packed_splits_of_a_folder_share_their_numbers(tmp_path):
     other = folder(tmp_path / "other", ["bee", "dog"])
     with pytest.raises(UserError, match=r"its split '(train|val)' has no class 'dog' \(ant, bee, cat\)"):
         packed(other, tmp_path / "out", "test")
+    edited(str(tmp_path / "out" / "x"), classes=["ant", "bee", "dog"])
+    with pytest.raises(UserError, match=r"its split 'train' and its split 'val' number their classes each"):
+        packed(val, tmp_path / "out", "test")
 
 
 def test_packing_by_a_label_set(tmp_path):

@@ -129,7 +129,10 @@ def class_tar(path: str) -> bool:
 
 
 def no_shard_message(path: str) -> str | None:
-    """What to tell the user who would take for a shard what is none: no file, compressed, a tar of a class; else None."""
+    """What to tell the user who would take for a shard what is none: no file, compressed, a tar of a class, a list or array
+    of images; else None."""
+    if re.search(r"\.(csv|tsv|lst|list|npz|idx3?|gz)$|ubyte$", path) and not tar.COMPRESSED_NAME.search(path):
+        return f"{path}: is no tar; make shards of such a list or array with `dattrain data pack {path} OUT`"
     if tar.COMPRESSED_NAME.search(path):
         return (
             f"{path}: is compressed; gunzip, unzstd or unxz it: shards must be plain .tar files, in which any image can be "

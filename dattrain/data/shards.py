@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from dattrain.data import inventory, tar
 from dattrain.data.files import open_file
+from dattrain.data.images import is_image_name
 from dattrain.data.index import Entry, ShardIndex, read_catalogue, read_index
 from dattrain.errors import UserError
 
@@ -180,6 +181,11 @@ def expand(pattern: str) -> list[str]:
     if pattern.endswith(".txt") and os.path.isfile(pattern):
         base = os.path.dirname(pattern)
         lines = [line.strip() for line in Path(pattern).read_text(encoding="utf-8-sig").splitlines()]
+        image = next((line for line in lines if is_image_name(re.split(r"\s*[\t,]|\s+\S+$", line)[0])), None)
+        if image is not None:
+            raise UserError(
+                f"{pattern}: holds {image!r}, an image and no shard; make shards of a list of images with `dattrain data pack {pattern} OUT`"
+            )
         return _once(
             pattern, [os.path.join(base, line) for line in lines if line and not line.startswith("#")]
         )

@@ -40,7 +40,7 @@ class ListDataset(Numbered):
     which are numbered in sorted order. A first line of column names (``path,label``) is passed over, and noted.
 
     Raises:
-        UserError: a line that is no path and label; integers and names in one list; a negative label.
+        UserError: a line that is no path and label; integers and names in one list; a negative label; a file with two labels.
     """
 
     def __init__(self, path: str, root: str | None = None) -> None:
@@ -53,6 +53,7 @@ class ListDataset(Numbered):
             rows = rows[1:]
         if not rows:
             raise UserError(f"{path}: names no images")
+        _check_once(path, rows)
         numbers = [_integer(path, line, word) for line, _, word in rows]
         if None not in numbers:
             labels = [number for number in numbers if number is not None]
@@ -140,6 +141,17 @@ def _rows(path: str) -> list[tuple[int, str, str]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     return rows
+
+
+def _check_once(path: str, rows: Sequence[tuple[int, str, str]]) -> None:
+    """Refuse a file with two labels: one of them is wrong, or a class of its own is meant."""
+    first: dict[str, tuple[int, str]] = {}
+    for line, name, word in rows:
+        before, label = first.setdefault(name, (line, word))
+        if label != word:
+            raise UserError(
+                f"{path}, line {line}: {name} has label {word!r}, and {label!r} in line {before}; an image has one class"
+            )
 
 
 def _is_header(row: tuple[int, str, str], root: Path) -> bool:

@@ -179,3 +179,16 @@ def test_labels_of_two_kinds_are_refused_by_line(tmp_path, labels, message):
 def test_a_class_none_of_whose_files_is_there_is_no_class(tmp_path, text):
     with pytest.raises(UserError, match="line [12]: class '(Animal|dane)' has no file that is there"):
         open_source(made(tmp_path, text))
+
+
+def test_a_file_with_two_labels_is_named_by_line(tmp_path):
+    assert open_source(made(tmp_path, b"0.jpg,ant\n0.jpg,ant\n")).counts == [2], "seen twice on purpose"
+    with pytest.raises(UserError, match=r"line 3: 0.jpg has label 'bee', and 'ant' in line 1"):
+        open_source(made(tmp_path, b"0.jpg,ant\n1.jpg,bee\n0.jpg,bee\n"))
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.txt", "a.npz", "train-images-idx3-ubyte.gz"])
+def test_a_list_or_array_in_place_of_shards_says_what_to_do(tmp_path, name):
+    (tmp_path / name).write_bytes(b"# all\nbee/0.jpg\t1\nbee/1.jpg\t1\n")
+    with pytest.raises(UserError, match=f"`dattrain data pack {tmp_path / name} OUT`"):
+        open_dataset(str(tmp_path / name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from hashlib import blake2b
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.data.dataset import BadSample, Dataset, locate
-from dattrain.data.index import write_atomically
+from dattrain.data.index import to_json, write_atomically
 from dattrain.data.workers import Workers
 
 _CHUNK = 1024
@@ -51,6 +50,5 @@ def find_duplicates(source: Dataset, folder: Path, *, jobs: int = 1) -> NDArray[
                 "same_label": source.label(*a) == source.label(*b),
             }
         )
-    text = json.dumps(rows, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape")
-    write_atomically(folder / "_duplicates.json", text)
+    write_atomically(folder / "_duplicates.json", to_json(rows, indent=1))
     return repeated

@@ -325,6 +325,16 @@ def read_json(path: Path) -> Any:
     return found
 
 
+def to_json(content: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8 for any reader; file names that are no UTF-8 (surrogates in Python) come as escapes and are read back as they
+    were."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=indent).encode()
+
+
 def write_catalogue(
     folder: str | Path, entries: Mapping[str, Entry], *, dropped: Iterable[str] | None = None
 ) -> None:

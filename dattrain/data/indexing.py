@@ -11,8 +11,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from pathlib import Path
 
 from dattrain.data import inventory, tar
+from dattrain.data.classes import few
 from dattrain.data.files import open_file
 from dattrain.data.images import IMAGE_EXTENSIONS
 from dattrain.data.index import (
@@ -29,7 +31,7 @@ from dattrain.data.index import (
     write_index,
 )
 from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
-from dattrain.data.manifest import copy_manifests
+from dattrain.data.manifest import class_names, copy_manifests
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
 
@@ -83,10 +85,17 @@ def index_shards(
         drop: note in the catalogue that the shards that are not there are gone for good.
 
     Raises:
-        UserError: a shard is no whole tar, or a member's name is not to be trusted.
+        UserError: a shard is no whole tar, or a member's name is not to be trusted; ``label`` for shards whose manifest names
+            the classes of their labels.
     """
     gone = set(inventory.missing(paths))
     there = [path for path in paths if path not in gone]
+    named = class_names(there, lambda path: Path(path).read_bytes()) if label else None
+    if named is not None:
+        raise UserError(
+            f"{there[0]}: the manifest beside it calls its labels {few(named.classes)}, and --label {label} would give it others; "
+            f"make a set of these with `dattrain data pack --label {label}`"
+        )
 
     def work(number: int) -> Indexed:
         path = there[number]

@@ -12,7 +12,7 @@ from typing import Any
 
 from dattrain.data import labels
 from dattrain.data.classes import Classes, bare_numbers, few, unique
-from dattrain.data.index import read_json, write_atomically
+from dattrain.data.index import read_json, to_json, write_atomically
 from dattrain.data.inventory import MANIFESTS
 from dattrain.data.sample import Dataset
 from dattrain.data.transfer import Refused
@@ -115,8 +115,7 @@ def copy_manifests(out: str) -> None:
             raise UserError(
                 f"{target}: is there already, and is no copy of {copy[_COPIED][0]}; use another folder"
             )
-        text = json.dumps(copy, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape")
-        write_atomically(target, text)
+        write_atomically(target, to_json(copy, indent=1))
 
 
 def agree(

@@ -36,6 +36,7 @@ from dattrain.data.index import (
     read_catalogue,
     read_index,
     read_json,
+    to_json,
     write_atomically,
     write_catalogue,
     write_index,
@@ -182,7 +183,7 @@ class _Packer:
                     lengths.append(len(data))
                     labels.append(label)
                     keys.append(key)
-                    meta = json.dumps(info, ensure_ascii=False).encode("utf-8", "surrogateescape")
+                    meta = to_json(info)
                     for suffix, content in ((extension, data), ("cls", b"%d" % label), ("json", meta)):
                         put(tar.header(f"{key}.{suffix}", len(content)))
                         put(content)
@@ -338,8 +339,7 @@ def _publish(packer: _Packer, split: str, shards: list[Done]) -> dict[str, Any]:
         "shard_lengths": [shard.entry.samples for shard in shards],
     }
     write_atomically(info_path, json.dumps(info, indent=2).encode())
-    text = json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape")
-    write_atomically(folder / f"_{split}.manifest.json", text)
+    write_atomically(folder / f"_{split}.manifest.json", to_json(manifest, indent=1))
     return manifest
 
 

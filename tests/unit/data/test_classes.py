@@ -15,6 +15,7 @@ from dattrain.config.schema import Config
 from dattrain.data import classes, labels
 from dattrain.data.classes import Classes, decide
 from dattrain.data.dataset import open_dataset
+from dattrain.data.fields import said_by_samples
 from dattrain.data.indexing import index_shards, link_shards
 from dattrain.data.loader import eval_loader, open_split, train_loader
 from dattrain.data.manifest import class_names
@@ -149,18 +150,33 @@ def test_a_manifest_that_is_written_by_hand(tmp_path, names):
         open_dataset(spec)
 
 
-@pytest.mark.parametrize("how", ["indexed by another field", "another set's manifest"])
-def test_a_manifest_is_held_against_the_samples(tmp_path, how):
+def test_a_manifest_is_held_against_the_samples(tmp_path):
     spec = packed(folder(tmp_path / "a", ["ant", "bee", "cat"]), tmp_path / "s", "train")
-    if how == "another set's manifest":
-        edited(spec, classes=["bee", "cat", "dog"])
-    else:
-        for path in (tmp_path / "s").glob("*.tar"):
-            path.write_bytes(path.read_bytes().replace(b'"height": 24', b'"c12k": 0   '))
-        index_shards([str(path) for path in sorted((tmp_path / "s").glob("*.tar"))], label="c12k")
-        edited(spec, histogram={"0": 12})
+    edited(spec, classes=["bee", "cat", "dog"])
     with pytest.raises(UserError, match=r"'.*' by its .json and has label ., .* by the manifest beside it"):
         open_split(config(spec), "train", None, rank=0, world=1)
+
+
+def test_other_labels_than_those_that_a_manifest_names(tmp_path):
+    spec = packed(folder(tmp_path / "a", ["ant", "bee"]), tmp_path / "s", "train")
+    with pytest.raises(UserError, match=r"calls its labels ant, bee, .*`dattrain data pack --label height`"):
+        index_shards([spec.replace("*", "0000")], label="height")
+    edited(spec, classes=None)
+    index_shards([spec.replace("*", "0000")], label="height")
+    assert open_dataset(spec.replace("*", "0000")).label(0, 0) == 24
+
+
+def test_a_class_folder_that_is_not_called_in_utf8(tmp_path):
+    name = "caf\udce9"
+    folder(tmp_path / "a", ["bee", name])
+    (tmp_path / "a" / name / "twice.jpg").write_bytes((tmp_path / "a" / name / f"{name}0.jpg").read_bytes())
+    pack(open_dataset(str(tmp_path / "a")), tmp_path / "s", Options(dedup=True))
+    assert len(json.loads((tmp_path / "s" / "_duplicates.json").read_text(encoding="utf-8"))) == 1
+    spec = str(tmp_path / "s" / "*.tar")
+    dataset, known = open_split(config(spec, num_classes=2), "train", None, rank=0, world=1)
+    assert known.names == ("bee", name)
+    assert {said for _, _, said in said_by_samples(dataset)} == set(known.names)
+    json.loads(Path(spec).parent.joinpath("_train.manifest.json").read_text(encoding="utf-8"))
 
 
 def edited(spec, **changes):

@@ -117,7 +117,11 @@ def class_folders(root: str | os.PathLike[str]) -> list[str]:
             if other != entry.name:
                 raise UserError(f"{root}: the class folders {other} and {entry.name} are one and the same")
     names = order(list(found.values()))
-    bare = {re.sub(r"[-_ .]?(set|images|data|[0-9]+)$", "", name.lower()) for name in names}
+    # What all begin with is the set's name: imagenet21k_train, imagenet21k_val.
+    low = [name.lower() for name in names]
+    shared = os.path.commonprefix(low) if len(low) > 1 else ""  # noqa: RUF071 (names, not paths)
+    begin = len(re.sub(r"[^-_ .]*$", "", shared))
+    bare = {re.sub(r"[-_ .]?(set|images|data|[0-9]+)$", "", name[begin:]) for name in low}
     if bare and (bare <= _TRAINING | _OTHERS or (bare & _TRAINING and bare & _OTHERS)):
         raise UserError(
             f"{root}: holds {few(names)}, which are splits and not classes; name one of them, as in "

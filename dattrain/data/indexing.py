@@ -339,6 +339,8 @@ class _Builder:
             why = f"it has {'; '.join(kinds)}"
             if any("." in tar.split_name(m.name)[1] for m in members):
                 why += "; keys end at the first dot"
+            if "/" in key and not any(tar.split_name(m.name)[1].lower() in ("cls", "json") for m in members):
+                why += "; where its folder is its class, extract the tar and pack the folder"
         self.why[key] = why
 
 

@@ -139,3 +139,10 @@ def test_classes_without_images_are_told(release):
     assert open_source(str(release)).notes == (
         f"{release}: the tars of 1 classes hold no images: {SYNSETS[1]}",
     )
+
+
+def test_class_folders_in_one_tar(tmp_path, jpegs, capsys):
+    """As ImageNet-21K-P is given out."""
+    write_tar(tmp_path / "p.tar", [(f"imagenet21k_train/{n}/{n}_0.JPEG", jpegs[0]) for n in SYNSETS])
+    assert main(["data", "index", str(tmp_path / "p.tar"), "--jobs", "1"]) == 0
+    assert "where its folder is its class, extract the tar and pack the folder" in capsys.readouterr().err

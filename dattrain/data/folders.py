@@ -84,6 +84,11 @@ class FolderDataset(Numbered):
         note(str(path))
         return Sample(self.key(shard, sample), str(path), self.label(shard, sample), read_file(path))
 
+    def covers(self, place: Path) -> bool:
+        """Whether files in that folder would be read as this set's, or as another set in its place."""
+        place, root = place.resolve(), self.root.resolve()
+        return place == root or (root in place.parents and not _hidden(place.relative_to(root).parts[0]))
+
     def ahead(self, shards: Sequence[int]) -> None:
         """Nothing to fetch."""
 

@@ -25,7 +25,7 @@ from dattrain.errors import UserError
 _HIDDEN = frozenset({"@eaDir", "__MACOSX", "lost+found"})
 """Beside names that begin with a dot: thumbnails of a NAS, what a Mac puts into zip files, what ``fsck`` found."""
 _TRAINING = frozenset({"train", "training"})
-_OTHERS = frozenset({"val", "valid", "validation", "dev", "test", "testing"})
+OTHER_SPLITS = frozenset({"val", "valid", "validation", "dev", "test", "testing"})
 
 
 class FolderDataset(Numbered):
@@ -127,7 +127,7 @@ def class_folders(root: str | os.PathLike[str]) -> list[str]:
     shared = os.path.commonprefix(low) if len(low) > 1 else ""  # noqa: RUF071 (names, not paths)
     begin = len(re.sub(r"[^-_ .]*$", "", shared))
     bare = {re.sub(r"[-_ .]?(set|images|data|[0-9]+)$", "", name[begin:]) for name in low}
-    if bare and (bare <= _TRAINING | _OTHERS or (bare & _TRAINING and bare & _OTHERS)):
+    if bare and (bare <= _TRAINING | OTHER_SPLITS or (bare & _TRAINING and bare & OTHER_SPLITS)):
         raise UserError(
             f"{root}: holds {few(names)}, which are splits and not classes; name one of them, as in "
             f"data.train={os.path.join(root, names[0])}"

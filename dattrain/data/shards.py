@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 
 from dattrain.data import inventory, tar
 from dattrain.data.files import open_file
+from dattrain.data.folders import OTHER_SPLITS
 from dattrain.data.images import is_image_name
 from dattrain.data.index import Entry, ShardIndex, read_catalogue, read_index
 from dattrain.errors import UserError
+from dattrain.urls import mask, plain
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,21 @@ def check_one_split(folder: str, names: Sequence[str]) -> None:
         raise UserError(
             f"{folder}: holds the shards of several sets ({', '.join(prefixes[:4])}); name one, "
             f"as in {os.path.join(folder, prefixes[0])}"
+        )
+
+
+def check_train_glob(pattern: str, paths: Sequence[str]) -> None:
+    """Raise UserError where one glob pattern of training shards also names those of another split; ``::`` and lists say what
+    they mean."""
+    if "::" in pattern.replace("://", "") or not re.search(r"[*?\[]", pattern):
+        return
+    sets = sorted({inventory.set_of(os.path.basename(plain(path))) for path in paths})
+    others = [name for name in sets if OTHER_SPLITS & set(re.split(r"[^a-z]+", name.lower()))]
+    if others and len(others) < len(sets):
+        own = next(name for name in sets if name not in others)
+        raise UserError(
+            f"data.train={mask(pattern)}: names the shards of {own} and of {others[0]}, so that validation images would be trained "
+            f"on; a narrower pattern ({own.replace('*', '[0-9]*')}) names one, `A::B` both"
         )
 
 

@@ -410,6 +410,22 @@ def test_packed_splits_of_a_folder_share_their_numbers(tmp_path):
         packed(val, tmp_path / "out", "test")
 
 
+@pytest.mark.parametrize("other", ["val", "train-val"])
+def test_a_glob_that_also_names_validation_shards_is_not_trained_on(tmp_path, other):
+    train = packed(folder(tmp_path / "t", ["ant", "bee"]), tmp_path / "s", "train")
+    val = packed(folder(tmp_path / "v", ["ant", "bee"]), tmp_path / "s", other)
+    both = str(tmp_path / "s" / ("*tr*-*.tar" if "-" in other else "*.tar"))
+
+    def opened(spec, split="train"):
+        return open_split(config(spec, spec, 2), split, None, rank=0, world=1)[0].counts.sum()
+
+    with pytest.raises(UserError, match=rf"names the shards of train-\*.tar and of {other}-\*.tar, so that"):
+        opened(both)
+    one = train.replace("-*", "-[0-9]*")
+    assert opened(one) == opened(val) == 8 and opened(f"{one}::{val}") == 16
+    assert opened(both, "val") == 16
+
+
 def test_packing_by_a_label_set(tmp_path):
     source = folder(tmp_path / "train", [IMAGENET[3], IMAGENET[999]])
     pack(open_dataset(source), tmp_path / "out", Options(label_set="imagenet-1k"))

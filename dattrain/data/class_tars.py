@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from dattrain.data import inventory, tar
+from dattrain.data.classes import few
 from dattrain.data.dataset import Sample, ShardDataset
 from dattrain.data.files import listing
 from dattrain.data.images import IMAGE_EXTENSIONS
@@ -53,6 +57,8 @@ class ClassTars(ShardDataset):
         super().__init__(name, shards, LocalSource(shards), named=Named(tuple(classes), None))
         if not self.counts.sum():
             raise UserError(f"{name}: its tars hold no images")
+        if none := [classes[i] for i in np.flatnonzero(self.counts == 0)]:
+            self.notes = (f"{name}: the tars of {len(none):,} classes hold no images: {few(none)}",)
 
     def key(self, shard: int, sample: int) -> str:
         """See ``Dataset.key``; class and file name stand for the key."""
@@ -75,7 +81,7 @@ def find(path: str) -> list[tuple[str, str, int, int]] | None:
     None where it is no such release.
 
     Raises:
-        UserError: a tar of tars is damaged or holds others too.
+        UserError: a tar of tars is damaged or holds others too; other classes are there as folders.
     """
     if "://" in path or (os.path.isdir(path) and not any(e.name.endswith(".tar") for e in listing(path))):
         return None
@@ -100,7 +106,19 @@ def find(path: str) -> list[tuple[str, str, int, int]] | None:
                     "folder"
                 )
             tars.append((inner[1], file, member.offset, member.size))
+    if os.path.isdir(path):
+        _check_folders(path, {name for name, *_ in tars})
     return tars
+
+
+def _check_folders(path: str, classes: Collection[str]) -> None:
+    """Refuse class folders beside tars of other classes: an extraction that removes each tar and was stopped."""
+    folders = sorted(e.name for e in os.scandir(path) if re.fullmatch(r"n\d{8}", e.name) and e.is_dir())
+    if others := [name for name in folders if name not in classes]:
+        raise UserError(
+            f"{path}: holds tars of {len(classes):,} classes, and {len(others):,} other classes as folders ({few(others)}), as an "
+            "extraction that was stopped leaves them; finish it, or move one kind elsewhere"
+        )
 
 
 def _index(class_name: str, path: str, start: int, size: int, *, label: int) -> ShardIndex:

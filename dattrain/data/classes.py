@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 FILE = "classes.json"
 """In a run folder: the names of output 0, 1, ... as a list; an empty one where labels are bare numbers."""
+_MANIFEST = "the manifest (_SPLIT.manifest.json) that `dattrain data pack` wrote beside the shards"
 
 
 @dataclass(frozen=True)
@@ -35,26 +37,38 @@ class Classes:
         count: outputs.
         names: of output 0, 1, ...: synsets, folders, or words of a list. Empty where labels are bare numbers.
         source: who decided, for messages.
+
+    Raises:
+        UserError: a name comes twice.
     """
 
     count: int
     names: tuple[str, ...] = ()
     source: str = "the network"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", unique(self.names, self.source))
+
+    @property
+    def are_label_set(self) -> bool:
+        """Whether the names are those of a set of ``data.labels``."""
+        own = labels.infer(self.count)
+        return own is not None and self.names == labels.label_set(own, classes=self.count).synsets
+
     def numbers(self, names: Sequence[str], what: str) -> NDArray[np.int64]:
         """The output that each name of another set stands for.
 
-        Names are the network's own, or numbers as ImageNet-V2's folders are. Where the network's names are unknown,
-        synsets are looked up in the label set of its size, and as many names as outputs count in their order, which is
-        said as a warning.
+        Names are the network's own, or numbers as ImageNet-V2's folders are, which is said as a warning where the network's
+        are no label set. Where the network's names are unknown, synsets are looked up in the label set of its size, and as
+        many names as outputs count in their order, which is said as a warning.
 
         Args:
-            names: different from each other.
             what: whose names they are, for messages.
 
         Raises:
-            UserError: a name that is no class of the network.
+            UserError: a name that is no class of the network, or comes twice.
         """
+        names = unique(names, what)
         where = {name: number for number, name in enumerate(self.names)}
         unknown = [name for name in names if name not in where]
         if self.names and not unknown:
@@ -62,6 +76,11 @@ class Classes:
         if all(map(is_number, names)) and not any(map(is_number, self.names)):
             numbers = np.array([int(name) for name in names], dtype=np.int64)
             if numbers.max(initial=-1) < self.count and len(set(numbers.tolist())) == len(names):
+                if self.names and not self.are_label_set:
+                    log.warning(
+                        "%s: its classes are called by numbers, taken for those of %s (%s is %s)",
+                        what, self.source, names[0], self.names[numbers[0]],
+                    )  # fmt: skip
                 return numbers
         if self.names:
             raise UserError(
@@ -96,8 +115,9 @@ def decide(names: Sequence[str] | None, num_classes: int, label_set: str | None,
 
     Raises:
         ConfigError: more or fewer names than outputs; a label set of another size.
-        UserError: the label set's names are needed and its file is not there.
+        UserError: a name comes twice; the label set's names are needed and its file is not there.
     """
+    names = None if names is None else unique(names, what)
     if label_set is not None:
         labels.check_head(label_set, num_classes)
         try:
@@ -116,7 +136,7 @@ def decide(names: Sequence[str] | None, num_classes: int, label_set: str | None,
             f"{what} has {len(names)} classes ({few(names)}), but model.num_classes={num_classes}; set "
             f"model.num_classes={len(names)}{hint}"
         )
-    return Classes(num_classes, tuple(names), what)
+    return Classes(num_classes, names, what)
 
 
 def absent(classes: Classes, numbers: NDArray[np.int64]) -> list[str]:
@@ -136,34 +156,44 @@ def bare_numbers(classes: Classes, said: Sequence[tuple[str, int, str]], what: s
         UserError: a sample's class has another number; or the network's classes are called by numbers that are not theirs,
             so that nobody can tell which are meant.
     """
-    manifest = "the manifest (_SPLIT.manifest.json) that `dattrain data pack` wrote beside the shards"
     if not classes.names:
         if not said:
             return []
         key, label, name = said[0]
         return [
             f"{what}: its samples name their classes ({key} is {name!r}, label {label}), and nothing beside the shards names all: "
-            f"labels are taken as bare numbers. Restore {manifest}"
+            f"labels are taken as bare numbers. Restore {_MANIFEST}"
         ]
-    where = {name: number for number, name in enumerate(classes.names)}
-    for key, label, name in said:
-        if where.get(name, label) != label:
-            raise UserError(
-                f"{what}: {key} is {name!r} by its .json and has label {label}, but {name!r} is class {where[name]} by "
-                f"{classes.source}; restore {manifest}, or pack the set again"
-            )
-    if any(map(is_number, classes.names)) and classes.names != tuple(map(str, range(classes.count))):
+    hold(classes, said, what)
+    all_numbers = all(map(is_number, classes.names))
+    if any(map(is_number, classes.names)) and not (
+        all_numbers and [int(name) for name in classes.names] == list(range(classes.count))
+    ):
         raise UserError(
             f"{what}: its labels are bare numbers, and the network's classes are called {few(classes.names)}, which are not their "
             f"numbers; nothing says which are meant: use class folders, or shards that were packed of such"
         )
-    own = labels.infer(classes.count)
-    if own is not None and classes.names == labels.label_set(own, classes=classes.count).synsets:
+    if classes.are_label_set:
         return []
     return [
         f"{what}: its labels are bare numbers, taken for those of {classes.source} (0 is {classes.names[0]}); nothing beside it "
         "names its classes"
     ]
+
+
+def hold(classes: Classes, said: Sequence[tuple[str, int, str]], what: str) -> None:
+    """Hold labels against what samples say of themselves; arguments as for ``bare_numbers``.
+
+    Raises:
+        UserError: a sample's class is one of ``classes`` and has another number there.
+    """
+    where = {name: number for number, name in enumerate(classes.names)}
+    for key, label, name in said:
+        if where.get(canonical(name), label) != label:
+            raise UserError(
+                f"{what}: {key} is {name!r} by its .json and has label {label}, but {name!r} is class {where[canonical(name)]} by "
+                f"{classes.source}; restore {_MANIFEST}, or pack the set again"
+            )
 
 
 def write(run_dir: Path, classes: Classes) -> None:
@@ -200,6 +230,8 @@ def check(run_dir: Path, classes: Classes) -> None:
         UserError: naming the first class that differs.
     """
     old = read(run_dir)
+    if old is not None:
+        old = tuple(map(canonical, old))
     if old is None or old == classes.names:
         return
     for number, (before, now) in enumerate(zip(old, classes.names)):
@@ -211,6 +243,29 @@ def check(run_dir: Path, classes: Classes) -> None:
     raise UserError(
         f"{run_dir / FILE}: {what}; give it the data or data.labels that it was begun with, or another --run folder"
     )
+
+
+def canonical(name: str) -> str:
+    """A class name as it is compared: in Unicode's composed form (a Mac's folders have the other), without space around."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def unique(names: Sequence[str], what: str) -> tuple[str, ...]:
+    """Names as they are compared. Raises UserError where two are one."""
+    found: dict[str, str] = {}
+    for name in names:
+        form = canonical(name)
+        if form in found:
+            same = (
+                "comes twice"
+                if name == found[form]
+                else f"and {found[form]!a} differ in their Unicode form or in space around alone"
+            )
+            raise UserError(
+                f"{what}: class {name!a} {same}; a class must have one name, and a name one class"
+            )
+        found[form] = name
+    return tuple(found)
 
 
 def order(names: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.data.dataset import BadSample, Dataset, locate
-from dattrain.data.index import json_bytes, write_atomically
+from dattrain.data.index import to_json, write_atomically
 from dattrain.data.workers import Workers
 
 _CHUNK = 1024
@@ -50,6 +50,5 @@ def find_duplicates(source: Dataset, folder: Path, *, jobs: int = 1) -> NDArray[
                 "same_label": source.label(*a) == source.label(*b),
             }
         )
-    text = json_bytes(rows, indent=1)
-    write_atomically(folder / "_duplicates.json", text)
+    write_atomically(folder / "_duplicates.json", to_json(rows, indent=1))
     return repeated

@@ -27,7 +27,7 @@ from dattrain.errors import UserError
 _HIDDEN = frozenset({"@eaDir", "__MACOSX", "lost+found"})
 """Beside names that begin with a dot: thumbnails of a NAS, what a Mac puts into zip files, what ``fsck`` found."""
 _TRAINING = frozenset({"train", "training"})
-_OTHERS = frozenset({"val", "valid", "validation", "dev", "test", "testing"})
+OTHER_SPLITS = frozenset({"val", "valid", "validation", "dev", "test", "testing"})
 
 
 class FolderDataset(Numbered):
@@ -86,6 +86,11 @@ class FolderDataset(Numbered):
         note(str(path))
         return Sample(self.key(shard, sample), str(path), self.label(shard, sample), read_file(path))
 
+    def covers(self, place: Path) -> bool:
+        """Whether files in that folder would be read as this set's, or as another set in its place."""
+        place, root = place.resolve(), self.root.resolve()
+        return place == root or (root in place.parents and not _hidden(place.relative_to(root).parts[0]))
+
     def ahead(self, shards: Sequence[int]) -> None:
         """Nothing to fetch."""
 
@@ -119,8 +124,12 @@ def class_folders(root: str | os.PathLike[str]) -> list[str]:
             if other != entry.name:
                 raise UserError(f"{root}: the class folders {other} and {entry.name} are one and the same")
     names = order(list(found.values()))
-    bare = {re.sub(r"[-_ .]?(set|images|data|[0-9]+)$", "", name.lower()) for name in names}
-    if bare and (bare <= _TRAINING | _OTHERS or (bare & _TRAINING and bare & _OTHERS)):
+    # What all begin with is the set's name: imagenet21k_train, imagenet21k_val.
+    low = [name.lower() for name in names]
+    shared = os.path.commonprefix(low) if len(low) > 1 else ""  # noqa: RUF071 (names, not paths)
+    begin = len(re.sub(r"[^-_ .]*$", "", shared))
+    bare = {re.sub(r"[-_ .]?(set|images|data|[0-9]+)$", "", name[begin:]) for name in low}
+    if bare and (bare <= _TRAINING | OTHER_SPLITS or (bare & _TRAINING and bare & OTHER_SPLITS)):
         raise UserError(
             f"{root}: holds {few(names)}, which are splits and not classes; name one of them, as in "
             f"data.train={os.path.join(root, names[0])}"

@@ -325,10 +325,12 @@ def read_json(path: Path) -> Any:
     return found
 
 
-def json_bytes(content: Any, indent: int | None = None) -> bytes:
-    """JSON in UTF-8; all in ASCII where a name in it is no UTF-8, whose bytes then stand there as surrogates."""
+def to_json(content: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8 for any reader; file names that are no UTF-8 (surrogates in Python) come as escapes and are read back as they
+    were."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
     try:
-        return json.dumps(content, indent=indent, ensure_ascii=False).encode()
+        return text.encode()
     except UnicodeEncodeError:
         return json.dumps(content, indent=indent).encode()
 

@@ -11,8 +11,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from pathlib import Path
 
 from dattrain.data import inventory, tar
+from dattrain.data.classes import few
 from dattrain.data.files import open_file
 from dattrain.data.images import IMAGE_EXTENSIONS
 from dattrain.data.index import (
@@ -29,6 +31,7 @@ from dattrain.data.index import (
     write_index,
 )
 from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
+from dattrain.data.manifest import class_names, copy_manifests
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
 
@@ -82,10 +85,17 @@ def index_shards(
         drop: note in the catalogue that the shards that are not there are gone for good.
 
     Raises:
-        UserError: a shard is no whole tar, or a member's name is not to be trusted.
+        UserError: a shard is no whole tar, or a member's name is not to be trusted; ``label`` for shards whose manifest names
+            the classes of their labels.
     """
     gone = set(inventory.missing(paths))
     there = [path for path in paths if path not in gone]
+    named = class_names(there, lambda path: Path(path).read_bytes()) if label else None
+    if named is not None:
+        raise UserError(
+            f"{there[0]}: the manifest beside it calls its labels {few(named.classes)}, and --label {label} would give it others; "
+            f"make a set of these with `dattrain data pack --label {label}`"
+        )
 
     def work(number: int) -> Indexed:
         path = there[number]
@@ -121,9 +131,10 @@ def index_shards(
 
 
 def link_shards(paths: Sequence[str], out: str) -> list[str]:
-    """Links to the shards, and to the records beside them, in a folder of one's own; returns the links' paths.
+    """Links to the shards, and the records beside them, in a folder of one's own; returns the links' paths.
 
-    Indexes and a catalogue can be written there where the shards' own folder may not be written.
+    Indexes and a catalogue can be written there where the shards' own folder may not be written. Manifests come as copies
+    that name the linked shards alone: a part of a set keeps the names of its classes, and nothing of it is missing.
 
     Raises:
         UserError: something else has one of the names in ``out``, or it cannot be written.
@@ -131,9 +142,14 @@ def link_shards(paths: Sequence[str], out: str) -> list[str]:
     links = {os.path.join(out, os.path.basename(path)): os.path.abspath(path) for path in paths}
     if len(links) < len(paths):
         raise UserError(f"--out {out}: two of the shards have one name; index them in folders of their own")
-    folders = sorted({os.path.dirname(path) for path in links.values()})
-    names = {os.path.basename(path) for path in paths}
-    records = [os.path.join(folder, name) for folder in folders for name in inventory.records(folder, names)]
+    folders: dict[str, set[str]] = {}
+    for path in links.values():
+        folders.setdefault(os.path.dirname(path), set()).add(os.path.basename(path))
+    records = [
+        os.path.join(folder, record)
+        for folder, names in sorted(folders.items())
+        for record in inventory.whole_hub_info(folder, names)
+    ]
     wanted = {**{os.path.join(out, os.path.basename(record)): record for record in records}, **links}
     if len(wanted) < len(records) + len(links):
         raise UserError(f"--out {out}: the shards' folders ({', '.join(folders)}) have records of one name")
@@ -147,6 +163,7 @@ def link_shards(paths: Sequence[str], out: str) -> list[str]:
             os.symlink(target, link)
     except OSError as error:
         raise UserError(f"--out {out}: links cannot be made there ({error.strerror})") from error
+    copy_manifests(out)
     return list(links)
 
 
@@ -322,6 +339,8 @@ class _Builder:
             why = f"it has {'; '.join(kinds)}"
             if any("." in tar.split_name(m.name)[1] for m in members):
                 why += "; keys end at the first dot"
+            if "/" in key and not any(tar.split_name(m.name)[1].lower() in ("cls", "json") for m in members):
+                why += "; where its folder is its class, extract the tar and pack the folder"
         self.why[key] = why
 
 

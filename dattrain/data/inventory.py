@@ -50,14 +50,12 @@ def claims(folder: str) -> dict[str, Claim]:
     return {name: claim for name, claim in found.items() if name not in dropped}
 
 
-def records(folder: str, names: Collection[str]) -> list[str]:
-    """Records of a folder, without its catalogue, that also hold where only the shards of these names are."""
+def whole_hub_info(folder: str, names: Collection[str]) -> list[str]:
+    """The hub's record of a folder, if it also holds where only the shards of these names are; else nothing."""
     sets = {set_of(name) for name in names}
-    return [
-        record
-        for record, lengths in _records(folder).items()
-        if all(name in names for name in lengths if set_of(name) in sets)
-    ]
+    lengths = _records(folder).get(HUB_INFO)
+    whole = lengths is not None and all(name in names for name in lengths if set_of(name) in sets)
+    return [HUB_INFO] if whole else []
 
 
 def _records(folder: str) -> dict[str, dict[str, int]]:
@@ -131,7 +129,10 @@ def class_tar(path: str) -> bool:
 
 
 def no_shard_message(path: str) -> str | None:
-    """What to tell the user who would take for a shard what is none: no file, compressed, a tar of a class; else None."""
+    """What to tell the user who would take for a shard what is none: no file, compressed, a tar of a class, a list or array
+    of images; else None."""
+    if re.search(r"\.(csv|tsv|lst|list|npz|idx3?|gz)$|ubyte$", path) and not tar.COMPRESSED_NAME.search(path):
+        return f"{path}: is no tar; make shards of such a list or array with `dattrain data pack {path} OUT`"
     if tar.COMPRESSED_NAME.search(path):
         return (
             f"{path}: is compressed; gunzip, unzstd or unxz it: shards must be plain .tar files, in which any image can be "

@@ -95,7 +95,7 @@ def label_set(name: str, *, classes: int | None = None, folder: str | None = Non
 
     Raises:
         ConfigError: no such set, or one that cannot have ``classes`` classes.
-        UserError: winter21 without a list, or with one that is not winter21's.
+        UserError: winter21 without a list, or with one that is not winter21's or not sorted.
     """
     if classes is not None:
         check_head(name, classes)
@@ -150,7 +150,7 @@ def read_synsets(path: str | os.PathLike[str]) -> tuple[str, ...]:
         UserError: it cannot be read, a line is no synset, or one comes twice.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a list of synsets ({error})") from error
     synsets = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
@@ -186,6 +186,8 @@ def _winter21(folder: str | None) -> tuple[str, ...]:
     if len(synsets) != size or unknown:
         found = f"{len(synsets):,} synsets" + (f", {len(unknown)} of them not in fall11" if unknown else "")
         raise UserError(f"{path}: holds {found}; winter21 has {size:,} of fall11's 21,841")
+    if list(synsets) != sorted(synsets):
+        raise UserError(f"{path}: is not sorted; labels number the synsets in the order of their WordNet ids")
     return synsets
 
 

@@ -13,14 +13,15 @@ import torch
 
 from dattrain.config.schema import Config
 from dattrain.data.batch import Batch
-from dattrain.data.classes import Classes, absent, bare_numbers, decide, few
+from dattrain.data.classes import Classes, absent, bare_numbers, decide, few, hold
 from dattrain.data.cpu import CpuDecoder, EvalTransform
-from dattrain.data.dataset import Dataset, open_dataset
+from dattrain.data.dataset import Dataset, ShardDataset, open_dataset
 from dattrain.data.feed import Encoded, EvalFeed, TrainFeed, fetch
 from dattrain.data.fields import said_by_samples
 from dattrain.data.index import NO_LABEL
 from dattrain.data.order import Order
 from dattrain.data.ring import Ring
+from dattrain.data.shards import check_train_glob
 from dattrain.data.workers import Workers
 from dattrain.errors import ConfigError
 
@@ -282,6 +283,8 @@ def open_split(
         spec, cache_dir=data.cache_dir, cache_gb=data.cache_gb, verify=data.verify, rank=rank, world=world
     )
     try:
+        if split == "train" and isinstance(dataset, ShardDataset):
+            check_train_glob(spec, dataset.shards.paths)
         classes, notes = number(config, split, dataset, classes)
     except BaseException:
         dataset.close()
@@ -310,6 +313,8 @@ def number(
     if classes is None:
         classes = decide(dataset.classes, num_classes, data.labels, what)
     if dataset.classes is not None:
+        own = Classes(len(dataset.classes), tuple(dataset.classes), "the manifest beside it")
+        hold(own, said_by_samples(dataset), what)
         used = range(len(dataset.classes)) if dataset.used is None else sorted(dataset.used)
         table = np.full(len(dataset.classes), NO_LABEL, dtype=np.int64)
         table[list(used)] = numbers = classes.numbers([dataset.classes[label] for label in used], what)

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from dattrain.data import labels
-from dattrain.data.classes import Classes, bare_numbers, few
+from dattrain.data.classes import Classes, bare_numbers, few, unique
 from dattrain.data.files import read_file
+from dattrain.data.index import read_json, to_json, write_atomically
 from dattrain.data.inventory import MANIFESTS
 from dattrain.data.sample import Dataset
 from dattrain.data.transfer import Refused
 from dattrain.errors import UserError
 from dattrain.urls import beside, plain
+
+_COPIED = "copied_from"
+"""In a manifest beside links to shards: those of the shards' own folders. ``histogram`` then counts whole sets."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,53 @@ def class_names(
     return None if names is None else Named(names, None if used is None else frozenset(used))
 
 
+def copy_manifests(out: str) -> None:
+    """Write into a folder of links to shards what the manifests beside the shards themselves say, of the linked ones alone.
+
+    Raises:
+        UserError: a manifest is damaged, ``out`` has one that is no such copy, or two of one name number classes differently.
+    """
+    linked: dict[str, str] = {}
+    for name in sorted(os.listdir(out)):
+        link = os.path.join(out, name)
+        if name.endswith(".tar") and os.path.islink(link):
+            linked[name] = os.path.dirname(os.path.abspath(os.path.join(out, os.readlink(link))))
+    copies: dict[str, dict[str, Any]] = {}
+    for path in (
+        path for folder in sorted(set(linked.values())) for path in sorted(Path(folder).glob(MANIFESTS))
+    ):
+        content = read_json(path)
+        if not isinstance(content, dict) or "shards" not in content:
+            continue  # a file of that name and another purpose
+        try:
+            shards = [shard for shard in content["shards"] if linked.get(shard["name"]) == str(path.parent)]
+            if not shards:
+                continue
+            copy = copies.setdefault(path.name, {**content, "shards": [], _COPIED: []})
+            if (copy.get("classes") or None) != (content.get("classes") or None):
+                raise UserError(
+                    f"{path}: names other classes than {copy[_COPIED][0]}; link the shards beside each into a folder of their own"
+                )
+            copy["shards"] += shards
+            copy[_COPIED].append(str(path))
+            before, more = copy.get("histogram"), content.get("histogram")
+            copy["histogram"] = None if before is None or more is None else {**before, **more}
+            copy["samples"] = sum(shard["samples"] for shard in copy["shards"])
+            copy["bytes"] = sum(shard.get("bytes", 0) for shard in copy["shards"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: is no manifest ({type(error).__name__}: {error}); restore it, or move it away"
+            ) from error
+    for name, copy in copies.items():
+        target = Path(out, name)
+        there = None if target.is_symlink() else read_json(target)
+        if there is not None and not (isinstance(there, dict) and _COPIED in there):
+            raise UserError(
+                f"{target}: is there already, and is no copy of {copy[_COPIED][0]}; use another folder"
+            )
+        write_atomically(target, to_json(copy, indent=1))
+
+
 def agree(
     folder: Path, source: Dataset, splits: Collection[str], label_set: str | None
 ) -> Sequence[str] | None:
@@ -88,13 +139,22 @@ def agree(
         try:
             manifest = json.loads(read_file(path))
             named = named_in(manifest)
-            if named is not None and manifest["split"] not in splits:
-                beside = Classes(len(named.classes), named.classes, f"its split {manifest['split']!r}")
+            if named is None or manifest["split"] in splits:
+                continue
+            other, beside = (
+                beside,
+                Classes(len(named.classes), named.classes, f"its split {manifest['split']!r}"),
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}: cannot be read ({type(error).__name__}: {error}); it says how another split of this folder numbers "
                 "its classes: restore it, or pack into another folder"
             ) from error
+        if other is not None and other.names != beside.names:
+            raise UserError(
+                f"{folder}: {other.source} and {beside.source} number their classes each in its own way ({few(other.names)}; "
+                f"{few(beside.names)}); pack into another folder"
+            )
     if label_set is not None:
         known = labels.label_set(label_set).synsets
         if source.classes is None:
@@ -111,15 +171,17 @@ def agree(
         if beside is not None:
             bare_numbers(beside, (), source.name)
         return None
+    own = unique(source.classes, source.name)
     if beside is None:
-        return source.classes
-    missing = [name for name in source.classes if name not in beside.names]
+        return own
+    there = set(beside.names)
+    missing = [name for name in own if name not in there]
     if missing and label_set is None:
         raise UserError(
             f"{folder}: {beside.source} has no class {missing[0]!r} ({few(beside.names)}), and {source.name} has; a class has "
             "one number in a folder: pack the training set first, or into another folder"
         )
-    source.renumber(beside.numbers(source.classes, source.name))
+    source.renumber(beside.numbers(own, source.name))
     return beside.names
 
 
@@ -133,7 +195,9 @@ def named_in(manifest: Any) -> Named | None:
         return None
     histogram = manifest.get("histogram")
     used = None if histogram is None else frozenset(map(int, histogram))
-    classes = tuple(map(str, manifest["classes"]))
+    if not isinstance(manifest["classes"], list):
+        raise TypeError("classes is no list")
+    classes = unique(list(map(str, manifest["classes"])), "classes")
     if used and not 0 <= max(used) < len(classes):
         raise ValueError(f"label {max(used)} of {len(classes)} classes")
     return Named(classes, used)

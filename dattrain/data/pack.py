@@ -30,13 +30,14 @@ from dattrain.data.board import note
 from dattrain.data.dataset import NO_LABEL, BadSample, Dataset, locate
 from dattrain.data.dedup import find_duplicates
 from dattrain.data.fields import fields
+from dattrain.data.folders import FolderDataset
 from dattrain.data.index import (
     Entry,
     ShardIndex,
-    json_bytes,
     read_catalogue,
     read_index,
     read_json,
+    to_json,
     write_atomically,
     write_catalogue,
     write_index,
@@ -110,10 +111,19 @@ def pack(
 
     Raises:
         UserError: a sample that cannot be used (without ``skip_bad``), a class that the label set or the folder's other split
-            has not, settings that differ from those of the packing
-            that ``out`` holds, another packing at work there, or a full disk.
+            has not, settings that differ from those of the packing that ``out`` holds, another packing at work there, a full
+            disk, or an ``out`` among the source's class folders.
     """
     folder = Path(out)
+    if options.holdout and options.holdout_split == options.split:
+        raise UserError(
+            f"a holdout that is called {options.split!r} like the rest would overwrite it; name it otherwise"
+        )
+    if isinstance(source, FolderDataset) and source.covers(folder):
+        raise UserError(
+            f"{out}: lies among the class folders of {source.name}, and would be taken for one of them, or for the set itself, "
+            "when this is run again; pack into another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         total = int(source.counts.sum())
@@ -183,7 +193,7 @@ class _Packer:
                     lengths.append(len(data))
                     labels.append(label)
                     keys.append(key)
-                    meta = json_bytes(info)
+                    meta = to_json(info)
                     for suffix, content in ((extension, data), ("cls", b"%d" % label), ("json", meta)):
                         put(tar.header(f"{key}.{suffix}", len(content)))
                         put(content)
@@ -339,8 +349,7 @@ def _publish(packer: _Packer, split: str, shards: list[Done]) -> dict[str, Any]:
         "shard_lengths": [shard.entry.samples for shard in shards],
     }
     write_atomically(info_path, json.dumps(info, indent=2).encode())
-    text = json_bytes(manifest, indent=1)
-    write_atomically(folder / f"_{split}.manifest.json", text)
+    write_atomically(folder / f"_{split}.manifest.json", to_json(manifest, indent=1))
     return manifest
 
 

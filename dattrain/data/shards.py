@@ -22,8 +22,11 @@ from numpy.typing import NDArray
 
 from dattrain.data import inventory, tar
 from dattrain.data.files import listing, open_file
+from dattrain.data.folders import OTHER_SPLITS
+from dattrain.data.images import is_image_name
 from dattrain.data.index import Entry, ShardIndex, read_catalogue, read_index
 from dattrain.errors import UserError
+from dattrain.urls import mask, plain
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,11 @@ def expand(pattern: str) -> list[str]:
     if pattern.endswith(".txt") and os.path.isfile(pattern):
         base = os.path.dirname(pattern)
         lines = [line.strip() for line in Path(pattern).read_text(encoding="utf-8-sig").splitlines()]
+        image = next((line for line in lines if is_image_name(re.split(r"\s*[\t,]|\s+\S+$", line)[0])), None)
+        if image is not None:
+            raise UserError(
+                f"{pattern}: holds {image!r}, an image and no shard; make shards of a list of images with `dattrain data pack {pattern} OUT`"
+            )
         named = [os.path.join(base, line) for line in lines if line and not line.startswith("#")]
         if not named:
             raise UserError(f"{pattern}: names no shards")
@@ -269,6 +277,21 @@ def check_one_split(folder: str, names: Sequence[str]) -> None:
         raise UserError(
             f"{folder}: holds the shards of several sets ({', '.join(prefixes[:4])}); name one, "
             f"as in {os.path.join(folder, prefixes[0])}"
+        )
+
+
+def check_train_glob(pattern: str, paths: Sequence[str]) -> None:
+    """Raise UserError where one glob pattern of training shards also names those of another split; ``::`` and lists say what
+    they mean."""
+    if "::" in pattern.replace("://", "") or not re.search(r"[*?\[]", pattern):
+        return
+    sets = sorted({inventory.set_of(os.path.basename(plain(path))) for path in paths})
+    others = [name for name in sets if OTHER_SPLITS & set(re.split(r"[^a-z]+", name.lower()))]
+    if others and len(others) < len(sets):
+        own = next(name for name in sets if name not in others)
+        raise UserError(
+            f"data.train={mask(pattern)}: names the shards of {own} and of {others[0]}, so that validation images would be trained "
+            f"on; a narrower pattern ({own.replace('*', '[0-9]*')}) names one, `A::B` both"
         )
 
 

@@ -42,19 +42,26 @@ class ListDataset(Numbered):
     which are numbered in sorted order. A first line of column names (``path,label``) is passed over, and noted.
 
     Raises:
-        UserError: a line that is no path and label; integers and names in one list; a negative label.
+        UserError: a line that is no path and label; integers and names in one list; a negative label; a file with two labels.
     """
 
     def __init__(self, path: str, root: str | None = None) -> None:
         self.name = path
         self.root = Path(root if root is not None else os.path.dirname(path) or ".")
         self.fetches = False
-        rows = _rows(path)
+        rows, comments = _rows(path)
+        if comments:
+            self.notes = (f"{path}: {comments} lines that begin with # passed over",)
         if rows and _is_header(rows[0], self.root):
-            self.notes = (f"{path}, line {rows[0][0]}: taken for column names, not for a sample",)
+            self.notes = (
+                *self.notes,
+                f"{path}, line {rows[0][0]}: taken for column names, not for a sample",
+            )
             rows = rows[1:]
         if not rows:
             raise UserError(f"{path}: names no images")
+        _check_columns(path, rows[0], self.root)
+        _check_once(path, rows)
         numbers = [_integer(path, line, word) for line, _, word in rows]
         if None not in numbers:
             labels = [number for number in numbers if number is not None]
@@ -124,13 +131,14 @@ class ListDataset(Numbered):
         """Nothing to close."""
 
 
-def _rows(path: str) -> list[tuple[int, str, str]]:
-    """Line number, path and label of each line of a list."""
-    rows = []
+def _rows(path: str) -> tuple[list[tuple[int, str, str]], int]:
+    """Line number, path and label of each line of a list; and how many lines are comments."""
+    rows, comments = [], 0
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
                 line = line.strip()
+                comments += line.startswith("#")
                 if not line or line.startswith("#"):
                     continue
                 match = re.fullmatch(r"(.+?)\s*[\t,]\s*([^\t,]+)", line) or re.fullmatch(
@@ -141,7 +149,28 @@ def _rows(path: str) -> list[tuple[int, str, str]]:
                 rows.append((number, match[1], match[2]))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return rows
+    return rows, comments
+
+
+def _check_columns(path: str, row: tuple[int, str, str], root: Path) -> None:
+    """Refuse a table of more columns: the last one is not its label."""
+    line, name, word = row
+    columns = re.split(r"\s*[\t,]\s*", name)
+    if len(columns) > 1 and not (root / name).exists() and any((root / each).is_file() for each in columns):
+        raise UserError(
+            f"{path}, line {line}: {len(columns) + 1} columns, the last of them {word!r}; a list has a path and a label alone"
+        )
+
+
+def _check_once(path: str, rows: Sequence[tuple[int, str, str]]) -> None:
+    """Refuse a file with two labels: one of them is wrong, or a class of its own is meant."""
+    first: dict[str, tuple[int, str]] = {}
+    for line, name, word in rows:
+        before, label = first.setdefault(name, (line, word))
+        if label != word:
+            raise UserError(
+                f"{path}, line {line}: {name} has label {word!r}, and {label!r} in line {before}; an image has one class"
+            )
 
 
 def _is_header(row: tuple[int, str, str], root: Path) -> bool:
@@ -302,7 +331,12 @@ def _from_npz(path: str) -> ArrayDataset:
                     f"{path}: holds {', '.join(file.files) or 'nothing'}; "
                     f"it needs images ({'/'.join(_IMAGES)}) and labels ({'/'.join(_LABELS)})"
                 )
-            return ArrayDataset(path, file[images], file[labels])
+            dataset = ArrayDataset(path, file[images], file[labels])
+            if others := [name for name in file.files if name not in (images, labels)]:
+                dataset.notes = (
+                    f"{path}: {images} and {labels} are taken, and left out: {', '.join(others)}",
+                )
+            return dataset
     except UserError:
         raise
     except Exception as error:

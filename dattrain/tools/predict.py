@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 def read_names(file: Path, num_classes: int) -> list[str]:
     """Class names, one a line. Raises UserError when there are not as many as classes."""
     try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from None
     if len(names) != num_classes:

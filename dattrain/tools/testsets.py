@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dattrain.data import labels
-from dattrain.data.classes import are_synsets
+from dattrain.data.classes import few
 from dattrain.errors import UserError
 from dattrain.tools.weights import Card, classes_of
 from dattrain.urls import plain
@@ -97,9 +97,10 @@ def _check_imagenet(card: Card, what: str) -> None:
     names = classes_of(card).names
     if card.num_classes != 1000:
         raise UserError(f"{what} numbers ImageNet-1K's classes; the model has {card.num_classes} classes")
-    if are_synsets(names) and names != _imagenet():
+    if names and names != _imagenet():
         raise UserError(
-            f"{what} numbers ImageNet-1K's classes, and the model's 1000 are others, or in another order"
+            f"{what} numbers ImageNet-1K's synsets, and the model's 1000 classes are others, in another order, or not called by "
+            f"synset ({few(names)})"
         )
 
 

@@ -122,3 +122,27 @@ def test_what_is_no_image_is_counted(release, tmp_path, capsys, jpegs):
     )
     assert main(["data", "pack", str(release), str(tmp_path / "out"), "--jobs", "1"]) == 1
     assert "2 members left out: 1 .heic (b.heic), 1 .txt (notes.txt)" in capsys.readouterr().err
+
+
+def test_an_extraction_that_was_stopped(release):
+    for synset in SYNSETS[:2]:
+        (release / synset).mkdir()
+        assert len(find(str(release))) == 3, "extracted, and the tar is there still"
+    (release / f"{SYNSETS[1]}.tar").unlink()
+    with pytest.raises(
+        UserError, match=rf"tars of 2 classes, and 1 other classes as folders \({SYNSETS[1]}\)"
+    ):
+        open_source(str(release))
+
+
+def test_classes_without_images_are_told(release):
+    assert open_source(str(release)).notes == (
+        f"{release}: the tars of 1 classes hold no images: {SYNSETS[1]}",
+    )
+
+
+def test_class_folders_in_one_tar(tmp_path, jpegs, capsys):
+    """As ImageNet-21K-P is given out."""
+    write_tar(tmp_path / "p.tar", [(f"imagenet21k_train/{n}/{n}_0.JPEG", jpegs[0]) for n in SYNSETS])
+    assert main(["data", "index", str(tmp_path / "p.tar"), "--jobs", "1"]) == 0
+    assert "where its folder is its class, extract the tar and pack the folder" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from dattrain.config.schema import Config
 from dattrain.data import classes, labels
 from dattrain.data.classes import Classes, decide
 from dattrain.data.dataset import open_dataset
+from dattrain.data.fields import said_by_samples
 from dattrain.data.indexing import index_shards, link_shards
 from dattrain.data.loader import eval_loader, open_split, train_loader
 from dattrain.data.manifest import class_names
@@ -141,6 +142,43 @@ def test_a_damaged_manifest_is_named(tmp_path):
         open_dataset(spec)
 
 
+@pytest.mark.parametrize("names", [["crane", "crane"], {"bee": 1, "ant": 0}, "ab"])
+def test_a_manifest_that_is_written_by_hand(tmp_path, names):
+    spec = packed(folder(tmp_path / "a", ["ant", "bee"]), tmp_path / "s", "train")
+    edited(spec, classes=names)
+    with pytest.raises(UserError, match=r"_train.manifest.json: .*(comes twice|classes is no list)"):
+        open_dataset(spec)
+
+
+def test_a_manifest_is_held_against_the_samples(tmp_path):
+    spec = packed(folder(tmp_path / "a", ["ant", "bee", "cat"]), tmp_path / "s", "train")
+    edited(spec, classes=["bee", "cat", "dog"])
+    with pytest.raises(UserError, match=r"'.*' by its .json and has label ., .* by the manifest beside it"):
+        open_split(config(spec), "train", None, rank=0, world=1)
+
+
+def test_other_labels_than_those_that_a_manifest_names(tmp_path):
+    spec = packed(folder(tmp_path / "a", ["ant", "bee"]), tmp_path / "s", "train")
+    with pytest.raises(UserError, match=r"calls its labels ant, bee, .*`dattrain data pack --label height`"):
+        index_shards([spec.replace("*", "0000")], label="height")
+    edited(spec, classes=None)
+    index_shards([spec.replace("*", "0000")], label="height")
+    assert open_dataset(spec.replace("*", "0000")).label(0, 0) == 24
+
+
+def test_a_class_folder_that_is_not_called_in_utf8(tmp_path):
+    name = "caf\udce9"
+    folder(tmp_path / "a", ["bee", name])
+    (tmp_path / "a" / name / "twice.jpg").write_bytes((tmp_path / "a" / name / f"{name}0.jpg").read_bytes())
+    pack(open_dataset(str(tmp_path / "a")), tmp_path / "s", Options(dedup=True))
+    assert len(json.loads((tmp_path / "s" / "_duplicates.json").read_text(encoding="utf-8"))) == 1
+    spec = str(tmp_path / "s" / "*.tar")
+    dataset, known = open_split(config(spec, num_classes=2), "train", None, rank=0, world=1)
+    assert known.names == ("bee", name)
+    assert {said for _, _, said in said_by_samples(dataset)} == set(known.names)
+    json.loads(Path(spec).parent.joinpath("_train.manifest.json").read_text(encoding="utf-8"))
+
+
 def edited(spec, **changes):
     """Change the manifest beside packed shards; None removes a key."""
     path = next(Path(spec).parent.glob("_*.manifest.json"))
@@ -169,7 +207,41 @@ def test_names_without_samples_are_no_class_of_a_set(tmp_path, caplog):
     assert "has images of 1 of 2 classes; none of dog" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["manifest removed", "key misspelt", "shards renamed", "indexed elsewhere"])
+def test_a_part_that_is_indexed_elsewhere_keeps_the_names_of_the_set(tmp_path):
+    spec = packed(folder(tmp_path / "val", ["bee", "cat"], each=8), tmp_path / "out", "val")
+    shards = [str(path) for path in sorted(Path(spec).parent.glob("*.tar"))]
+    mine = str(tmp_path / "mine")
+
+    def index(some):
+        index_shards(link_shards(some, mine))
+        return open_split(config(None, mine), "val", Classes(3, ("ant", "bee", "cat")), rank=0, world=1)[0]
+
+    for some in (shards[1:2], shards[2:3], shards):
+        dataset = index(some)
+        for shard, count in enumerate(dataset.counts):
+            for i in range(count):
+                name = re.search("-([a-z]+)", dataset.key(shard, i))[1]
+                assert ("ant", "bee", "cat")[dataset.label(shard, i)] == name
+    assert len(dataset.counts) == len(shards) > 3
+    (tmp_path / "mine" / "val-0001.tar").unlink()
+    with pytest.raises(UserError, match=r"mine/val-0001.tar: is missing, though"):
+        open_dataset(mine)
+    (tmp_path / "mine" / "_val.manifest.json").write_bytes((tmp_path / "out/_val.manifest.json").read_bytes())
+    with pytest.raises(UserError, match=r"_val.manifest.json: is there already, and is no copy of"):
+        link_shards(shards, mine)
+
+
+def test_shards_of_two_packings_are_not_linked_under_one_manifest(tmp_path):
+    both = [("a", ["ant", "bee"], "0000"), ("b", ["bee", "cat"], "0001")]
+    shards = []
+    for place, names, number in both:
+        packed(folder(tmp_path / f"{place}s", names), tmp_path / place, "train")
+        shards.append(str(tmp_path / place / f"train-{number}.tar"))
+    with pytest.raises(UserError, match=r"b/_train.manifest.json: names other classes than .*a/_train"):
+        link_shards(shards, str(tmp_path / "mine"))
+
+
+@pytest.mark.parametrize("how", ["manifest removed", "key misspelt", "shards renamed"])
 def test_shards_that_lost_their_names_are_held_against_their_samples(tmp_path, how):
     out = tmp_path / "out"
     spec = packed(folder(tmp_path / "val", ["bee", "cat"]), out, "val")
@@ -182,10 +254,6 @@ def test_shards_that_lost_their_names_are_held_against_their_samples(tmp_path, h
         (tmp_path / "other").mkdir()
         for path in out.glob("val-*"):
             (tmp_path / "other" / path.name.replace("val", "my-val")).write_bytes(path.read_bytes())
-        if how == "indexed elsewhere":
-            link_shards([str(path) for path in sorted(out.glob("*0000.tar"))], tmp_path / "linked")
-            index_shards([str(path) for path in (tmp_path / "linked").glob("*.tar")], jobs=1)
-            spec = str(tmp_path / "linked")
     known = Classes(3, ("ant", "bee", "cat"), "the network")
     with pytest.raises(
         UserError, match=r"'(bee|cat)' by its .json and has label [01], but .* is class [12] by the network"
@@ -215,6 +283,7 @@ IMAGENET = labels.label_set("imagenet-1k").synsets
     [
         (Classes(3, ("a", "b", "c")), ["c", "a"], [2, 0]),
         (Classes(3, ("1", "2", "10")), ["10", "1"], [2, 0]),
+        (Classes(2, ("caf\u00e9", "tea ")), ["tea", "cafe\u0301"], [1, 0]),  # a Mac's folder
         (Classes(1000, IMAGENET), [IMAGENET[999], IMAGENET[3]], [999, 3]),
         (Classes(1000), [IMAGENET[999], IMAGENET[3]], [999, 3]),  # unknown, and of ImageNet's size
         (Classes(1000, IMAGENET), ["10", "2"], [10, 2]),  # ImageNet-V2
@@ -249,6 +318,33 @@ def test_classes_in_their_order_are_said(caplog):
     with caplog.at_level(logging.WARNING):
         Classes(2).numbers(["x", "y"], "it")
     assert "taken in their order: 0 is x, 1 is y" in caplog.text
+
+
+def test_folders_called_by_numbers_are_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert Classes(1000, IMAGENET).numbers(["1", "2"], "it").tolist() == [1, 2]
+        assert not caplog.text
+        Classes(3, ("ant", "bee", "cat")).numbers(["1", "2"], "it")
+    assert "it: its classes are called by numbers, taken for those of the network (1 is bee)" in caplog.text
+
+
+@pytest.mark.parametrize("names", [["caf\u00e9", "cafe\u0301"], ["ant", "ant "], ["crane", "crane"]])
+def test_a_class_has_one_name_and_a_name_one_class(names, tmp_path):
+    for use in (
+        lambda: Classes(2, tuple(names)),
+        lambda: decide(names, 2, None, "it"),
+        lambda: Classes(2).numbers(names, "it"),
+    ):
+        with pytest.raises(UserError, match=r"class '.*' (comes twice|and '.*' differ in .* alone)"):
+            use()
+    if names[0] != names[1]:
+        with pytest.raises(UserError, match="differ in .* alone"):
+            packed(folder(tmp_path / "a", names), tmp_path / "s", "train")
+
+
+def test_numbers_with_zeros_in_front_are_numbers():
+    tens = tuple(f"{number:02d}" for number in range(10))
+    assert classes.bare_numbers(Classes(10, tens), (), "it"), "a warning, and no error"
 
 
 def test_22k_models_find_1k_folders_by_synset():
@@ -309,6 +405,25 @@ def test_packed_splits_of_a_folder_share_their_numbers(tmp_path):
     other = folder(tmp_path / "other", ["bee", "dog"])
     with pytest.raises(UserError, match=r"its split '(train|val)' has no class 'dog' \(ant, bee, cat\)"):
         packed(other, tmp_path / "out", "test")
+    edited(str(tmp_path / "out" / "x"), classes=["ant", "bee", "dog"])
+    with pytest.raises(UserError, match=r"its split 'train' and its split 'val' number their classes each"):
+        packed(val, tmp_path / "out", "test")
+
+
+@pytest.mark.parametrize("other", ["val", "train-val"])
+def test_a_glob_that_also_names_validation_shards_is_not_trained_on(tmp_path, other):
+    train = packed(folder(tmp_path / "t", ["ant", "bee"]), tmp_path / "s", "train")
+    val = packed(folder(tmp_path / "v", ["ant", "bee"]), tmp_path / "s", other)
+    both = str(tmp_path / "s" / ("*tr*-*.tar" if "-" in other else "*.tar"))
+
+    def opened(spec, split="train"):
+        return open_split(config(spec, spec, 2), split, None, rank=0, world=1)[0].counts.sum()
+
+    with pytest.raises(UserError, match=rf"names the shards of train-\*.tar and of {other}-\*.tar, so that"):
+        opened(both)
+    one = train.replace("-*", "-[0-9]*")
+    assert opened(one) == opened(val) == 8 and opened(f"{one}::{val}") == 16
+    assert opened(both, "val") == 16
 
 
 def test_packing_by_a_label_set(tmp_path):

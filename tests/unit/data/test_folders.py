@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 
 from dattrain.data.dataset import BadSample, open_dataset
@@ -95,7 +96,13 @@ def test_a_class_of_other_files_alone_says_which(root):
 
 @pytest.mark.parametrize(
     "names",
-    [("train", "val"), ("Train", "test", "validation"), ("train",), ("train_set", "val_set", "masks")],
+    [
+        ("train", "val"),
+        ("Train", "test", "validation"),
+        ("train",),
+        ("train_set", "val_set", "masks"),
+        ("imagenet21k_train", "imagenet21k_val", "imagenet21k_small_classes"),
+    ],
 )
 def test_one_level_too_high(tmp_path, names):
     for name in names:
@@ -105,6 +112,12 @@ def test_one_level_too_high(tmp_path, names):
         UserError, match="which are splits and not classes; name one of them, as in data.train="
     ):
         open_dataset(str(tmp_path))
+
+
+def test_classes_that_are_called_like_splits(root):
+    for name, new in (("ant", "bullet train"), ("bee", "test tube"), ("cat", "electric train")):
+        (root / name).rename(root / new)
+    assert open_dataset(str(root)).classes == ["bullet train", "electric train", "test tube"]
 
 
 def test_numbers_count_by_value(root):
@@ -179,3 +192,31 @@ def test_labels_of_two_kinds_are_refused_by_line(tmp_path, labels, message):
 def test_a_class_none_of_whose_files_is_there_is_no_class(tmp_path, text):
     with pytest.raises(UserError, match="line [12]: class '(Animal|dane)' has no file that is there"):
         open_source(made(tmp_path, text))
+
+
+def test_a_file_with_two_labels_is_named_by_line(tmp_path):
+    assert open_source(made(tmp_path, b"0.jpg,ant\n0.jpg,ant\n")).counts == [2], "seen twice on purpose"
+    with pytest.raises(UserError, match=r"line 3: 0.jpg has label 'bee', and 'ant' in line 1"):
+        open_source(made(tmp_path, b"0.jpg,ant\n1.jpg,bee\n0.jpg,bee\n"))
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.txt", "a.npz", "train-images-idx3-ubyte.gz"])
+def test_a_list_or_array_in_place_of_shards_says_what_to_do(tmp_path, name):
+    (tmp_path / name).write_bytes(b"# all\nbee/0.jpg\t1\nbee/1.jpg\t1\n")
+    with pytest.raises(UserError, match=f"`dattrain data pack {tmp_path / name} OUT`"):
+        open_dataset(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("header", [b"", b"id,path,label\n"])
+def test_a_table_of_more_columns_is_no_list(tmp_path, header):
+    with pytest.raises(UserError, match=r"line [12]: 3 columns, the last of them '3'; a list has a path and"):
+        open_source(made(tmp_path, header + b"0,0.jpg,3\n1,1.jpg,3\n"))
+
+
+def test_what_a_source_passes_over_is_told(tmp_path):
+    assert open_source(made(tmp_path, b"#0.jpg,3\n1.jpg,3\n")).notes == (
+        f"{tmp_path / 'list.csv'}: 1 lines that begin with # passed over",
+    )
+    images, numbers = np.zeros((2, 8, 8), np.uint8), np.arange(2)
+    np.savez(tmp_path / "m.npz", x_train=images, y_train=numbers, x_test=images, y_test=numbers)
+    assert open_source(str(tmp_path / "m.npz")).notes[0].endswith("left out: x_test, y_test")

@@ -172,7 +172,7 @@ def test_a_place_that_may_not_be_written_is_indexed_elsewhere(read_only, tmp_pat
     assert main(["data", "verify", mine, "--jobs", "1"]) == 0
     one = [str(read_only / "train-0001.tar")]
     index_shards(link_shards(one, str(tmp_path / "one")))
-    assert open_dataset(str(tmp_path / "one")).counts.tolist() == [4], "a part has no record of the whole"
+    assert open_dataset(str(tmp_path / "one")).counts.tolist() == [4], "its records are of a part"
 
 
 def test_links_never_replace_files(make_shards, tmp_path):

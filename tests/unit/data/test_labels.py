@@ -70,12 +70,16 @@ def test_winter21_from_a_file(tmp_path, monkeypatch):
     (tmp_path / "synsets.txt").write_text("\n".join(kept))
     assert label_set("imagenet-22k-winter21", classes=19167, folder=str(tmp_path)).synsets == kept
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "synsets.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(kept).encode())
     assert label_set("imagenet-22k-winter21").synsets == kept
     (tmp_path / "synsets.txt").write_text("\n".join(fall11))
     with pytest.raises(UserError, match="21,841 synsets"):
         label_set("imagenet-22k-winter21", folder=str(tmp_path))
     (tmp_path / "synsets.txt").write_text("\n".join((*kept[:-1], "n99999999")))
     with pytest.raises(UserError, match="1 of them not in fall11"):
+        label_set("imagenet-22k-winter21", folder=str(tmp_path))
+    (tmp_path / "synsets.txt").write_text("\n".join((*kept[1:], kept[0])))
+    with pytest.raises(UserError, match="is not sorted"):
         label_set("imagenet-22k-winter21", folder=str(tmp_path))
 
 

@@ -251,6 +251,17 @@ def test_what_is_there_is_not_mixed_with_something_else(folder, tmp_path):
         pack(open_source(str(folder)), tmp_path / "h", Options(holdout=99))
 
 
+def test_nothing_is_packed_over_itself(folder, tmp_path):
+    source = open_source(str(folder))
+    with pytest.raises(UserError, match="a holdout that is called 'train' like the rest would overwrite it"):
+        pack(source, tmp_path / "out", Options(holdout=3, holdout_split="train"))
+    (tmp_path / "link").symlink_to(folder)
+    for out in (folder, folder / "out", tmp_path / "link" / "n01"):
+        with pytest.raises(UserError, match="lies among the class folders of"):
+            pack(source, out, Options())
+    assert not (folder / "out").exists()
+
+
 def test_two_packings_do_not_meet(folder, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out" / ".pack.lock", "w") as lock:

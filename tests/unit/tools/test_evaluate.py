@@ -233,6 +233,9 @@ def test_real_accepts_any_right_answer(tmp_path, thousand):
         testsets.real_answers(["val:n01751748/cat.jpg"], card)
     with pytest.raises(UserError, match="10 classes"):
         testsets.real_answers(keys, weights.Card("dat_atto", 10, (64, 64)))
+    with pytest.raises(UserError, match=r"not called by synset \(tench 0, tench 1, tench 2, ...\)"):
+        names = tuple(f"tench {i}" for i in range(1000))
+        testsets.real_answers(keys, weights.Card("dat_atto", 1000, (64, 64), classes=names))
 
 
 def test_knn_votes_by_weighted_similarity():

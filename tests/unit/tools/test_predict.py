@@ -14,7 +14,7 @@ from PIL import Image
 from dattrain import cli
 from dattrain.errors import UserError
 from dattrain.models import create
-from dattrain.tools import classes, pictures, weights
+from dattrain.tools import classes, pictures, predict, weights
 
 
 @pytest.fixture
@@ -48,6 +48,8 @@ def test_names_file_and_printed_block(images, weights_file, capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and "thing" in lines[1] and "%" in lines[1]
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 6
+    names.write_bytes(b"\xef\xbb\xbfant\r\nbee\r\n")
+    assert predict.read_names(names, 2) == ["ant", "bee"]
     names.write_text("only one")
     assert cli.main(command) == 1
     assert "1 names, but the model has 10" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def from_authors(state_dict: Mapping[str, Any], config: Mapping[str, Any] | None
         model = DAT(**_recognised(state, config))
     stated, model.window_size = model.windows(model.img_size), None
     if model.windows(model.img_size) != stated:
-        model.window_size = tuple(min(window) for window in stated)
+        model.window_size = tuple(stated)
     model.load_state_dict(authors.read_all(state, model), strict=True, assign=True)
     return model.requires_grad_(True).eval()
 

@@ -185,6 +185,8 @@ def _build(
     """timm's constructor of a variant; ``device`` and ``dtype`` are those of ``timm.create_model``."""
     arguments = VARIANTS[name]
     out_indices = kwargs.pop("out_indices", tuple(range(len(arguments["dims"]))))
+    if kwargs.pop("dynamic_img_size", False):  # timm's word for it
+        kwargs["strict_img_size"] = False
     with nullcontext() if device is None else torch.device(device):
         model = build_model_with_cfg(
             DAT,

@@ -10,11 +10,13 @@ import pytest
 import timm
 import torch
 from timm.models import create_feature_extractor
+from timm.models._input import get_model_args
 from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from dattrain.models import VARIANTS
+from dattrain.errors import UserError
+from dattrain.models import VARIANTS, create
 
 SIZE = 64
 
@@ -208,6 +210,43 @@ def test_set_input_size(name, full):
     model.set_input_size((64, 128))
     with torch.no_grad():
         assert model(torch.randn(1, 3, 64, 128)).isfinite().all()
+
+
+def test_the_arguments_of_timms_swin():
+    """Windows and images that are no squares, sizes that are strict, and what ``set_input_size`` takes; refused where it cannot be."""
+    model = build("dat_tiny", False, img_size=(128, 192), window_size=(2, 3), strict_img_size=True).eval()
+    assert model.windows(model.img_size) == [(2, 3)] * 4
+    with torch.no_grad():
+        first = model(torch.randn(1, 3, 128, 192))
+    assert first.isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"images of \(128, 192\) alone \(strict_img_size=True\), got \(192, 128\)"
+    ):
+        model(torch.randn(1, 3, 192, 128))
+    assert build("dat_tiny", False, window_size=[[2, 3], 2, (1, 2), 1]).window_size == (
+        (2, 3), (2, 2), (1, 2), (1, 1)
+    )  # fmt: skip
+    model.set_input_size((256, 192), patch_size=(4, 4), window_ratio=(8, 8, 16, 16), always_partition=False)
+    assert model.windows(model.img_size) == [(8, 6), (8, 6), (4, 3), (4, 3)]
+    assert get_model_args(model)["window_size"] == model.window_size
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 256, 192)).isfinite().all()
+    before = model.img_size, model.window_size, [p.shape for p in model.parameters()]
+    for wrong, message in (
+        ({"patch_size": 8}, "patch_size=8: this model's patches are of 4"),
+        ({"always_partition": True}, "always_partition=True: windows of this model are never larger"),
+        ({"window_ratio": (8, 4)}, "window_ratio=.* has 2 entries, but blocks has 4 stages"),
+        ({"window_size": (2, 3, 2)}, "window_size=.* has 3 entries, but blocks has 4 stages"),
+        ({"window_size": 2.0}, "window_size=2.0 must be a positive side"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.set_input_size(64, **wrong)
+    assert before == (model.img_size, model.window_size, [p.shape for p in model.parameters()])
+    assert build("dat_pp_tiny", False, strict_img_size=True, dynamic_img_size=True).strict_img_size is False
+    two = {"dims": (8, 16), "blocks": ("L", "S"), "heads": (1, 2), "groups": (1, 1), "strides": (1, 1)}
+    two |= {"offset_kernels": (3, 3), "sr_ratios": (1, 1), "num_classes": 2, "img_size": 64}
+    with pytest.raises(UserError, match="height and width or one side per stage"):
+        create("dat_atto", window_size=(4, 2), **two)
 
 
 def test_other_channels(name, full):

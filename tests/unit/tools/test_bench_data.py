@@ -65,8 +65,8 @@ def test_the_step_has_an_output_for_every_class(tmp_path, monkeypatch):
     image = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3)).astype(np.uint8)
     pack(ArrayDataset("arrays", image, np.array([0, 3, 1500, 2])), tmp_path / "shards", Options(per_shard=4))
     made = Images(tmp_path, str(tmp_path / "shards"), 4, 1.0, 32.0, 32.0, made=False)
-    found = Bench(made, workers=0, batch=2, size=32, device=torch.device("cpu"))
-    assert found.config(workers=0).model.num_classes == 1501
+    found = Bench(made, workers=1, batch=2, size=32, device=torch.device("cpu"))
+    assert found.config(workers=1).model.num_classes == 1501
     built = []
     monkeypatch.setattr(
         zoo, "create", lambda name, **given: built.append(given) or network(given["num_classes"])

@@ -154,7 +154,7 @@ class DAT(TimmProtocol):
         self.depths = tuple(len(kinds) for kinds in blocks)
         self.num_layers = sum(self.depths) + 1
         self.num_drop_path = 2 * sum(self.depths)
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": patch_size * 2**index, "module": f"stages.{index}"}
             for index, dim in enumerate(dims)
@@ -177,6 +177,7 @@ class DAT(TimmProtocol):
         self.head = ClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt
         )
+        self.head_hidden_size = self.head.num_features  # of pooling by ``catavgmax``, twice the map's
         self.checkpoint_stages = False
         init_weights(self, init)
 

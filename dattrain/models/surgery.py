@@ -89,13 +89,25 @@ def to_authors(model: DAT) -> dict[str, Tensor]:
 
 
 def for_model(state: Mapping[str, Any], model: DAT) -> dict[str, Tensor]:
-    """Tensors of ours or of the authors, with tables at ``model``'s size: timm's filter of pretrained weights."""
+    """Tensors of ours or of the authors, with tables at ``model``'s size: timm's filter of pretrained weights.
+
+    With another head, or for features, timm leaves what has no counterpart as it was drawn, so that it is refused here.
+
+    Raises:
+        UserError: tensors of another network: some beside the head are missing, or have no place.
+    """
     tensors = _unwrap(state)
     if "patch_proj.0.weight" in tensors:
         with torch.device("meta"):
             source = DAT(**_recognised(tensors, None))
         tensors = authors.read_all(tensors, source)
     sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    lacking = [name for name in sizes if name not in tensors and name not in HEAD]
+    left = [name for name in tensors if name not in sizes and name not in HEAD]
+    if lacking or left:
+        raise UserError(
+            f"not the weights of this model: they lack {_some(lacking)}, and have {_some(left)} that it has no place for"
+        )
     positions = _deformable_tables(model)
     return {
         name: _resized(name, tensor, sizes[name], positions.get(name))

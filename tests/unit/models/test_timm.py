@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.models import create_feature_extractor
 from timm.models._input import get_model_args
 from timm.models._manipulate import group_parameters
@@ -89,6 +90,9 @@ def test_head_in_parts(name, full):
         torch.testing.assert_close(model(images), features.mean((1, 2)))
         model.reset_classifier(0, "")
         assert torch.equal(model(images), features)
+        model.reset_classifier(7, "catavgmax")
+        for wide in (build(name, full, global_pool="catavgmax").eval(), model):
+            assert wide.forward_head(features, pre_logits=True).shape == (2, wide.head_hidden_size)
         model.reset_classifier(7, "avg")
         assert model(images).shape == (2, 7)
         assert model.num_classes == 7
@@ -279,6 +283,23 @@ def test_features_by_symbolic_tracing(name):
     images = torch.randn(1, 3, SIZE, SIZE)
     with torch.no_grad():
         assert torch.equal(extractor(images)["last"], model.forward_features(images))
+
+
+def test_weights_of_another_network_are_refused_with_another_head_too(tmp_path):
+    """Where the head differs, or is not wanted, timm leaves what it does not find as it was drawn."""
+    file = tmp_path / "deep.safetensors"
+    save_file(build("dat_tiny", False, img_size=96).state_dict(), file)
+    given = {"dims": narrow("dat_tiny"), "pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+    for other in ({"num_classes": 3}, {"features_only": True}, {"num_classes": 0}):
+        with pytest.raises(UserError, match="they lack stages.2.blocks.6.norm1.weight, .* and have nothing"):
+            timm.create_model("dat_small", **given, **other)
+        with pytest.raises(UserError, match="they lack nothing, and have stages.2.blocks.4.attn.bias_table"):
+            timm.create_model("dat_tiny", blocks=("LS", "LS", "LDLD", "LD"), **given, **other)
+    given["pretrained_cfg_overlay"] |= {"input_size": (3, 96, 96), "num_classes": 10}
+    model = timm.create_model("dat_tiny", num_classes=3, **given)
+    assert model.img_size == (96, 96), "the size of the images that the weights' configuration tells"
+    kept = load_file(file)
+    assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters() if not n.startswith("head."))
 
 
 def test_pretrained_weights_do_not_exist(every):

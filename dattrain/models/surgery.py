@@ -294,7 +294,15 @@ def _resized(name: str, source: Tensor, shape: torch.Size, module: DeformableAtt
 def _recognised(state: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Arguments of ``DAT``."""
     code = datpp_authors if recognise.is_datpp(state) else recognise
-    arguments = code.from_tensors(state) if config is None else code.from_config(config)
+    if config is None:
+        arguments = code.from_tensors(state)
+    else:
+        try:
+            arguments = code.from_config(config)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"not a whole MODEL.DAT configuration of the authors ({type(error).__name__}: {error})"
+            ) from error
     try:
         arguments["in_chans"] = state["patch_proj.0.weight"].shape[1]
         arguments["num_classes"] = recognise.classes(state)

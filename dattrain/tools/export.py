@@ -264,7 +264,7 @@ def timm_config(card: Card) -> dict[str, Any]:
         "architecture": card.name,
         "num_classes": card.num_classes,
         "num_features": arguments["dims"][-1],
-        "global_pool": "avg",
+        "global_pool": arguments.get("global_pool", "avg"),
         "model_args": {"img_size": list(card.img_size), "in_chans": card.in_chans, **(card.overrides or {})},
         "pretrained_cfg": {
             "tag": "dattrain",

@@ -72,15 +72,16 @@ def test_weights_come_back_bit_for_bit(tmp_path, capsys, request, which, to):
     assert all(torch.equal(tensor, ours[name]) for name, tensor in back.state_dict().items())
 
 
-def test_windows_that_are_no_squares_are_exported_or_refused(tmp_path):
-    """Theirs have one side; a file of ours, which names its card, and a folder for timm come back with them."""
-    given = {"blocks": ("L", "S", "D", "D"), "window_size": (2, 4), **SMALL}
+def test_windows_that_are_no_squares_and_another_pooling_come_back_or_are_refused(tmp_path):
+    """Their code has one side; a file of ours, whose card was made of the model, and a folder for timm have them."""
+    given = {"blocks": ("L", "S", "D", "D"), "window_size": (2, 4), "global_pool": "max", **SMALL}
     model = create("dat_atto", num_classes=7, img_size=64, **given).eval()
     card = weights.card_of_model(model)
     with pytest.raises(UserError, match="square windows; this model's are 2 x 4"):
         export.authors_config(model)
     for to in ("safetensors", "timm"):
         back = export.write(model, card, to, tmp_path / to).run
+        assert back.global_pool == "max"
         assert back.windows((64, 64)) == [(2, 4), (2, 4), (2, 4), (2, 2)]
 
 

@@ -1,12 +1,14 @@
-"""What follows from a recipe, a world size and a data set. Pure; computed and shown, never written back."""
+"""What follows from a recipe, a world size and a data set. Pure, but that ``check_source`` looks whether a file is there; computed
+and shown, never written back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 
 from dattrain.config.schema import Config
-from dattrain.errors import ConfigError
+from dattrain.errors import ConfigError, UserError
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,19 @@ class Derived:
     """Updates between two evaluations."""
 
 
-def check_source(config: Config) -> None:
-    """Refuse a fine-tune that starts from nowhere: it would train a random network in silence. For a run without checkpoints.
+def check_source(config: Config, *, waits: bool = False) -> None:
+    """Refuse a fine-tune that starts from nowhere: it would train a random network in silence, or end where its job starts. For a
+    run without checkpoints.
 
     What makes a recipe a fine-tune: ``init.required``, a head that is made from the source's (``init.head``), or a backbone that
     is not trained.
 
+    Args:
+        waits: for a job that may write what ``init.from`` names, so that it need not be there yet.
+
     Raises:
         ConfigError: ``init.from`` is not set.
+        UserError: it names nothing that is there, or a file that is no safetensors.
     """
     init = config.init
     marks = {
@@ -51,6 +58,26 @@ def check_source(config: Config) -> None:
         raise ConfigError(
             f"{config.name} is a fine-tune ({why}), but init.from is not set, and a random network would be trained: add "
             "init.from=RUN_OR_WEIGHTS, for example init.from=runs/pretrained or init.from=weights.safetensors"
+        )
+    if init.from_ and not waits:
+        _check_there(Path(init.from_))
+
+
+def _check_there(path: Path) -> None:
+    if path.is_dir():
+        return
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except FileNotFoundError:
+        raise UserError(
+            f"init.from={path}: no such run folder, checkpoint or file (from {Path.cwd()})"
+        ) from None
+    except OSError as error:
+        raise UserError(f"init.from={path}: cannot be read ({error.strerror})") from None
+    if head[8:] != b"{":  # eight bytes of length, then JSON
+        raise UserError(
+            f"init.from={path} is not a safetensors file; `dattrain import` reads the authors' pickles"
         )
 
 

@@ -101,7 +101,7 @@ class WindowAttention(Interior):
         _, height, width, _ = x.shape
         (wh, ww), (sh, sw) = self.window, self.shift_size
         x = as_computed(x)
-        if height % wh or width % ww:
+        if height % wh or width % ww or torch.jit.is_tracing():  # other sizes of a trace may need it
             x = F.pad(x, (0, 0, 0, -width % ww, 0, -height % wh))
         if sh or sw:
             x = x.roll((-sh, -sw), (1, 2))

@@ -45,6 +45,19 @@ def check_channels(x: Tensor, channels: int, axis: int) -> None:
         raise ValueError(f"expected {channels} channels ({wanted}), got {found}: {tuple(x.shape)}")
 
 
+def check_images(x: Tensor, channels: int, only_size: tuple[int, int] | None) -> None:
+    """Refuse what is no batch of images, B x ``channels`` x H x W, or of another (H, W) than ``only_size``.
+
+    Raises:
+        ValueError: the shape, and what was expected.
+    """
+    check_channels(x, channels, 1)
+    if only_size is not None and tuple(x.shape[2:]) != only_size:
+        raise ValueError(
+            f"expected images of {only_size} alone (strict_img_size=True), got {tuple(x.shape[2:])}"
+        )
+
+
 class MapConv(nn.Module):
     """Weight and bias of a convolution, shaped and drawn as ``nn.Conv2d``'s, for B x H x W x C maps.
 
@@ -138,6 +151,8 @@ class PatchEmbed(nn.Module):
     B x C x H x W -> B x ceil(H / patch) x ceil(W / patch) x dim; padded with zeros at right and bottom to whole patches.
     """
 
+    only_size: tuple[int, int] | None = None
+
     def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
@@ -146,7 +161,7 @@ class PatchEmbed(nn.Module):
         self.in_chans = in_chans
 
     def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.in_chans, 1)
+        check_images(x, self.in_chans, self.only_size)
         x = F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 

@@ -31,11 +31,13 @@ from dattrain.models.settings import (
     MlpKind,
     Size,
     StemKind,
+    WindowSize,
     check_blocks,
     check_choices,
     check_offset_range,
     check_positive,
     check_rates,
+    check_window_size,
     pair,
     per_stage,
 )
@@ -55,8 +57,8 @@ class DAT(TimmProtocol):
         strides: how many pixels apart the keys of D blocks are.
         offset_kernels: of the offset networks.
         sr_ratios: reduction of P blocks.
-        window_size: of L and S blocks; one for all stages or one each, never larger than the stage's map. None takes
-            the shorter side of the image / ``window_divisor`` (7 at 224, 12 at 384: the authors' settings).
+        window_size: of L and S blocks; a side, (height, width), or one of these per stage, never larger than the stage's map.
+            None takes the shorter side of the image / ``window_divisor`` (7 at 224, 12 at 384: the authors' settings).
         shift: how half a window is rounded in S blocks: ``ceil`` (authors) or ``floor`` (Swin).
         neighborhood: odd side of the window of each token in N blocks; one for all stages or one each.
         stem: patch embedding and downsampling by ``patch`` (non-overlapping) or ``conv`` (overlapping 3 x 3, DAT++).
@@ -66,6 +68,7 @@ class DAT(TimmProtocol):
         drop_rate, proj_drop_rate: dropout before the classifier; after projections and in the MLP.
         drop_path_rate: of the last block; it grows linearly from 0 over the blocks, the same for both branches.
         init: ``paper`` or ``trunc_normal``, see ``init``.
+        strict_img_size: refuse images of another size than ``img_size``, as timm's Swin does by default.
 
     Raises:
         UserError: settings that do not fit together, by name.
@@ -87,7 +90,7 @@ class DAT(TimmProtocol):
         strides: Sequence[int] = (4, 2, 1, 1),
         offset_kernels: Sequence[int] = (9, 7, 5, 3),
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
-        window_size: int | Sequence[int] | None = None,
+        window_size: WindowSize | None = None,
         window_divisor: int = 32,
         shift: Shift = "ceil",
         neighborhood: int | Sequence[int] = 7,
@@ -104,6 +107,7 @@ class DAT(TimmProtocol):
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         init: Init = "paper",
+        strict_img_size: bool = False,
     ) -> None:
         super().__init__()
         check_choices(
@@ -136,9 +140,7 @@ class DAT(TimmProtocol):
         self.global_pool = global_pool
         self.patch_size = patch_size
         self.img_size = pair(img_size)
-        self.window_size = (
-            window_size if window_size is None or isinstance(window_size, int) else tuple(window_size)
-        )
+        self.window_size = check_window_size(window_size, stages)
         self.window_divisor = window_divisor
         self.shift: Shift = shift
         self.stem: StemKind = stem
@@ -152,13 +154,15 @@ class DAT(TimmProtocol):
         self.depths = tuple(len(kinds) for kinds in blocks)
         self.num_layers = sum(self.depths) + 1
         self.num_drop_path = 2 * sum(self.depths)
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": patch_size * 2**index, "module": f"stages.{index}"}
             for index, dim in enumerate(dims)
         ]
 
         self.patch_embed = self._make_stem()
+        self.strict_img_size = strict_img_size
+        self.patch_embed.only_size = self.img_size if strict_img_size else None
         sizes, windows = self.map_sizes(self.img_size), self.windows(self.img_size)
         self.stages = nn.Sequential(
             *(
@@ -173,12 +177,13 @@ class DAT(TimmProtocol):
         self.head = ClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt
         )
+        self.head_hidden_size = self.head.num_features  # of pooling by ``catavgmax``, twice the map's
         self.checkpoint_stages = False
         init_weights(self, init)
 
     # Assembly -----------------------------------------------------------------------------------------------------
 
-    def _make_stem(self) -> nn.Module:
+    def _make_stem(self) -> PatchEmbed | ConvStem:
         if self.stem == "conv":
             return ConvStem(self.in_chans, self.dims[0], self.patch_size)
         return PatchEmbed(self.in_chans, self.dims[0], self.patch_size)
@@ -222,8 +227,11 @@ class DAT(TimmProtocol):
         wanted = self.window_size
         if wanted is None:
             wanted = max(1, ceil(min(img_size) / self.window_divisor))
-        sides = per_stage("window_size", wanted, len(self.dims))
-        return [(min(side, h), min(side, w)) for side, (h, w) in zip(sides, self.map_sizes(img_size))]
+        windows = ((wanted, wanted),) * len(self.dims) if isinstance(wanted, int) else wanted
+        return [
+            (min(height, rows), min(width, columns))
+            for (height, width), (rows, columns) in zip(windows, self.map_sizes(img_size))
+        ]
 
     # Forward ------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dattrain.models.blocks import DepthwiseConv, Interior, check_channels, recompute
+from dattrain.models.blocks import DepthwiseConv, Interior, check_images, recompute
 from dattrain.ops.neighborhood import neighborhood_attention
 
 
@@ -25,6 +25,8 @@ class ConvStem(nn.Module):
     B x C x H x W image to a B x H/patch x W/patch x dim map.
     """
 
+    only_size: tuple[int, int] | None = None
+
     def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
         super().__init__()
         stride = patch_size // 2
@@ -36,7 +38,7 @@ class ConvStem(nn.Module):
         self.in_chans = in_chans
 
     def forward(self, x: Tensor) -> Tensor:
-        check_channels(x, self.in_chans, 1)
+        check_images(x, self.in_chans, self.only_size)
         x = self.conv1(x).permute(0, 2, 3, 1)
         return self.norm2(conv_map(self.conv2, self.act(self.norm1(x))))
 

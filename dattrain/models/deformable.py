@@ -20,6 +20,7 @@ from dattrain.models.attention import relative_bias
 from dattrain.models.blocks import DepthwiseConv, Interior, as_computed, recompute
 from dattrain.models.init import init_table
 from dattrain.models.resize import resize_fixed_table
+from dattrain.ops.coordinates import steps
 
 Reference = Literal["center", "corner", "shifted"]
 QueryGrid = Literal["center", "corner"]
@@ -60,8 +61,8 @@ def reference_points(
     def axis(size: int) -> Tensor:
         index = torch.arange(size, device=device, dtype=dtype)
         if kind == "corner":
-            return index / max(size - 1, 1) * 2 - 1
-        return (index + 0.5) / (size if kind == "center" else max(size - 1, 1)) * 2 - 1
+            return index / steps(size) * 2 - 1
+        return (index + 0.5) / (size if kind == "center" else steps(size)) * 2 - 1
 
     return torch.stack(torch.meshgrid(axis(height), axis(width), indexing="ij"), -1)
 

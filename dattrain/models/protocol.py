@@ -11,12 +11,14 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from dattrain.errors import UserError
 from dattrain.models.attention import WindowAttention
-from dattrain.models.blocks import Interior, Stage
+from dattrain.models.blocks import Interior, PatchEmbed, Stage
+from dattrain.models.datpp import ConvStem
 from dattrain.models.deformable import DeformableAttention
 from dattrain.models.init import Init, init_weights
 from dattrain.models.resize import resize_fixed_table, resize_table
-from dattrain.models.settings import Size, check_choices, pair
+from dattrain.models.settings import Size, WindowSize, check_choices, check_window_size, pair, per_stage
 
 Remat = Literal["stage", "block", "selective"]
 
@@ -35,7 +37,10 @@ class TimmProtocol(nn.Module):
     dims: tuple[int, ...]
     num_layers: int
     img_size: tuple[int, int]
-    window_size: int | tuple[int, ...] | None
+    patch_size: int
+    strict_img_size: bool
+    patch_embed: PatchEmbed | ConvStem
+    window_size: int | tuple[tuple[int, int], ...] | None
     init: Init
     checkpoint_stages: bool
 
@@ -137,18 +142,45 @@ class TimmProtocol(nn.Module):
         init_weights(self.head, self.init)
 
     def set_input_size(
-        self, img_size: Size | None = None, window_size: int | Sequence[int] | None = None
+        self,
+        img_size: Size | None = None,
+        patch_size: Size | None = None,
+        window_size: WindowSize | None = None,
+        window_ratio: int | Sequence[int] | None = None,
+        always_partition: bool | None = None,
     ) -> None:
         """Lay windows and bias tables out for another size; tables are resized bicubically, in place.
 
         Args:
             img_size: side or (height, width); None keeps it.
+            patch_size: that of the model, or None.
             window_size: as in the constructor; None keeps the rule that the model was made with.
+            window_ratio: makes it each side of the map of patches / ratio, rounded down, one ratio for all stages or one each;
+                without effect beside ``window_size``.
+            always_partition: False, or None: windows end at the map.
+
+        Raises:
+            UserError: another size of patches, windows larger than the map, or values that do not fit. The model is as it was.
         """
         size = self.img_size if img_size is None else pair(img_size)
+        if patch_size is not None and patch_size not in (self.patch_size, (self.patch_size, self.patch_size)):
+            raise UserError(
+                f"patch_size={patch_size}: this model's patches are of {self.patch_size}, and its weights fit no others; "
+                "create a model with that patch_size"
+            )
+        if always_partition:
+            raise UserError(
+                "always_partition=True: windows of this model are never larger than a stage's map"
+            )
+        if window_size is None and window_ratio is not None:
+            rows, columns = self.map_sizes(size)[0]
+            ratios = per_stage("window_ratio", window_ratio, len(self.depths))
+            window_size = [(max(1, rows // ratio), max(1, columns // ratio)) for ratio in ratios]
         if window_size is not None:
-            self.window_size = window_size if isinstance(window_size, int) else tuple(window_size)
+            self.window_size = window_size = check_window_size(window_size, len(self.depths))
         self.img_size = size
+        if self.strict_img_size:
+            self.patch_embed.only_size = size
         for stage, map_size, window in zip(self.stages, self.map_sizes(size), self.windows(size)):
             for module in stage.modules():
                 if isinstance(module, WindowAttention):

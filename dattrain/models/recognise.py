@@ -63,7 +63,7 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "groups": tuple(max(each, 1) for each in config["groups"]),
         "strides": tuple(max(each, 1) for each in config["strides"]),
         "sr_ratios": tuple(max(each, 1) for each in config.get("sr_ratios", (-1,) * len(blocks))),
-        "window_size": tuple(config["window_sizes"]),
+        "window_size": tuple((side, side) for side in config["window_sizes"]),
         "offsets": not common("no_offs", False),
         "offset_range": offset_range(common("offset_range_factor", 2), negative="tanh"),
         "position": position,
@@ -152,7 +152,7 @@ def _from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "groups": tuple(groups),
         "strides": (4, 2, 1, 1)[:count],
         "offset_kernels": tuple(kernels),
-        "window_size": tuple(windows),
+        "window_size": tuple((side, side) for side in windows),
         "position": position,
     }
 

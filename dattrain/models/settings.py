@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from dattrain.errors import UserError
 
 Size = int | tuple[int, int]
+WindowSize = int | Sequence[int | Sequence[int]]
 StemKind = Literal["patch", "conv"]
 MlpKind = Literal["linear", "conv"]
 
@@ -16,10 +17,42 @@ BLOCK_KINDS = "LSDPN"
 
 def pair(size: Size | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a side or a pair, in pixels."""
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or min(sides) < 1:
-        raise UserError(f"img_size={size} must be a positive side, or height and width")
+    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(sides) != 2 or not all(map(_is_side, sides)):
+        raise UserError(f"img_size={size!r} must be a positive side, or height and width")
     return int(sides[0]), int(sides[1])
+
+
+def check_window_size(value: WindowSize | None, stages: int) -> int | tuple[tuple[int, int], ...] | None:
+    """One side for all stages as it is; else (height, width) of each stage's windows.
+
+    Two numbers are height and width of all, as timm's Swin takes them; other sequences have an entry per stage, a side or a pair.
+
+    Raises:
+        UserError: neither of these, or two different numbers for two stages, which can be read both ways.
+    """
+    if value is None or _is_side(value):
+        return value  # type: ignore[return-value]
+    entries: list[Any] = (
+        list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    )
+    if len(entries) == 2 and all(map(_is_side, entries)):
+        if stages == 2 and entries[0] != entries[1]:
+            raise UserError(
+                f"window_size={value!r} can be height and width or one side per stage: write a (height, width) for each of "
+                "the two stages"
+            )
+        entries = [entries] * stages
+    pairs = [[each, each] if _is_side(each) else each for each in entries]
+    if any(
+        not isinstance(each, Sequence) or len(each) != 2 or not all(map(_is_side, each)) for each in pairs
+    ):
+        raise UserError(
+            f"window_size={value!r} must be a positive side, (height, width), or one of these per stage"
+        )
+    if len(pairs) != stages:
+        raise UserError(f"window_size={value!r} has {len(pairs)} entries, but blocks has {stages} stages")
+    return tuple((int(height), int(width)) for height, width in pairs)
 
 
 def check_choices(**choices: tuple[object, Any]) -> None:
@@ -87,6 +120,10 @@ def check_rates(**values: object) -> None:
     for name, value in values.items():
         if not (_is_number(value) and 0 <= value < 1):  # type: ignore[operator]
             raise UserError(f"{name}={value!r} must be a number in [0, 1)")
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _is_number(value: object) -> bool:

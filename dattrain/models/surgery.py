@@ -74,7 +74,7 @@ def from_authors(state_dict: Mapping[str, Any], config: Mapping[str, Any] | None
         model = DAT(**_recognised(state, config))
     stated, model.window_size = model.windows(model.img_size), None
     if model.windows(model.img_size) != stated:
-        model.window_size = tuple(min(window) for window in stated)
+        model.window_size = tuple(stated)
     model.load_state_dict(authors.read_all(state, model), strict=True, assign=True)
     return model.requires_grad_(True).eval()
 
@@ -89,13 +89,25 @@ def to_authors(model: DAT) -> dict[str, Tensor]:
 
 
 def for_model(state: Mapping[str, Any], model: DAT) -> dict[str, Tensor]:
-    """Tensors of ours or of the authors, with tables at ``model``'s size: timm's filter of pretrained weights."""
+    """Tensors of ours or of the authors, with tables at ``model``'s size: timm's filter of pretrained weights.
+
+    With another head, or for features, timm leaves what has no counterpart as it was drawn, so that it is refused here.
+
+    Raises:
+        UserError: tensors of another network: some beside the head are missing, or have no place.
+    """
     tensors = _unwrap(state)
     if "patch_proj.0.weight" in tensors:
         with torch.device("meta"):
             source = DAT(**_recognised(tensors, None))
         tensors = authors.read_all(tensors, source)
     sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    lacking = [name for name in sizes if name not in tensors and name not in HEAD]
+    left = [name for name in tensors if name not in sizes and name not in HEAD]
+    if lacking or left:
+        raise UserError(
+            f"not the weights of this model: they lack {_some(lacking)}, and have {_some(left)} that it has no place for"
+        )
     positions = _deformable_tables(model)
     return {
         name: _resized(name, tensor, sizes[name], positions.get(name))
@@ -282,7 +294,15 @@ def _resized(name: str, source: Tensor, shape: torch.Size, module: DeformableAtt
 def _recognised(state: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Arguments of ``DAT``."""
     code = datpp_authors if recognise.is_datpp(state) else recognise
-    arguments = code.from_tensors(state) if config is None else code.from_config(config)
+    if config is None:
+        arguments = code.from_tensors(state)
+    else:
+        try:
+            arguments = code.from_config(config)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"not a whole MODEL.DAT configuration of the authors ({type(error).__name__}: {error})"
+            ) from error
     try:
         arguments["in_chans"] = state["patch_proj.0.weight"].shape[1]
         arguments["num_classes"] = recognise.classes(state)

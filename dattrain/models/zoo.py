@@ -185,6 +185,12 @@ def _build(
     """timm's constructor of a variant; ``device`` and ``dtype`` are those of ``timm.create_model``."""
     arguments = VARIANTS[name]
     out_indices = kwargs.pop("out_indices", tuple(range(len(arguments["dims"]))))
+    given = kwargs.get("pretrained_cfg")
+    given = {**(given if isinstance(given, dict) else {}), **(kwargs.get("pretrained_cfg_overlay") or {})}
+    if given.get("input_size") is not None:  # what the images will be, so what the tables are laid out for
+        kwargs.setdefault("img_size", tuple(given["input_size"][-2:]))
+    if kwargs.pop("dynamic_img_size", False):  # timm's word for it
+        kwargs["strict_img_size"] = False
     with nullcontext() if device is None else torch.device(device):
         model = build_model_with_cfg(
             DAT,

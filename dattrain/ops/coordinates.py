@@ -6,7 +6,7 @@ one axis that is ``table_index[k, i] = start[k] + i * step``: keys times (height
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,13 @@ def query_coordinates(size: int, grid: QueryGrid, *, device: torch.device, dtype
     index = torch.arange(size, device=device, dtype=dtype)
     if grid == "center":
         return (index + 0.5) / size * 2 - 1
-    return index / max(size - 1, 1) * 2 - 1
+    return index / steps(size) * 2 - 1
+
+
+def steps(size: Any) -> int:
+    """From the first to the last of ``size`` pixels, and 1 for a single one. Under ``torch.jit.trace`` sizes are tensors, of
+    which Python's ``max`` would take one for good."""
+    return (size - 1).clamp(min=1) if isinstance(size, Tensor) else max(size - 1, 1)  # type: ignore[return-value]
 
 
 def table_indices(positions: Tensor, size: int, table_size: int, grid: QueryGrid) -> Tensor:

@@ -66,12 +66,13 @@ def resolve(q: Tensor, asked: str | None, head_dim: int = 0) -> Backend:
     ``head_dim`` is that of attention's heads; operators on maps have none.
 
     On CPU the best is ``native`` where it compiles, on CUDA ``triton``, whose operators run as ``torch`` where it does not.
-    Under derivatives that operators do not have (``transforms``) it is ``reference``, whatever was asked for.
+    Under derivatives that operators do not have (``transforms``) it is ``reference``, whatever was asked for; and under
+    ``torch.jit.trace``, which would keep the map's size as a number and run any other with it.
 
     Raises:
         UserError: if the backend asked for is unknown, cannot run here, or not for this device, dtype or head dim.
     """
-    if transforms.under_way():
+    if transforms.under_way() or torch.jit.is_tracing():
         return "reference"
     named, source = (
         (asked, "backend")

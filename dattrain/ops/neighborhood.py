@@ -70,7 +70,12 @@ def neighborhood_attention(
 
 def window_start(query: Tensor, size: int, kernel_size: int) -> Tensor:
     """First key of the window of each ``query`` (int64) along an axis of ``size``: centred, clamped so that it lies inside."""
-    return (query - kernel_size // 2).clamp(0, max(size - kernel_size, 0))
+    return (query - kernel_size // 2).clamp(0, size - _at_most(size, kernel_size))
+
+
+def _at_most(size: Any, limit: int) -> int:
+    """The smaller one. Under ``torch.jit.trace`` sizes are tensors, of which Python's ``min`` would take one for good."""
+    return size.clamp(max=limit) if isinstance(size, Tensor) else min(size, limit)  # type: ignore[return-value]
 
 
 _kept: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -101,7 +106,7 @@ def _tiles(size: int, kernel_size: int, device: torch.device) -> tuple[Tensor, T
 
 def _tiles_on(device: torch.device, size: int, kernel_size: int) -> tuple[Tensor, Tensor]:
     # By arithmetic on the device: a copy from the host would wait, and be a constant on the CPU to a compiler.
-    width, reach = min(kernel_size, size), min(2 * kernel_size - 1, size)
+    width, reach = _at_most(size, kernel_size), _at_most(size, 2 * kernel_size - 1)
     first = torch.arange(0, size, kernel_size, device=device)
     keys = (first - kernel_size // 2).clamp(0, size - reach)[:, None] + torch.arange(reach, device=device)
     query = (first[:, None] + torch.arange(kernel_size, device=device)).clamp(max=size - 1)[:, :, None]
@@ -145,7 +150,7 @@ def _gather(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, size: int) ->
 
     def axis(length: int) -> tuple[Tensor, Tensor]:
         query = torch.arange(length, device=q.device)[:, None]
-        keys = window_start(query, length, size) + torch.arange(min(size, length), device=q.device)
+        keys = window_start(query, length, size) + torch.arange(_at_most(length, size), device=q.device)
         return keys, keys - query + size - 1
 
     (keys_y, at_y), (keys_x, at_x) = axis(height), axis(width)

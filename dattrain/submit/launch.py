@@ -81,12 +81,16 @@ def nodes_range(text: str) -> tuple[int, int]:
     return low, high
 
 
-def check(stage: Stage, images_per_second: float | None = None) -> None:
+def check(stage: Stage, images_per_second: float | None = None, *, waits: bool = False) -> None:
     """Refuse what would fail later, naming the setting.
+
+    Args:
+        waits: for another stage, which may write what this one starts from.
 
     Raises:
         ConfigError: the batch does not divide over every number of devices that the job may get, the time limit has no
             room for a step and a save, a local run asks for more than one node, or a fine-tune starts from nowhere.
+        UserError: a fine-tune starts from what is not there.
     """
     profile = stage.profile
     if profile.kind == "local" and stage.nodes != (1, 1):
@@ -101,7 +105,7 @@ def check(stage: Stage, images_per_second: float | None = None) -> None:
         if stage.action == "evaluate":
             continue
         if history.newest_checkpoint(run) is None:
-            check_source(loaded.config)
+            check_source(loaded.config, waits=waits or stage.after is not None)
         for nodes in range(stage.nodes[0], stage.nodes[1] + 1):
             try:
                 derive(

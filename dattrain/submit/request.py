@@ -51,8 +51,8 @@ class Plan:
 def run(request: Request) -> int:
     """Check, then print or submit."""
     made = plan(request)
-    for stage in made.stages:
-        launch.check(stage, request.images_per_second)
+    for stage, need in zip(made.stages, made.needs):
+        launch.check(stage, request.images_per_second, waits=need is not None)
     if request.dry_run:
         print(describe(made))
         return 0

@@ -192,6 +192,11 @@ def authors_config(model: DAT) -> dict[str, Any]:
             f"the authors' {'DAT++' if plus else 'CVPR'} code has square images and reference={wanted[0]}, query_grid={wanted[1]}; "
             f"this model has {height} x {width}, {conventions.reference}, {conventions.query_grid}"
         )
+    windows = model.windows(model.img_size)
+    if oblong := [w for w, kinds in zip(windows, model.blocks) if set(kinds) & set("LS") and w[0] != w[1]]:
+        raise UserError(
+            f"the authors' code has square windows; this model's are {oblong[0][0]} x {oblong[0][1]}"
+        )
     limit = conventions.offset_range
     deformable = ["D" in kinds for kinds in model.blocks]
     settings: dict[str, Any] = {
@@ -204,7 +209,7 @@ def authors_config(model: DAT) -> dict[str, Any]:
         "depths": list(model.depths),
         "stage_spec": [list(kinds) for kinds in model.blocks],
         "heads": list(model.heads),
-        "window_sizes": [window[0] for window in model.windows(model.img_size)],
+        "window_sizes": [window[0] for window in windows],
         "groups": [each if used else -1 for each, used in zip(model.groups, deformable)],
         "strides": [each if used else -1 for each, used in zip(model.strides, deformable)],
         "sr_ratios": [each if "P" in kinds else -1 for each, kinds in zip(model.sr_ratios, model.blocks)],
@@ -259,7 +264,7 @@ def timm_config(card: Card) -> dict[str, Any]:
         "architecture": card.name,
         "num_classes": card.num_classes,
         "num_features": arguments["dims"][-1],
-        "global_pool": "avg",
+        "global_pool": arguments.get("global_pool", "avg"),
         "model_args": {"img_size": list(card.img_size), "in_chans": card.in_chans, **(card.overrides or {})},
         "pretrained_cfg": {
             "tag": "dattrain",

@@ -215,13 +215,18 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def check_round_trip(model: DAT, state: Mapping[str, Tensor]) -> None:
-    """Compare what ``to_authors`` makes of the model with the file. Raises UserError at the first difference."""
+    """Compare what ``to_authors`` makes of the model with the file. Raises UserError at the first difference, and where
+    weights are no numbers."""
     import torch
 
     from dattrain.models.surgery import to_authors
 
     back = to_authors(model)
     for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"{name} holds numbers that are not finite: the training that wrote it had diverged"
+            )
         if name not in back or not torch.equal(back[name], tensor):
             raise UserError(
                 f"{name} does not survive the way through our names and back: please report this file"

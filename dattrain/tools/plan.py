@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: as ``plan``; the recipe is wrong, or a fine-tune that starts from nowhere.
+        UserError: one that starts from what is not there.
     """
     import json
     from pathlib import Path

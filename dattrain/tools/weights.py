@@ -48,6 +48,7 @@ _SETTINGS = (
     "mlp",
     "local_perception",
     "mlp_ratio",
+    "global_pool",
 )
 """Attributes of ``DAT`` that are arguments of its constructor and shape the network."""
 _USED_BY = {

@@ -112,10 +112,13 @@ class Bench:
         from dattrain.config.schema import Config
         from dattrain.data.dataset import open_dataset
 
-        named = open_dataset(self.images.shards).classes
+        dataset = open_dataset(self.images.shards)
+        dataset.close()
+        # Bare numbers say nothing of those that are not there: as many outputs as ImageNet's, or as the largest takes.
+        classes = max(1000, dataset.max_label + 1) if dataset.classes is None else len(dataset.classes)
         return Config.model_validate(
             {
-                "model": {"num_classes": 100_000 if named is None else len(named)},
+                "model": {"num_classes": classes},
                 "data": {
                     "train": self.images.shards,
                     "workers": workers,
@@ -237,9 +240,10 @@ def wait_share(bench: Bench, name: str, steps: int) -> str:
             "train": config.train.model_copy(update={"global_batch": batch_size, "micro_batch": batch_size})
         }
     )
-    model = create(name, num_classes=1000, img_size=bench.size).to(device).train()
+    classes = config.model.num_classes
+    model = create(name, num_classes=classes, img_size=bench.size).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    mixer = Mixer(config.augment, 1000)
+    mixer = Mixer(config.augment, classes)
     loader = train_loader(config, rank=0, world=1, samples_seen=0, device=device, img_size=bench.size)
     waited = total = started = 0.0
     with closing(loader):

@@ -36,13 +36,13 @@ def test_recipe(path):
     if config.init.required:
         with pytest.raises(ConfigError, match="init.from=RUN_OR_WEIGHTS, for example init.from=runs/"):
             check_source(config)
-    check_source(load(path, ["init.from=runs/x"]).config)
+    check_source(load(path, [f"init.from={CONFIGS}"]).config)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_is_planned(path, capsys):
-    source = ["init.from=runs/x"] if path.parent.name == "finetune" else []
+    source = [f"init.from={CONFIGS}"] if path.parent.name == "finetune" else []
     assert cli.main(["plan", str(path), *source, "--nodes", "4", "--device-gb", "1000"]) == 0
     assert load(path).config.model.name in capsys.readouterr().out
 

@@ -3,7 +3,9 @@
 import os
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from dattrain import cli
 from dattrain.config.derive import check_source
@@ -24,7 +26,30 @@ def test_what_makes_a_fine_tune(mark):
     for source in ("init.from=null", "init.from="):
         with pytest.raises(ConfigError, match=REFUSED.format(mark)):
             check_source(loads(BASE, [mark, source]).config)
-    check_source(loads(BASE, [mark, "init.from=runs/a"]).config)
+    check_source(loads(BASE, [mark, "init.from=runs/a"]).config, waits=True)
+
+
+def test_what_it_starts_from_is_there(tmp_path, capsys, monkeypatch):
+    """Whoever plans, queues or trains says so at once; where another job comes first, it may write it."""
+    monkeypatch.setattr(plan, "plan", lambda *a, **k: {"problems": []})
+    monkeypatch.setattr(plan, "render", lambda *a: "planned")
+    recipe, weights, profile = (tmp_path / name for name in ("tune.yaml", "w.safetensors", "profile.yaml"))
+    recipe.write_text(BASE)
+    profile.write_text("tasks_per_node: 1\n")
+    submit = ["submit", "--cluster", str(profile), "--dry-run", "--run", str(tmp_path / "run"), str(recipe)]
+    for source, told in (
+        (weights, "w.safetensors: no such run folder, checkpoint or file"),
+        (weights / "below", "no such run folder"),
+        ("s3://bucket/w.safetensors", "no such run folder"),
+        (recipe, "tune.yaml is not a safetensors file; `dattrain import` reads"),
+    ):
+        for words in (["plan", str(recipe)], submit):
+            assert cli.main([*words, f"init.from={source}"]) == 1
+            assert told in capsys.readouterr().err
+    assert cli.main([*submit, f"init.from={weights}", "--after", "7"]) == 0
+    save_file({"a": torch.zeros(1)}, weights)
+    for there in (weights, tmp_path):
+        assert cli.main(["plan", str(recipe), f"init.from={there}"]) == 0
 
 
 def test_training_is_refused_before_anything_is_read_or_written(tmp_path):
@@ -44,7 +69,7 @@ def test_plan_and_submit_refuse_it_but_for_a_run_under_way(tmp_path, capsys, mon
     for words in (["plan", str(recipe)], [*submit, str(recipe)]):
         assert cli.main(words) == 2
         assert "init.from=RUN_OR_WEIGHTS" in capsys.readouterr().err
-        assert cli.main([*words, "init.from=weights.safetensors"]) == 0
+        assert cli.main([*words, f"init.from={tmp_path}"]) == 0
     checkpoint = run / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dattrain import ops
 from dattrain.models import VARIANTS, create
 from dattrain.ops import neighborhood
 
@@ -61,6 +62,18 @@ def test_training_after_it_is_training_alone(model, before):
     found = train(model)
     neighborhood._kept.clear()
     assert all(torch.equal(a, b) for a, b in zip(found, train(model)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_trace_is_right_at_other_sizes(model, backend):
+    """An operator in it would hold the traced map's height and width as numbers, and read past a smaller one."""
+    with torch.no_grad(), ops.use_backend(backend):
+        traced = torch.jit.trace(model, IMAGES[:1], check_trace=False)
+        assert "dattrain::" not in str(traced.inlined_graph)
+        for size in ((3, 3, 64, 64), (1, 3, 32, 32), (1, 3, 289, 97)):
+            images = torch.randn(*size)
+            torch.testing.assert_close(traced(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 def train(model):

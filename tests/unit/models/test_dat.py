@@ -303,6 +303,7 @@ def test_variant_is_told_from_the_model(name):
         ({"mlp_ratio": "4"}, "mlp_ratio='4' must be a number above 0"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate=1.0 must be a number in \[0, 1\)"),
         ({"img_size": (64, 0)}, "must be a positive side"),
+        ({"img_size": 64.0}, "img_size=64.0 must be a positive side"),
         (
             {"widow_size": 7},
             r"model.overrides.widow_size is not an argument of dat_atto \(did you mean 'window_size'\?\)",

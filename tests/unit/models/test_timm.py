@@ -9,12 +9,15 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.models import create_feature_extractor
+from timm.models._input import get_model_args
 from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from dattrain.models import VARIANTS
+from dattrain.errors import UserError
+from dattrain.models import VARIANTS, create
 
 SIZE = 64
 
@@ -87,6 +90,9 @@ def test_head_in_parts(name, full):
         torch.testing.assert_close(model(images), features.mean((1, 2)))
         model.reset_classifier(0, "")
         assert torch.equal(model(images), features)
+        model.reset_classifier(7, "catavgmax")
+        for wide in (build(name, full, global_pool="catavgmax").eval(), model):
+            assert wide.forward_head(features, pre_logits=True).shape == (2, wide.head_hidden_size)
         model.reset_classifier(7, "avg")
         assert model(images).shape == (2, 7)
         assert model.num_classes == 7
@@ -210,6 +216,43 @@ def test_set_input_size(name, full):
         assert model(torch.randn(1, 3, 64, 128)).isfinite().all()
 
 
+def test_the_arguments_of_timms_swin():
+    """Windows and images that are no squares, sizes that are strict, and what ``set_input_size`` takes; refused where it cannot be."""
+    model = build("dat_tiny", False, img_size=(128, 192), window_size=(2, 3), strict_img_size=True).eval()
+    assert model.windows(model.img_size) == [(2, 3)] * 4
+    with torch.no_grad():
+        first = model(torch.randn(1, 3, 128, 192))
+    assert first.isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"images of \(128, 192\) alone \(strict_img_size=True\), got \(192, 128\)"
+    ):
+        model(torch.randn(1, 3, 192, 128))
+    assert build("dat_tiny", False, window_size=[[2, 3], 2, (1, 2), 1]).window_size == (
+        (2, 3), (2, 2), (1, 2), (1, 1)
+    )  # fmt: skip
+    model.set_input_size((256, 192), patch_size=(4, 4), window_ratio=(8, 8, 16, 16), always_partition=False)
+    assert model.windows(model.img_size) == [(8, 6), (8, 6), (4, 3), (4, 3)]
+    assert get_model_args(model)["window_size"] == model.window_size
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 256, 192)).isfinite().all()
+    before = model.img_size, model.window_size, [p.shape for p in model.parameters()]
+    for wrong, message in (
+        ({"patch_size": 8}, "patch_size=8: this model's patches are of 4"),
+        ({"always_partition": True}, "always_partition=True: windows of this model are never larger"),
+        ({"window_ratio": (8, 4)}, "window_ratio=.* has 2 entries, but blocks has 4 stages"),
+        ({"window_size": (2, 3, 2)}, "window_size=.* has 3 entries, but blocks has 4 stages"),
+        ({"window_size": 2.0}, "window_size=2.0 must be a positive side"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.set_input_size(64, **wrong)
+    assert before == (model.img_size, model.window_size, [p.shape for p in model.parameters()])
+    assert build("dat_pp_tiny", False, strict_img_size=True, dynamic_img_size=True).strict_img_size is False
+    two = {"dims": (8, 16), "blocks": ("L", "S"), "heads": (1, 2), "groups": (1, 1), "strides": (1, 1)}
+    two |= {"offset_kernels": (3, 3), "sr_ratios": (1, 1), "num_classes": 2, "img_size": 64}
+    with pytest.raises(UserError, match="height and width or one side per stage"):
+        create("dat_atto", window_size=(4, 2), **two)
+
+
 def test_other_channels(name, full):
     with torch.no_grad():
         assert build(name, full, in_chans=1).eval()(torch.randn(1, 1, SIZE, SIZE)).shape == (1, 10)
@@ -240,6 +283,23 @@ def test_features_by_symbolic_tracing(name):
     images = torch.randn(1, 3, SIZE, SIZE)
     with torch.no_grad():
         assert torch.equal(extractor(images)["last"], model.forward_features(images))
+
+
+def test_weights_of_another_network_are_refused_with_another_head_too(tmp_path):
+    """Where the head differs, or is not wanted, timm leaves what it does not find as it was drawn."""
+    file = tmp_path / "deep.safetensors"
+    save_file(build("dat_tiny", False, img_size=96).state_dict(), file)
+    given = {"dims": narrow("dat_tiny"), "pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+    for other in ({"num_classes": 3}, {"features_only": True}, {"num_classes": 0}):
+        with pytest.raises(UserError, match="they lack stages.2.blocks.6.norm1.weight, .* and have nothing"):
+            timm.create_model("dat_small", **given, **other)
+        with pytest.raises(UserError, match="they lack nothing, and have stages.2.blocks.4.attn.bias_table"):
+            timm.create_model("dat_tiny", blocks=("LS", "LS", "LDLD", "LD"), **given, **other)
+    given["pretrained_cfg_overlay"] |= {"input_size": (3, 96, 96), "num_classes": 10}
+    model = timm.create_model("dat_tiny", num_classes=3, **given)
+    assert model.img_size == (96, 96), "the size of the images that the weights' configuration tells"
+    kept = load_file(file)
+    assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters() if not n.startswith("head."))
 
 
 def test_pretrained_weights_do_not_exist(every):

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from dattrain import cli
+from dattrain.errors import UserError
 from dattrain.models import create, surgery
 from dattrain.tools import export, importer, weights
 
@@ -69,6 +70,19 @@ def test_weights_come_back_bit_for_bit(tmp_path, capsys, request, which, to):
         assert card == weights.load_model(source)[1]
     ours = model.state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in back.state_dict().items())
+
+
+def test_windows_that_are_no_squares_and_another_pooling_come_back_or_are_refused(tmp_path):
+    """Their code has one side; a file of ours, whose card was made of the model, and a folder for timm have them."""
+    given = {"blocks": ("L", "S", "D", "D"), "window_size": (2, 4), "global_pool": "max", **SMALL}
+    model = create("dat_atto", num_classes=7, img_size=64, **given).eval()
+    card = weights.card_of_model(model)
+    with pytest.raises(UserError, match="square windows; this model's are 2 x 4"):
+        export.authors_config(model)
+    for to in ("safetensors", "timm"):
+        back = export.write(model, card, to, tmp_path / to).run
+        assert back.global_pool == "max"
+        assert back.windows((64, 64)) == [(2, 4), (2, 4), (2, 4), (2, 2)]
 
 
 def test_timm_exports_take_another_head(tmp_path, small):

@@ -151,6 +151,23 @@ def test_a_missing_or_extra_tensor_or_a_cut_file_is_an_error(tmp_path, capsys):
     assert "cannot be read safely" in capsys.readouterr().err
 
 
+def test_weights_that_are_no_numbers_and_half_a_configuration_are_named(tmp_path, capsys):
+    state, config, *_ = vector("dat_cvpr_small")
+    file, yaml = tmp_path / "a.pth", tmp_path / "a.yaml"
+    torch.save({"model": {**state, "cls_head.bias": state["cls_head.bias"] / 0}}, file)
+    for broken, message in (
+        (config, "cls_head.bias holds numbers that are not finite"),
+        (
+            {"stage_spec": config["stage_spec"]},
+            "not a whole MODEL.DAT configuration of the authors (KeyError",
+        ),
+        ({**config, "heads": 3}, "not a whole MODEL.DAT configuration of the authors (TypeError"),
+    ):
+        yaml.write_text(json.dumps({"MODEL": {"DAT": broken}}))
+        assert cli.main(["import", str(file), "--config", str(yaml)]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_nothing_is_overwritten_unasked(tmp_path, capsys):
     state, *_ = vector("dat_cvpr_small")
     file, out = tmp_path / "a.pth", tmp_path / "a.safetensors"

@@ -26,10 +26,10 @@ def test_c():
 """
 
 
-def run(folder, code, *more):
+def run(folder, code, grace):
     (folder / "test_hangs.py").write_text(code)
-    # Not as tests/conftest.py, which it is to them: as a plugin, with a short grace.
-    (folder / "short.py").write_text("import conftest\nconftest.GRACE = 1\n")
+    # Not as tests/conftest.py, which it is to them: as a plugin, with a grace of its own.
+    (folder / "short.py").write_text(f"import conftest\nconftest.GRACE = {grace}\n")
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "short", "-c", str(TESTS.parent / "pyproject.toml"),
          "--rootdir", str(folder), "--timeout", "1", str(folder / "test_hangs.py")],
@@ -38,11 +38,11 @@ def run(folder, code, *more):
 
 
 def test_a_hang_in_python_fails_with_every_stack_and_the_next_test_runs(tmp_path):
-    done = run(tmp_path, IN_PYTHON)
+    done = run(tmp_path, IN_PYTHON, grace=60)
     assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout
     assert "Stack of another" in done.stdout and "threading.Event().wait()" in done.stdout
 
 
 def test_a_hang_inside_c_ends_the_process_with_its_stacks(tmp_path):
-    done = run(tmp_path, IN_C)
+    done = run(tmp_path, IN_C, grace=1)
     assert done.returncode == 1 and "in test_c" in done.stderr

@@ -23,6 +23,7 @@ from dattrain.data.mix import Mixer
 from dattrain.engine.agree import agree
 from dattrain.engine.session import Session, open_session
 from dattrain.models import zoo
+from dattrain.runtime import env as environment
 from dattrain.runtime.preempt import Request
 from dattrain.tools.bench import step as bench
 from tests.host_waits import fake_cuda, faked, on_the_cpu
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="default: all")
     parser.add_argument("--json", action="store_true", help="one object: part, place, count")
     args = parser.parse_args()
-    with bench.process_group(CPU):
+    with environment.process_group(environment.resolve({}), CPU):
         found = {part: PARTS[part]() for part in args.parts or PARTS}
     if args.json:
         print(json.dumps(found))

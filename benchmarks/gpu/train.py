@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.job import Job
-from dattrain.tools.bench import step
+from dattrain.runtime import env as environment
 from dattrain.tools.bench.attention import pick_device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ def run(job: Job) -> None:
         settings += ["model.img_size=32", "train.precision=fp32", "train.remat=none"]
     killed = job.folder / "killed"
     job.figure("killed behind the save of step", kill(killed, settings))
-    with patched(job.dry), step.process_group(pick_device(job.device)):
+    with patched(job.dry), environment.process_group(environment.resolve({}), pick_device(job.device)):
         train(killed, settings)
         job.figure("resumed", resumed(killed), "times")
         whole, foreground = job.folder / "whole", job.folder / "foreground"

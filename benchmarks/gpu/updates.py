@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu.job import Job
 from benchmarks.gpu.models import bench
 from dattrain.config.schema import Config
+from dattrain.runtime import env as environment
 from dattrain.tools.bench import step
 from dattrain.tools.bench.attention import pick_device
 
@@ -77,7 +78,7 @@ def largest(job: Job) -> None:
         (f"model.name={m}", f"model.img_size={s}")
         for m, s in (("dat_tiny", 224), ("dat_base", 224), ("dat_base", 384))
     ]
-    with step.process_group(device):
+    with environment.process_group(environment.resolve({}), device):
         for words in [TINY[:3]] if job.dry else asked:
             for remat in ("block",) if job.dry else ("none", "block"):
                 config = step.read([*words, f"train.remat={remat}", "train.micro_batch=2"], 1)

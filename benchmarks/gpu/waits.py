@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.gpu.job import Job
 from benchmarks.gpu.updates import TINY
+from dattrain.runtime import env as environment
 from dattrain.tools.bench import step
 from dattrain.tools.bench.attention import pick_device
 
@@ -38,7 +39,7 @@ def run(job: Job) -> None:
     device = pick_device(job.device)
     words = TINY if job.dry else ("train.micro_batch=64",)
     config = step.read([*words], 2)
-    with step.process_group(device):
+    with environment.process_group(environment.resolve({}), device):
         contender = step.open_contender("recipe", config, device, [])
         assert contender is not None  # a micro-batch this small fits
         for _ in range(1 if job.dry else 4):

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def forward(name: str) -> Counter[str]:
 
 
 PARTS: dict[str, Callable[[], Counter[str]]] = {
-    **{f"update-{stage}": lambda stage=stage: update(stage) for stage in range(4)},
+    **{f"update-{stage}": partial(update, stage) for stage in range(4)},
     "mixing": mixing,
     "dat_tiny": lambda: forward("dat_tiny"),
     "dat_pp_tiny": lambda: forward("dat_pp_tiny"),

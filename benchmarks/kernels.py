@@ -33,6 +33,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from dattrain.ops import triton_attention
+from dattrain.ops.coordinates import QueryGrid
 from dattrain.ops.dispatch import MAX_TRITON_HEAD_DIM
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -126,7 +127,7 @@ class Launch:
 
 
 def launches(
-    capability: int, side: int, layer: Layer, dtype: torch.dtype, dim: int, grid: str = "center"
+    capability: int, side: int, layer: Layer, dtype: torch.dtype, dim: int, grid: QueryGrid = "center"
 ) -> list[Launch]:
     """What forward and backward of a layer launch on a device of that compute capability.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from itertools import product
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from dattrain.data.dali_augment import augment as carry_out
 from dattrain.tools.bench.attention import pick_device
 
 POLICIES = ("rand-m9-n3-mstd0.5-inc1", "rand-m9-mstd0.5")
+INTERPOLATIONS: tuple[Literal["bicubic", "bilinear"], ...] = ("bicubic", "bilinear")
 
 
 def run(job: Job) -> None:
@@ -22,9 +25,7 @@ def run(job: Job) -> None:
     device = pick_device(job.device)
     size, count = ((32, 32), 8) if job.dry else ((224, 224), 256)
     differ = total = 0
-    for number, (policy, interpolation) in enumerate(
-        (p, i) for p in POLICIES for i in ("bicubic", "bilinear")
-    ):
+    for number, (policy, interpolation) in enumerate(product(POLICIES, INTERPOLATIONS)):
         settings = Augment(randaugment=policy, color_jitter=0.4, interpolation=interpolation)
         plan = augment.draw(settings, number, np.arange(count), size)
         images, every = pictures(count, size, number), np.ones(count, dtype=bool)

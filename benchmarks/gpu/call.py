@@ -30,4 +30,5 @@ def main(side: int, heads: int, groups: int, batch: int, device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*(int(word) for word in sys.argv[1:5]), sys.argv[5])
+    side, heads, groups, batch = map(int, sys.argv[1:5])
+    main(side, heads, groups, batch, sys.argv[5])

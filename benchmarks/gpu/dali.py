@@ -14,13 +14,14 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from benchmarks.gpu.job import Job, NotRun
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "4:2:0": {"subsampling": "4:2:0"},
     "4:4:4": {"subsampling": "4:4:4"},
     "progressive": {"subsampling": "4:2:0", "progressive": True},

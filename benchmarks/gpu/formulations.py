@@ -73,4 +73,5 @@ def flex(
 def _flex(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    call: Callable[..., Any] = flex_attention
+    return torch.compile(call, dynamic=False) if compiled else call

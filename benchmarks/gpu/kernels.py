@@ -101,7 +101,9 @@ def same_twice(case: Any, dtype: Any, device: str) -> bool:
 
     runs = []
     for _ in range(2):
-        inputs = [None if x is None else x.detach().to(device).requires_grad_() for x in case.inputs(dtype)]
+        inputs: list[Any] = [
+            None if x is None else x.detach().to(device).requires_grad_() for x in case.inputs(dtype)
+        ]
         out = ops.deform_attention(*inputs, **case.keywords, backend="triton")
         wanted = [x for x in inputs if x is not None]
         gradients = torch.autograd.grad(out.float().square().sum(), wanted, allow_unused=True)

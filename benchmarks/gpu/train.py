@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -158,7 +159,12 @@ def states(run: Path, at: int) -> Mapping[str, tuple]:
 
     folder = run / "checkpoints" / checkpoint.folder_name(at)
     manifest = checkpoint.verify(folder)
-    found = {f"{s}/{n}": t for s in manifest.states for n, t in gather.iter_tensors(folder, s)}
+    found = {
+        f"{s}/{n}": t
+        for s in get_args(gather.State)
+        if s in manifest.states
+        for n, t in gather.iter_tensors(folder, s)
+    }
     found |= {f"buffer/{n}": t for n, t in gather.load_buffers(folder).items()}
     return {
         n: (t.shape, t.dtype, t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -83,7 +84,7 @@ def largest(job: Job) -> None:
             for remat in ("block",) if job.dry else ("none", "block"):
                 config = step.read([*words, f"train.remat={remat}", "train.micro_batch=2"], 1)
                 found = search(
-                    lambda count, config=config: fits(config, count, device),
+                    partial(fits, config, device=device),
                     first=2 if job.dry else 64,
                     grain=1 if job.dry else 16,
                     most=4 if job.dry else 4096,

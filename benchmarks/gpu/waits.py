@@ -80,7 +80,7 @@ def counted(device: torch.device) -> Iterator[Counter[str]]:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("always")
-        warnings.showwarning = note
+        warnings.showwarning = note  # type: ignore[assignment]  # it does not care where to
         for owner in explicit:
             kept = owner.synchronize
             owner.synchronize = standing_in(kept)

@@ -79,8 +79,8 @@ def become(command: list[str], cwd: str | None, environment: dict[str, str], new
         os.environ.update(environment)
         # The server's know its descriptors, which may be files where these are pipes.
         buffering = 1 if environment.get("PYTHONUNBUFFERED") else -1
-        sys.stdout = sys.__stdout__ = open(1, "w", buffering, closefd=False)  # type: ignore[misc]
-        sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", closefd=False)  # type: ignore[misc]
+        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", buffering, closefd=False)  # type: ignore[misc]
+        sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)  # type: ignore[misc]
         if environment.get("PYTHONWARNINGS") == "ignore":
             warnings.simplefilter("ignore")
         subprocess.Popen = Forked  # type: ignore[misc]

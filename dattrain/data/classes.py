@@ -37,6 +37,7 @@ class Classes:
         count: outputs.
         names: of output 0, 1, ...: synsets, folders, or words of a list. Empty where labels are bare numbers.
         source: who decided, for messages.
+        said: (number, name) that samples of the training set told, where nothing names all.
 
     Raises:
         UserError: a name comes twice.
@@ -45,6 +46,7 @@ class Classes:
     count: int
     names: tuple[str, ...] = ()
     source: str = "the network"
+    said: frozenset[tuple[int, str]] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", unique(self.names, self.source))
@@ -159,6 +161,19 @@ def bare_numbers(classes: Classes, said: Sequence[tuple[str, int, str]], what: s
     if not classes.names:
         if not said:
             return []
+        names, numbers = dict(classes.said), {name: number for number, name in classes.said}
+        for key, label, name in said:
+            form = canonical(name)
+            other = names.get(label, form)
+            # A synset and its word may be one class.
+            if numbers.get(form, label) != label or (
+                other != form and are_synsets([other]) == are_synsets([form])
+            ):
+                raise UserError(
+                    f"{what}: {key} is {name!r} by its .json and has label {label}, but by those of {classes.source} "
+                    + (f"{form!r} is {numbers[form]}" if form in numbers else f"{label} is {other!r}")
+                    + f"; restore {_MANIFEST}, or pack the sets again into one folder"
+                )
         key, label, name = said[0]
         return [
             f"{what}: its samples name their classes ({key} is {name!r}, label {label}), and nothing beside the shards names all: "

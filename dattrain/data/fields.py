@@ -5,7 +5,8 @@ An index does not say where it is; it lies between the images before and after, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from dattrain.data import tar
 from dattrain.data.class_tars import ClassTars
 from dattrain.data.dataset import ShardDataset
-from dattrain.data.index import NO_LABEL
+from dattrain.data.index import NO_LABEL, ShardIndex
 from dattrain.data.label_values import label_of, parse_json
 from dattrain.data.sample import BadSample, Dataset, Numbered, Sample
 from dattrain.data.shards import LocalSource
@@ -31,11 +32,19 @@ def fields(dataset: Dataset, shard: int, sample: int) -> dict[str, Any]:
         return fields(dataset.source, shard, sample)
     if isinstance(dataset, ClassTars) or not isinstance(dataset, ShardDataset):
         return {}
-    index, path = dataset.index(shard), dataset.shards.paths[shard]
+    return _fields(
+        dataset, shard, sample, dataset.index(shard), lambda *where: dataset.source.read(shard, *where)
+    )
 
-    def read(offset: int, length: int) -> bytes:
-        return dataset.source.read(shard, offset, length)
 
+def _fields(
+    dataset: ShardDataset,
+    shard: int,
+    sample: int,
+    index: ShardIndex,
+    read: Callable[[int, int], bytes],
+) -> dict[str, Any]:
+    path = dataset.shards.paths[shard]
     # Hard links stand elsewhere than the bytes that they name.
     own = np.flatnonzero((index.offsets > 0) & ~index.linked)
     before, after = own[own < sample], own[own > sample]
@@ -61,22 +70,27 @@ def fields(dataset: Dataset, shard: int, sample: int) -> dict[str, Any]:
 
 
 def said_by_samples(dataset: Dataset) -> list[tuple[str, int, str]]:
-    """(key, label, class) of some samples of local shards whose ``.json`` names their class, as ``data pack`` writes it.
+    """(key, label, class) of some samples of shards whose ``.json`` names their class, as ``data pack`` writes it.
 
-    Four samples of four shards are looked at: opening a set stays a matter of its catalogue.
+    Four samples of four shards are looked at, and two of two of remote ones: opening a set stays a matter of its catalogue.
     """
-    if not isinstance(dataset, ShardDataset) or not isinstance(dataset.source, LocalSource):
+    if isinstance(dataset, ClassTars) or not isinstance(dataset, ShardDataset):
         return []
+    some = 4 if isinstance(dataset.source, LocalSource) else 2
     found = []
     full = np.flatnonzero(dataset.counts)
-    for shard in full[np.unique(np.linspace(0, len(full) - 1, 4).astype(int))].tolist():
-        for sample in np.unique(np.linspace(0, dataset.counts[shard] - 1, 4).astype(int)).tolist():
-            try:
-                name, label = fields(dataset, shard, sample).get("class"), dataset.label(shard, sample)
-            except (BadSample, UserError):
-                break  # whoever reads the shard meets it again, where the run needs it
-            if isinstance(name, str) and label != NO_LABEL:
-                found.append((dataset.key(shard, sample), label, name))
+    for shard in full[np.unique(np.linspace(0, len(full) - 1, some).astype(int))].tolist():
+        with suppress(BadSample, UserError):  # whoever reads the shard meets it again, where the run needs it
+            peeked = dataset.source.peek(shard)
+            if peeked is None:
+                continue
+            for sample in np.unique(np.linspace(0, dataset.counts[shard] - 1, some).astype(int)).tolist():
+                name, label = (
+                    _fields(dataset, shard, sample, *peeked).get("class"),
+                    dataset.label(shard, sample),
+                )
+                if isinstance(name, str) and label != NO_LABEL:
+                    found.append((dataset.key(shard, sample), label, name))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from dattrain.config.schema import Config
 from dattrain.data.batch import Batch
-from dattrain.data.classes import Classes, absent, bare_numbers, decide, few, hold
+from dattrain.data.classes import Classes, absent, bare_numbers, canonical, decide, few, hold
 from dattrain.data.cpu import CpuDecoder, EvalTransform
 from dattrain.data.dataset import Dataset, ShardDataset, open_dataset
 from dattrain.data.feed import Encoded, EvalFeed, TrainFeed, fetch
@@ -310,6 +310,7 @@ def number(
     data, num_classes = config.data, config.model.num_classes
     what = f"data.{split}={dataset.name}"
     notes = []
+    decides = classes is None
     if classes is None:
         classes = decide(dataset.classes, num_classes, data.labels, what)
     if dataset.classes is not None:
@@ -324,7 +325,10 @@ def number(
                 f"{what}: has images of {len(numbers)} of {classes.count} classes; none of {few(missing)}"
             )
     else:
-        notes += bare_numbers(classes, said_by_samples(dataset), what)
+        said = said_by_samples(dataset)
+        notes += bare_numbers(classes, said, what)
+        if decides and not classes.names:
+            classes = replace(classes, said=frozenset((label, canonical(name)) for _, label, name in said))
     if dataset.max_label >= num_classes:
         raise ConfigError(
             f"{what} has labels up to {dataset.max_label}, but model.num_classes={num_classes}; "

@@ -191,6 +191,8 @@ def named_in(manifest: Any) -> Named | None:
     Raises:
         ValueError, KeyError, TypeError, AttributeError: it is no manifest.
     """
+    if not isinstance(manifest, dict):
+        raise TypeError("no JSON object")
     if not manifest.get("classes"):
         return None
     histogram = manifest.get("histogram")

@@ -12,9 +12,10 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 
 import numpy as np
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 _THREADS = 4
 _MAX_OPEN = 128
 _TOUCH_EVERY = 256
+_SMALL, _PEEK = 64 * 2**20, 8192
+"""Bytes: of a shard that is fetched to look at a few samples, and that are asked for at once of a larger one."""
 
 
 def open_remote(
@@ -59,7 +62,7 @@ def open_remote(
     """
     if cache_dir is None:
         raise ConfigError(
-            f"{spec} is remote, so data.cache_dir (of `dattrain data`: --cache-dir) must name a folder for its shards, on a "
+            f"{spec} is remote, so data.cache_dir (of `dattrain data` and `dattrain eval`: --cache-dir) must name a folder for its shards, on a "
             "disk of the node"
         )
     transfer = transfer or Transfer()
@@ -124,6 +127,39 @@ class RemoteSource:
 
     def index(self, shard: int) -> ShardIndex:
         """See ``Source.index``. Kept in the cache too; made from the shard itself where there is none beside it."""
+        index = self._index_beside(shard)
+        if index is None:
+            index = self._made_index(shard)
+            self._keep_index(shard, index)
+        return index
+
+    def peek(self, shard: int) -> tuple[ShardIndex, Callable[[int, int], bytes]] | None:
+        """See ``Source.peek``. A small shard is fetched; of a large one, parts are asked for."""
+        if self.shards.sizes[shard] <= _SMALL or self.name(shard) in self.cache:
+            return self.index(shard), partial(self.read, shard)
+        path, size, index = self.shards.paths[shard], int(self.shards.sizes[shard]), self._index_beside(shard)
+        begin, held = 0, b""
+
+        def part(offset: int, length: int) -> bytes:
+            nonlocal begin, held
+            if not begin <= offset <= offset + length <= begin + len(held):
+                try:
+                    found = self.transfer.part(
+                        self.urls[shard], offset, min(offset + max(length, _PEEK), size)
+                    )
+                except FileNotFoundError:
+                    raise UserError(f"{path}: there is no such shard") from None
+                if found is None or len(found) < length:
+                    raise UserError(
+                        f"{path}: its server does not send {length} bytes from offset {offset} on"
+                    )
+                begin, held = offset, found
+            return held[offset - begin : offset - begin + length]
+
+        return None if index is None else (index, part)
+
+    def _index_beside(self, shard: int) -> ShardIndex | None:
+        """The index that lies beside a shard, kept in the cache; None where none does."""
         self._after_fork()
         url = index_url(self.urls[shard])
         name = self.name(shard) + ".index.npz"
@@ -136,13 +172,18 @@ class RemoteSource:
             index = parsed(self.transfer.read(url), url, ShardIndex.from_bytes)
         except (FileNotFoundError, Refused):
             # A bucket that may not be listed says "forbidden" of what is not there, and a signature is good for one file.
-            index = self._made_index(shard)
+            return None
+        self._keep_index(shard, index)
+        return index
+
+    def _keep_index(self, shard: int, index: ShardIndex) -> None:
         data = index.to_bytes()
         with suppress(Unwritable):
-            fd = self.cache.fetch(name, len(data), lambda fd: os.pwrite(fd, data, 0))
+            fd = self.cache.fetch(
+                self.name(shard) + ".index.npz", len(data), lambda fd: os.pwrite(fd, data, 0)
+            )
             assert fd is not None
             os.close(fd)
-        return index
 
     def ahead(self, shards: Sequence[int]) -> None:
         """See ``Source.ahead``."""

@@ -11,9 +11,10 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -71,6 +72,11 @@ class Source(Protocol):
         """The shard's index. Raises UserError when there is none."""
         ...
 
+    def peek(self, shard: int) -> tuple[ShardIndex, Callable[[int, int], bytes]] | None:
+        """The shard's index, and ``read`` of it for a few bytes; None where these would cost a large shard's transfer.
+        Raises UserError, both of them."""
+        ...
+
     def ahead(self, shards: Sequence[int]) -> None:
         """Hint: the shards that will be read next, in the order of need. Called in the rank's main process."""
         ...
@@ -121,6 +127,10 @@ class LocalSource:
     def index(self, shard: int) -> ShardIndex:
         """See ``Source.index``."""
         return read_index(self.shards.paths[shard])
+
+    def peek(self, shard: int) -> tuple[ShardIndex, Callable[[int, int], bytes]]:
+        """See ``Source.peek``."""
+        return self.index(shard), partial(self.read, shard)
 
     def ahead(self, shards: Sequence[int]) -> None:
         """Nothing: the file system reads ahead by itself."""

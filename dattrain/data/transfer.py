@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from dattrain.data import answers, web
 from dattrain.data.hosts import HOSTS, Hosts
-from dattrain.data.web import Wrong
+from dattrain.data.web import NoRanges, Wrong
 from dattrain.errors import UserError
 from dattrain.urls import mask, server, split_query
 
@@ -125,6 +125,18 @@ class Transfer:
         found = self._retry(url, lambda: self._range(url, None, None))
         assert found is not None  # only a part can be sent whole
         return found
+
+    def part(self, url: str, start: int, end: int) -> bytes | None:
+        """Bytes of a file; None where its server knows no ranges. Raises FileNotFoundError or UserError."""
+
+        def once() -> bytes | None:
+            try:
+                found = self._range(url, start, end)
+            except NoRanges:
+                return None
+            return None if found is None else found[: end - start]
+
+        return self._retry(url, once)
 
     def listing(self, url: str) -> dict[str, int | None]:
         """Names and sizes of the files right in a folder. Raises UserError."""

@@ -20,6 +20,10 @@ class Wrong(Exception):
     """What came is not what was asked for, or not what the index says."""
 
 
+class NoRanges(Wrong):
+    """The whole file came, where a part was asked for."""
+
+
 async def get(
     system: Any,
     url: str,
@@ -38,7 +42,8 @@ async def get(
         version: is given the headers of an answer with a range; raises where that is of another version of the file.
 
     Raises:
-        Wrong: the server sent another range, or the whole file where nobody wants it, or no file.
+        Wrong: the server sent another range, or no file.
+        NoRanges: it sent the whole file where nobody wants it.
     """
     session = await system.set_session()
     headers = {"Accept-Encoding": "identity"}
@@ -60,7 +65,7 @@ async def get(
         if answer.status != 200:
             raise Wrong(f"HTTP status {answer.status} and no file")
         if start > 0 or whole is None:
-            raise Wrong("the whole file, not a part of it")
+            raise NoRanges("the whole file, not a part of it")
         async for piece in answer.content.iter_chunked(_CHUNK):
             await asyncio.to_thread(whole, piece)
         return None

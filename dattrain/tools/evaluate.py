@@ -95,6 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("error", "skip"),
         help="an image that cannot be read ends it, or is left out and counted (default: the run's data.on_bad)",
     )
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="where shards at s3://, https://, ... are kept (default: the run's)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
 
 
@@ -221,10 +226,13 @@ def adjusted(config: Config | None, args: argparse.Namespace) -> Config:
     batch = args.batch or config.eval.batch
     workers = config.data.workers if args.workers is None else args.workers
     on_bad = args.on_bad or config.data.on_bad
+    cache_dir = args.cache_dir or config.data.cache_dir
     return config.model_copy(
         update={
             "eval": config.eval.model_copy(update={"batch": batch}),
-            "data": config.data.model_copy(update={"workers": workers, "on_bad": on_bad}),
+            "data": config.data.model_copy(
+                update={"workers": workers, "on_bad": on_bad, "cache_dir": cache_dir}
+            ),
         }
     )
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faulty import serving
 from PIL import Image
 
 from dattrain.config.schema import Config
-from dattrain.data import classes, labels
+from dattrain.data import classes, labels, remote
 from dattrain.data.classes import Classes, decide
 from dattrain.data.dataset import open_dataset
 from dattrain.data.fields import said_by_samples
@@ -259,6 +260,47 @@ def test_shards_that_lost_their_names_are_held_against_their_samples(tmp_path, h
         UserError, match=r"'(bee|cat)' by its .json and has label [01], but .* is class [12] by the network"
     ):
         open_split(config(None, spec), "val", known, rank=0, world=1)
+
+
+@pytest.mark.parametrize("how", ["small", "large", "large, knows no ranges"])
+def test_remote_shards_without_names_are_held_against_some_samples(tmp_path, how, monkeypatch):
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    packed(folder(tmp_path / "val", ["bee", "cat"]), out, "val")
+    (out / "_val.manifest.json").unlink()
+    if how != "small":
+        monkeypatch.setattr(remote, "_SMALL", 0)
+    known = Classes(3, ("ant", "bee", "cat"), "the network")
+    with serving(out) as server:
+        server.faults = ["whole"] * (8 if "no ranges" in how else 0)
+        there = config(None, f"{server.url}/val-{{0000..0001}}.tar", cache_dir=str(cache))
+        if "no ranges" in how:  # nothing is read for it
+            dataset, _ = open_split(there, "val", known, rank=0, world=1)
+            dataset.close()
+        else:
+            with pytest.raises(
+                UserError, match="'bee' by its .json and has label 0, but 'bee' is class 1 by the"
+            ):
+                open_split(there, "val", known, rank=0, world=1)
+    assert any(path.name.endswith(".tar") for path in cache.iterdir()) == (how == "small")
+
+
+def test_two_sets_without_names_are_held_against_each_other(tmp_path, caplog):
+    specs = [
+        packed(folder(tmp_path / split, names), tmp_path / f"{split}-shards", split)
+        for split, names in (("train", ["ant", "bee", "cat"]), ("val", ["bee", "cat"]))
+    ]
+    for manifest in tmp_path.glob("*-shards/_*.manifest.json"):
+        manifest.unlink()
+    _, known = open_split(config(*specs), "train", None, rank=0, world=1)
+    assert known.names == ()
+    with pytest.raises(
+        UserError, match="'bee' by its .json and has label 0, but by those of data.train=.* 'bee' is 1"
+    ):
+        open_split(config(*specs), "val", known, rank=0, world=1)
+    numbers = Classes(3, (), "it", frozenset({(0, "ant"), (1, "n01440764")}))
+    assert classes.bare_numbers(numbers, [("k", 0, "ant "), ("l", 1, "tench"), ("m", 2, "bee")], "val")
+    with pytest.raises(UserError, match="'bee' by its .json and has label 0, but by those of it 0 is 'ant'"):
+        classes.bare_numbers(numbers, [("k", 0, "bee")], "val")
 
 
 def test_bare_numbers_are_said(tmp_path, make_shards, caplog):

@@ -6,6 +6,9 @@ import csv
 import json
 import os
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -17,6 +20,8 @@ from dattrain import cli
 from dattrain.config.load import dump
 from dattrain.config.schema import Config
 from dattrain.data import labels
+from dattrain.data.dataset import open_dataset
+from dattrain.data.pack import Options, pack
 from dattrain.errors import UserError
 from dattrain.tools import classes, passes, pictures, probe, scores, testsets, weights
 
@@ -60,6 +65,19 @@ def test_a_bad_image_is_an_error_or_left_out_as_asked(tmp_path, weights_file, ca
     assert "bad.png" in (message := capsys.readouterr().err) and "--on-bad skip" in message
     report = evaluated(tmp_path, weights_file, "--data", folder, "--on-bad", "skip")
     assert (report["images"], report["bad"]) == (20, 1)
+
+
+def test_remote_shards_are_evaluated_through_a_cache(tmp_path, weights_file, val_folder, capsys):
+    pack(open_dataset(str(val_folder)), tmp_path / "shards", Options(split="val"))
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "shards")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/val-0000.tar"
+        assert cli.main(["eval", str(weights_file), "--data", url]) == 2
+        assert "--cache-dir" in capsys.readouterr().err
+        report = evaluated(tmp_path, weights_file, "--data", url, "--cache-dir", tmp_path / "cache")
+        server.shutdown()
+    assert report["top1"] == evaluated(tmp_path, weights_file, "--data", val_folder)["top1"]
 
 
 def test_five_crops_are_corners_and_centre():

@@ -93,15 +93,15 @@ def missing(paths: Sequence[str]) -> list[str]:
     return [path for path in paths if not there(path)]
 
 
-def missing_message(lost: Sequence[str]) -> str:
-    """What to tell the user of shards that are not there."""
+def missing_message(lost: Sequence[str], where: str | None = None) -> str:
+    """What to tell the user of shards that are not there; ``where`` is a folder of links to them, to be put right instead."""
     folder = os.path.dirname(lost[0]) or "."
     claim = claims(folder).get(os.path.basename(lost[0]))
     named = f"{claim.record} beside it names it" if claim else "it is named"
     more = f" (and {len(lost) - 1:,} more: {_list(lost[1:])})" if len(lost) > 1 else ""
     return (
         f"{lost[0]}: is missing{more}, though {named}; fetch or pack it again, or say that it is gone for good with "
-        f"`dattrain data index {folder} --drop`"
+        f"`dattrain data index {where or folder} --drop`"
     )
 
 

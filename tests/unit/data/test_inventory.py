@@ -175,6 +175,24 @@ def test_a_place_that_may_not_be_written_is_indexed_elsewhere(read_only, tmp_pat
     assert open_dataset(str(tmp_path / "one")).counts.tolist() == [4], "its records are of a part"
 
 
+def test_a_folder_of_links_knows_what_its_source_lacks(stopped, tmp_path, capsys):
+    folder, _ = stopped
+    mine = tmp_path / "mine"
+    index = ["data", "index", "--jobs", "1"]
+    assert main([*index, str(folder / "train-*.tar"), "--out", str(mine)]) == 1
+    err = capsys.readouterr().err
+    assert f"{folder / LOST}: is missing" in err and "between others" not in err
+    for verb in ("ls", "verify"):
+        assert main(["data", verb, str(mine)]) == 1
+        assert f"{mine / LOST}: is missing" in "".join(capsys.readouterr())
+    with pytest.raises(UserError, match=f"mine/{LOST}: is missing"):
+        open_dataset(str(mine))
+    assert main([*index, str(mine), "--drop"]) == 0
+    assert open_dataset(str(mine)).counts.tolist() == [3, 4, 6]
+    assert main([*index, str(folder / "train-000[03].tar"), "--out", str(tmp_path / "part")]) == 0
+    assert open_dataset(str(tmp_path / "part")).counts.tolist() == [3, 6], "named on purpose"
+
+
 def test_links_never_replace_files(make_shards, tmp_path):
     folder, out = make_shards((3,)), tmp_path / "out"
     out.mkdir()

@@ -197,7 +197,9 @@ def expand(pattern: str) -> list[str]:
     paths = brace_expand(pattern)
     if any(re.search(r"[*?\[]", path) for path in paths):
         paths = sorted({found for path in paths for found in _matching(path)})
-    if not paths or (len(paths) == 1 and not os.path.exists(paths[0])):
+    elif len(paths) == 1:
+        paths = []
+    if not paths:
         raise UserError(f"{pattern}: there is no such shard, folder or pattern of shards")
     return paths
 

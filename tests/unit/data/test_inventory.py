@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -79,6 +82,22 @@ def test_index_forgets_only_when_told_to(stopped, capsys):
     os.unlink(folder / LOST)
     with pytest.raises(UserError, match=f"{LOST}: is missing"):
         open_dataset(str(folder))
+
+
+@pytest.mark.parametrize("lost", ["train-0001.tar", "all.tar"])
+def test_the_way_out_that_is_named_works_beside_other_sets(make_shards, tmp_path, lost, capsys):
+    folder = make_shards((3, 4)).rename(tmp_path / "a [1] set")
+    for name in ("val-0000.tar", "val-0001.tar", "all.tar"):
+        write_tar(folder / name, [("0.jpg", b"x"), ("0.cls", b"1")])
+    index_shards([str(path) for path in sorted(folder.glob("*.tar"))])
+    os.unlink(folder / lost)
+    spec = f"{glob.escape(str(folder))}/{lost[:2]}*"
+    with pytest.raises(UserError, match=f"{lost}: is missing") as error:
+        open_dataset(spec)
+    way = shlex.split(re.search("`(.*)`", str(error.value))[1])
+    assert way[0] == "dattrain" and main([*way[1:], "--jobs", "1"]) == 0, capsys.readouterr().err
+    assert f"dropped from the catalogue: {folder / lost}" in capsys.readouterr().err
+    assert len(read_catalogue(folder)) == 4
 
 
 @pytest.mark.parametrize("record", RECORDS)

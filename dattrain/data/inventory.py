@@ -20,7 +20,7 @@ from typing import Any
 
 from dattrain.data import tar
 from dattrain.data.files import open_file
-from dattrain.data.index import CATALOGUE, read_catalogue, read_dropped, read_record
+from dattrain.data.index import CATALOGUE, elsewhere, index_path, read_catalogue, read_dropped, read_record
 from dattrain.errors import UserError
 
 HUB_INFO = "_info.json"
@@ -119,6 +119,13 @@ def _set_beside(path: str, where: str | None = None) -> str:
         else f"[{name[0]}]{name[1:]}"
     )
     return shlex.quote(os.path.join(glob.escape(where or folder), pattern))
+
+
+def no_index_message(bare: Sequence[str]) -> str:
+    """What to tell the user of shards that lack their index."""
+    more = f" (and {len(bare) - 1:,} more: {_list(bare[1:])})" if len(bare) > 1 else ""
+    way = elsewhere(os.path.dirname(bare[0])) or f"build it with `dattrain data index {_set_beside(bare[0])}`"
+    return f"{bare[0]}: has no index ({os.path.basename(index_path(bare[0]))}){more}; {way}"
 
 
 def disagreement(path: str, samples: int, claim: Claim | None) -> str | None:

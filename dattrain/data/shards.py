@@ -24,7 +24,7 @@ from dattrain.data import inventory, tar
 from dattrain.data.files import listing, open_file
 from dattrain.data.folders import OTHER_SPLITS
 from dattrain.data.images import is_image_name
-from dattrain.data.index import Entry, ShardIndex, read_catalogue, read_index
+from dattrain.data.index import Entry, ShardIndex, index_path, read_catalogue, read_index
 from dattrain.errors import UserError
 from dattrain.urls import mask, plain
 
@@ -306,7 +306,7 @@ def open_local(paths: Sequence[str], *, problems: list[str] | None = None) -> Sh
         problems: takes the messages about shards that cannot be used, which are then left out; None raises the first.
 
     Raises:
-        UserError: a shard is not there, is neither in a catalogue nor has an index, or records contradict its index.
+        UserError: a shard is not there or has no index, or records contradict its index.
     """
 
     def problem(text: str) -> None:
@@ -327,11 +327,17 @@ def open_local(paths: Sequence[str], *, problems: list[str] | None = None) -> Sh
         except UserError as error:
             return inventory.no_shard_message(path) or str(error)
 
-    entries: dict[str, Entry | str] = {}
+    known: dict[str, Entry] = {}
     for path in paths:
         folder, name = os.path.split(path)
         if path not in lost and name in catalogues[folder]:
-            entries[path] = catalogues[folder][name]
+            known[path] = catalogues[folder][name]
+    # A catalogue tells enough to open a set, but not to read it: the first epoch would end at such a shard.
+    indexes = {index_path(path): path for path, entry in known.items() if entry.samples}
+    if bare := [indexes[index] for index in inventory.missing(list(indexes))]:
+        problem(inventory.no_index_message(bare))
+        lost.update(bare)
+    entries: dict[str, Entry | str] = {path: entry for path, entry in known.items() if path not in lost}
     unknown = [path for path in paths if path not in lost and path not in entries]
     with ThreadPoolExecutor(16) as pool:
         entries.update(zip(unknown, pool.map(read, unknown)))

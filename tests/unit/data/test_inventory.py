@@ -100,6 +100,22 @@ def test_the_way_out_that_is_named_works_beside_other_sets(make_shards, tmp_path
     assert len(read_catalogue(folder)) == 4
 
 
+def test_a_lost_index_is_named_when_a_set_is_opened(make_shards, capsys):
+    folder = make_shards((3, 4, 5))
+    for i in (1, 2):
+        (folder / f"train-000{i}.index.npz").unlink()
+    message = (
+        r"train-0001.tar: has no index \(train-0001.index.npz\) \(and 1 more: train-0002.tar\); .*`(.*)`"
+    )
+    with pytest.raises(UserError, match=message) as error:
+        open_dataset(str(folder))
+    assert main(["data", "verify", str(folder), "--jobs", "1"]) == 1
+    assert "3 samples" in (out := capsys.readouterr().out) and "1 damaged" in out
+    way = shlex.split(re.search(message, str(error.value))[1])
+    assert main([*way[1:], "--jobs", "1"]) == 0
+    assert open_dataset(str(folder)).counts.tolist() == [3, 4, 5]
+
+
 @pytest.mark.parametrize("record", RECORDS)
 def test_another_number_of_samples_than_a_record_says_is_an_error(make_shards, record):
     folder = make_shards(COUNTS.values())

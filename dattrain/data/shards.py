@@ -182,7 +182,10 @@ def expand(pattern: str) -> list[str]:
         return _in_folder(pattern)
     if pattern.endswith(".txt") and os.path.isfile(pattern):
         base = os.path.dirname(pattern)
-        lines = [line.strip() for line in Path(pattern).read_text(encoding="utf-8-sig").splitlines()]
+        try:
+            lines = [line.strip() for line in Path(pattern).read_text(encoding="utf-8-sig").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{pattern}: cannot be read as a list in UTF-8 ({error})") from error
         image = next((line for line in lines if is_image_name(re.split(r"\s*[\t,]|\s+\S+$", line)[0])), None)
         if image is not None:
             raise UserError(

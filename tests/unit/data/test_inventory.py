@@ -162,9 +162,12 @@ def test_an_empty_shard_is_skipped_with_a_word(tmp_path, capsys):
     assert [os.path.basename(p) for p in open_dataset(str(tmp_path)).shards.paths] == ["t-0001.tar"]
 
 
-def test_an_empty_folder_is_one_line(tmp_path):
+def test_an_empty_folder_and_a_list_of_no_text_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"there are no shards \(\*.tar\) in it"):
         expand(str(tmp_path))
+    (tmp_path / "list.txt").write_bytes("a.tar\n".encode("utf-16"))
+    with pytest.raises(UserError, match=r"list.txt: cannot be read as a list in UTF-8"):
+        expand(str(tmp_path / "list.txt"))
 
 
 @pytest.fixture

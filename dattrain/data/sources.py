@@ -65,7 +65,7 @@ class ListDataset(Numbered):
         if not rows:
             raise UserError(f"{path}: names no images")
         _check_columns(path, rows[0], self.root)
-        _check_once(path, rows)
+        _check_once(path, rows, self.root)
         numbers = [_integer(path, line, word) for line, _, word in rows]
         if None not in numbers:
             labels = [number for number in numbers if number is not None]
@@ -196,11 +196,12 @@ def _check_columns(path: str, row: tuple[int, str, str], root: Path) -> None:
         )
 
 
-def _check_once(path: str, rows: Sequence[tuple[int, str, str]]) -> None:
-    """Refuse a file with two labels: one of them is wrong, or a class of its own is meant."""
+def _check_once(path: str, rows: Sequence[tuple[int, str, str]], root: Path) -> None:
+    """Refuse a file with two labels, however its path is spelled: one of them is wrong, or a class of its own is meant."""
     first: dict[str, tuple[int, str]] = {}
+    folder = os.path.abspath(root)
     for line, name, word in rows:
-        before, label = first.setdefault(name, (line, word))
+        before, label = first.setdefault(os.path.normpath(os.path.join(folder, name)), (line, word))
         if label != word:
             raise UserError(
                 f"{path}, line {line}: {name} has label {word!r}, and {label!r} in line {before}; an image has one class"

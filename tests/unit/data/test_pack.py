@@ -224,6 +224,15 @@ def test_quotes_and_encodings_that_are_none_of_a_list(tmp_path, name, content, m
         listed(tmp_path / name, content)
 
 
+@pytest.mark.parametrize("other", ["./a.jpg", "x/../a.jpg", "{}/a.jpg", ".//a.jpg"])
+def test_a_file_has_one_label_however_it_is_spelled(tmp_path, other):
+    other = other.format(tmp_path)
+    with pytest.raises(
+        UserError, match=r"line 3: .*a.jpg has label '3', and '0' in line 1; an image has one class"
+    ):
+        listed(tmp_path / "l.csv", f"a.jpg,0\nx/a.jpg,3\n{other},3\n")
+
+
 def write_idx(path: Path, array: np.ndarray) -> None:
     header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
     path.write_bytes(gzip.compress(header + array.tobytes()))

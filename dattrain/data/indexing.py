@@ -82,7 +82,7 @@ def index_shards(
         label: field of ``.json`` that holds the label, or extension of the member that does (``output.cls``); None takes
             ``.cls``, else the first of label, cls, class_id.
         unterminated: accept tars without their end marker.
-        drop: note in the catalogue that the shards that are not there are gone for good.
+        drop: note in the catalogue that the shards that are not there are gone for good, and remove links to them.
 
     Raises:
         UserError: a shard is no whole tar, or a member's name is not to be trusted; ``label`` for shards whose manifest names
@@ -134,7 +134,8 @@ def link_shards(paths: Sequence[str], out: str) -> list[str]:
     """Links to the shards, and the records beside them, in a folder of one's own; returns the links' paths.
 
     Indexes and a catalogue can be written there where the shards' own folder may not be written. Manifests come as copies
-    that name the linked shards alone: a part of a set keeps the names of its classes, and nothing of it is missing.
+    that name the linked shards alone: a part of a set keeps the names of its classes, and nothing of it is missing. A
+    named shard that is not there gets a link that leads nowhere: it is missing there too, until it is back.
 
     Raises:
         UserError: something else has one of the names in ``out``, or it cannot be written.
@@ -401,6 +402,13 @@ def _catalogue(shards: list[Indexed], dropped: set[str], force: bool) -> None:
         folder, name = os.path.split(path)
         gone.setdefault(folder or ".", set()).add(name)
         folders.setdefault(folder or ".", {})
+    for path in filter(os.path.islink, dropped):
+        try:
+            os.unlink(path)
+        except OSError as error:
+            raise UserError(
+                f"{path}: leads nowhere, and cannot be removed ({error.strerror}); remove it"
+            ) from error
     for folder, entries in folders.items():
         try:
             known = read_catalogue(folder)

@@ -7,9 +7,11 @@ hub's ``_info.json``, and the manifests of ``data pack``.
 from __future__ import annotations
 
 import fnmatch
+import glob
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +20,7 @@ from typing import Any
 
 from dattrain.data import tar
 from dattrain.data.files import open_file
-from dattrain.data.index import CATALOGUE, read_catalogue, read_dropped, read_record
+from dattrain.data.index import CATALOGUE, elsewhere, index_path, read_catalogue, read_dropped, read_record
 from dattrain.errors import UserError
 
 HUB_INFO = "_info.json"
@@ -93,16 +95,37 @@ def missing(paths: Sequence[str]) -> list[str]:
     return [path for path in paths if not there(path)]
 
 
-def missing_message(lost: Sequence[str]) -> str:
-    """What to tell the user of shards that are not there."""
-    folder = os.path.dirname(lost[0]) or "."
-    claim = claims(folder).get(os.path.basename(lost[0]))
+def missing_message(lost: Sequence[str], where: str | None = None) -> str:
+    """What to tell the user of shards that are not there; ``where`` is a folder of links to them, to be put right instead."""
+    folder, name = os.path.split(lost[0])
+    claim = claims(folder or ".").get(name)
     named = f"{claim.record} beside it names it" if claim else "it is named"
     more = f" (and {len(lost) - 1:,} more: {_list(lost[1:])})" if len(lost) > 1 else ""
-    return (
-        f"{lost[0]}: is missing{more}, though {named}; fetch or pack it again, or say that it is gone for good with "
-        f"`dattrain data index {folder} --drop`"
+    dropping = f"say that it is gone for good with `dattrain data index {_set_beside(lost[0], where)} --drop`"
+    # What only a list or a brace pattern names stays named, whatever a catalogue says.
+    known = claim or where or os.path.islink(lost[0])
+    return f"{lost[0]}: is missing{more}, though {named}; fetch or pack it again, or " + (
+        dropping if known else "name the others alone"
     )
+
+
+def _set_beside(path: str, where: str | None = None) -> str:
+    """The set of a shard as a word of a shell: a folder may hold several sets. ``where`` is another folder than its own."""
+    folder, name = os.path.split(path)
+    # A name without a number is a pattern too: only patterns name what is not there.
+    pattern = (
+        "*".join(map(glob.escape, set_of(name).split("*")))
+        if re.search(r"\d", name)
+        else f"[{name[0]}]{name[1:]}"
+    )
+    return shlex.quote(os.path.join(glob.escape(where or folder), pattern))
+
+
+def no_index_message(bare: Sequence[str]) -> str:
+    """What to tell the user of shards that lack their index."""
+    more = f" (and {len(bare) - 1:,} more: {_list(bare[1:])})" if len(bare) > 1 else ""
+    way = elsewhere(os.path.dirname(bare[0])) or f"build it with `dattrain data index {_set_beside(bare[0])}`"
+    return f"{bare[0]}: has no index ({os.path.basename(index_path(bare[0]))}){more}; {way}"
 
 
 def disagreement(path: str, samples: int, claim: Claim | None) -> str | None:

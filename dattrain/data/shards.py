@@ -25,7 +25,7 @@ from dattrain.data import inventory, tar
 from dattrain.data.files import listing, open_file
 from dattrain.data.folders import OTHER_SPLITS
 from dattrain.data.images import is_image_name
-from dattrain.data.index import Entry, ShardIndex, read_catalogue, read_index
+from dattrain.data.index import Entry, ShardIndex, index_path, read_catalogue, read_index
 from dattrain.errors import UserError
 from dattrain.urls import mask, plain
 
@@ -192,7 +192,10 @@ def expand(pattern: str) -> list[str]:
         return _in_folder(pattern)
     if pattern.endswith(".txt") and os.path.isfile(pattern):
         base = os.path.dirname(pattern)
-        lines = [line.strip() for line in Path(pattern).read_text(encoding="utf-8-sig").splitlines()]
+        try:
+            lines = [line.strip() for line in Path(pattern).read_text(encoding="utf-8-sig").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{pattern}: cannot be read as a list in UTF-8 ({error})") from error
         image = next((line for line in lines if is_image_name(re.split(r"\s*[\t,]|\s+\S+$", line)[0])), None)
         if image is not None:
             raise UserError(
@@ -207,7 +210,9 @@ def expand(pattern: str) -> list[str]:
     paths = brace_expand(pattern)
     if any(re.search(r"[*?\[]", path) for path in paths):
         paths = sorted({found for path in paths for found in _matching(path)})
-    if not paths or (len(paths) == 1 and not os.path.exists(paths[0])):
+    elif len(paths) == 1:
+        paths = []
+    if not paths:
         raise UserError(f"{pattern}: there is no such shard, folder or pattern of shards")
     return paths
 
@@ -314,7 +319,7 @@ def open_local(paths: Sequence[str], *, problems: list[str] | None = None) -> Sh
         problems: takes the messages about shards that cannot be used, which are then left out; None raises the first.
 
     Raises:
-        UserError: a shard is not there, is neither in a catalogue nor has an index, or records contradict its index.
+        UserError: a shard is not there or has no index, or records contradict its index.
     """
 
     def problem(text: str) -> None:
@@ -335,11 +340,17 @@ def open_local(paths: Sequence[str], *, problems: list[str] | None = None) -> Sh
         except UserError as error:
             return inventory.no_shard_message(path) or str(error)
 
-    entries: dict[str, Entry | str] = {}
+    known: dict[str, Entry] = {}
     for path in paths:
         folder, name = os.path.split(path)
         if path not in lost and name in catalogues[folder]:
-            entries[path] = catalogues[folder][name]
+            known[path] = catalogues[folder][name]
+    # A catalogue tells enough to open a set, but not to read it: the first epoch would end at such a shard.
+    indexes = {index_path(path): path for path, entry in known.items() if entry.samples}
+    if bare := [indexes[index] for index in inventory.missing(list(indexes))]:
+        problem(inventory.no_index_message(bare))
+        lost.update(bare)
+    entries: dict[str, Entry | str] = {path: entry for path, entry in known.items() if path not in lost}
     unknown = [path for path in paths if path not in lost and path not in entries]
     with ThreadPoolExecutor(16) as pool:
         entries.update(zip(unknown, pool.map(read, unknown)))

@@ -5,6 +5,7 @@ Each is a ``Dataset``; a source adds names of its classes where it knows them.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import os
@@ -32,6 +33,8 @@ _IMAGES, _LABELS = ("images", "x", "x_train", "data"), ("labels", "y", "y_train"
 _COLUMNS = frozenset(
     {"label", "labels", "class", "class_id", "class_name", "classes", "category", "target", "y"}
 )
+_UTF16 = ("\udcff\udcfe", "\udcfe\udcff")
+"""Its byte order marks, as UTF-8 reads them."""
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
@@ -39,10 +42,11 @@ class ListDataset(Numbered):
     """A text file with a path and a label on each line, apart by tab, comma or the last space.
 
     Paths are relative to the list's folder, or to ``root``. Labels are integers (``3`` or ``3.0``), or names of classes,
-    which are numbered in sorted order. A first line of column names (``path,label``) is passed over, and noted.
+    which are numbered in sorted order. A first line of column names (``path,label``) is passed over, and noted. In a .csv or
+    .tsv, fields may stand in double quotes (RFC 4180, within one line).
 
     Raises:
-        UserError: a line that is no path and label; integers and names in one list; a negative label; a file with two labels.
+        UserError: a line that is no path and label, or no UTF-8 text; integers and names in one list; a negative label; a file with two labels.
     """
 
     def __init__(self, path: str, root: str | None = None) -> None:
@@ -61,7 +65,7 @@ class ListDataset(Numbered):
         if not rows:
             raise UserError(f"{path}: names no images")
         _check_columns(path, rows[0], self.root)
-        _check_once(path, rows)
+        _check_once(path, rows, self.root)
         numbers = [_integer(path, line, word) for line, _, word in rows]
         if None not in numbers:
             labels = [number for number in numbers if number is not None]
@@ -137,19 +141,49 @@ def _rows(path: str) -> tuple[list[tuple[int, str, str]], int]:
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
+                if "\0" in line or line.startswith(_UTF16):
+                    raise UserError(
+                        f"{path}, line {number}: is UTF-16, or no text; a list must be UTF-8 (`iconv -f UTF-16 -t UTF-8`)"
+                    )
                 line = line.strip()
                 comments += line.startswith("#")
                 if not line or line.startswith("#"):
                     continue
-                match = re.fullmatch(r"(.+?)\s*[\t,]\s*([^\t,]+)", line) or re.fullmatch(
-                    r"(.+)\s+(\S+)", line
-                )
-                if match is None:
-                    raise UserError(f"{path}, line {number}: {line!r} is not a path and a label")
-                rows.append((number, match[1], match[2]))
+                rows.append((number, *_fields(f"{path}, line {number}", line, _is_table(path))))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     return rows, comments
+
+
+def _is_table(path: str) -> bool:
+    return path.lower().endswith((".csv", ".tsv"))
+
+
+def _fields(where: str, line: str, table: bool) -> tuple[str, str]:
+    """Path and label of a line; ``table`` says that fields may stand in quotes."""
+    delimiter = "\t" if "\t" in line else ","
+    if table and re.search(rf'(^|{delimiter})\s*"', line):
+        try:
+            (row,) = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
+        except csv.Error as error:
+            raise UserError(f"{where}: {line!r}: its quotes do not match ({error})") from error
+        found = [field.strip() for field in row]
+        if len(found) != 2 or not all(found):
+            raise UserError(
+                f"{where}: {line!r} has {len(found)} columns; a list has a path and a label alone, apart by a comma or tab "
+                "outside of quotes"
+            )
+        return found[0], found[1]
+    match = re.fullmatch(r"(.+?)\s*[\t,]\s*([^\t,]+)", line) or re.fullmatch(r"(.+)\s+(\S+)", line)
+    if match is None:
+        raise UserError(f"{where}: {line!r} is not a path and a label")
+    doubled = line.count('"') > 1  # a single one may be inches
+    if any(re.fullmatch(r"'.+'|\".+|.+\"" if doubled else "'.+'", field) for field in match.groups()):
+        raise UserError(
+            f"{where}: {line!r} has quotes, which would be part of the name; take them away"
+            + ("" if table else ", or call the list .csv where they are double ones with a comma between")
+        )
+    return match[1], match[2]
 
 
 def _check_columns(path: str, row: tuple[int, str, str], root: Path) -> None:
@@ -162,11 +196,12 @@ def _check_columns(path: str, row: tuple[int, str, str], root: Path) -> None:
         )
 
 
-def _check_once(path: str, rows: Sequence[tuple[int, str, str]]) -> None:
-    """Refuse a file with two labels: one of them is wrong, or a class of its own is meant."""
+def _check_once(path: str, rows: Sequence[tuple[int, str, str]], root: Path) -> None:
+    """Refuse a file with two labels, however its path is spelled: one of them is wrong, or a class of its own is meant."""
     first: dict[str, tuple[int, str]] = {}
+    folder = os.path.abspath(root)
     for line, name, word in rows:
-        before, label = first.setdefault(name, (line, word))
+        before, label = first.setdefault(os.path.normpath(os.path.join(folder, name)), (line, word))
         if label != word:
             raise UserError(
                 f"{path}, line {line}: {name} has label {word!r}, and {label!r} in line {before}; an image has one class"
@@ -176,7 +211,7 @@ def _check_once(path: str, rows: Sequence[tuple[int, str, str]]) -> None:
 def _is_header(row: tuple[int, str, str], root: Path) -> bool:
     """Whether a first line has names of columns instead of a sample."""
     _, name, word = row
-    return word.strip("\"'").lower() in _COLUMNS and not (root / name).exists()
+    return word.lower() in _COLUMNS and not (root / name).exists()
 
 
 def _integer(path: str, line: int, word: str) -> int | None:

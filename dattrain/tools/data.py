@@ -202,7 +202,7 @@ def _index(args: argparse.Namespace) -> int:
     paths = expand(args.data)
     missing = inventory.missing(paths)
     if args.out:
-        paths = link_shards([path for path in paths if path not in set(missing)], args.out)
+        paths = link_shards(paths, args.out)
     with _Progress("indexing", unit="shards") as progress:
         shards = index_shards(
             paths,
@@ -230,7 +230,7 @@ def _index(args: argparse.Namespace) -> int:
     lost = _say_left_out([some for shard in shards for some in shard.left_out])
     _warn_of_order(shards)
     if missing and not args.drop:
-        raise UserError(inventory.missing_message(missing))
+        raise UserError(inventory.missing_message(missing, where=args.out))
     return 1 if lost else 0
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -81,6 +84,38 @@ def test_index_forgets_only_when_told_to(stopped, capsys):
         open_dataset(str(folder))
 
 
+@pytest.mark.parametrize("lost", ["train-0001.tar", "all.tar"])
+def test_the_way_out_that_is_named_works_beside_other_sets(make_shards, tmp_path, lost, capsys):
+    folder = make_shards((3, 4)).rename(tmp_path / "a [1] set")
+    for name in ("val-0000.tar", "val-0001.tar", "all.tar"):
+        write_tar(folder / name, [("0.jpg", b"x"), ("0.cls", b"1")])
+    index_shards([str(path) for path in sorted(folder.glob("*.tar"))])
+    os.unlink(folder / lost)
+    spec = f"{glob.escape(str(folder))}/{lost[:2]}*"
+    with pytest.raises(UserError, match=f"{lost}: is missing") as error:
+        open_dataset(spec)
+    way = shlex.split(re.search("`(.*)`", str(error.value))[1])
+    assert way[0] == "dattrain" and main([*way[1:], "--jobs", "1"]) == 0, capsys.readouterr().err
+    assert f"dropped from the catalogue: {folder / lost}" in capsys.readouterr().err
+    assert len(read_catalogue(folder)) == 4
+
+
+def test_a_lost_index_is_named_when_a_set_is_opened(make_shards, capsys):
+    folder = make_shards((3, 4, 5))
+    for i in (1, 2):
+        (folder / f"train-000{i}.index.npz").unlink()
+    message = (
+        r"train-0001.tar: has no index \(train-0001.index.npz\) \(and 1 more: train-0002.tar\); .*`(.*)`"
+    )
+    with pytest.raises(UserError, match=message) as error:
+        open_dataset(str(folder))
+    assert main(["data", "verify", str(folder), "--jobs", "1"]) == 1
+    assert "3 samples" in (out := capsys.readouterr().out) and "1 damaged" in out
+    way = shlex.split(re.search(message, str(error.value))[1])
+    assert main([*way[1:], "--jobs", "1"]) == 0
+    assert open_dataset(str(folder)).counts.tolist() == [3, 4, 5]
+
+
 @pytest.mark.parametrize("record", RECORDS)
 def test_another_number_of_samples_than_a_record_says_is_an_error(make_shards, record):
     folder = make_shards(COUNTS.values())
@@ -127,9 +162,12 @@ def test_an_empty_shard_is_skipped_with_a_word(tmp_path, capsys):
     assert [os.path.basename(p) for p in open_dataset(str(tmp_path)).shards.paths] == ["t-0001.tar"]
 
 
-def test_an_empty_folder_is_one_line(tmp_path):
+def test_an_empty_folder_and_a_list_of_no_text_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"there are no shards \(\*.tar\) in it"):
         expand(str(tmp_path))
+    (tmp_path / "list.txt").write_bytes("a.tar\n".encode("utf-16"))
+    with pytest.raises(UserError, match=r"list.txt: cannot be read as a list in UTF-8"):
+        expand(str(tmp_path / "list.txt"))
 
 
 @pytest.fixture
@@ -173,6 +211,24 @@ def test_a_place_that_may_not_be_written_is_indexed_elsewhere(read_only, tmp_pat
     one = [str(read_only / "train-0001.tar")]
     index_shards(link_shards(one, str(tmp_path / "one")))
     assert open_dataset(str(tmp_path / "one")).counts.tolist() == [4], "its records are of a part"
+
+
+def test_a_folder_of_links_knows_what_its_source_lacks(stopped, tmp_path, capsys):
+    folder, _ = stopped
+    mine = tmp_path / "mine"
+    index = ["data", "index", "--jobs", "1"]
+    assert main([*index, str(folder / "train-*.tar"), "--out", str(mine)]) == 1
+    err = capsys.readouterr().err
+    assert f"{folder / LOST}: is missing" in err and "between others" not in err
+    for verb in ("ls", "verify"):
+        assert main(["data", verb, str(mine)]) == 1
+        assert f"{mine / LOST}: is missing" in "".join(capsys.readouterr())
+    with pytest.raises(UserError, match=f"mine/{LOST}: is missing"):
+        open_dataset(str(mine))
+    assert main([*index, str(mine), "--drop"]) == 0
+    assert open_dataset(str(mine)).counts.tolist() == [3, 4, 6]
+    assert main([*index, str(folder / "train-000[03].tar"), "--out", str(tmp_path / "part")]) == 0
+    assert open_dataset(str(tmp_path / "part")).counts.tolist() == [3, 6], "named on purpose"
 
 
 def test_links_never_replace_files(make_shards, tmp_path):

@@ -182,6 +182,57 @@ def test_lists_arrays_and_shards_are_sources_too(folder, tmp_path, jpegs):
     assert sorted(v for v in contents(tmp_path / "again").values()) == sorted(contents(out, "s").values())
 
 
+def listed(path: Path, content: str | bytes) -> tuple[list[str], list[int]]:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    for name in ("a.jpg", "b, c.jpg", 'd "e".jpg'):
+        (path.parent / name).touch()
+    dataset = open_source(str(path))
+    return [dataset.key(0, i).partition(":")[2] for i in range(dataset.counts[0])], [
+        dataset.label(0, i) for i in range(dataset.counts[0])
+    ]
+
+
+@pytest.mark.parametrize(
+    "content, labels",
+    [
+        ('"path","label"\r\n"a.jpg","10"\r\n"b, c.jpg","9"\r\n"d ""e"".jpg", "2"\r\n', [10, 9, 2]),
+        ('a.jpg,"10"\n"b, c.jpg",9\nd "e".jpg,2\n', [10, 9, 2]),
+        ('a.jpg,"pear, red"\n"b, c.jpg",apple\n"d ""e"".jpg","6"" nail"\n', [2, 1, 0]),
+        ('a.jpg\t"10"\n"b, c.jpg"\t9\n"d ""e"".jpg"\t"2"\n', [10, 9, 2]),
+    ],
+)
+def test_tables_quote_their_fields(tmp_path, content, labels):
+    assert listed(tmp_path / "l.csv", content) == (["a.jpg", "b, c.jpg", 'd "e".jpg'], labels)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("l.csv", '"a.jpg","0\n', r"l.csv, line 1: .* quotes do not match"),
+        ("l.csv", '"a.jpg","cat","0"\n', "line 1: .* has 3 columns"),
+        ("l.csv", "a.jpg,'10'\n", "line 1: .* has quotes"),
+        ("l.txt", 'a.jpg "10"\n', "line 1: .* has quotes.*call the list .csv"),
+        ("l.txt", '"a.jpg",10\n', "line 1: .* has quotes"),
+        ("l.txt", 'a.jpg,"pear, red"\n', "line 1: .* has quotes"),
+        ("l.csv", "a.jpg,0\n".encode("utf-16"), "line 1: is UTF-16.* must be UTF-8"),
+        ("l.csv", b"\xfe\xff" + "a.jpg,0\n".encode("utf-16-be"), "line 1: is UTF-16.* must be UTF-8"),
+        ("l.txt", "#\na.jpg 0\n".encode("utf-16-le"), "line 1: is UTF-16.* must be UTF-8"),
+    ],
+)
+def test_quotes_and_encodings_that_are_none_of_a_list(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message):
+        listed(tmp_path / name, content)
+
+
+@pytest.mark.parametrize("other", ["./a.jpg", "x/../a.jpg", "{}/a.jpg", ".//a.jpg"])
+def test_a_file_has_one_label_however_it_is_spelled(tmp_path, other):
+    other = other.format(tmp_path)
+    with pytest.raises(
+        UserError, match=r"line 3: .*a.jpg has label '3', and '0' in line 1; an image has one class"
+    ):
+        listed(tmp_path / "l.csv", f"a.jpg,0\nx/a.jpg,3\n{other},3\n")
+
+
 def write_idx(path: Path, array: np.ndarray) -> None:
     header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
     path.write_bytes(gzip.compress(header + array.tobytes()))

@@ -66,6 +66,7 @@ def simulated(request, tmp_path_factory, photo) -> tuple[Path, Order, list[int]]
     for name, count in zip(names, counts.tolist()):
         with open(folder / name, "wb") as file:
             file.truncate(count * stride + 1024)
+        Path(index_path(str(folder / name))).touch()
     write_catalogue(
         folder,
         {n: Entry(c, c * stride + 1024, "0" * 64, CLASSES - 1) for n, c in zip(names, counts.tolist())},

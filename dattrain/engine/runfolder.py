@@ -78,12 +78,12 @@ def describe_code() -> tuple[dict[str, Any], bytes]:
 
 
 _FIXED = {
-    "model": "the weights",
-    "data.lanes": "the order of the data",
-    "data.window": "the order of the data",
-    "data.shuffle": "the order of the data",
-    "train.seed": "the order of the data",
-    "train.global_batch": "the position in the schedule",
+    "model": "the weights depend",
+    "data.lanes": "the order of the data depends",
+    "data.window": "the order of the data depends",
+    "data.shuffle": "the order of the data depends",
+    "train.seed": "the order of the data depends",
+    "train.global_batch": "the position in the schedule depends",
 }
 """Settings that a resumed run cannot change, and what depends on them."""
 
@@ -108,7 +108,7 @@ def check(run_dir: Path, config: Config) -> None:
             if isinstance(a, dict):
                 key, a, b = next((f"{key}.{k}", a[k], b.get(k)) for k in a if a[k] != b.get(k))
             raise UserError(
-                f"{path.parent} has checkpoints of {key}={a}, but this recipe says {key}={b}; {what} depends on it. "
+                f"{path.parent} has checkpoints of {key}={a}, but this recipe says {key}={b}; {what} on it. "
                 "Choose another --run folder (and init.from to start from these weights)"
             )
 

@@ -102,7 +102,7 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "offset_kernels": tuple(config.get("ksizes", (9, 7, 5, 3))),
         "neighborhood": tuple(config.get("nat_ksizes", (3,) * stages)),
         "sr_ratios": tuple(max(each, 1) for each in config.get("sr_ratios", (8, 4, 2, 1))),
-        "window_size": tuple(config.get("window_sizes", (7,) * stages)),
+        "window_size": tuple((side, side) for side in config.get("window_sizes", (7,) * stages)),
         "stem": "conv" if conv_stem else "patch",
         "mlp": "conv" if common("use_dwc_mlps", False) else "linear",
         "local_perception": bool(common("use_lpus", False)),

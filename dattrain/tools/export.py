@@ -199,6 +199,10 @@ def authors_config(model: DAT) -> dict[str, Any]:
         )
     limit = conventions.offset_range
     deformable = ["D" in kinds for kinds in model.blocks]
+    if any(deformable) and limit == ("tanh" if plus else "clamp"):  # their factor of -1 is the other one
+        raise UserError(
+            f"the authors' {'DAT++' if plus else 'CVPR'} code has no offset_range={limit}, which this model has"
+        )
     settings: dict[str, Any] = {
         "img_size": height,
         "patch_size": model.patch_size,

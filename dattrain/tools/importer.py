@@ -64,14 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, check that writing it back gives the same tensors, and save."""
+    """Read, check that writing it back gives the same tensors, and save what ``eval`` reads as the same model."""
     from dattrain.tools import weights
 
     out: Path = args.out or default_out(args.file)
     if out.exists() and not args.force:
         raise UserError(f"{out}: exists; choose another --out, or --force")
     model, card, origin = read(args.file, args.config)
-    weights.save(out, model.state_dict(), card)
+    weights.save(out, model.state_dict(), card, model=model)
     count = sum(p.numel() for p in model.parameters())
     settings = "".join(f", {key}={value}" for key, value in (card.overrides or {}).items())
     height, width = card.img_size
@@ -100,9 +100,17 @@ def read(file: Path, config_file: Path | None = None) -> tuple[DAT, Card, str]:
         config, origin = read_config(config_file), f"from {config_file}"
     elif own is None:
         origin = "inferred from names and shapes"
+    beside = _config_beside(file) if config is None else None
     state, more = _with_last_norm(state)
     notes += more
-    model = from_authors(state, config)
+    try:
+        model = from_authors(state, config)
+    except UserError as error:
+        if beside is None:
+            raise
+        raise UserError(f"{error}; if {beside} is its own: --config {beside}") from error
+    if beside is not None:
+        notes.append(f"{beside} is not read without --config")
     check_round_trip(model, state)
     card = card_of_model(
         model,
@@ -212,6 +220,12 @@ def read_config(file: Path) -> dict[str, Any]:
     if found is None:
         raise UserError(f"{file}: has no MODEL.DAT mapping with stage_spec")
     return found
+
+
+def _config_beside(file: Path) -> Path | None:
+    """A YAML of the same stem, as ``export --to authors`` writes it: named, never taken unasked."""
+    found = (file.with_suffix(suffix) for suffix in (".yaml", ".yml"))
+    return next((each for each in found if each.is_file()), None)
 
 
 def check_round_trip(model: DAT, state: Mapping[str, Tensor]) -> None:

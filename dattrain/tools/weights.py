@@ -40,8 +40,6 @@ _SETTINGS = (
     "strides",
     "offset_kernels",
     "sr_ratios",
-    "window_size",
-    "window_divisor",
     "shift",
     "neighborhood",
     "stem",
@@ -50,15 +48,13 @@ _SETTINGS = (
     "mlp_ratio",
     "global_pool",
 )
-"""Attributes of ``DAT`` that are arguments of its constructor and shape the network."""
+"""Attributes of ``DAT`` that are arguments of its constructor and shape the network, beside those of its windows."""
 _USED_BY = {
     "groups": "D",
     "strides": "D",
     "offset_kernels": "D",
     "sr_ratios": "P",
     "neighborhood": "N",
-    "window_size": "LS",
-    "window_divisor": "LS",
     "shift": "S",
 }
 """Kinds of block that a setting matters to."""
@@ -193,16 +189,21 @@ def card_of_model(model: DAT, **known: Any) -> Card:
         for key in Conventions.__dataclass_fields__
         if getattr(model.conventions, key) != getattr(usual.conventions, key)
     }
-    if model.windows(model.img_size) == usual.windows(model.img_size):
-        overrides.pop("window_size", None)
+    # Two settings give windows: one of them tells what the variant does not do by itself.
+    if _windows(model) != _windows(usual):
+        key = "window_divisor" if model.window_size is None else "window_size"
+        overrides[key] = getattr(model, key)
     return Card(name, model.num_classes, model.img_size, model.in_chans, overrides, **known)
 
 
-def save(path: str | Path, state: Mapping[str, Tensor], card: Card) -> None:
+def save(path: str | Path, state: Mapping[str, Tensor], card: Card, *, model: DAT | None = None) -> None:
     """Write a weights file: aside, then renamed, so that what has the name is whole.
 
+    Args:
+        model: read the file back as ``load_model`` does, and give it its name only where it holds this network.
+
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or does not hold ``model``.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.part")
@@ -210,12 +211,41 @@ def save(path: str | Path, state: Mapping[str, Tensor], card: Card) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, aside, {METADATA_KEY: card.to_json(), "format": "pt"})
+        if model is not None:
+            _check_same(path, aside, model)
         aside.replace(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written: {error}") from error
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def _check_same(path: Path, aside: Path, model: DAT) -> None:
+    """Read ``aside``, to become ``path``, as ``eval`` does. Raises UserError where it is not ``model``."""
+    try:
+        back, _ = load_model(aside)
+    except UserError as error:
+        raise UserError(
+            f"{path}: not written, since it could not be read back ({error}); please report this"
+        ) from error
+    mine, theirs = model.state_dict(), back.state_dict()
+    differing = [
+        *(name for name, tensor in mine.items() if not torch.equal(_wide(tensor), theirs[name])),
+        *(key for key in _SETTINGS if _effective(back, key) != _effective(model, key)),
+        *(key for key in ("img_size", "conventions") if getattr(back, key) != getattr(model, key)),
+        *(["window_size"] if _windows(back) != _windows(model) else []),
+    ]
+    if differing:
+        raise UserError(
+            f"{path}: not written, since read back it has another {', '.join(differing[:3])}; please report this"
+        )
+
+
+def _windows(model: DAT) -> list[tuple[int, int] | None]:
+    """(height, width) of the windows of each stage, None for stages without window attention."""
+    windows = zip(model.windows(model.img_size), model.blocks)
+    return [window if set(kinds) & set("LS") else None for window, kinds in windows]
 
 
 def config_of(path: str | Path) -> Config | None:

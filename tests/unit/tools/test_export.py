@@ -85,6 +85,15 @@ def test_windows_that_are_no_squares_and_another_pooling_come_back_or_are_refuse
         assert back.windows((64, 64)) == [(2, 4), (2, 4), (2, 4), (2, 2)]
 
 
+@pytest.mark.parametrize(("name", "limit"), [("dat_atto", "clamp"), ("dat_pp_tiny", "tanh")])
+def test_a_range_of_offsets_that_the_other_code_of_the_authors_has_is_refused(name, limit):
+    # Theirs is -1 for either: with small offsets the logits hardly tell.
+    with torch.device("meta"):
+        model = create(name, num_classes=7, img_size=64, offset_range=limit)
+    with pytest.raises(UserError, match=f"no offset_range={limit}"):
+        export.authors_config(model)
+
+
 def test_timm_exports_take_another_head(tmp_path, small):
     assert cli.main(["export", str(small), "--to", "timm", "--out", str(tmp_path / "out")]) == 0
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=3)

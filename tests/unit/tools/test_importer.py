@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -17,9 +18,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dattrain import cli
+from dattrain.errors import UserError
 from dattrain.models import create, surgery
-from dattrain.tools import importer, weights
+from dattrain.tools import export, importer, weights
 
+SMALL = {"dims": (16, 32, 32, 32), "heads": (1, 2, 2, 2), "groups": (1, 1, 1, 2)}
+TWO_STAGES = {
+    **{"dims": (16, 32), "heads": (1, 2), "groups": (1, 1), "blocks": ("L", "SD")},
+    **{"strides": (2, 1), "offset_kernels": (5, 3), "sr_ratios": (1, 1)},
+}
 ASSETS = Path(__file__).parents[2] / "assets/models"
 
 
@@ -246,3 +253,65 @@ def test_a_file_without_head_gives_a_model_without_one(tmp_path, capsys, dense):
     for verb in (["predict", str(tmp_path / "a.png"), "--checkpoint"], ["eval"]):
         assert cli.main([*verb, str(tmp_path / "a.safetensors")]) != 0
         assert "has no classification head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variant", "size", "settings"),
+    [
+        ("dat_atto", 32, {}),
+        ("dat_atto", 64, {"window_size": 2}),
+        ("dat_tiny", 64, SMALL),
+        ("dat_tiny", 384, {**SMALL, "blocks": ("LS", "L", "D", "D")}),
+        ("dat_tiny", (64, 96), {**SMALL, "window_size": ((4, 8), (4, 2), (2, 3), (2, 2))}),
+        ("dat_tiny", 64, {**SMALL, "window_divisor": 8, "blocks": ("L", "S", "D", "P")}),
+        ("dat_tiny", 64, {**TWO_STAGES, "window_size": ((4, 4), (2, 2))}),
+        ("dat_pp_tiny", 64, {**SMALL, "blocks": ("N", "N", "D", "D")}),
+    ],
+)
+def test_a_file_with_the_card_of_its_model_is_read_as_that_model(tmp_path, variant, size, settings):
+    model = create(variant, num_classes=4, img_size=size, **settings)
+    file = tmp_path / "ours.safetensors"
+    weights.save(file, model.state_dict(), weights.card_of_model(model), model=model)
+    loaded, _ = weights.load_model(file)
+    assert [
+        b.attn.bias_table.shape for s in loaded.stages for b in s.blocks if hasattr(b.attn, "bias_table")
+    ] == [b.attn.bias_table.shape for s in model.stages for b in s.blocks if hasattr(b.attn, "bias_table")]
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("dat_atto", {}),
+        ("dat_pp_tiny", {**SMALL, "blocks": ("ND", "N", "N", "D")}),
+        ("dat_pp_tiny", {**TWO_STAGES, "blocks": ("ND", "LD")}),
+    ],
+)
+def test_what_export_writes_for_the_authors_comes_back_with_its_yaml(tmp_path, capsys, variant, settings):
+    model = create(variant, num_classes=4, img_size=32, **settings)
+    file, yaml, out = (tmp_path / name for name in ("a.pth", "a.yaml", "back.safetensors"))
+    own = weights.card_of_model(model)
+    export.write(model, own, "authors", file)
+    assert cli.main(["import", str(file), "--config", str(yaml), "--out", str(out)]) == 0
+    capsys.readouterr()
+    back, card = weights.load_model(out)
+    assert (card.name, set(card.overrides or {})) == (variant, set(own.overrides or {}))
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values()))
+    cli.main(["import", str(file), "--out", str(out), "--force"])
+    said = capsys.readouterr()
+    assert f"{yaml} " in said.err + said.out and "--config" in said.err + said.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"overrides": {"window_size": 1}}, "could not be read back"),
+        ({"overrides": {"strides": (4, 2, 2, 1)}}, "another strides"),
+        ({"overrides": {"offset_range": "free"}}, "another conventions"),
+    ],
+)
+def test_a_file_that_is_read_back_as_another_model_gets_no_name(tmp_path, changes, message):
+    model = create("dat_atto", num_classes=4, img_size=64)
+    card = dataclasses.replace(weights.card_of_model(model), **changes)
+    with pytest.raises(UserError, match=message):
+        weights.save(tmp_path / "a.safetensors", model.state_dict(), card, model=model)
+    assert not list(tmp_path.iterdir())

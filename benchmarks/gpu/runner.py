@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,7 @@ from benchmarks.gpu.stages import Stage
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("dattrain", "benchmarks", "configs", "tests")
 """Folders whose contents decide what a stage finds."""
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOGGED = 2**20
 """Bytes of a stage's output that go into the log."""
 
@@ -45,31 +47,38 @@ def run(
     The child leads a process group of its own; that is killed as a whole, since what a stage started would keep the device.
     """
     begin = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=dict(os.environ if environ is None else environ),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    tail = bytearray()
-    reader = threading.Thread(target=_copy, args=(process.stdout, log, tail), daemon=True)
-    reader.start()
-    code: int | None = None
+    # A signal that came between the child's start and ``try`` would leave it behind.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
-        code = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        pass
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=dict(os.environ if environ is None else environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, ENDING),
+        )
+        assert process.stdout is not None
+        tail = bytearray()
+        reader = threading.Thread(target=_copy, args=(process.stdout, log, tail), daemon=True)
+        reader.start()
+        code: int | None = None
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            # One that hangs in the driver may not even die of this: it is not waited for without end.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            reader.join(10)
     finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        # One that hangs in the driver may not even die of this: it is not waited for without end.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        reader.join(10)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     lines = bytes(tail).decode("utf-8", errors="replace").splitlines()
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     return Ended(code, "".join(c for c in last if c.isprintable())[:300], time.monotonic() - begin)

@@ -85,10 +85,8 @@ def said_by_samples(dataset: Dataset) -> list[tuple[str, int, str]]:
             if peeked is None:
                 continue
             for sample in np.unique(np.linspace(0, dataset.counts[shard] - 1, some).astype(int)).tolist():
-                name, label = (
-                    _fields(dataset, shard, sample, *peeked).get("class"),
-                    dataset.label(shard, sample),
-                )
+                name = _fields(dataset, shard, sample, *peeked).get("class")
+                label = dataset.label(shard, sample)
                 if isinstance(name, str) and label != NO_LABEL:
                     found.append((dataset.key(shard, sample), label, name))
     return found

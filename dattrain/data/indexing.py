@@ -11,11 +11,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from pathlib import Path
 
 from dattrain.data import inventory, tar
 from dattrain.data.classes import few
-from dattrain.data.files import open_file
+from dattrain.data.files import open_file, read_file
 from dattrain.data.images import IMAGE_EXTENSIONS
 from dattrain.data.index import (
     NO_LABEL,
@@ -90,7 +89,7 @@ def index_shards(
     """
     gone = set(inventory.missing(paths))
     there = [path for path in paths if path not in gone]
-    named = class_names(there, lambda path: Path(path).read_bytes()) if label else None
+    named = class_names(there, read_file) if label else None
     if named is not None:
         raise UserError(
             f"{there[0]}: the manifest beside it calls its labels {few(named.classes)}, and --label {label} would give it others; "

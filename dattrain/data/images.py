@@ -11,11 +11,14 @@ import math
 import struct
 import warnings
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_SIDE = 16_384
 """Pixels; the longest side of ImageNet-22K's images is well below."""
@@ -118,6 +121,8 @@ def decode(data: bytes) -> torch.Tensor:
     Raises:
         BadImage: not an image, cut short, too large, or of numbers that say no brightness.
     """
+    import torch  # here, since whoever lists shards needs the names of this file alone
+
     size(data)
     frame = _jpeg_frame(data) if sniff(data) == "jpeg" else None
     # Of four components libjpeg-turbo makes RGB in a way of its own.

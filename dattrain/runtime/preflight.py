@@ -1,23 +1,28 @@
-"""Before a job begins: can its processes meet, reduce, and share a folder? What fails names the node.
+"""Before a job begins: can its processes meet, reduce, and save into one folder? What fails names the node.
 
 ``reach`` works before there is a process group; ``check`` within one. ``doctor`` and the job's start call both.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import secrets
+import shutil
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dattrain.errors import UserError
 from dattrain.runtime.env import Env
+from dattrain.runtime.files import Failed, doing, reason, sync
 
 _ELEMENTS = 1 << 20
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,19 +39,21 @@ class Report:
     all_reduce_gb_s: float
     """4 MiB over that time."""
     folder_ms: float
-    """From the rename on one rank to its sight on all."""
+    """From the rename of a folder on one rank to its sight on all."""
 
     def lines(self) -> list[str]:
         """For people."""
         if self.world == 1:
             return [
-                f"one process on {self.hosts[0]}, {self.devices} CUDA devices visible; the run folder can be written"
+                f"one process on {self.hosts[0]}, {self.devices} CUDA devices visible; the run folder takes what a save does: "
+                "files and folders are written, synced and renamed"
             ]
         return [
             f"{self.world} ranks on {len(self.hosts)} hosts: {', '.join(self.hosts)}",
             f"{self.devices} CUDA devices visible to each",
             f"all-reduce is right; 4 MiB in {self.all_reduce_ms:.1f} ms ({self.all_reduce_gb_s:.2f} GB/s)",
-            f"run folder is one, renames are atomic and seen within {self.folder_ms:.0f} ms",
+            f"run folder is one and takes what a save does: files and folders are written, synced and renamed, and seen by all "
+            f"within {self.folder_ms:.0f} ms",
         ]
 
 
@@ -85,7 +92,7 @@ def reach(env: Env, timeout_s: float = 60.0) -> None:
 
 
 def check(env: Env, folder: Path, timeout_s: float = 60.0) -> Report:
-    """Within the process group: gather, reduce, and rename a file in ``folder``. Collective.
+    """Within the process group: gather, reduce, and do what a save does in ``folder/checkpoints``. Collective. Leaves nothing there.
 
     Raises:
         UserError: on every rank, naming each node on which something failed.
@@ -93,7 +100,7 @@ def check(env: Env, folder: Path, timeout_s: float = 60.0) -> Report:
     import torch
     import torch.distributed as dist
 
-    rank, world = dist.get_rank(), dist.get_world_size()
+    world = dist.get_world_size()
     cuda = torch.cuda.is_available()
     mine: dict[str, Any] = {"host": env.host, "devices": torch.cuda.device_count() if cuda else 0}
     views: list[Any] = [None] * world
@@ -107,7 +114,7 @@ def check(env: Env, folder: Path, timeout_s: float = 60.0) -> Report:
     seconds = _all_reduce(
         torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), problems
     )
-    seen = _shared_folder(folder, rank, problems, timeout_s)
+    seen = _save(folder, env, problems, timeout_s)
     failures: list[Any] = [None] * world
     dist.all_gather_object(failures, problems)
     named = [f"{views[r]['host']} (rank {r}): {text}" for r, texts in enumerate(failures) for text in texts]
@@ -148,40 +155,93 @@ def _all_reduce(device: Any, problems: list[str]) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def _shared_folder(folder: Path, rank: int, problems: list[str], timeout_s: float) -> float:
-    """Rank 0 renames a file into ``folder``; every rank must see it whole. Seconds until this one did."""
+def _save(folder: Path, env: Env, problems: list[str], timeout_s: float) -> float:
+    """Do in ``folder/checkpoints`` what a save does: each node writes and syncs a file in a folder, which rank 0 syncs, renames
+    and removes; every rank must see it under its new name. Seconds until this one did. Collective."""
     import torch.distributed as dist
 
-    held = [secrets.token_hex(8)]
-    dist.broadcast_object_list(held, src=0)
-    token = held[0]
-    target = folder / f".preflight-{token}"
+    rank = dist.get_rank()
+    root = folder / "checkpoints"
+    token = _from_first_rank(secrets.token_hex(8))
+    # Names that ``state.checkpoint.recover`` clears away, should we be killed here.
+    aside, published = root / f".new-preflight-{token}", root / f".gone-preflight-{token}"
+    made = False
     if rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            aside = folder / f".preflight-{token}.part"
-            aside.write_text(json.dumps({"token": token}), encoding="utf-8")
-            os.replace(aside, target)
-        except OSError as error:
-            problems.append(f"{folder} cannot be written: {error.strerror}")
+        with _noted(folder, problems), doing("folders cannot be made"):
+            made = not root.exists()
+            root.mkdir(parents=True, exist_ok=True)
+            aside.mkdir()
+    if _from_first_rank(not problems) and env.local_rank == 0:
+        with _noted(root, problems):
+            _write(aside, f"rank_{rank:05d}", token)
     dist.barrier()
+    if rank == 0 and not problems:
+        with _noted(root, problems):
+            with doing("folders cannot be synced (fsync)"):
+                sync(aside)
+            with doing("folders cannot be renamed"):
+                os.rename(aside, published)
+            with doing("folders cannot be synced (fsync)"):
+                sync(root)
     begin = time.perf_counter()
-    found: object = None
-    while time.perf_counter() - begin < (timeout_s if not problems else 0):
-        try:
-            found = json.loads(target.read_text(encoding="utf-8"))["token"]
-            break
-        except (OSError, ValueError, KeyError):
-            time.sleep(0.05)
-            # Network file systems cache the folder's listing; opening it anew is what refreshes that.
-            if folder.is_dir():
-                os.listdir(folder)
-    if found != token and not problems:
-        problems.append(f"{folder} is not the folder that rank 0 sees: a file that it put there is missing")
+    if _from_first_rank(not problems):
+        _look(published / "rank_00000", token, problems, timeout_s)
+    seconds = time.perf_counter() - begin
     dist.barrier()
     if rank == 0:
-        target.unlink(missing_ok=True)
-    return time.perf_counter() - begin
+        shutil.rmtree(aside, ignore_errors=True)
+        if published.exists():
+            with _noted(root, problems), doing("folders cannot be removed"):
+                shutil.rmtree(published)
+        if made:
+            with contextlib.suppress(OSError):
+                root.rmdir()
+    return seconds
+
+
+def _write(folder: Path, name: str, text: str) -> None:
+    part = folder / f"{name}.part"
+    with doing("files cannot be written"), open(part, "x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        with doing("files cannot be synced (fsync)"):
+            os.fsync(file.fileno())
+    with doing("files cannot be renamed"):
+        os.rename(part, folder / name)
+
+
+def _look(path: Path, token: str, problems: list[str], timeout_s: float) -> None:
+    end = time.perf_counter() + timeout_s
+    while True:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if path.read_text(encoding="utf-8") == token:
+                return
+        if time.perf_counter() > end:
+            break
+        time.sleep(0.05)
+        # Network file systems cache a folder's listing; opening it anew is what refreshes that.
+        with contextlib.suppress(OSError):
+            os.listdir(path.parents[1])
+    problems.append(f"{path.parents[1]} is not the folder that rank 0 sees: what it put there is missing")
+
+
+@contextlib.contextmanager
+def _noted(place: Path, problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except Failed as error:
+        problems.append(
+            f"{error.operation} in {place} ({reason(error)}): a checkpoint is written and synced under another name and "
+            "published by renaming its folder; choose a --run folder on a file system where that works"
+        )
+
+
+def _from_first_rank(value: T) -> T:
+    import torch.distributed as dist
+
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
 
 
 def as_json(report: Report) -> dict[str, Any]:

@@ -8,7 +8,6 @@ own text. docs/checkpoints.md describes the format for readers in other language
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dattrain.errors import UserError
+from dattrain.runtime.files import doing, sync
 from dattrain.state.shards import BLOCK, Damaged, Digest, Reader, open_regular, read_block
 
 FORMAT = 1
@@ -314,20 +314,25 @@ def publish(folder: Path, manifest: Manifest) -> Path:
     """
     root = folder.parent
     final = root / folder_name(manifest.step)
-    with open(folder / MANIFEST, "xb") as file:
+    with doing(f"writing {MANIFEST}"), open(folder / MANIFEST, "xb") as file:
         file.write(manifest.render())
         file.flush()
-        os.fsync(file.fileno())
-    sync(folder)
+        with doing(f"syncing (fsync) {MANIFEST}"):
+            os.fsync(file.fileno())
+    with doing(f"syncing (fsync) the folder {folder.name}"):
+        sync(folder)
     replaced = None
     if final.exists():
         replaced = root / f".old-{final.name}"
         shutil.rmtree(replaced, ignore_errors=True)
         if (final / PIN).exists():
             (folder / PIN).touch()
-        os.rename(final, replaced)
-    os.rename(folder, final)
-    sync(root)
+        with doing(f"renaming the folder {final.name} to {replaced.name}"):
+            os.rename(final, replaced)
+    with doing(f"renaming the folder {folder.name} to {final.name}"):
+        os.rename(folder, final)
+    with doing(f"syncing (fsync) the folder {root.name}"):
+        sync(root)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
     return final
@@ -337,8 +342,10 @@ def remove(folder: Path) -> None:
     """Remove a published checkpoint: it first loses its name, so that no moment shows half of it."""
     gone = folder.with_name(f".gone-{folder.name}")
     shutil.rmtree(gone, ignore_errors=True)
-    os.rename(folder, gone)
-    sync(folder.parent)
+    with doing(f"renaming the folder {folder.name} to {gone.name}"):
+        os.rename(folder, gone)
+    with doing(f"syncing (fsync) the folder {folder.parent.name}"):
+        sync(folder.parent)
     shutil.rmtree(gone, ignore_errors=True)
 
 
@@ -357,13 +364,3 @@ def recover(root: Path) -> list[str]:
         shutil.rmtree(path, ignore_errors=True)
         removed.append(path.name)
     return removed
-
-
-def sync(folder: Path) -> None:
-    """fsync of a folder: its entries are on the disk. File systems that cannot are trusted to do it themselves."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(fd)
-    finally:
-        os.close(fd)

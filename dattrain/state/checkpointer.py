@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from dattrain.errors import UserError
+from dattrain.runtime.files import Failed, doing, reason
 from dattrain.state import checkpoint, elastic, ranks, retention, shards
 from dattrain.state.background import Copy, HostBuffer, OneInFlight, SideCopy, image_of
 from dattrain.state.checkpoint import Manifest
@@ -275,8 +276,10 @@ class Checkpointer:
         shard = folder / checkpoint.shard_name(self.rank)
         try:
             copy.run()
-            folder.mkdir(parents=True, exist_ok=True)
-            digest = shards.write(shard, image, len(layout.header))
+            with doing(f"making the folder {folder.name}"):
+                folder.mkdir(parents=True, exist_ok=True)
+            with doing(f"writing {shard.name}"):
+                digest = shards.write(shard, image, len(layout.header))
             if self.rank:
                 _leave(folder, f"{shard.name}.done", digest.to_json())
                 return
@@ -318,7 +321,7 @@ class Checkpointer:
 
     def _explain(self, step: int, error: BaseException) -> BaseException:
         if isinstance(error, OSError):
-            why = os.strerror(error.errno) if error.errno else str(error)
+            why = str(error) if isinstance(error, Failed) else reason(error)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 why += f" ({shutil.disk_usage(self.root).free / 1e9:.2f} GB free); make room or lower checkpoint.keep_last"
         elif isinstance(error, UserError):
@@ -427,5 +430,7 @@ def versions() -> dict[str, str]:
 
 def _leave(folder: Path, name: str, value: Any) -> None:
     part = folder / f"{name}.part"
-    part.write_text(json.dumps(value))
-    os.rename(part, folder / name)
+    with doing(f"writing {part.name}"):
+        part.write_text(json.dumps(value))
+    with doing(f"renaming {part.name} to {name}"):
+        os.rename(part, folder / name)

@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dattrain.runtime.files import doing
+
 BLOCK = 1 << 20
 """Bytes under one checksum."""
 PAGE = 4096
@@ -180,7 +182,8 @@ def write(path: Path, image: memoryview, header: int, *, direct: bool = True) ->
                     if not unbuffered or e.errno != errno.EINVAL:
                         raise
                     unbuffered = _buffered(fd)  # the flag was taken, but the file system cannot
-            os.fsync(fd)
+            with doing(f"syncing (fsync) {path.name}"):
+                os.fsync(fd)
             return Digest(size, header, sums.result())
     finally:
         os.close(fd)

@@ -1,8 +1,12 @@
+import errno
+import os
 import socket
+import stat
 
 import pytest
 
 from dattrain.errors import UserError
+from dattrain.runtime import env as environment
 from dattrain.runtime import preflight
 from dattrain.runtime.env import Env
 
@@ -39,3 +43,61 @@ def test_a_port_that_is_taken_is_named():
 
 def test_one_process_needs_no_network():
     preflight.reach(env(world=1, master_addr="nowhere.invalid"))
+
+
+def check(folder):
+    import torch
+
+    alone = environment.resolve({})
+    with environment.process_group(alone, torch.device("cpu")):
+        return preflight.check(alone, folder)
+
+
+def refuse(monkeypatch, call, code, *, folders):
+    """``os.CALL`` fails with ``code`` on folders, or on files."""
+    real = getattr(os, call)
+
+    def refused(target, *rest):
+        mode = (os.fstat if call == "fsync" else os.stat)(target).st_mode
+        if stat.S_ISDIR(mode) == folders:
+            raise OSError(code, os.strerror(code))
+        return real(target, *rest)
+
+    monkeypatch.setattr(os, call, refused)
+
+
+@pytest.mark.parametrize(
+    "call, code, folders, told",
+    [
+        ("rename", errno.ENOSYS, True, "folders cannot be renamed in {} (ENOSYS: Function not implemented)"),
+        ("rename", errno.EXDEV, False, "files cannot be renamed in {} (EXDEV: "),
+        ("fsync", errno.EIO, True, "folders cannot be synced (fsync) in {} (EIO: Input/output error)"),
+        ("fsync", errno.EINVAL, False, "files cannot be synced (fsync) in {} (EINVAL: "),
+    ],
+)
+def test_what_a_save_could_not_do_is_told_at_the_start_even_to_one_process(
+    tmp_path, monkeypatch, call, code, folders, told
+):
+    (tmp_path / "checkpoints").mkdir()
+    with monkeypatch.context() as broken:
+        refuse(broken, call, code, folders=folders)
+        with pytest.raises(UserError) as error:
+            check(tmp_path)
+    assert told.format(tmp_path / "checkpoints") in str(error.value)
+    assert "choose a --run folder on a file system where that works" in str(error.value)
+
+
+def test_a_folder_that_holds_saves_is_left_as_it_was(tmp_path):
+    assert "folders are written, synced and renamed" in check(tmp_path / "run").lines()[0]
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_file_systems_without_fsync_of_folders_are_trusted(tmp_path, monkeypatch):
+    refuse(monkeypatch, "fsync", errno.EINVAL, folders=True)
+    check(tmp_path)
+
+
+def test_a_link_to_nowhere_in_place_of_the_checkpoints_is_named(tmp_path):
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "purged")
+    with pytest.raises(UserError, match=r"folders cannot be made in .* \(EEXIST: "):
+        check(tmp_path)

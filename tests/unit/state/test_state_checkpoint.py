@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -297,3 +298,34 @@ def test_a_missing_fragment_is_noticed_even_if_all_checksums_fit(tmp_path):
     (folder / "manifest.json").write_bytes(dataclasses.replace(manifest, files=files).render())
     with pytest.raises(UserError, match="do not cover its 5880 elements exactly once"):
         gather.load_tensors(folder)
+
+
+@pytest.mark.parametrize(
+    "call, code, told",
+    [
+        ("rename", errno.ENOSYS, "renaming the folder .new-a-step_00000003 to step_00000003: ENOSYS: "),
+        ("fsync", errno.EIO, "syncing (fsync) manifest.json: EIO: Input/output error"),
+    ],
+)
+def test_a_save_that_fails_says_at_which_operation(tmp_path, monkeypatch, call, code, told):
+    folder = checkpoint.aside(tmp_path, 3, "a")
+    folder.mkdir()
+
+    def refused(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, call, refused)
+    with pytest.raises(OSError) as error:
+        checkpoint.publish(folder, simple())
+    assert str(error.value).startswith(told) and error.value.errno == code
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_folder_whose_entries_may_be_lost_is_an_error(tmp_path, monkeypatch, code):
+    def refused(_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(OSError) as error:
+        checkpoint.sync(tmp_path)
+    assert error.value.errno == code

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import socket
 import stat
 import sys
@@ -31,6 +32,8 @@ FIRST_PORT, PORTS = 20000, 12000
 """Ports of jobs, below Linux' ephemeral range (32768 on), so that no client socket of the node can sit on one."""
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """torchrun's, of a rank."""
+_FILES = 1 << 20
+"""Open files at most: some containers allow a billion, and there are programs that close each number one by one."""
 
 
 @dataclass(frozen=True)
@@ -231,8 +234,19 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def raise_open_files() -> None:
+    """Raise this process's soft limit of open files to the hard one: gloo opens up to three sockets for each other rank, and
+    the usual soft limit of 1,024 is reached at 341 ranks. What is started from here inherits it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):  # a kernel with a lower limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def connect(env: Env, device: torch.device, timeout_s: float = 1800.0) -> None:
-    """Join the process group (gloo on CPU; NCCL with gloo for CPU tensors on CUDA) and set torchrun's variables.
+    """Join the process group (gloo on CPU; NCCL with gloo for CPU tensors on CUDA), set torchrun's variables, and raise the
+    limit of open files.
 
     One process needs no network at all. Libraries that look for ``RANK`` and friends find them afterwards. For a process
     that ends as a rank; ``process_group`` for one that goes on.
@@ -245,6 +259,7 @@ def connect(env: Env, device: torch.device, timeout_s: float = 1800.0) -> None:
 
     if dist.is_initialized():
         return
+    raise_open_files()
     values = (
         env.rank, env.local_rank, env.world, env.local_world or 1, env.master_addr, env.master_port or 29500
     )  # fmt: skip

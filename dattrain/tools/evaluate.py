@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate each model in turn; rank 0 prints, and writes what was asked for."""
     import torch
 
-    from dattrain.runtime.env import leave, pick_device, process_group, resolve
+    from dattrain.runtime.env import leave, pick_device, process_group, raise_open_files, resolve
     from dattrain.tools import figures
 
     if args.batch is not None and args.batch < 1:
@@ -118,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--knn {args.knn} must be at least 1")
     if args.labels and not args.data:
         raise ConfigError(f"--labels {args.labels} needs --data, the folder of that set")
+    raise_open_files()
     env = resolve(os.environ)
     device = torch.device(args.device) if args.device else pick_device(env)
     with process_group(env, device) if env.world > 1 else nullcontext():

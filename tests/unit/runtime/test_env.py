@@ -1,5 +1,6 @@
 import contextlib
 import os
+import resource
 import tempfile
 from dataclasses import replace
 
@@ -171,3 +172,15 @@ def test_a_process_that_was_no_rank_is_none_after_its_group(fails, monkeypatch):
         if fails:
             raise KeyError
     assert dict(os.environ) == before and not torch.distributed.is_initialized()
+
+
+def test_a_process_that_meets_others_may_open_as_many_files_as_the_hard_limit_lets_it():
+    _, hard = before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    try:
+        with process_group(resolve({}), torch.device("cpu")):
+            raised, kept = resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert kept == hard
+    assert raised == (1 << 20 if hard == resource.RLIM_INFINITY else min(hard, 1 << 20))

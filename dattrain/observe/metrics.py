@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ Row = Mapping[str, Any]
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+REPLACED = "metrics.replaced.jsonl"
+"""Rows that a later start has trained anew, in the order in which they were taken out of ``FILE``."""
+
+log = logging.getLogger(__name__)
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
@@ -36,13 +42,19 @@ class Metrics:
     Args:
         run_dir: the run folder.
         step: the update that training goes on from. Rows of later ones (a killed process trained further than its last
-            checkpoint) are removed, so the curve is that of an undisturbed run.
+            checkpoint, or checkpoints were lost) are moved to ``metrics.replaced.jsonl``, so the curve is that of an
+            undisturbed run; where it starts over, the TensorBoard folder is renamed too.
         tensorboard: write the TensorBoard sink as well.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
 
     def __init__(self, run_dir: Path, step: int, *, tensorboard: bool = True) -> None:
         self.path = run_dir / FILE
-        self.rows = rewind(self.path, step)
+        self.rows, replaced = rewind(self.path, step)
+        if replaced:
+            _tell(run_dir, step, replaced)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._writer: Any = None
         if tensorboard:
@@ -73,18 +85,53 @@ class Metrics:
             self._writer = None
 
 
-def rewind(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop every row after ``step`` and what is not a whole line; returns the rows kept. Atomic."""
-    kept = [row for row in read(path.parent) if row.get("step", 0) <= step]
-    text = "".join(json.dumps(row, separators=(", ", ": ")) + "\n" for row in kept)
+def rewind(path: Path, step: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Move every row after ``step`` to ``REPLACED`` and drop what is not a whole line; returns the rows kept and those moved.
+    Atomic: a process killed in between leaves a row in both files, never in none."""
+    rows = read(path.parent)
+    kept = [row for row in rows if row.get("step", 0) <= step]
+    replaced = [row for row in rows if row.get("step", 0) > step]
+    if replaced:
+        _write(path.with_name(REPLACED), "a", _text(replaced))
+    text = _text(kept)
     if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != text:
         aside = path.with_name(f".{path.name}")
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(aside, "w", text)
         os.replace(aside, path)
-    return kept
+    return kept, replaced
+
+
+def _tell(run_dir: Path, step: int, replaced: Sequence[Row]) -> None:
+    """Say which rows were moved; where training starts over, give TensorBoard's folder another name."""
+    first, last = (pick(row["step"] for row in replaced) for pick in (min, max))
+    if step:
+        log.info(
+            "going on from step %d: the rows of steps %d to %d in %s are moved to %s",
+            step, first, last, FILE, REPLACED,
+        )  # fmt: skip
+        return
+    events, also = run_dir / TENSORBOARD, ""
+    if events.exists():
+        free = next(
+            path for n in itertools.count(1) if not (path := run_dir / f"{TENSORBOARD}.replaced-{n}").exists()
+        )
+        os.rename(events, free)
+        also = f", and {TENSORBOARD}/ is now {free.name}/"
+    log.warning(
+        "%s has rows up to step %d, but there is no checkpoint of any: starting from step 0; its rows are moved to %s%s",
+        FILE, last, REPLACED, also,
+    )  # fmt: skip
+
+
+def _text(rows: Sequence[Row]) -> str:
+    return "".join(json.dumps(row, separators=(", ", ": ")) + "\n" for row in rows)
+
+
+def _write(path: Path, mode: str, text: str) -> None:
+    with open(path, mode, encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def last(rows: Iterable[Row], key: str) -> Row | None:

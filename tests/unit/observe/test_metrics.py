@@ -25,6 +25,26 @@ def test_a_resume_forgets_what_was_trained_after_the_checkpoint(tmp_path):
     metrics.close()
     assert [row["step"] for row in read(tmp_path)] == [1, 2, 3, 4, 5]
     assert path.read_text().splitlines()[:4] == lines[:4]
+    assert (tmp_path / "metrics.replaced.jsonl").read_text().splitlines() == lines[4:]
+
+
+def test_a_run_that_starts_over_says_so_and_keeps_what_it_had_every_time(tmp_path, caplog):
+    for attempt in (1, 2):
+        metrics = Metrics(tmp_path, 0)
+        for step in (1, 2, 3):
+            metrics.write({"step": step, "attempt": attempt})
+            metrics.scalars("train", {"loss": float(attempt)}, step)
+        metrics.close()
+    Metrics(tmp_path, 0, tensorboard=False).close()
+    assert read(tmp_path) == []
+    kept = [json.loads(line) for line in (tmp_path / "metrics.replaced.jsonl").read_text().splitlines()]
+    assert [(row["attempt"], row["step"]) for row in kept] == [(a, s) for a in (1, 2) for s in (1, 2, 3)]
+    assert [len(list((tmp_path / f"tensorboard.replaced-{n}").iterdir())) for n in (1, 2)] == [1, 1]
+    assert caplog.messages == [
+        "metrics.jsonl has rows up to step 3, but there is no checkpoint of any: starting from step 0; its rows are moved to "
+        f"metrics.replaced.jsonl, and tensorboard/ is now tensorboard.replaced-{n}/"
+        for n in (1, 2)
+    ]
 
 
 def test_rewinding_to_where_it_is_leaves_the_file_alone(tmp_path):

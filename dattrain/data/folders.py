@@ -11,7 +11,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,8 @@ class FolderDataset(Numbered):
 
     The files are one shard in a fixed scrambled order (by a hash of the name), since the order's windows would
     otherwise keep classes together; random access costs a folder nothing. Each directory is read once, whatever links
-    lead to it; hidden folders are left alone; ``notes`` count what was left out.
+    lead to it; hidden folders are left alone; ``notes`` count what was left out. ``digest`` is SHA-256 of the hashes of all names
+    below the root, in order.
 
     Raises:
         UserError: no class folder; one without images, or that is a link to what is not there, or to another one; folders
@@ -67,6 +68,7 @@ class FolderDataset(Numbered):
         self._ends = np.frombuffer(ends, dtype=np.int64)
         place = np.argsort(np.frombuffer(keys, dtype=np.uint64), kind="stable")
         self._place = _by_name(place, np.frombuffer(keys, dtype=np.uint64), self._file)
+        self.digest = sha256(np.frombuffer(keys, dtype="<u8")[self._place].tobytes()).hexdigest()
         self._labels = np.frombuffer(labels, dtype=np.int32)
         self.counts = np.asarray([len(labels)], dtype=np.int64)
         self.max_label = len(classes) - 1

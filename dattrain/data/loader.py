@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dattrain.config.schema import Config
+from dattrain.data import identity
 from dattrain.data.batch import Batch
 from dattrain.data.classes import Classes, absent, bare_numbers, canonical, decide, few, hold
 from dattrain.data.cpu import CpuDecoder, EvalTransform
@@ -67,6 +68,7 @@ class TrainLoader:
         samples_per_epoch: samples of the set.
         num_classes_seen: one more than the largest label of the set, where its catalogue says; else None.
         classes: what the network's outputs stand for, as this training set or ``data.labels`` decides.
+        identity: of the set (``dattrain.data.identity``).
         bad: skipped samples.
         exact: whether order and resume are a function of the position (``data.reader: index``).
     """
@@ -81,6 +83,7 @@ class TrainLoader:
         self.feed = feed
         self.samples_per_epoch = feed.order.samples
         self.num_classes_seen = dataset.max_label + 1 or None
+        self.identity = identity.of_dataset(dataset)
         self.bad = Bad()
         self._decoder = decoder
         self._to_device = ToDevice(device)

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from dattrain.config.schema import Config
+from dattrain.data import identity
 from dattrain.data.augment import draw
 from dattrain.data.batch import Batch
 from dattrain.data.board import note
@@ -67,6 +68,7 @@ class StreamLoader:
         samples_per_epoch: with the padding that ends a rank's epoch in ``data.reader: dali``.
         num_classes_seen: one more than the largest label, None where that is unknown.
         classes: what the network's outputs stand for.
+        identity: of the set (``dattrain.data.identity``).
         bad: skipped samples.
     """
 
@@ -79,12 +81,14 @@ class StreamLoader:
         *,
         samples_per_epoch: int,
         num_classes_seen: int | None,
+        identity: Sequence[identity.Part],
         device: torch.device,
         after: Callable[[int, Batch], tuple[Batch, dict[str, Any]]] = lambda number, batch: (batch, {}),
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.samples_per_epoch = samples_per_epoch
         self.num_classes_seen = num_classes_seen
+        self.identity = identity
         self.classes = classes
         self.bad = Bad()
         self._decoder = decoder
@@ -172,6 +176,7 @@ def open_stream(
         classes,
         samples_per_epoch=reader.samples_per_epoch,
         num_classes_seen=dataset.max_label + 1 or None,
+        identity=identity.of_dataset(dataset),
         device=device,
         after=reader.after,
         close=close,
@@ -206,7 +211,12 @@ def _open_webdataset(
         unit="micro-batch",
     )
     return StreamLoader(
-        workers, classes, samples_per_epoch=data.samples, num_classes_seen=None, device=device
+        workers,
+        classes,
+        samples_per_epoch=data.samples,
+        num_classes_seen=None,
+        identity=identity.of_stream(stream.urls, data.samples),
+        device=device,
     )
 
 

@@ -15,16 +15,16 @@ from typing import Any
 
 import dattrain
 from dattrain.config.load import dump
-from dattrain.config.load import load as load_config
 from dattrain.config.schema import Config
 from dattrain.data.classes import Classes
 from dattrain.data.classes import write as write_classes
+from dattrain.engine.fixed import CONFIG
 from dattrain.errors import UserError
 from dattrain.runtime.env import Env
 from dattrain.state.checkpointer import versions
 from dattrain.urls import mask
 
-CONFIG, CODE, DIFF, ENVIRONMENT = "config.yaml", "code.json", "code.diff", "env.json"
+CODE, DIFF, ENVIRONMENT = "code.json", "code.diff", "env.json"
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def open_run(run_dir: Path, config: Config, classes: Classes, env: Env, device_n
     """Write ``config.yaml``, ``classes.json``, ``code.json`` with its diff, and ``env.json``. Rank 0 calls it, once the recipe
     is known to run.
 
-    A recipe that passed ``check`` takes the place of the one before it: what may differ from one start to the next may stay so.
+    A recipe that passed ``fixed.check_settings`` takes the place of the one before it: what may differ from one start to the next may stay so.
 
     Raises:
         UserError: the folder cannot be written.
@@ -75,42 +75,6 @@ def describe_code() -> tuple[dict[str, Any], bytes]:
         "diff": DIFF if diff else None,
         "untracked": new.decode(errors="replace").splitlines(),
     }, diff
-
-
-_FIXED = {
-    "model": "the weights depend",
-    "data.lanes": "the order of the data depends",
-    "data.window": "the order of the data depends",
-    "data.shuffle": "the order of the data depends",
-    "train.seed": "the order of the data depends",
-    "train.global_batch": "the position in the schedule depends",
-}
-"""Settings that a resumed run cannot change, and what depends on them."""
-
-
-def check(run_dir: Path, config: Config) -> None:
-    """Refuse a folder whose checkpoints are of another model or data order. Writes nothing.
-
-    Raises:
-        UserError: naming the setting and both values.
-    """
-    path = run_dir / CONFIG
-    if not path.exists() or not any(run_dir.glob("checkpoints/step_*")):
-        return
-    old = load_config(path).config.model_dump(mode="json", by_alias=True)
-    new = config.model_dump(mode="json", by_alias=True)
-    for key, what in _FIXED.items():
-        a: Any = old
-        b: Any = new
-        for part in key.split("."):
-            a, b = a[part], b[part]
-        if a != b:
-            if isinstance(a, dict):
-                key, a, b = next((f"{key}.{k}", a[k], b.get(k)) for k in a if a[k] != b.get(k))
-            raise UserError(
-                f"{path.parent} has checkpoints of {key}={a}, but this recipe says {key}={b}; {what} on it. "
-                "Choose another --run folder (and init.from to start from these weights)"
-            )
 
 
 def _note_start(path: Path, env: Env, device_name: str) -> None:

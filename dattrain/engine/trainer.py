@@ -21,11 +21,10 @@ import torch.distributed as dist
 
 from dattrain.config.derive import Derived, check_source, derive
 from dattrain.config.schema import Config
-from dattrain.data import classes
 from dattrain.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from dattrain.data.readers import StreamLoader
 from dattrain.engine import evaluate as evaluation
-from dattrain.engine import runfolder, schedule, zero
+from dattrain.engine import fixed, runfolder, schedule, zero
 from dattrain.engine.agree import Edge, Stragglers, agree
 from dattrain.engine.bundle import write_bundle
 from dattrain.engine.ranks import newest_checkpoint, on_first_rank
@@ -129,7 +128,6 @@ class Trainer:
         self._evaluated = self._saved = -1
         self._metrics: dict[str, float] = {}
         self._eval: tuple[Size, EvalLoader] | None = None
-        on_first_rank(lambda: runfolder.check(run_dir, config))
         self.checkpointer = Checkpointer.from_config(run_dir, config)
         # Across sizes all of a checkpoint is read beforehand, since the one before it may need another model.
         self._read_all = bool(config.train.progressive)
@@ -138,6 +136,8 @@ class Trainer:
         if found is None:
             check_source(config)
         else:
+            newest = found[0].name, found[1].meta
+            on_first_rank(lambda: fixed.check_settings(run_dir, config, *newest))
             # One that DeepSpeed wrote knows nothing of the data.
             per_epoch = found[1].meta.get("samples_per_epoch")
             self._restore_counters(found[1].meta)
@@ -146,14 +146,12 @@ class Trainer:
         self.loader = self._open_loader()
         stack.callback(self.close)
         self.samples_per_epoch = self.loader.samples_per_epoch
-        if per_epoch is not None and per_epoch != self.samples_per_epoch:
-            raise UserError(
-                f"data.train={config.data.train} has {self.samples_per_epoch} samples, but this run was begun with "
-                f"{per_epoch}; the order of the data depends on it. Give it the same shards, or another --run folder"
-            )
-        self.derived: Derived = derive(config, world=self.world, samples_per_epoch=self.samples_per_epoch)
+        data, classes = self.loader.identity, self.loader.classes
         if found is not None:
-            on_first_rank(lambda: classes.check(run_dir, self.loader.classes))
+            on_first_rank(lambda: fixed.check_data(run_dir, config, *newest, data, self.samples_per_epoch))
+            on_first_rank(lambda: fixed.check_classes(run_dir, *newest, classes))
+        self._fixed = fixed.record(config, data, classes)
+        self.derived: Derived = derive(config, world=self.world, samples_per_epoch=self.samples_per_epoch)
         if config.data.val is not None:
             self._eval_loader()  # what is wrong with it is said now, not after the first epoch
         on_first_rank(
@@ -339,6 +337,7 @@ class Trainer:
             "health": self.verdicts.state(),
             "bad_samples": self.reporter.bad_samples,
             "data": self._data_states,
+            fixed.META: self._fixed,
         }
         lost = self.checkpointer.save(
             self.session.engine, self.session.ema_tensors, meta, background=background

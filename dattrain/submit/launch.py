@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from dattrain.config.derive import check_source, derive
-from dattrain.config.load import Loaded, diff, dump, load
+from dattrain.config.load import Loaded, dump
+from dattrain.engine import fixed
 from dattrain.errors import ConfigError, UserError
 from dattrain.submit import history, queue, slurm, snapshot
 from dattrain.submit.cluster import Profile
@@ -26,16 +27,6 @@ from dattrain.urls import mask
 
 STARTUP_S = 15.0
 """Seconds that a job spends before its first step: imports, process group, data, checkpoint. A guess on the small side."""
-
-FIXED = (
-    "model.",
-    "data.lanes",
-    "data.window",
-    "data.shuffle",
-    "train.seed",
-    "train.global_batch",
-)
-"""What a run with checkpoints cannot change; the trainer (``dattrain.engine.runfolder``) refuses the same."""
 
 
 @dataclass(frozen=True)
@@ -157,23 +148,20 @@ def measured(run: Path, global_batch: int) -> tuple[float | None, float | None]:
 
 
 def check_run(run: Path, loaded: Loaded) -> None:
-    """Refuse to put a run into a folder that holds another one, or one that still has a job.
+    """Refuse to put a run into a folder that holds another one, or one that still has a job; the job's start asks the same.
 
     Raises:
         ConfigError: naming the settings that differ.
-        UserError: naming the job.
+        UserError: other training data, where these can be looked at from here; or naming the job.
     """
-    recorded = run / "config.yaml"
-    if recorded.is_file():
-        trained = history.newest_checkpoint(run) is not None
-        rows = [row for row in diff(load(recorded), loaded) if trained and row[0].startswith(FIXED)]
-        if rows:
-            shown = "; ".join(f"{key}: {a.split('  (')[0]} -> {b.split('  (')[0]}" for key, a, b in rows[:4])
-            raise ConfigError(
-                f"{run} has checkpoints of another run ({shown}{'; ...' if len(rows) > 4 else ''}); choose another --run, or "
-                f"continue that one with: dattrain submit {run}"
-            )
-    elif run.is_dir() and any(run.iterdir()) and not (run / "submit").is_dir():
+    newest = fixed.newest(run)
+    if newest is not None:
+        fixed.check_settings(run, loaded.config, *newest)
+        data = fixed.look(loaded.config)
+        if data is not None:
+            fixed.check_data(run, loaded.config, *newest, data)
+    known = newest is not None or (run / "config.yaml").is_file() or (run / "submit").is_dir()
+    if not known and run.is_dir() and any(run.iterdir()):
         raise ConfigError(f"{run} is not empty and not a run folder; choose another --run")
     job, state = active(run)
     if job is not None:

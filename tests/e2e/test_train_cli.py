@@ -170,12 +170,16 @@ def test_another_model_or_other_data_in_a_runs_folder_is_refused_and_loses_nothi
     done = dattrain("train", path, *data, *FP32, "model.name=dat_tiny", "--run", trained)
     assert (
         done.returncode == 1
-        and "model.name=dat_atto, but this recipe says model.name=dat_tiny" in done.stderr
+        and "model.name=dat_atto (step_00000002), but this recipe says model.name=dat_tiny" in done.stderr
     )
     other = pack(tmp_path, train=64)
     done = dattrain("train", trained, other[0])
-    assert done.returncode == 1 and "has 64 samples, but this run was begun with 96" in done.stderr
+    assert done.returncode == 1 and "of 96 samples, now " in done.stderr
     assert (trained / "config.yaml").read_text() == before
+    (trained / "config.yaml").write_text(before.replace("seed: 0", "seed: 1"))
+    done = dattrain("train", trained)
+    assert done.returncode == 1 and "config.yaml says train.seed=1" in done.stderr
+    (trained / "config.yaml").write_text(before)
     assert dattrain("train", trained, data[0]).returncode == 0
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dattrain.engine import runfolder
+from dattrain.config.load import loads
+from dattrain.data.classes import Classes
+from dattrain.data.index import Entry, write_catalogue
+from dattrain.engine import fixed
 from dattrain.errors import ConfigError, UserError
+from dattrain.state.checkpoint import Manifest
+from dattrain.state.shards import Digest
 from dattrain.submit import history, launch, request
 from dattrain.submit.request import Request
 
@@ -98,12 +105,51 @@ def test_checkpoints_of_another_run_are_not_continued(home: Path) -> None:
     launch.check_run(run, stage.loaded[0])
     (run / "checkpoints" / "step_00000001").mkdir(parents=True)
     (run / "checkpoints" / "step_00000001" / "manifest.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"train.seed: 3 -> 0"):
+    with pytest.raises(ConfigError, match=r"train.seed=3 \(config.yaml\), but this recipe says train.seed=0"):
         launch.check_run(run, stage.loaded[0])
 
 
-def test_the_trainer_refuses_the_same_changes() -> None:
-    assert {key.removesuffix(".") for key in launch.FIXED} == set(runfolder._FIXED)
+def test_a_run_is_continued_as_its_newest_checkpoint_was_trained_and_not_as_its_file_says(home: Path) -> None:
+    shards = home / "shards"
+    shards.mkdir()
+    for name in ("a-0.tar", "a-1.tar"):
+        (shards / name).write_bytes(bytes(1024))
+        (shards / name).with_suffix(".index.npz").touch()
+    entries = {name: Entry(2, 1024, "") for name in ("a-0.tar", "a-1.tar")}
+    write_catalogue(shards, entries)
+    text = "train: {global_batch: 64, micro_batch: 8}\ndata: {train: shards}\n"
+    run = _run_folder(home, text)
+    config = loads(text).config
+    data = fixed.look(config)
+    assert data is not None and data[0]["samples"] == 4
+    manifest = Manifest(
+        1, 64, 1, 0, "fp32", (), {}, files={"rank_00000.safetensors": Digest(100, 8, "0" * 8)},
+        meta={fixed.META: fixed.record(config, data, Classes(1000))},
+    )  # fmt: skip
+    (run / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (run / "checkpoints" / "step_00000001" / "manifest.json").write_bytes(manifest.render())
+
+    def continued() -> None:
+        (stage,) = request.plan(replace(ASKED, config=str(run))).stages
+        launch.check_run(run, stage.loaded[0])
+
+    continued()
+    (run / "config.yaml").write_text(text.replace("{train: shards}", "{train: shards, lanes: 8}"))
+    with pytest.raises(
+        ConfigError, match=r"data.lanes=64 \(step_00000001\), but .*config.yaml says data.lanes=8"
+    ):
+        continued()
+    (run / "config.yaml").write_text(text)
+    write_catalogue(shards, {**entries, "a-1.tar": Entry(2, 1536, "")})
+    with pytest.raises(UserError, match=r"data.train=shards: .*now as many with other sizes"):
+        continued()
+    shards.rename(home / "elsewhere")  # as on a host that does not see the data: the job's start does
+    continued()
+
+
+def test_a_submission_loads_no_torch() -> None:
+    code = "import sys, dattrain.submit.request; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(home: Path) -> None:

@@ -92,7 +92,8 @@ def reach(env: Env, timeout_s: float = 60.0) -> None:
 
 
 def check(env: Env, folder: Path, timeout_s: float = 60.0) -> Report:
-    """Within the process group: gather, reduce, and do what a save does in ``folder/checkpoints``. Collective. Leaves nothing there.
+    """Within the process group: gather, reduce, and do what a save does in ``folder/checkpoints``. Collective. Leaves nothing there,
+    but an empty ``checkpoints`` where that failed.
 
     Raises:
         UserError: on every rank, naming each node on which something failed.
@@ -193,7 +194,7 @@ def _save(folder: Path, env: Env, problems: list[str], timeout_s: float) -> floa
         if published.exists():
             with _noted(root, problems), doing("folders cannot be removed"):
                 shutil.rmtree(published)
-        if made:
+        if made and not problems:
             with contextlib.suppress(OSError):
                 root.rmdir()
     return seconds

@@ -11,7 +11,6 @@ import bisect
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,66 +38,6 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {v: k for k, v in _DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Place:
-    """A piece, and where it lies: file number, absolute first byte."""
-
-    piece: Piece
-    file: int
-    begin: int
-
-
-class Index:
-    """Every piece of a checkpoint by (state, name), from the headers of its shards: for one process alone, which opens them all.
-
-    Raises:
-        Damaged: a header is not as written, or the pieces of a tensor do not cover it exactly once.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest, *, verify: bool = True) -> None:
-        self.files: list[tuple[Path, Digest]] = [(folder / n, d) for n, d in manifest.files.items()]
-        self.manifest = manifest
-        self.verify = verify
-        self._places: dict[tuple[str, str], list[Place]] = {}
-        for number, (path, digest) in enumerate(self.files):
-            with Reader(path, digest, verify=verify) as reader:
-                for key, found in reader.pieces().items():
-                    self._places.setdefault(key, []).extend(Place(p, number, at) for p, at in found)
-        for name, parameter in manifest.parameters.items():
-            for state in manifest.states if parameter.trainable else ("param",):
-                self._check_cover(state, name, parameter.numel)
-
-    def _check_cover(self, state: str, name: str, numel: int) -> None:
-        places = self._places.setdefault((state, name), [])
-        places.sort(key=lambda p: p.piece.start)
-        at = 0
-        for place in places:
-            if place.piece.start != at or place.piece.dtype != "F32":
-                break
-            at += place.piece.numel
-        if at != numel or sum(p.piece.numel for p in places) != numel:
-            raise Damaged(_uncovered(state, name, numel))
-
-    def overlap(self, state: str, name: str, start: int, numel: int) -> list[tuple[Place, int, int]]:
-        """Places that hold elements of ``[start, start + numel)``, each with the first and last element of the overlap."""
-        found = []
-        for place in self._places.get((state, name), ()):
-            lo = max(start, place.piece.start)
-            hi = min(start + numel, place.piece.start + place.piece.numel)
-            if lo < hi:
-                found.append((place, lo, hi))
-        return found
-
-    def buffer(self, name: str) -> Tensor:
-        """A buffer, whole, on the host. Raises Damaged."""
-        places = self._places.get(("buffer", name), [])
-        if len(places) != 1:
-            raise Damaged(f"buffer {name} is there {len(places)} times")
-        piece, path_digest = places[0].piece, self.files[places[0].file]
-        with Reader(*path_digest, verify=self.verify) as reader:
-            return _whole(reader, piece, places[0].begin)
 
 
 def check_fits(
@@ -152,7 +91,7 @@ class Wanted:
         for (state, name), found in pieces.items():
             targets = self._targets.get(self.numbers.get((state, name), -1), [])
             cuts = [(t, cut) for t in targets for piece in found if (cut := t.cut(*_run(piece[0])))]
-            covered = all(_exactly(t.start, t.end, [c for u, c in cuts if u is t]) for t in targets)
+            covered = all(exactly(t.start, t.end, [c for u, c in cuts if u is t]) for t in targets)
             if not covered or any(piece.dtype != "F32" for piece, _ in found):
                 continue
             for target in targets:
@@ -202,7 +141,7 @@ class Wanted:
         for targets in self._targets.values():
             for target in targets:
                 if not target.full:
-                    raise Damaged(_uncovered(target.state, target.name, math.prod(target.shape)))
+                    raise Damaged(uncovered(target.state, target.name, math.prod(target.shape)))
 
 
 class _Target:
@@ -230,7 +169,7 @@ class _Target:
     @property
     def full(self) -> bool:
         """Whether every element has come exactly once."""
-        return _exactly(self.start, self.end, self._come)
+        return exactly(self.start, self.end, self._come)
 
 
 def _run(piece: Piece) -> tuple[int, int]:
@@ -245,7 +184,7 @@ def _within(spans: Sequence[Span], begin: int, end: int) -> Iterator[tuple[Span,
         yield span, max(begin, span.begin), min(end, span.end)
 
 
-def _exactly(start: int, end: int, runs: Sequence[tuple[int, int]]) -> bool:
+def exactly(start: int, end: int, runs: Sequence[tuple[int, int]]) -> bool:
     """Whether ``runs`` cover ``[start, end)`` exactly once."""
     for lo, hi in sorted(runs):
         if lo != start:
@@ -254,7 +193,8 @@ def _exactly(start: int, end: int, runs: Sequence[tuple[int, int]]) -> bool:
     return start == end
 
 
-def _uncovered(state: str, name: str, numel: int) -> str:
+def uncovered(state: str, name: str, numel: int) -> str:
+    """What is said of a tensor whose pieces leave a gap or overlap."""
     return f"{state} of {name}: its fragments do not cover its {numel} elements exactly once"
 
 
@@ -289,7 +229,7 @@ def load(
         local.create_moments({n: p.opt_step or 0 for n, p in manifest.parameters.items()})
         wanted = Wanted(local, manifest, states, ema)
         if local.rank == 0:
-            buffers.update(_buffers(files, tuple(local.buffers()), verify=verify))
+            buffers.update(read_buffers(files, tuple(local.buffers()), verify=verify))
         own = shard_name(local.rank)
         if own in manifest.files and _cut_alike(local, manifest):
             file = (folder / own, manifest.files[own])
@@ -344,7 +284,7 @@ def _cut_alike(local: LocalState, manifest: Manifest) -> bool:
     )
 
 
-def _buffers(
+def read_buffers(
     files: Sequence[tuple[Path, Digest]], names: Sequence[str], *, verify: bool
 ) -> dict[str, Tensor]:
     """Buffers, whole, on the host. They are in the first file, which rank 0 wrote, or in a later one. Raises Damaged."""
@@ -356,15 +296,10 @@ def _buffers(
         with Reader(path, digest, verify=verify) as reader:
             for name in left:
                 for piece, begin in reader.pieces().get(("buffer", name), ())[:1]:
-                    found[name] = _whole(reader, piece, begin)
+                    data = reader.read(begin, piece.nbytes)
+                    flat = torch.frombuffer(data, dtype=_DTYPES[piece.dtype]) if data else torch.empty(0)
+                    found[name] = flat.to(_DTYPES[piece.dtype]).reshape(piece.shape or ())
     for name in names:
         if name not in found:
             raise Damaged(f"buffer {name} is there 0 times")
     return found
-
-
-def _whole(reader: Reader, piece: Piece, begin: int) -> Tensor:
-    data = reader.read(begin, piece.nbytes)
-    if not data:
-        return torch.empty(piece.shape or (), dtype=_DTYPES[piece.dtype])
-    return torch.frombuffer(data, dtype=_DTYPES[piece.dtype]).reshape(piece.shape or ())

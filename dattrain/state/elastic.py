@@ -218,7 +218,7 @@ def load(
     """
     files = [(folder / name, digest) for name, digest in manifest.files.items()]
     with_ema = ema is not None and "ema" in manifest.states
-    states = ("param", *MOMENTS, *(("ema",) if with_ema else ()))
+    states = [s for s in ("param", *MOMENTS, *(("ema",) if with_ema else ())) if s in manifest.states]
     wanted: Wanted
     buffers: dict[str, Tensor] = {}
 

@@ -6,6 +6,7 @@ from state_ranks import HERE, finished, spawn
 
 SCENARIOS = [
     "damaged_on_one_rank",
+    "one_rank_cannot_load",
     "all_damaged",
     "another_model",
     "copied_beside_the_pass",

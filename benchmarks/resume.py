@@ -103,10 +103,12 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     for words in args.layouts:
-        before, after = (tuple(map(int, side.split(":"))) for side in words.split(">"))
+        (world, stage), after = ([int(n) for n in side.split(":")] for side in words.split(">"))
         run = Path(tempfile.mkdtemp(prefix="resume-", dir=args.dir))
         try:
-            print(json.dumps(measure(run, before, after, alone=args.alone)), flush=True)
+            print(
+                json.dumps(measure(run, (world, stage), (after[0], after[1]), alone=args.alone)), flush=True
+            )
         finally:
             shutil.rmtree(run)
     return 0

@@ -133,9 +133,9 @@ def write(
                 used = max(used, at + piece.nbytes)
         name = checkpoint.shard_name(rank)
         with open(folder / name, "wb") as file:
-            file.write(memoryview(image[:used]))
+            file.write(image[:used].data)
             file.truncate(layout.size)
-        files[name] = shards.Digest(layout.size, len(layout.header), shards.checksums(memoryview(image)))
+        files[name] = shards.Digest(layout.size, len(layout.header), shards.checksums(image.data))
     manifest = Manifest(
         step=7,
         samples_seen=70,
@@ -215,7 +215,8 @@ class Group:
         self.run, self.shapes, self.world, self.stage = run, shapes, world, stage
         self._told: list[Any] = []  # by rank 0 to all
         self._gathered: list[Any] = [None] * world
-        self._sent: dict[int, list[bytes | int]] = {}
+        self.sent: dict[int, list[bytes | int]] = {}
+        """By every rank: messages, or the lengths of those that are all zero."""
 
     def resume(self, only: Sequence[int] | None = None) -> tuple[list[Count], dict[int, Count], list[Local]]:
         """Counts of all ranks; of the ranks ``only`` (default: all) counts with what they receive, and their state then."""
@@ -237,7 +238,7 @@ class Group:
         if rank == 0:
             self._told = []
         if mode == "send":
-            self._sent[rank] = []
+            self.sent[rank] = []
         gathers = 0
 
         def broadcast(value: Any, source: int = 0) -> Any:
@@ -262,12 +263,12 @@ class Group:
         def share(data: Tensor, source: int) -> None:
             held = data.numpy()
             if mode == "send" and source == rank:
-                self._sent[rank].append(held.tobytes() if held.any() else len(held))
+                self.sent[rank].append(held.tobytes() if held.any() else len(held))
             elif mode == "send":
                 held[:] = 0
             elif source != rank:
                 heard[source] = heard.get(source, -1) + 1
-                message = self._sent[source][heard[source]]
+                message = self.sent[source][heard[source]]
                 held[:] = 0 if isinstance(message, int) else np.frombuffer(message, np.uint8)
 
         with (

@@ -25,18 +25,19 @@ def value(state, name, start, numel):
 
 
 def resumed(tmp_path, before, after):
-    """(counts by rank, bytes of the checkpoint) of a resume from one (world, stage) at another; the state is right."""
+    """(counts by rank, bytes of the checkpoint, messages sent) of a resume from one (world, stage) at another; the state is right."""
     folder = write(tmp_path, SHAPES, *before, value)
     group = Group(tmp_path, SHAPES, *after)
     counts, _, states = group.resume(sorted({0, 1, after[0] // 2, after[0] - 1}))
     for local in states:
         local.check(value)
-    return counts, sum(p.stat().st_size for p in folder.iterdir())
+    return counts, sum(p.stat().st_size for p in folder.iterdir()), sum(map(len, group.sent.values()))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_on_the_same_ranks_a_rank_opens_its_own_shard(tmp_path, stage):
-    counts, size = resumed(tmp_path, (64, stage), (64, stage))
+    counts, size, sent = resumed(tmp_path, (64, stage), (64, stage))
+    assert sent == 0
     for rank, count in enumerate(counts[1:], 1):
         assert count.names == [checkpoint.shard_name(rank)]
     assert counts[0].opens <= 3, counts[0].names
@@ -49,7 +50,8 @@ def test_on_the_same_ranks_a_rank_opens_its_own_shard(tmp_path, stage):
     ids=str,
 )
 def test_on_another_layout_a_shard_is_opened_once_in_all(tmp_path, before, after):
-    counts, size = resumed(tmp_path, before, after)
+    counts, size, sent = resumed(tmp_path, before, after)
+    assert sent == 3 * before[0], "the number of pieces, the table and the data of each shard"
     names = [name for count in counts for name in count.names if name != checkpoint.MANIFEST]
     # Rank 0 reads the buffers, wherever the rest of that shard goes.
     assert sorted(names) == sorted([checkpoint.shard_name(r) for r in range(before[0])] + names[:1])

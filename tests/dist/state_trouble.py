@@ -15,7 +15,7 @@ import torch.distributed as dist
 from state_worker import Job, build, finish, start_distributed, train_step
 
 from dattrain.errors import UserError
-from dattrain.state import checkpoint, fragments, shards
+from dattrain.state import checkpoint, fragments, ranks, shards
 from dattrain.state.background import SideCopy
 from dattrain.state.checkpointer import Checkpointer
 from dattrain.state.fragments import MOMENTS, LocalState, averaged, lerp_ema, read
@@ -86,6 +86,24 @@ def one_rank_cannot_load(run: Path) -> None:
                 assert str(e) == words
             setattr(owner, name, real)
         assert keeper.resume(engine, None) == META
+
+
+def tensors_of_rank_0(run: Path) -> None:
+    """Rank 0 alone reads; the others get every tensor to the bit, and what stops it on the way."""
+    held = {"a": torch.randn(3, 5).T, "n": torch.tensor(3), "none": torch.empty(0, 2), "flags": torch.ones(9) > 0}
+    held["half"] = torch.arange(7, dtype=torch.bfloat16)
+
+    def read(broken: bool) -> Any:
+        assert dist.get_rank() == 0
+        yield from held.items()
+        if broken:
+            raise UserError("the disk is gone")
+
+    got = dict(ranks.tensors_from_first(lambda: read(False)))
+    told_by_rank_0 = ranks.broadcast(held)
+    assert list(got) == list(told_by_rank_0)
+    assert all(got[n].dtype == t.dtype and torch.equal(got[n], t) for n, t in told_by_rank_0.items())
+    assert told(lambda: list(ranks.tensors_from_first(lambda: read(True)))) == "the disk is gone"
 
 
 def all_damaged(run: Path) -> None:

@@ -1,8 +1,9 @@
 """A resume by thousands of ranks in one process, one rank after another: the product's code, with counted opens and reads.
 
 ``Checkpointer.resume`` runs for every rank with the exchanges of ``dattrain.state.ranks`` played from records. What a rank sends
-never depends on what it receives, so three passes are enough: each rank up to the first gather (what is missing), each rank
-with silence from the others (what it opens, reads and sends; this one is counted), and each rank with everything.
+never depends on what it receives, so three passes are enough: each rank up to the first gather (what it misses); if any misses
+something, each rank with silence from the others (what it opens, reads and sends); and some ranks with everything. The
+last pass must open and read what was counted in the others.
 """
 
 from __future__ import annotations
@@ -220,10 +221,13 @@ class Group:
 
     def resume(self, only: Sequence[int] | None = None) -> tuple[list[Count], dict[int, Count], list[Local]]:
         """Counts of all ranks; of the ranks ``only`` (default: all) counts with what they receive, and their state then."""
-        for rank in range(self.world):
-            self._rank(rank, "ask")
-        counts = [self._rank(rank, "send")[0] for rank in range(self.world)]
+        counts = [self._rank(rank, "ask")[0] for rank in range(self.world)]
+        missing = any(any(value) for value, _ in self._gathered)
+        for rank in range(self.world if missing else 1):  # rank 0 has something to tell in any case
+            counts[rank] = self._rank(rank, "send")[0]
         done = {r: self._rank(r, "receive") for r in (range(self.world) if only is None else only)}
+        for rank, (count, _) in done.items():
+            assert sorted(count.names) == sorted(counts[rank].names) and count.nbytes == counts[rank].nbytes
         return counts, {r: count for r, (count, _) in done.items()}, [local for _, local in done.values()]
 
     def alone(self, rank: int) -> tuple[Count, Local]:

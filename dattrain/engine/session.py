@@ -29,7 +29,7 @@ from dattrain.engine.step import Updater
 from dattrain.errors import ConfigError, UserError
 from dattrain.models import surgery, zoo
 from dattrain.models.dat import DAT
-from dattrain.state import checkpoint, fragments, gather
+from dattrain.state import checkpoint, fragments, gather, ranks
 from dattrain.state.checkpoint import Manifest
 from dattrain.state.fragments import MOMENTS, LocalState
 
@@ -134,7 +134,7 @@ def initialise(model: DAT, config: Config, classes: Classes | None = None) -> su
     """
     init = config.init
     assert init.from_ is not None
-    tensors, what = read_source(Path(init.from_), ema=init.ema)
+    tensors, what = shared_source(Path(init.from_), ema=init.ema)
     buffers = {name for name, _ in model.named_buffers()}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
     index = None
@@ -156,6 +156,19 @@ def initialise(model: DAT, config: Config, classes: Classes | None = None) -> su
         raise UserError(f"init.from={init.from_}: {error}") from error
     log.info("init.from=%s (%s): %s", init.from_, what, report)
     return report
+
+
+def shared_source(path: Path, *, ema: bool) -> tuple[dict[str, Tensor], str]:
+    """``read_source`` on rank 0, for all. Collective: a thousand ranks that read every shard would be a load of their own."""
+    what = ""
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        nonlocal what
+        tensors, what = read_source(path, ema=ema)
+        yield from tensors.items()
+
+    tensors = dict(ranks.tensors_from_first(read))
+    return tensors, ranks.broadcast(what)
 
 
 def read_source(path: Path, *, ema: bool) -> tuple[dict[str, Tensor], str]:
@@ -265,12 +278,12 @@ def _card(path: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def carry(session: Session, config: Config, folder: Path) -> Manifest:
-    """Fill ``session`` from a checkpoint of another image size. Collective; each rank reads all of it, a state at a time.
+    """Fill ``session`` from a checkpoint of another image size. Collective; rank 0 reads all of it and sends it to the others.
 
     Weights and averages are resized as ``init.bias_table`` says. The moments of a table that was resized begin anew: the
     first at zero, the second at its mean over each head, so that no element's first steps are out of proportion.
     """
-    manifest = checkpoint.check(folder)
+    manifest = ranks.from_first(lambda: checkpoint.check(folder))
     local = LocalState(session.engine)
     local.begin_write()
     local.create_moments(
@@ -290,7 +303,7 @@ def carry(session: Session, config: Config, folder: Path) -> Manifest:
                     values = tensor.reshape(-1)[fragment.start : fragment.start + fragment.numel]
                     fragments.write(held, fragment.offset, values.to(held.device))
     buffers = local.buffers()
-    for name, value in gather.load_buffers(folder).items():
+    for name, value in ranks.tensors_from_first(lambda: gather.load_buffers(folder).items()):
         if name in buffers and buffers[name].shape == value.shape:
             buffers[name].copy_(value)
     local.set_scalars(manifest.engine)
@@ -301,13 +314,14 @@ def carry(session: Session, config: Config, folder: Path) -> Manifest:
 def _resized(
     config: Config, img_size: Size, local: LocalState, folder: Path, state: gather.State
 ) -> Iterator[tuple[str, Tensor]]:
+    held = ranks.tensors_from_first(lambda: gather.iter_tensors(folder, state))
     if state in ("param", "ema"):
+        tensors = dict(held)
         scratch = build_model(config, img_size)
-        tensors = dict(gather.iter_tensors(folder, state))
         surgery.resize_for(scratch, tensors, bias_table=config.init.bias_table)
         yield from ((name, p.detach()) for name, p in scratch.named_parameters())
         return
-    for name, tensor in gather.iter_tensors(folder, state):
+    for name, tensor in held:
         shape = local.parameters[name].shape
         if tuple(tensor.shape) != shape:
             mean = tensor.mean(dim=(1, 2), keepdim=True)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from dattrain.errors import UserError
 from dattrain.runtime.files import doing, sync
-from dattrain.state.shards import BLOCK, Damaged, Digest, Reader, open_regular, read_block
+from dattrain.state.shards import BLOCK, Damaged, Digest, Reader, check_regular, open_regular, read_block
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -183,13 +183,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check(folder: Path) -> Manifest:
-    """Read the manifest and check that every shard is there in its size. Raises Damaged."""
+    """Read the manifest and check that every shard is there in its size, without opening any. Raises Damaged."""
     manifest = read_manifest(folder)
     named = _FOLDER.fullmatch(folder.name)
     if named and int(named[1]) != manifest.step:
         raise Damaged(f"{MANIFEST}: is of step {manifest.step}")
     for name, digest in manifest.files.items():
-        os.close(open_regular(folder / name, digest.size))
+        check_regular(folder / name, digest.size)
     return manifest
 
 

@@ -21,7 +21,7 @@ import secrets
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from dattrain.errors import UserError
 from dattrain.runtime.files import Failed, doing, reason
 from dattrain.state import checkpoint, elastic, ranks, retention, shards
 from dattrain.state.background import Copy, HostBuffer, OneInFlight, SideCopy, image_of
-from dattrain.state.checkpoint import Manifest
+from dattrain.state.checkpoint import Found, Manifest
 from dattrain.state.fragments import MOMENTS, Fragment, LocalState
 from dattrain.state.retention import Policy
 from dattrain.state.shards import Damaged, Digest, Layout, Piece
@@ -348,27 +348,26 @@ class Checkpointer:
         local = LocalState(engine)
         skip: dict[str, str] = {}
         while True:
-            chosen: tuple[Path | None, tuple[tuple[str, str], ...]] = (folder, ())
-            if self.rank == 0 and folder is None:
-                found = checkpoint.find(self.root, skip=skip)
-                chosen = (found.folder, found.passed_over)
-            source, self.passed_over = ranks.broadcast(chosen)
-            if source is None:
+            # One rank looks: a thousand that read the manifest and ask for every shard's size are a load of their own.
+            found = ranks.from_first(functools.partial(self._choose, folder, skip))
+            self.passed_over = found.passed_over
+            if found.folder is None or found.manifest is None:
                 if self.passed_over:
                     raise UserError(checkpoint.none_whole(self.root, self.passed_over))
                 return None
-            manifest, reason = self._try(functools.partial(self._load, local, source, ema))
-            if manifest is not None:
+            try:
+                elastic.load(local, found.folder, found.manifest, ema, verify=self.verify)
                 break
-            if folder is not None:
-                raise UserError(f"{folder} is damaged: {reason}")
-            skip[source.name] = reason
+            except Damaged as e:
+                if folder is not None:
+                    raise UserError(f"{folder} is damaged: {e}") from e
+                skip[found.folder.name] = str(e)
         for name, why in self.passed_over:
             if self.rank == 0:
                 log.warning("passed over %s: %s", name, why)
         local.refresh()
-        self.resumed_from = source
-        return dict(manifest.meta)
+        self.resumed_from = found.folder
+        return dict(found.manifest.meta)
 
     def rollback(self, engine: Any, ema: list[Tensor] | None) -> dict[str, Any]:
         """Wait for the save in flight, then restore the newest whole checkpoint. Collective. Returns its ``meta``.
@@ -382,32 +381,13 @@ class Checkpointer:
             raise UserError(f"{self.root} holds no checkpoint to roll back to")
         return meta
 
-    def _load(self, local: LocalState, source: Path, ema: list[Tensor] | None) -> Manifest:
-        manifest = checkpoint.check(source)
-        elastic.load(local, source, manifest, ema, verify=self.verify)
-        return manifest
-
-    def _try(self, load: Callable[[], Manifest]) -> tuple[Manifest | None, str]:
-        """Run ``load`` on every rank; damage seen by one is damage for all. Other errors are raised, on every rank."""
-        manifest: Manifest | None = None
-        damage: str | None = None
-        failure: Exception | None = None
+    def _choose(self, folder: Path | None, skip: Mapping[str, str]) -> Found:
+        if folder is None:
+            return checkpoint.find(self.root, skip=skip)
         try:
-            manifest = load()
+            return Found(folder, checkpoint.check(folder))
         except Damaged as e:
-            damage = str(e)
-        except Exception as e:
-            failure = e
-        told = ranks.gather((damage, None if failure is None else f"{failure}"))
-        if failure is not None:
-            raise failure
-        for rank, (_, other) in enumerate(told):
-            if other is not None:
-                raise UserError(f"rank {rank}: {other}")
-        for theirs, _ in told:
-            if theirs is not None:
-                return None, theirs
-        return manifest, ""
+            raise UserError(f"{folder} is damaged: {e}") from e
 
 
 def describe(config: Config) -> Description:

@@ -1,12 +1,12 @@
 """Whole tensors out of a checkpoint, one after another: for evaluation, prediction, export and fine-tuning.
 
-Needs neither the ranks that wrote it nor DeepSpeed. Memory is one tensor and a few blocks per shard.
+Needs neither the ranks that wrote it nor DeepSpeed. Tensors come in groups of at most ``GROUP`` bytes (or one that is larger):
+for each the shards are opened one after another, and no more than one at a time, however many there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from dattrain.errors import UserError
-from dattrain.state import checkpoint
-from dattrain.state.elastic import Index
-from dattrain.state.shards import Damaged, Reader
+from dattrain.state import checkpoint, elastic
+from dattrain.state.ahead import Span, read_ahead
+from dattrain.state.checkpoint import Manifest
+from dattrain.state.shards import Damaged, Pieces
 
+GROUP = 512 << 20
+"""Bytes of tensors that are put together in one pass over the shards."""
 State = Literal["param", "exp_avg", "exp_avg_sq", "ema"]
 
 
@@ -40,23 +43,64 @@ def iter_tensors(
         manifest = checkpoint.check(folder)
         if state not in manifest.states:
             raise UserError(f"{folder} holds {', '.join(manifest.states)}, but no {state}")
-        index = Index(folder, manifest, verify=verify)
         wanted = None if names is None else set(names)
-        with ExitStack() as stack:
-            readers = [stack.enter_context(Reader(*file, verify=verify)) for file in index.files]
-            for name, parameter in manifest.parameters.items():
-                if wanted is not None and name not in wanted:
-                    continue
-                source = state if parameter.trainable else "param"
-                if source != state and state != "ema":
-                    continue
-                full = torch.empty(parameter.numel, dtype=torch.float32)
-                for place, lo, hi in index.overlap(source, name, 0, parameter.numel):
-                    data = readers[place.file].read(place.begin, 4 * (hi - lo))
-                    full[lo:hi] = torch.frombuffer(data, dtype=torch.float32)
-                yield name, full.reshape(parameter.shape)
+        sources = {
+            name: state if parameter.trainable else "param"
+            for name, parameter in manifest.parameters.items()
+            if (wanted is None or name in wanted) and (parameter.trainable or state in ("param", "ema"))
+        }
+        for group in _groups(manifest, sources):
+            yield from _whole(folder, manifest, {(sources[name], name) for name in group}, verify=verify)
     except Damaged as e:
         raise UserError(f"{folder} is damaged: {e}") from e
+
+
+def _groups(manifest: Manifest, names: Iterable[str]) -> Iterator[list[str]]:
+    group: list[str] = []
+    size = 0
+    for name in names:
+        nbytes = 4 * manifest.parameters[name].numel
+        if group and size + nbytes > GROUP:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += nbytes
+    if group:
+        yield group
+
+
+def _whole(
+    folder: Path, manifest: Manifest, wanted: set[tuple[str, str]], *, verify: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every (state, name) that is ``wanted``, in the model's order: one pass over the shards."""
+    state_of = {name: state for state, name in wanted}
+    tensors = {name: torch.empty(p.numel) for name, p in manifest.parameters.items() if name in state_of}
+    runs: dict[str, list[tuple[int, int]]] = {name: [] for name in tensors}
+
+    def choose(pieces: Pieces) -> list[Span]:
+        spans = []
+        for (state, name), found in pieces.items():
+            if (state, name) in wanted:
+                for piece, begin in found:
+                    end = piece.start + piece.numel
+                    if piece.dtype != "F32" or not 0 <= piece.start <= end <= tensors[name].numel():
+                        raise Damaged(elastic.uncovered(state, name, tensors[name].numel()))
+                    if piece.numel:
+                        runs[name].append((piece.start, end))
+                    spans.append(Span(begin, begin + piece.nbytes, (name, piece.start)))
+        return spans
+
+    files = [(folder / name, digest) for name, digest in manifest.files.items()]
+    with read_ahead(files, choose, verify=verify) as found:
+        for _, parts in found:
+            for (name, start), at, data in parts:
+                first = start + at // 4
+                tensors[name][first : first + len(data) // 4] = torch.frombuffer(data, dtype=torch.float32)
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        if not elastic.exactly(0, tensor.numel(), runs[name]):
+            raise Damaged(elastic.uncovered(state_of[name], name, tensor.numel()))
+        yield name, tensor.reshape(manifest.parameters[name].shape)
 
 
 def load_tensors(folder: Path, state: State = "param", *, verify: bool = True) -> dict[str, Tensor]:
@@ -73,7 +117,7 @@ def load_buffers(folder: Path, *, verify: bool = True) -> dict[str, Tensor]:
     folder = checkpoint.locate(Path(folder))
     try:
         manifest = checkpoint.check(folder)
-        index = Index(folder, manifest, verify=verify)
-        return {name: index.buffer(name) for name in manifest.buffers}
+        files = [(folder / name, digest) for name, digest in manifest.files.items()]
+        return elastic.read_buffers(files, manifest.buffers, verify=verify)
     except Damaged as e:
         raise UserError(f"{folder} is damaged: {e}") from e

@@ -1,8 +1,8 @@
 """One rank's file of a checkpoint: a safetensors file with a checksum for every mebibyte.
 
 The file is laid out in host memory exactly as it will lie on the disk, so that saving is one copy out of the device and
-one sequential write. Checksums are per block rather than per file because an elastic load reads pieces of many files: it
-can then check what it reads, all of it and nothing else.
+one sequential write. Checksums are per block rather than per file so that whoever reads a part of a file, a few tensors or
+the header, can check what it reads without reading the rest.
 
 They are CRC-32, as in file systems and archives: what they are for is disks, networks and writes that were cut short, and a
 block that was changed by any of these passes once in 4 billion times, a flipped bit or a burst of up to 32 never. zlib
@@ -18,9 +18,7 @@ import errno
 import fcntl
 import json
 import os
-import queue
 import stat
-import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -222,6 +220,10 @@ def _create(path: Path, direct: bool) -> tuple[int, bool]:
     return os.open(path, flags, 0o644), False
 
 
+Pieces = dict[tuple[str, str], list[tuple[Piece, int]]]
+"""What a shard holds of each (state, name): pieces, and the absolute byte where each begins."""
+
+
 class Reader:
     """Reads byte ranges of one shard, checking every block that it touches; keeps the last blocks it read.
 
@@ -233,7 +235,7 @@ class Reader:
         self._keep = keep
         self._blocks: OrderedDict[int, bytearray] = OrderedDict()
         self._fd = open_regular(path, digest.size)
-        self._table: dict[tuple[str, str], list[tuple[Piece, int]]] | None = None
+        self._table: Pieces | None = None
 
     def __enter__(self) -> Reader:
         return self
@@ -247,13 +249,13 @@ class Reader:
             os.close(self._fd)
             self._fd = -1
 
-    def pieces(self) -> dict[tuple[str, str], list[tuple[Piece, int]]]:
+    def pieces(self) -> Pieces:
         """Every (state, name)'s pieces in this file and the absolute byte where each begins."""
         if self._table is None:
             self._table = self._parse(self.read(0, self.digest.header))
         return self._table
 
-    def _parse(self, header: bytearray) -> dict[tuple[str, str], list[tuple[Piece, int]]]:
+    def _parse(self, header: bytearray) -> Pieces:
         length = int.from_bytes(header[:8], "little")
         if length + 8 != self.digest.header or length > _HEADER_LIMIT:
             raise Damaged(
@@ -261,7 +263,7 @@ class Reader:
             )
         try:
             table = json.loads(header[8:])
-            found: dict[tuple[str, str], list[tuple[Piece, int]]] = {}
+            found: Pieces = {}
             for key, entry in table.items():
                 if key == "__metadata__":
                     continue
@@ -281,15 +283,16 @@ class Reader:
             return bytearray()
         if first == last:
             begin = offset - first * BLOCK
-            return self._block(first)[begin : begin + size]
+            return self.block(first)[begin : begin + size]
         parts = []
         for index in range(first, last + 1):
-            block = self._block(index)
+            block = self.block(index)
             begin = max(0, offset - index * BLOCK)
             parts.append(block[begin : offset + size - index * BLOCK])
         return bytearray().join(parts)
 
-    def _block(self, index: int) -> bytearray:
+    def block(self, index: int) -> bytearray:
+        """All of one block, checked. Whoever gets it must not change it."""
         block = self._blocks.get(index)
         if block is None:
             block = read_block(self._fd, self.path, self.digest, index, verify=self.verify)
@@ -307,14 +310,28 @@ def open_regular(path: Path, size: int) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as e:
         raise Damaged(f"{path.name}: {'missing' if e.errno == errno.ENOENT else e.strerror}") from e
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+    try:
+        _require(path, os.fstat(fd), size)
+    except BaseException:
         os.close(fd)
-        what = (
-            f"{status.st_size} bytes, not {size}" if stat.S_ISREG(status.st_mode) else "not an ordinary file"
-        )
-        raise Damaged(f"{path.name}: {what}")
+        raise
     return fd
+
+
+def check_regular(path: Path, size: int) -> None:
+    """``open_regular`` without opening. Raises Damaged."""
+    try:
+        status = os.lstat(path)
+    except OSError as e:
+        raise Damaged(f"{path.name}: {'missing' if e.errno == errno.ENOENT else e.strerror}") from e
+    _require(path, status, size)
+
+
+def _require(path: Path, status: os.stat_result, size: int) -> None:
+    regular = stat.S_ISREG(status.st_mode)
+    if not regular or status.st_size != size:
+        what = f"{status.st_size} bytes, not {size}" if regular else "not an ordinary file"
+        raise Damaged(f"{path.name}: {what}")
 
 
 def read_block(fd: int, path: Path, digest: Digest, index: int, *, verify: bool = True) -> bytearray:
@@ -333,81 +350,3 @@ def read_block(fd: int, path: Path, digest: Digest, index: int, *, verify: bool 
     if verify and checksum(block) != digest.block(index):
         raise Damaged(f"{path.name}: bytes {begin}-{begin + len(block) - 1} do not have their checksum")
     return block
-
-
-@dataclass(frozen=True)
-class Span:
-    """A byte range ``[begin, end)`` of file number ``file``, and what the caller wants to remember about it."""
-
-    file: int
-    begin: int
-    end: int
-    tag: Any
-
-
-def stream(
-    files: Sequence[tuple[Path, Digest]], spans: Sequence[Span], *, verify: bool = True, ahead: int = 16
-) -> Iterable[tuple[Any, int, memoryview]]:
-    """Read ``spans``, in order of file and byte, a thread reading and checking ``ahead`` blocks before the consumer.
-
-    Yields (tag, offset within the span, bytes) for each piece of at most a block; every block is read once however many
-    spans lie in it. Memory is ``ahead`` blocks.
-
-    Raises:
-        Damaged: as ``Reader``.
-    """
-    ordered = sorted((s for s in spans if s.end > s.begin), key=lambda s: (s.file, s.begin))
-    ready: queue.Queue[tuple[int, int, bytearray] | BaseException | None] = queue.Queue(ahead)
-    stop = threading.Event()
-
-    def put(item: tuple[int, int, bytearray] | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        fd, current, done = -1, -1, (-1, -1)
-        try:
-            for span in ordered:
-                if span.file != current:
-                    if fd >= 0:
-                        os.close(fd)
-                    current, fd = span.file, -1
-                    fd = open_regular(files[current][0], files[current][1].size)
-                for index in range(span.begin // BLOCK, -(-span.end // BLOCK)):
-                    if (current, index) <= done:
-                        continue
-                    done = (current, index)
-                    put((current, index, read_block(fd, *files[current], index, verify=verify)))
-                    if stop.is_set():
-                        return
-            put(None)
-        except BaseException as e:
-            put(e)
-        finally:
-            if fd >= 0:
-                os.close(fd)
-
-    thread = threading.Thread(target=produce, name="checkpoint-read", daemon=True)
-    thread.start()
-    try:
-        held: tuple[int, int, bytearray] | None = None
-        for span in ordered:
-            for index in range(span.begin // BLOCK, -(-span.end // BLOCK)):
-                if held is None or held[:2] != (span.file, index):
-                    item = ready.get()
-                    if isinstance(item, BaseException):
-                        raise item
-                    assert item is not None
-                    held = item
-                begin, end = max(span.begin, index * BLOCK), min(span.end, (index + 1) * BLOCK)
-                yield (
-                    span.tag,
-                    begin - span.begin,
-                    memoryview(held[2])[begin - index * BLOCK : end - index * BLOCK],
-                )
-    finally:
-        stop.set()
-        thread.join()

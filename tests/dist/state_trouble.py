@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import threading
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from state_worker import Job, build, finish, start_distributed, train_step
 
 from dattrain.errors import UserError
-from dattrain.state import checkpoint, shards
+from dattrain.state import checkpoint, fragments, ranks, shards
 from dattrain.state.background import SideCopy
 from dattrain.state.checkpointer import Checkpointer
 from dattrain.state.fragments import MOMENTS, LocalState, averaged, lerp_ema, read
@@ -49,19 +50,60 @@ def damaged_on_one_rank(run: Path) -> None:
         data[at] ^= 1
         path.write_bytes(data)
     dist.barrier()
-    again = build(job)
-    meta = keeper.resume(again, None)
-    assert meta is not None and meta["step"] == 1
-    assert (
-        keeper.passed_over[0][0] == "step_00000002"
-        and "rank_00001.safetensors: bytes 0-" in keeper.passed_over[0][1]
-    )
+    # Rank 1 reads its shard for itself under the stage that saved it, and for both under another.
+    for stage in (2, 3):
+        again = build(dataclasses.replace(job, stage=stage))
+        meta = keeper.resume(again, None)
+        assert meta is not None and meta["step"] == 1
+        assert (
+            keeper.passed_over[0][0] == "step_00000002"
+            and "rank_00001.safetensors: bytes 0-" in keeper.passed_over[0][1]
+        )
     assert keeper.resumed_from == keeper.root / checkpoint.folder_name(1)
     assert LocalState(again).scalars()["global_steps"] == 1
     # The damaged one is replaced when the run passes it again.
     train_step(again, job, 1)
     keeper.save(again, None, {"step": 2, "samples_seen": 24}, background=False)
     checkpoint.verify(keeper.root / checkpoint.folder_name(2))
+
+
+def one_rank_cannot_load(run: Path) -> None:
+    """What fails on rank 1, for itself or for what it reads for both, ends the load on both ranks, in time and in its words."""
+    saved = Job(str(run), "", stage=2)
+    keeper = Checkpointer(run)
+    keeper.save(build(saved), None, META, background=False)
+    for stage in (2, 3):
+        engine = build(dataclasses.replace(saved, stage=stage))
+        for owner, name in ((fragments, "write"), (shards, "read_block")):
+            real = getattr(owner, name)
+            if dist.get_rank() == 1:
+                setattr(owner, name, mock.Mock(side_effect=RuntimeError("out of memory")))
+            try:
+                keeper.resume(engine, None)
+                raise AssertionError("it loaded")
+            except (UserError, RuntimeError) as e:
+                words = "out of memory" if dist.get_rank() == 1 else "rank 1: RuntimeError: out of memory"
+                assert str(e) == words
+            setattr(owner, name, real)
+        assert keeper.resume(engine, None) == META
+
+
+def tensors_of_rank_0(run: Path) -> None:
+    """Rank 0 alone reads; the others get every tensor to the bit, and what stops it on the way."""
+    held = {"a": torch.randn(3, 5).T, "n": torch.tensor(3), "none": torch.empty(0, 2), "flags": torch.ones(9) > 0}
+    held["half"] = torch.arange(7, dtype=torch.bfloat16)
+
+    def read(broken: bool) -> Any:
+        assert dist.get_rank() == 0
+        yield from held.items()
+        if broken:
+            raise UserError("the disk is gone")
+
+    got = dict(ranks.tensors_from_first(lambda: read(False)))
+    told_by_rank_0 = ranks.broadcast(held)
+    assert list(got) == list(told_by_rank_0)
+    assert all(got[n].dtype == t.dtype and torch.equal(got[n], t) for n, t in told_by_rank_0.items())
+    assert told(lambda: list(ranks.tensors_from_first(lambda: read(True)))) == "the disk is gone"
 
 
 def all_damaged(run: Path) -> None:

@@ -6,6 +6,8 @@ from state_ranks import HERE, finished, spawn
 
 SCENARIOS = [
     "damaged_on_one_rank",
+    "one_rank_cannot_load",
+    "tensors_of_rank_0",
     "all_damaged",
     "another_model",
     "copied_beside_the_pass",

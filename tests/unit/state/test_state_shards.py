@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from state_fakes import write_shard
 
 from dattrain.state import shards
-from dattrain.state.shards import BLOCK, Damaged, Piece, Reader, Span, layout
+from dattrain.state.ahead import Span, read_ahead
+from dattrain.state.shards import BLOCK, Damaged, Piece, Reader, layout
 
 
 def sample(seed=0, big=BLOCK // 4 * 2 + 123):
@@ -98,7 +99,13 @@ def test_reader_ranges(tmp_path):
         assert reader.pieces()[("param", "a.weight")][0][0].start == 5
 
 
-def test_stream_reads_every_block_once_and_in_pieces_of_at_most_one(tmp_path, monkeypatch):
+def read_spans(files, *spans, **options):
+    """(tag, offset, bytes) of the same ``spans`` of every file."""
+    with read_ahead(files, lambda _: spans, **options) as found:
+        return [(tag, offset, bytes(part)) for _, parts in found for tag, offset, part in parts]
+
+
+def test_reading_ahead_reads_every_block_once_and_in_pieces_of_at_most_one(tmp_path, monkeypatch):
     digests = [write_shard(tmp_path / f"x{i}", sample(i)) for i in range(2)]
     files = [(tmp_path / f"x{i}", d) for i, d in enumerate(digests)]
     data = [p.read_bytes() for p, _ in files]
@@ -110,26 +117,35 @@ def test_stream_reads_every_block_once_and_in_pieces_of_at_most_one(tmp_path, mo
         lambda fd, path, d, i, **k: seen.append((path.name, i)) or real(fd, path, d, i, **k),
     )
     cuts = [0, 10, BLOCK - 3, BLOCK + 9, 2 * BLOCK, len(data[0]) - 1, len(data[0])]
-    spans = [Span(f, a, b, (f, a, b)) for f in (1, 0) for a, b in itertools.pairwise(cuts)]
-    spans.append(Span(0, 17, 17, "empty"))
-    out: dict[tuple[int, int, int], bytearray] = {}
-    for tag, offset, piece in shards.stream(files, spans, ahead=2):
-        assert len(piece) <= BLOCK
-        assert len(out.setdefault(tag, bytearray())) == offset
-        out[tag] += piece
-    assert set(out) == {s.tag for s in spans[:-1]}
-    for f, a, b in out:
-        assert out[(f, a, b)] == data[f][a:b]
-    assert len(seen) == len(set(seen))
+    chosen = [Span(a, b, (a, b)) for a, b in itertools.pairwise(cuts)]
+    with read_ahead(files, lambda _: [*chosen[::-1], Span(17, 17, "empty")], ahead=2) as found:
+        for number, (spans, parts) in enumerate(found):
+            assert spans == chosen
+            out: dict[tuple[int, int], bytearray] = {}
+            for tag, offset, part in parts:
+                assert len(part) <= BLOCK
+                assert len(out.setdefault(tag, bytearray())) == offset
+                out[tag] += part
+            assert out == {(a, b): data[number][a:b] for a, b in out} and len(out) == len(chosen)
+    assert len(seen) == len(set(seen)) == 2 * -(-len(data[0]) // BLOCK)
 
 
-def test_stream_ends_its_thread_when_the_consumer_stops(tmp_path):
+def test_a_file_that_is_not_used_up_does_not_shift_the_next(tmp_path):
+    files = [(tmp_path / f"x{i}", write_shard(tmp_path / f"x{i}", sample(i))) for i in range(2)]
+    size = files[0][1].size
+    with read_ahead(files, lambda _: [Span(0, size, 0)]) as found:
+        next(next(found)[1])
+        _, parts = next(found)
+        assert b"".join(p for _, _, p in parts) == files[1][0].read_bytes()
+
+
+def test_reading_ahead_ends_its_thread_when_the_consumer_stops(tmp_path):
     import threading
 
     digest = write_shard(tmp_path / "x", sample())
     before = threading.active_count()
-    for _ in shards.stream([(tmp_path / "x", digest)], [Span(0, 0, digest.size, 0)], ahead=1):
-        break
+    with read_ahead([(tmp_path / "x", digest)], lambda _: [Span(0, digest.size, 0)], ahead=1) as found:
+        next(found)
     assert threading.active_count() == before
 
 
@@ -143,11 +159,11 @@ def test_one_flipped_bit_is_noticed_with_its_place(tmp_path, where):
     path.write_bytes(data)
     block = at // BLOCK * BLOCK
     with pytest.raises(Damaged, match=f"x: bytes {block}-"):
-        list(shards.stream([(path, digest)], [Span(0, 0, digest.size, 0)]))
+        read_spans([(path, digest)], Span(0, digest.size, 0))
     if where != "header":
-        # What is not read is not checked: an elastic load pays for its own ranges alone.
-        list(shards.stream([(path, digest)], [Span(0, 0, 100, 0)]))
-    list(shards.stream([(path, digest)], [Span(0, 0, digest.size, 0)], verify=False))
+        # What is not read is not checked: whoever wants a part pays for its blocks and the header's alone.
+        read_spans([(path, digest)], Span(0, 100, 0))
+        read_spans([(path, digest)], Span(0, digest.size, 0), verify=False)
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, BLOCK, -1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -124,40 +125,46 @@ def exported(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("exported")
     net, optimizer = trained(optim.AdamW)
     save(tmp / "run", net, optimizer)
-    assert main(["ckpt", "export", str(tmp / "run"), str(tmp / "out"), "--to", "dcp"]) == 0
-    return tmp / "run", tmp / "out", net, optimizer
+    assert main(["ckpt", "export", str(tmp / "run"), str(tmp / "OUT"), "--to", "dcp"]) == 0
+    return tmp / "run", tmp / "OUT", net, optimizer
 
 
 # Out
 
 
-@pytest.mark.parametrize("form", ["nested", "flat", "torchtitan"])
-def test_torch_loads_what_is_exported(exported, form):
-    """Into a plain model and AdamW, in each form that get_state_dict and torchtitan have; and goes on as ours does."""
+def test_torch_loads_what_is_exported_and_goes_on_alike(exported, monkeypatch):
+    """By the lines that the documentation shows."""
+    _, out, net, optimizer = exported
+    page = (Path(__file__).parents[3] / "docs" / "checkpoints.md").read_text()
+    section = page[page.index("## From and to FSDP") :]
+    other = network(seed=1)
+    adam = adamw(other)
+    monkeypatch.chdir(out.parent)
+    exec(re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0], {"model": other, "optimizer": adam})
+    same(held(other, adam), held(net, optimizer))
+    mine = copy.deepcopy(net)
+    ours = adamw(mine, optim.AdamW)
+    ours.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for n, o in ((mine, ours), (other, adam)):
+        update(n, o, seed=9)
+    same(held(other, adam), held(mine, ours))
+
+
+@pytest.mark.parametrize("torchtitan", [False, True])
+def test_flattened_states_are_there_too(exported, torchtitan):
+    """And as torchtitan has them: its model lies at the top, and a schedule has left initial_lr in the groups."""
     _, out, net, optimizer = exported
     other = network(seed=1)
     adam = adamw(other)
-    options = None if form == "nested" else FLAT
-    model, states = get_state_dict(other, adam, options=options)
-    wanted = {"optimizer": states, **(model if form == "torchtitan" else {"model": model})}
+    if torchtitan:
+        torch.optim.lr_scheduler.LambdaLR(adam, lambda _: 1.0)
+    model, states = get_state_dict(other, adam, options=FLAT)
+    wanted = {"optimizer": states, **(model if torchtitan else {"model": model})}
     dcp.load(wanted, checkpoint_id=out)
-    loaded = {n: wanted[n] for n in model} if form == "torchtitan" else wanted["model"]
-    set_state_dict(
-        other, adam, model_state_dict=loaded, optim_state_dict=wanted["optimizer"], options=options
-    )
+    set_state_dict(other, adam, model_state_dict=model, optim_state_dict=wanted["optimizer"], options=FLAT)
     same(held(other, adam), held(net, optimizer))
-    before = [
-        {k: v for k, v in g.items() if k in ("lr", "betas", "eps", "weight_decay")} for g in adam.param_groups
-    ]
-    assert before == [{k: g[k] for k in before[0]} for g in optimizer.param_groups]
-    if form == "nested":
-        ours = network()
-        ours.load_state_dict(net.state_dict())
-        mine = adamw(ours, optim.AdamW)
-        mine.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        for n, o in ((ours, mine), (other, adam)):
-            update(n, o, seed=9)
-        same(held(other, adam), held(ours, mine))
+    for theirs, ours in zip(adam.param_groups, optimizer.param_groups):
+        assert {k: theirs[k] for k in ("lr", "betas", "eps", "weight_decay")}.items() <= ours.items()
 
 
 def test_averages_and_the_position_are_in_it(exported):

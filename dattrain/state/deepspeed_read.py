@@ -11,7 +11,6 @@ import math
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,25 +22,12 @@ from dattrain.errors import UserError
 from dattrain.state.checkpoint import Parameter
 from dattrain.state.elastic import DTYPE_NAMES
 from dattrain.state.fragments import MOMENTS
+from dattrain.state.offline import Source
 from dattrain.state.shards import Piece
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-@dataclass
-class Source:
-    """A DeepSpeed checkpoint as found: what a manifest needs, and one function per rank that reads its tensors."""
-
-    stage: int
-    step: int
-    samples: int
-    parameters: dict[str, Parameter]
-    buffers: tuple[str, ...]
-    engine: dict[str, Any]
-    parts: list[Callable[[], dict[Piece, Tensor]]]
-    groups: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read(folder: Path, *, tag: str | None = None, trust: bool = False) -> Source:

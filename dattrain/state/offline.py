@@ -8,15 +8,38 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dattrain.state import checkpoint, shards
 from dattrain.state.background import HostBuffer, image_of
-from dattrain.state.checkpoint import Manifest
+from dattrain.state.checkpoint import Manifest, Parameter
+from dattrain.state.fragments import MOMENTS
 from dattrain.state.shards import Digest, Piece
+
+
+@dataclass
+class Source:
+    """Another program's checkpoint as found: what a manifest needs, and functions that read its tensors shard by shard."""
+
+    stage: int
+    step: int
+    samples: int | None
+    """Position in the data, None where it does not tell."""
+    parameters: dict[str, Parameter]
+    buffers: tuple[str, ...]
+    engine: dict[str, Any]
+    parts: list[Callable[[], dict[Piece, Tensor]]]
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    states: tuple[str, ...] = ("param", *MOMENTS)
+    meta: dict[str, Any] = field(default_factory=dict)
+    """The trainer's own, where it was we who had written it."""
+    notes: list[str] = field(default_factory=list)
+    """What whoever imports it should know."""
 
 
 def write_checkpoint(

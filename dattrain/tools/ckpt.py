@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dattrain.errors import UserError
-from dattrain.tools.ckpt_convert import export, import_deepspeed, recipe
+from dattrain.tools.ckpt_convert import export, import_, recipe
 
 if TYPE_CHECKING:
     from dattrain.config.schema import Config
@@ -58,17 +58,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
 
-    load = actions.add_parser("import", help="make a checkpoint of a run out of DeepSpeed's own")
-    load.add_argument("source", metavar="FOLDER", help="what engine.save_checkpoint was given")
+    load = actions.add_parser("import", help="make a checkpoint of a run out of another program's")
+    load.add_argument(
+        "source",
+        metavar="FOLDER",
+        help="what engine.save_checkpoint or dcp.save was given, or torchtitan's folder of step-N",
+    )
     load.add_argument(
         "run_dir", metavar="RUN", help="run folder with a config.yaml of the same model, as `train` writes it"
+    )
+    load.add_argument(
+        "--from",
+        dest="source_format",
+        choices=("deepspeed", "dcp"),
+        help="DeepSpeed's own layout or torch.distributed.checkpoint's (default: what FOLDER holds)",
     )
     load.add_argument("--tag", help="which of its checkpoints (default: the latest)")
     load.add_argument(
         "--samples-seen",
         type=int,
         metavar="N",
-        help="position in the data (default: DeepSpeed's global_samples)",
+        help="position in the data (default: what it tells, as DeepSpeed's global_samples)",
     )
     load.add_argument(
         "--trust", action="store_true", help="unpickle what cannot be read otherwise: it may run any code"
@@ -81,9 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export.add_argument("out", metavar="FOLDER")
     export.add_argument(
         "--to",
-        choices=("safetensors", "deepspeed"),
+        choices=("safetensors", "deepspeed", "dcp"),
         default="safetensors",
-        help="safetensors with names and a config that timm loads, or DeepSpeed's universal checkpoint",
+        help="safetensors with names and a config that timm loads, DeepSpeed's universal checkpoint, or "
+        "torch.distributed.checkpoint's, with optimizer state",
     )
     which = export.add_mutually_exclusive_group()
     which.add_argument(
@@ -104,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         "verify": _verify,
         "pin": _pin,
         "prune": _prune,
-        "import": import_deepspeed,
+        "import": import_,
         "export": export,
     }
     return actions[args.action](args)

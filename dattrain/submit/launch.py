@@ -18,6 +18,7 @@ from typing import Literal
 from dattrain.config.derive import check_source, derive
 from dattrain.config.load import Loaded, diff, dump, load
 from dattrain.errors import ConfigError, UserError
+from dattrain.runtime import owner
 from dattrain.submit import history, queue, slurm, snapshot
 from dattrain.submit.cluster import Profile
 from dattrain.submit.job import Job
@@ -157,11 +158,11 @@ def measured(run: Path, global_batch: int) -> tuple[float | None, float | None]:
 
 
 def check_run(run: Path, loaded: Loaded) -> None:
-    """Refuse to put a run into a folder that holds another one, or one that still has a job.
+    """Refuse to put a run into a folder that holds another one, or one that still has a job, or is trained by hand.
 
     Raises:
         ConfigError: naming the settings that differ.
-        UserError: naming the job.
+        UserError: naming the job or the process.
     """
     recorded = run / "config.yaml"
     if recorded.is_file():
@@ -175,12 +176,32 @@ def check_run(run: Path, loaded: Loaded) -> None:
             )
     elif run.is_dir() and any(run.iterdir()) and not (run / "submit").is_dir():
         raise ConfigError(f"{run} is not empty and not a run folder; choose another --run")
+    _refuse_second_job(run)
+    owner.refuse_if_held(run)
+
+
+def _refuse_second_job(run: Path) -> None:
     job, state = active(run)
     if job is not None:
         raise UserError(
             f"{run} already has job {job} ({state}); two jobs in one run folder would overwrite each other: "
             f"dattrain cancel {run} first, or choose another --run"
         )
+
+
+@contextlib.contextmanager
+def reserved(stages: Sequence[Stage]) -> Iterator[None]:
+    """While the block prepares and submits ``stages``, no other submission does so with the same run folders.
+
+    Raises:
+        UserError: another one does, or has just done.
+    """
+    with contextlib.ExitStack() as stack:
+        for stage in stages:
+            stack.enter_context(owner.take(stage.placement(None).folder.parent, "submitted"))
+            for run in stage.runs:
+                _refuse_second_job(run)
+        yield
 
 
 def active(run: Path) -> tuple[str | None, str]:

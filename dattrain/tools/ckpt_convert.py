@@ -17,6 +17,7 @@ def import_deepspeed(args: argparse.Namespace) -> int:
     """``ckpt import FOLDER RUN``; returns the exit code."""
     import datetime
 
+    from dattrain.runtime import owner
     from dattrain.runtime.health import Verdicts
     from dattrain.state import checkpoint, deepspeed_read, offline
     from dattrain.state.checkpoint import Manifest
@@ -62,7 +63,8 @@ def import_deepspeed(args: argparse.Namespace) -> int:
         saved_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
     try:
-        folder = offline.write_checkpoint(root, manifest, source.parts)
+        with owner.take(run_dir, "imported into"):
+            folder = offline.write_checkpoint(root, manifest, source.parts)
     except OSError as e:
         raise UserError(f"{root}: the checkpoint could not be written: {e.strerror or e}") from e
     print(

@@ -121,7 +121,7 @@ def take(
         folder.mkdir(parents=True, exist_ok=True)
         mine = claims.myself(folder, purpose)
         while True:
-            chain = claims.succession(path)
+            chain, pause_s = claims.succession(path), 0.02
             if not chain:
                 if claims.create(path, mine):
                     break
@@ -133,13 +133,18 @@ def take(
                 if standing == "gone" or watch.over:
                     if claims.succeed(path, chain, mine):
                         break
-                elif watch.first:
-                    log.warning(
-                        "waiting up to %.0f s: %s had %s, and may live", silence_s, last.record.who(), folder
-                    )
+                else:
+                    pause_s = watch.pause_s
+                    if watch.first:
+                        log.warning(
+                            "waiting up to %.0f s: %s had %s, and may live",
+                            silence_s,
+                            last.record.who(),
+                            folder,
+                        )
             if give_up():
                 raise KeyboardInterrupt
-            time.sleep(watch.pause_s if chain else 0.02)
+            time.sleep(pause_s)
     except OSError as error:
         raise UserError(f"{folder}: the run folder cannot be written: {error.strerror or error}") from error
     return Owner(path, mine, beat_s, silence_s)

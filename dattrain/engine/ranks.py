@@ -15,15 +15,15 @@ from dattrain.state.checkpoint import Manifest
 
 def on_first_rank(action: Callable[[], None]) -> None:
     """Run ``action`` on rank 0; what the user can put right is raised on every rank."""
-    held: list[str | None] = [None]
+    held: list[UserError | None] = [None]
     if dist.get_rank() == 0:
         try:
             action()
         except UserError as error:
-            held[0] = str(error)
+            held[0] = error
     dist.broadcast_object_list(held, src=0)
     if held[0] is not None:
-        raise UserError(held[0])
+        raise held[0]
 
 
 def newest_checkpoint(root: Path, *, read_all: bool = False) -> tuple[Path, Manifest] | None:

@@ -36,9 +36,10 @@ from dattrain.models.flops import count_call
 from dattrain.observe.profile import Profiler
 from dattrain.runtime import env as environment
 from dattrain.runtime import logging as logs
-from dattrain.runtime import preflight
+from dattrain.runtime import owner, preflight
 from dattrain.runtime.env import Env
 from dattrain.runtime.health import Verdict, Verdicts, Watchdog
+from dattrain.runtime.owner import Owner
 from dattrain.runtime.preempt import REQUEUE, Preemption, Request
 from dattrain.state.checkpoint import Manifest
 from dattrain.state.checkpointer import Checkpointer
@@ -64,9 +65,10 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
     """Train ``config`` in ``run_dir``, going on where its newest whole checkpoint is. Every rank of the job calls it.
 
     Joins the process group (and leaves it) unless the caller has done so. Signals that preempt are caught meanwhile and
-    the handlers before restored; the caller requeues (``Outcome.status``).
+    the handlers before restored; the caller requeues (``Outcome.status``). The run folder is this job's alone until it returns.
 
     Raises:
+        Held: (a UserError, on every rank) another job trains in ``run_dir``, or has taken it over.
         UserError: what the user can put right: data, settings, disk, a run that no longer yields finite steps.
     """
     run_dir = run_dir.absolute()
@@ -79,20 +81,27 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
     with ExitStack() as stack:
         preemption = Preemption(run_dir).install()
         stack.callback(preemption.restore)
+        claim = _Claim(run_dir, env, preemption)
+        stack.callback(claim.release)
         log_file = logs.setup(run_dir, env.rank, env.world, env.host)
         stack.callback(log_file.close)
         health = config.train.health
         watchdog = Watchdog(health.stall_seconds, run_dir, log_file.file, env.rank, env.host).start()
         stack.callback(watchdog.close)
         try:
-            if not dist.is_initialized():
+            alone = not dist.is_initialized()
+            if alone:
                 preflight.reach(env)
                 # Longer than the watchdog's patience: it names who is silent, a collective's timeout does not.
                 patience = max(1800.0, 2 * health.stall_seconds)
                 stack.enter_context(environment.process_group(env, device, patience))
+            on_first_rank(claim.check)
+            if alone:
                 for line in preflight.check(env, run_dir).lines():
                     log.info("%s", line, extra={"console": False})
-            trainer = Trainer(config, run_dir, env, device, preemption, watchdog, log_file.console, stack)
+            trainer = Trainer(
+                config, run_dir, env, device, preemption, watchdog, log_file.console, stack, claim.owner
+            )  # fmt: skip
             outcome = trainer.run()
             dist.barrier()
         except UserError as error:
@@ -102,6 +111,35 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
             log.exception("rank %d on %s failed", env.rank, env.host, extra={"console": False})
             raise
     return outcome
+
+
+class _Claim:
+    """Rank 0's attempt to become the owner of the run folder: before anything is written there, and so before the other ranks
+    can be told how it went. They may wait for it in the meantime."""
+
+    def __init__(self, run_dir: Path, env: Env, preemption: Preemption) -> None:
+        self.owner: Owner | None = None
+        self._refusal: UserError | None = None
+        if env.rank != 0:
+            return
+        try:
+            self.owner = owner.take(
+                run_dir, give_up=lambda: preemption.request(look_for_file=False) == Request.STOP
+            )
+        except UserError as error:
+            if env.world == 1:
+                raise
+            self._refusal = error
+
+    def check(self) -> None:
+        """Raise the refusal, where there was one."""
+        if self._refusal is not None:
+            raise self._refusal
+
+    def release(self) -> None:
+        """Let go of the folder."""
+        if self.owner is not None:
+            self.owner.release()
 
 
 class Trainer:
@@ -117,6 +155,7 @@ class Trainer:
         watchdog: Watchdog,
         console: logs.Console | None,
         stack: ExitStack,
+        owner: Owner | None = None,
     ) -> None:
         self.config, self.run_dir, self.env, self.device = config, run_dir, env, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -128,7 +167,7 @@ class Trainer:
         self._evaluated = self._saved = -1
         self._metrics: dict[str, float] = {}
         self._eval: tuple[Size, EvalLoader] | None = None
-        self.checkpointer = Checkpointer.from_config(run_dir, config)
+        self.checkpointer = Checkpointer.from_config(run_dir, config, owner)
         # Across sizes all of a checkpoint is read beforehand, since the one before it may need another model.
         self._read_all = bool(config.train.progressive)
         found = newest_checkpoint(self.checkpointer.root, read_all=self._read_all)

@@ -8,6 +8,7 @@ own text. docs/checkpoints.md describes the format for readers in other language
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -350,7 +351,10 @@ def remove(folder: Path) -> None:
 
 
 def recover(root: Path) -> list[str]:
-    """Finish or undo what a killed process left under ``root``; returns the names removed. One process of a run calls it."""
+    """Finish or undo what a killed process left under ``root``; returns the names removed. The owner of the run calls it.
+
+    What goes loses its name first: a process that was taken for dead finds nothing that it could publish, or all of it.
+    """
     removed = []
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         if path.name.startswith(".old-"):
@@ -361,6 +365,10 @@ def recover(root: Path) -> list[str]:
                 continue
         elif not path.name.startswith((".new-", ".gone-")):
             continue
-        shutil.rmtree(path, ignore_errors=True)
+        gone = path.with_name(f".gone-{path.name}") if path.name.startswith(".new-") else path
+        with contextlib.suppress(OSError):
+            os.rename(path, gone)
+        for leftover in (path, gone):
+            shutil.rmtree(leftover, ignore_errors=True)
         removed.append(path.name)
     return removed

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from dattrain.errors import UserError
 from dattrain.runtime.files import Failed, doing, reason
+from dattrain.runtime.owner import Owner, look
 from dattrain.state import checkpoint, elastic, ranks, retention, shards
 from dattrain.state.background import Copy, HostBuffer, OneInFlight, SideCopy, image_of
 from dattrain.state.checkpoint import Found, Manifest
@@ -64,6 +65,8 @@ class Checkpointer:
         background: whether ``save`` returns before the state is copied and written.
         verify: whether loading checks checksums (sizes are always checked).
         patience: seconds that rank 0 waits for the other ranks' shards before it gives a save up.
+        owner: on rank 0 of a training, its hold on the run folder: nothing is published or removed once that is lost, and then
+            ``failed`` says so. Without one, what a killed process left is removed only if no other process has the folder.
     """
 
     def __init__(
@@ -75,11 +78,13 @@ class Checkpointer:
         background: bool = True,
         verify: bool = True,
         patience: float = 1800.0,
+        owner: Owner | None = None,
     ) -> None:
         self.root = Path(run) / "checkpoints"
         self.policy = policy or Policy()
         self.description = description or Description()
         self.background, self.verify, self.patience = background, verify, patience
+        self._owner = owner
         self.passed_over: tuple[tuple[str, str], ...] = ()
         """What the last ``resume`` passed over: (name, reason), newest first."""
         self.resumed_from: Path | None = None
@@ -93,17 +98,18 @@ class Checkpointer:
         token = ""
         if self.rank == 0:
             self.root.mkdir(parents=True, exist_ok=True)
-            for name in checkpoint.recover(self.root):
+            free = owner is not None or look(self.root.parent) is None
+            for name in checkpoint.recover(self.root) if free else ():
                 log.info("removed %s, left by a process that was killed", name)
             token = secrets.token_hex(4)
         self._token = ranks.broadcast(token)
 
     @classmethod
-    def from_config(cls, run: Path, config: Config) -> Checkpointer:
+    def from_config(cls, run: Path, config: Config, owner: Owner | None = None) -> Checkpointer:
         """As the recipe says."""
         c = config.checkpoint
         policy = Policy(c.keep_last, c.keep_every_epochs, c.keep_best, c.metric)
-        return cls(run, policy, describe(config), background=c.background, verify=c.verify)
+        return cls(run, policy, describe(config), background=c.background, verify=c.verify, owner=owner)
 
     # Saving
 
@@ -114,8 +120,9 @@ class Checkpointer:
 
     @property
     def failed(self) -> bool:
-        """Whether a background save has failed on this rank: for the ranks to agree on before ``poll`` raises."""
-        return self._task.failed
+        """Whether a background save has failed on this rank, or another process has taken the run folder: for the ranks to
+        agree on before ``wait`` raises."""
+        return self._task.failed or (self._owner is not None and self._owner.lost)
 
     def save(
         self,
@@ -176,9 +183,12 @@ class Checkpointer:
         self._task.poll()
 
     def wait(self) -> None:
-        """Return when the last save is published; collective: if it failed on any rank, this raises on every rank."""
+        """Return when the last save is published; collective: if it failed on any rank, or another process has taken the run
+        folder, this raises on every rank."""
         failure: BaseException | None = None
         try:
+            with contextlib.suppress(OSError):  # the next save will tell
+                self._confirm()
             self._task.wait()
         except Exception as e:
             failure = e
@@ -187,6 +197,10 @@ class Checkpointer:
             raise failure
         if told:
             raise UserError(told[0])
+
+    def _confirm(self) -> None:
+        if self._owner is not None:
+            self._owner.confirm()
 
     def prepare(self, engine: Any, ema: list[Tensor] | None) -> None:
         """Take the host memory that saves will need (bytes of the shard) before the first step, not in the first save."""
@@ -289,12 +303,14 @@ class Checkpointer:
                 files[name] = self._await(folder, name)
             for rank in range(1, self.world):
                 (folder / f"{checkpoint.shard_name(rank)}.done").unlink()
+            self._confirm()
             final = checkpoint.publish(folder, dataclasses.replace(manifest, files=files))
             log.info("saved %s (%.1f MB)", final.name, sum(f.size for f in files.values()) / 1e6)
         except BaseException as e:
             self._abandon(folder, shard, e)
             raise self._explain(manifest.step, e) from e
         try:
+            self._confirm()
             for name in retention.prune(self.root, self.policy):
                 log.info("removed %s", name)
         except OSError as e:

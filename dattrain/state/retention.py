@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ def doomed(entries: Sequence[Entry], policy: Policy) -> list[Entry]:
 
 def prune(root: Path, policy: Policy) -> list[str]:
     """Remove what ``policy`` does not keep; returns the names. Each vanishes by a rename before it is deleted."""
-    gone = doomed(checkpoint.entries(root), policy)
-    for entry in gone:
-        checkpoint.remove(entry.folder)
-    return [e.folder.name for e in gone]
+    gone = []
+    for entry in doomed(checkpoint.entries(root), policy):
+        with contextlib.suppress(FileNotFoundError):  # somebody has removed it by hand
+            checkpoint.remove(entry.folder)
+            gone.append(entry.folder.name)
+    return gone

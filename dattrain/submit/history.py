@@ -3,11 +3,14 @@
 Standard library alone, Python >= 3.8, since the batch script's bookkeeper (``dattrain.submit.watch``) runs this on the
 host. ``RUN/submit/history.jsonl`` has one line per event:
 
-- ``submit``: job, after (the job that it follows), by (``user`` or ``follow-up``);
+- ``submit``: job, run (the folder, absolute), after (the job that it follows), by (``user`` or ``follow-up``);
 - ``begin``: job, restart (Slurm's count), nodes (names), checkpoint (step of the newest published one, or null);
 - ``end``: job, restart, reason, detail, node (the culprit of a crash), checkpoint, new (whether this attempt published
   one), action, why;
 - ``cancel``: by ``dattrain cancel``.
+
+A run folder may be copied or moved, and its history with it: jobs are those of the folder that they were submitted in, and
+what another folder's jobs did is not part of ``history``.
 
 ``classify`` and ``decide`` are pure.
 """
@@ -31,7 +34,27 @@ EARLY_S = 65
 
 
 def history(run: str | Path) -> list[Event]:
-    """All events of a run, oldest first; a line cut off by a power cut is passed over."""
+    """Events of a run's own jobs, oldest first; a line cut off by a power cut is passed over."""
+    events, homes = _events(run)
+    foreign = [n for n, home in enumerate(homes) if home is not None and not _is(home, run)]
+    if not foreign:
+        return events
+    own = (n for n, home in enumerate(homes) if home is not None and n > foreign[-1])
+    return events[next(own, len(events)) :]
+
+
+def origin(run: str | Path) -> str | None:
+    """The folder whose jobs a copied or moved one remembers, as words for people; None for a run that has jobs of its own."""
+    _, homes = _events(run)
+    last = next((home for home in reversed(homes) if home is not None), None)
+    if last is None or _is(last, run):
+        return None
+    how = "a copy of" if os.path.isdir(last) else "moved from"
+    return f"{how} {last}: the jobs submitted there are not this folder's"
+
+
+def _events(run: str | Path) -> tuple[list[Event], list[str | None]]:
+    """All that is written down, and for each submission the folder that it was made in."""
     path = Path(run) / "submit" / "history.jsonl"
     events = []
     if path.is_file():
@@ -40,7 +63,27 @@ def history(run: str | Path) -> list[Event]:
                 events.append(json.loads(line))
             except ValueError:
                 continue
-    return events
+    # Before each submission said where it was made, only the newest could tell, by its spec.json.
+    older = "" if any(event.get("run") for event in events) else _old_home(run)
+    homes = [event.get("run", older) if event.get("event") == "submit" else None for event in events]
+    return events, homes
+
+
+def _old_home(run: str | Path) -> str:
+    try:
+        folder = Path(read_spec(run)["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return str(run)
+    # RUN/submit/slurm; of an array, PARENT/submit/slurm.
+    home, here = folder.parent.parent, Path(os.path.realpath(run))
+    return str(here if _is(home, here) or _is(home, here.parent) else home)
+
+
+def _is(home: str | Path, run: str | Path) -> bool:
+    try:
+        return os.path.samefile(home, run)
+    except OSError:
+        return False
 
 
 def record(run: str | Path, event: str, **fields: Any) -> Event:
@@ -48,6 +91,8 @@ def record(run: str | Path, event: str, **fields: Any) -> Event:
     path = Path(run) / "submit" / "history.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     entry = {"time": round(time.time(), 3), "event": event, **fields}
+    if event == "submit":
+        entry["run"] = os.path.realpath(run)
     with open(path, "a+b") as file:
         # A line that a power cut left without its end must not swallow this one.
         file.seek(0, os.SEEK_END)
@@ -97,7 +142,8 @@ def classify(
         slurm_state: JobState that scontrol gave at the end, or None where it is missing.
         elapsed_s, time_s, signal_delay_s: age of the attempt, its limit, and how early the signal comes, in seconds.
         stderr: what srun printed in this attempt.
-        reports: errors that ranks wrote before they died: ``{"rank", "node", "error", "user_error"}``.
+        reports: errors that ranks wrote before they died: ``{"rank", "node", "error", "user_error", "held"}``; held: another
+            process has the run folder.
     """
     state = slurm_state or ""
     at_limit = state == "TIMEOUT" or (time_s and elapsed_s >= time_s - signal_delay_s - EARLY_S)
@@ -125,6 +171,9 @@ def classify(
         )
     node, cause = culprit(stderr)
     report = next((r for r in reports if r.get("node") == node), reports[0] if reports else None)
+    taken = next((r for r in reports if r.get("held")), None)
+    if taken is not None:
+        return "refused", taken["error"], None
     if report is not None and report.get("user_error"):
         # All ranks met it: no node is to blame.
         return "crashed", report["error"], None
@@ -154,7 +203,7 @@ def decide(events: Sequence[Event], *, retries: int, checkpoint_new: bool) -> tu
         return "done", "finished", []
     if cancelled(events):
         return "stop", "cancelled by dattrain cancel", []
-    if reason in ("stopped", "cancelled"):
+    if reason in ("stopped", "cancelled", "refused"):
         return "stop", last["detail"], []
     if reason == "preempted":
         return "again", "preempted", []

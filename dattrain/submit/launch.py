@@ -19,6 +19,7 @@ from dattrain.config.derive import check_source, derive
 from dattrain.config.load import Loaded, dump
 from dattrain.engine import fixed
 from dattrain.errors import ConfigError, UserError
+from dattrain.runtime import owner
 from dattrain.submit import history, queue, slurm, snapshot
 from dattrain.submit.cluster import Profile
 from dattrain.submit.job import Job
@@ -148,11 +149,12 @@ def measured(run: Path, global_batch: int) -> tuple[float | None, float | None]:
 
 
 def check_run(run: Path, loaded: Loaded) -> None:
-    """Refuse to put a run into a folder that holds another one, or one that still has a job; the job's start asks the same.
+    """Refuse to put a run into a folder that holds another one, or one that still has a job, or is trained by hand; the job's start
+    asks the same.
 
     Raises:
         ConfigError: naming the settings that differ.
-        UserError: other training data, where these can be looked at from here; or naming the job.
+        UserError: other training data, where these can be looked at from here; or naming the job or the process.
     """
     newest = fixed.newest(run)
     if newest is not None:
@@ -163,12 +165,32 @@ def check_run(run: Path, loaded: Loaded) -> None:
     known = newest is not None or (run / "config.yaml").is_file() or (run / "submit").is_dir()
     if not known and run.is_dir() and any(run.iterdir()):
         raise ConfigError(f"{run} is not empty and not a run folder; choose another --run")
+    _refuse_second_job(run)
+    owner.refuse_if_held(run)
+
+
+def _refuse_second_job(run: Path) -> None:
     job, state = active(run)
     if job is not None:
         raise UserError(
             f"{run} already has job {job} ({state}); two jobs in one run folder would overwrite each other: "
             f"dattrain cancel {run} first, or choose another --run"
         )
+
+
+@contextlib.contextmanager
+def reserved(stages: Sequence[Stage]) -> Iterator[None]:
+    """While the block prepares and submits ``stages``, no other submission does so with the same run folders.
+
+    Raises:
+        UserError: another one does, or has just done.
+    """
+    with contextlib.ExitStack() as stack:
+        for stage in stages:
+            stack.enter_context(owner.take(stage.placement(None).folder.parent, "submitted"))
+            for run in stage.runs:
+                _refuse_second_job(run)
+        yield
 
 
 def active(run: Path) -> tuple[str | None, str]:

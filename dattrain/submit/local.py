@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dattrain.runtime.process import start_time
 from dattrain.submit import history
 from dattrain.submit.cluster import Profile
 from dattrain.submit.job import Job
@@ -42,7 +43,7 @@ def start(run: Path, profile: Profile) -> str:
         )  # fmt: skip
     job = f"local-{process.pid}"
     (run / "submit" / "local.json").write_text(
-        json.dumps({"pid": process.pid, "start": _start_time(process.pid), "host": socket.gethostname()})
+        json.dumps({"pid": process.pid, "start": start_time(process.pid), "host": socket.gethostname()})
     )
     history.record(run, "submit", job=job, by="user", nodes="1")
     return job
@@ -67,18 +68,10 @@ def _supervisor(run: Path) -> int | None:
         known = json.loads((run / "submit" / "local.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    # A pid alone may have gone to another process since.
-    same = known["host"] == socket.gethostname() and _start_time(known["pid"]) == known["start"]
-    return known["pid"] if same else None
-
-
-def _start_time(pid: int) -> str | None:
-    """Start of a process in clock ticks after boot; None if there is none, or it is a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
+    # A pid alone may have gone to another process since; and in a copied folder the supervisor is another run's.
+    same = known["host"] == socket.gethostname() and start_time(known["pid"]) == known["start"]
+    own = any(e.get("job") == f"local-{known['pid']}" for e in history.history(run) if e["event"] == "submit")
+    return known["pid"] if same and own else None
 
 
 class _Told(BaseException):
@@ -158,7 +151,7 @@ def _wait(job: Any, world: int, folder: Path) -> int:
         for pid in _children(job._process.pid):
             if pid not in ranks and (rank := _rank_of(pid)) is not None:
                 ranks[pid] = rank
-        living = {ranks[pid] for pid in list(ranks) if _start_time(pid) is not None}
+        living = {ranks[pid] for pid in list(ranks) if start_time(pid) is not None}
         gone = set(ranks.values()) - living
         dead = {r for r in gone if not _ended_well(job, r, folder)}
         if dead and failed_at is None:
@@ -180,7 +173,7 @@ def _end_tasks(job: Any, grace_s: float) -> None:
     for pid in tasks:
         _kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
-    while time.monotonic() < deadline and any(_start_time(pid) is not None for pid in tasks):
+    while time.monotonic() < deadline and any(start_time(pid) is not None for pid in tasks):
         time.sleep(0.2)
     for pid in tasks:
         _kill(pid, signal.SIGKILL)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dattrain.config.load import load
+from dattrain.runtime import owner
 from dattrain.submit import history
 from dattrain.submit.history import Event
 from dattrain.submit.queue import UNKNOWN, JobState
@@ -49,6 +50,8 @@ def report(run: Path, states: Mapping[str, JobState], *, local_alive: bool = Fal
     events = history.history(run)
     job, slurm = _current(events, states)
     state, why = judge(events, slurm, local_alive=local_alive)
+    if state not in ("running", "waiting"):
+        state, why = _by_hand(run, state, why)
     metrics = read_metrics(run / "metrics.jsonl")
     ends = [e for e in history.since_submission(events) if e["event"] == "end" and e.get("action") == "again"]
     live = state == "running"
@@ -67,6 +70,17 @@ def report(run: Path, states: Mapping[str, JobState], *, local_alive: bool = Fal
         top1=_evaluation(run) or metrics.get("top1"),
         restarts=tuple(_restart(e) for e in ends),
     )
+
+
+def _by_hand(run: Path, state: str, why: str) -> tuple[str, str]:
+    """The same for a run that a process trains without a job of ours, or whose jobs are another folder's."""
+    found = owner.look(run)
+    if found is not None and found[1] == "lives" and found[0].purpose == owner.TRAINED:
+        return "running", f"trained by {found[0].who()}"
+    told = [why, history.origin(run)]
+    if found is not None:
+        told.append(f"{found[0].who()} has the folder, or had it when it died")
+    return state, "; ".join(filter(None, told))
 
 
 def judge(events: Sequence[Event], slurm: JobState, *, local_alive: bool = False) -> tuple[str, str]:

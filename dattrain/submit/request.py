@@ -66,18 +66,19 @@ def run(request: Request) -> int:
                 raise ConfigError(f"{stage.name}: data.train is not set: add {prefix}data.train=SHARDS")
             launch.check_run(folder, loaded)
         launch.refuse_what_slurm_refuses(stage)
-    for index, stage in enumerate(made.stages):
-        waiting = [f for s, need in zip(made.stages, made.needs) if need == index for f in s.runs]
-        launch.prepare(stage, waiting)
-    if made.root is not None:
-        _remember_chain(made)
-    jobs: list[list[str]] = []
-    for stage, need in zip(made.stages, made.needs):
-        jobs.append(launch.submit(stage, f"afterok:{jobs[need][0]}" if need is not None else None))
-        for folder, job in zip(stage.runs, jobs[-1]):
-            print(f"{stage.name}: job {job}, run folder {_short(folder)}")
-    if after_run is not None:
-        launch.add_dependents(after_run, made.stages[0].runs)
+    with launch.reserved(made.stages):
+        for index, stage in enumerate(made.stages):
+            waiting = [f for s, need in zip(made.stages, made.needs) if need == index for f in s.runs]
+            launch.prepare(stage, waiting)
+        if made.root is not None:
+            _remember_chain(made)
+        jobs: list[list[str]] = []
+        for stage, need in zip(made.stages, made.needs):
+            jobs.append(launch.submit(stage, f"afterok:{jobs[need][0]}" if need is not None else None))
+            for folder, job in zip(stage.runs, jobs[-1]):
+                print(f"{stage.name}: job {job}, run folder {_short(folder)}")
+        if after_run is not None:
+            launch.add_dependents(after_run, made.stages[0].runs)
     shown = _short(
         made.root
         or (made.stages[0].runs[0] if len(made.stages[0].runs) == 1 else made.stages[0].runs[0].parent)

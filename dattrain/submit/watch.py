@@ -63,6 +63,13 @@ def begin(run: str) -> int:
         return BROKEN
     vanished = open_attempt(history(run))
     now = newest_checkpoint(run)
+    if (
+        vanished is not None
+        and vanished["job"] != job
+        and _slurm_state(vanished["job"]) in ("RUNNING", "SUSPENDED")
+    ):
+        _say("not started: job {} trains in this run folder".format(vanished["job"]))
+        return BROKEN
     if vanished is not None:
         detail = _what_happened(vanished)
         new = now is not None and now != vanished.get("checkpoint")
@@ -95,8 +102,8 @@ def end(run: str, status: int) -> int:
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     events = history(run)
     started = open_attempt(events)
-    if started is None:
-        # The guard came first.
+    if started is None or (started["job"], started["restart"]) != (job, restart):
+        # The guard came first; or Slurm has long started another, since it had lost sight of this node.
         return AGAIN
     folder = attempt_folder(run, job, restart)
     outcome = _json(folder / "outcome.json")
@@ -300,10 +307,10 @@ def _what_happened(attempt: Event) -> str:
     )
 
 
-def _slurm_state() -> str | None:
+def _slurm_state(job: str | None = None) -> str | None:
     try:
         shown = subprocess.run(
-            ["scontrol", "show", "job", os.environ.get("SLURM_JOB_ID", "")], stdout=subprocess.PIPE,
+            ["scontrol", "show", "job", job or os.environ.get("SLURM_JOB_ID", "")], stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True, timeout=20,
         ).stdout  # fmt: skip
     except (OSError, subprocess.SubprocessError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     for folder in request.folders_of(args.runs):
         job, _ = launch.active(folder)
         if job is None:
-            print(f"{folder}: no job to cancel")
+            print(f"{folder}: no job to cancel" + _explain(folder))
             continue
         # Written first: the bookkeeper of a job that ends between this line and the next must not requeue it.
         history.record(folder, "cancel")
@@ -31,3 +32,15 @@ def run(args: argparse.Namespace) -> int:
             queue.cancel(alive or [job])
         print(f"{folder}: cancelled job {job}")
     return 0
+
+
+def _explain(folder: Path) -> str:
+    """Why a folder that may look as if it had a job has none."""
+    from dattrain.runtime import owner
+    from dattrain.submit import history
+
+    found = owner.look(folder)
+    if found is not None and found[1] == "lives":
+        return f"; it is {found[0].purpose} by {found[0].who()}: dattrain stop {folder} has it save and end"
+    origin = history.origin(folder)
+    return f" ({origin})" if origin else ""

@@ -281,7 +281,7 @@ def _pin(args: argparse.Namespace) -> int:
 def _prune(args: argparse.Namespace) -> int:
     import dataclasses
 
-    from dattrain.state import checkpoint, retention
+    from dattrain.runtime import owner
 
     root = _root(args.run_dir)
     given = {
@@ -296,6 +296,15 @@ def _prune(args: argparse.Namespace) -> int:
         )
     except ValueError as e:
         raise UserError(str(e), exit_code=2) from e
+    if args.dry_run:
+        return _remove(args, root, policy)
+    with owner.take(root.parent if root.name == "checkpoints" else root, "pruned"):
+        return _remove(args, root, policy)
+
+
+def _remove(args: argparse.Namespace, root: Path, policy: Policy) -> int:
+    from dattrain.state import checkpoint, retention
+
     found = checkpoint.entries(root)
     gone = retention.doomed(found, policy)
     if args.damaged:

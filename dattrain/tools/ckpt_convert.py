@@ -22,6 +22,7 @@ def import_(args: argparse.Namespace) -> int:
     """``ckpt import FOLDER RUN``; returns the exit code."""
     import datetime
 
+    from dattrain.runtime import owner
     from dattrain.state import checkpoint, offline
     from dattrain.state.checkpoint import Manifest
     from dattrain.state.checkpointer import describe
@@ -60,7 +61,8 @@ def import_(args: argparse.Namespace) -> int:
         saved_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
     try:
-        folder = offline.write_checkpoint(root, manifest, source.parts)
+        with owner.take(run_dir, "imported into"):
+            folder = offline.write_checkpoint(root, manifest, source.parts)
     except OSError as e:
         raise UserError(f"{root}: the checkpoint could not be written: {e.strerror or e}") from e
     for note in source.notes:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dattrain.errors import UserError
+from dattrain.runtime.owner import refuse_if_held
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{CONFIGS}: no recipes there; the demo runs from a clone of the repository")
     out: Path = args.out
     started = time.perf_counter()
+    for name in ("pretrain", "finetune"):
+        refuse_if_held(out / name)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     train, val = f"{out}/shards/train-*.tar", f"{out}/shards/val-*.tar"

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
+from state_fakes import make
 
 from dattrain.config.schema import Checkpoint, Config, Model, Train
 from dattrain.errors import UserError
-from dattrain.state import fragments
+from dattrain.runtime import claims, owner
+from dattrain.state import checkpoint, fragments, retention, shards
+from dattrain.state.checkpoint import Manifest, Parameter
 from dattrain.state.checkpointer import Checkpointer, describe
+from dattrain.state.retention import Policy
+from dattrain.state.shards import Piece
 
 
 @pytest.mark.parametrize(
@@ -50,3 +57,66 @@ def test_a_new_checkpointer_clears_what_a_killed_one_left(tmp_path):
     (tmp_path / "checkpoints" / ".new-abc-1-step_00000003").mkdir(parents=True)
     Checkpointer(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+class _Copied:
+    def run(self):
+        pass
+
+
+def _save(keeper, step):
+    """What the thread of a save does, of a state of one tensor."""
+    layout = shards.layout([Piece("param", "w", 0, 4)])
+    image = memoryview(bytearray(layout.size))
+    image[: len(layout.header)] = layout.header
+    manifest = Manifest(step, step, 1, 0, "fp32", ("param",), {"w": Parameter((4,))})
+    keeper._write(
+        checkpoint.aside(keeper.root, step, f"{keeper._token}-{step}"), manifest, layout, image, _Copied()
+    )
+
+
+def test_once_another_has_the_run_folder_nothing_is_published_or_removed(tmp_path):
+    with owner.take(tmp_path, beat_s=60) as mine:
+        keeper = Checkpointer(tmp_path, Policy(1), owner=mine)
+        _save(keeper, 1)
+        assert not keeper.failed
+        # As it is when another has waited for this process in vain; it would not have kept the first of the two.
+        seen = claims.succession(mine.path)
+        successor = dataclasses.replace(claims.myself(tmp_path), pid=7, host="other")
+        assert claims.succeed(mine.path, seen, successor)
+        _save(Checkpointer(tmp_path, Policy(2), owner=None), 2)
+        with pytest.raises(UserError, match="step 3 could not be written.*process 7 on other.*has taken"):
+            _save(keeper, 3)
+        assert sorted(p.name for p in keeper.root.iterdir()) == ["step_00000001", "step_00000002"]
+        assert keeper.failed
+        with pytest.raises(owner.Held, match="process 7 on other.*has taken this run folder over"):
+            keeper.wait()
+
+
+def test_what_a_living_one_writes_is_not_cleared(tmp_path):
+    writes = tmp_path / "checkpoints" / ".new-abc-1-step_00000003"
+    writes.mkdir(parents=True)
+    with owner.take(tmp_path) as mine:
+        Checkpointer(tmp_path)
+        assert writes.exists()
+        Checkpointer(tmp_path, owner=mine)
+        assert not writes.exists()
+
+
+def test_a_recovery_takes_the_name_before_the_files(tmp_path, monkeypatch):
+    """So a save that goes on after its process was taken for dead publishes all of it, or nothing."""
+    folder = checkpoint.aside(tmp_path, 3, "abc")
+    folder.mkdir()
+    deleted = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: path.exists() and deleted.append(path.name))
+    assert checkpoint.recover(tmp_path) == [folder.name]
+    assert deleted == [f".gone-{folder.name}"]
+
+
+def test_a_checkpoint_that_was_removed_by_hand_does_not_end_the_run(tmp_path, monkeypatch):
+    make(tmp_path, 1)
+    make(tmp_path, 2)
+    entries = checkpoint.entries(tmp_path)
+    shutil.rmtree(tmp_path / "step_00000001")
+    monkeypatch.setattr(checkpoint, "entries", lambda root: entries)
+    assert retention.prune(tmp_path, Policy(1)) == []

@@ -161,3 +161,37 @@ def test_a_cancelled_run_is_not_requeued_though_it_was_saved(host: Host) -> None
     history.record(host.run, "cancel")
     assert host.watch("end", "0") == 1
     assert not [call for call in host.calls() if "requeue" in call]
+
+
+def test_a_job_beside_the_one_that_trains_leaves_its_books_alone(host: Host) -> None:
+    host.watch("begin")
+    host.program("scontrol", "echo JobState=RUNNING")
+    assert host.watch("begin", job="7") == 1
+    assert [e["event"] for e in history.history(host.run)] == ["submit", "begin"]
+    host.program("scontrol", "echo JobState=COMPLETING")
+    assert host.watch("begin", job="7") == 0
+
+
+def test_an_attempt_that_slurm_has_replaced_does_not_close_the_books_of_the_new_one(host: Host) -> None:
+    host.watch("begin")
+    host.watch("begin", job="7")
+    before = history.history(host.run)
+    assert before[-1]["job"] == "7"
+    assert host.watch("end", "1") == 75
+    assert history.history(host.run) == before
+
+
+def test_a_job_that_another_process_keeps_out_of_the_folder_is_not_tried_again(host: Host) -> None:
+    host.watch("begin")
+    host.publish(3)  # by the other one
+    report = {
+        "rank": 0,
+        "node": "n1",
+        "error": "run is being trained by process 1",
+        "user_error": True,
+        "held": True,
+    }
+    (history.attempt_folder(host.run, "5", 0) / "rank_00000.json").write_text(json.dumps(report))
+    assert host.watch("end", "1") == 1
+    end = history.history(host.run)[-1]
+    assert (end["reason"], end["action"], end["why"]) == ("refused", "stop", report["error"])

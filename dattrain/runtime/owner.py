@@ -1,0 +1,281 @@
+"""One owner per folder: two trainings never write into one run folder, on whatever hosts they are.
+
+``owner.json`` in the folder says who has it: a token, and the process, host and job behind it. It needs no file locks, which
+network file systems often lack: it is taken by a hard link (or an exclusive creation), and its owner touches it every few
+seconds. Whoever finds one asks whether its owner lives: by the process itself on the same machine, else by watching
+for ``SILENCE_S`` of its own clock whether the file is touched. Clocks of two machines are never compared.
+
+Only the file decides. An owner that was silent for so long that another took its place (suspended, cut off from its disk)
+finds the other's token there and must not write again: ``Owner.confirm`` before whatever another's work could be lost to.
+How the file passes from one to the next is in ``dattrain.runtime.claims``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from dattrain.errors import UserError
+from dattrain.runtime import claims, process
+from dattrain.runtime.claims import Record, Seen
+
+NAME = "owner.json"
+BEAT_S = 5.0
+"""Seconds between two touches of the file by its owner."""
+SILENCE_S = 30.0
+"""Seconds without a touch after which an owner that cannot be seen otherwise is dead."""
+TRAINED = "trained"
+"""The purpose of a training."""
+
+log = logging.getLogger(__name__)
+
+
+class Held(UserError):
+    """Another process has the folder."""
+
+
+Standing = Literal["lives", "gone", "unknown"]
+
+
+def judge(seen: Seen, here: Record) -> Standing:
+    """What this process (``here``) can tell of an owner without waiting. A file that was copied along with its folder
+    owns nothing; an attempt of a job that Slurm has requeued is over, wherever its processes may still run.
+    """
+    record = seen.record
+    if record.inode not in (0, seen.inode) and not _same(record.folder, here.folder):
+        return "gone"
+    if record.job and record.job == here.job and record.restart < here.restart:
+        return "gone"
+    if not record.is_of(here):
+        return "unknown"
+    if process.start_time(record.pid) != record.started:
+        return "gone"
+    # Killed, it may take a while to give back a large memory. It touches nothing any more, so that ends by itself.
+    return "unknown" if process.dying(record.pid) else "lives"
+
+
+def look(folder: Path) -> tuple[Record, Standing] | None:
+    """Who has ``folder``, as far as can be told without waiting; None where nobody has. Writes nothing."""
+    chain = claims.succession(folder / NAME)
+    standing = judge(chain[-1], claims.myself(folder)) if chain else "gone"
+    return None if standing == "gone" else (chain[-1].record, standing)
+
+
+def refuse_if_held(folder: Path, patience_s: float = 2 * BEAT_S) -> None:
+    """Return where nobody is seen to own ``folder``. Writes nothing; waits ``patience_s`` at most, and only for an owner elsewhere.
+
+    Raises:
+        Held: naming the owner.
+    """
+    here, watch = claims.myself(folder), _Watch(patience_s)
+    while chain := claims.succession(folder / NAME):
+        standing = judge(chain[-1], here)
+        if standing == "lives" or (standing == "unknown" and watch.touched(chain[-1])):
+            raise held(folder, chain[-1].record, here)
+        if standing == "gone" or watch.over:
+            return
+        time.sleep(watch.pause_s)
+
+
+def held(folder: Path, record: Record, here: Record) -> Held:
+    """The error that says so, to ``here``."""
+    text = f"{folder} is being {record.purpose or 'written'} by {record.who()} (`{record.command}`)"
+    if record.purpose == TRAINED:
+        text += (
+            f"; two trainings in one run folder would overwrite each other: wait for it, stop it (touch {folder}/stop; a job: "
+            f"dattrain cancel {folder}), or choose another --run folder"
+        )
+    else:
+        text += "; wait for it"
+    if record.is_of(here) and process.suspended(record.pid):
+        text += f". It is suspended: let it go on (kill -CONT {record.pid}) or end it (kill -9 {record.pid})"
+    return Held(text)
+
+
+def take(
+    folder: Path,
+    purpose: str = TRAINED,
+    *,
+    beat_s: float = BEAT_S,
+    silence_s: float = SILENCE_S,
+    give_up: Callable[[], bool] = lambda: False,
+) -> Owner:
+    """Become the owner of ``folder``, which is made where it is not there. Returns at once where nobody has it, or a dead
+    process of this machine; else after ``silence_s`` at most. ``give_up`` is asked meanwhile.
+
+    Raises:
+        Held: somebody else has it, and lives.
+        KeyboardInterrupt: ``give_up`` said so.
+        UserError: the folder cannot be written.
+    """
+    path, watch = folder / NAME, _Watch(silence_s, pause_s=min(1.0, beat_s / 4))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mine = claims.myself(folder, purpose)
+        while True:
+            chain, pause_s = claims.succession(path), 0.02
+            if not chain:
+                if claims.create(path, mine):
+                    break
+            else:
+                last = chain[-1]
+                standing = judge(last, mine)
+                if standing == "lives" or (standing == "unknown" and watch.touched(last)):
+                    raise held(folder, last.record, mine)
+                if standing == "gone" or watch.over:
+                    if claims.succeed(path, chain, mine):
+                        break
+                else:
+                    pause_s = watch.pause_s
+                    if watch.first:
+                        log.warning(
+                            "waiting up to %.0f s: %s had %s, and may live",
+                            silence_s,
+                            last.record.who(),
+                            folder,
+                        )
+            if give_up():
+                raise KeyboardInterrupt
+            time.sleep(pause_s)
+    except OSError as error:
+        raise UserError(f"{folder}: the run folder cannot be written: {error.strerror or error}") from error
+    return Owner(path, mine, beat_s, silence_s)
+
+
+class Owner:
+    """This process's hold on a folder, from ``take`` to ``release``. A thread keeps touching the file."""
+
+    def __init__(self, path: Path, record: Record, beat_s: float, silence_s: float) -> None:
+        self.path, self.record = path, record
+        self._beat_s, self._silence_s = beat_s, silence_s
+        self._successor: Record | None = None
+        self._released = False
+        self._confirmed = _clock()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="owner", daemon=True)
+        self._thread.start()
+
+    @property
+    def lost(self) -> bool:
+        """Whether another has the folder by now. Costs nothing unless this process was silent for long."""
+        if _clock() - self._confirmed > self._silence_s / 2:
+            with contextlib.suppress(OSError):
+                self._look()
+        return self._successor is not None
+
+    def confirm(self) -> None:
+        """Return if the folder is still this process's, by the file itself.
+
+        Raises:
+            Held: another has it, or it was released.
+            OSError: the file cannot be read.
+        """
+        self._look()
+        if self._successor is not None:
+            raise Held(
+                f"{self.path.parent}: {self._successor.who()} has taken this run folder over, since process {self.record.pid} on "
+                f"{self.record.host} was silent for more than {self._silence_s:.0f} s (suspended, or cut off from its disk); "
+                "this process ends, and writes nothing more there"
+            )
+        if self._released:
+            raise Held(
+                f"{self.path.parent}: this process has let go of the run folder, and writes nothing more there"
+            )
+
+    def release(self) -> None:
+        """Let go; safe to call twice, and does nothing in a process forked from the owner."""
+        if self._released or os.getpid() != self.record.pid:
+            return
+        self._released = True
+        self._stop.set()
+        # Beside a hung disk the thread may not answer; it is a daemon's.
+        self._thread.join(timeout=self._silence_s)
+        with contextlib.suppress(OSError):
+            claim = claims.claim_on(self.path, self.record.token)
+            if claims.create(claim, replace(self.record, token=secrets.token_hex(8))):
+                if claims.holds(self.path, self.record):
+                    self.path.unlink(missing_ok=True)
+                claim.unlink(missing_ok=True)
+
+    def __enter__(self) -> Owner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._beat_s) and self._successor is None:
+            with contextlib.suppress(OSError):
+                self._look()
+
+    def _look(self) -> None:
+        """Touch the file if it is ours, else remember whose it is. One that was removed by hand is put back."""
+        with self._lock:
+            if self._released or self._successor is not None:
+                return
+            for _ in range(20):
+                try:
+                    # To open it is what makes NFS ask the server for the file that has this name now.
+                    descriptor = os.open(self.path, os.O_RDONLY)
+                except FileNotFoundError:
+                    if _clock() - self._confirmed > self._silence_s:
+                        self._successor = Record("")  # one that has come and gone
+                        return
+                    claims.create(self.path, self.record)
+                    continue
+                with open(descriptor, "rb") as file:
+                    found = claims.parse(file.read())
+                    if found is not None and found.token == self.record.token:
+                        self._confirmed = _clock()
+                        with contextlib.suppress(OSError):
+                            os.utime(descriptor)
+                        return
+                if found is not None:
+                    self._successor = found
+                    return
+                time.sleep(0.05)  # created, not yet written
+            raise OSError(f"{self.path} cannot be read")
+
+
+class _Watch:
+    """Watches one file for touches, by this process's own clock and eyes: time in which it did not look counts for little."""
+
+    def __init__(self, limit_s: float, pause_s: float = 0.5) -> None:
+        self.limit_s, self.pause_s = limit_s, pause_s
+        self.first = self.over = False
+        """Whether the last look was the first at this owner; whether it has been silent for the limit."""
+        self._last: Seen | None = None
+        self._silent = self._looked = 0.0
+
+    def touched(self, seen: Seen) -> bool:
+        """Whether its owner has touched it since the last look."""
+        now, last = time.monotonic(), self._last
+        if last is None or (last.path, last.record.token) != (seen.path, seen.record.token):
+            self._silent, self.first = 0.0, True
+        elif last.touched != seen.touched:
+            return True
+        else:
+            self._silent, self.first = self._silent + min(now - self._looked, 2 * self.pause_s), False
+        self._last, self._looked, self.over = seen, now, self._silent >= self.limit_s
+        return False
+
+
+def _same(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def _clock() -> float:
+    """Seconds that go on while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

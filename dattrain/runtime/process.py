@@ -1,0 +1,59 @@
+"""Other processes of this machine, as Linux shows them under /proc. Elsewhere nothing is known of any."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+
+def boot() -> str:
+    """Of the kernel since it booted; empty where there is none to be had."""
+    return _text("/proc/sys/kernel/random/boot_id")
+
+
+def namespace() -> str:
+    """Within which this process's number counts: containers have one each. Empty where there is none to be had."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def start_time(pid: int) -> str | None:
+    """Start of a process in clock ticks after boot, which with its number names it; None if there is none, or it is a zombie."""
+    found = _stat(pid)
+    return None if found is None or found[0] in "ZX" else found[19]
+
+
+def suspended(pid: int) -> bool:
+    """Whether a process was stopped (SIGSTOP, Ctrl-Z)."""
+    found = _stat(pid)
+    return found is not None and found[0] in "Tt"
+
+
+def dying(pid: int) -> bool:
+    """Whether no instruction of its program runs any more: it is being taken down, or SIGKILL is on its way to it."""
+    found = _stat(pid)
+    if found is None or int(found[6]) & 0x4:  # PF_EXITING
+        return True
+    for line in _text(f"/proc/{pid}/status").splitlines():
+        key, _, value = line.partition(":")
+        if key in ("SigPnd", "ShdPnd") and int(value, 16) >> (signal.SIGKILL - 1) & 1:
+            return True
+    return False
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _stat(pid: int) -> list[str] | None:
+    """Fields of ``/proc/PID/stat`` from the state on; None if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None

@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from dattrain.clock import Stopwatch
 from dattrain.data.board import Board
 from dattrain.data.fork import Context, forking, settle
 from dattrain.errors import STALLED, UserError
@@ -142,7 +143,7 @@ class Workers(Generic[T]):
     def __next__(self) -> T:
         if self._pool.iterator is None:
             raise StopIteration
-        begun = reminded = time.monotonic()
+        waited, reminded = Stopwatch(2 * _LOOK_S), 0.0
         while True:
             try:
                 result = next(self._pool.iterator)
@@ -157,12 +158,12 @@ class Workers(Generic[T]):
                         f"a data worker died ({error}); most often the machine's memory, or /dev/shm, was full: "
                         "lower data.workers or data.prefetch"
                     ) from error
-            now = time.monotonic()
-            if self.patience is not None and now - begun > self.patience:
-                self._give_up(now - begun)
+            now = waited.look()
+            if self.patience is not None and now > self.patience:
+                self._give_up(now)
             if now - reminded > _REMIND_S:
                 reminded = now
-                log.warning("waited %.0f s for data: %s", now - begun, self._at_fault()[1])
+                log.warning("waited %.0f s for data: %s", now, self._at_fault()[1])
         self._served += 1
         if isinstance(result, _Failure):
             self.close()

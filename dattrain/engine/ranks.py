@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ def on_first_rank(action: Callable[[], None]) -> None:
     dist.broadcast_object_list(held, src=0)
     if held[0] is not None:
         raise held[0]
+
+
+def random_word() -> str:
+    """The same on all ranks of this attempt, and in no other attempt."""
+    held: list[Any] = [secrets.token_hex(8)]
+    dist.broadcast_object_list(held, src=0)
+    return str(held[0])
 
 
 def newest_checkpoint(root: Path, *, read_all: bool = False) -> tuple[Path, Manifest] | None:

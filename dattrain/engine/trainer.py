@@ -27,7 +27,7 @@ from dattrain.engine import evaluate as evaluation
 from dattrain.engine import fixed, runfolder, schedule, zero
 from dattrain.engine.agree import Edge, Stragglers, agree
 from dattrain.engine.bundle import write_bundle
-from dattrain.engine.ranks import newest_checkpoint, on_first_rank
+from dattrain.engine.ranks import newest_checkpoint, on_first_rank, random_word
 from dattrain.engine.report import Reporter
 from dattrain.engine.session import Session, Size, as_pair, carry, open_session, size_at
 from dattrain.engine.step import COMPUTE, Update, seed_all
@@ -99,6 +99,7 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
             if alone:
                 for line in preflight.check(env, run_dir).lines():
                     log.info("%s", line, extra={"console": False})
+            watchdog.attempt = random_word()
             trainer = Trainer(
                 config, run_dir, env, device, preemption, watchdog, log_file.console, stack, claim.owner
             )  # fmt: skip
@@ -266,7 +267,7 @@ class Trainer:
             bad_samples=self.loader.bad.count,
             device=self.device,
         )
-        self.watchdog.step()
+        self.reporter.pause(self.watchdog.pauses())
         if edge.save_failed:
             self.checkpointer.wait()
         self.stragglers.add(update)
@@ -338,6 +339,7 @@ class Trainer:
         self._evaluated, self._metrics = self.step, metrics
         self.reporter.evaluation(metrics, self.step, self.samples_seen, time.perf_counter() - begin)
         self.watchdog.beat("evaluated")
+        self.watchdog.pauses()  # left out already
         return Request.NONE
 
     def _evaluate_once(self, prefix: str) -> dict[str, float]:
@@ -383,6 +385,7 @@ class Trainer:
         )
         self._saved = self.step
         self.reporter.pause(lost)
+        self.watchdog.pauses()  # left out already
 
     def change_size(self) -> None:
         """Where a phase of ``train.progressive`` begins: save, and go on in a session of the new size."""

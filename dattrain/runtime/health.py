@@ -1,7 +1,7 @@
 """What is done about steps that are not finite and ranks that no longer answer.
 
-``Verdicts`` is pure: it counts and decides. ``Watchdog`` watches this process from a thread of its own, and from a timer
-that needs no GIL. What a decision means for the weights is the trainer's.
+``Verdicts`` is pure: it counts and decides. ``Watchdog`` watches this process from a thread of its own, and from a process
+that needs no GIL of it. What a decision means for the weights is the trainer's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import faulthandler
 import json
 import logging
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,10 +22,14 @@ from enum import Enum
 from pathlib import Path
 from typing import IO
 
+from dattrain.clock import Stopwatch
 from dattrain.errors import STALLED
 
 _NOTICE_S = 10.0
 """Between noticing a stall and ending the process: the other ranks need it to notice, and to dump their stacks."""
+
+_LOOK_S = 5.0
+"""Most that one look at the clock counts as silence. The thread looks every second; what is much later, it was kept from."""
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +86,10 @@ class Verdicts:
 class Watchdog:
     """Ends the job when this rank has not beaten for ``limit_s`` seconds, after every rank has written down its stacks.
 
+    Time in which this process did not run at all (a suspended job, SIGSTOP, a laptop's lid) is nobody's silence: each look at the
+    clock counts no more than ``_LOOK_S``. A call into C that keeps the GIL for ever stops the thread that looks; a process of
+    its own, a few MB of bare Python, watches for that, and counts neither while it is stopped nor while this process is.
+
     Args:
         limit_s: silence that counts as a stall.
         run_dir: shared; the first rank that notices leaves ``logs/stalled.json`` there, and the others dump too.
@@ -98,46 +108,50 @@ class Watchdog:
         notice_s: float = _NOTICE_S,
     ) -> None:
         self.limit_s, self.notice_s = limit_s, notice_s
+        self.attempt: str | None = None
+        """What all ranks of this attempt share and no other attempt has; without it no other rank's marker is believed."""
         self._marker = run_dir / "logs" / "stalled.json"
         self._file, self._rank, self._host, self._exit = file, rank, host, exit
         self._place = "starting"
-        self._beaten = time.monotonic()
-        self._begun = time.time()
+        self._silence = Stopwatch(_LOOK_S)
+        self._helper: subprocess.Popen[bytes] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def start(self) -> Watchdog:
-        """Begin to watch."""
+    def start(self, grace_s: float = 60.0) -> Watchdog:
+        """Begin to watch. The process beside this one has ``grace_s`` more patience than the thread, which explains more."""
         self._thread.start()
-        self._arm()
+        limit = self.limit_s * 1.5 + 2 * self.notice_s + grace_s
+        self._helper = _start_helper(
+            limit, self._marker, self._me(limit) | {"place": "a call that keeps the GIL"}
+        )
         return self
 
     def beat(self, place: str) -> None:
         """Say that this rank lives and what it does next (``reading data``, ``updating``, ``saving``, ...)."""
         self._place = place
-        self._beaten = time.monotonic()
+        self._silence.reset()
+        if self._helper is not None and self._helper.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):  # full: it is stopped; closed: at the end
+                os.write(self._helper.stdin.fileno(), b".")
 
-    def step(self) -> None:
-        """At a step's edge: re-arm the timer that works even where a call into C keeps the GIL for ever."""
-        self._arm()
+    def pauses(self) -> float:
+        """Seconds that this process was not running since this was last asked."""
+        return self._silence.pauses()
 
     def close(self) -> None:
         """Stop watching."""
         self._stop.set()
-        faulthandler.cancel_dump_traceback_later()
+        if self._helper is not None and self._helper.stdin is not None:
+            self._helper.stdin.close()
+            self._helper.wait()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
-
-    def _arm(self) -> None:
-        # Later than the thread would be, which explains more.
-        faulthandler.dump_traceback_later(
-            self.limit_s * 1.5 + 2 * self.notice_s + 60, exit=True, file=self._file
-        )
 
     def _watch(self) -> None:
         pause = min(1.0, self.limit_s / 10)
         while not self._stop.wait(pause):
-            silent = time.monotonic() - self._beaten
+            silent = self._silence.look()
             other = self._other()
             if silent > self.limit_s or other is not None:
                 self._dump(silent, other)
@@ -146,13 +160,19 @@ class Watchdog:
     def _other(self) -> dict[str, object] | None:
         """The marker of another rank of this attempt."""
         with contextlib.suppress(OSError, ValueError):
-            if self._marker.stat().st_mtime >= self._begun - 1:
-                found = json.loads(self._marker.read_text())
+            found = json.loads(self._marker.read_text())
+            if self.attempt is not None and found.get("attempt") == self.attempt:
                 return found if found.get("rank") != self._rank else None
         return None
 
+    def _me(self, silent: float) -> dict[str, object]:
+        return {
+            "rank": self._rank, "host": self._host, "place": self._place, "silent_s": round(silent, 1),
+            "attempt": self.attempt,
+        }  # fmt: skip
+
     def _dump(self, silent: float, other: dict[str, object] | None) -> None:
-        me = {"rank": self._rank, "host": self._host, "place": self._place, "silent_s": round(silent, 1)}
+        me = self._me(silent)
         if other is None:
             with contextlib.suppress(OSError):
                 self._marker.parent.mkdir(parents=True, exist_ok=True)
@@ -172,3 +192,54 @@ class Watchdog:
             self._file.flush()
         time.sleep(self.notice_s)
         self._exit(STALLED)
+
+
+_HELPER = """
+import json, os, resource, select, signal, sys, time
+parent, limit, look, marker, me = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), sys.argv[4], sys.argv[5]
+silent, looked = 0.0, time.monotonic()
+while silent < limit:
+    ready = select.select([0], [], [], min(1.0, limit / 10))[0]
+    now = time.monotonic()
+    try:
+        state = open("/proc/%d/stat" % parent).read().rpartition(")")[2].split()[0]
+    except OSError:
+        state = "R"
+    silent, looked = silent + (0 if state in "Tt" else min(now - looked, look)), now
+    if ready:
+        if not os.read(0, 65536):
+            sys.exit(0)
+        silent = 0.0
+sys.stderr.write("dattrain: stalled: a call into C keeps the GIL; this process ends\\n")
+try:
+    aside = "%s.%d" % (marker, parent)
+    with open(aside, "w") as file:
+        file.write(me)
+    os.replace(aside, marker)
+    resource.prlimit(parent, resource.RLIMIT_CORE, (0, 0))
+except OSError:
+    pass
+os.kill(parent, signal.SIGABRT)
+time.sleep(10)
+os.kill(parent, signal.SIGKILL)
+"""
+"""Its input has a byte for each beat, and ends with the process that it watches. SIGABRT makes faulthandler write the stacks,
+for which it needs no GIL."""
+
+
+def _start_helper(limit_s: float, marker: Path, me: dict[str, object]) -> subprocess.Popen[bytes]:
+    # What Slurm sends to all processes of a step, and Ctrl-C, must not end it: it inherits the mask.
+    told = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, told)
+    try:
+        words = [str(os.getpid()), str(limit_s), str(_LOOK_S), str(marker), json.dumps(me)]
+        helper = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _HELPER, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert helper.stdin is not None
+    os.set_blocking(helper.stdin.fileno(), False)
+    return helper

@@ -23,7 +23,7 @@ from dattrain.urls import mask
 
 REPORT = "DATTRAIN_REPORT"
 """Names the file in which a rank says why it ends."""
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_S = 5.0
 """Between the first rank's death and SIGKILL to the others: time for their error messages."""
 CLEAN_GRACE_S = 120.0

@@ -17,7 +17,8 @@ from typing import Any
 REQUEUE = 75
 """Exit code of a process that saved because it was preempted and wants to be started again (EX_TEMPFAIL)."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""A library that takes SIGUSR1 for itself (NCCL may) installs a handler over ours."""
 STOP_FILE = "stop"
 
 
@@ -32,7 +33,7 @@ class Request(IntEnum):
 
 
 class Preemption:
-    """Catches ``SIGTERM`` and ``SIGUSR2`` (preempted) and ``SIGINT`` (stop) between ``install`` and ``restore``.
+    """Catches ``SIGTERM``, ``SIGUSR1`` and ``SIGUSR2`` (preempted) and ``SIGINT`` (stop) between ``install`` and ``restore``.
 
     A second Ctrl-C interrupts at once. Processes forked from this one (data workers) inherit the handlers and ignore
     the signals: it is this process that ends them. What was installed before is back after ``restore``; where

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dattrain.clock import Stopwatch
 from dattrain.errors import UserError
 from dattrain.runtime.files import Failed, doing, reason
 from dattrain.runtime.owner import Owner, look
@@ -317,8 +318,8 @@ class Checkpointer:
             raise UserError(f"checkpoints under {self.root} could not be pruned: {e}") from e
 
     def _await(self, folder: Path, name: str) -> Digest:
-        deadline = time.monotonic() + self.patience
-        while time.monotonic() < deadline:
+        waited = Stopwatch()
+        while waited.look() < self.patience:
             if (folder / f"{name}.done").exists():
                 return Digest.from_json(json.loads((folder / f"{name}.done").read_text()))
             if (folder / f"{name}.failed").exists():

@@ -7,6 +7,7 @@ host. ``RUN/submit/history.jsonl`` has one line per event:
 - ``begin``: job, restart (Slurm's count), nodes (names), checkpoint (step of the newest published one, or null);
 - ``end``: job, restart, reason, detail, node (the culprit of a crash), checkpoint, new (whether this attempt published
   one), action, why;
+- ``warning``: job, text: what keeps the run from going on by itself, such as an sbatch that refuses;
 - ``cancel``: by ``dattrain cancel``.
 
 A run folder may be copied or moved, and its history with it: jobs are those of the folder that they were submitted in, and
@@ -22,12 +23,18 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any, Dict, Sequence  # noqa: UP035 (Python 3.8 runs this file)
+from typing import Any, Callable, Dict, Sequence  # noqa: UP035 (Python 3.8 runs this file)
 
 Event = Dict[str, Any]  # noqa: UP006
 
+TOLD = ("User defined signal 1", "User defined signal 2")
+"""srun's words for a task that a signal ended which asks for a save: it came before anybody listened."""
+
 NODE_FAILURE = "node failure"
 """A job that vanished without an end: a node went down, or Slurm took the nodes without notice."""
+
+CRASHES = ("crashed", "stalled")
+"""Reasons that are forgiven ``--retries`` times."""
 
 EARLY_S = 65
 """Slurm sends the signal of the time limit up to a minute earlier than it was asked to."""
@@ -113,14 +120,14 @@ def newest_checkpoint(run: str | Path) -> int | None:
     return max(steps, default=None)
 
 
-def culprit(stderr: str) -> tuple[str | None, str | None]:
-    """Node and cause of the first task that srun saw die, from srun's messages; (None, None) if there is none.
+def culprit(stderr: str) -> tuple[str | None, str | None, int]:
+    """Node, cause and rank of the first task that srun saw die, from srun's messages; (None, None, 0) if there is none.
 
     srun alone sees all tasks in one order. A task that is killed makes its neighbours fail a moment later, each with an
     error of its own, so neither the loudest traceback nor the earliest clock is to be believed.
     """
-    match = re.search(r"^srun: error: ([^\s:]+): tasks? [\d,\-\[\]]+: (.+)$", stderr, re.MULTILINE)
-    return (match.group(1), match.group(2).strip()) if match else (None, None)
+    match = re.search(r"^srun: error: ([^\s:]+): tasks? \[?(\d+)[\d,\-\[\]]*: (.+)$", stderr, re.MULTILINE)
+    return (match.group(1), match.group(3).strip(), int(match.group(2))) if match else (None, None, 0)
 
 
 def classify(
@@ -133,17 +140,21 @@ def classify(
     signal_delay_s: float,
     stderr: str,
     reports: Sequence[Event],
+    stalled: Event | None = None,
+    last_words: Callable[[int], str] = lambda rank: "",
 ) -> tuple[str, str, str | None]:
     """What ended an attempt: (reason, detail, node).
 
     Args:
         status: exit status of srun.
         outcome: what rank 0 wrote when training returned: ``{"status": ..., "step": ...}``, or None.
-        slurm_state: JobState that scontrol gave at the end, or None where it is missing.
+        slurm_state: Slurm's state of the job at the end (``dattrain.submit.fate``), or None where nobody knows it.
         elapsed_s, time_s, signal_delay_s: age of the attempt, its limit, and how early the signal comes, in seconds.
         stderr: what srun printed in this attempt.
         reports: errors that ranks wrote before they died: ``{"rank", "node", "error", "user_error", "held"}``; held: another
             process has the run folder.
+        stalled: what the first rank that noticed a stall wrote: ``{"rank", "host", "place", "silent_s"}``, or None.
+        last_words: last line of what a rank printed; asked where nothing better is known.
     """
     state = slurm_state or ""
     at_limit = state == "TIMEOUT" or (time_s and elapsed_s >= time_s - signal_delay_s - EARLY_S)
@@ -158,8 +169,15 @@ def classify(
         # Before COMPLETING is looked at: so Slurm says too while it takes the job off the nodes that are left.
         which = f"{lost.group(1)} went down" if lost else "Slurm lost a node"
         return NODE_FAILURE, which + where, None
+    if state in ("PREEMPTED", "REQUEUED"):
+        reason = state.lower()
+        return (
+            reason,
+            "saved" + where if said == "preempted" else f"{reason} by Slurm before it had saved",
+            None,
+        )
     if state.startswith("CANCELLED") or state == "COMPLETING":
-        # Slurm is ending the job: somebody's scancel, or a preemption without grace, after which Slurm itself requeues.
+        # Slurm is ending the job, and nobody says why: somebody's scancel.
         return "cancelled", "ended from outside, as scancel does" + where, None
     if said == "preempted":
         return ("time limit" if at_limit else "preempted"), "saved" + where, None
@@ -169,7 +187,13 @@ def classify(
             "killed before it had saved; signal_delay_s is too short for a step and a save",
             None,
         )
-    node, cause = culprit(stderr)
+    if stalled is not None:
+        # Ranks that wait for one another are silent together: the first to notice is not to blame.
+        where = "rank {} on {} was silent for {} s in {!r}"
+        return "stalled", where.format(*map(stalled.get, ("rank", "host", "silent_s", "place"))), None
+    node, cause, rank = culprit(stderr)
+    if cause in TOLD:
+        return "preempted", f"{cause}, before training had begun", None
     report = next((r for r in reports if r.get("node") == node), reports[0] if reports else None)
     taken = next((r for r in reports if r.get("held")), None)
     if taken is not None:
@@ -181,6 +205,13 @@ def classify(
     told = cause is None or cause.startswith("Exited with exit code")
     if report is not None and told and (node is None or report.get("node") == node):
         cause, node = report["error"], report.get("node", node)
+    if state == "OUT_OF_MEMORY" or (
+        (told or cause == "Killed") and re.search(r"oom.kill", stderr, re.IGNORECASE)
+    ):
+        cause = "out of memory (mem_gb of the profile): " + (cause or "Slurm ended the job")
+    if told and report is None:
+        # It died before our code could speak: Python is missing, too old, or lacks a module; srun could not start it.
+        cause = ": ".join(filter(None, (cause or f"the tasks ended with status {status}", last_words(rank))))
     return "crashed", cause or f"the tasks ended with status {status}", node
 
 
@@ -192,7 +223,7 @@ def decide(events: Sequence[Event], *, retries: int, checkpoint_new: bool) -> tu
         retries: crashes that are forgiven per submission by hand.
         checkpoint_new: whether the attempt published a checkpoint.
 
-    Actions: ``done``, ``stop``, ``again``. A preemption is the cluster's doing and always goes on. A crash, and an
+    Actions: ``done``, ``stop``, ``again``. A preemption, like an administrator's requeue, is the cluster's doing and always goes on. A crash, and an
     attempt that the time limit ended, goes on only if it left a new checkpoint: what cannot make one step in a whole job
     never will.
     """
@@ -205,8 +236,8 @@ def decide(events: Sequence[Event], *, retries: int, checkpoint_new: bool) -> tu
         return "stop", "cancelled by dattrain cancel", []
     if reason in ("stopped", "cancelled", "refused"):
         return "stop", last["detail"], []
-    if reason == "preempted":
-        return "again", "preempted", []
+    if reason in ("preempted", "requeued"):
+        return "again", reason, []
     if not checkpoint_new:
         if reason == NODE_FAILURE:
             row = 0
@@ -228,7 +259,7 @@ def decide(events: Sequence[Event], *, retries: int, checkpoint_new: bool) -> tu
         )
     if reason in ("time limit", NODE_FAILURE):
         return "again", reason, []
-    crashes = [e for e in ends if e["reason"] == "crashed"]
+    crashes = [e for e in ends if e["reason"] in CRASHES]
     if len(crashes) > retries:
         return (
             "stop",

@@ -38,13 +38,16 @@ class Job:
 
         ``status`` is ``finished``, ``preempted`` (saved, to be continued) or ``stopped``.
         """
+        # submitit listens to the other one from its start on.
+        signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGUSR2))
         try:
             result = _evaluate(Path(self.run)) if self.action == "evaluate" else _train(Path(self.run))
         except BaseException as error:
             self._report(error)
             raise
         # What is told to end from here on has nothing left to save.
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
         if _rank() == 0:
             _publish(self._folder() / "outcome.json", {**result, "time": time.time()})
         atexit.register(_leave)

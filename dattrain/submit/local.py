@@ -15,12 +15,13 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from dattrain.runtime.process import start_time
-from dattrain.submit import history
+from dattrain.submit import fate, history
 from dattrain.submit.cluster import Profile
 from dattrain.submit.job import Job
 
@@ -109,6 +110,8 @@ def _attempt(run: Path, spec: dict[str, Any]) -> str:
         signal_delay_s=spec["signal_delay_s"],
     )
     started = time.time()
+    stalled = run / "logs" / "stalled.json"
+    stalled.unlink(missing_ok=True)
     job = executor.submit(Job(str(run), spec["action"]))
     begun = history.record(
         run, "begin", job=job.job_id, restart=0, nodes=[socket.gethostname()], checkpoint=before
@@ -128,6 +131,7 @@ def _attempt(run: Path, spec: dict[str, Any]) -> str:
     reason, detail, node = history.classify(
         status=status, outcome=_json(folder / "outcome.json"), slurm_state=None, elapsed_s=time.time() - started,
         time_s=spec["time_s"], signal_delay_s=spec["signal_delay_s"], stderr="", reports=reports,
+        stalled=_json(stalled), last_words=partial(fate.last_words, spec, job.job_id),
     )  # fmt: skip
     now = history.newest_checkpoint(run)
     new = now is not None and now != begun["checkpoint"]

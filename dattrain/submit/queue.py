@@ -1,7 +1,7 @@
 """What Slurm says of a job: from squeue while it lives, then from sacct, else from scontrol's memory.
 
 sacct may be missing or may lag, squeue forgets, scontrol forgets later: so each is asked for what the one before did not
-know. A state that only says what happened to an attempt (NODE_FAIL, PREEMPTED, REQUEUED) is never taken as final.
+know. A state that only says what happened to an attempt (NODE_FAIL, REQUEUED) is never taken as final.
 """
 
 from __future__ import annotations
@@ -16,9 +16,20 @@ from dattrain.errors import UserError
 from dattrain.submit.cluster import minutes
 
 FINAL = frozenset(
-    {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL", "REVOKED"}
+    [
+        "COMPLETED",
+        "FAILED",
+        "CANCELLED",
+        "TIMEOUT",
+        "PREEMPTED",
+        "DEADLINE",
+        "OUT_OF_MEMORY",
+        "BOOT_FAIL",
+        "REVOKED",
+    ]
 )
-PASSING = frozenset({"NODE_FAIL", "PREEMPTED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
+"""A preempted job that Slurm starts again is PENDING, not PREEMPTED."""
+PASSING = frozenset({"NODE_FAIL", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
 """States after which Slurm may start the same job again."""
 
 
@@ -106,6 +117,17 @@ def parse_scontrol(text: str) -> JobState:
         "" if nodes is None or nodes.group(1) == "(null)" else nodes.group(1),
         "scontrol",
     )
+
+
+def ending(job: str) -> tuple[str, str]:
+    """Exit code (``status:signal``) and reason of a job that is over, as far as scontrol or sacct know them."""
+    shown = _output(["scontrol", "-o", "show", "job", job])
+    code, reason = (re.search(rf"\b{key}=(\S+)", shown) for key in ("ExitCode", "Reason"))
+    if code is not None:
+        return code.group(1), "" if reason is None or reason.group(1) == "None" else reason.group(1)
+    rows = _output(["sacct", "-n", "-P", "-X", "-o", "ExitCode,Reason", "-j", job]).splitlines()
+    found, _, why = rows[-1].partition("|") if rows else ("", "", "")
+    return found, "" if why == "None" else why
 
 
 def cancel(jobs: Sequence[str]) -> None:

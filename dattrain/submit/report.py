@@ -12,7 +12,7 @@ from typing import Any
 
 from dattrain.config.load import load
 from dattrain.runtime import owner
-from dattrain.submit import history
+from dattrain.submit import fate, history, queue
 from dattrain.submit.history import Event
 from dattrain.submit.queue import UNKNOWN, JobState
 
@@ -37,6 +37,8 @@ class Report:
     """Of the newest evaluation, in percent."""
     restarts: tuple[str, ...]
     """Why each attempt but the last ended."""
+    warnings: tuple[str, ...] = ()
+    """What keeps the run from going on by itself after this attempt."""
 
 
 def jobs_of(run: Path) -> list[str]:
@@ -50,6 +52,8 @@ def report(run: Path, states: Mapping[str, JobState], *, local_alive: bool = Fal
     events = history.history(run)
     job, slurm = _current(events, states)
     state, why = judge(events, slurm, local_alive=local_alive)
+    if state == "failed" and not why and job is not None:
+        why = last_words(run, job, slurm)
     if state not in ("running", "waiting"):
         state, why = _by_hand(run, state, why)
     metrics = read_metrics(run / "metrics.jsonl")
@@ -69,6 +73,7 @@ def report(run: Path, states: Mapping[str, JobState], *, local_alive: bool = Fal
         checkpoint=history.newest_checkpoint(run),
         top1=_evaluation(run) or metrics.get("top1"),
         restarts=tuple(_restart(e) for e in ends),
+        warnings=tuple(text for text in _warnings(events) if text not in why),
     )
 
 
@@ -84,10 +89,10 @@ def _by_hand(run: Path, state: str, why: str) -> tuple[str, str]:
 
 
 def judge(events: Sequence[Event], slurm: JobState, *, local_alive: bool = False) -> tuple[str, str]:
-    """State of a run and the reason for it.
+    """State of a run and the reason for it; of a failed run none, where the job left no word.
 
     The history knows what our job decided; Slurm knows what became of it. An attempt that Slurm broke off
-    (NODE_FAIL, PREEMPTED) is followed by another as long as Slurm keeps the job.
+    (NODE_FAIL) is followed by another as long as Slurm keeps the job.
     """
     now = history.since_submission(events)
     if not now:
@@ -109,12 +114,13 @@ def judge(events: Sequence[Event], slurm: JobState, *, local_alive: bool = False
         return "failed", "its supervisor on the machine that started it is gone; see submit/local.log"
     name = slurm.state
     if name in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"):
-        return "running", ""
+        return "running", "suspended by Slurm" if name in ("SUSPENDED", "STOPPED") else ""
     if slurm.waiting_in_vain:
         return "cancelled", "the job that it waits for did not end well"
     if name in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "REQUEUE_FED"):
-        return "waiting", slurm.reason
-    if name in ("NODE_FAIL", "PREEMPTED", "SPECIAL_EXIT"):
+        held = "held" in slurm.reason.lower()
+        return "waiting", f"held ({slurm.reason}); scontrol release starts it" if held else slurm.reason
+    if name in ("NODE_FAIL", "SPECIAL_EXIT"):
         return "waiting", f"{name}; Slurm has not started it again yet"
     if name == "CANCELLED":
         if not begun and last is None:
@@ -125,9 +131,61 @@ def judge(events: Sequence[Event], slurm: JobState, *, local_alive: bool = False
         return "cancelled", "with scancel"
     if name == "UNKNOWN":
         return "unknown", "no answer from squeue, sacct or scontrol"
+    left = _warnings(now)
+    if left:
+        how = f"{last['reason']}: {last['detail']}; " if last is not None and not begun else ""
+        return "failed", f"{how}{'; '.join(left)}; submitted again, it goes on from its checkpoint"
     if name == "TIMEOUT":
         return "failed", "reached its time limit and was killed before it had saved"
-    return "failed", f"{name} without a word from the job; see the logs"
+    if name == "PREEMPTED":
+        return "failed", (
+            "preempted, and killed before it could queue another job (requeue: follow-up has one ready); "
+            "submitted again, it goes on from its checkpoint"
+        )
+    return "failed", ""
+
+
+WORDS = {
+    "OUT_OF_MEMORY": "out of memory (mem_gb of the profile)",
+    "BOOT_FAIL": "a node did not boot",
+    "DEADLINE": "its deadline came first",
+    "NODE_FAIL": "a node failed",
+}
+"""What Slurm's states mean where the job itself could say nothing."""
+
+
+def last_words(run: Path, job: str, slurm: JobState) -> str:
+    """Why a job failed that told its run nothing: the last line of the batch script's error file, and Slurm's own words."""
+    code, reason = queue.ending(job)
+    status, _, signum = code.partition(":")
+    parts = [WORDS.get(slurm.state, slurm.state)]
+    if signum not in ("", "0", "53"):
+        parts.append(f"killed by signal {signum}")
+    elif status not in ("", "0"):
+        parts.append(f"exit code {status}")
+    if reason and reason not in ("NonZeroExitCode", "JobLaunchFailure"):
+        parts.append(reason)
+    try:
+        spec = history.read_spec(run)
+    except (OSError, ValueError):
+        return ", ".join(parts) + "; the run folder has no submit/spec.json any more"
+    log = Path(spec["folder"]) / f"{job}_0_log.err"
+    if line := fate.last_words(spec, job, 0):
+        return f"{', '.join(parts)}: {line}"
+    if signum == "53" or (reason == "JobLaunchFailure" and not log.exists()):
+        return f"{', '.join(parts)}: Slurm could not open the job's log {log} (is the folder there, and seen by the node?)"
+    return f"{', '.join(parts)}; {log} {'is empty' if log.exists() else 'is not there'}"
+
+
+def _warnings(events: Sequence[Event]) -> list[str]:
+    """Of the newest attempt; a later one has overcome what the bookkeeper could not."""
+    found: list[str] = []
+    for event in events:
+        if event["event"] in ("begin", "submit"):
+            found.clear()
+        elif event["event"] == "warning":
+            found.append(event["text"])
+    return list(dict.fromkeys(found))
 
 
 def _current(events: Sequence[Event], states: Mapping[str, JobState]) -> tuple[str | None, JobState]:
@@ -220,6 +278,7 @@ def render(reports: Sequence[Report]) -> str:
         if number:
             one = reports[number - 1]
             lines += [f"    {one.state}: {one.why}"] if one.why else []
+            lines += [f"    warning: {text}" for text in one.warnings]
             lines += [f"    restart {n}: {text}" for n, text in enumerate(one.restarts, 1)]
     return "\n".join(lines)
 

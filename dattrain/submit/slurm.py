@@ -17,6 +17,9 @@ from dattrain.submit.cluster import Profile
 TIMEOUTS = 1_000_000_000
 """submitit's ``max_num_timeout``: it counts each signal of a job shorter than ten minutes, and would end the run at three."""
 
+SIGNALS = "TERM HUP USR1 USR2"
+"""What would end the batch script's shell before the books are closed; the tasks are told by signals of their own."""
+
 ENTER = '"$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py"'
 """Starts a module of the snapshot; expanded by the batch script's shell, for each run of an array."""
 
@@ -73,7 +76,10 @@ def parameters(profile: Profile, place: Placement) -> dict[str, Any]:
         "signal_delay_s": profile.signal_delay_s,
         "dependency": place.dependency,
         "setup": _before(profile, place),
-        "teardown": [f'{_bookkeeper(profile)} end "$DATTRAIN_RUN" $?'],
+        "teardown": [
+            f"DATTRAIN_STATUS=$?; trap '' {SIGNALS}",
+            f'{_bookkeeper(profile)} end "$DATTRAIN_RUN" "$DATTRAIN_STATUS"',
+        ],
         "srun_args": _srun(profile, place),
         "wckey": None,
         "additional_parameters": extra,
@@ -115,7 +121,9 @@ def _interpreter(profile: Profile, place: Placement) -> str:
 def _before(profile: Profile, place: Placement) -> list[str]:
     """Lines before srun: the profile's own, the environment, the snapshot, and the bookkeeper's consent."""
     runs = " ".join(shlex.quote(str(run)) for run in place.runs)
-    lines = [*profile.setup]
+    lines = [f"trap : {SIGNALS}", *profile.setup] if profile.setup else []
+    # What a site's lines, or the shell that submits, leave behind must not end the script where srun does not end with 0.
+    lines += ["set +eu; trap - ERR"]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()]
     if profile.cpus_per_task:
         # Since Slurm 22.05 srun no longer takes it from sbatch.
@@ -124,11 +132,13 @@ def _before(profile: Profile, place: Placement) -> list[str]:
         f"DATTRAIN_RUNS=({runs})",
         'export DATTRAIN_RUN="${DATTRAIN_RUNS[${SLURM_ARRAY_TASK_ID:-0}]}"',
         'export PYTHONPATH="$DATTRAIN_RUN/submit/code${PYTHONPATH:+:$PYTHONPATH}"',
-        # Deferred until srun returns, and not inherited by it: the books are closed even when the job is told to end.
-        "trap : TERM",
+        # Ignored by the bookkeeper too.
+        f"trap '' {SIGNALS}",
         f'{_bookkeeper(profile)} begin "$DATTRAIN_RUN" || exit $?',
         f'{_bookkeeper(profile)} guard "$DATTRAIN_RUN" &',
         "export DATTRAIN_GUARD=$!",
+        # Deferred until srun returns, and not inherited by it: the books are closed even when the job is told to end.
+        f"trap : {SIGNALS}",
     ]
     return lines
 

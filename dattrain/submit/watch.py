@@ -14,6 +14,7 @@ What it writes and how it judges is in ``dattrain.submit.history``. Not here: th
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -25,7 +26,9 @@ import time
 from pathlib import Path
 from typing import Any, Sequence  # noqa: UP035 (Python 3.8 runs this file)
 
+from dattrain.submit import fate
 from dattrain.submit.history import (
+    CRASHES,
     NODE_FAILURE,
     Event,
     attempt_folder,
@@ -44,8 +47,8 @@ from dattrain.submit.history import (
 # Exit statuses of a batch script. Slurm shows them; afterok and afternotok see zero or not.
 DONE, STOPPED, AGAIN, BROKEN = 0, 3, 75, 1
 
-MARK = "dattrain: attempt on "
-"""Divides the attempts in the error file, which every restart appends to."""
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What reaches the whole batch script, bookkeeper included, while Slurm ends its job or a user signals it."""
 
 
 def job_id() -> str:
@@ -61,22 +64,27 @@ def begin(run: str) -> int:
     if cancelled(history(run)):
         _say("not started: cancelled by dattrain cancel")
         return BROKEN
-    vanished = open_attempt(history(run))
+    events = history(run)
+    if any(e.get("action") == "done" for e in since_submission(events)):
+        # A job too many: queued for an attempt that Slurm then started again by itself.
+        _say("not started: the run has finished")
+        return BROKEN
+    vanished = open_attempt(events)
     now = newest_checkpoint(run)
     if (
         vanished is not None
         and vanished["job"] != job
-        and _slurm_state(vanished["job"]) in ("RUNNING", "SUSPENDED")
+        and fate.shown(vanished["job"]) in ("RUNNING", "SUSPENDED")
     ):
         _say("not started: job {} trains in this run folder".format(vanished["job"]))
         return BROKEN
     if vanished is not None:
-        detail = _what_happened(vanished)
+        reason, detail = _what_happened(run, spec, vanished, same=vanished["job"] == job)
         new = now is not None and now != vanished.get("checkpoint")
-        end_event = {"event": "end", "reason": NODE_FAILURE, "detail": detail, "new": new}
-        action, why, _ = decide(history(run) + [end_event], retries=spec["retries"], checkpoint_new=new)
+        end_event = {"event": "end", "reason": reason, "detail": detail, "new": new}
+        action, why, _ = decide([*events, end_event], retries=spec["retries"], checkpoint_new=new)
         record(
-            run, "end", job=vanished["job"], restart=vanished["restart"], reason=NODE_FAILURE, detail=detail,
+            run, "end", job=vanished["job"], restart=vanished["restart"], reason=reason, detail=detail,
             node=None, checkpoint=now, new=new, action=action, why=why,
         )  # fmt: skip
         if action != "again":
@@ -85,12 +93,13 @@ def begin(run: str) -> int:
     nodes = expand(os.environ.get("SLURM_JOB_NODELIST", ""))
     record(run, "begin", job=job, restart=restart, nodes=nodes, checkpoint=now)
     attempt_folder(run, job, restart).mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        _stalled(run).unlink()
     _say(
-        "attempt on {}: {}".format(
-            ",".join(nodes), f"from step {now}" if now is not None else "from the start"
-        )
+        fate.MARK[len("dattrain: ") :]
+        + "{}: {}".format(",".join(nodes), f"from step {now}" if now is not None else "from the start")
     )
-    if spec["requeue"] == "follow-up":
+    if spec["requeue"] == "follow-up" and _next_job(run, job) is None:
         _queue_next(run, spec, job, "afternotok:" + job, _excluded(run, spec))
     return 0
 
@@ -109,11 +118,13 @@ def end(run: str, status: int) -> int:
     outcome = _json(folder / "outcome.json")
     reports = [r for r in map(_json, sorted(folder.glob("rank_*.json"))) if r]
     reports.sort(key=lambda r: r.get("time", 0))
-    state = _slurm_state()
+    state, by_slurm = fate.ask(
+        os.environ["SLURM_JOB_ID"], restart, functools.partial(fate.stderr_of, spec, job)
+    )
     reason, detail, node = classify(
         status=status, outcome=outcome, slurm_state=state, elapsed_s=time.time() - started["time"],
-        time_s=spec["time_s"], signal_delay_s=spec["signal_delay_s"], stderr=_stderr(spec, job),
-        reports=reports,
+        time_s=spec["time_s"], signal_delay_s=spec["signal_delay_s"], stderr=fate.stderr_of(spec, job),
+        reports=reports, stalled=_json(_stalled(run)), last_words=functools.partial(fate.last_words, spec, job),
     )  # fmt: skip
     now = newest_checkpoint(run)
     new = now is not None and now != started["checkpoint"]
@@ -138,62 +149,91 @@ def end(run: str, status: int) -> int:
             _cancel_next(run, job)
         return STOPPED if reason == "stopped" else BROKEN
     excluded = _excluded(run, spec)
-    if spec["requeue"] == "follow-up":
+    if spec["requeue"] == "follow-up" and _next_job(run, job) is not None:
         if bad:
             _exclude_from_next(run, spec, job, excluded)
         return AGAIN
-    if reason == NODE_FAILURE:
+    if by_slurm or (reason == NODE_FAILURE and spec["requeue"] == "scontrol"):
         # Slurm requeues it by itself.
         return AGAIN
-    after = "afterany:" + job
-    if reason == "crashed" or state == "TIMEOUT":
-        # Not the same job again: what Slurm was told about ending its step may be told once more a minute later, when a
-        # busy node did not answer in time, and would end the new attempt, whose step has the same number. Nor can the
-        # nodes of a job that runs be narrowed. The new job waits until the old one has let go of everything.
-        _queue_next(run, spec, job, after, excluded)
+    # After a crash, and where Slurm is ending the job, rather not the same job again: what Slurm was told about ending its
+    # step may be told once more a minute later, when a busy node did not answer in time, and would end the new attempt,
+    # whose step has the same number. Nor can the nodes of a job that runs be narrowed. The new job waits until the old one
+    # has let go of everything.
+    same = spec["requeue"] == "scontrol" and reason not in CRASHES and state not in ("TIMEOUT", "PREEMPTED")
+    if same and _requeue(run, job, excluded):
         return AGAIN
-    if not _done("scontrol", "requeue", job):
-        _say("scontrol requeue failed; a follow-up job takes over (set requeue: follow-up in the profile)")
-        _queue_next(run, spec, job, after, excluded)
-        return AGAIN
-    # Slurm now kills this script; waiting for that keeps the job from being seen as ended.
-    time.sleep(60)
+    if not _queue_next(run, spec, job, "afterany:" + job, excluded) and not same:
+        _requeue(run, job, excluded)
     return AGAIN
 
 
+def _requeue(run: str, job: str, exclude: Sequence[str]) -> bool:
+    """scontrol requeue, which kills this script; returns if it is refused."""
+    # What is still said about the step that ended would be said about that of the new attempt.
+    deadline = time.monotonic() + 60
+    while re.search(r"\.\d+\s*$", fate.output("squeue", "-h", "-s", "-j", job, "-o", "%i"), re.MULTILINE):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    refused = _tell("scontrol", "requeue", job)
+    if refused is not None:
+        # Allowed to the owner of a job that was submitted with --no-requeue.
+        _tell("scontrol", "update", "JobId=" + job, "Requeue=1")
+        refused = _tell("scontrol", "requeue", job)
+    if refused is not None:
+        _warn(run, job, "not requeued: scontrol said: " + refused)
+        return False
+    if exclude:
+        _tell("scontrol", "update", "JobId=" + job, "ExcNodeList=" + ",".join(exclude))
+    # Slurm now kills this script; waiting for that keeps the job from being seen as ended.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    time.sleep(60)
+    return True
+
+
 def guard(run: str) -> int:
-    """Wait beside srun. A job told to end by its time limit has KillWait seconds; what has not saved by then goes on through here,
-    since this script and srun are killed together. ``end`` ends this process."""
-    told = []
-    signal.signal(signal.SIGTERM, lambda *_: told.append(time.time()))
+    """Wait beside srun. A job told to end by its time limit, or preempted, has KillWait seconds; what has not saved by then goes
+    on through here, since this script and srun are killed together. ``end`` ends this process."""
+    told: list[float] = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(time.monotonic()))
     # Bash reports a job that a signal has killed, and not one that ends by itself.
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
-    while not told:
-        time.sleep(1)
+    spec, job = read_spec(run), job_id()
+    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     patience = max(1.0, _kill_wait() - 4)
-    while time.time() < told[0] + patience and open_attempt(history(run)) is not None:
+    while True:
         time.sleep(0.5)
-    if open_attempt(history(run)) is None or _slurm_state() != "TIMEOUT":
-        return 0
-    return end(run, 1)
+        if not told:
+            continue
+        if open_attempt(history(run)) is None:
+            return 0
+        if time.monotonic() < told[-1] + patience:
+            continue
+        found = fate.ask(os.environ["SLURM_JOB_ID"], restart, functools.partial(fate.stderr_of, spec, job), 0)
+        if found.state in ("TIMEOUT", "PREEMPTED", "REQUEUED"):
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            return end(run, 1)
+        # The beginning of a grace period, or a signal by hand: the job lives on.
+        told.clear()
 
 
 def _end_guard() -> None:
-    pid = os.environ.get("DATTRAIN_GUARD")
-    if pid and int(pid) != os.getpid():
-        with contextlib.suppress(OSError):
-            os.kill(int(pid), signal.SIGUSR1)
+    """The guard, if it is at work itself, is waited for."""
+    pid = int(os.environ.get("DATTRAIN_GUARD") or os.getpid())
+    if pid == os.getpid():
+        return
+    deadline = time.monotonic() + 20
+    with contextlib.suppress(OSError):
+        while time.monotonic() < deadline:
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.05)
 
 
 def _kill_wait() -> float:
-    try:
-        shown = subprocess.run(
-            ["scontrol", "show", "config"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, timeout=10,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return 30.0
-    match = re.search(r"KillWait\s*=\s*(\d+)", shown)
+    match = re.search(r"KillWait\s*=\s*(\d+)", fate.output("scontrol", "show", "config"))
     return float(match.group(1)) if match else 30.0
 
 
@@ -219,14 +259,20 @@ def _queue_next(
     command += ["--exclude=" + ",".join(exclude)] if exclude else []
     try:
         done = subprocess.run(
-            [*command, str(script)], stdout=subprocess.PIPE, text=True, env=clean_environment()
+            [*command, str(script)], capture_output=True, text=True, env=clean_environment()
         )
-    except OSError:
-        done = None
-    if done is None or done.returncode != 0:
-        _say("sbatch failed; this run cannot go on by itself after this job")
+    except OSError as error:
+        _warn(run, job, f"no follow-up: sbatch: {error.strerror}")
         return None
-    follower = done.stdout.strip().split(";")[0]
+    if done.returncode != 0:
+        _warn(run, job, f"no follow-up: sbatch said: {_words(done.stderr) or done.returncode}")
+        return None
+    # Sites have wrappers that greet on standard output.
+    numbers = re.findall(r"^\s*(\d+)(?:;\S+)?\s*$", done.stdout, re.MULTILINE)
+    if not numbers:
+        _warn(run, job, f"no follow-up: sbatch gave no job id but: {_words(done.stdout)}")
+        return None
+    follower = numbers[-1]
     shutil.copyfile(folder / f"{job}_submitted.pkl", folder / f".{follower}.tmp")
     os.replace(folder / f".{follower}.tmp", folder / f"{follower}_submitted.pkl")
     script.replace(folder / f"{follower}_submission.sh")
@@ -277,10 +323,27 @@ def _exclude_from_next(run: str, spec: dict[str, Any], job: str, nodes: Sequence
 
 def _done(*command: str) -> bool:
     """Run a command; False if it fails or is not there."""
+    return _tell(*command) is None
+
+
+def _tell(*command: str) -> str | None:
+    """Run a command; what it said if it failed, or is not there."""
     try:
-        return subprocess.call(command) == 0
-    except OSError:
-        return False
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        return f"{command[0]}: {error.strerror}"
+    return None if done.returncode == 0 else _words(done.stderr) or f"status {done.returncode}"
+
+
+def _words(said: str) -> str:
+    lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line.strip()) for line in said.splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line))[-400:]
+
+
+def _warn(run: str, job: str, text: str) -> None:
+    """Say what keeps the run from going on, here and in ``dattrain status``."""
+    record(run, "warning", job=job, text=text)
+    _say(text)
 
 
 def clean_environment() -> dict[str, str]:
@@ -289,45 +352,32 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(own) or k == "SLURM_CONF"}
 
 
-def _what_happened(attempt: Event) -> str:
-    """Which of an attempt's nodes are down, as far as sinfo knows."""
-    names = ",".join(attempt.get("nodes") or [])
-    try:
-        rows = subprocess.run(
-            ["sinfo", "-h", "-N", "-n", names, "-o", "%N %T"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, timeout=20,
-        ).stdout.split("\n")  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        rows = []
-    down = sorted({row.split()[0] for row in rows if re.search(r"down|fail|drain|not_responding|\*", row)})
+def _what_happened(run: str, spec: dict[str, Any], attempt: Event, same: bool) -> tuple[str, str]:
+    """Reason and detail of an attempt that left no word: by Slurm's, else a node failure. ``same``: Slurm started its job again."""
+    job = attempt["job"]
+    state = fate.ask_of_the_past(job, fate.stderr_of(spec, job)).state
+    if state in ("PREEMPTED", "REQUEUED", "TIMEOUT", "OUT_OF_MEMORY") or (state == "CANCELLED" and not same):
+        reason, detail, _ = classify(
+            status=1, outcome=_json(attempt_folder(run, job, attempt["restart"]) / "outcome.json"), slurm_state=state,
+            elapsed_s=0, time_s=0, signal_delay_s=0, stderr="", reports=[],
+        )  # fmt: skip
+        return reason, detail
+    nodes = attempt.get("nodes") or []
+    down = fate.down(nodes)
     if down:
-        return "{} went down".format(", ".join(down))
-    return "cut off by Slurm on {} (a node failed, or the nodes were taken without notice)".format(
-        names or "unknown nodes"
+        return NODE_FAILURE, "{} went down".format(", ".join(down))
+    return (
+        NODE_FAILURE,
+        "cut off by Slurm on {} (a node failed, or the nodes were taken without notice)".format(
+            ",".join(nodes) or "unknown nodes"
+        ),
     )
 
 
-def _slurm_state(job: str | None = None) -> str | None:
-    try:
-        shown = subprocess.run(
-            ["scontrol", "show", "job", job or os.environ.get("SLURM_JOB_ID", "")], stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, timeout=20,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    match = re.search(r"JobState=(\w+)(?: Reason=(\w+))?", shown)
-    if match is None:
-        return None
-    # A job that is being ended is COMPLETING, whatever for; sometimes the reason tells.
-    return {"TimeLimit": "TIMEOUT", "NodeDown": "NODE_FAIL"}.get(match.group(2), match.group(1))
-
-
-def _stderr(spec: dict[str, Any], job: str) -> str:
-    """srun's own messages of this attempt. The file is appended to by every restart: begin() leaves a mark in it."""
-    path = Path(spec["folder"]) / f"{job}_0_log.err"
-    if not path.is_file():
-        return ""
-    return path.read_text(encoding="utf-8", errors="replace").rpartition(MARK)[2]
+def _stalled(run: str) -> Path:
+    """Where the first rank that notices a stall leaves word (``dattrain.runtime.health``); of this attempt, since ``begin``
+    removes an older one."""
+    return Path(run) / "logs" / "stalled.json"
 
 
 def _say(message: str) -> None:
@@ -346,6 +396,8 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) == 2 and argv[0] in ("begin", "guard"):
         return begin(argv[1]) if argv[0] == "begin" else guard(argv[1])
     if len(argv) == 3 and argv[0] == "end":
+        # What ends the job must not end its books; the programs that are started from here inherit it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         return end(argv[1], int(argv[2]))
     print(__doc__, file=sys.stderr)
     return 2

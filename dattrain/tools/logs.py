@@ -46,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
         from dattrain.submit.history import history
 
         jobs = dict.fromkeys(e["job"] for e in history(folder) if e["event"] in ("submit", "begin"))
-        listed = [output / f"{job}_{args.rank}_log.{end}" for job in jobs for end in ("out", "err")]
+        # Where a job ended before its ranks began, the batch script has said why: in the files of rank 0.
+        ranks = dict.fromkeys([args.rank] if args.job else [0, args.rank])
+        listed = [output / f"{job}_{r}_log.{end}" for job in jobs for r in ranks for end in ("out", "err")]
         return [path for path in [*listed, folder / "submit" / "local.log"] if path.is_file()]
 
     found = files()

@@ -397,6 +397,9 @@ class Cluster:
         lines += [
             f"PartitionName=main Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={self.grace_s} {shared}",
             f"PartitionName=urgent PriorityTier=10 PreemptMode=OFF {shared}",
+            f"PartitionName=spot PriorityTier=1 PreemptMode=CANCEL GraceTime={self.grace_s} {shared}",
+            f"PartitionName=spot0 PriorityTier=1 PreemptMode=CANCEL GraceTime=0 {shared}",
+            f"PartitionName=re0 PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 {shared}",
         ]
         return "\n".join(lines) + "\n"
 

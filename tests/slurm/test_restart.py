@@ -43,11 +43,16 @@ def test_the_signal_reaches_one_rank_that_is_not_the_first(site: Site, undisturb
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("requeue", ["scontrol", "follow-up"])
-def test_preempted_by_a_more_urgent_job(site: Site, undisturbed: Path, requeue: str) -> None:
-    profile = site.folder / f"{requeue}.yaml"
-    profile.write_text(site.profile.read_text() + f"requeue: {requeue}\n")
-    run, _ = _begin(site, f"preempted-{requeue}", "--cluster", str(profile))
+@pytest.mark.parametrize(
+    ("partition", "requeue"),
+    # spot0: PreemptMode=CANCEL and no GraceTime, after which Slurm starts nothing again.
+    [("main", "scontrol"), ("main", "follow-up"), ("spot0", "scontrol"), ("spot0", "follow-up")],
+)
+def test_preempted_by_a_more_urgent_job(site: Site, undisturbed: Path, partition: str, requeue: str) -> None:
+    profile = site.folder / f"{partition}-{requeue}.yaml"
+    text = site.profile.read_text().replace("partition: main", f"partition: {partition}")
+    profile.write_text(text + f"requeue: {requeue}\n")
+    run, _ = _begin(site, f"preempted-{partition}-{requeue}", "--cluster", str(profile))
     site.cluster.run(
         "sbatch", "-p", "urgent", "-N4", "--exclusive", "-t", "1", "-o", "/dev/null", "--wrap", "sleep 3"
     )

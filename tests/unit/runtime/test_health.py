@@ -1,9 +1,14 @@
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
+from dattrain.clock import Stopwatch
 from dattrain.runtime.health import STALLED, Verdict, Verdicts, Watchdog
 
 G, S, R, X = Verdict.GOOD, Verdict.SKIP, Verdict.ROLL_BACK, Verdict.STOP
@@ -52,6 +57,7 @@ def test_a_stall_dumps_the_stacks_of_every_rank_and_names_who_was_silent(tmp_pat
     codes = []
     stalled, ended = watch(tmp_path, 1, 0.3, codes)
     waiting, other_ended = watch(tmp_path, 0, 600.0, codes)
+    stalled.attempt = waiting.attempt = "this"
     waiting.beat("waiting for the other ranks")
     stalled.beat("reading and updating")
     stalled.start()
@@ -73,22 +79,89 @@ def test_a_rank_that_beats_is_left_alone(tmp_path):
     dog.start()
     for _ in range(15):
         dog.beat("updating")
-        dog.step()
         time.sleep(0.05)
     dog.close()
     assert not ended.is_set() and not codes
 
 
-def test_the_marker_of_an_attempt_before_this_one_means_nothing(tmp_path):
-    import os
-
+@pytest.mark.parametrize("attempt", ["now", "before"])
+def test_the_marker_of_another_attempt_means_nothing_whatever_its_clock_says(tmp_path, attempt):
     codes = []
     (tmp_path / "logs").mkdir()
-    old = tmp_path / "logs" / "stalled.json"
-    old.write_text(json.dumps({"rank": 1, "host": "x", "place": "y", "silent_s": 1}))
-    os.utime(old, (1, 1))
-    dog, ended = watch(tmp_path, 0, 100.0, codes)
+    marker = tmp_path / "logs" / "stalled.json"
+    marker.write_text(json.dumps({"rank": 1, "host": "x", "place": "y", "silent_s": 1, "attempt": attempt}))
+    os.utime(marker, (1, 1) if attempt == "now" else (1 << 32, 1 << 32))
+    dog, ended = watch(tmp_path, 0, 10.0, codes)
+    dog.attempt = "now"
     dog.start()
-    time.sleep(1.3)
+    assert ended.wait(20 if attempt == "now" else 1.5) == (attempt == "now")
     dog.close()
-    assert not ended.is_set()
+
+
+def test_what_a_process_slept_through_does_not_count():
+    now = [0.0]
+    watch = Stopwatch(5.0, lambda: now[0])
+    for gap, seconds in ((1, 1), (3, 4), (3600, 9), (2, 11)):
+        now[0] += gap
+        assert watch.look() == seconds
+    assert watch.pauses() == 3595
+    watch.reset()
+    assert (watch.look(), watch.pauses()) == (0, 0)
+
+
+CHILD = """
+import faulthandler, pathlib, sys, threading, time
+from dattrain.runtime import health
+folder = pathlib.Path(sys.argv[1])
+health._LOOK_S = 0.3
+file = open(folder / "rank_0.log", "a", buffering=1)
+faulthandler.enable(file)
+dog = health.Watchdog(0.6, folder, file, 0, "node0", notice_s=0.0)
+dog.start()
+dog.beat("updating")
+if sys.argv[2] == "gil":
+    import ctypes  # PyDLL does not let go of the GIL
+    print("up", flush=True)
+    ctypes.PyDLL(None).sleep(300)
+else:
+    print("up", flush=True)
+    while True:
+        dog.beat("updating")
+        time.sleep(0.1)
+"""
+
+
+@pytest.fixture
+def child(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    started = []
+
+    def start(kind, patience):
+        code = CHILD.replace("dog.start()", f"dog.start(grace_s={patience})")
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), kind], stdout=subprocess.PIPE)
+        started.append(process)
+        assert process.stdout.readline() == b"up\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_call_that_keeps_the_gil_ends_with_the_stacks_written(tmp_path, child):
+    process = child("gil", 0.2)
+    assert process.wait(timeout=30) == -signal.SIGABRT
+    assert "most recent call first" in (tmp_path / "rank_0.log").read_text()
+    assert "GIL" in json.loads((tmp_path / "logs" / "stalled.json").read_text())["place"]
+
+
+def test_a_process_that_was_stopped_for_long_is_not_stalled(tmp_path, child):
+    process = child("suspended", 0.2)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)  # five times the limit, and twice that of the process beside it
+    process.send_signal(signal.SIGCONT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1.5)
+    assert not (tmp_path / "logs" / "stalled.json").exists()

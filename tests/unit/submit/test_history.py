@@ -49,6 +49,48 @@ def test_the_same_save_is_a_preemption_or_the_time_limit_by_the_clock() -> None:
     assert _classify(slurm_state="TIMEOUT")[0] == "time limit"
 
 
+@pytest.mark.parametrize("state", ["PREEMPTED", "REQUEUED"])
+def test_what_slurm_takes_away_goes_on_whether_it_was_saved_or_not(state: str) -> None:
+    saved = {"status": "preempted", "step": 5}
+    assert _classify(outcome=saved, slurm_state=state) == (state.lower(), "saved at step 5", None)
+    reason, detail, _ = _classify(slurm_state=state, stderr="srun: error: n1: task 0: Killed\n")
+    assert reason == state.lower()
+    assert "before it had saved" in detail
+    assert _decide(*[_end(reason, new=False)] * 20)[0] == "again"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_signal_that_asks_for_a_save_before_anybody_listens_is_no_crash(number: int) -> None:
+    stderr = (
+        f"srun: error: n2: task 3: User defined signal {number}\nsrun: error: n1: tasks 0-1: Terminated\n"
+    )
+    assert _classify(stderr=stderr)[0] == "preempted"
+    # What a machine's memory guard sends may come for ever.
+    assert _classify(stderr="srun: error: n2: task 3: Terminated\n")[0] == "crashed"
+
+
+def test_a_stall_is_called_one_and_counts_as_a_crash() -> None:
+    stalled = {"rank": 1, "host": "n2", "place": "saving", "silent_s": 60.5}
+    stderr = "srun: error: n1: task 0: Exited with exit code 70\n"
+    found = _classify(stderr=stderr, stalled=stalled)
+    assert found == ("stalled", "rank 1 on n2 was silent for 60.5 s in 'saving'", None)
+    assert _decide(*[_end("stalled")] * 3)[0] == "again"
+    assert _decide(*[_end("stalled"), _end("crashed")] * 2)[0] == "stop"
+    assert _classify(status=0, outcome={"status": "finished", "step": 9}, stalled=stalled)[0] == "finished"
+
+
+def test_a_task_that_could_not_speak_is_quoted() -> None:
+    words = {0: "first", 2: "ModuleNotFoundError: No module named 'submitit'"}
+    stderr = "srun: error: n2: tasks 2-3: Exited with exit code 1\n"
+    detail = _classify(stderr=stderr, last_words=words.__getitem__)[1]
+    assert detail == "Exited with exit code 1: ModuleNotFoundError: No module named 'submitit'"
+    assert _classify(last_words=words.__getitem__)[1] == "the tasks ended with status 1: first"
+    killed = (
+        "slurmstepd-n2: error: Detected 1 oom_kill event in StepId=5.0.\nsrun: error: n2: task 2: Killed\n"
+    )
+    assert _classify(stderr=killed)[1].startswith("out of memory")
+
+
 def test_the_culprit_is_the_first_task_that_srun_saw_die() -> None:
     stderr = (
         "srun: error: n3: task 5: Killed\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ BEGIN: history.Event = {
 }
 
 
+WARNING: history.Event = {"event": "warning", "job": "1", "text": "no follow-up: sbatch said: no"}
+
+
 def _end(action: str, reason: str) -> history.Event:
     return {
         "event": "end", "job": "1", "reason": reason, "detail": "d", "action": action, "why": "w", "time": 2, "checkpoint": 5,
@@ -34,7 +38,12 @@ def _end(action: str, reason: str) -> history.Event:
         ([SUBMIT], JobState("CANCELLED"), "cancelled"),
         ([SUBMIT, BEGIN], JobState("RUNNING"), "running"),
         ([SUBMIT, BEGIN], JobState("NODE_FAIL", source="sacct"), "waiting"),
-        ([SUBMIT, BEGIN], JobState("PREEMPTED", source="sacct"), "waiting"),
+        # Slurm starts none again that it calls so.
+        ([SUBMIT, BEGIN], JobState("PREEMPTED", source="sacct"), "failed"),
+        ([SUBMIT, BEGIN], JobState("SUSPENDED"), "running"),
+        ([SUBMIT, BEGIN, _end("again", "requeued")], JobState("PENDING", "JobHeldAdmin"), "waiting"),
+        ([SUBMIT, BEGIN, _end("again", "crashed"), WARNING], JobState("FAILED"), "failed"),
+        ([SUBMIT, BEGIN, WARNING], JobState("RUNNING"), "running"),
         ([SUBMIT, BEGIN], JobState("TIMEOUT"), "failed"),
         ([SUBMIT, BEGIN], JobState("FAILED"), "failed"),
         ([SUBMIT, BEGIN], UNKNOWN, "unknown"),
@@ -68,6 +77,55 @@ def test_a_report_names_step_speed_and_the_reason_of_each_restart(tmp_path: Path
     assert (one.step, one.loss, one.images_per_s) == (6, 2.5, 100.0)
     assert "restart 1: " in shown
     assert "preempted: saved at step 4, checkpoint of step 4" in shown
+
+
+def test_a_job_that_is_held_or_preempted_for_good_says_so() -> None:
+    events = [SUBMIT, BEGIN, _end("again", "requeued")]
+    assert "held (JobHeldUser)" in report.judge(events, JobState("PENDING", "JobHeldUser"))[1]
+    assert "held" in report.judge(events, JobState("PENDING", "job requeued in held state"))[1]
+    assert "preempted" in report.judge([SUBMIT, BEGIN], JobState("PREEMPTED"))[1]
+
+
+def test_what_keeps_a_run_from_going_on_is_said_while_it_runs_and_after(tmp_path: Path) -> None:
+    events = [SUBMIT, BEGIN, WARNING]
+    for event in events:
+        history.record(tmp_path, **{key: value for key, value in event.items() if key != "time"})
+    one = report.report(tmp_path, {"1": JobState("RUNNING")})
+    assert "    warning: no follow-up: sbatch said: no" in report.render([one]).splitlines()
+    assert "sbatch said: no" in report.judge([*events, _end("again", "crashed")], JobState("FAILED"))[1]
+    # A later attempt has overcome it.
+    history.record(tmp_path, "begin", job="1", restart=1, nodes=["n1"], checkpoint=None)
+    assert report.report(tmp_path, {"1": JobState("RUNNING")}).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("log", "shown", "words"),
+    [
+        (
+            "SyntaxError: future feature annotations is not defined\n",
+            "ExitCode=1:0",
+            "FAILED, exit code 1: SyntaxError: future",
+        ),
+        ("", "ExitCode=0:9 Reason=RaisedSignal:9(Killed)", "killed by signal 9"),
+        (None, "Reason=JobLaunchFailure ExitCode=0:53", "could not open the job's log"),
+        (None, "", "1_0_log.err is not there"),
+    ],
+)
+def test_a_job_without_a_word_is_told_by_its_log_or_by_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: str | None, shown: str, words: str
+) -> None:
+    programs, run = tmp_path / "bin", tmp_path / "run"
+    programs.mkdir()
+    (programs / "scontrol").write_text(f"#!/bin/sh\necho 'JobId=1 {shown}'\n")
+    (programs / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    history.record(run, "submit", job="1", by="user")
+    (run / "submit" / "spec.json").write_text(json.dumps({"folder": str(tmp_path)}))
+    if log is not None:
+        (tmp_path / "1_0_log.err").write_text(log)
+    one = report.report(run, {"1": JobState("FAILED")})
+    assert one.state == "failed"
+    assert words in one.why
 
 
 def test_a_waiting_follow_up_does_not_hide_the_job_that_runs(tmp_path: Path) -> None:

@@ -43,14 +43,16 @@ def test_cpu_profile_word_for_word() -> None:
 #SBATCH --time=60
 
 # setup
+set +eu; trap - ERR
 export SRUN_CPUS_PER_TASK=3
 DATTRAIN_RUNS=(/r/demo)
 export DATTRAIN_RUN="${DATTRAIN_RUNS[${SLURM_ARRAY_TASK_ID:-0}]}"
 export PYTHONPATH="$DATTRAIN_RUN/submit/code${PYTHONPATH:+:$PYTHONPATH}"
-trap : TERM
+trap '' TERM HUP USR1 USR2
 python3 "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch begin "$DATTRAIN_RUN" || exit $?
 python3 "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch guard "$DATTRAIN_RUN" &
 export DATTRAIN_GUARD=$!
+trap : TERM HUP USR1 USR2
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -59,9 +61,9 @@ srun --unbuffered --output /r/demo/submit/slurm/%j_%t_log.out --error /r/demo/su
 
 
 # teardown
-python3 "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch end "$DATTRAIN_RUN" $?""".replace(
-            "\\\n", ""
-        )
+DATTRAIN_STATUS=$?; trap '' TERM HUP USR1 USR2
+python3 "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch end "$DATTRAIN_RUN" "$DATTRAIN_STATUS"\
+""".replace("\\\n", "")
     )
 
 
@@ -95,7 +97,11 @@ def test_everything_a_site_may_ask_for() -> None:
     assert not any("licenses" in line for line in lines)
     (srun,) = [line for line in lines if line.startswith("srun")]
     assert "--kill-on-bad-exit=1 --cpu-bind=none" in srun
-    assert lines.index("module load x") < lines.index("export B='a b'") < lines.index("trap : TERM")
+    assert (
+        lines.index("module load x")
+        < lines.index("export B='a b'")
+        < lines.index("trap '' TERM HUP USR1 USR2")
+    )
 
 
 def test_pyxis_and_apptainer_run_the_tasks_but_not_the_bookkeeper() -> None:
@@ -121,6 +127,30 @@ def test_pyxis_and_apptainer_run_the_tasks_but_not_the_bookkeeper() -> None:
 
 def replace_box(box: Container, **changes: object) -> Container:
     return Container.model_validate({**box.model_dump(), **changes})
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        (), ("set -euo pipefail",), ("set -eE", "trap 'exit 9' ERR"), ("trap 'exit 8' TERM USR1", "cd /"), ("set -f", "IFS=1"),
+        ("kill -USR1 $$", "true"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("told", ["", "kill -USR1 $PPID; kill -TERM $PPID; kill -USR2 $PPID; "])
+def test_the_books_are_closed_whatever_the_sites_lines_leave_behind_and_whoever_signals_the_shell(
+    tmp_path: Path, setup: tuple[str, ...], told: str
+) -> None:
+    for name, text in (("srun", f"{told}exit 137"), ("books", f'echo "$@" >> {tmp_path}/calls')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    profile = Profile(host_python=str(tmp_path / "books"), setup=setup)
+    text = slurm.script(profile, PLACE)
+    done = subprocess.run(["bash"], input=text, text=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert done.returncode == 0  # of the bookkeeper
+    calls = [
+        line.split("dattrain.submit.watch ")[1] for line in (tmp_path / "calls").read_text().splitlines()
+    ]
+    assert sorted(calls) == ["begin /r/demo", "end /r/demo 137", "guard /r/demo"]
 
 
 def test_array_has_one_run_folder_per_task_and_bash_finds_it() -> None:

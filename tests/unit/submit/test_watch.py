@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,22 +44,24 @@ class Host:
         path = self.folder / "calls"
         return path.read_text().splitlines() if path.is_file() else []
 
-    def watch(self, *arguments: str, job: str = "5") -> int:
-        (self.run / "submit" / "spec.json").write_text(json.dumps(self.spec))
-        environment = {
+    def environment(self, job: str) -> dict[str, str]:
+        return {
             "PATH": f"{self.programs}:/usr/bin:/bin", "SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2",
             "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
         }  # fmt: skip
-        command = [
-            sys.executable,
-            str(ENTER),
-            "-m",
-            "dattrain.submit.watch",
-            arguments[0],
-            str(self.run),
-            *arguments[1:],
-        ]
-        return subprocess.run(command, env=environment, capture_output=True, timeout=30).returncode
+
+    def command(self, *arguments: str) -> list[str]:
+        (self.run / "submit" / "spec.json").write_text(json.dumps(self.spec))
+        module = [str(ENTER), "-m", "dattrain.submit.watch"]
+        return [sys.executable, *module, arguments[0], str(self.run), *arguments[1:]]
+
+    def watch(self, *arguments: str, job: str = "5", ignoring: bool = False) -> int:
+        """Run the bookkeeper; ``ignoring`` SIGTERM, as the batch script has it do."""
+        done = subprocess.run(
+            ["sh", "-c", "trap '' TERM; exec \"$@\"", "sh", *self.command(*arguments)] if ignoring else self.command(*arguments),
+            env=self.environment(job), capture_output=True, timeout=30,
+        )  # fmt: skip
+        return done.returncode
 
     def publish(self, step: int) -> None:
         folder = self.run / "checkpoints" / f"step_{step:08d}"
@@ -195,3 +199,174 @@ def test_a_job_that_another_process_keeps_out_of_the_folder_is_not_tried_again(h
     assert host.watch("end", "1") == 1
     end = history.history(host.run)[-1]
     assert (end["reason"], end["action"], end["why"]) == ("refused", "stop", report["error"])
+
+
+PREEMPTED = "slurmstepd-n1: error: *** JOB 5 ON n1 CANCELLED AT 2026-11-27T06:17:06 DUE TO PREEMPTION ***\n"
+CANCELLED = "slurmstepd-n1: error: *** JOB 5 ON n1 CANCELLED AT 2026-11-27T06:17:06 ***\n"
+
+
+def _shown(state: str, restarts: int = 0, requeue: str = "kill -9 $PPID") -> str:
+    """scontrol: what it shows of the job, and what comes of a requeue."""
+    return f"case $1 in show) echo 'JobState={state} Reason=None Restarts={restarts} KillWait = 4';; requeue) {requeue};; esac"
+
+
+REFUSES = "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"
+
+
+def _submitted(host: Host) -> list[str]:
+    return [call for call in host.calls() if call.startswith("sbatch")]
+
+
+def _requeued(host: Host) -> list[str]:
+    return [call for call in host.calls() if call.startswith("scontrol requeue")]
+
+
+def _told(host: Host, text: str) -> None:
+    with open(host.slurm / "5_0_log.err", "a") as log:
+        log.write(text)
+
+
+@pytest.mark.parametrize("requeue", ["scontrol", "follow-up"])
+@pytest.mark.parametrize("saved", [True, False])
+def test_preempted_by_cancelling_a_new_job_takes_over_and_none_that_waits_is_cancelled(
+    tmp_path: Path, requeue: str, saved: bool
+) -> None:
+    host = Host(tmp_path, requeue)
+    host.program("scontrol", _shown("COMPLETING"))
+    host.program("sbatch", "kill -TERM $PPID; echo 9")  # the bookkeeper is told to end while it is at it
+    host.program("scancel", "")
+    assert host.watch("begin", ignoring=True) == 0
+    if saved:
+        host.outcome("preempted")
+    _told(host, PREEMPTED)
+    assert host.watch("end", "0" if saved else "143", ignoring=True) == 75
+    (call,) = _submitted(host)
+    assert ("--dependency=afterany:5" if requeue == "scontrol" else "--dependency=afternotok:5") in call
+    assert not [call for call in host.calls() if call.startswith("scancel")]
+    (end,) = [e for e in history.history(host.run) if e["event"] == "end"]
+    assert (end["reason"], end["action"]) == ("preempted", "again")
+
+
+def test_what_slurm_requeues_itself_is_left_to_it(host: Host) -> None:
+    host.program("scontrol", _shown("COMPLETING", restarts=1))
+    host.watch("begin")
+    host.outcome("preempted")
+    _told(host, PREEMPTED.replace("PREEMPTION", "JOB REQUEUE"))
+    assert host.watch("end", "0") == 75
+    assert not _submitted(host) and not _requeued(host)
+    assert history.history(host.run)[-1]["reason"] == "requeued"
+
+
+def test_scancel_is_no_preemption(host: Host) -> None:
+    host.program("scontrol", _shown("COMPLETING"))
+    host.watch("begin")
+    host.outcome("preempted")
+    _told(host, CANCELLED)
+    assert host.watch("end", "0") == 1
+    assert not _submitted(host) and not _requeued(host)
+    assert history.history(host.run)[-1]["reason"] == "cancelled"
+
+
+def test_where_sbatch_is_refused_a_crashed_job_is_requeued_once_its_step_is_gone(host: Host) -> None:
+    host.program("sbatch", REFUSES)
+    host.program("scontrol", _shown("RUNNING"))
+    host.program("squeue", f"[ -f {host.folder}/gone ] || echo 5.0; echo 5.batch; touch {host.folder}/gone")
+    host.watch("begin")
+    host.publish(3)
+    host.watch("end", "137")
+    assert _requeued(host) == ["scontrol requeue 5"]
+    assert len([call for call in host.calls() if call.startswith("squeue")]) == 2
+
+
+@pytest.mark.parametrize("requeue", ["scontrol", "follow-up"])
+def test_a_run_that_cannot_go_on_says_what_slurm_said(tmp_path: Path, requeue: str) -> None:
+    host = Host(tmp_path, requeue)
+    host.program("sbatch", REFUSES)
+    host.program("scontrol", _shown("RUNNING", requeue="echo 'disabled for job 5' >&2; exit 1"))
+    assert host.watch("begin") == 0
+    warned = [e["text"] for e in history.history(host.run) if e["event"] == "warning"]
+    # Known while the job runs, where another should be waiting already.
+    assert bool(warned) == (requeue == "follow-up")
+    host.publish(3)
+    assert host.watch("end", "137") == 75
+    warned = [e["text"] for e in history.history(host.run) if e["event"] == "warning"]
+    assert "no follow-up: sbatch said: QOSMaxSubmitJobPerUserLimit" in warned
+    assert warned[-1] == "not requeued: scontrol said: disabled for job 5"
+
+
+def test_the_id_of_a_follow_up_is_found_among_what_a_site_prints(host: Host) -> None:
+    host.program("scontrol", _shown("RUNNING", requeue="exit 1"))
+    host.program("sbatch", "echo -----; echo 'job 1 of your 5 today'; echo '17;east'; echo")
+    host.watch("begin")
+    host.publish(3)
+    host.watch("end", "137")
+    assert (host.slurm / "17_submitted.pkl").is_file()
+    host.program("sbatch", "echo 'Welcome to job 1'")
+    history.record(host.run, "begin", job="5", restart=0, nodes=["n1"], checkpoint=None)
+    host.watch("end", "137")
+    warned = [e["text"] for e in history.history(host.run) if e["event"] == "warning"]
+    assert warned[0] == "no follow-up: sbatch gave no job id but: Welcome to job 1"
+    assert not list(host.slurm.glob("*Welcome*"))
+
+
+@pytest.mark.parametrize(
+    ("accounted", "log", "reason", "status"),
+    [
+        ("PREEMPTED", "", "preempted", 0),
+        ("", PREEMPTED, "preempted", 0),
+        ("CANCELLED by 0", CANCELLED, "cancelled", 1),
+        ("", CANCELLED, "cancelled", 1),
+        ("FAILED", "", "node failure", 0),
+    ],
+)
+def test_the_waiting_job_judges_one_that_was_killed_at_once(
+    tmp_path: Path, accounted: str, log: str, reason: str, status: int
+) -> None:
+    host = Host(tmp_path, "follow-up")
+    host.program("sbatch", "echo 9")
+    host.program("scontrol", "")
+    host.program("sacct", f"echo '{accounted}'")
+    host.watch("begin")
+    _told(host, log)
+    assert host.watch("begin", job="9") == status
+    (end,) = [e for e in history.history(host.run) if e["event"] == "end"]
+    assert end["reason"] == reason
+
+
+def test_the_guard_takes_over_when_a_preempted_job_cannot_save_in_time(host: Host) -> None:
+    host.program("scontrol", _shown("COMPLETING"))
+    host.watch("begin")
+    _told(host, PREEMPTED)
+    guard = subprocess.Popen(host.command("guard"), env=host.environment("5"), stderr=subprocess.PIPE)
+    assert guard.stderr is not None
+    while not [call for call in host.calls() if "show config" in call]:
+        time.sleep(0.05)
+    guard.send_signal(signal.SIGTERM)
+    assert guard.wait(timeout=60) == 75
+    guard.stderr.close()
+    assert "--dependency=afterany:5" in _submitted(host)[0]
+    assert (
+        "before it had saved" in next(e for e in history.history(host.run) if e["event"] == "end")["detail"]
+    )
+
+
+def test_a_job_too_many_does_not_start_a_finished_run(host: Host) -> None:
+    host.watch("begin")
+    host.outcome("finished")
+    host.watch("end", "0")
+    assert host.watch("begin", job="9") == 1
+
+
+def test_a_stall_of_this_attempt_is_named_and_one_of_an_earlier_is_not(host: Host) -> None:
+    marker = host.run / "logs" / "stalled.json"
+    marker.parent.mkdir()
+    stall = json.dumps({"rank": 1, "host": "n2", "place": "saving", "silent_s": 60.0, "attempt": "x"})
+    marker.write_text(stall)
+    host.watch("begin")
+    host.publish(3)
+    host.watch("end", "70")
+    history.record(host.run, "begin", job="5", restart=0, nodes=["n1"], checkpoint=None)
+    marker.write_text(stall)
+    host.watch("end", "70")
+    ends = [e["reason"] for e in history.history(host.run) if e["event"] == "end"]
+    assert ends == ["crashed", "stalled"]

@@ -40,6 +40,7 @@ from dattrain.submit.history import (
     record,
     since_submission,
 )
+from dattrain.submit.shell import clean_environment
 
 # Exit statuses of a batch script. Slurm shows them; afterok and afternotok see zero or not.
 DONE, STOPPED, AGAIN, BROKEN = 0, 3, 75, 1
@@ -212,7 +213,10 @@ def _queue_next(
     command += ["--exclude=" + ",".join(exclude)] if exclude else []
     try:
         done = subprocess.run(
-            [*command, str(script)], stdout=subprocess.PIPE, text=True, env=clean_environment()
+            [*command, str(script)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=clean_environment(os.environ, text),
         )
     except OSError:
         done = None
@@ -274,12 +278,6 @@ def _done(*command: str) -> bool:
         return subprocess.call(command) == 0
     except OSError:
         return False
-
-
-def clean_environment() -> dict[str, str]:
-    """The environment without what describes this job: a job submitted from within would inherit its sizes."""
-    own = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_", "PMI_", "PMIX_")
-    return {k: v for k, v in os.environ.items() if not k.startswith(own) or k == "SLURM_CONF"}
 
 
 def _what_happened(attempt: Event) -> str:

@@ -24,20 +24,11 @@ SHIPPED = Path(dattrain.__file__).resolve().parents[1] / "launch" / "clusters"
 
 Count = Annotated[int, Field(ge=1)]
 
-
-_NAMED = (
-    "partition",
-    "account",
-    "qos",
-    "constraint",
-    "exclude",
-    "reservation",
-    "time",
-    "exclusive",
-    "requeue",
-)
 OWNED = {
-    **{name: name for name in _NAMED},
+    **dict.fromkeys(
+        ("partition", "account", "qos", "constraint", "exclude", "reservation", "time", "exclusive", "requeue"),
+        "the profile's key of that name",
+    ),
     "no-requeue": "requeue",
     "signal": "signal_delay_s",
     "nodes": "--nodes",
@@ -142,9 +133,10 @@ class Profile(_Section):
     @field_validator("gpus_per_node", mode="before")
     @classmethod
     def _count_alone(cls, value: Any) -> Any:
-        match = re.fullmatch(r"(?:gpu:)?([\w.+-]+):(\d+)", value) if isinstance(value, str) else None
-        if match:
-            raise ValueError(f"write gpus_per_node: {match[2]} and gpu_type: {match[1]}")
+        match = re.fullmatch(r"(?:gpu:)?(?:([\w.+-]+):)?(\d+)", value) if isinstance(value, str) else None
+        if match and not value.isdigit():
+            named = f" and gpu_type: {match[1]}" if match[1] else ""
+            raise ValueError(f"write gpus_per_node: {match[2]}{named}")
         return value
 
     @field_validator("mem_gb", mode="before")

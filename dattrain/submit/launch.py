@@ -102,6 +102,8 @@ def check(stage: Stage, images_per_second: float | None = None, *, waits: bool =
     if profile.kind == "slurm":
         for folder in (*stage.runs, stage.placement(None).folder):
             check_path(folder, mounted=profile.container is not None)
+        if not stage.name.isprintable():
+            raise ConfigError(f"name: {stage.name!r} cannot be the name of a job")
     if profile.kind == "local" and stage.nodes != (1, 1):
         raise ConfigError("--cluster local is this machine alone: leave --nodes out, or use 1")
     if stage.minutes * 60 <= profile.signal_delay_s:

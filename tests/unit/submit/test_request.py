@@ -161,6 +161,7 @@ def test_a_measured_speed_is_used_when_a_run_is_continued(home: Path) -> None:
         ({"folder": "runs/back\\slash"}, r"'\\\\' in a path does not survive Slurm"),
         ({"folder": "runs/two\nlines"}, r"'\\n' in a path does not survive Slurm"),
         ({"folder": "runs/a\tb"}, r"'\\t' in a path"),
+        ({"folder": "runs/a", "overrides": ('name="a\\nb"',)}, "cannot be the name of a job"),
         ({"folder": "runs/a,b", "cluster": "./box.yaml"}, "',' in a path does not survive a list of mounts"),
     ],
 )

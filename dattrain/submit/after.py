@@ -1,7 +1,7 @@
 """``--after``: what another run or job has come to, and what sbatch is told to wait for.
 
-Slurm forgets jobs (after MinJobAge, five minutes by default), and takes a dependency on what it does not know for fulfilled: so
-a run's own history is asked first, and an id that nobody knows is refused.
+Slurm forgets jobs (after MinJobAge, five minutes by default), and takes a dependency on what it does not know for fulfilled, or
+since 23.02 refuses it: so a run's own history is asked first, and an id that nobody knows is refused.
 """
 
 from __future__ import annotations
@@ -45,11 +45,15 @@ def dependency_on(after: str, *, ask: bool = True) -> tuple[str | None, Path | N
             f"--after {after}: that run has not ended well and has no job ({state}{': ' + why if why else ''}); "
             f"let it go on first: dattrain submit {after}"
         )
-    # A follow-up that is there only in case the job before it fails is dropped when that one ends well.
-    either = (
-        f"afterok:{newest['after']}?" if (newest.get("dependency") or "").startswith("afternotok") else ""
-    )
-    return f"{either}afterok:{newest['job']}", folder.resolve()
+    before = str(newest.get("after"))
+    if (newest.get("dependency") or "").startswith("afternotok") and not (ask and _over(states.get(before))):
+        # A follow-up that is there only in case the job before it fails is dropped when that one ends well.
+        return f"afterok:{before}?afterok:{newest['job']}", folder.resolve()
+    return f"afterok:{newest['job']}", folder.resolve()
+
+
+def _over(state: queue.JobState | None) -> bool:
+    return state is None or state.final or state == queue.UNKNOWN
 
 
 def _of_job(job: str) -> str | None:

@@ -12,10 +12,11 @@ What a job needs is said to sbatch for its nodes, and to srun for its tasks, sin
   srun, the option beats both variables in all versions.
 - ``--gpus-per-task``: sbatch refuses it for a range of nodes, as it knows no number of tasks then (22.05, 23.11), and srun since 23.11
   may take the two variables that it leaves for a contradiction. So sbatch is asked for ``--gpus-per-node``, and srun alone for
-  devices by the task, which also binds them (``--gpu-bind=per_task``; since 23.11 ``--tres-bind``).
+  devices by the task, which also binds them (``--gpu-bind=per_task``, in newer versions ``--tres-bind``).
 - ``--ntasks-per-gpu`` excludes SLURM_TRES_PER_TASK and SLURM_NTASKS_PER_NODE (23.11): tasks are counted by the node here.
 - ``--cpus-per-gpu`` next to ``--cpus-per-task``: fatal since 23.11; a profile cannot say both.
-- SLURM_NTASKS for a range of nodes: mended in 22.05.9; here it is worked out from the nodes that the job got.
+- SLURM_NTASKS for a range of nodes: mended in 22.05.9; here it is worked out from the nodes that the job got. Next to it
+  ``--ntasks-per-node`` is a maximum since 24.05, which comes to the same.
 - ``--export=NONE`` of sbatch, and of SBATCH_EXPORT, holds for srun too, by SLURM_EXPORT_ENV, unless srun is told otherwise.
 """
 

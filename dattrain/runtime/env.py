@@ -34,6 +34,10 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 """torchrun's, of a rank."""
 _FILES = 1 << 20
 """Open files at most: some containers allow a billion, and there are programs that close each number one by one."""
+MEET = (
+    "Where nodes do not reach each other by that name, set rendezvous_suffix in the cluster's profile, or MASTER_ADDR (and "
+    "MASTER_PORT) in the environment of the ranks"
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ def resolve(environ: Mapping[str, str], host: str | None = None) -> Env:
     In this order: ``RANK``/``WORLD_SIZE``/``MASTER_ADDR`` (torchrun, ``dattrain train --nproc``), submitit's local
     executor, a Slurm step (srun, submitit), nothing. A batch script that runs python without srun is one process, however
     many tasks were allocated.
+
+    The ranks of a Slurm step meet at ``MASTER_ADDR`` as given; else at the step's first node, by its name in Slurm, or where
+    ``DATTRAIN_RENDEZVOUS_SUFFIX`` is set (a profile's ``rendezvous_suffix``) by its short name and that.
 
     Raises:
         UserError: variables that contradict each other, or are not numbers.
@@ -105,7 +112,7 @@ def resolve(environ: Mapping[str, str], host: str | None = None) -> Env:
             local_rank=_number(environ, "SLURM_LOCALID", 0),
             world=world,
             local_world=_tasks_on_node(environ),
-            master_addr=first_host(nodes),
+            master_addr=_rendezvous(environ, nodes),
             master_port=_number(environ, "MASTER_PORT", port_of(job)),
             launcher="slurm",
             host=environ.get("SLURMD_NODENAME", host),
@@ -135,6 +142,22 @@ def first_host(nodelist: str) -> str:
     if not match:
         raise UserError(f"the node list {nodelist!r} (SLURM_STEP_NODELIST) names no host")
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
+
+
+def _rendezvous(environ: Mapping[str, str], nodes: str) -> str:
+    """Name or address at which the other ranks of a Slurm step reach rank 0."""
+    given = environ.get("MASTER_ADDR")
+    if not given:
+        suffix = environ.get("DATTRAIN_RENDEZVOUS_SUFFIX", "")
+        host = first_host(nodes)
+        return host.partition(".")[0] + suffix if suffix else host
+    if _number(environ, "SLURM_STEP_NUM_NODES", 1) > 1 and re.fullmatch(
+        r"localhost.*|127\..*|::1|0\.0\.0\.0", given
+    ):
+        raise UserError(
+            f"MASTER_ADDR={given} means another machine on each node of {nodes}; unset it, or name the node of rank 0"
+        )
+    return given
 
 
 def _tasks_on_node(environ: Mapping[str, str]) -> int:
@@ -285,7 +308,7 @@ def connect(env: Env, device: torch.device, timeout_s: float = 1800.0) -> None:
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise UserError(
             f"{env.host}: rank {env.rank} of {env.world} cannot meet the others at {env.master_addr}:{env.master_port}: "
-            f"{str(error).splitlines()[0]}"
+            f"{str(error).splitlines()[0]}. {MEET}"
         ) from error
 
 

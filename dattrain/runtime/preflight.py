@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dattrain.errors import UserError
-from dattrain.runtime.env import Env
+from dattrain.runtime.env import MEET, Env
 from dattrain.runtime.files import Failed, doing, reason, sync
 
 _ELEMENTS = 1 << 20
@@ -75,7 +75,7 @@ def reach(env: Env, timeout_s: float = 60.0) -> None:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{env.host}: the host of rank 0, {env.master_addr!r}, does not resolve ({error.strerror}); "
-                    "check /etc/hosts or DNS on this node"
+                    f"check /etc/hosts or DNS on this node. {MEET}"
                 ) from error
             time.sleep(0.5)
     # torchrun's agent holds the port already.
@@ -87,7 +87,7 @@ def reach(env: Env, timeout_s: float = 60.0) -> None:
         except OSError as error:
             raise UserError(
                 f"{env.host}: port {env.master_port} cannot be opened ({error.strerror}); another job holds it. "
-                "Set MASTER_PORT for this job"
+                "Set another MASTER_PORT for the ranks (environment in the cluster's profile)"
             ) from error
 
 

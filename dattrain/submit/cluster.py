@@ -18,10 +18,38 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 import dattrain
 from dattrain.errors import ConfigError
+from dattrain.submit import shell
 
 SHIPPED = Path(dattrain.__file__).resolve().parents[1] / "launch" / "clusters"
 
 Count = Annotated[int, Field(ge=1)]
+
+OWNED = {
+    **dict.fromkeys(
+        ("partition", "account", "qos", "constraint", "exclude", "reservation", "time", "exclusive", "requeue"),
+        "the profile's key of that name",
+    ),
+    "no-requeue": "requeue",
+    "signal": "signal_delay_s",
+    "nodes": "--nodes",
+    "ntasks": "tasks_per_node, or gpus_per_node",
+    "ntasks-per-node": "tasks_per_node, or gpus_per_node",
+    "ntasks-per-gpu": "gpus_per_node, of which each has one task",
+    "ntasks-per-tres": "gpus_per_node, of which each has one task",
+    "gpus": "gpus_per_node and gpu_type",
+    "gpus-per-node": "gpus_per_node and gpu_type",
+    "gpus-per-socket": "gpus_per_node and gpu_type",
+    "gpus-per-task": "gpus_per_node, gpu_type and gpu_visibility",
+    "tres-per-task": "gpus_per_node and cpus_per_task",
+    "cpus-per-task": "cpus_per_task",
+    "mem": "mem_gb, which may be all",
+    "array": "--array and --array-parallel",
+    "dependency": "--after",
+    **dict.fromkeys(
+        ("job-name", "output", "error", "open-mode", "wait", "parsable", "test-only"), "for dattrain submit itself to say"
+    ),
+}  # fmt: skip
+"""sbatch's options that a profile's ``sbatch`` cannot say, with what says them."""
 
 
 class _Section(BaseModel):
@@ -53,14 +81,16 @@ class Profile(_Section):
     reservation: str | None = None
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     """Devices per node, and one task for each of them; 0 trains on CPUs over gloo."""
+    gpu_type: Annotated[str, Field(pattern=r"^[\w.+-]+$")] | None = None
+    """Slurm's name of the devices, where a cluster has several or asks for it (``a100``)."""
     gpu_visibility: Literal["all", "one"] = "all"
-    """``all``: each task sees its node's devices (``--gpus-per-node``); ``one``: its own (``--gpus-per-task=1``)."""
+    """``all``: each task sees its node's devices; ``one``: its own (srun's ``--gpus-per-task=1``)."""
     tasks_per_node: Count | None = None
     """Tasks of a node without devices; with devices it is ``gpus_per_node``."""
     cpus_per_task: Count | None = None
     """Cores of a task: its data workers and itself."""
-    mem_gb: Annotated[float, Field(gt=0)] | None = None
-    """Memory of a node."""
+    mem_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Memory of a node; 0, or ``all``, is all that it has (sbatch's ``--mem=0``)."""
     exclusive: bool = False
     time: str = "24:00:00"
     """Time limit of one job, in Slurm's notation; a run takes as many jobs as it needs."""
@@ -72,6 +102,9 @@ class Profile(_Section):
     """Shell lines that run on the first node before anything else (``module load cuda``)."""
     environment: dict[str, str] = {}
     """Exported to every task (``NCCL_SOCKET_IFNAME: ib0``)."""
+    rendezvous_suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+$")] | None = None
+    """Put behind the short name of the first node where ranks do not reach each other by that name: ``i`` makes jwb0001 jwb0001i,
+    ``.cluster.local`` makes n1 n1.cluster.local. ``MASTER_ADDR`` in ``environment`` is one fixed address instead."""
     container: Container | None = None
     sbatch: dict[str, str | int | bool] = {}
     """Further sbatch options by their long names: ``switches: 1``; ``true`` for one without a value."""
@@ -79,8 +112,9 @@ class Profile(_Section):
     """Further arguments of srun: ``--cpu-bind=none``."""
     python: str | None = None
     """Python of the tasks; by default the one that submits, or ``python`` in a container."""
-    host_python: str = "python3"
-    """Any Python >= 3.8 of the node's own; it keeps the books and requeues, with the standard library alone."""
+    host_python: str | None = None
+    """Any Python >= 3.8 of the node's own; it keeps the books and requeues, with the standard library alone. By default that of
+    the tasks, or the one that submits where they run in a container."""
 
     @field_validator("time")
     @classmethod
@@ -95,6 +129,20 @@ class Profile(_Section):
             # YAML 1.1 reads an unquoted 24:00:00 as a number in base 60, and so may have lost what was written.
             raise ValueError("put the time in quotes, since YAML reads 24:00:00 as the number 86400")
         return value
+
+    @field_validator("gpus_per_node", mode="before")
+    @classmethod
+    def _count_alone(cls, value: Any) -> Any:
+        match = re.fullmatch(r"(?:gpu:)?(?:([\w.+-]+):)?(\d+)", value) if isinstance(value, str) else None
+        if match and not value.isdigit():
+            named = f" and gpu_type: {match[1]}" if match[1] else ""
+            raise ValueError(f"write gpus_per_node: {match[2]}{named}")
+        return value
+
+    @field_validator("mem_gb", mode="before")
+    @classmethod
+    def _all_memory(cls, value: Any) -> Any:
+        return 0 if value == "all" else value
 
     @field_validator("environment", mode="before")
     @classmethod
@@ -117,16 +165,10 @@ class Profile(_Section):
     @field_validator("sbatch")
     @classmethod
     def _not_twice(cls, value: dict[str, Any]) -> dict[str, Any]:
-        owned = {
-            "partition", "account", "qos", "constraint", "exclude", "reservation", "time", "exclusive", "signal",
-            "requeue", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "gpus-per-task",
-            "cpus-per-task", "mem", "job-name", "output", "error", "open-mode", "array", "dependency",
-        }  # fmt: skip
-        clash = sorted(key for key in value if key.replace("_", "-") in owned)
+        clash = sorted(key for key in value if key.replace("_", "-") in OWNED)
         if clash:
-            raise ValueError(
-                f"{', '.join(clash)} has a setting of its own in the profile or on the command line"
-            )
+            ways = "; ".join(f"{key} is {OWNED[key.replace('_', '-')]}" for key in clash)
+            raise ValueError(f"{', '.join(clash)} has a setting of its own ({ways})")
         return value
 
     @model_validator(mode="after")
@@ -136,14 +178,47 @@ class Profile(_Section):
                 f"tasks_per_node={self.tasks_per_node} with gpus_per_node={self.gpus_per_node}: there is one task per "
                 "device; leave tasks_per_node out"
             )
+        if self.gpu_type is not None and not self.gpus_per_node:
+            raise ValueError(f"gpu_type: {self.gpu_type} without gpus_per_node: say how many")
+        if self.gres is not None and self.gpus_per_node:
+            asked = _devices(self.gres)
+            if asked != self.gpus_per_node or self.gpu_type is not None:
+                raise ValueError(
+                    f"sbatch: gres: {self.gres} asks for {asked} device(s) of a node, next to gpus_per_node="
+                    f"{self.gpus_per_node}, gpu_type={self.gpu_type}: leave gres out, or let the numbers agree without a gpu_type"
+                )
+        rivals = {"mem_gb": ("mem-per-cpu", "mem-per-gpu"), "cpus_per_task": ("cpus-per-gpu",)}
+        for key, others in rivals.items():
+            for other in others:
+                if getattr(self, key) is not None and other in self.long_options:
+                    raise ValueError(f"{key} and sbatch: {other} exclude each other in Slurm: keep one")
         if self.kind == "local" and self.container is not None:
             raise ValueError("container is for kind: slurm; start dattrain inside the container instead")
         return self
 
     @property
+    def long_options(self) -> dict[str, str | int | bool]:
+        """``sbatch``, as Slurm writes the names; without those that are false."""
+        return {key.replace("_", "-"): value for key, value in self.sbatch.items() if value is not False}
+
+    @property
+    def gres(self) -> str | None:
+        """``gres`` of ``sbatch`` where it names the devices, as some sites demand; it then stands for ``--gpus-per-node``."""
+        text = str(self.long_options.get("gres", ""))
+        return text if _devices(text) else None
+
+    @property
     def tasks(self) -> int:
         """Tasks of one node."""
         return self.gpus_per_node or self.tasks_per_node or 1
+
+
+def _devices(gres: str) -> int:
+    """Devices in sbatch's ``--gres``: ``gpu``, ``gpu:4``, ``gpu:a100:4``, ``gpu:a100:2,gpu:h100:2,nvme:1``."""
+    parts = [part.split(":") for part in gres.split(",")]
+    return sum(
+        int(part[-1]) if part[-1].isdigit() else 1 for part in parts if part[0].removeprefix("gres/") == "gpu"
+    )
 
 
 def minutes(text: str) -> int:
@@ -170,7 +245,8 @@ def minutes(text: str) -> int:
 
 def user_folder() -> Path:
     """Where the user keeps profiles of their own."""
-    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    # Path.home() raises for a user without a home folder and an entry in passwd, as containers have.
+    base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return Path(base) / "dattrain" / "clusters"
 
 
@@ -214,6 +290,34 @@ def load(name: str, overrides: Mapping[str, Any] | None = None) -> Profile:
         return Profile.model_validate({**raw, **(overrides or {})})
     except ValidationError as error:
         raise ConfigError("\n".join(explain(item, Profile, str(path)) for item in error.errors())) from None
+
+
+def from_shell(profile: Profile, environ: Mapping[str, str]) -> tuple[Profile, list[str]]:
+    """What the profile (and the command line) leaves open, from the shell's ``SBATCH_`` variables; and a line for each one taken.
+
+    It becomes a part of the profile, so that the script says it: a follow-up job is submitted from a node, whose shell may not
+    have the variable.
+
+    Raises:
+        ConfigError: naming the variable.
+    """
+    taken = {
+        key: (variable, environ[variable])
+        for variable, key in shell.SETTINGS.items()
+        if environ.get(variable) and (key not in profile.model_fields_set or getattr(profile, key) is None)
+    }
+    if profile.kind != "slurm" or not taken:
+        return profile, []
+    values = {key: value for key, (_, value) in taken.items()}
+    try:
+        made = Profile.model_validate({**profile.model_dump(exclude_unset=True), **values})
+    except ValidationError as error:
+        raise ConfigError(
+            "\n".join(explain(e, Profile, "SBATCH_ variables of this shell") for e in error.errors())
+        ) from None
+    return made, [
+        f"{key}={value} comes from {variable} of this shell" for key, (variable, value) in taken.items()
+    ]
 
 
 def explain(item: Any, model: type[BaseModel], place: str) -> str:

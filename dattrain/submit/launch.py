@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from dattrain.config.load import Loaded, dump
 from dattrain.engine import fixed
 from dattrain.errors import ConfigError, UserError
 from dattrain.runtime import owner
-from dattrain.submit import history, queue, slurm, snapshot
+from dattrain.submit import history, host, queue, shell, slurm, snapshot
 from dattrain.submit.cluster import Profile
 from dattrain.submit.job import Job
 from dattrain.submit.slurm import Placement
@@ -46,6 +46,10 @@ class Stage:
     action: Literal["train", "evaluate"] = "train"
     after: str | None = None
     """A dependency on a job that is there already, in sbatch's notation."""
+    parallel: int | None = None
+    """Most runs of the array at a time."""
+    notes: tuple[str, ...] = ()
+    """What the user may not expect, a line each."""
 
     def placement(self, dependency: str | None) -> Placement:
         """Where its files lie."""
@@ -57,6 +61,7 @@ class Stage:
             self.nodes,
             self.minutes,
             dependency or self.after,
+            self.parallel,
         )
 
 
@@ -81,10 +86,16 @@ def check(stage: Stage, images_per_second: float | None = None, *, waits: bool =
 
     Raises:
         ConfigError: the batch does not divide over every number of devices that the job may get, the time limit has no
-            room for a step and a save, a local run asks for more than one node, or a fine-tune starts from nowhere.
+            room for a step and a save, a local run asks for more than one node, a fine-tune starts from nowhere, or a
+            path has characters that Slurm does not take as they are.
         UserError: a fine-tune starts from what is not there.
     """
     profile = stage.profile
+    if profile.kind == "slurm":
+        for folder in (*stage.runs, stage.placement(None).folder):
+            check_path(folder, mounted=profile.container is not None)
+        if not stage.name.isprintable():
+            raise ConfigError(f"name: {stage.name!r} cannot be the name of a job")
     if profile.kind == "local" and stage.nodes != (1, 1):
         raise ConfigError("--cluster local is this machine alone: leave --nodes out, or use 1")
     if stage.minutes * 60 <= profile.signal_delay_s:
@@ -112,6 +123,23 @@ def check(stage: Stage, images_per_second: float | None = None, *, waits: bool =
             step_s = loaded.config.train.global_batch / images_per_second
         if step_s is not None:
             _check_time(stage, step_s, save_s or 0.0)
+
+
+def check_path(folder: Path, *, mounted: bool = False) -> None:
+    """Refuse a path that Slurm would read as something else.
+
+    In the names of output files it expands ``%`` and drops a backslash, and no ``#SBATCH`` line can hold a line break. A container's
+    mounts (``mounted``) are divided by commas and colons.
+
+    Raises:
+        ConfigError: naming the path and the character.
+    """
+    for letter in str(folder):
+        if letter in "%\\" or not letter.isprintable() or (mounted and letter in ",:"):
+            raise ConfigError(
+                f"run folder {str(folder)!r}: {letter!r} in a path does not survive "
+                f"{'a list of mounts' if letter in ',:' else 'Slurm'}; choose another --run"
+            )
 
 
 def _check_time(stage: Stage, step_s: float, save_s: float) -> None:
@@ -207,29 +235,6 @@ def active(run: Path) -> tuple[str | None, str]:
     return None, ""
 
 
-def dependency_on(after: str) -> tuple[str, Path | None]:
-    """sbatch's notation for ``--after``: a job id, or a run folder (its newest job); and that folder.
-
-    Raises:
-        UserError: it is neither.
-    """
-    if re.fullmatch(r"\d+(_\d+)?", after):
-        return f"afterok:{after}", None
-    folder = Path(after)
-    if (folder / "submit").is_dir():
-        submitted = [e for e in history.history(folder) if e["event"] == "submit"]
-        if submitted and not submitted[-1]["job"].startswith("local"):
-            newest = submitted[-1]
-            # A follow-up that is there only in case the job before it fails is dropped when that one ends well.
-            either = (
-                f"afterok:{newest['after']}?"
-                if (newest.get("dependency") or "").startswith("afternotok")
-                else ""
-            )
-            return f"{either}afterok:{newest['job']}", folder.resolve()
-    raise UserError(f"--after {after}: neither a job id nor a run folder that was submitted to Slurm")
-
-
 def prepare(stage: Stage, dependents: Sequence[Path] = ()) -> None:
     """Set the run folders of a stage up: resolved config, code, and what the bookkeeper needs to know."""
     folder = stage.placement(None).folder
@@ -277,12 +282,28 @@ def submit(stage: Stage, dependency: str | None = None) -> list[str]:
 
 
 def _submit_slurm(profile: Profile, place: Placement, jobs: Sequence[Job]) -> list[str]:
-    from submitit.core.utils import DelayedSubmission, FailedJobError
+    from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
     from submitit.slurm.slurm import SlurmExecutor
 
-    with _outside_of_any_job():
+    class Executor(SlurmExecutor):
+        """submitit takes the first "job N" on stdout for the id, also in a site's banner."""
+
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            return ["sbatch", "--parsable", str(submission_file_path)]
+
+        @staticmethod
+        def _get_job_id_from_submission_command(string: bytes | str) -> str:
+            text = string if isinstance(string, str) else string.decode(errors="replace")
+            found = shell.job_id(text)
+            if found is None:
+                raise FailedSubmissionError(
+                    f"it printed no job id, see squeue for what it may have queued: {text.strip()}"
+                )
+            return found
+
+    with _environment(slurm.script(profile, place)):
         try:
-            executor = SlurmExecutor(
+            executor = Executor(
                 place.folder, max_num_timeout=slurm.TIMEOUTS, python=slurm.python(profile, place)
             )
             executor.update_parameters(**slurm.parameters(profile, place))
@@ -304,13 +325,10 @@ def _submit_slurm(profile: Profile, place: Placement, jobs: Sequence[Job]) -> li
 
 
 @contextlib.contextmanager
-def _outside_of_any_job() -> Iterator[None]:
-    """A job submitted from within a job (or a shell inside one) would inherit that one's sizes."""
-    from dattrain.submit.watch import clean_environment
-
+def _environment(script: str) -> Iterator[None]:
+    """This process in the environment in which ``script`` is submitted; submitit passes its own on."""
     kept = dict(os.environ)
-    clean = clean_environment()
-    for key in set(kept) - set(clean):
+    for key in set(kept) - set(shell.clean_environment(kept, script)):
         del os.environ[key]
     try:
         yield
@@ -318,18 +336,51 @@ def _outside_of_any_job() -> Iterator[None]:
         os.environ.update(kept)
 
 
-def refuse_what_slurm_refuses(stage: Stage, dependency: str | None = None) -> None:
-    """Ask Slurm before anything is written.
+def refuse_what_slurm_refuses(stage: Stage) -> list[str]:
+    """Ask Slurm, and the batch script's Python, before anything is written. Returns what the user may not expect, a line each.
 
     Raises:
         UserError: what Slurm says, with the known partitions where that is the trouble.
     """
-    if stage.profile.kind == "local":
-        return
-    place = replace(stage.placement(dependency), dependency=None)
-    why = queue.refusal(slurm.script(stage.profile, place), stage.profile.partition, stage.minutes)
+    profile = stage.profile
+    if profile.kind == "local":
+        return []
+    why, note = queue.ask(
+        slurm.script(profile, replace(stage.placement(None), dependency=None)),
+        queue.Need(
+            profile.partition,
+            stage.nodes[0],
+            profile.tasks * (profile.cpus_per_task or 1),
+            stage.minutes,
+            profile.reservation,
+        ),
+    )
+    why = why or host.refusal(profile)
     if why is not None:
         raise UserError(f"profile {stage.profile_name}: {why}")
+    return [note] if note else []
+
+
+def overruled(stage: Stage, environ: Mapping[str, str]) -> list[str]:
+    """What of this shell does not hold for the job, a line each."""
+    if stage.profile.kind == "local":
+        return []
+    script = slurm.script(stage.profile, stage.placement(None))
+    lines = []
+    for variable, (option, value) in shell.overruled(environ, script).items():
+        if value != environ[variable] or not option:
+            holds = (
+                f"the job says --{option}{'=' if value else ''}{value}"
+                if option
+                else "dattrain submit has its own way"
+            )
+            lines.append(f"{variable}={environ[variable]} of this shell is not used: {holds}")
+    if environ.get("MASTER_ADDR"):
+        lines.append(
+            f"MASTER_ADDR={environ['MASTER_ADDR']} of this shell is not used: the job has other nodes; where it is right "
+            "nevertheless, set it under environment in the profile"
+        )
+    return lines
 
 
 def add_dependents(run: Path, waiting: Sequence[Path]) -> None:

@@ -6,6 +6,7 @@ know. A state that only says what happened to an attempt (NODE_FAIL, REQUEUED) i
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from dattrain.errors import UserError
 from dattrain.submit.cluster import minutes
+from dattrain.submit.shell import clean_environment
 
 FINAL = frozenset(
     [
@@ -82,6 +84,22 @@ def states(jobs: Iterable[str]) -> dict[str, JobState]:
     return found
 
 
+def tasks(job: str) -> dict[str, JobState]:
+    """State of a job, or of each known task where it is an array; empty where no command knows it."""
+    found = parse_sacct(_output(["sacct", "-n", "-P", "-X", "-o", "JobID,State,NodeList", "-j", job]))
+    shown = _output(["scontrol", "-o", "show", "job", job]).splitlines()
+    for line in shown:
+        array = re.search(r"ArrayJobId=(\d+) ArrayTaskId=(\S+)", line)
+        state = parse_scontrol(line)
+        if state != UNKNOWN:
+            # Pending tasks are one line: 7_[2-5%2].
+            for name in _array(f"{array[1]}_[{array[2]}]") if array else [job]:
+                found[name] = state
+    live = parse_squeue(_output(["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N", "-j", job]))
+    found.update(live)
+    return {name: state for name, state in found.items() if job in (name, name.partition("_")[0])}
+
+
 def parse_squeue(text: str) -> dict[str, JobState]:
     """Lines of ``squeue -h -r -o '%i|%T|%r|%N'``."""
     found = {}
@@ -144,42 +162,94 @@ def cancel(jobs: Sequence[str]) -> None:
         raise UserError(f"scancel {' '.join(jobs)}: {done.stderr.strip()}")
 
 
-def refusal(script: str, partition: str | None, time_min: int) -> str | None:
-    """Why Slurm would not take a script, or would never start it, in one line that helps; None if it would.
+@dataclass(frozen=True)
+class Need:
+    """What a job asks of its partition, as far as it is looked at here."""
 
-    ``sbatch --test-only`` queues nothing. It lets pass what waits for ever where EnforcePartLimits is off, so the
-    partition's time limit is looked at too.
+    partition: str | None = None
+    """One, or several divided by commas; None is the default one."""
+    nodes: int = 1
+    cpus: int = 1
+    """Of a node."""
+    minutes: int = 1
+    reservation: str | None = None
+
+
+def ask(script: str, need: Need) -> tuple[str | None, str | None]:
+    """Why Slurm would not take a script, or would never start it, in one line that helps; and a line on why not soon.
+
+    ``sbatch --test-only`` queues nothing. It refuses what sbatch would queue while nodes are down or drained, and before a
+    reservation begins: what the partition could run then passes. It lets pass what waits for ever where EnforcePartLimits is
+    off: so the partition's time limit is looked at too.
     """
     if shutil.which("sbatch") is None:
-        return "sbatch is not on the PATH: run this on a login node of the cluster, or use --cluster local"
+        return (
+            "sbatch is not on the PATH: run this on a login node of the cluster, or use --cluster local",
+            None,
+        )
     done = subprocess.run(
-        ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=120
+        ["sbatch", "--test-only"],
+        input=script,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=clean_environment(os.environ, script),
     )
     if done.returncode == 0:
-        return _too_long(partition, time_min)
+        return _too_long(need), None
     errors = [
         re.sub(r"^(sbatch: )?(error: |fatal: )?(allocation failure: )?", "", line)
         for line in done.stderr.splitlines()
         if line.strip()
     ]
     said = "; ".join(dict.fromkeys(errors)) or f"sbatch --test-only ended with status {done.returncode}"
-    if "partition" in said.lower():
+    if "partition" in said.lower() and need.partition is not None:
         known = sorted({name.rstrip("*") for name in _output(["sinfo", "-h", "-o", "%P"]).split()})
-        if known and partition is not None and partition not in known:
-            return f"partition {partition!r} does not exist here; there are: {', '.join(known)}"
-    return said
+        unknown = [name for name in need.partition.split(",") if name not in known]
+        if known and unknown:
+            return f"partition {unknown[0]!r} does not exist here; there are: {', '.join(known)}", None
+    later = _not_now(said, need)
+    return (said, None) if later is None else (_too_long(need), later)
 
 
-def _too_long(partition: str | None, time_min: int) -> str | None:
+_OUT = re.compile(r"down|drain|fail|maint|reserved|reboot|unk|future|inval|power|\*")
+"""In the states of nodes that may come back; ``*`` is no answer."""
+
+
+def _not_now(said: str, need: Need) -> str | None:
+    """Why the job waits, where what ``--test-only`` said is about the present; None where it is for good."""
+    if need.reservation is not None and "Invalid time specified" in said:
+        return f"queued, though reservation {need.reservation} has not begun"
+    if not re.search(r"(?i)node configuration is not available|node not available|nodes are busy", said):
+        return None
+    fitting, out = set(), set()
+    for line in _output(["sinfo", "-h", "-N", "-o", "%P|%N|%c|%T"]).splitlines():
+        name, node, cpus, state = (line.split("|") + [""] * 4)[:4]
+        wanted = (
+            name.endswith("*") if need.partition is None else name.rstrip("*") in need.partition.split(",")
+        )
+        if wanted and cpus.isdigit() and int(cpus) >= need.cpus:
+            fitting.add(node)
+            if _OUT.search(state):
+                out.add(f"{node} ({state})")
+    if not out or len(fitting) < need.nodes:
+        return None
+    names = sorted(out)
+    return f"queued, though some nodes are not available now: {', '.join(names[:4])}" + (
+        f" and {len(names) - 4} more" if len(names) > 4 else ""
+    )
+
+
+def _too_long(need: Need) -> str | None:
     for line in _output(["sinfo", "-h", "-o", "%P|%l"]).splitlines():
         name, _, limit = line.partition("|")
-        if (name.endswith("*") and partition is None) or name.rstrip("*") == partition:
+        if (name.endswith("*") and need.partition is None) or name.rstrip("*") == need.partition:
             try:
                 most = minutes(limit)
             except ValueError:
                 return None
-            if time_min > most:
-                return f"--time is {time_min} minutes, but partition {name.rstrip('*')} allows {limit} ({most} minutes)"
+            if need.minutes > most:
+                return f"--time is {need.minutes} minutes, but partition {name.rstrip('*')} allows {limit} ({most} minutes)"
     return None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 from dattrain.config.derive import derive
 from dattrain.config.load import Loaded, load
 from dattrain.errors import ConfigError
-from dattrain.submit import chain, cluster, launch, slurm
+from dattrain.submit import after, chain, cluster, launch, slurm
 from dattrain.submit.cluster import Profile, minutes
 from dattrain.submit.launch import Stage
 from dattrain.urls import mask
@@ -32,6 +34,7 @@ class Request:
     retries: int = 3
     after: str | None = None
     array: str | None = None
+    array_parallel: int | None = None
     folder: str | None = None
     images_per_second: float | None = None
     dry_run: bool = False
@@ -51,21 +54,35 @@ class Plan:
 def run(request: Request) -> int:
     """Check, then print or submit."""
     made = plan(request)
+    after_run = None
+    notes: list[str] = []
+    if request.after is not None and not request.dry_run:
+        dependency, after_run = after.dependency_on(request.after)
+        made = replace(
+            made,
+            stages=tuple(
+                replace(stage, after=dependency) if need is None else stage
+                for stage, need in zip(made.stages, made.needs)
+            ),
+        )
+        if dependency is None:
+            after_run = None
+            notes.append(f"--after {request.after}: it has ended well already, so nothing is waited for")
     for stage, need in zip(made.stages, made.needs):
         launch.check(stage, request.images_per_second, waits=need is not None)
+    notes += [note for stage in made.stages for note in (*stage.notes, *launch.overruled(stage, os.environ))]
     if request.dry_run:
+        _note(notes)
         print(describe(made))
         return 0
-    after_run = None
-    if request.after is not None:
-        _, after_run = launch.dependency_on(request.after)
     for stage in made.stages:
         for folder, loaded in zip(stage.runs, stage.loaded):
             if loaded.config.data.train is None and stage.action == "train":
                 prefix = f"{folder.name}." if made.chain else ""
                 raise ConfigError(f"{stage.name}: data.train is not set: add {prefix}data.train=SHARDS")
             launch.check_run(folder, loaded)
-        launch.refuse_what_slurm_refuses(stage)
+        notes += launch.refuse_what_slurm_refuses(stage)
+    _note(notes)
     with launch.reserved(made.stages):
         for index, stage in enumerate(made.stages):
             waiting = [f for s, need in zip(made.stages, made.needs) if need == index for f in s.runs]
@@ -89,8 +106,13 @@ def run(request: Request) -> int:
     return 0
 
 
+def _note(lines: Sequence[str]) -> None:
+    for line in dict.fromkeys(lines):
+        print(f"dattrain submit: {line}", file=sys.stderr)
+
+
 def plan(request: Request) -> Plan:
-    """Stages of a request. Reads files, writes none.
+    """Stages of a request. Reads files and the shell's variables, writes nothing and asks nobody.
 
     Raises:
         ConfigError: anything about the recipe, the chain, the profile or the command line.
@@ -183,12 +205,16 @@ def _stage(
     loaded: tuple[Loaded, ...],
     size: Mapping[str, Any],
 ) -> Stage:
-    profile = _profile(request, size)
+    profile, notes = cluster.from_shell(_profile(request, size), os.environ)
     if size["retries"] < 0:
         raise ConfigError(f"--retries {size['retries']}: 0 or more")
-    after = launch.dependency_on(request.after)[0] if request.after is not None else None
-    if after is not None and profile.kind == "local":
+    if request.array_parallel is not None and (request.array is None or request.array_parallel < 1):
+        raise ConfigError(
+            f"--array-parallel {request.array_parallel}: 1 or more runs of an --array at a time"
+        )
+    if request.after is not None and profile.kind == "local":
         raise ConfigError("--after needs a Slurm cluster")
+    dependency = after.dependency_on(request.after, ask=False)[0] if request.after is not None else None
     return Stage(
         name=name,
         runs=folders,
@@ -198,7 +224,9 @@ def _stage(
         nodes=launch.nodes_range(str(size["nodes"])),
         minutes=minutes(profile.time),
         retries=size["retries"],
-        after=after,
+        after=dependency,
+        parallel=request.array_parallel,
+        notes=tuple(notes),
     )
 
 

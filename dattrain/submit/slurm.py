@@ -2,6 +2,22 @@
 
 The text comes from submitit's own generator, which is what ``sbatch`` is given too, so that what ``--dry-run`` prints is
 what would be submitted.
+
+What a job needs is said to sbatch for its nodes, and to srun for its tasks, since what srun takes over from sbatch differs
+(SchedMD's CHANGELOG and the man pages of srun and sbatch, by version):
+
+- ``--cpus-per-task``: srun of 22.05 and 23.02 reads SRUN_CPUS_PER_TASK in place of SLURM_CPUS_PER_TASK; 23.11 went back. Since 23.11
+  sbatch sets SLURM_TRES_PER_TASK too, and srun ends where the two differ ("cpus-per-task set by two different environment
+  variables"), as they do when the memory asked for raises the cores (mended in 24.05.2) or a site's plugin changes them. Given to
+  srun, the option beats both variables in all versions.
+- ``--gpus-per-task``: sbatch refuses it for a range of nodes, as it knows no number of tasks then (22.05, 23.11), and srun since 23.11
+  may take the two variables that it leaves for a contradiction. So sbatch is asked for ``--gpus-per-node``, and srun alone for
+  devices by the task, which also binds them (``--gpu-bind=per_task``, in newer versions ``--tres-bind``).
+- ``--ntasks-per-gpu`` excludes SLURM_TRES_PER_TASK and SLURM_NTASKS_PER_NODE (23.11): tasks are counted by the node here.
+- ``--cpus-per-gpu`` next to ``--cpus-per-task``: fatal since 23.11; a profile cannot say both.
+- SLURM_NTASKS for a range of nodes: mended in 22.05.9; here it is worked out from the nodes that the job got. Next to it
+  ``--ntasks-per-node`` is a maximum since 24.05, which comes to the same.
+- ``--export=NONE`` of sbatch, and of SBATCH_EXPORT, holds for srun too, by SLURM_EXPORT_ENV, unless srun is told otherwise.
 """
 
 from __future__ import annotations
@@ -12,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dattrain.submit import host
 from dattrain.submit.cluster import Profile
 
 TIMEOUTS = 1_000_000_000
@@ -37,6 +54,8 @@ class Placement:
     """Fewest and most nodes; Slurm gives what it has in between, and a restart may get another number."""
     minutes: int
     dependency: str | None = None
+    parallel: int | None = None
+    """Most runs of an array at a time; None is all."""
 
     @property
     def nodes_text(self) -> str:
@@ -57,9 +76,7 @@ def parameters(profile: Profile, place: Placement) -> dict[str, Any]:
         extra["requeue"] = True
     else:
         extra["no-requeue"] = True
-    extra.update(
-        {key.replace("_", "-"): value for key, value in profile.sbatch.items() if value is not False}
-    )
+    extra.update(profile.long_options)
     found: dict[str, Any] = {
         "job_name": place.name,
         "partition": profile.partition,
@@ -82,11 +99,11 @@ def parameters(profile: Profile, place: Placement) -> dict[str, Any]:
         ],
         "srun_args": _srun(profile, place),
         "wckey": None,
+        "array_parallelism": place.parallel or len(place.runs),
         "additional_parameters": extra,
     }
-    if profile.gpus_per_node:
-        one = profile.gpu_visibility == "one"
-        found["gpus_per_task" if one else "gpus_per_node"] = 1 if one else profile.gpus_per_node
+    if profile.gpus_per_node and profile.gres is None:
+        found["gpus_per_node"] = _devices(profile, profile.gpus_per_node)
     return {key: value for key, value in found.items() if value is not None or key == "wckey"}
 
 
@@ -125,13 +142,16 @@ def _before(profile: Profile, place: Placement) -> list[str]:
     # What a site's lines, or the shell that submits, leave behind must not end the script where srun does not end with 0.
     lines += ["set +eu; trap - ERR"]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()]
-    if profile.cpus_per_task:
-        # Since Slurm 22.05 srun no longer takes it from sbatch.
-        lines.append(f"export SRUN_CPUS_PER_TASK={profile.cpus_per_task}")
+    if profile.rendezvous_suffix:
+        lines.append(f"export DATTRAIN_RENDEZVOUS_SUFFIX={profile.rendezvous_suffix}")
     lines += [
+        # srun's -n; what sbatch makes of a range of nodes differs.
+        f"export SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * {profile.tasks}))",
+        "unset SLURM_TRES_PER_TASK",
         f"DATTRAIN_RUNS=({runs})",
         'export DATTRAIN_RUN="${DATTRAIN_RUNS[${SLURM_ARRAY_TASK_ID:-0}]}"',
         'export PYTHONPATH="$DATTRAIN_RUN/submit/code${PYTHONPATH:+:$PYTHONPATH}"',
+        host.guard(profile),
         # Ignored by the bookkeeper too.
         f"trap '' {SIGNALS}",
         f'{_bookkeeper(profile)} begin "$DATTRAIN_RUN" || exit $?',
@@ -144,12 +164,19 @@ def _before(profile: Profile, place: Placement) -> list[str]:
 
 
 def _bookkeeper(profile: Profile) -> str:
-    return f"{shlex.quote(profile.host_python)} {ENTER} -m dattrain.submit.watch"
+    return f"{shlex.quote(host.interpreter(profile))} {ENTER} -m dattrain.submit.watch"
 
 
 def _srun(profile: Profile, place: Placement) -> list[str]:
     # One rank that dies would leave the others waiting in a collective until the time limit.
-    arguments = ["--kill-on-bad-exit=1", *profile.srun]
+    arguments = ["--kill-on-bad-exit=1", "--export=ALL", f"--ntasks-per-node={profile.tasks}"]
+    if profile.cpus_per_task:
+        arguments.append(f"--cpus-per-task={profile.cpus_per_task}")
+    if profile.gpus_per_node and profile.gpu_visibility == "one":
+        arguments.append(f"--gpus-per-task={_devices(profile, 1)}")
+    elif profile.gpus_per_node and profile.gres is None:
+        arguments.append(f"--gpus-per-node={_devices(profile, profile.gpus_per_node)}")
+    arguments += profile.srun
     box = profile.container
     if box is not None and box.runtime == "pyxis":
         arguments += [
@@ -168,7 +195,13 @@ def _mounts(profile: Profile, place: Placement) -> list[str]:
     return [*(mount if ":" in mount else f"{mount}:{mount}" for mount in (*own, *profile.container.mounts))]
 
 
+def _devices(profile: Profile, count: int) -> str:
+    return f"{profile.gpu_type}:{count}" if profile.gpu_type else str(count)
+
+
 def _memory(gb: float | None) -> str | None:
     if gb is None:
         return None
+    if gb == 0:
+        return "0"
     return f"{int(gb)}G" if gb == int(gb) else f"{int(gb * 1024)}M"

@@ -43,6 +43,8 @@ from dattrain.submit.history import (
     record,
     since_submission,
 )
+from dattrain.submit.shell import clean_environment
+from dattrain.submit.shell import job_id as job_id_in
 
 # Exit statuses of a batch script. Slurm shows them; afterok and afternotok see zero or not.
 DONE, STOPPED, AGAIN, BROKEN = 0, 3, 75, 1
@@ -259,7 +261,7 @@ def _queue_next(
     command += ["--exclude=" + ",".join(exclude)] if exclude else []
     try:
         done = subprocess.run(
-            [*command, str(script)], capture_output=True, text=True, env=clean_environment()
+            [*command, str(script)], capture_output=True, text=True, env=clean_environment(os.environ, text)
         )
     except OSError as error:
         _warn(run, job, f"no follow-up: sbatch: {error.strerror}")
@@ -267,12 +269,10 @@ def _queue_next(
     if done.returncode != 0:
         _warn(run, job, f"no follow-up: sbatch said: {_words(done.stderr) or done.returncode}")
         return None
-    # Sites have wrappers that greet on standard output.
-    numbers = re.findall(r"^\s*(\d+)(?:;\S+)?\s*$", done.stdout, re.MULTILINE)
-    if not numbers:
+    follower = job_id_in(done.stdout)
+    if follower is None:
         _warn(run, job, f"no follow-up: sbatch gave no job id but: {_words(done.stdout)}")
         return None
-    follower = numbers[-1]
     shutil.copyfile(folder / f"{job}_submitted.pkl", folder / f".{follower}.tmp")
     os.replace(folder / f".{follower}.tmp", folder / f"{follower}_submitted.pkl")
     script.replace(folder / f"{follower}_submission.sh")
@@ -344,12 +344,6 @@ def _warn(run: str, job: str, text: str) -> None:
     """Say what keeps the run from going on, here and in ``dattrain status``."""
     record(run, "warning", job=job, text=text)
     _say(text)
-
-
-def clean_environment() -> dict[str, str]:
-    """The environment without what describes this job: a job submitted from within would inherit its sizes."""
-    own = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_", "PMI_", "PMIX_")
-    return {k: v for k, v in os.environ.items() if not k.startswith(own) or k == "SLURM_CONF"}
 
 
 def _what_happened(run: str, spec: dict[str, Any], attempt: Event, same: bool) -> tuple[str, str]:

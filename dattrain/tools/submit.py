@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--after", metavar="JOB|RUN", help="start once that one has ended well")
     parser.add_argument("--array", metavar="key=v1,v2,…", help="one run for each value, as one job array")
     parser.add_argument(
+        "--array-parallel", type=int, metavar="N", help="most runs of the array at a time (all)"
+    )
+    parser.add_argument(
         "--run",
         dest="folder",
         metavar="DIR",
@@ -54,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
             retries=args.retries,
             after=args.after,
             array=args.array,
+            array_parallel=args.array_parallel,
             folder=args.folder,
             images_per_second=args.images_per_second,
             dry_run=args.dry_run,

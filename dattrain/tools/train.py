@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Train; returns 0, or 75 where a preemption was saved and wants to be started again."""
     config, run_dir = resolve(args.config, args.overrides, args.run_dir)
     if args.nproc is not None:
-        if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+        if is_rank(os.environ):
             raise ConfigError(
                 "--nproc starts ranks, but this process is one already (torchrun or srun started it)"
             )
@@ -80,6 +81,12 @@ def resolve(config: str, overrides: list[str], run_dir: Path | None) -> tuple[Co
         return load(path / "config.yaml", overrides).config, path
     loaded = load(path, overrides).config
     return loaded, run_dir or default_run(loaded.name)
+
+
+def is_rank(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process as one of several. A Slurm step of one task, as an interactive shell is, is none."""
+    tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1"
+    return "RANK" in environ or ("SLURM_STEP_ID" in environ and tasks != "1")
 
 
 def default_run(name: str) -> Path:

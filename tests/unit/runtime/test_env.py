@@ -104,6 +104,30 @@ def test_a_slurm_step():
     assert resolve({**SLURM, "SLURM_STEP_ID": "1"}).master_port != env.master_port
 
 
+def test_the_ranks_of_a_step_meet_where_they_are_told_to():
+    told = resolve({**SLURM, "MASTER_ADDR": "jwb0001i", "MASTER_PORT": "23456"})
+    assert (told.master_addr, told.master_port) == ("jwb0001i", 23456)
+    # By a suffix it is another node's after a restart elsewhere.
+    for suffix, nodes, found in (
+        ("i", "jwb[0001-0002]", "jwb0001i"),
+        (".cluster.local", "gpu[007-009]", "gpu007.cluster.local"),
+        ("-ib0", "n1.old.domain,n2", "n1-ib0"),
+        ("", "n1.domain,n2", "n1.domain"),
+    ):
+        environ = {**SLURM, "SLURM_STEP_NODELIST": nodes, "DATTRAIN_RENDEZVOUS_SUFFIX": suffix}
+        assert resolve(environ).master_addr == found
+        assert resolve({**environ, "MASTER_ADDR": "10.0.0.1"}).master_addr == "10.0.0.1"
+    assert resolve({**SLURM, "MASTER_ADDR": ""}).master_addr == "gpu007"
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost.localdomain", "127.0.0.1", "::1", "0.0.0.0"])
+def test_no_node_is_the_other_nodes_localhost(address):
+    several = {**SLURM, "SLURM_STEP_NUM_NODES": "4", "MASTER_ADDR": address}
+    with pytest.raises(UserError, match=f"MASTER_ADDR={address} means another machine on each node"):
+        resolve(several)
+    assert resolve({**several, "SLURM_STEP_NUM_NODES": "1"}).master_addr == address
+
+
 def test_a_batch_script_without_srun_is_one_process():
     batch = {key: value for key, value in SLURM.items() if "STEP" not in key}
     env = resolve({**batch, "SLURM_PROCID": "0"})

@@ -33,6 +33,27 @@ def _write(folder: Path, text: str, name: str = "mine") -> str:
         ("requeue: never", "'scontrol' or 'follow-up'"),
         ("gpus_per_node: 4\ntasks_per_node: 2", "one task per device"),
         ("sbatch: {partition: x}", "partition has a setting of its own"),
+        ("sbatch: {mem: 0}", "mem has a setting of its own (mem is mem_gb, which may be all)"),
+        ("sbatch: {array: '0-2%2'}", "array is --array and --array-parallel"),
+        ("sbatch: {ntasks_per_gpu: 1}", "ntasks_per_gpu is gpus_per_node, of which each has one task"),
+        ("gpus_per_node: a100:4", "write gpus_per_node: 4 and gpu_type: a100 (found 'a100:4')"),
+        ("gpus_per_node: gpu:a100:4", "write gpus_per_node: 4 and gpu_type: a100"),
+        ("gpus_per_node: 'gpu:4'", "write gpus_per_node: 4 (found"),
+        ("gpu_type: a100", "gpu_type: a100 without gpus_per_node"),
+        (
+            "gpus_per_node: 2\nsbatch: {gres: 'gpu:a100:4'}",
+            "gres: gpu:a100:4 asks for 4 device(s) of a node, next to gpus_per_node=2",
+        ),
+        ("gpus_per_node: 4\ngpu_type: a100\nsbatch: {gres: 'gpu:4'}", "leave gres out"),
+        ("mem_gb: all\nsbatch: {mem-per-gpu: 4G}", "mem_gb and sbatch: mem-per-gpu exclude each other"),
+        (
+            "cpus_per_task: 4\nsbatch: {cpus_per_gpu: 4}",
+            "cpus_per_task and sbatch: cpus-per-gpu exclude each other",
+        ),
+        ("mem_gb: -1", "mem_gb"),
+        ("mem_gb: .inf", "mem_gb"),
+        ("mem_gb: most", "mem_gb"),
+        ("rendezvous_suffix: 'i; rm'", "rendezvous_suffix"),
         ("environment: {'A B': 1}", "not the name of an environment variable"),
         ("- a", "a profile is a mapping"),
         ("a: [", "not YAML"),
@@ -103,6 +124,33 @@ def test_time_never_loses_a_second(days: int, hours: int, mins: int, secs: int) 
 
 def test_numbers_in_environment_become_text(tmp_path: Path) -> None:
     assert cluster.load(_write(tmp_path, "environment: {A: 1}")).environment == {"A": "1"}
+
+
+def test_all_of_the_memory_has_two_names(tmp_path: Path) -> None:
+    for text in ("mem_gb: all", "mem_gb: 0"):
+        assert cluster.load(_write(tmp_path, text)).mem_gb == 0
+
+
+@pytest.mark.parametrize(
+    ("gres", "count"),
+    [("gpu", 1), ("gpu:4", 4), ("gpu:a100", 1), ("gres/gpu:a100:2,gpu:h100:2,nvme:9", 4)],
+)
+def test_devices_of_a_gres_are_those_of_the_profile(gres: str, count: int) -> None:
+    assert cluster.Profile(gpus_per_node=count, sbatch={"gres": gres}).gres == gres
+    assert cluster.Profile(gpus_per_node=count, sbatch={"gres": "nvme:1"}).gres is None
+
+
+def test_a_user_without_a_home_has_the_shipped_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert cluster.load("generic").kind == "slurm"
+    with pytest.raises(ConfigError, match="did you mean generic"):
+        cluster.load("genric")
 
 
 def test_overrides_of_the_command_line_are_checked_too(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from dattrain.cli import main
 from dattrain.errors import UserError
 from dattrain.runtime import owner
-from dattrain.submit import history, launch, local, queue, report, request
+from dattrain.submit import after, history, launch, local, queue, report, request
 from dattrain.submit.request import Request
 
 RECIPE = "name: demo\ntrain: {global_batch: 64, micro_batch: 8}\ndata: {train: shards}\n"
@@ -89,7 +89,7 @@ def test_it_has_no_jobs(
     assert (one.state, one.job) == ("not submitted", None)
     assert one.why == f"{word} {run}: the jobs submitted there are not this folder's"
     with pytest.raises(UserError, match="neither a job id nor a run folder that was submitted"):
-        launch.dependency_on(str(other))
+        after.dependency_on(str(other))
     # It is submitted like any other, begins its own books, and its jobs are then its own.
     assert request.run(Request(str(other), cluster="./c.yaml")) == 0
     spec = history.read_spec(other)

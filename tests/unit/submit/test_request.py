@@ -16,7 +16,7 @@ from dattrain.engine import fixed
 from dattrain.errors import ConfigError, UserError
 from dattrain.state.checkpoint import Manifest
 from dattrain.state.shards import Digest
-from dattrain.submit import history, launch, request
+from dattrain.submit import launch, request
 from dattrain.submit.request import Request
 
 
@@ -28,6 +28,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "r.yaml").write_text(
         "name: demo\ntrain: {global_batch: 64, micro_batch: 8}\ndata: {train: shards}\n"
     )
+    (tmp_path / "box.yaml").write_text("container: {runtime: pyxis, image: x}\nsignal_delay_s: 60\n")
     (tmp_path / "c.yaml").write_text("tasks_per_node: 2\npython: /env/python\nsignal_delay_s: 60\n")
     return tmp_path
 
@@ -200,11 +201,24 @@ def test_a_measured_speed_is_used_when_a_run_is_continued(home: Path) -> None:
         ({"cluster": "local", "nodes": "2"}, "this machine alone"),
         ({"cluster": "local", "array": "optim.lr=1,2"}, "--array needs a Slurm cluster"),
         ({"cluster": "local", "after": "7"}, "--after needs a Slurm cluster"),
+        ({"array_parallel": 2}, "1 or more runs of an --array at a time"),
+        ({"array": "optim.lr=1,2", "array_parallel": 0}, "1 or more runs of an --array at a time"),
+        ({"folder": "runs/50%j"}, "'%' in a path does not survive Slurm"),
+        ({"folder": "runs/back\\slash"}, r"'\\\\' in a path does not survive Slurm"),
+        ({"folder": "runs/two\nlines"}, r"'\\n' in a path does not survive Slurm"),
+        ({"folder": "runs/a\tb"}, r"'\\t' in a path"),
+        ({"folder": "runs/a", "overrides": ('name="a\\nb"',)}, "cannot be the name of a job"),
+        ({"folder": "runs/a,b", "cluster": "./box.yaml"}, "',' in a path does not survive a list of mounts"),
     ],
 )
 def test_refusals(home: Path, changes: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         _check(replace(ASKED, **changes))  # type: ignore[arg-type]
+
+
+def test_paths_that_a_shell_would_read_otherwise_are_fine(home: Path) -> None:
+    for name in ("with space", "it's", "do$HOME", "größe-実験", 'dq"x', "semi;colon&x", "a,b:c"):
+        _check(replace(ASKED, folder=f"runs/{name}"))
 
 
 def test_without_slurm_or_data_it_says_so_and_writes_nothing(home: Path) -> None:
@@ -213,16 +227,6 @@ def test_without_slurm_or_data_it_says_so_and_writes_nothing(home: Path) -> None
     with pytest.raises(ConfigError, match="data.train is not set"):
         request.run(replace(ASKED, overrides=("data.train=null",)))
     assert not (home / "runs").exists()
-
-
-def test_after_a_run_is_after_its_newest_job(home: Path) -> None:
-    run = home / "runs" / "first"
-    history.record(run, "submit", job="7", by="user")
-    history.record(run, "submit", job="9", by="follow-up", after="7", dependency="afterany:7")
-    assert launch.dependency_on(str(run)) == ("afterok:9", run)
-    history.record(run, "submit", job="11", by="follow-up", after="9", dependency="afternotok:9")
-    assert launch.dependency_on(str(run)) == ("afterok:9?afterok:11", run)
-    assert launch.dependency_on("7_1") == ("afterok:7_1", None)
 
 
 def test_folders_of_chains_arrays_and_parents(home: Path) -> None:

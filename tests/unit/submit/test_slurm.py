@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import re
 import subprocess
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -44,35 +47,114 @@ def test_cpu_profile_word_for_word() -> None:
 
 # setup
 set +eu; trap - ERR
-export SRUN_CPUS_PER_TASK=3
+export SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * 2))
+unset SLURM_TRES_PER_TASK
 DATTRAIN_RUNS=(/r/demo)
 export DATTRAIN_RUN="${DATTRAIN_RUNS[${SLURM_ARRAY_TASK_ID:-0}]}"
 export PYTHONPATH="$DATTRAIN_RUN/submit/code${PYTHONPATH:+:$PYTHONPATH}"
+/env/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null || { echo "dattrain: $(hostname) has no \
+Python 3.8 or newer at "/env/bin/python" ($(/env/bin/python -V 2>&1)); set host_python in the profile to one" >&2; exit 1; }
 trap '' TERM HUP USR1 USR2
-python3 "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch begin "$DATTRAIN_RUN" || exit $?
-python3 "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch guard "$DATTRAIN_RUN" &
+/env/bin/python "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch begin "$DATTRAIN_RUN" || exit $?
+/env/bin/python "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch guard "$DATTRAIN_RUN" &
 export DATTRAIN_GUARD=$!
 trap : TERM HUP USR1 USR2
 
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output /r/demo/submit/slurm/%j_%t_log.out --error /r/demo/submit/slurm/%j_%t_log.err --kill-on-bad-exit=1 \
-/env/bin/python "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -u -m submitit.core._submit /r/demo/submit/slurm
+--export=ALL --ntasks-per-node=2 --cpus-per-task=3 /env/bin/python "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -u -m submitit.core._submit /r/demo/submit/slurm
 
 
 # teardown
 DATTRAIN_STATUS=$?; trap '' TERM HUP USR1 USR2
-python3 "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch end "$DATTRAIN_RUN" "$DATTRAIN_STATUS"\
+/env/bin/python "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch end "$DATTRAIN_RUN" "$DATTRAIN_STATUS"\
 """.replace("\\\n", "")
     )
 
 
-def test_gpu_profile_shows_all_or_one_device() -> None:
-    assert "#SBATCH --gpus-per-node=8" in _script(Profile(gpus_per_node=8))
-    one = _script(Profile(gpus_per_node=8, gpu_visibility="one"))
-    assert "#SBATCH --gpus-per-task=1" in one
-    assert "#SBATCH --ntasks-per-node=8" in one
-    assert not any("gpus-per-node" in line for line in one)
+@dataclass(frozen=True)
+class Rule:
+    """What Slurm documents of some versions, and what the text must (not) say for it: options of sbatch and srun, other lines."""
+
+    why: str
+    profile: Profile
+    sbatch: tuple[str, ...] = ()
+    srun: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
+    """Options that neither has."""
+    nodes: tuple[int, int] = (2, 2)
+
+
+RULES = [
+    Rule(
+        "22.05, 23.02: srun does not take --cpus-per-task over from sbatch; 23.11: it ends where two variables say it differently",
+        Profile(tasks_per_node=2, cpus_per_task=7),
+        sbatch=("--cpus-per-task=7",),
+        srun=("--cpus-per-task=7",),
+        lines=("unset SLURM_TRES_PER_TASK",),
+    ),
+    Rule(
+        "23.11: a number of cores that a site's plugin gave is not said by us",
+        Profile(tasks_per_node=2),
+        lines=("unset SLURM_TRES_PER_TASK",),
+        never=("--cpus-per-task",),
+    ),
+    Rule(
+        "22.05, 23.11: --gpus-per-task of sbatch needs a number of tasks, which a range of nodes has not",
+        Profile(gpus_per_node=8, gpu_visibility="one"),
+        sbatch=("--gpus-per-node=8", "--ntasks-per-node=8", "--nodes=2-4"),
+        srun=("--ntasks-per-node=8", "--gpus-per-task=1"),
+        lines=("export SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * 8))",),
+        never=("--ntasks-per-gpu", "--tres-per-task", "--gpu-bind"),
+        nodes=(2, 4),
+    ),
+    Rule(
+        "all: every task sees its node's devices",
+        Profile(gpus_per_node=8),
+        sbatch=("--gpus-per-node=8",),
+        srun=("--gpus-per-node=8",),
+        never=("--gpus-per-task", "--gres"),
+    ),
+    Rule(
+        "all: typed devices; named with and without the type they are refused",
+        Profile(gpus_per_node=4, gpu_type="a100", gpu_visibility="one"),
+        sbatch=("--gpus-per-node=a100:4", "--ntasks-per-node=4"),
+        srun=("--gpus-per-task=a100:1",),
+    ),
+    Rule(
+        "all: a site that wants --gres gets that alone",
+        Profile(gpus_per_node=4, sbatch={"gres": "gpu:a100:4,nvme:1"}),
+        sbatch=("--gres=gpu:a100:4,nvme:1", "--ntasks-per-node=4"),
+        never=("--gpus-per-node", "--gpus-per-task"),
+    ),
+    Rule("all: --mem=0 is all of a node", Profile(mem_gb=0), sbatch=("--mem=0",)),
+    Rule(
+        "all: --export=NONE of sbatch is srun's too by SLURM_EXPORT_ENV, unless srun is told; what the profile tells comes last",
+        Profile(sbatch={"export": "NONE"}, srun=("--export=ALL,A=b",)),
+        sbatch=("--export=NONE",),
+        srun=("--export=ALL", "--export=ALL,A=b"),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES, ids=range(len(RULES)))
+def test_the_text_holds_on_each_slurm(rule: Rule) -> None:
+    lines = _script(rule.profile, replace(PLACE, nodes=rule.nodes))
+    asked = ["".join(shlex.split(line[8:])) for line in lines if line.startswith("#SBATCH ")]
+    (command,) = [line for line in lines if line.startswith("srun ")]
+    srun = shlex.split(command)
+    assert set(rule.sbatch) <= set(asked)
+    assert [word for word in srun if word in rule.srun] == list(rule.srun)
+    assert set(rule.lines) <= set(lines[: lines.index(command)])
+    assert not [word for word in (*asked, *srun) if word.partition("=")[0] in rule.never]
+
+
+def test_no_variable_that_srun_reads_is_left_to_chance() -> None:
+    # Each number of the profile is said to srun itself; SRUN_ variables were read by two releases alone.
+    text = slurm.script(Profile(gpus_per_node=2, cpus_per_task=3), PLACE)
+    assert "SRUN_" not in text
 
 
 def test_follow_up_profile_is_never_requeued_by_slurm() -> None:
@@ -96,7 +178,7 @@ def test_everything_a_site_may_ask_for() -> None:
         assert line in lines, line
     assert not any("licenses" in line for line in lines)
     (srun,) = [line for line in lines if line.startswith("srun")]
-    assert "--kill-on-bad-exit=1 --cpu-bind=none" in srun
+    assert "--ntasks-per-node=1 --cpu-bind=none" in srun
     assert (
         lines.index("module load x")
         < lines.index("export B='a b'")
@@ -122,7 +204,7 @@ def test_pyxis_and_apptainer_run_the_tasks_but_not_the_bookkeeper() -> None:
         "apptainer exec --nv --bind /r/demo:/r/demo --bind /data:/data --bind /a:/b --cleanenv /i.sqsh python "
         in srun
     )
-    assert [line for line in lines if "submit.watch" in line and line.startswith("python3")]
+    assert [line for line in lines if "submit.watch" in line and line.startswith(sys.executable)]
 
 
 def replace_box(box: Container, **changes: object) -> Container:
@@ -147,9 +229,7 @@ def test_the_books_are_closed_whatever_the_sites_lines_leave_behind_and_whoever_
     text = slurm.script(profile, PLACE)
     done = subprocess.run(["bash"], input=text, text=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
     assert done.returncode == 0  # of the bookkeeper
-    calls = [
-        line.split("dattrain.submit.watch ")[1] for line in (tmp_path / "calls").read_text().splitlines()
-    ]
+    calls = re.findall(r"dattrain\.submit\.watch (.*)", (tmp_path / "calls").read_text())
     assert sorted(calls) == ["begin /r/demo", "end /r/demo 137", "guard /r/demo"]
 
 
@@ -164,6 +244,12 @@ def test_array_has_one_run_folder_per_task_and_bash_finds_it() -> None:
         ["bash", "-c", f'SLURM_ARRAY_TASK_ID=1\n{runs}\n{run}\necho "$DATTRAIN_RUN"'], text=True
     )
     assert shown.strip() == "/r/x/lr=2 b"
+
+
+def test_an_array_runs_so_many_at_a_time() -> None:
+    runs = tuple(Path(f"/r/x/{n}") for n in range(300))
+    assert "#SBATCH --array=0-299%300" in _script(Profile(), replace(PLACE, runs=runs))
+    assert "#SBATCH --array=0-299%2" in _script(Profile(), replace(PLACE, runs=runs, parallel=2))
 
 
 def test_a_range_of_nodes_and_a_dependency() -> None:

@@ -87,7 +87,7 @@ def refuse_if_held(folder: Path, patience_s: float = 2 * BEAT_S) -> None:
 
 def held(folder: Path, record: Record, here: Record) -> Held:
     """The error that says so, to ``here``."""
-    text = f"{folder} is being {record.purpose or 'written'} by {record.who()} (`{record.command}`)"
+    text = f"{folder} is being {record.purpose or 'written'} by {record.who()}"
     if record.purpose == TRAINED:
         text += (
             f"; two trainings in one run folder would overwrite each other: wait for it, stop it (touch {folder}/stop; a job: "

@@ -72,33 +72,51 @@ def test_two_local_ranks_equal_torchrun_and_nearly_one_process(home, trained):
     assert [r["loss"] for r in rows(alone)] == pytest.approx([r["loss"] for r in rows(trained)], rel=2e-6)
 
 
-def test_a_second_training_in_one_folder_is_refused_on_all_its_ranks(home):
+def test_a_folder_has_one_training_and_one_that_lost_it_ends_on_all_its_ranks(home):
     folder, path, data = home
     run = folder / "twice"
     settings = [*data, *FP32, "schedule.epochs=4000", "train.max_steps=12000", "checkpoint.every_steps=2"]
-    command = [sys.executable, "-m", "dattrain", "train", str(path), *settings, "--run", str(run)]
+    command = [
+        sys.executable,
+        "-m",
+        "dattrain",
+        "train",
+        str(path),
+        *settings,
+        "--run",
+        str(run),
+        "--nproc",
+        "2",
+    ]
     with open(folder / "twice.log", "w") as log, warm.Popen(command, stdout=log, stderr=log) as first:
         try:
             while first.poll() is None and not list(run.glob("checkpoints/step_*4")):
                 time.sleep(0.05)
             before = (run / "config.yaml").read_text()
+            record = json.loads((run / "owner.json").read_text())
             second = dattrain("train", path, *settings, "optim.lr=9e-3", "--run", run, "--nproc", 2)
             assert second.returncode == 1 and "finished" not in second.stdout, second.stdout + second.stderr
             said = [line for line in second.stderr.splitlines() if line.startswith("dattrain train: ")]
             assert len(said) == 1
-            assert f" {run} is being trained by process {first.pid} on " in said[0]
+            assert f" {run} is being trained by process {record['pid']} on " in said[0]
+            assert (run / "config.yaml").read_text() == before
             pruned = dattrain("ckpt", "prune", run)
-            assert pruned.returncode == 1 and f"by process {first.pid}" in pruned.stderr
+            assert pruned.returncode == 1 and f"by process {record['pid']}" in pruned.stderr
             assert dattrain("ckpt", "ls", run).returncode == 0
             assert "running" in dattrain("status", run).stdout
-            (run / "stop").touch()
-            assert first.wait(120) == 0, Path(log.name).read_text()
+            # As when another took it while this one was suspended.
+            (folder / "theirs").write_text(json.dumps({**record, "token": "theirs", "host": "elsewhere"}))
+            (folder / "theirs").rename(run / "owner.json")
+            assert first.wait(120) == 1
         finally:
-            first.kill()
-    assert (run / "config.yaml").read_text() == before
+            first.terminate()
+    told = Path(log.name).read_text()
+    assert f"dattrain train: {run}: process {record['pid']} on elsewhere" in told, told
+    for rank in range(2):
+        assert "has taken this run folder over" in (run / "logs" / f"rank_{rank}.log").read_text()
     steps = [row["step"] for row in rows(run)]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) < 12000
-    assert not (run / "owner.json").exists()
+    assert json.loads((run / "owner.json").read_text())["token"] == "theirs"
 
 
 def test_a_finished_run_is_left_as_it_is_and_ends_cleanly(trained):

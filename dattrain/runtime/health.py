@@ -227,7 +227,7 @@ os.kill(parent, signal.SIGKILL)
 for which it needs no GIL."""
 
 
-def _start_helper(limit_s: float, marker: Path, me: dict[str, object]) -> subprocess.Popen[bytes]:
+def _start_helper(limit_s: float, marker: Path, me: dict[str, object]) -> subprocess.Popen[bytes] | None:
     # What Slurm sends to all processes of a step, and Ctrl-C, must not end it: it inherits the mask.
     told = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, told)

@@ -219,9 +219,12 @@ try:
     resource.prlimit(parent, resource.RLIMIT_CORE, (0, 0))
 except OSError:
     pass
-os.kill(parent, signal.SIGABRT)
-time.sleep(10)
-os.kill(parent, signal.SIGKILL)
+try:
+    os.kill(parent, signal.SIGABRT)
+    time.sleep(10)
+    os.kill(parent, signal.SIGKILL)
+except OSError:
+    pass
 """
 """Its input has a byte for each beat, and ends with the process that it watches. SIGABRT makes faulthandler write the stacks,
 for which it needs no GIL."""

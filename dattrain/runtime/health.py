@@ -219,15 +219,18 @@ try:
     resource.prlimit(parent, resource.RLIMIT_CORE, (0, 0))
 except OSError:
     pass
-os.kill(parent, signal.SIGABRT)
-time.sleep(10)
-os.kill(parent, signal.SIGKILL)
+try:
+    os.kill(parent, signal.SIGABRT)
+    time.sleep(10)
+    os.kill(parent, signal.SIGKILL)
+except OSError:
+    pass
 """
 """Its input has a byte for each beat, and ends with the process that it watches. SIGABRT makes faulthandler write the stacks,
 for which it needs no GIL."""
 
 
-def _start_helper(limit_s: float, marker: Path, me: dict[str, object]) -> subprocess.Popen[bytes]:
+def _start_helper(limit_s: float, marker: Path, me: dict[str, object]) -> subprocess.Popen[bytes] | None:
     # What Slurm sends to all processes of a step, and Ctrl-C, must not end it: it inherits the mask.
     told = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, told)

@@ -173,7 +173,7 @@ def classify(
         reason = state.lower()
         return (
             reason,
-            "saved" + where if said == "preempted" else f"{reason} by Slurm before it had saved",
+            "saved" + where if said == "preempted" else "ended by Slurm before it had saved",
             None,
         )
     if state.startswith("CANCELLED") or state == "COMPLETING":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dattrain import cli
 from dattrain.submit import history, report
 from dattrain.submit.queue import UNKNOWN, JobState
 
@@ -126,6 +127,21 @@ def test_a_job_without_a_word_is_told_by_its_log_or_by_slurm(
     one = report.report(run, {"1": JobState("FAILED")})
     assert one.state == "failed"
     assert words in one.why
+
+
+def test_logs_of_a_rank_that_never_began_are_those_of_the_batch_script(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    history.record(run, "submit", job="1", by="user")
+    (run / "submit" / "spec.json").write_text(json.dumps({"folder": str(tmp_path)}))
+    (tmp_path / "1_0_log.err").write_text("module: command not found\n")
+    assert cli.main(["logs", str(run), "--rank", "7"]) == 0
+    assert capsys.readouterr().out == "module: command not found\n"
+    (run / "logs").mkdir()
+    (run / "logs" / "rank_7.log").write_text("trained\n")
+    assert cli.main(["logs", str(run), "--rank", "7"]) == 0
+    assert capsys.readouterr().out == "trained\n"
 
 
 def test_a_waiting_follow_up_does_not_hide_the_job_that_runs(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +72,11 @@ def prune(root: Path, policy: Policy) -> list[str]:
     """Remove what ``policy`` does not keep; returns the names. Each vanishes by a rename before it is deleted."""
     gone = []
     for entry in doomed(checkpoint.entries(root), policy):
-        with contextlib.suppress(FileNotFoundError):  # somebody has removed it by hand
+        try:
             checkpoint.remove(entry.folder)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # somebody has removed it by hand
+                raise
+        else:
             gone.append(entry.folder.name)
     return gone

@@ -1,4 +1,4 @@
-"""What rank 0 does or finds for all of them. Collective."""
+"""What rank 0 does or finds for all of them. Collective, but for taking the run folder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,41 @@ from typing import Any
 import torch.distributed as dist
 
 from dattrain.errors import UserError
+from dattrain.runtime import owner
+from dattrain.runtime.env import Env
+from dattrain.runtime.owner import Owner
+from dattrain.runtime.preempt import Preemption, Request
 from dattrain.state import checkpoint
 from dattrain.state.checkpoint import Manifest
+
+
+class Claim:
+    """Rank 0's attempt to become the owner of the run folder: before anything is written there, and so before the other ranks
+    can be told how it went. They may wait for it in the meantime."""
+
+    def __init__(self, run_dir: Path, env: Env, preemption: Preemption) -> None:
+        self.owner: Owner | None = None
+        self._refusal: UserError | None = None
+        if env.rank != 0:
+            return
+        try:
+            self.owner = owner.take(
+                run_dir, give_up=lambda: preemption.request(look_for_file=False) == Request.STOP
+            )
+        except UserError as error:
+            if env.world == 1:
+                raise
+            self._refusal = error
+
+    def check(self) -> None:
+        """Raise the refusal, where there was one."""
+        if self._refusal is not None:
+            raise self._refusal
+
+    def release(self) -> None:
+        """Let go of the folder."""
+        if self.owner is not None:
+            self.owner.release()
 
 
 def on_first_rank(action: Callable[[], None]) -> None:

@@ -27,7 +27,7 @@ from dattrain.engine import evaluate as evaluation
 from dattrain.engine import fixed, runfolder, schedule, zero
 from dattrain.engine.agree import Edge, Stragglers, agree
 from dattrain.engine.bundle import write_bundle
-from dattrain.engine.ranks import newest_checkpoint, on_first_rank, random_word
+from dattrain.engine.ranks import Claim, newest_checkpoint, on_first_rank, random_word
 from dattrain.engine.report import Reporter
 from dattrain.engine.session import Session, Size, as_pair, carry, open_session, size_at
 from dattrain.engine.step import COMPUTE, Update, seed_all
@@ -36,7 +36,7 @@ from dattrain.models.flops import count_call
 from dattrain.observe.profile import Profiler
 from dattrain.runtime import env as environment
 from dattrain.runtime import logging as logs
-from dattrain.runtime import owner, preflight
+from dattrain.runtime import preflight
 from dattrain.runtime.env import Env
 from dattrain.runtime.health import Verdict, Verdicts, Watchdog
 from dattrain.runtime.owner import Owner
@@ -81,7 +81,7 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
     with ExitStack() as stack:
         preemption = Preemption(run_dir).install()
         stack.callback(preemption.restore)
-        claim = _Claim(run_dir, env, preemption)
+        claim = Claim(run_dir, env, preemption)
         stack.callback(claim.release)
         log_file = logs.setup(run_dir, env.rank, env.world, env.host)
         stack.callback(log_file.close)
@@ -112,35 +112,6 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
             log.exception("rank %d on %s failed", env.rank, env.host, extra={"console": False})
             raise
     return outcome
-
-
-class _Claim:
-    """Rank 0's attempt to become the owner of the run folder: before anything is written there, and so before the other ranks
-    can be told how it went. They may wait for it in the meantime."""
-
-    def __init__(self, run_dir: Path, env: Env, preemption: Preemption) -> None:
-        self.owner: Owner | None = None
-        self._refusal: UserError | None = None
-        if env.rank != 0:
-            return
-        try:
-            self.owner = owner.take(
-                run_dir, give_up=lambda: preemption.request(look_for_file=False) == Request.STOP
-            )
-        except UserError as error:
-            if env.world == 1:
-                raise
-            self._refusal = error
-
-    def check(self) -> None:
-        """Raise the refusal, where there was one."""
-        if self._refusal is not None:
-            raise self._refusal
-
-    def release(self) -> None:
-        """Let go of the folder."""
-        if self.owner is not None:
-            self.owner.release()
 
 
 class Trainer:

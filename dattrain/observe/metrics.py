@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dattrain.runtime.files import reason
+
 Row = Mapping[str, Any]
 
 FILE = "metrics.jsonl"
@@ -37,7 +39,8 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """Writes rows, each flushed at once.
+    """Writes rows, each flushed at once. A disk that takes none for a while ends no training: they follow when it does, and
+    whether it is to go on without is for the next save to tell. TensorBoard's sink is given up where it fails.
 
     Args:
         run_dir: the run folder.
@@ -56,6 +59,7 @@ class Metrics:
         if replaced:
             _tell(run_dir, step, replaced)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._failing = False
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -64,25 +68,47 @@ class Metrics:
 
     def write(self, row: Row) -> None:
         """Append ``row``. Numbers that are not finite become null, which JSON can hold."""
-        self._file.write(json.dumps(_finite(row), separators=(", ", ": ")) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(_finite(row), separators=(", ", ": ")) + "\n")
+            self._file.flush()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                log.warning("%s cannot be written (%s); training goes on", self.path, reason(error))
+            self._failing = True
 
     def scalars(self, prefix: str, row: Row, step: int) -> None:
         """Hand the numbers of ``row`` to TensorBoard as ``prefix/key``."""
         if self._writer is not None:
-            for key, value in row.items():
-                if key not in ("step", "samples") and _number(value):
-                    self._writer.add_scalar(f"{prefix}/{key}", value, step)
+            try:
+                for key, value in row.items():
+                    if key not in ("step", "samples") and _number(value):
+                        self._writer.add_scalar(f"{prefix}/{key}", value, step)
+            except OSError as error:
+                self._give_up(error)
 
     def close(self) -> None:
         """Flush to the disk and close."""
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        try:
+            if not self._file.closed:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+        except OSError as error:
+            log.warning("the last rows of %s could not be written (%s)", self.path, reason(error))
+        try:
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._writer = None
+        log.warning(
+            "TensorBoard's events cannot be written any more (%s); all numbers are in %s",
+            reason(error), FILE,
+        )  # fmt: skip
 
 
 def rewind(path: Path, step: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

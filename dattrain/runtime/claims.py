@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import os
+import re
 import secrets
 import shlex
 import socket
@@ -23,6 +25,9 @@ from pathlib import Path
 
 from dattrain.runtime import process
 from dattrain.urls import mask
+
+_TOKEN = re.compile(r"\w{1,64}", re.ASCII)
+"""It becomes part of a file's name."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,12 @@ def create(path: Path, record: Record) -> bool:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
         return False
-    with open(descriptor, "w", encoding="utf-8"):
-        _write(descriptor, record)
+    try:
+        with open(descriptor, "w", encoding="utf-8"):
+            _write(descriptor, record)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 
@@ -128,22 +137,31 @@ def _write(descriptor: int, record: Record) -> None:
 
 def read(path: Path) -> Seen | None:
     """What is at ``path``, None if nothing is. Where that is no record, its token is empty."""
+    record = Record("")
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            record = parse(file.read()) or Record("")
-    except FileNotFoundError:
-        return None
+            record = parse(file.read()) or record
+    except OSError as error:
+        # Stale is on NFS what was removed between the opening and the reading.
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
+        if not path.is_symlink():
+            return None
+        status = os.lstat(path)  # to nothing: the name is taken all the same
     return Seen(path, record, status.st_ino, status.st_mtime_ns)
 
 
 def parse(text: bytes) -> Record | None:
-    """The record that a file's text is; None if it is none, or not yet."""
+    """The record that a file's text is; None if it is none (anybody may have edited it), or not yet."""
     try:
         found = json.loads(text)
-        return Record(**{f.name: found[f.name] for f in fields(Record) if f.name in found})
-    except (ValueError, TypeError, KeyError):
+        record = Record(**{f.name: found[f.name] for f in fields(Record) if f.name in found})
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
+    values = asdict(record)
+    typed = all(type(values[f.name]) is type(f.default) for f in fields(Record) if f.name != "token")
+    return record if typed and isinstance(record.token, str) and _TOKEN.fullmatch(record.token) else None
 
 
 def holds(path: Path, record: Record) -> bool:

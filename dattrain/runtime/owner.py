@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 from dattrain.errors import UserError
@@ -56,15 +57,20 @@ def judge(seen: Seen, here: Record) -> Standing:
         return "gone"
     if not record.is_of(here):
         return "unknown"
-    if process.start_time(record.pid) != record.started:
-        return "gone"
+    started = process.start_time(record.pid)
+    if started != record.started:
+        return "unknown" if started is None and process.hidden(record.pid) else "gone"
     # Killed, it may take a while to give back a large memory. It touches nothing any more, so that ends by itself.
     return "unknown" if process.dying(record.pid) else "lives"
 
 
 def look(folder: Path) -> tuple[Record, Standing] | None:
-    """Who has ``folder``, as far as can be told without waiting; None where nobody has. Writes nothing."""
-    chain = claims.succession(folder / NAME)
+    """Who has ``folder``, as far as can be told without waiting; None where nobody has. Writes nothing.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    chain = _chain(folder)
     standing = judge(chain[-1], claims.myself(folder)) if chain else "gone"
     return None if standing == "gone" else (chain[-1].record, standing)
 
@@ -74,9 +80,10 @@ def refuse_if_held(folder: Path, patience_s: float = 2 * BEAT_S) -> None:
 
     Raises:
         Held: naming the owner.
+        UserError: the file cannot be read.
     """
     here, watch = claims.myself(folder), _Watch(patience_s)
-    while chain := claims.succession(folder / NAME):
+    while chain := _chain(folder):
         standing = judge(chain[-1], here)
         if standing == "lives" or (standing == "unknown" and watch.touched(chain[-1])):
             raise held(folder, chain[-1].record, here)
@@ -90,8 +97,8 @@ def held(folder: Path, record: Record, here: Record) -> Held:
     text = f"{folder} is being {record.purpose or 'written'} by {record.who()}"
     if record.purpose == TRAINED:
         text += (
-            f"; two trainings in one run folder would overwrite each other: wait for it, stop it (touch {folder}/stop; a job: "
-            f"dattrain cancel {folder}), or choose another --run folder"
+            f"; two trainings in one run folder would overwrite each other: wait for it, stop it (touch {quote(f'{folder}/stop')}; a "
+            f"job: dattrain cancel {quote(str(folder))}), or choose another --run folder"
         )
     else:
         text += "; wait for it"
@@ -121,7 +128,7 @@ def take(
         folder.mkdir(parents=True, exist_ok=True)
         mine = claims.myself(folder, purpose)
         while True:
-            chain, pause_s = claims.succession(path), 0.02
+            chain, pause_s = _chain(folder), 0.02
             if not chain:
                 if claims.create(path, mine):
                     break
@@ -201,7 +208,11 @@ class Owner:
         self._thread.join(timeout=self._silence_s)
         with contextlib.suppress(OSError):
             claim = claims.claim_on(self.path, self.record.token)
-            if claims.create(claim, replace(self.record, token=secrets.token_hex(8))):
+            try:
+                claimed = claims.create(claim, replace(self.record, token=secrets.token_hex(8)))
+            except OSError:
+                claimed = not claim.exists()  # the disk is full, for others as well
+            if claimed:
                 if claims.holds(self.path, self.record):
                     self.path.unlink(missing_ok=True)
                 claim.unlink(missing_ok=True)
@@ -218,7 +229,7 @@ class Owner:
                 self._look()
 
     def _look(self) -> None:
-        """Touch the file if it is ours, else remember whose it is. One that was removed by hand is put back."""
+        """Touch the file if it is ours, else remember whose it is. One that was removed, emptied or spoilt by hand is put back."""
         with self._lock:
             if self._released or self._successor is not None:
                 return
@@ -243,7 +254,10 @@ class Owner:
                     self._successor = found
                     return
                 time.sleep(0.05)  # created, not yet written
-            raise OSError(f"{self.path} cannot be read")
+            chain = claims.succession(self.path)
+            known = _clock() - self._confirmed <= self._silence_s and [s.record.token for s in chain] == [""]
+            if not (known and claims.succeed(self.path, chain, self.record)):
+                raise OSError(f"{self.path} cannot be read")
 
 
 class _Watch:
@@ -269,10 +283,19 @@ class _Watch:
         return False
 
 
+def _chain(folder: Path) -> list[Seen]:
+    try:
+        return claims.succession(folder / NAME)
+    except OSError as error:
+        raise UserError(
+            f"{folder / NAME}: cannot be read, and so not who has the folder: {error.strerror or error}"
+        ) from error
+
+
 def _same(one: str, other: str) -> bool:
     try:
         return os.path.samefile(one, other)
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 

@@ -21,15 +21,29 @@ def namespace() -> str:
 
 
 def start_time(pid: int) -> str | None:
-    """Start of a process in clock ticks after boot, which with its number names it; None if there is none, or it is a zombie."""
+    """Start of a process in clock ticks after boot, which with its number names it; None if there is none, or it is a zombie, with
+    all of its threads: one that is in a call of the file system ends later than the first."""
     found = _stat(pid)
-    return None if found is None or found[0] in "ZX" else found[19]
+    return None if found is None or (found[0] in "ZX" and int(found[17]) <= 1) else found[19]
 
 
 def suspended(pid: int) -> bool:
     """Whether a process was stopped (SIGSTOP, Ctrl-Z)."""
     found = _stat(pid)
     return found is not None and found[0] in "Tt"
+
+
+def hidden(pid: int) -> bool:
+    """Whether there is such a process of another user, of which /proc shows nothing (mounted with ``hidepid``)."""
+    if _stat(pid) is not None:
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def dying(pid: int) -> bool:

@@ -37,6 +37,7 @@ CLASSES = (
     "bag",
     "ankle boot",
 )
+MADE = frozenset({"shards", "pretrain", "finetune", "pretrain-eval.json", "finetune-eval.json", "demo.png"})
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "demo"
 
 
@@ -57,10 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{CONFIGS}: no recipes there; the demo runs from a clone of the repository")
     out: Path = args.out
     started = time.perf_counter()
-    for name in ("pretrain", "finetune"):
-        refuse_if_held(out / name)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    clear(out)
     train, val = f"{out}/shards/train-*.tar", f"{out}/shards/val-*.tar"
     data = [f"data.train={train}", f"data.val={val}"]
     source = os.path.relpath(Path(__file__).parents[1] / "demo" / "t10k-images-idx3-ubyte.gz")
@@ -90,6 +88,24 @@ def run(args: argparse.Namespace) -> int:
             "the network did not beat 1-nearest neighbour: something is wrong on this machine; please report it"
         )
     return 0
+
+
+def clear(out: Path) -> None:
+    """Make ``out`` an empty folder, where nothing lies there but what a demo made.
+
+    Raises:
+        UserError: something else does, or one of its trainings goes on.
+    """
+    other = sorted(path.name for path in out.iterdir() if path.name not in MADE) if out.is_dir() else []
+    if other:
+        raise UserError(
+            f"--out {out}: the demo clears its folder, and this one holds more than a demo made ({', '.join(other[:4])}"
+            f"{', ...' if len(other) > 4 else ''}); choose one that is empty or not there"
+        )
+    for name in ("pretrain", "finetune"):
+        refuse_if_held(out / name)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
 
 
 def read(spec: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,9 @@
 import json
 import math
+import resource
+import shutil
+
+import pytest
 
 from dattrain.observe.metrics import Metrics, read, rewind
 
@@ -64,3 +68,33 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["train/loss", "train/lr"]
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 0.5)]
+
+
+def test_a_disk_that_takes_no_rows_for_a_while_ends_no_training(tmp_path, caplog):
+    metrics = Metrics(tmp_path, 0, tensorboard=False)
+    metrics.write({"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.path.stat().st_size + 4, limits[1]))
+        metrics.write({"step": 2})
+        metrics.write({"step": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    metrics.write({"step": 4})
+    metrics.close()
+    assert [row["step"] for row in read(tmp_path)] == [1, 2, 3, 4]
+    assert caplog.messages == [f"{metrics.path} cannot be written (EFBIG: File too large); training goes on"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_removed_tensorboard_folder_ends_no_training(tmp_path, caplog):
+    metrics = Metrics(tmp_path, 0)
+    shutil.rmtree(tmp_path / "tensorboard")
+    for step in (1, 2):
+        metrics.write({"step": step})
+        metrics.scalars("train", {"loss": 1.0}, step)
+    metrics.close()
+    assert [row["step"] for row in read(tmp_path)] == [1, 2]
+    assert (
+        "TensorBoard's events cannot be written any more (ENOENT: No such file or directory)" in caplog.text
+    )

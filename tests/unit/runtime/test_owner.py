@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -12,14 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dattrain.errors import UserError
-from dattrain.runtime import claims, owner
+from dattrain.runtime import claims, owner, process
 from dattrain.runtime.owner import Held
 
 BEAT_S, SILENCE_S = 0.05, 0.8
@@ -222,18 +223,71 @@ def test_what_slurm_has_requeued_follows_itself(tmp_path, start, monkeypatch):
         assert first.ask().startswith("lost True")
 
 
-def test_what_is_no_record_is_waited_for(tmp_path):
-    (tmp_path / "owner.json").write_text("")
-    with take(tmp_path, silence_s=SILENCE_S) as mine:
+EDITS = [
+    {"token": "../../x"},
+    {"token": "a" * 300},
+    {"token": 5},
+    {"restart": "x", "job": "45"},
+    {"pid": "7"},
+    {"folder": ["/"]},
+]
+
+
+def test_what_is_no_record_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "45")
+    record = asdict(claims.myself(tmp_path))
+    texts = ["", "[" * 100_000, *(json.dumps(record | edit) for edit in EDITS)]
+    for text in texts:
+        assert claims.parse(text.encode()) is None
+    assert claims.parse(json.dumps(record | {"new": 1}).encode()) == claims.Record(**record)
+    (tmp_path / "owner.json").write_text(texts[2])
+    with take(tmp_path, silence_s=0.1) as mine:
         mine.confirm()
+    (tmp_path / "owner.json").symlink_to("nowhere")
+    with take(tmp_path, silence_s=0.1) as mine:
+        mine.confirm()
+    assert files(tmp_path) == []
+    (tmp_path / "owner.json").mkdir()
+    for asked in (owner.look, owner.refuse_if_held, take):
+        with pytest.raises(UserError, match=r"owner\.json: cannot be read, .*: Is a directory"):
+            asked(tmp_path)
+
+
+def test_a_process_that_proc_hides_may_live(tmp_path, start, monkeypatch):
+    start(tmp_path)
+    monkeypatch.setattr("dattrain.runtime.process._stat", lambda _: None)
+    assert owner.look(tmp_path) is None  # it is ours, so it would be shown
+    monkeypatch.setattr("os.kill", _not_ours)
+    with pytest.raises(Held):
+        take(tmp_path)
+
+
+def _not_ours(*_: Any) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_on_a_full_disk_one_lets_go_all_the_same(tmp_path, monkeypatch):
+    mine = take(tmp_path)
+    monkeypatch.setattr("dattrain.runtime.claims._write", _full)
+    mine.release()
+    assert files(tmp_path) == []
+    monkeypatch.setattr("os.link", _not_ours)
+    with pytest.raises(UserError, match="No space left"):
+        take(tmp_path)
     assert files(tmp_path) == []
 
 
-def test_a_file_removed_by_hand_is_put_back(tmp_path):
+def _full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_removed_or_emptied_by_hand_is_put_back(tmp_path):
     with take(tmp_path) as mine:
-        (tmp_path / "owner.json").unlink()
-        mine.confirm()
-        assert json.loads((tmp_path / "owner.json").read_text())["token"] == mine.record.token
+        for spoil in (Path.unlink, lambda path: path.write_text("")):
+            spoil(tmp_path / "owner.json")
+            mine.confirm()
+            assert json.loads((tmp_path / "owner.json").read_text())["token"] == mine.record.token
+    assert files(tmp_path) == []
 
 
 def test_a_fork_does_not_let_go(tmp_path):
@@ -256,7 +310,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
 @pytest.mark.parametrize("links", [True, False])
 def test_of_many_one_follows_a_dead_one(tmp_path, links, monkeypatch):
     if not links:
-        monkeypatch.setattr("os.link", _no_links)
+        monkeypatch.setattr("os.link", _not_ours)
     path = tmp_path / "owner.json"
     dead = replace(claims.myself(tmp_path, "trained"), pid=1 << 30)
     for _ in range(10):
@@ -278,10 +332,6 @@ def test_of_many_one_follows_a_dead_one(tmp_path, links, monkeypatch):
         one.confirm()
         one.release()
         assert files(tmp_path) == []
-
-
-def _no_links(*_: Any) -> None:
-    raise PermissionError(1, "Operation not permitted")
 
 
 def test_a_link_whose_answer_was_lost_counts(tmp_path, monkeypatch):
@@ -322,3 +372,15 @@ def test_one_that_is_suspended_while_it_follows_is_followed_itself(tmp_path, at,
     last_look = (at, turn) == ("holds", "after")  # what comes later, ``confirm`` finds
     assert slow_won == claims.holds(path, slow) or last_look
     assert files(tmp_path) == ["owner.json"]
+
+
+def test_a_process_lives_as_long_as_one_of_its_threads(tmp_path):
+    code = "import ctypes, threading; threading.Thread(target=input).start(); ctypes.CDLL(None).pthread_exit(None)"
+    one = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    while (fields := process._stat(one.pid)) is not None and fields[0] != "Z":
+        time.sleep(0.01)
+    assert fields is not None and process.start_time(one.pid) == fields[19]
+    one.kill()
+    os.waitid(os.P_PID, one.pid, os.WEXITED | os.WNOWAIT)
+    assert process.start_time(one.pid) is None
+    one.communicate()

@@ -31,6 +31,10 @@ STARTUP_S = 15.0
 """Seconds that a job spends before its first step: imports, process group, data, checkpoint. A guess on the small side."""
 
 
+NAME_BYTES = 255
+"""Longest name of a file or folder, on all file systems of note."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One run (or an array of runs, alike but for one setting) with its size."""
@@ -88,10 +92,15 @@ def check(stage: Stage, images_per_second: float | None = None, *, waits: bool =
     Raises:
         ConfigError: the batch does not divide over every number of devices that the job may get, the time limit has no
             room for a step and a save, a local run asks for more than one node, a fine-tune starts from nowhere, or a
-            path has characters that Slurm does not take as they are.
+            path has characters that Slurm does not take as they are, or too long a name.
         UserError: a fine-tune starts from what is not there.
     """
     profile = stage.profile
+    for part in (part for run in stage.runs for part in run.parts if len(os.fsencode(part)) > NAME_BYTES):
+        raise ConfigError(
+            f"run folder: {part[:40]}… is a name of {len(os.fsencode(part))} bytes, and file systems take {NAME_BYTES}; "
+            "choose another --run (of an array: shorter values)"
+        )
     if profile.kind == "slurm":
         for folder in (*stage.runs, stage.placement(None).folder):
             check_path(folder, mounted=profile.container is not None)

@@ -144,6 +144,16 @@ class Profile(_Section):
     def _all_memory(cls, value: Any) -> Any:
         return 0 if value == "all" else value
 
+    @field_validator("setup")
+    @classmethod
+    def _no_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for line in "\n".join(value).splitlines():
+            if line.startswith("#SBATCH"):
+                raise ValueError(
+                    f"sbatch reads no {line!r} behind the first command: put it under sbatch, without the dashes"
+                )
+        return value
+
     @field_validator("environment", mode="before")
     @classmethod
     def _text_values(cls, value: Any) -> Any:

@@ -8,10 +8,11 @@ PREEMPTION ***``; nothing is due to anything where a user called scancel), and s
 from __future__ import annotations
 
 import re
-import subprocess
 import time
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence  # noqa: UP035 (Python 3.8 runs this file)
+
+from dattrain.submit import command
 
 MARK = "dattrain: attempt on "
 """Divides the attempts in the error file, which every restart appends to."""
@@ -28,6 +29,10 @@ LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING")
 
 PATIENCE_S = 3.0
 """How long a job may be ending without anybody's word why: slurmstepd writes while the signal is on its way."""
+
+
+PATIENT_S = 10.0
+"""Seconds that a command has to answer; Slurm's patience with a job that ends is short."""
 
 
 class Fate(NamedTuple):
@@ -83,7 +88,7 @@ def ask(job: str, restart: int, stderr: Callable[[], str], patience_s: float = P
     """What becomes of a job that runs, or ends just now. sacct, which may be slow, is asked only where it is needed."""
     deadline = time.monotonic() + patience_s
     while True:
-        shown = output("scontrol", "show", "job", job)
+        shown = command.output("scontrol", "show", "job", job, timeout_s=PATIENT_S)
         found = resolve(stderr(), shown, "", restart)
         if found.state == "COMPLETING":
             found = resolve(stderr(), shown, accounted(job), restart)
@@ -104,13 +109,15 @@ def ask_of_the_past(job: str, stderr: str) -> Fate:
 
 def shown(job: str) -> str:
     """scontrol's state of a job; empty where it is missing or has forgotten the job."""
-    match = re.search(r"JobState=(\w+)", output("scontrol", "show", "job", job))
+    match = re.search(r"JobState=(\w+)", command.output("scontrol", "show", "job", job, timeout_s=PATIENT_S))
     return match.group(1) if match else ""
 
 
 def accounted(job: str) -> str:
     """sacct's state of a job: of the attempt that ended last. Empty where sacct is missing or knows nothing."""
-    rows = output("sacct", "-n", "-P", "-X", "-D", "-o", "State", "-j", job).split("\n")
+    rows = command.output(
+        "sacct", "-n", "-P", "-X", "-D", "-o", "State", "-j", job, timeout_s=PATIENT_S
+    ).split("\n")
     ended = [row.split()[0].rstrip("+") for row in rows if row.strip() and row.split()[0] not in LIVE]
     return ended[-1] if ended else ""
 
@@ -149,15 +156,7 @@ def last_words(spec: dict[str, Any], job: str, rank: int) -> str:
 
 def down(nodes: Sequence[str]) -> list[str]:
     """Which of these nodes are down, as far as sinfo knows."""
-    rows = output("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T").split("\n")
+    rows = command.output(
+        "sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T", timeout_s=PATIENT_S
+    ).split("\n")
     return sorted({row.split()[0] for row in rows if re.search(r"down|fail|drain|not_responding|\*", row)})
-
-
-def output(*command: str) -> str:
-    """Standard output of a command; empty where it is missing, refuses or hangs."""
-    try:
-        return subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=10
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""

@@ -6,7 +6,7 @@ host. ``RUN/submit/history.jsonl`` has one line per event:
 - ``submit``: job, run (the folder, absolute), after (the job that it follows), by (``user`` or ``follow-up``);
 - ``begin``: job, restart (Slurm's count), nodes (names), checkpoint (step of the newest published one, or null);
 - ``end``: job, restart, reason, detail, node (the culprit of a crash), checkpoint, new (whether this attempt published
-  one), action, why;
+  one), action (of ``decide``; ``over`` for one of an earlier submission that left no word), why;
 - ``warning``: job, text: what keeps the run from going on by itself, such as an sbatch that refuses;
 - ``cancel``: by ``dattrain cancel``.
 
@@ -229,7 +229,7 @@ def decide(events: Sequence[Event], *, retries: int, checkpoint_new: bool) -> tu
     """
     last = events[-1]
     reason = last["reason"]
-    ends = [e for e in since_submission(events) if e["event"] == "end"]
+    ends = [e for e in since_submission(events) if e["event"] == "end" and e.get("action") != "over"]
     if reason == "finished":
         return "done", "finished", []
     if cancelled(events):

@@ -32,7 +32,7 @@ def guard(profile: Profile) -> str:
     test = f"import sys; sys.exit(sys.version_info < {OLDEST})"
     return (
         f"{python} -c {shlex.quote(test)} 2>/dev/null || "
-        f'{{ echo "dattrain: $(hostname) has no Python {_text(OLDEST)} or newer at "{python}" ($({python} -V 2>&1)); '
+        f'{{ echo "dattrain: $(hostname) has no Python {_text(OLDEST)} or newer at "{python}" ($({python} -V 2>&1 | head -n 1)); '
         'set host_python in the profile to one" >&2; exit 1; }'
     )
 

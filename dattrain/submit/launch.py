@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from dattrain.config.load import Loaded, dump
 from dattrain.engine import fixed
 from dattrain.errors import ConfigError, UserError
 from dattrain.runtime import owner
-from dattrain.submit import history, host, queue, shell, slurm, snapshot
+from dattrain.submit import command, history, host, queue, shell, slurm, snapshot
 from dattrain.submit.cluster import Profile
 from dattrain.submit.job import Job
 from dattrain.submit.slurm import Placement
@@ -28,6 +29,10 @@ from dattrain.urls import mask
 
 STARTUP_S = 15.0
 """Seconds that a job spends before its first step: imports, process group, data, checkpoint. A guess on the small side."""
+
+
+NAME_BYTES = 255
+"""Longest name of a file or folder, on all file systems of note."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,15 @@ def check(stage: Stage, images_per_second: float | None = None, *, waits: bool =
     Raises:
         ConfigError: the batch does not divide over every number of devices that the job may get, the time limit has no
             room for a step and a save, a local run asks for more than one node, a fine-tune starts from nowhere, or a
-            path has characters that Slurm does not take as they are.
+            path has characters that Slurm does not take as they are, or too long a name.
         UserError: a fine-tune starts from what is not there.
     """
     profile = stage.profile
+    for part in (part for run in stage.runs for part in run.parts if len(os.fsencode(part)) > NAME_BYTES):
+        raise ConfigError(
+            f"run folder: {part[:40]}… is a name of {len(os.fsencode(part))} bytes, and file systems take {NAME_BYTES}; "
+            "choose another --run (of an array: shorter values)"
+        )
     if profile.kind == "slurm":
         for folder in (*stage.runs, stage.placement(None).folder):
             check_path(folder, mounted=profile.container is not None)
@@ -282,58 +292,22 @@ def submit(stage: Stage, dependency: str | None = None) -> list[str]:
 
 
 def _submit_slurm(profile: Profile, place: Placement, jobs: Sequence[Job]) -> list[str]:
-    from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
-    from submitit.slurm.slurm import SlurmExecutor
+    from submitit.core.utils import DelayedSubmission
 
-    class Executor(SlurmExecutor):
-        """submitit takes the first "job N" on stdout for the id, also in a site's banner."""
-
-        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-            return ["sbatch", "--parsable", str(submission_file_path)]
-
-        @staticmethod
-        def _get_job_id_from_submission_command(string: bytes | str) -> str:
-            text = string if isinstance(string, str) else string.decode(errors="replace")
-            found = shell.job_id(text)
-            if found is None:
-                raise FailedSubmissionError(
-                    f"it printed no job id, see squeue for what it may have queued: {text.strip()}"
-                )
-            return found
-
-    with _environment(slurm.script(profile, place)):
-        try:
-            executor = Executor(
-                place.folder, max_num_timeout=slurm.TIMEOUTS, python=slurm.python(profile, place)
-            )
-            executor.update_parameters(**slurm.parameters(profile, place))
-            if len(jobs) == 1:
-                return [executor.submit(jobs[0]).job_id]
-            # submitit's own arrays forget which Python was asked for, and so the container.
-            executor.parameters["map_count"] = len(jobs)
-            first = executor._submit_command(executor._submitit_command_str).job_id
-        except (FailedJobError, RuntimeError) as error:
-            raise UserError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
-        ids = [f"{first}_{n}" for n in range(len(jobs))]
-        for job, identity in zip(jobs, ids):
-            delayed = DelayedSubmission(job)
-            delayed.set_timeout(place.minutes, slurm.TIMEOUTS)
-            aside = place.folder / f".{identity}.tmp"
-            delayed.dump(aside)
-            os.replace(aside, place.folder / f"{identity}_submitted.pkl")
-        return ids
-
-
-@contextlib.contextmanager
-def _environment(script: str) -> Iterator[None]:
-    """This process in the environment in which ``script`` is submitted; submitit passes its own on."""
-    kept = dict(os.environ)
-    for key in set(kept) - set(shell.clean_environment(kept, script)):
-        del os.environ[key]
-    try:
-        yield
-    finally:
-        os.environ.update(kept)
+    text = slurm.script(profile, place)
+    aside = place.folder / f".{secrets.token_hex(8)}"
+    aside.write_text(text, encoding="utf-8")
+    first, why = command.sbatch(aside, text)
+    if first is None:
+        raise UserError(f"not submitted: {why}")
+    aside.replace(place.folder / f"{first}_submission.sh")
+    ids = [first] if len(jobs) == 1 else [f"{first}_{n}" for n in range(len(jobs))]
+    for job, identity in zip(jobs, ids):
+        delayed = DelayedSubmission(job)
+        delayed.set_timeout(place.minutes, slurm.TIMEOUTS)
+        delayed.dump(aside)
+        aside.replace(place.folder / f"{identity}_submitted.pkl")
+    return ids
 
 
 def refuse_what_slurm_refuses(stage: Stage) -> list[str]:

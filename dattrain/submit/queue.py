@@ -6,16 +6,14 @@ know. A state that only says what happened to an attempt (NODE_FAIL, REQUEUED) i
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dattrain.errors import UserError
+from dattrain.submit import command
 from dattrain.submit.cluster import minutes
-from dattrain.submit.shell import clean_environment
 
 FINAL = frozenset(
     [
@@ -64,14 +62,16 @@ def states(jobs: Iterable[str]) -> dict[str, JobState]:
     if not wanted:
         return {}
     live = parse_squeue(
-        _output(["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N", "-j", ",".join(_numbers(wanted))])
+        command.output(
+            "squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N", "-j", ",".join(_numbers(wanted))
+        )
     )
     found = {job: live[job] for job in wanted if job in live and live[job].state not in FINAL | PASSING}
     missing = [job for job in wanted if job not in found]
     if missing:
         past = parse_sacct(
-            _output(
-                ["sacct", "-n", "-P", "-X", "-o", "JobID,State,NodeList", "-j", ",".join(_numbers(missing))]
+            command.output(
+                "sacct", "-n", "-P", "-X", "-o", "JobID,State,NodeList", "-j", ",".join(_numbers(missing))
             )
         )
         for job in missing:
@@ -80,14 +80,14 @@ def states(jobs: Iterable[str]) -> dict[str, JobState]:
             elif job in past:
                 found[job] = past[job]
             else:
-                found[job] = parse_scontrol(_output(["scontrol", "-o", "show", "job", job]))
+                found[job] = parse_scontrol(command.output("scontrol", "-o", "show", "job", job))
     return found
 
 
 def tasks(job: str) -> dict[str, JobState]:
     """State of a job, or of each known task where it is an array; empty where no command knows it."""
-    found = parse_sacct(_output(["sacct", "-n", "-P", "-X", "-o", "JobID,State,NodeList", "-j", job]))
-    shown = _output(["scontrol", "-o", "show", "job", job]).splitlines()
+    found = parse_sacct(command.output("sacct", "-n", "-P", "-X", "-o", "JobID,State,NodeList", "-j", job))
+    shown = command.output("scontrol", "-o", "show", "job", job).splitlines()
     for line in shown:
         array = re.search(r"ArrayJobId=(\d+) ArrayTaskId=(\S+)", line)
         state = parse_scontrol(line)
@@ -95,7 +95,7 @@ def tasks(job: str) -> dict[str, JobState]:
             # Pending tasks are one line: 7_[2-5%2].
             for name in _array(f"{array[1]}_[{array[2]}]") if array else [job]:
                 found[name] = state
-    live = parse_squeue(_output(["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N", "-j", job]))
+    live = parse_squeue(command.output("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N", "-j", job))
     found.update(live)
     return {name: state for name, state in found.items() if job in (name, name.partition("_")[0])}
 
@@ -139,11 +139,11 @@ def parse_scontrol(text: str) -> JobState:
 
 def ending(job: str) -> tuple[str, str]:
     """Exit code (``status:signal``) and reason of a job that is over, as far as scontrol or sacct know them."""
-    shown = _output(["scontrol", "-o", "show", "job", job])
+    shown = command.output("scontrol", "-o", "show", "job", job)
     code, reason = (re.search(rf"\b{key}=(\S+)", shown) for key in ("ExitCode", "Reason"))
     if code is not None:
         return code.group(1), "" if reason is None or reason.group(1) == "None" else reason.group(1)
-    rows = _output(["sacct", "-n", "-P", "-X", "-o", "ExitCode,Reason", "-j", job]).splitlines()
+    rows = command.output("sacct", "-n", "-P", "-X", "-o", "ExitCode,Reason", "-j", job).splitlines()
     found, _, why = rows[-1].partition("|") if rows else ("", "", "")
     return found, "" if why == "None" else why
 
@@ -152,14 +152,13 @@ def cancel(jobs: Sequence[str]) -> None:
     """scancel.
 
     Raises:
-        UserError: scancel is missing or refuses.
+        UserError: scancel is missing, refuses or hangs.
     """
-    try:
-        done = subprocess.run(["scancel", *jobs], capture_output=True, text=True, timeout=60)
-    except FileNotFoundError:
-        raise UserError("scancel is not on the PATH: run this on a login node of the cluster") from None
-    if done.returncode != 0:
-        raise UserError(f"scancel {' '.join(jobs)}: {done.stderr.strip()}")
+    if shutil.which("scancel") is None:
+        raise UserError("scancel is not on the PATH: run this on a login node of the cluster")
+    refused = command.tell("scancel", *jobs)
+    if refused is not None:
+        raise UserError(f"scancel {' '.join(jobs)}: {refused}")
 
 
 @dataclass(frozen=True)
@@ -187,24 +186,11 @@ def ask(script: str, need: Need) -> tuple[str | None, str | None]:
             "sbatch is not on the PATH: run this on a login node of the cluster, or use --cluster local",
             None,
         )
-    done = subprocess.run(
-        ["sbatch", "--test-only"],
-        input=script,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=clean_environment(os.environ, script),
-    )
-    if done.returncode == 0:
+    said = command.check(script)
+    if said is None:
         return _too_long(need), None
-    errors = [
-        re.sub(r"^(sbatch: )?(error: |fatal: )?(allocation failure: )?", "", line)
-        for line in done.stderr.splitlines()
-        if line.strip()
-    ]
-    said = "; ".join(dict.fromkeys(errors)) or f"sbatch --test-only ended with status {done.returncode}"
     if "partition" in said.lower() and need.partition is not None:
-        known = sorted({name.rstrip("*") for name in _output(["sinfo", "-h", "-o", "%P"]).split()})
+        known = sorted({name.rstrip("*") for name in command.output("sinfo", "-h", "-o", "%P").split()})
         unknown = [name for name in need.partition.split(",") if name not in known]
         if known and unknown:
             return f"partition {unknown[0]!r} does not exist here; there are: {', '.join(known)}", None
@@ -223,7 +209,7 @@ def _not_now(said: str, need: Need) -> str | None:
     if not re.search(r"(?i)node configuration is not available|node not available|nodes are busy", said):
         return None
     fitting, out = set(), set()
-    for line in _output(["sinfo", "-h", "-N", "-o", "%P|%N|%c|%T"]).splitlines():
+    for line in command.output("sinfo", "-h", "-N", "-o", "%P|%N|%c|%T").splitlines():
         name, node, cpus, state = (line.split("|") + [""] * 4)[:4]
         wanted = (
             name.endswith("*") if need.partition is None else name.rstrip("*") in need.partition.split(",")
@@ -241,7 +227,7 @@ def _not_now(said: str, need: Need) -> str | None:
 
 
 def _too_long(need: Need) -> str | None:
-    for line in _output(["sinfo", "-h", "-o", "%P|%l"]).splitlines():
+    for line in command.output("sinfo", "-h", "-o", "%P|%l").splitlines():
         name, _, limit = line.partition("|")
         if (name.endswith("*") and need.partition is None) or name.rstrip("*") == need.partition:
             try:
@@ -267,11 +253,3 @@ def _array(job: str) -> list[str]:
         low, _, high = part.partition("-")
         found += [f"{match.group(1)}_{n}" for n in range(int(low), int(high or low) + 1)]
     return found
-
-
-def _output(command: list[str]) -> str:
-    """Standard output, empty where the command is missing, refuses (an id that it forgot) or hangs."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""

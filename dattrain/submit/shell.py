@@ -89,10 +89,11 @@ def clean_environment(environ: Mapping[str, str], script: str) -> dict[str, str]
 def job_id(printed: str) -> str | None:
     """The id in what ``sbatch --parsable`` printed on stdout, where a site's wrapper or banner may have had its say too.
 
-    It is the last line that is an id (``123``, or ``123;cluster``), or the last that sbatch prints without ``--parsable``.
+    It is what sbatch prints without ``--parsable``, which a wrapper may leave out, else the last line that is an id (``123``, or
+    ``123;cluster``).
     """
     lines = printed.splitlines()
-    for pattern in (r"\s*(\d+)(?:;\S*)?\s*", r"\s*Submitted batch job (\d+)\b.*"):
+    for pattern in (r"\s*Submitted batch job (\d+)\b.*", r"\s*(\d+)(?:;\S*)?\s*"):
         for line in reversed(lines):
             match = re.fullmatch(pattern, line)
             if match:

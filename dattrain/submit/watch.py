@@ -18,15 +18,13 @@ import functools
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any, Sequence  # noqa: UP035 (Python 3.8 runs this file)
 
-from dattrain.submit import fate
+from dattrain.submit import command, fate
 from dattrain.submit.history import (
     CRASHES,
     NODE_FAILURE,
@@ -43,11 +41,12 @@ from dattrain.submit.history import (
     record,
     since_submission,
 )
-from dattrain.submit.shell import clean_environment
-from dattrain.submit.shell import job_id as job_id_in
 
 # Exit statuses of a batch script. Slurm shows them; afterok and afternotok see zero or not.
 DONE, STOPPED, AGAIN, BROKEN = 0, 3, 75, 1
+
+SUBMISSION_S = 60.0
+"""Seconds that a job waits for word of its submission; submitit waits as long for its pickle."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """What reaches the whole batch script, bookkeeper included, while Slurm ends its job or a user signals it."""
@@ -63,10 +62,10 @@ def begin(run: str) -> int:
     """Close the books of an attempt that vanished, judge it, open those of this one. Returns the status to exit with."""
     spec, job = read_spec(run), job_id()
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    if cancelled(history(run)):
+    events = _submitted(run, job)
+    if cancelled(events):
         _say("not started: cancelled by dattrain cancel")
         return BROKEN
-    events = history(run)
     if any(e.get("action") == "done" for e in since_submission(events)):
         # A job too many: queued for an attempt that Slurm then started again by itself.
         _say("not started: the run has finished")
@@ -85,11 +84,14 @@ def begin(run: str) -> int:
         new = now is not None and now != vanished.get("checkpoint")
         end_event = {"event": "end", "reason": reason, "detail": detail, "new": new}
         action, why, _ = decide([*events, end_event], retries=spec["retries"], checkpoint_new=new)
+        if vanished not in since_submission(events):
+            # Whoever submitted it again since has decided what follows.
+            action, why = "over", "submitted again"
         record(
             run, "end", job=vanished["job"], restart=vanished["restart"], reason=reason, detail=detail,
             node=None, checkpoint=now, new=new, action=action, why=why,
         )  # fmt: skip
-        if action != "again":
+        if action == "stop":
             _say("not started again: " + why)
             return BROKEN
     nodes = expand(os.environ.get("SLURM_JOB_NODELIST", ""))
@@ -104,6 +106,16 @@ def begin(run: str) -> int:
     if spec["requeue"] == "follow-up" and _next_job(run, job) is None:
         _queue_next(run, spec, job, "afternotok:" + job, _excluded(run, spec))
     return 0
+
+
+def _submitted(run: str, job: str) -> list[Event]:
+    """The history, once this job's submission is in it: Slurm may start a job before whoever called sbatch has written that down."""
+    deadline = time.monotonic() + SUBMISSION_S
+    while True:
+        events = history(run)
+        if any(e["event"] == "submit" and e["job"] == job for e in events) or time.monotonic() > deadline:
+            return events
+        time.sleep(0.2)
 
 
 def end(run: str, status: int) -> int:
@@ -174,20 +186,20 @@ def _requeue(run: str, job: str, exclude: Sequence[str]) -> bool:
     """scontrol requeue, which kills this script; returns if it is refused."""
     # What is still said about the step that ended would be said about that of the new attempt.
     deadline = time.monotonic() + 60
-    while re.search(r"\.\d+\s*$", fate.output("squeue", "-h", "-s", "-j", job, "-o", "%i"), re.MULTILINE):
+    while re.search(r"\.\d+\s*$", command.output("squeue", "-h", "-s", "-j", job, "-o", "%i"), re.MULTILINE):
         if time.monotonic() > deadline:
             break
         time.sleep(1)
-    refused = _tell("scontrol", "requeue", job)
+    refused = command.tell("scontrol", "requeue", job)
     if refused is not None:
         # Allowed to the owner of a job that was submitted with --no-requeue.
-        _tell("scontrol", "update", "JobId=" + job, "Requeue=1")
-        refused = _tell("scontrol", "requeue", job)
+        command.tell("scontrol", "update", "JobId=" + job, "Requeue=1")
+        refused = command.tell("scontrol", "requeue", job)
     if refused is not None:
         _warn(run, job, "not requeued: scontrol said: " + refused)
         return False
     if exclude:
-        _tell("scontrol", "update", "JobId=" + job, "ExcNodeList=" + ",".join(exclude))
+        command.tell("scontrol", "update", "JobId=" + job, "ExcNodeList=" + ",".join(exclude))
     # Slurm now kills this script; waiting for that keeps the job from being seen as ended.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -235,7 +247,7 @@ def _end_guard() -> None:
 
 
 def _kill_wait() -> float:
-    match = re.search(r"KillWait\s*=\s*(\d+)", fate.output("scontrol", "show", "config"))
+    match = re.search(r"KillWait\s*=\s*(\d+)", command.output("scontrol", "show", "config"))
     return float(match.group(1)) if match else 30.0
 
 
@@ -253,34 +265,30 @@ def _queue_next(
     """sbatch the same script again, give submitit its pickle, and turn the jobs that wait for this one to the new one too."""
     folder = Path(spec["folder"])
     array, _, task = job.partition("_")
-    original = folder / f"{array}_submission.sh"
-    text = script_for_follow_up(original.read_text(encoding="utf-8"), int(task) if task else None)
     script = folder / f"follow_up_of_{job}.sh"
-    script.write_text(text, encoding="utf-8")
-    command = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes", "--dependency=" + dependency]
-    command += ["--exclude=" + ",".join(exclude)] if exclude else []
     try:
-        done = subprocess.run(
-            [*command, str(script)], capture_output=True, text=True, env=clean_environment(os.environ, text)
-        )
+        original = (folder / f"{array}_submission.sh").read_text(encoding="utf-8")
+        text = script_for_follow_up(original, int(task) if task else None)
+        script.write_text(text, encoding="utf-8")
+        work = (folder / f"{job}_submitted.pkl").read_bytes()
     except OSError as error:
-        _warn(run, job, f"no follow-up: sbatch: {error.strerror}")
+        _warn(run, job, f"no follow-up: {error.filename or folder}: {error.strerror}")
         return None
-    if done.returncode != 0:
-        _warn(run, job, f"no follow-up: sbatch said: {_words(done.stderr) or done.returncode}")
-        return None
-    follower = job_id_in(done.stdout)
+    options = ["--kill-on-invalid-dep=yes", "--dependency=" + dependency]
+    options += ["--exclude=" + ",".join(exclude)] if exclude else []
+    follower, why = command.sbatch(script, text, *options)
     if follower is None:
-        _warn(run, job, f"no follow-up: sbatch gave no job id but: {_words(done.stdout)}")
+        _warn(run, job, "no follow-up: " + why)
         return None
-    shutil.copyfile(folder / f"{job}_submitted.pkl", folder / f".{follower}.tmp")
-    os.replace(folder / f".{follower}.tmp", folder / f"{follower}_submitted.pkl")
+    aside = folder / f".{follower}.tmp"
+    aside.write_bytes(work)
+    aside.replace(folder / f"{follower}_submitted.pkl")
     script.replace(folder / f"{follower}_submission.sh")
     record(run, "submit", job=follower, by="follow-up", after=job, dependency=dependency)
     for child in _waiting_jobs(spec):
         # Queued beforehand, it is needed only if this job fails; else it alone counts.
         need = ("afterok:" + job + "?" if dependency.startswith("afternotok") else "") + "afterok:" + follower
-        if not _done("scontrol", "update", "JobId=" + child, "Dependency=" + need):
+        if command.tell("scontrol", "update", "JobId=" + child, "Dependency=" + need) is not None:
             _say(f"job {child} still waits for {job} alone: submit that stage again, with --after this run")
     return follower
 
@@ -309,35 +317,16 @@ def _next_job(run: str, job: str) -> str | None:
 def _cancel_next(run: str, job: str) -> None:
     follower = _next_job(run, job)
     if follower:
-        _done("scancel", follower)
+        command.tell("scancel", follower)
 
 
 def _exclude_from_next(run: str, spec: dict[str, Any], job: str, nodes: Sequence[str]) -> None:
     follower = _next_job(run, job)
     if follower is None:
         return
-    if not _done("scontrol", "update", "JobId=" + follower, "ExcNodeList=" + ",".join(nodes)):
-        _done("scancel", follower)
+    if command.tell("scontrol", "update", "JobId=" + follower, "ExcNodeList=" + ",".join(nodes)) is not None:
+        command.tell("scancel", follower)
         _queue_next(run, spec, job, "afternotok:" + job, nodes)
-
-
-def _done(*command: str) -> bool:
-    """Run a command; False if it fails or is not there."""
-    return _tell(*command) is None
-
-
-def _tell(*command: str) -> str | None:
-    """Run a command; what it said if it failed, or is not there."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:
-        return f"{command[0]}: {error.strerror}"
-    return None if done.returncode == 0 else _words(done.stderr) or f"status {done.returncode}"
-
-
-def _words(said: str) -> str:
-    lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line.strip()) for line in said.splitlines()]
-    return "; ".join(dict.fromkeys(line for line in lines if line))[-400:]
 
 
 def _warn(run: str, job: str, text: str) -> None:

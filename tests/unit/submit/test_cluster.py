@@ -58,6 +58,7 @@ def _write(folder: Path, text: str, name: str = "mine") -> str:
         ("- a", "a profile is a mapping"),
         ("a: [", "not YAML"),
         ("signal_delay_s: 0", "signal_delay_s"),
+        ('setup: ["module load x", "#SBATCH --mail-type=END"]', "put it under sbatch"),
     ],
 )
 def test_refusals_name_file_key_and_remedy(tmp_path: Path, text: str, words: str) -> None:

@@ -234,12 +234,13 @@ def test_the_bookkeeper_needs_the_standard_library_alone(tmp_path: Path) -> None
     shutil.copy(package / "__init__.py", tmp_path / "dattrain")
     (tmp_path / "run" / "submit").mkdir(parents=True)
     (tmp_path / "run" / "submit" / "spec.json").write_text(json.dumps({"retries": 3, "requeue": "scontrol"}))
+    history.record(tmp_path / "run", "submit", job="5", by="user")
     done = subprocess.run(
         [sys.executable, "-S", str(tmp_path / "dattrain" / "submit" / "enter.py"), "-m", "dattrain.submit.watch", "begin", str(tmp_path / "run")],
         env={"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n[1-2]", "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (event,) = history.history(tmp_path / "run")
+    _, event = history.history(tmp_path / "run")
     assert event["nodes"] == ["n1", "n2"]
     assert event["checkpoint"] is None

@@ -60,7 +60,17 @@ def test_what_setup_may_change_is_left_to_the_node() -> None:
 
 
 def test_the_node_says_it_in_one_sentence(tmp_path: Path, python36: str) -> None:
-    for python, seen in ((python36, "Python 3.6.8"), (str(tmp_path / "no"), "No such file")):
+    shim = tmp_path / "shim"
+    shim.write_text(
+        "#!/bin/sh\nprintf 'pyenv: python3.9: command not found\\n\\nIt exists in:\\n  3.9.18\\n' >&2; exit 127\n"
+    )
+    shim.chmod(0o755)
+    seen_of = {
+        python36: "Python 3.6.8",
+        str(tmp_path / "no"): "No such file",
+        str(shim): "pyenv: python3.9: command not found)",
+    }
+    for python, seen in seen_of.items():
         script = f"set -eu\n{host.guard(Profile(host_python=python))}\necho went on"
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (1, "")

@@ -205,6 +205,7 @@ def test_a_measured_speed_is_used_when_a_run_is_continued(home: Path) -> None:
         ({"array": "optim.lr=1,2", "array_parallel": 0}, "1 or more runs of an --array at a time"),
         ({"folder": "runs/50%j"}, "'%' in a path does not survive Slurm"),
         ({"folder": "runs/back\\slash"}, r"'\\\\' in a path does not survive Slurm"),
+        ({"folder": "runs/" + "ä" * 128}, "a name of 256 bytes"),
         ({"folder": "runs/two\nlines"}, r"'\\n' in a path does not survive Slurm"),
         ({"folder": "runs/a\tb"}, r"'\\t' in a path"),
         ({"folder": "runs/a", "overrides": ('name="a\\nb"',)}, "cannot be the name of a job"),

@@ -62,7 +62,7 @@ def test_a_banner_of_the_site_is_not_the_job(site: Site) -> None:
     named = {path.name for path in (run / "submit" / "slurm").iterdir() if not path.name.startswith(".")}
     assert named == {"42_submission.sh", "42_submitted.pkl"}
     site.program("sbatch", 'case "$1" in --test-only) exit 0;; esac; echo "Welcome, job 1"')
-    with pytest.raises(UserError, match="it printed no job id, see squeue .* Welcome, job 1"):
+    with pytest.raises(UserError, match="sbatch gave no job id .*see squeue.* Welcome, job 1"):
         request.run(replace(ASKED, folder="runs/other"))
 
 

@@ -57,6 +57,8 @@ class Host:
 
     def watch(self, *arguments: str, job: str = "5", ignoring: bool = False) -> int:
         """Run the bookkeeper; ``ignoring`` SIGTERM, as the batch script has it do."""
+        if job not in [e["job"] for e in history.history(self.run) if e["event"] == "submit"]:
+            history.record(self.run, "submit", job=job, by="follow-up")
         done = subprocess.run(
             ["sh", "-c", "trap '' TERM; exec \"$@\"", "sh", *self.command(*arguments)] if ignoring else self.command(*arguments),
             env=self.environment(job), capture_output=True, timeout=30,
@@ -171,7 +173,7 @@ def test_a_job_beside_the_one_that_trains_leaves_its_books_alone(host: Host) -> 
     host.watch("begin")
     host.program("scontrol", "echo JobState=RUNNING")
     assert host.watch("begin", job="7") == 1
-    assert [e["event"] for e in history.history(host.run)] == ["submit", "begin"]
+    assert [e["event"] for e in history.history(host.run)] == ["submit", "begin", "submit"]
     host.program("scontrol", "echo JobState=COMPLETING")
     assert host.watch("begin", job="7") == 0
 
@@ -296,7 +298,9 @@ def test_a_run_that_cannot_go_on_says_what_slurm_said(tmp_path: Path, requeue: s
 
 def test_the_id_of_a_follow_up_is_found_among_what_a_site_prints(host: Host) -> None:
     host.program("scontrol", _shown("RUNNING", requeue="exit 1"))
-    host.program("sbatch", "echo -----; echo 'job 1 of your 5 today'; echo '17;east'; echo")
+    host.program(
+        "sbatch", r"printf 'Gr\374\337e -----\n'; echo 'job 1 of your 5 today'; echo '17;east'; echo"
+    )
     host.watch("begin")
     host.publish(3)
     host.watch("end", "137")
@@ -305,7 +309,9 @@ def test_the_id_of_a_follow_up_is_found_among_what_a_site_prints(host: Host) -> 
     history.record(host.run, "begin", job="5", restart=0, nodes=["n1"], checkpoint=None)
     host.watch("end", "137")
     warned = [e["text"] for e in history.history(host.run) if e["event"] == "warning"]
-    assert warned[0] == "no follow-up: sbatch gave no job id but: Welcome to job 1"
+    assert warned[0] == (
+        "no follow-up: sbatch gave no job id (see squeue for what it may have queued) but: Welcome to job 1"
+    )
     assert not list(host.slurm.glob("*Welcome*"))
 
 
@@ -355,6 +361,40 @@ def test_a_job_too_many_does_not_start_a_finished_run(host: Host) -> None:
     host.outcome("finished")
     host.watch("end", "0")
     assert host.watch("begin", job="9") == 1
+
+
+@pytest.mark.parametrize("accounted", ["CANCELLED", "TIMEOUT", "NODE_FAIL"])
+def test_what_became_of_an_attempt_does_not_stop_the_next_submission(host: Host, accounted: str) -> None:
+    host.spec["retries"] = 0
+    host.program("sacct", f"echo {accounted}")
+    host.watch("begin")
+    history.record(host.run, "submit", job="8", by="user")
+    assert host.watch("begin", job="8") == 0
+    end = next(e for e in history.history(host.run) if e["event"] == "end")
+    assert (end["job"], end["action"], end["why"]) == ("5", "over", "submitted again")
+    host.program("sacct", "")
+    host.spec["retries"] = 1
+    assert host.watch("begin", job="8") == 0, "the retries of a submission are its own"
+
+
+def test_a_job_that_starts_before_its_submission_is_written_down_waits_for_that(host: Host) -> None:
+    history.record(host.run, "cancel")
+    began = subprocess.Popen(host.command("begin"), env=host.environment("8"))
+    time.sleep(0.5)
+    history.record(host.run, "submit", job="8", by="user")
+    assert began.wait(timeout=30) == 0
+
+
+@pytest.mark.parametrize("gone", ["5_submission.sh", "5_submitted.pkl"])
+def test_without_its_files_there_is_no_follow_up_and_a_word_why(host: Host, gone: str) -> None:
+    host.watch("begin")
+    host.publish(1)
+    (host.slurm / gone).unlink()
+    host.program("scontrol", "exit 1")
+    assert host.watch("end", "1") == 75
+    assert not _submitted(host)
+    warned = [e["text"] for e in history.history(host.run) if e["event"] == "warning"]
+    assert warned[0] == f"no follow-up: {host.slurm / gone}: No such file or directory"
 
 
 def test_a_stall_of_this_attempt_is_named_and_one_of_an_earlier_is_not(host: Host) -> None:

@@ -9,7 +9,10 @@ from conftest import Site
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--partition", "gpuu"], "partition 'gpuu' does not exist here; there are: main, re0, spot, spot0, urgent"),
+        (
+            ["--partition", "gpuu"],
+            "partition 'gpuu' does not exist here; there are: main, re0, spot, spot0, urgent",
+        ),
         (["--nodes", "8", "train.micro_batch=2"], "Requested node configuration is not available"),
         (["--time", "2-00:00:00"], "partition main allows 1-00:00:00"),
         (["--time", "0:20", "--cluster", "slow.yaml"], "not longer than the profile's signal_delay_s=90"),

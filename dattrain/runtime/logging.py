@@ -100,14 +100,16 @@ class RankLog:
         if self.console is not None:
             self.console.clear()
         for handler in self._handlers:
-            handler.flush()
+            with contextlib.suppress(OSError):  # a full disk: what ended the run is to be told, not this
+                handler.flush()
             root.removeHandler(handler)
         self._handlers = []
         root.setLevel(self._level)
         logging.captureWarnings(False)
         if not self._file.closed:
             faulthandler.disable()
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
 
 
 _NOISY = {

@@ -187,6 +187,11 @@ class Owner:
             OSError: the file cannot be read.
         """
         self._look()
+        if self._successor is not None and not self._successor.pid and not self.path.parent.is_dir():
+            raise Held(
+                f"{self.path.parent} has not been there for more than {self._silence_s:.0f} s: it was moved or removed, or its disk "
+                "is gone; this process ends, and writes nothing more there"
+            )
         if self._successor is not None:
             raise Held(
                 f"{self.path.parent}: {self._successor.who()} has taken this run folder over, since process {self.record.pid} on "
@@ -241,7 +246,11 @@ class Owner:
                     if _clock() - self._confirmed > self._silence_s:
                         self._successor = Record("")  # one that has come and gone
                         return
-                    claims.create(self.path, self.record)
+                    if claims.create(self.path, self.record):
+                        log.warning(
+                            "%s was not there any more, and is put back; if its folder was moved, what follows is in the old place",
+                            self.path,
+                        )
                     continue
                 with open(descriptor, "rb") as file:
                     found = claims.parse(file.read())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -298,7 +299,16 @@ def _prune(args: argparse.Namespace) -> int:
         raise UserError(str(e), exit_code=2) from e
     if args.dry_run:
         return _remove(args, root, policy)
-    with owner.take(root.parent if root.name == "checkpoints" else root, "pruned"):
+    run = root.parent if root.name == "checkpoints" else root
+    try:
+        hold = owner.take(run, "pruned")
+    except UserError as e:
+        if not isinstance(e.__cause__, OSError) or e.__cause__.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # Whoever wants room must not need some; nor can another training begin there.
+        owner.refuse_if_held(run)
+        return _remove(args, root, policy)
+    with hold:
         return _remove(args, root, policy)
 
 

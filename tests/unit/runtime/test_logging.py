@@ -1,5 +1,6 @@
 import io
 import logging
+import resource
 
 from dattrain.runtime import logging as logs
 
@@ -45,3 +46,15 @@ def test_the_live_line_is_redrawn_below_records_and_absent_without_a_terminal():
     plain.live("step 1")
     plain.clear()
     assert plain.stream.getvalue() == ""
+
+
+def test_a_full_disk_does_not_hide_what_ended_the_run(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = logs.setup(tmp_path, 1, 2, "n1")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        logging.getLogger("dattrain").warning("more than the disk takes")
+        file.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.file.closed

@@ -281,6 +281,22 @@ def _full(*_: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def test_a_folder_that_is_gone_is_said(tmp_path, caplog):
+    with take(tmp_path / "run", silence_s=0.2) as mine:
+        (tmp_path / "run").rename(tmp_path / "moved")
+        while not mine.lost:
+            time.sleep(0.01)
+        with pytest.raises(Held, match="run has not been there for more than 0 s: it was moved or removed"):
+            mine.confirm()
+    with take(tmp_path / "other") as mine:
+        (tmp_path / "other").rename(tmp_path / "away")
+        with pytest.raises(OSError):
+            mine.confirm()
+        (tmp_path / "other").mkdir()
+        mine.confirm()
+    assert "other/owner.json was not there any more, and is put back" in caplog.text
+
+
 def test_a_file_removed_or_emptied_by_hand_is_put_back(tmp_path):
     with take(tmp_path) as mine:
         for spoil in (Path.unlink, lambda path: path.write_text("")):

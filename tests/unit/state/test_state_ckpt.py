@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 import timm
@@ -16,6 +18,7 @@ from dattrain.cli import main
 from dattrain.config.load import dump
 from dattrain.config.schema import Checkpoint, Config, Model
 from dattrain.models import zoo
+from dattrain.runtime import owner
 from dattrain.state import checkpoint, offline
 from dattrain.state.checkpoint import Manifest, Parameter
 from dattrain.state.shards import Piece
@@ -72,6 +75,17 @@ def test_verify(run_dir, capsys):
     assert "step_00000003: DAMAGED" in lines[2]
     assert main(["ckpt", "verify", str(run_dir / "checkpoints" / "step_00000004")]) == 0
     assert main(["ckpt", "verify", str(run_dir / "nothing")]) == 1
+
+
+def test_prune_makes_room_on_a_full_disk(run_dir, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with owner.take(run_dir):
+        monkeypatch.setattr("dattrain.runtime.claims._write", full)
+        assert main(["ckpt", "prune", str(run_dir)]) == 1
+    assert main(["ckpt", "prune", str(run_dir)]) == 0
+    assert "removed step_00000001" in capsys.readouterr().out
 
 
 def test_prune_pin_and_damaged(run_dir, capsys):

@@ -9,7 +9,7 @@ import pytest
 
 from dattrain import cli
 from dattrain.submit import history, report
-from dattrain.submit.queue import UNKNOWN, JobState
+from dattrain.submit.queue import FORGOTTEN, UNKNOWN, JobState
 
 SUBMIT: history.Event = {"event": "submit", "by": "user", "job": "1", "time": 0}
 BEGIN: history.Event = {
@@ -48,6 +48,7 @@ def _end(action: str, reason: str) -> history.Event:
         ([SUBMIT, BEGIN], JobState("TIMEOUT"), "failed"),
         ([SUBMIT, BEGIN], JobState("FAILED"), "failed"),
         ([SUBMIT, BEGIN], UNKNOWN, "unknown"),
+        ([SUBMIT, BEGIN, _end("again", "crashed"), WARNING], FORGOTTEN, "failed"),
         ([SUBMIT, BEGIN, _end("again", "preempted")], JobState("PENDING", "BeginTime"), "waiting"),
         ([SUBMIT, BEGIN, _end("done", "finished")], UNKNOWN, "finished"),
         ([SUBMIT, BEGIN, _end("stop", "stopped")], JobState("FAILED"), "stopped"),

@@ -303,6 +303,7 @@ def _submit_slurm(profile: Profile, place: Placement, jobs: Sequence[Job]) -> li
     aside.write_text(text, encoding="utf-8")
     first, why = command.sbatch(aside, text)
     if first is None:
+        aside.unlink()
         raise UserError(f"not submitted: {why}")
     aside.replace(place.folder / f"{first}_submission.sh")
     ids = [first] if len(jobs) == 1 else [f"{first}_{n}" for n in range(len(jobs))]

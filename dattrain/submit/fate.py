@@ -25,6 +25,9 @@ ENDED = {
 }
 """What slurmstepd says that an end is due to, and Slurm's state for it."""
 
+GRACE = "PREEMPTING"
+"""Ours, of a job that runs in the grace period before it is preempted: the tasks had SIGTERM, and the script may still act."""
+
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING")
 
 PATIENCE_S = 3.0
@@ -77,8 +80,8 @@ def resolve(stderr: str, scontrol: str, accounted: str, restart: int) -> Fate:
         return Fate(accounted, again)
     if again:
         return Fate("REQUEUED", again)
-    if told is None and known == "COMPLETING" and re.search(r"\bPreemptTime=\d", scontrol):
-        return Fate("PREEMPTED", again)
+    if told is None and known in ("COMPLETING", "RUNNING") and re.search(r"\bPreemptTime=\d", scontrol):
+        return Fate("PREEMPTED" if known == "COMPLETING" else GRACE, again)
     if match is not None and match.group(2) in ("TimeLimit", "NodeDown"):
         return Fate({"TimeLimit": "TIMEOUT", "NodeDown": "NODE_FAIL"}[match.group(2)], again)
     return Fate(told or known, again)

@@ -48,6 +48,7 @@ def test_slurmstepd_says_why_a_job_is_ended(stderr: str, state: str | None) -> N
         # No error file (a site's own --error): sacct, else scontrol.
         ("", SHOWN.format("COMPLETING", "None", 0, "None"), "PREEMPTED", 0, Fate("PREEMPTED")),
         ("", SHOWN.format("COMPLETING", "None", 0, "2026"), "", 0, Fate("PREEMPTED")),
+        ("", SHOWN.format("RUNNING", "None", 0, "2026"), "", 0, Fate("PREEMPTING")),
         ("", SHOWN.format("COMPLETING", "None", 0, "None"), "", 0, Fate("COMPLETING")),
         (JOB.format(""), SHOWN.format("COMPLETING", "None", 0, "2026"), "CANCELLED", 0, Fate("CANCELLED")),
         (JOB.format(""), SHOWN.format("COMPLETING", "None", 0, "2026"), "", 0, Fate("CANCELLED")),

@@ -246,8 +246,9 @@ def _last_step(run: Path, metrics: Mapping[str, Any]) -> int | None:
         return None
     config = load(run / "config.yaml").config
     per_epoch = metrics["samples"] / metrics["epoch"] / config.train.global_batch
-    # The epoch is rounded to six digits: an integer must not become the next one.
-    total = math.ceil(round(config.schedule.epochs * per_epoch, 3))
+    # The epoch is rounded to six digits, which is most at the start: an integer must not become the next one.
+    exact = config.schedule.epochs * per_epoch
+    total = math.ceil(exact * (1 - 1e-6 / metrics["epoch"]))
     return min(total, config.train.max_steps or total)
 
 

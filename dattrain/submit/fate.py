@@ -141,12 +141,12 @@ def last_line(text: str) -> str:
 
 
 _ECHO = re.compile(
-    r"^(Terminated|Killed|Aborted|User defined signal [12]"
+    r"^(\++ .*|Terminated|Killed|Aborted|User defined signal [12]"
     r"|srun: (got SIGCONT|forcing job termination|Job step aborted|Terminating|Force Terminated|launch/slurm)\b.*"
     r"|srun: error: \S+: tasks? \S+: (Exited with exit code \d+|Terminated|Killed|Aborted)"
     r"|slurmstepd\S*: error: \*\*\* STEP .*|dattrain: attempt on .*|Try .\w+ --help. for more information)( \(core dumped\))?$"
 )
-"""What Slurm and the shell say of every end, whatever the cause."""
+"""What Slurm and the shell (with ``set -x``) say of every end, whatever the cause."""
 
 
 def last_words(spec: dict[str, Any], job: str, rank: int) -> str:

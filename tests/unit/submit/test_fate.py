@@ -69,6 +69,7 @@ def test_the_sources_are_put_together(
         ("", ""),
         ("SyntaxError: future feature annotations is not defined\n", "SyntaxError: future feature annotations is not defined"),
         ("slurm_script: line 20: python3: command not found\n\n", "slurm_script: line 20: python3: command not found"),
+        ("+ module load nosuch\nno such module\n+ exit 1\n++ echo bye\n", "no such module"),
         (
             "ModuleNotFoundError: No module named 'torch'\nsrun: error: n1: task 0: Exited with exit code 1\n"
             "srun: Terminating StepId=5.0\n" + STEP.format("") + "srun: error: n1: tasks 1-3: Terminated\n",

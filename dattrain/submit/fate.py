@@ -25,6 +25,9 @@ ENDED = {
 }
 """What slurmstepd says that an end is due to, and Slurm's state for it."""
 
+GRACE = "PREEMPTING"
+"""Ours, of a job that runs in the grace period before it is preempted: the tasks had SIGTERM, and the script may still act."""
+
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING")
 
 PATIENCE_S = 3.0
@@ -77,8 +80,8 @@ def resolve(stderr: str, scontrol: str, accounted: str, restart: int) -> Fate:
         return Fate(accounted, again)
     if again:
         return Fate("REQUEUED", again)
-    if told is None and known == "COMPLETING" and re.search(r"\bPreemptTime=\d", scontrol):
-        return Fate("PREEMPTED", again)
+    if told is None and known in ("COMPLETING", "RUNNING") and re.search(r"\bPreemptTime=\d", scontrol):
+        return Fate("PREEMPTED" if known == "COMPLETING" else GRACE, again)
     if match is not None and match.group(2) in ("TimeLimit", "NodeDown"):
         return Fate({"TimeLimit": "TIMEOUT", "NodeDown": "NODE_FAIL"}[match.group(2)], again)
     return Fate(told or known, again)
@@ -138,12 +141,12 @@ def last_line(text: str) -> str:
 
 
 _ECHO = re.compile(
-    r"^(Terminated|Killed|Aborted|User defined signal [12]"
+    r"^(\++ .*|Terminated|Killed|Aborted|User defined signal [12]"
     r"|srun: (got SIGCONT|forcing job termination|Job step aborted|Terminating|Force Terminated|launch/slurm)\b.*"
     r"|srun: error: \S+: tasks? \S+: (Exited with exit code \d+|Terminated|Killed|Aborted)"
     r"|slurmstepd\S*: error: \*\*\* STEP .*|dattrain: attempt on .*|Try .\w+ --help. for more information)( \(core dumped\))?$"
 )
-"""What Slurm and the shell say of every end, whatever the cause."""
+"""What Slurm and the shell (with ``set -x``) say of every end, whatever the cause."""
 
 
 def last_words(spec: dict[str, Any], job: str, rank: int) -> str:

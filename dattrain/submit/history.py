@@ -160,6 +160,7 @@ def classify(
     at_limit = state == "TIMEOUT" or (time_s and elapsed_s >= time_s - signal_delay_s - EARLY_S)
     said = (outcome or {}).get("status")
     where = " at step {}".format(outcome["step"]) if outcome and outcome.get("step") is not None else ""
+    saved = "saved" + where if where else "before training had begun"
     if said == "finished" and status == 0:
         return "finished", "finished" + where, None
     if said == "stopped":
@@ -169,18 +170,14 @@ def classify(
         # Before COMPLETING is looked at: so Slurm says too while it takes the job off the nodes that are left.
         which = f"{lost.group(1)} went down" if lost else "Slurm lost a node"
         return NODE_FAILURE, which + where, None
-    if state in ("PREEMPTED", "REQUEUED"):
-        reason = state.lower()
-        return (
-            reason,
-            "saved" + where if said == "preempted" else "ended by Slurm before it had saved",
-            None,
-        )
+    if state in ("PREEMPTED", "PREEMPTING", "REQUEUED"):
+        reason = "requeued" if state == "REQUEUED" else "preempted"
+        return reason, saved if said == "preempted" else "ended by Slurm before it had saved", None
     if state.startswith("CANCELLED") or state == "COMPLETING":
         # Slurm is ending the job, and nobody says why: somebody's scancel.
         return "cancelled", "ended from outside, as scancel does" + where, None
     if said == "preempted":
-        return ("time limit" if at_limit else "preempted"), "saved" + where, None
+        return ("time limit" if at_limit else "preempted"), saved, None
     if state == "TIMEOUT":
         return (
             "time limit",

@@ -21,7 +21,7 @@ from dattrain.config.load import Loaded, dump
 from dattrain.engine import fixed
 from dattrain.errors import ConfigError, UserError
 from dattrain.runtime import owner
-from dattrain.submit import command, history, host, queue, shell, slurm, snapshot
+from dattrain.submit import command, history, host, queue, report, shell, slurm, snapshot
 from dattrain.submit.cluster import Profile
 from dattrain.submit.job import Job
 from dattrain.submit.slurm import Placement
@@ -232,17 +232,21 @@ def reserved(stages: Sequence[Stage]) -> Iterator[None]:
 
 
 def active(run: Path) -> tuple[str | None, str]:
-    """The job of a run that is not over, and its state."""
+    """The job of a run that is not over, and its state; no job and UNKNOWN where only Slurm could tell, and does not answer."""
     from dattrain.submit import local
 
     jobs = [e["job"] for e in history.history(run) if e["event"] == "submit"]
     if local.alive(run):
         return jobs[-1] if jobs else "local", "RUNNING"
     jobs = [job for job in jobs if not job.startswith("local")][-2:]
-    for job, state in queue.states(jobs).items():
-        if not state.final and state.state != "UNKNOWN":
+    states = queue.states(jobs)
+    for job, state in states.items():
+        if not state.final and state != queue.UNKNOWN:
             return job, state.state
-    return None, ""
+    unknown = (
+        queue.UNKNOWN in states.values() and report.judge(history.history(run), queue.UNKNOWN)[0] == "unknown"
+    )
+    return None, "UNKNOWN" if unknown else ""
 
 
 def prepare(stage: Stage, dependents: Sequence[Path] = ()) -> None:
@@ -299,6 +303,7 @@ def _submit_slurm(profile: Profile, place: Placement, jobs: Sequence[Job]) -> li
     aside.write_text(text, encoding="utf-8")
     first, why = command.sbatch(aside, text)
     if first is None:
+        aside.unlink()
         raise UserError(f"not submitted: {why}")
     aside.replace(place.folder / f"{first}_submission.sh")
     ids = [first] if len(jobs) == 1 else [f"{first}_{n}" for n in range(len(jobs))]

@@ -26,9 +26,10 @@ FINAL = frozenset(
         "OUT_OF_MEMORY",
         "BOOT_FAIL",
         "REVOKED",
+        "FORGOTTEN",
     ]
 )
-"""A preempted job that Slurm starts again is PENDING, not PREEMPTED."""
+"""A preempted job that Slurm starts again is PENDING, not PREEMPTED. FORGOTTEN is ours."""
 PASSING = frozenset({"NODE_FAIL", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
 """States after which Slurm may start the same job again."""
 
@@ -54,10 +55,13 @@ class JobState:
 
 
 UNKNOWN = JobState("UNKNOWN")
+"""Slurm does not answer."""
+FORGOTTEN = JobState("FORGOTTEN", source="scontrol")
+"""The controller answers, and knows the job no more: it is over (for MinJobAge, five minutes by default), however it ended."""
 
 
 def states(jobs: Iterable[str]) -> dict[str, JobState]:
-    """State of each job (``123`` or ``123_4``); UNKNOWN for what no command knows."""
+    """State of each job (``123`` or ``123_4``); FORGOTTEN for what no command knows, UNKNOWN where none answers."""
     wanted = list(dict.fromkeys(jobs))
     if not wanted:
         return {}
@@ -80,7 +84,14 @@ def states(jobs: Iterable[str]) -> dict[str, JobState]:
             elif job in past:
                 found[job] = past[job]
             else:
-                found[job] = parse_scontrol(command.output("scontrol", "-o", "show", "job", job))
+                found[job] = _shown(job)
+    return found
+
+
+def _shown(job: str) -> JobState:
+    found = parse_scontrol(command.output("scontrol", "-o", "show", "job", job))
+    if found == UNKNOWN and "Invalid job id" in (command.tell("scontrol", "-o", "show", "job", job) or ""):
+        return FORGOTTEN
     return found
 
 

@@ -42,8 +42,12 @@ class Report:
 
 
 def jobs_of(run: Path) -> list[str]:
-    """Jobs of a run that may still live: the newest two (a follow-up waits behind the one that runs)."""
-    jobs = [e["job"] for e in history.history(run) if e["event"] == "submit"]
+    """Jobs of a run that may still live: the newest two (a follow-up waits behind the one that runs); none where the history
+    alone has decided."""
+    events = history.history(run)
+    if judge(events, UNKNOWN)[0] != "unknown":
+        return []
+    jobs = [e["job"] for e in events if e["event"] == "submit"]
     return [job for job in jobs if not job.startswith("local")][-2:]
 
 
@@ -83,7 +87,8 @@ def _by_hand(run: Path, state: str, why: str) -> tuple[str, str]:
     if found is not None and found[1] == "lives" and found[0].purpose == owner.TRAINED:
         return "running", f"trained by {found[0].who()}"
     told = [why, history.origin(run)]
-    if found is not None:
+    jobs = [e["job"] for e in history.history(run) if e["event"] == "submit"]
+    if found is not None and not (found[1] == "unknown" and found[0].job in jobs):
         told.append(f"{found[0].who()} has the folder, or had it when it died")
     return state, "; ".join(filter(None, told))
 
@@ -150,6 +155,7 @@ WORDS = {
     "BOOT_FAIL": "a node did not boot",
     "DEADLINE": "its deadline came first",
     "NODE_FAIL": "a node failed",
+    "FORGOTTEN": "over, and Slurm has forgotten how it ended",
 }
 """What Slurm's states mean where the job itself could say nothing."""
 
@@ -240,8 +246,9 @@ def _last_step(run: Path, metrics: Mapping[str, Any]) -> int | None:
         return None
     config = load(run / "config.yaml").config
     per_epoch = metrics["samples"] / metrics["epoch"] / config.train.global_batch
-    # The epoch is rounded to six digits: an integer must not become the next one.
-    total = math.ceil(round(config.schedule.epochs * per_epoch, 3))
+    # The epoch is rounded to six digits, which is most at the start: an integer must not become the next one.
+    exact = config.schedule.epochs * per_epoch
+    total = math.ceil(exact * (1 - 1e-6 / metrics["epoch"]))
     return min(total, config.train.max_steps or total)
 
 

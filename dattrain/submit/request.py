@@ -13,7 +13,7 @@ from typing import Any
 
 from dattrain.config.derive import derive
 from dattrain.config.load import Loaded, load
-from dattrain.errors import ConfigError
+from dattrain.errors import ConfigError, UserError
 from dattrain.submit import after, chain, cluster, launch, slurm
 from dattrain.submit.cluster import Profile, minutes
 from dattrain.submit.launch import Stage
@@ -91,7 +91,17 @@ def run(request: Request) -> int:
             _remember_chain(made)
         jobs: list[list[str]] = []
         for stage, need in zip(made.stages, made.needs):
-            jobs.append(launch.submit(stage, f"afterok:{jobs[need][0]}" if need is not None else None))
+            try:
+                jobs.append(launch.submit(stage, f"afterok:{jobs[need][0]}" if need is not None else None))
+            except UserError as error:
+                if not jobs:
+                    raise
+                # A limit on a user's jobs meets a chain in its middle.
+                behind = f" --after {_short(made.stages[need].runs[0])}" if need is not None else ""
+                raise UserError(
+                    f"{stage.name}: {error}. What is printed above is queued; submit the rest once Slurm takes it: "
+                    f"dattrain submit {_short(stage.runs[0])}{behind}, and so on, with the same --cluster and size"
+                ) from None
             for folder, job in zip(stage.runs, jobs[-1]):
                 print(f"{stage.name}: job {job}, run folder {_short(folder)}")
         if after_run is not None:

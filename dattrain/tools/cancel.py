@@ -12,11 +12,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0. Cancelling twice is harmless; a run that is over is left as it is."""
+    """Exit code 0; 1 where Slurm does not answer. Cancelling twice is harmless; a run that is over is left as it is."""
+    from dattrain.errors import UserError
     from dattrain.submit import history, launch, local, queue, request
 
     for folder in request.folders_of(args.runs):
-        job, _ = launch.active(folder)
+        job, state = launch.active(folder)
+        if job is None and state == "UNKNOWN":
+            raise UserError(
+                f"{folder}: Slurm does not answer, so nothing is cancelled; try again (squeue says more)"
+            )
         if job is None:
             print(f"{folder}: no job to cancel" + _explain(folder))
             continue

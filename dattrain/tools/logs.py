@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         if time.monotonic() - asked > 10:
             # Seldom: each time is a question to Slurm's controller.
-            over, asked = launch.active(folder)[0] is None, time.monotonic()
+            over, asked = launch.active(folder) == (None, ""), time.monotonic()
         for path in files():
             with open(path, "rb") as file:
                 file.seek(at.get(path, 0))

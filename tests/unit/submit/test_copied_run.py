@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from dattrain.errors import UserError
 from dattrain.runtime import owner
 from dattrain.submit import after, history, launch, local, queue, report, request
 from dattrain.submit.request import Request
+from dattrain.tools import cancel
 
 RECIPE = "name: demo\ntrain: {global_batch: 64, micro_batch: 8}\ndata: {train: shards}\n"
 
@@ -98,7 +100,7 @@ def test_it_has_no_jobs(
     assert history.open_attempt(history.history(other)) is None
     assert history.origin(other) is None
     assert report.jobs_of(other) == ["13"]
-    assert launch.active(other) == (None, "")  # not what job 12 does
+    assert launch.active(other)[0] is None  # not what job 12 does
     if become is copied:
         assert launch.active(run) == ("12", "RUNNING")
 
@@ -165,3 +167,18 @@ def test_a_run_that_is_trained_by_hand_is_not_submitted_and_status_says_who_trai
         assert f"trained by process {os.getpid()} on " in capsys.readouterr().out
     assert "sbatch" not in calls(cluster)
     assert report.report(copy, {}).state == "not submitted"
+
+
+def test_cancel_of_a_run_that_slurm_does_not_answer_for_says_so(cluster: Path, run: Path) -> None:
+    (cluster / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(UserError, match="Slurm does not answer, so nothing is cancelled"):
+        cancel.run(argparse.Namespace(runs=[str(run)]))
+    assert not history.cancelled(history.history(run))
+    history.record(run, "end", job="12", reason="finished", action="done")
+    assert cancel.run(argparse.Namespace(runs=[str(run)])) == 0
+
+
+def test_what_the_history_has_decided_is_not_asked_of_slurm(cluster: Path, run: Path) -> None:
+    assert report.jobs_of(run) == ["12"]
+    history.record(run, "end", job="12", reason="finished", action="done")
+    assert report.jobs_of(run) == []

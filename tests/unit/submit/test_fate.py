@@ -48,6 +48,7 @@ def test_slurmstepd_says_why_a_job_is_ended(stderr: str, state: str | None) -> N
         # No error file (a site's own --error): sacct, else scontrol.
         ("", SHOWN.format("COMPLETING", "None", 0, "None"), "PREEMPTED", 0, Fate("PREEMPTED")),
         ("", SHOWN.format("COMPLETING", "None", 0, "2026"), "", 0, Fate("PREEMPTED")),
+        ("", SHOWN.format("RUNNING", "None", 0, "2026"), "", 0, Fate("PREEMPTING")),
         ("", SHOWN.format("COMPLETING", "None", 0, "None"), "", 0, Fate("COMPLETING")),
         (JOB.format(""), SHOWN.format("COMPLETING", "None", 0, "2026"), "CANCELLED", 0, Fate("CANCELLED")),
         (JOB.format(""), SHOWN.format("COMPLETING", "None", 0, "2026"), "", 0, Fate("CANCELLED")),
@@ -68,6 +69,7 @@ def test_the_sources_are_put_together(
         ("", ""),
         ("SyntaxError: future feature annotations is not defined\n", "SyntaxError: future feature annotations is not defined"),
         ("slurm_script: line 20: python3: command not found\n\n", "slurm_script: line 20: python3: command not found"),
+        ("+ module load nosuch\nno such module\n+ exit 1\n++ echo bye\n", "no such module"),
         (
             "ModuleNotFoundError: No module named 'torch'\nsrun: error: n1: task 0: Exited with exit code 1\n"
             "srun: Terminating StepId=5.0\n" + STEP.format("") + "srun: error: n1: tasks 1-3: Terminated\n",

@@ -57,6 +57,13 @@ def test_what_slurm_takes_away_goes_on_whether_it_was_saved_or_not(state: str) -
     assert reason == state.lower()
     assert "before it had saved" in detail
     assert _decide(*[_end(reason, new=False)] * 20)[0] == "again"
+    early = _classify(outcome={"status": "preempted", "step": None}, slurm_state=state)
+    assert early == (state.lower(), "before training had begun", None)
+
+
+def test_a_task_that_the_notice_of_a_preemption_has_ended_is_no_crash() -> None:
+    reason, *_ = _classify(slurm_state="PREEMPTING", stderr="srun: error: n1: task 0: Terminated\n")
+    assert reason == "preempted"
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -146,3 +146,12 @@ def test_an_array_is_known_by_its_tasks(bin_folder: Path) -> None:
     found = {name: state.state for name, state in queue.tasks("7").items()}
     assert found == {"7_0": "FAILED", "7_1": "RUNNING", "7_2": "PENDING", "7_3": "PENDING"}
     assert list(queue.tasks("7_1")) == ["7_1"]
+
+
+def test_a_job_that_the_controller_has_forgotten_is_over_and_one_without_an_answer_is_unknown(
+    bin_folder: Path,
+) -> None:
+    assert queue.states(["12"])["12"] == queue.UNKNOWN
+    _program(bin_folder, "scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert queue.states(["12"])["12"] == queue.FORGOTTEN
+    assert queue.FORGOTTEN.final

@@ -9,7 +9,7 @@ import pytest
 
 from dattrain import cli
 from dattrain.submit import history, report
-from dattrain.submit.queue import UNKNOWN, JobState
+from dattrain.submit.queue import FORGOTTEN, UNKNOWN, JobState
 
 SUBMIT: history.Event = {"event": "submit", "by": "user", "job": "1", "time": 0}
 BEGIN: history.Event = {
@@ -48,6 +48,7 @@ def _end(action: str, reason: str) -> history.Event:
         ([SUBMIT, BEGIN], JobState("TIMEOUT"), "failed"),
         ([SUBMIT, BEGIN], JobState("FAILED"), "failed"),
         ([SUBMIT, BEGIN], UNKNOWN, "unknown"),
+        ([SUBMIT, BEGIN, _end("again", "crashed"), WARNING], FORGOTTEN, "failed"),
         ([SUBMIT, BEGIN, _end("again", "preempted")], JobState("PENDING", "BeginTime"), "waiting"),
         ([SUBMIT, BEGIN, _end("done", "finished")], UNKNOWN, "finished"),
         ([SUBMIT, BEGIN, _end("stop", "stopped")], JobState("FAILED"), "stopped"),
@@ -157,3 +158,17 @@ def test_a_waiting_follow_up_does_not_hide_the_job_that_runs(tmp_path: Path) -> 
 )
 def test_durations(seconds: float, text: str) -> None:
     assert report.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("step", "epochs", "last"), [(1, 60, 720), (7, 60, 720), (719, 60, 720), (1, 0.5, 6), (4, 0.3, 4)]
+)
+def test_the_last_step_is_the_same_from_the_first_on(
+    tmp_path: Path, step: int, epochs: float, last: int
+) -> None:
+    (tmp_path / "config.yaml").write_text(
+        f"name: demo\ntrain: {{global_batch: 32, micro_batch: 8}}\nschedule: {{epochs: {epochs}, warmup_epochs: 0}}\n"
+    )
+    row = {"step": step, "samples": 32 * step, "epoch": round(step / 12, 6)}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert report.report(tmp_path, {}).last_step == last

@@ -217,3 +217,27 @@ def test_the_default_python_of_the_batch_script_is_the_one_that_submits(site: Si
     request.run(ASKED)
     script = (site.folder / "runs/demo/submit/slurm/42_submission.sh").read_text()
     assert f'\n{sys.executable} "$DATTRAIN_RUN' in script
+
+
+def test_a_chain_that_slurm_takes_a_part_of_says_what_is_queued_and_how_the_rest_follows(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (site.folder / "chain.yaml").write_text(
+        "name: two\nstages:\n  a: {config: r.yaml}\n  b: {config: r.yaml, from: a}\n"
+    )
+    site.program(
+        "sbatch",
+        'case "$1" in --test-only) exit 0;; esac; grep -q afterok "$2" && { echo "sbatch: error: QOSMaxSubmit" >&2; exit 1; }; '
+        "echo 42",
+    )
+    with pytest.raises(
+        UserError,
+        match="b: not submitted: sbatch said: QOSMaxSubmit.*dattrain submit runs/two/b --after runs/two/a",
+    ):
+        request.run(replace(ASKED, config="chain.yaml"))
+    assert "a: job 42" in capsys.readouterr().out
+    assert not [e for e in history.history(site.folder / "runs/two/b") if e["event"] == "submit"]
+    site.program("squeue", "echo '42|PENDING|None|'")
+    site.program("sbatch", 'case "$1" in --test-only) exit 0;; esac; echo 43')
+    assert request.run(replace(ASKED, config="runs/two/b", after="runs/two/a")) == 0
+    assert history.history(site.folder / "runs/two/b")[-1]["dependency"] == "afterok:42"

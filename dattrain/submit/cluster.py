@@ -45,6 +45,7 @@ OWNED = {
     "mem": "mem_gb, which may be all",
     "array": "--array and --array-parallel",
     "dependency": "--after",
+    "clusters": "SLURM_CLUSTERS in the shell, which squeue and scancel read too",
     **dict.fromkeys(
         ("job-name", "output", "error", "open-mode", "wait", "parsable", "test-only"), "for dattrain submit itself to say"
     ),

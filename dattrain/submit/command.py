@@ -21,7 +21,7 @@ PATIENCE_S = 300.0
 """Seconds that a command which changes something is waited for: a busy controller may need minutes, and does it all the same."""
 
 
-def output(*command: str, timeout_s: float = 60.0) -> str:
+def output(*command: str, timeout_s: float = 90.0) -> str:
     """Standard output of a command; empty where it is missing, refuses or hangs."""
     try:
         return _run(command, timeout_s).stdout

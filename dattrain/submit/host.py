@@ -49,7 +49,7 @@ def refusal(profile: Profile) -> str | None:
     default = f"leave it out to take {interpreter(profile.model_copy(update={'host_python': None}))}"
     command = [python, "-c", "import sys; print('.'.join(map(str, sys.version_info[:3])))"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         why = getattr(error, "strerror", None) or "it does not answer"
         return f"host_python: {python} cannot be run on this machine ({why}); {need}; {default}"

@@ -42,8 +42,9 @@ _ALONE = (
     ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres"),
 )
 """Options of which one excludes or doubles the others."""
-_NEVER = ("array", "wait", "ntasks-per-gpu", "ntasks-per-tres", "tres-per-task")
-"""An array comes from ``--array`` alone; a submission does not wait for the job; tasks are counted by the node."""
+_NEVER = ("array", "clusters", "wait", "ntasks-per-gpu", "ntasks-per-tres", "tres-per-task")
+"""An array comes from ``--array`` alone; squeue and scancel would not find another cluster's job (SLURM_CLUSTERS they read); a
+submission does not wait for the job; tasks are counted by the node."""
 
 
 def options(script: str) -> dict[str, str]:

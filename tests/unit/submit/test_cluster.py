@@ -58,6 +58,7 @@ def _write(folder: Path, text: str, name: str = "mine") -> str:
         ("- a", "a profile is a mapping"),
         ("a: [", "not YAML"),
         ("signal_delay_s: 0", "signal_delay_s"),
+        ("sbatch: {clusters: east}", "SLURM_CLUSTERS in the shell"),
         ('setup: ["module load x", "#SBATCH --mail-type=END"]', "put it under sbatch"),
     ],
 )

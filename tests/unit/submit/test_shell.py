@@ -23,13 +23,14 @@ echo
 
 def test_the_script_holds_and_what_it_leaves_open_comes_from_the_shell() -> None:
     kept = {
-        "SBATCH_ACCOUNT": "proj2", "SBATCH_QOS": "high", "SBATCH_CLUSTERS": "big", "SBATCH_EXPORT": "NONE", "SBATCH_GRES": "nvme:1",
+        "SBATCH_ACCOUNT": "proj2", "SBATCH_QOS": "high", "SBATCH_EXPORT": "NONE", "SBATCH_GRES": "nvme:1",
         "SLURM_CONF": "/x", "SLURM_CLUSTERS": "big", "SLURM_JWT": "token", "PATH": "/bin", "RANKING": "1",
     }  # fmt: skip
     gone = {
         "SBATCH_PARTITION": "urgent", "SBATCH_TIMELIMIT": "5", "SBATCH_JOB_NAME": "mine", "SBATCH_CONSTRAINT": "a100",
         "SBATCH_MEM_PER_CPU": "4G", "SBATCH_MEM_PER_NODE": "4G", "SBATCH_GPUS": "8", "SBATCH_GPUS_PER_TASK": "1",
         "SBATCH_REQUEUE": "", "SBATCH_NO_REQUEUE": "", "SBATCH_ARRAY_INX": "0-9", "SBATCH_WAIT": "", "SBATCH_NTASKS_PER_GPU": "2",
+        "SBATCH_CLUSTERS": "big",
         "SLURM_JOB_ID": "5", "SLURM_NTASKS": "64", "SLURM_CPUS_PER_TASK": "16", "SRUN_CPUS_PER_TASK": "16", "SUBMITIT_EXECUTOR": "x",
         "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n9",
     }  # fmt: skip

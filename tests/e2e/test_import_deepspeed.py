@@ -24,7 +24,7 @@ def dattrain(*arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_the_imported_run_ends_as_the_one_that_was_never_moved(tmp_path, stage):
     data = pack(tmp_path)
     run, moved, theirs = tmp_path / "run", tmp_path / "moved", tmp_path / "theirs"

@@ -67,7 +67,7 @@ CASES = [
     ("op", "interpolation"), CASES, ids=lambda x: x if isinstance(x, str) else x.name.lower()
 )
 def test_each_operation(op, interpolation):
-    count = 60
+    count = 30
     rng = np.random.default_rng(int(op))
     levels, negative = rng.uniform(0, 10, count), rng.random(count) < 0.5
     ops = np.full((count, 1), int(op), np.int8)

@@ -53,7 +53,7 @@ DATTRAIN_RUNS=(/r/demo)
 export DATTRAIN_RUN="${DATTRAIN_RUNS[${SLURM_ARRAY_TASK_ID:-0}]}"
 export PYTHONPATH="$DATTRAIN_RUN/submit/code${PYTHONPATH:+:$PYTHONPATH}"
 /env/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null || { echo "dattrain: $(hostname) has no \
-Python 3.8 or newer at "/env/bin/python" ($(/env/bin/python -V 2>&1)); set host_python in the profile to one" >&2; exit 1; }
+Python 3.8 or newer at "/env/bin/python" ($(/env/bin/python -V 2>&1 | head -n 1)); set host_python in the profile to one" >&2; exit 1; }
 trap '' TERM HUP USR1 USR2
 /env/bin/python "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch begin "$DATTRAIN_RUN" || exit $?
 /env/bin/python "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch guard "$DATTRAIN_RUN" &

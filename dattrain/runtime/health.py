@@ -200,6 +200,8 @@ parent, limit, look, marker, me = int(sys.argv[1]), float(sys.argv[2]), float(sy
 silent, looked = 0.0, time.monotonic()
 while silent < limit:
     ready = select.select([0], [], [], min(1.0, limit / 10))[0]
+    if os.getppid() != parent:
+        sys.exit(0)
     now = time.monotonic()
     try:
         state = open("/proc/%d/stat" % parent).read().rpartition(")")[2].split()[0]
@@ -226,7 +228,8 @@ try:
 except OSError:
     pass
 """
-"""Its input has a byte for each beat, and ends with the process that it watches. SIGABRT makes faulthandler write the stacks,
+"""Its input has a byte for each beat, and ends with the process that it watches, or with what that has forked: so its parent counts,
+whose number may be another's by then. SIGABRT makes faulthandler write the stacks,
 for which it needs no GIL."""
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -124,6 +125,10 @@ if sys.argv[2] == "gil":
     print("up", flush=True)
     ctypes.PyDLL(None).sleep(300)
 else:
+    import os  # a data worker, which holds all that its parent had open
+    if sys.argv[2] == "forked" and not os.fork():
+        time.sleep(60)
+        os._exit(0)
     print("up", flush=True)
     while True:
         dog.beat("updating")
@@ -165,3 +170,20 @@ def test_a_process_that_was_stopped_for_long_is_not_stalled(tmp_path, child):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1.5)
     assert not (tmp_path / "logs" / "stalled.json").exists()
+
+
+def test_the_process_beside_one_that_was_killed_ends_though_a_data_worker_outlives_it(tmp_path, child):
+    process = child("forked", 300)
+    beside = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (helper,) = [p for p in beside if "RLIMIT_CORE" in Path(f"/proc/{p}/cmdline").read_text()]
+    (worker,) = set(beside) - {helper}
+    process.kill()
+    process.wait()
+    try:
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{helper}/cmdline").exists() and Path(f"/proc/{helper}/cmdline").read_bytes():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert Path(f"/proc/{worker}/cmdline").read_bytes()
+    finally:
+        os.kill(int(worker), signal.SIGKILL)

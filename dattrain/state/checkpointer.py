@@ -88,6 +88,9 @@ class Checkpointer:
         self._owner = owner
         self.passed_over: tuple[tuple[str, str], ...] = ()
         """What the last ``resume`` passed over: (name, reason), newest first."""
+        self._damaged: set[str] = (
+            set()
+        )  # of them, for retention: newer than what is saved now, they count for nothing
         self.resumed_from: Path | None = None
         self.rank, self.world = ranks.rank_and_world()
         self._task = OneInFlight("checkpoint")
@@ -312,7 +315,8 @@ class Checkpointer:
             raise self._explain(manifest.step, e) from e
         try:
             self._confirm()
-            for name in retention.prune(self.root, self.policy):
+            self._damaged.discard(final.name)
+            for name in retention.prune(self.root, self.policy, self._damaged):
                 log.info("removed %s", name)
         except OSError as e:
             raise UserError(f"checkpoints under {self.root} could not be pruned: {e}") from e
@@ -379,6 +383,7 @@ class Checkpointer:
                 if folder is not None:
                     raise UserError(f"{folder} is damaged: {e}") from e
                 skip[found.folder.name] = str(e)
+        self._damaged = {name for name, _ in self.passed_over}
         for name, why in self.passed_over:
             if self.rank == 0:
                 log.warning("passed over %s: %s", name, why)

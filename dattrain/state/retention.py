@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dattrain.state import checkpoint
@@ -68,10 +68,15 @@ def doomed(entries: Sequence[Entry], policy: Policy) -> list[Entry]:
     return [e for e in entries if e.manifest is not None and e.folder.name not in keep]
 
 
-def prune(root: Path, policy: Policy) -> list[str]:
-    """Remove what ``policy`` does not keep; returns the names. Each vanishes by a rename before it is deleted."""
+def prune(root: Path, policy: Policy, damaged: Collection[str] = ()) -> list[str]:
+    """Remove what ``policy`` does not keep; returns the names. Each vanishes by a rename before it is deleted.
+
+    ``damaged`` are names of those that have their sizes, but were found not to be whole by whoever read them.
+    """
     gone = []
-    for entry in doomed(checkpoint.entries(root), policy):
+    found = checkpoint.entries(root)
+    found = [replace(e, manifest=None) if e.folder.name in damaged else e for e in found]
+    for entry in doomed(found, policy):
         try:
             checkpoint.remove(entry.folder)
         except OSError as error:

@@ -165,3 +165,13 @@ def test_a_process_that_was_stopped_for_long_is_not_stalled(tmp_path, child):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1.5)
     assert not (tmp_path / "logs" / "stalled.json").exists()
+
+
+def test_one_that_cannot_start_its_process_watches_alone(tmp_path, monkeypatch, caplog):
+    (tmp_path / "python").touch()
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    with open(tmp_path / "log", "w") as file:
+        dog = Watchdog(60, tmp_path, file, 0, "node0").start()
+        dog.beat("updating")
+        dog.close()
+    assert f"{tmp_path}/python (EACCES: Permission denied)" in caplog.text

@@ -24,6 +24,7 @@ from typing import IO
 
 from dattrain.clock import Stopwatch
 from dattrain.errors import STALLED
+from dattrain.runtime.files import reason
 
 _NOTICE_S = 10.0
 """Between noticing a stall and ending the process: the other ranks need it to notice, and to dump their stacks."""
@@ -244,6 +245,9 @@ def _start_helper(limit_s: float, marker: Path, me: dict[str, object]) -> subpro
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
         )
+    except OSError as error:
+        log.warning("no process watches for calls that keep the GIL: %s (%s)", sys.executable, reason(error))
+        return None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert helper.stdin is not None

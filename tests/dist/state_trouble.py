@@ -19,6 +19,7 @@ from dattrain.state import checkpoint, fragments, ranks, shards
 from dattrain.state.background import SideCopy
 from dattrain.state.checkpointer import Checkpointer
 from dattrain.state.fragments import MOMENTS, LocalState, averaged, lerp_ema, read
+from dattrain.state.retention import Policy
 
 META = {"step": 1, "samples_seen": 12}
 
@@ -61,7 +62,11 @@ def damaged_on_one_rank(run: Path) -> None:
         )
     assert keeper.resumed_from == keeper.root / checkpoint.folder_name(1)
     assert LocalState(again).scalars()["global_steps"] == 1
-    # The damaged one is replaced when the run passes it again.
+    # Nor does it take the place of what is saved before the run passes it again, and then it is replaced.
+    keeper.policy = Policy(keep_last=1)
+    keeper.save(again, None, {"step": 1, "samples_seen": 12}, background=False)
+    assert (keeper.root / checkpoint.folder_name(1)).is_dir()
+    keeper.policy = Policy()
     train_step(again, job, 1)
     keeper.save(again, None, {"step": 2, "samples_seen": 24}, background=False)
     checkpoint.verify(keeper.root / checkpoint.folder_name(2))

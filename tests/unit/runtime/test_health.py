@@ -187,3 +187,13 @@ def test_the_process_beside_one_that_was_killed_ends_though_a_data_worker_outliv
         assert Path(f"/proc/{worker}/cmdline").read_bytes()
     finally:
         os.kill(int(worker), signal.SIGKILL)
+
+
+def test_one_that_cannot_start_its_process_watches_alone(tmp_path, monkeypatch, caplog):
+    (tmp_path / "python").touch()
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    with open(tmp_path / "log", "w") as file:
+        dog = Watchdog(60, tmp_path, file, 0, "node0").start()
+        dog.beat("updating")
+        dog.close()
+    assert f"{tmp_path}/python (EACCES: Permission denied)" in caplog.text

@@ -315,7 +315,7 @@ def _prune(args: argparse.Namespace) -> int:
 def _remove(args: argparse.Namespace, root: Path, policy: Policy) -> int:
     from dattrain.state import checkpoint, retention
 
-    found = checkpoint.entries(root)
+    found = _believed(checkpoint.entries(root), policy)
     gone = retention.doomed(found, policy)
     if args.damaged:
         damaged = [e for e in found if e.manifest is None and not e.pinned]
@@ -334,6 +334,30 @@ def _remove(args: argparse.Namespace, root: Path, policy: Policy) -> int:
         if entry.folder.name not in names:
             print(f"kept {entry.folder.name} ({kept.get(entry.folder.name) or 'damaged: ' + entry.reason})")
     return 0
+
+
+def _believed(found: list[Entry], policy: Policy) -> list[Entry]:
+    """``found``, where those that are kept as the last ones have been read: others are removed because these are there."""
+    import dataclasses
+
+    from dattrain.state import checkpoint, retention
+    from dattrain.state.shards import Damaged
+
+    read: set[str] = set()
+    while retention.doomed(found, policy):
+        kept = retention.kept(found, policy)
+        last = [
+            i for i, e in enumerate(found) if kept.get(e.folder.name) == "last" and e.folder.name not in read
+        ]
+        if not last:
+            break
+        entry = found[last[-1]]
+        read.add(entry.folder.name)
+        try:
+            checkpoint.verify(entry.folder)
+        except Damaged as error:
+            found[last[-1]] = dataclasses.replace(entry, manifest=None, reason=str(error))
+    return found
 
 
 # Shared

@@ -88,6 +88,17 @@ def test_prune_makes_room_on_a_full_disk(run_dir, monkeypatch, capsys):
     assert "removed step_00000001" in capsys.readouterr().out
 
 
+def test_prune_removes_none_for_the_sake_of_one_that_is_not_whole(run_dir, capsys):
+    path = run_dir / "checkpoints" / "step_00000004" / "rank_00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert main(["ckpt", "prune", str(run_dir)]) == 0
+    assert [e.step for e in checkpoint.entries(run_dir / "checkpoints")] == [2, 3, 4]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "kept step_00000002 (last)" and "(damaged: rank_00000" in lines[3]
+
+
 def test_prune_pin_and_damaged(run_dir, capsys):
     def left():
         return [e.step for e in checkpoint.entries(run_dir / "checkpoints")]

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from conftest import SAMPLES, STEPS, Site, losses, ranks, step_of, weights
 
+from dattrain.submit.history import newest_checkpoint
+
 
 def _begin(site: Site, name: str, *arguments: str, step: int = 12) -> tuple[Path, str]:
     """Submit to two nodes and wait until training is under way; the run and its job."""
@@ -140,9 +142,12 @@ def test_a_node_that_fails_twice_is_left_out_and_without_progress_the_run_ends(
     run, job = _begin(site, "bad-node", "--retries", "5")
     bad = next(e for e in _history(run) if e["event"] == "begin")["nodes"][1]
     os.kill(ranks(job)[3], signal.SIGKILL)
-    site.wait_for(
-        lambda: step_of(run) >= 21 and len([e for e in _history(run) if e["event"] == "begin"]) == 2, run=run
-    )
+
+    def second_has_saved() -> bool:
+        begins = [e for e in _history(run) if e["event"] == "begin"]
+        return len(begins) == 2 and (newest_checkpoint(run) or 0) > begins[1]["checkpoint"]
+
+    site.wait_for(second_has_saved, run=run)
     os.kill(ranks(site.status(run)["job"])[3], signal.SIGKILL)
     begins = site.wait_for(
         lambda: b if len(b := [e for e in _history(run) if e["event"] == "begin"]) == 3 else None, run=run

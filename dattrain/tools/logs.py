@@ -40,13 +40,14 @@ def run(args: argparse.Namespace) -> int:
         if own.is_file() and not args.job:
             return [own]
         spec = folder / "submit" / "spec.json"
-        if not spec.is_file():
+        begun = any((folder / "logs").glob("rank_*.log"))
+        if not spec.is_file() or (begun and not args.job):
             return []
         output = Path(json.loads(spec.read_text(encoding="utf-8"))["folder"])
         from dattrain.submit.history import history
 
         jobs = dict.fromkeys(e["job"] for e in history(folder) if e["event"] in ("submit", "begin"))
-        # Where a job ended before its ranks began, the batch script has said why: in the files of rank 0.
+        # Where a job ended before any rank began, the batch script has said why: in the files of rank 0.
         ranks = dict.fromkeys([args.rank] if args.job else [0, args.rank])
         listed = [output / f"{job}_{r}_log.{end}" for job in jobs for r in ranks for end in ("out", "err")]
         return [path for path in [*listed, folder / "submit" / "local.log"] if path.is_file()]

@@ -217,7 +217,7 @@ def test_another_model_or_other_data_in_a_runs_folder_is_refused_and_loses_nothi
     before = (trained / "config.yaml").read_text()
     done = dattrain("train", path, *data, *FP32, "model.name=dat_tiny", "--run", trained)
     assert (
-        done.returncode == 1
+        done.returncode == 2
         and "model.name=dat_atto (step_00000002), but this recipe says model.name=dat_tiny" in done.stderr
     )
     other = pack(tmp_path, train=64)

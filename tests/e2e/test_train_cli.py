@@ -226,7 +226,7 @@ def test_another_model_or_other_data_in_a_runs_folder_is_refused_and_loses_nothi
     assert (trained / "config.yaml").read_text() == before
     (trained / "config.yaml").write_text(before.replace("seed: 0", "seed: 1"))
     done = dattrain("train", trained)
-    assert done.returncode == 1 and "config.yaml says train.seed=1" in done.stderr
+    assert done.returncode == 2 and "config.yaml says train.seed=1" in done.stderr
     (trained / "config.yaml").write_text(before)
     assert dattrain("train", trained, data[0]).returncode == 0
 

@@ -12,6 +12,7 @@ import faulthandler
 import logging
 import os
 import signal
+import threading
 import time
 import warnings
 import weakref
@@ -224,18 +225,23 @@ class _Pool:
     def kill(self, worker: int) -> None:
         """End all at once; the one at fault writes its stack down before, if it still can."""
         if faulthandler.is_enabled():
-            with contextlib.suppress(ProcessLookupError):
-                for number in (signal.SIGABRT, signal.SIGCONT):  # one that is stopped would not see the first
-                    os.kill(self.processes[worker].pid, number)
-            self.processes[worker].join(1)
+            with _deaths_unheard():
+                with contextlib.suppress(ProcessLookupError):
+                    for number in (
+                        signal.SIGABRT,
+                        signal.SIGCONT,
+                    ):  # one that is stopped would not see the first
+                        os.kill(self.processes[worker].pid, number)
+                self.processes[worker].join(1)
         self.end()
 
     def end(self) -> None:
         """Kill all. Where an error of torch's iterator is being handled, letting go of it would ask nobody to end."""
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.join(10)
+        with _deaths_unheard():
+            for process in self.processes:
+                process.kill()
+            for process in self.processes:
+                process.join(10)
 
     def close(self) -> None:
         # Letting go of torch's iterator asks its workers to end, after the task at hand.
@@ -246,6 +252,20 @@ class _Pool:
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+@contextlib.contextmanager
+def _deaths_unheard() -> Iterator[None]:
+    """Keep torch's handler of SIGCHLD, where any DataLoader of this process has installed one, from raising an error for a worker
+    that we end ourselves."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread, and can be changed there alone
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
 
 
 def _timed_out(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ import weakref
 
 import pytest
 import torch
+from torch._C import _error_if_any_worker_fails
 
 from dattrain.config.schema import Config
 from dattrain.data.board import Board, note
@@ -169,7 +170,19 @@ def test_a_lock_that_a_thread_held_in_fsspec_does_not_reach_a_worker():
     asyn.reset_lock()
 
 
-def test_a_worker_that_stops_in_its_task_is_named_with_what_it_is_at(tmp_path):
+@pytest.fixture(params=[False, True], ids=["", "beside-another-loader"])
+def torchs_handler(request):
+    """SIGCHLD as it is where another DataLoader of this process has had workers: torch raises for any worker that is killed."""
+
+    def raise_for_the_dead(*_):
+        _error_if_any_worker_fails()
+
+    before = signal.signal(signal.SIGCHLD, raise_for_the_dead if request.param else signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_worker_that_stops_in_its_task_is_named_with_what_it_is_at(tmp_path, torchs_handler):
     def work(number):
         note(f"set/{number}.tar: sample 'x'")
         if number == 1:

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -229,6 +230,9 @@ def test_the_books_are_closed_whatever_the_sites_lines_leave_behind_and_whoever_
     text = slurm.script(profile, PLACE)
     done = subprocess.run(["bash"], input=text, text=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
     assert done.returncode == 0  # of the bookkeeper
+    deadline = time.monotonic() + 60
+    while "guard" not in (tmp_path / "calls").read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)  # it runs beside the script
     calls = re.findall(r"dattrain\.submit\.watch (.*)", (tmp_path / "calls").read_text())
     assert sorted(calls) == ["begin /r/demo", "end /r/demo 137", "guard /r/demo"]
 

@@ -95,17 +95,19 @@ class Order:
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shards in the epoch's order, and where each ends on the line."""
-        if epoch not in self._epochs:
-            while len(self._epochs) > 1:
-                self._epochs.pop(next(iter(self._epochs)))
-            number = np.arange(len(self.counts), dtype=np.uint64)
-            if self.shuffle:
-                high, low, _, _ = philox4x32(number, epoch, 0, int(Stream.SHARDS), key=self.seed)
-                permutation = np.argsort((high << np.uint64(32)) | low, kind="stable")
-            else:
-                permutation = number.astype(np.int64)
-            self._epochs[epoch] = permutation, np.cumsum(self.counts[permutation])
-        return self._epochs[epoch]
+        # Threads share the tables (DALI's readers): the dict is replaced, never changed, and what was found is what is returned.
+        known = self._epochs
+        if epoch in known:
+            return known[epoch]
+        number = np.arange(len(self.counts), dtype=np.uint64)
+        if self.shuffle:
+            high, low, _, _ = philox4x32(number, epoch, 0, int(Stream.SHARDS), key=self.seed)
+            permutation = np.argsort((high << np.uint64(32)) | low, kind="stable")
+        else:
+            permutation = number.astype(np.int64)
+        table = permutation, np.cumsum(self.counts[permutation])
+        self._epochs = {**dict(list(known.items())[-1:]), epoch: table}
+        return table
 
     def _line(self, epoch: int, indexes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Place on the epoch's line for each index of the epoch."""

@@ -250,8 +250,9 @@ class _Pool:
         for process in self.processes:
             process.join(max(0.0, until - time.monotonic()))
             if process.is_alive():
-                process.kill()
-                process.join()
+                with _deaths_unheard():
+                    process.kill()
+                    process.join()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -109,6 +111,32 @@ def test_windows_shuffle_like_a_full_shuffle():
 
     assert distinct(seen) > 0.97 * distinct(full)
     assert abs(np.corrcoef(seen[:-1], seen[1:])[0, 1]) < 0.05
+
+
+def test_threads_share_an_order():
+    """Readers of a small set are in several epochs at once: here two others come between any two steps of the first."""
+    shared = Order([3, 5, 2], seed=1)
+    positions = np.arange(60)
+    expected, came = Order([3, 5, 2], seed=1).locate(positions), 0
+
+    def between(frame, event, _):
+        nonlocal came
+        if frame.f_code is not Order._epoch.__code__:
+            return None
+        assert came < 2_000, "never done"
+        frame.f_trace_opcodes = True
+        for epoch in (7 + came % 2, 9):
+            shared.locate([10 * epoch])
+        came += 1
+        return between
+
+    before = sys.gettrace()
+    sys.settrace(between)
+    try:
+        found = shared.locate(positions)
+    finally:
+        sys.settrace(before)
+    assert came > 6 and all(map(np.array_equal, found, expected))
 
 
 @pytest.mark.parametrize("size", [2, 3, 6, 17])

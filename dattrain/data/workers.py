@@ -227,11 +227,9 @@ class _Pool:
         if faulthandler.is_enabled():
             with _deaths_unheard():
                 with contextlib.suppress(ProcessLookupError):
-                    for number in (
-                        signal.SIGABRT,
-                        signal.SIGCONT,
-                    ):  # one that is stopped would not see the first
-                        os.kill(self.processes[worker].pid, number)
+                    os.kill(self.processes[worker].pid, signal.SIGABRT)
+                    # One that is stopped would not see it.
+                    os.kill(self.processes[worker].pid, signal.SIGCONT)
                 self.processes[worker].join(1)
         self.end()
 
@@ -259,14 +257,16 @@ class _Pool:
 def _deaths_unheard() -> Iterator[None]:
     """Keep torch's handler of SIGCHLD, where any DataLoader of this process has installed one, from raising an error for a worker
     that we end ourselves."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # handlers run in the main thread, and can be changed there alone
+    before = signal.getsignal(signal.SIGCHLD)
+    # Handlers run in the main thread, and can be changed there alone; what is no function of Python's raises nothing.
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
         return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _timed_out(error: BaseException) -> bool:

@@ -44,9 +44,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from dattrain.config.load import loads
-from dattrain.data.augment import drop_path_noise
+from dattrain.data.augment.mixup import Mixer
+from dattrain.data.augment.plan import drop_path_noise
 from dattrain.data.loader import train_loader
-from dattrain.data.mix import Mixer
 from dattrain.models import create
 
 SIZE, CLASSES, BATCH, WARMUP = 32, 10, 64, 0.2

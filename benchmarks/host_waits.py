@@ -16,17 +16,17 @@ from functools import partial
 import numpy as np
 import torch
 
+from dattrain.bench import step as bench
 from dattrain.config.derive import derive
 from dattrain.config.load import loads
-from dattrain.data.augment import draw
+from dattrain.data.augment.mixup import Mixer
+from dattrain.data.augment.plan import draw
 from dattrain.data.batch import Batch
-from dattrain.data.mix import Mixer
-from dattrain.engine.agree import agree
 from dattrain.engine.session import Session, open_session
+from dattrain.engine.step_status import agree
 from dattrain.models import zoo
-from dattrain.runtime import env as environment
-from dattrain.runtime.preempt import Request
-from dattrain.tools.bench import step as bench
+from dattrain.runtime import environment
+from dattrain.runtime.signals import Request
 from tests.host_waits import fake_cuda, faked, on_the_cpu
 
 CPU = torch.device("cpu")

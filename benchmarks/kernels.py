@@ -32,8 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from dattrain.ops import triton_attention
-from dattrain.ops.coordinates import QueryGrid
+from dattrain.ops.deformable_attention import backend_triton
+from dattrain.ops.deformable_attention.coordinates import QueryGrid
 from dattrain.ops.dispatch import MAX_TRITON_HEAD_DIM
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -141,8 +141,8 @@ def launches(
     positions = torch.zeros(batch, groups, keys, 2)
     table = torch.zeros(heads, 2 * side - 1, 2 * side - 1)
     with _compile_only(capability) as made:
-        out, lse = triton_attention.forward(q, k, v, positions, table, side, side, grid, dim**-0.5)
-        triton_attention.backward(
+        out, lse = backend_triton.forward(q, k, v, positions, table, side, side, grid, dim**-0.5)
+        backend_triton.backward(
             torch.empty_like(q), q, k, v, positions, table, out, lse, side, side, grid, dim**-0.5
         )
     return [_launch(*one, capability) for one in made]

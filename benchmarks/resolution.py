@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dattrain.data.sources import read_idx
+from dattrain.data.prepare.sources import read_idx
+from dattrain.evaluation import inference
 from dattrain.models import create, surgery
 from dattrain.models.dat import DAT
-from dattrain.tools import passes, pictures, weights
-from dattrain.tools.weights import Card
+from dattrain.pretrained import preprocess, weights
+from dattrain.pretrained.weights import Card
 
 ROOT = Path(__file__).parents[1]
 BATCH = 125
@@ -131,7 +132,9 @@ def images(run: Path, card: Card) -> tuple[Tensor, Tensor]:
     config = weights.config_of(run)
     assert config is not None and config.data.val is not None
     whole = replace(card, resize="squash", crop_pct=1.0)
-    loader = passes.open_loader(config, whole, config.data.val, passes.Views(), device=torch.device("cpu"))
+    loader = inference.open_loader(
+        config, whole, config.data.val, inference.Views(), device=torch.device("cpu")
+    )
     try:
         parts = [
             (batch.images[batch.weight > 0].clone(), batch.labels[batch.weight > 0].clone())
@@ -167,7 +170,7 @@ def laid_out(trained: DAT, card: Card, size: tuple[int, int], tables: str) -> DA
 @torch.inference_mode()
 def score(model: DAT, card: Card, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(hit in percent, cross-entropy in nats) of each image, float64."""
-    logits = torch.cat([model(pictures.normalise(part, card)) for part in x.split(BATCH)]).double()
+    logits = torch.cat([model(preprocess.normalise(part, card)) for part in x.split(BATCH)]).double()
     return 100 * (logits.argmax(1) == y).double(), F.cross_entropy(logits, y, reduction="none")
 
 

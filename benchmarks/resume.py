@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from dattrain.models import zoo
-from dattrain.state import checkpoint, retention
+from dattrain.state.format import checkpoint, retention
 from tests.many_ranks import Group, Local, counted, write
 
 LAYOUTS = ["64:2>64:2", "64:2>32:2", "64:2>64:3", "256:2>256:2", "256:3>256:3", "256:2>128:2", "256:2>256:3"]

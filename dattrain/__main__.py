@@ -2,6 +2,6 @@
 
 import sys
 
-from dattrain.cli import main
+from dattrain.cli.main import main
 
 sys.exit(main())

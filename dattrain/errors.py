@@ -1,4 +1,4 @@
-"""The one exception that a user should ever see without a traceback."""
+"""Exceptions with a meaning of their own: what the user can put right, and files that are not what was written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STALLED = 70
 class UserError(ValueError):
     """Something that the person at the keyboard can put right.
 
-    The message names the file or setting, the value seen, and what would be right. ``dattrain.cli`` prints it as one
+    The message names the file or setting, the value seen, and what would be right. ``dattrain.cli.main`` prints it as one
     line and exits with ``exit_code``: 2 for usage and configuration, 1 for everything met while running. Secrets of
     URLs are masked in it.
     """
@@ -26,3 +26,7 @@ class ConfigError(UserError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, exit_code=2)
+
+
+class Damaged(Exception):
+    """A file that is not what was written: missing, cut short, changed, or not of this format."""

@@ -7,6 +7,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from dattrain.cli import main
+    from dattrain.cli.main import main
 
     sys.exit(main(["submit", *sys.argv[1:]]))

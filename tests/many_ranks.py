@@ -1,6 +1,6 @@
 """A resume by thousands of ranks in one process, one rank after another: the product's code, with counted opens and reads.
 
-``Checkpointer.resume`` runs for every rank with the exchanges of ``dattrain.state.ranks`` played from records. What a rank sends
+``Checkpointer.resume`` runs for every rank with the exchanges of ``dattrain.runtime.collectives`` played from records. What a rank sends
 never depends on what it receives, so three passes are enough: each rank up to the first gather (what it misses); if any misses
 something, each rank with silence from the others (what it opens, reads and sends); and some ranks with everything. The
 last pass must open and read what was counted in the others.
@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dattrain.state import checkpoint, checkpointer, ranks, shards
-from dattrain.state.checkpoint import Manifest, Parameter
-from dattrain.state.fragments import Fragment
-from dattrain.state.shards import Piece
+from dattrain.runtime import collectives
+from dattrain.state import checkpointer
+from dattrain.state.format import checkpoint, rank_file
+from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.rank_file import Piece
+from dattrain.state.partition import Fragment
 
 STATES = ("param", "exp_avg", "exp_avg_sq", "ema")
 Value = Callable[[str, str, int, int], Tensor]
@@ -120,7 +122,7 @@ def write(
         ]
         if rank == 0:
             pieces.append(Piece("buffer", "calls", 0, 1, "I64", ()))
-        layout = shards.layout(pieces)
+        layout = rank_file.layout(pieces)
         image = np.zeros(layout.size, np.uint8)
         image[: len(layout.header)] = np.frombuffer(layout.header, np.uint8)
         used = len(layout.header)
@@ -136,7 +138,7 @@ def write(
         with open(folder / name, "wb") as file:
             file.write(image[:used].data)
             file.truncate(layout.size)
-        files[name] = shards.Digest(layout.size, len(layout.header), shards.checksums(image.data))
+        files[name] = rank_file.Digest(layout.size, len(layout.header), rank_file.checksums(image.data))
     manifest = Manifest(
         step=7,
         samples_seen=70,
@@ -276,9 +278,9 @@ class Group:
                 held[:] = 0 if isinstance(message, int) else np.frombuffer(message, np.uint8)
 
         with (
-            mock.patch.multiple(ranks, broadcast=broadcast, gather=gather),
-            mock.patch.object(ranks, "share", share, create=True),
-            mock.patch.object(ranks, "rank_and_world", lambda: (rank, self.world)),
+            mock.patch.multiple(collectives, broadcast=broadcast, gather=gather),
+            mock.patch.object(collectives, "share", share, create=True),
+            mock.patch.object(collectives, "rank_and_world", lambda: (rank, self.world)),
             mock.patch.object(checkpointer, "LocalState", lambda engine: engine),
             counted() as count,
         ):

@@ -30,11 +30,11 @@ from typing import Any, NoReturn
 
 PRELOAD = (
     "deepspeed",
-    "dattrain.cli",
+    "dattrain.cli.main",
     "dattrain.data.loader",
     "dattrain.engine.trainer",
     "dattrain.state.checkpointer",
-    "dattrain.tools.train",
+    "dattrain.cli.train",
     "torch.utils.tensorboard",
     # What deepspeed.initialize imports late; wherever another release has it, only speed is lost.
     "deepspeed.module_inject.auto_ep_layer",

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from benchmarks.gpu.job import Job
+from dattrain.bench.attention import pick_device
 from dattrain.config.schema import Augment
-from dattrain.data import augment
-from dattrain.data.dali_augment import augment as carry_out
-from dattrain.tools.bench.attention import pick_device
+from dattrain.data.augment.device_transforms import augment as carry_out
+from dattrain.data.augment.plan import draw
 
 POLICIES = ("rand-m9-n3-mstd0.5-inc1", "rand-m9-mstd0.5")
 INTERPOLATIONS: tuple[Literal["bicubic", "bilinear"], ...] = ("bicubic", "bilinear")
@@ -27,7 +27,7 @@ def run(job: Job) -> None:
     differ = total = 0
     for number, (policy, interpolation) in enumerate(product(POLICIES, INTERPOLATIONS)):
         settings = Augment(randaugment=policy, color_jitter=0.4, interpolation=interpolation)
-        plan = augment.draw(settings, number, np.arange(count), size)
+        plan = draw(settings, number, np.arange(count), size)
         images, every = pictures(count, size, number), np.ones(count, dtype=bool)
         expected, pixels = images.clone(), images.to(device, copy=True)
         carry_out(expected, plan, every)
@@ -41,7 +41,7 @@ def run(job: Job) -> None:
         "changed by the policy", int((expected != images).flatten(1).any(1).sum()), "of the last batch"
     )
     batch = pixels[: min(count, 128)]
-    plan = augment.draw(settings, 9, np.arange(len(batch)), size)
+    plan = draw(settings, 9, np.arange(len(batch)), size)
     rounds, every = 1 if job.dry else 10, np.ones(len(batch), dtype=bool)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     carry_out(batch, plan, every)

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from dattrain import ops
-from dattrain.tools.bench import attention
+from dattrain.bench import attention
 
 
 def main(side: int, heads: int, groups: int, batch: int, device: str) -> None:

@@ -1,7 +1,7 @@
 """Stage ``core``: microseconds of the deformable core at the layers of DAT and DAT++, beside other formulations and the bound.
 
 Batches are those of training, q, k and v lie as the model makes them, and the times are the device's own
-(``dattrain.tools.bench.device``).
+(``dattrain.bench.device``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from benchmarks.gpu import formulations
 from benchmarks.gpu.job import Job
 from dattrain import ops
-from dattrain.observe import work
-from dattrain.tools.bench import attention, common
+from dattrain.bench import attention, common
+from dattrain.observe import roofline
 
 PLAIN = "compiled straightforward"
 
@@ -56,7 +56,7 @@ DIM = 32
 def run(job: Job) -> None:
     """Every layer in bf16, in order, while there is time."""
     device, dtype = attention.pick_device(job.device), torch.float32 if job.dry else torch.bfloat16
-    ceilings = work.measure(device, dtype)
+    ceilings = roofline.measure(device, dtype)
     layers = (
         (Layer("14x14", 4, 4, 2, 1, 1), Layer("DAT++ 56x56", 6, 3, 2, 1, 1, "corner")) if job.dry else LAYERS
     )
@@ -71,7 +71,7 @@ def run(job: Job) -> None:
 
 
 def measure(
-    job: Job, layer: Layer, dtype: torch.dtype, device: torch.device, ceilings: work.Ceilings
+    job: Job, layer: Layer, dtype: torch.dtype, device: torch.device, ceilings: roofline.Ceilings
 ) -> None:
     """One layer, forward, and forward with backward."""
     torch._dynamo.reset()
@@ -141,7 +141,7 @@ def report(
     passes: str,
     rows: dict[str, common.Measurement],
     mine: str,
-    ceilings: work.Ceilings,
+    ceilings: roofline.Ceilings,
 ) -> None:
     """Microseconds of all, and of ours the ratios."""
     where = f"{layer.name} {passes}"
@@ -154,7 +154,7 @@ def report(
         job.figure(f"{where}: speed, {PLAIN} = 1", rows[PLAIN].wall.median / rows[mine].wall.median, "times")
 
 
-def bound(layer: Layer, backward: bool, ceilings: work.Ceilings) -> float:
+def bound(layer: Layer, backward: bool, ceilings: roofline.Ceilings) -> float:
     """Seconds that the core cannot fall below: its products (2 forward, 5 backward) or its tensors, each moved once."""
     tokens = layer.batch * layer.heads * DIM * 2
     queries, keys = tokens * layer.size**2, tokens * layer.keys**2

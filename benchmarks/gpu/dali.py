@@ -29,7 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
 LOG_LEVEL = "DALI_NVIMGCODEC_LOG_LEVEL"
 WATCHED = 4
 """Images of the process that is asked who decodes: so many that the hardware engine and the CUDA decoder get some each, and as many
-as ``dattrain.data.dali_probe`` reads of."""
+as ``dattrain.data.decode.dali_probe`` reads of."""
 
 
 def run(job: Job) -> None:
@@ -82,9 +82,9 @@ def how(code: int | None, text: str) -> str:
 
 def who(text: str) -> str:
     """The decoder by nvImageCodec's log, as the package reads it."""
-    if find_spec("dattrain.data.dali_probe") is None:
+    if find_spec("dattrain.data.decode.dali_probe") is None:
         return "not known: this tree cannot read the decoder's log"
-    from dattrain.data import dali_probe
+    from dattrain.data.decode import dali_probe
 
     return dali_probe.who(text)
 
@@ -107,7 +107,7 @@ def decode(kind: str, count: int, device: str, file: Path) -> None:
     """Decode, and write what was found."""
     import torch
 
-    from dattrain.data.dali_pipeline import Device, train_pipeline
+    from dattrain.data.decode.dali_pipeline import Device, train_pipeline
 
     if device == "cuda":
         torch.zeros(1, device="cuda")

@@ -10,9 +10,9 @@ import subprocess
 import torch
 
 from benchmarks.gpu.job import Job
-from dattrain.cli import main as doctor
-from dattrain.observe import work
-from dattrain.tools.bench.attention import pick_device
+from dattrain.bench.attention import pick_device
+from dattrain.cli.main import main as doctor
+from dattrain.observe import roofline
 
 ASKED = (
     "name",
@@ -46,7 +46,7 @@ def run(job: Job) -> None:
         job.figure("L2 cache", found.L2_cache_size / 1e6, "MB")
     # Many CPUs multiply bf16 a thousand times more slowly.
     for name, dtype in (("fp32", torch.float32), *([] if job.dry else [("bf16", torch.bfloat16)])):
-        ceilings = work.measure(device, dtype)
+        ceilings = roofline.measure(device, dtype)
         job.figure(f"matrix product, {name}, random data", ceilings.flops / 1e12, "TFLOP/s")
     job.figure("copy, read and written", ceilings.bytes / 1e12, "TB/s")
     file = job.folder / "doctor.json"

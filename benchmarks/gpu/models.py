@@ -99,7 +99,7 @@ def bench(job: Job, verb: str, words: list[str], name: str) -> list[dict[str, An
     Raises:
         RuntimeError: it failed, or measured something that could not be compiled without that.
     """
-    from dattrain.cli import main
+    from dattrain.cli.main import main
 
     file = job.folder / f"{name.strip('-')}.json"
     # ``bench checkpoint`` starts ranks, which take the devices that they see.

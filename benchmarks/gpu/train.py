@@ -21,8 +21,8 @@ from typing import get_args
 import torch
 
 from benchmarks.gpu.job import Job
-from dattrain.runtime import env as environment
-from dattrain.tools.bench.attention import pick_device
+from dattrain.bench.attention import pick_device
+from dattrain.runtime import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "demo" / "pretrain.yaml"
@@ -71,7 +71,7 @@ def pack(folder: Path, count: int) -> list[str]:
     """The first images of Fashion-MNIST as shards in ``folder``; the overrides that name them."""
     import numpy as np
 
-    from dattrain.cli import main
+    from dattrain.cli.main import main
 
     source = ROOT / "dattrain" / "demo"
     images, labels = (
@@ -155,7 +155,8 @@ def differing(a: Path, b: Path, at: int) -> int:
 
 def states(run: Path, at: int) -> Mapping[str, tuple]:
     """Shape, dtype and bytes of everything that the checkpoint of step ``at`` holds, checked against its checksums."""
-    from dattrain.state import checkpoint, gather
+    from dattrain.state import gather
+    from dattrain.state.format import checkpoint
 
     folder = run / "checkpoints" / checkpoint.folder_name(at)
     manifest = checkpoint.verify(folder)

@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.gpu.job import Job
 from benchmarks.gpu.models import bench
+from dattrain.bench import step
+from dattrain.bench.attention import pick_device
 from dattrain.config.schema import Config
-from dattrain.runtime import env as environment
-from dattrain.tools.bench import step
-from dattrain.tools.bench.attention import pick_device
+from dattrain.runtime import environment
 
 IMAGENET = 1_281_167
 TINY = (

@@ -20,15 +20,15 @@ import torch
 
 from benchmarks.gpu.job import Job
 from benchmarks.gpu.updates import TINY
-from dattrain.runtime import env as environment
-from dattrain.tools.bench import step
-from dattrain.tools.bench.attention import pick_device
+from dattrain.bench import step
+from dattrain.bench.attention import pick_device
+from dattrain.runtime import environment
 
 AGREED = (
     "dattrain/engine/step.py",
-    "dattrain/engine/agree.py",
+    "dattrain/engine/step_status.py",
     "is_invalid_grad_norm",
-    "dattrain/tools/bench/",
+    "dattrain/bench/",
 )
 """Where an update's numbers are fetched and agreed on; and the bench, which reads them as the trainer does."""
 MESSAGE = "synchronizing CUDA operation"

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dattrain.data.augment import Plan
-from dattrain.data.ring import ring
+from dattrain.data.augment.plan import Plan
+from dattrain.data.shared_buffer import ring
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Batch:
     plan: Plan | None = None
     bad: tuple[tuple[str, str], ...] = ()
     slot: tuple[int, int] | None = field(default=None, repr=False)
-    """In a worker: the ring (``dattrain.data.ring``) and the slot that the images lie in."""
+    """In a worker: the ring (``dattrain.data.shared_buffer``) and the slot that the images lie in."""
 
     def __len__(self) -> int:
         return len(self.keys)

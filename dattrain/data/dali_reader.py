@@ -21,15 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.config.schema import Config
-from dattrain.data.augment import draw
+from dattrain.data.augment.plan import draw
 from dattrain.data.batch import Batch
-from dattrain.data.dataset import NO_LABEL, Dataset, ShardDataset
 from dattrain.data.feed import Encoded, Request, bad_sample_message
-from dattrain.data.shards import LocalSource
+from dattrain.data.source.dataset import NO_LABEL, Dataset, ShardDataset
+from dattrain.data.source.shards import LocalSource
 from dattrain.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from dattrain.data.readers import Slots
+    from dattrain.data.stream import Slots
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class DaliReader:
 
     def after(self, number: int, batch: Batch) -> tuple[Batch, dict[str, Any]]:
         """The batch without the weight of its padding, and the state after it."""
-        from dattrain.data.readers import unweighted
+        from dattrain.data.stream import unweighted
 
         padding, checkpoint = self._notes.pop(number)
         state = {**self.identity, "batches": self._started + number + 1, "checkpoint": checkpoint}

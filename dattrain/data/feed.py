@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.config.schema import Augment
-from dattrain.data.augment import Plan, draw, mates
-from dattrain.data.dataset import NO_LABEL, BadSample, Dataset
-from dattrain.data.images import BadImage
+from dattrain.data.augment.plan import Plan, draw, mates
+from dattrain.data.decode.images import BadImage
 from dattrain.data.order import Order
+from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset
 from dattrain.errors import UserError
 
 

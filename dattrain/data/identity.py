@@ -14,9 +14,9 @@ from hashlib import sha256
 from itertools import groupby
 from typing import Any
 
-from dattrain.data.dataset import Dataset, FolderDataset, ShardDataset
-from dattrain.data.inventory import set_of
-from dattrain.data.shards import Shards
+from dattrain.data.source.dataset import Dataset, FolderDataset, ShardDataset
+from dattrain.data.source.inventory import set_of
+from dattrain.data.source.shards import Shards
 from dattrain.urls import plain
 
 Part = Mapping[str, Any]

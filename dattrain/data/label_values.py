@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dattrain.data.index import MAX_LABEL
+from dattrain.data.source.index import MAX_LABEL
 from dattrain.errors import UserError
 
 LABEL_FIELDS = ("label", "cls", "class_id")

@@ -15,19 +15,19 @@ from dattrain.config.schema import Config
 from dattrain.data import identity
 from dattrain.data.batch import Batch
 from dattrain.data.classes import Classes, absent, bare_numbers, canonical, decide, few, hold
-from dattrain.data.cpu import CpuDecoder, EvalTransform
-from dattrain.data.dataset import Dataset, ShardDataset, open_dataset
+from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
 from dattrain.data.feed import Encoded, EvalFeed, TrainFeed, fetch
-from dattrain.data.fields import said_by_samples
-from dattrain.data.index import NO_LABEL
 from dattrain.data.order import Order
-from dattrain.data.ring import Ring
-from dattrain.data.shards import check_train_glob
+from dattrain.data.shared_buffer import Ring
+from dattrain.data.source.dataset import Dataset, ShardDataset, open_dataset
+from dattrain.data.source.fields import said_by_samples
+from dattrain.data.source.index import NO_LABEL
+from dattrain.data.source.shards import check_train_glob
 from dattrain.data.workers import Workers
 from dattrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dattrain.data.readers import StreamLoader
+    from dattrain.data.stream import StreamLoader
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ def train_loader(
             f"train.global_batch={train.global_batch}"
         )
     if config.data.reader != "index":
-        from dattrain.data.readers import open_stream
+        from dattrain.data.stream import open_stream
 
         return open_stream(
             config, rank=rank, world=world, samples_seen=samples_seen, device=device, size=size, states=states
@@ -358,7 +358,7 @@ def _decoder(
         return fetch(dataset, feed.request(number), num_classes=config.model.num_classes, skip_bad=skip_bad)
 
     if data.decoder == "dali":
-        from dattrain.data.dali import DaliDecoder
+        from dattrain.data.decode.dali import DaliDecoder
 
         return DaliDecoder(
             read,

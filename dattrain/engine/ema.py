@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dattrain.state.fragments import LocalState, averaged, lerp_ema
+from dattrain.state.partition import LocalState, averaged, lerp_ema
 
 
 class Ema:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dattrain.config.schema import Config
+from dattrain.data.augment.mixup import Normalize
 from dattrain.data.loader import EvalLoader
-from dattrain.data.mix import Normalize
 from dattrain.data.to_device import to_device
 from dattrain.engine.step import DTYPES
 

@@ -18,7 +18,7 @@ from torch.optim.adam import adam
 from dattrain.config.schema import Config
 from dattrain.engine.zero import cpu_adam
 from dattrain.errors import UserError
-from dattrain.state.fragments import LocalState
+from dattrain.state.partition import LocalState
 
 DECAY, NO_DECAY = "decay", "no_decay"
 

@@ -22,16 +22,18 @@ from dattrain.data import labels
 from dattrain.data.classes import FILE as CLASSES_FILE
 from dattrain.data.classes import Classes, few
 from dattrain.data.classes import read as read_classes
+from dattrain.engine import activation_checkpointing, optim, zero
 from dattrain.engine import compile as compiling
-from dattrain.engine import optim, remat, zero
 from dattrain.engine.ema import Ema
 from dattrain.engine.step import Updater
 from dattrain.errors import ConfigError, UserError
 from dattrain.models import surgery, zoo
 from dattrain.models.dat import DAT
-from dattrain.state import checkpoint, fragments, gather, ranks
-from dattrain.state.checkpoint import Manifest
-from dattrain.state.fragments import MOMENTS, LocalState
+from dattrain.runtime import collectives
+from dattrain.state import gather, partition
+from dattrain.state.format import checkpoint
+from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.partition import MOMENTS, LocalState
 
 Size = int | tuple[int, int]
 
@@ -109,7 +111,7 @@ def open_session(
             initialise(model, config, classes)
     elif config.init.bias_table == "sample":
         surgery.adopt_tables(model, {name: p.shape for name, p in manifest.parameters.items()})
-    remat.apply(model, config.train.remat)
+    activation_checkpointing.apply(model, config.train.remat)
     scales = optim.layer_scales(model, config.optim.layer_decay) if config.optim.layer_decay < 1 else None
     optimizer = optim.build(model, config, device)
     compiling.apply(model, config.train.compile, graphs_on=device.type if config.train.cuda_graphs else None)
@@ -167,8 +169,8 @@ def shared_source(path: Path, *, ema: bool) -> tuple[dict[str, Tensor], str]:
         tensors, what = read_source(path, ema=ema)
         yield from tensors.items()
 
-    tensors = dict(ranks.tensors_from_first(read))
-    return tensors, ranks.broadcast(what)
+    tensors = dict(collectives.tensors_from_first(read))
+    return tensors, collectives.broadcast(what)
 
 
 def read_source(path: Path, *, ema: bool) -> tuple[dict[str, Tensor], str]:
@@ -283,7 +285,7 @@ def carry(session: Session, config: Config, folder: Path) -> Manifest:
     Weights and averages are resized as ``init.bias_table`` says. The moments of a table that was resized begin anew: the
     first at zero, the second at its mean over each head, so that no element's first steps are out of proportion.
     """
-    manifest = ranks.from_first(lambda: checkpoint.check(folder))
+    manifest = collectives.from_first(lambda: checkpoint.check(folder))
     local = LocalState(session.engine)
     local.begin_write()
     local.create_moments(
@@ -301,9 +303,9 @@ def carry(session: Session, config: Config, folder: Path) -> Manifest:
                 held = local.tensor(fragment, target, session.ema_tensors)
                 if held is not None:
                     values = tensor.reshape(-1)[fragment.start : fragment.start + fragment.numel]
-                    fragments.write(held, fragment.offset, values.to(held.device))
+                    partition.write(held, fragment.offset, values.to(held.device))
     buffers = local.buffers()
-    for name, value in ranks.tensors_from_first(lambda: gather.load_buffers(folder).items()):
+    for name, value in collectives.tensors_from_first(lambda: gather.load_buffers(folder).items()):
         if name in buffers and buffers[name].shape == value.shape:
             buffers[name].copy_(value)
     local.set_scalars(manifest.engine)
@@ -314,7 +316,7 @@ def carry(session: Session, config: Config, folder: Path) -> Manifest:
 def _resized(
     config: Config, img_size: Size, local: LocalState, folder: Path, state: gather.State
 ) -> Iterator[tuple[str, Tensor]]:
-    held = ranks.tensors_from_first(lambda: gather.iter_tensors(folder, state))
+    held = collectives.tensors_from_first(lambda: gather.iter_tensors(folder, state))
     if state in ("param", "ema"):
         tensors = dict(held)
         scratch = build_model(config, img_size)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dattrain.config.schema import Config
+from dattrain.data.augment.mixup import Mixer
 from dattrain.data.batch import Batch
-from dattrain.data.mix import Mixer
 from dattrain.data.philox import Stream, uniform32
 from dattrain.data.to_device import to_device
 

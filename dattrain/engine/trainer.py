@@ -2,7 +2,7 @@
 
 ``samples_seen`` is the position: it decides order, augmentation, rate and size, so a resume is arithmetic. What is not here:
 one update (``step``), DeepSpeed (``zero``), the model at its size (``session``), what ranks tell each other (``agree``),
-checkpoints (``dattrain.state``), signals (``dattrain.runtime.preempt``).
+checkpoints (``dattrain.state``), signals (``dattrain.runtime.signals``).
 """
 
 from __future__ import annotations
@@ -22,27 +22,26 @@ import torch.distributed as dist
 from dattrain.config.derive import Derived, check_source, derive
 from dattrain.config.schema import Config
 from dattrain.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
-from dattrain.data.readers import StreamLoader
+from dattrain.data.stream import StreamLoader
 from dattrain.engine import evaluate as evaluation
-from dattrain.engine import fixed, runfolder, schedule, zero
-from dattrain.engine.agree import Edge, Stragglers, agree
-from dattrain.engine.bundle import write_bundle
-from dattrain.engine.ranks import Claim, newest_checkpoint, on_first_rank, random_word
-from dattrain.engine.report import Reporter
+from dattrain.engine import resume_rules, run_folder, schedule, zero
+from dattrain.engine.debug_dump import write_bundle
+from dattrain.engine.rank_zero import Claim, newest_checkpoint, on_first_rank, random_word
+from dattrain.engine.reporter import Reporter
 from dattrain.engine.session import Session, Size, as_pair, carry, open_session, size_at
 from dattrain.engine.step import COMPUTE, Update, seed_all
+from dattrain.engine.step_status import Edge, Stragglers, agree
 from dattrain.errors import UserError
 from dattrain.models.flops import count_call
 from dattrain.observe.profile import Profiler
-from dattrain.runtime import env as environment
+from dattrain.runtime import environment, preflight
 from dattrain.runtime import logging as logs
-from dattrain.runtime import preflight
-from dattrain.runtime.env import Env
+from dattrain.runtime.environment import Env
 from dattrain.runtime.health import Verdict, Verdicts, Watchdog
 from dattrain.runtime.owner import Owner
-from dattrain.runtime.preempt import REQUEUE, Preemption, Request
-from dattrain.state.checkpoint import Manifest
+from dattrain.runtime.signals import REQUEUE, Preemption, Request
 from dattrain.state.checkpointer import Checkpointer
+from dattrain.state.format.checkpoint import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +147,7 @@ class Trainer:
             check_source(config)
         else:
             newest = found[0].name, found[1].meta
-            on_first_rank(lambda: fixed.check_settings(run_dir, config, *newest))
+            on_first_rank(lambda: resume_rules.check_settings(run_dir, config, *newest))
             # One that DeepSpeed wrote knows nothing of the data.
             per_epoch = found[1].meta.get("samples_per_epoch")
             self._restore_counters(found[1].meta)
@@ -159,14 +158,16 @@ class Trainer:
         self.samples_per_epoch = self.loader.samples_per_epoch
         data, classes = self.loader.identity, self.loader.classes
         if found is not None:
-            on_first_rank(lambda: fixed.check_data(run_dir, config, *newest, data, self.samples_per_epoch))
-            on_first_rank(lambda: fixed.check_classes(run_dir, *newest, classes))
-        self._fixed = fixed.record(config, data, classes)
+            on_first_rank(
+                lambda: resume_rules.check_data(run_dir, config, *newest, data, self.samples_per_epoch)
+            )
+            on_first_rank(lambda: resume_rules.check_classes(run_dir, *newest, classes))
+        self._fixed = resume_rules.record(config, data, classes)
         self.derived: Derived = derive(config, world=self.world, samples_per_epoch=self.samples_per_epoch)
         if config.data.val is not None:
             self._eval_loader()  # what is wrong with it is said now, not after the first epoch
         on_first_rank(
-            lambda: runfolder.open_run(
+            lambda: run_folder.open_run(
                 run_dir, config, self.loader.classes, env, environment.device_name(device)
             )
         )
@@ -349,7 +350,7 @@ class Trainer:
             "health": self.verdicts.state(),
             "bad_samples": self.reporter.bad_samples,
             "data": self._data_states,
-            fixed.META: self._fixed,
+            resume_rules.META: self._fixed,
         }
         lost = self.checkpointer.save(
             self.session.engine, self.session.ema_tensors, meta, background=background

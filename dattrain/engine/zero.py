@@ -1,6 +1,6 @@
 """The one place where DeepSpeed is set up: a recipe to DeepSpeed's JSON (pure), and that to an engine.
 
-What ``dattrain.state.fragments`` may rely on: ``initialize`` returns a ``DeepSpeedEngine`` of ZeRO stage 0-3 over plain data
+What ``dattrain.state.partition`` may rely on: ``initialize`` returns a ``DeepSpeedEngine`` of ZeRO stage 0-3 over plain data
 parallelism (the default process group), whose ``basic_optimizer`` is a torch-like AdamW (ours, or DeepSpeed's CPU Adam
 where the optimizer is offloaded from CUDA) with at most two groups, none of them empty; ``engine.module`` is the model itself,
 parameter names unchanged.

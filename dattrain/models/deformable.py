@@ -20,7 +20,7 @@ from dattrain.models.attention import relative_bias
 from dattrain.models.blocks import DepthwiseConv, Interior, as_computed, recompute
 from dattrain.models.init import init_table
 from dattrain.models.resize import resize_fixed_table
-from dattrain.ops.coordinates import steps
+from dattrain.ops.deformable_attention.coordinates import steps
 
 Reference = Literal["center", "corner", "shifted"]
 QueryGrid = Literal["center", "corner"]

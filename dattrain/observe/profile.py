@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dattrain.observe import work
-from dattrain.observe.work import Ceilings, Count, Work
+from dattrain.observe import roofline
+from dattrain.observe.roofline import Ceilings, Count, Work
 
 FORWARD, BACKWARD = "forward/", "backward/"
 
@@ -31,7 +31,7 @@ class Profiler:
 
     Args:
         dtype: of the matrix products, for the ceiling.
-        count: see ``work.Count``.
+        count: see ``roofline.Count``.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Profiler:
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=200_000)
-        self._ceilings = work.measure(self._device, self._dtype)
+        self._ceilings = roofline.measure(self._device, self._dtype)
         self._hooks = watch(model, self._work)
         self._profile = profile(activities=activities)
         self._profile.__enter__()

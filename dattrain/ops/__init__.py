@@ -5,7 +5,7 @@
 of the layer are in ``dattrain.models``.
 """
 
-from dattrain.ops.attention import deform_attention
+from dattrain.ops.deformable_attention.api import deform_attention
 from dattrain.ops.depthwise import depthwise_conv
 from dattrain.ops.dispatch import backends, use_backend
 from dattrain.ops.sampling import sample

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dattrain.ops.coordinates import QueryGrid, start_and_step
-from dattrain.ops.layout import tokens_like
+from dattrain.ops.deformable_attention.coordinates import QueryGrid, start_and_step
+from dattrain.ops.deformable_attention.layout import tokens_like
 
 _HERE = Path(__file__).parent
 SOURCES = tuple(_HERE / name for name in ("native.h", "native.cpp", "native_maps.cpp", "native_windows.cpp"))

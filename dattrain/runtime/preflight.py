@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dattrain.errors import UserError
-from dattrain.runtime.env import MEET, Env
+from dattrain.runtime.environment import MEET, Env
 from dattrain.runtime.files import Failed, doing, reason, sync
 
 _ELEMENTS = 1 << 20

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dattrain.state import fragments
+from dattrain.state import partition
 
 
 class OneInFlight:
@@ -157,7 +157,7 @@ class SideCopy:
     def _issue(self) -> None:
         for copy in self._copies:
             target = self._host[copy.at : copy.end].view(torch.float32)
-            target.copy_(fragments.read(copy.source, copy.first, copy.numel), non_blocking=True)
+            target.copy_(partition.read(copy.source, copy.first, copy.numel), non_blocking=True)
 
     def fence(self) -> None:
         """What this thread does next to the sources comes after the copy: the host waits for it, on CUDA the stream alone."""

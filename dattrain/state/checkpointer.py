@@ -30,15 +30,17 @@ import torch
 from torch import Tensor
 
 from dattrain.clock import Stopwatch
-from dattrain.errors import UserError
+from dattrain.errors import Damaged, UserError
+from dattrain.runtime import collectives
 from dattrain.runtime.files import Failed, doing, reason
 from dattrain.runtime.owner import Owner, look
-from dattrain.state import checkpoint, elastic, ranks, retention, shards
+from dattrain.state import load
 from dattrain.state.background import Copy, HostBuffer, OneInFlight, SideCopy, image_of
-from dattrain.state.checkpoint import Found, Manifest
-from dattrain.state.fragments import MOMENTS, Fragment, LocalState
-from dattrain.state.retention import Policy
-from dattrain.state.shards import Damaged, Digest, Layout, Piece
+from dattrain.state.format import checkpoint, rank_file, retention
+from dattrain.state.format.checkpoint import Found, Manifest
+from dattrain.state.format.rank_file import Digest, Layout, Piece
+from dattrain.state.format.retention import Policy
+from dattrain.state.partition import MOMENTS, Fragment, LocalState
 
 if TYPE_CHECKING:
     from dattrain.config.schema import Config
@@ -92,7 +94,7 @@ class Checkpointer:
             set()
         )  # of them, for retention: newer than what is saved now, they count for nothing
         self.resumed_from: Path | None = None
-        self.rank, self.world = ranks.rank_and_world()
+        self.rank, self.world = collectives.rank_and_world()
         self._task = OneInFlight("checkpoint")
         self.buffer = HostBuffer(pinned=torch.cuda.is_available())
         """Where the state lies while it is written: after a save, the bytes of this rank's shard."""
@@ -106,7 +108,7 @@ class Checkpointer:
             for name in checkpoint.recover(self.root) if free else ():
                 log.info("removed %s, left by a process that was killed", name)
             token = secrets.token_hex(4)
-        self._token = ranks.broadcast(token)
+        self._token = collectives.broadcast(token)
 
     @classmethod
     def from_config(cls, run: Path, config: Config, owner: Owner | None = None) -> Checkpointer:
@@ -196,7 +198,7 @@ class Checkpointer:
             self._task.wait()
         except Exception as e:
             failure = e
-        told = [m for m in ranks.gather(None if failure is None else str(failure)) if m is not None]
+        told = [m for m in collectives.gather(None if failure is None else str(failure)) if m is not None]
         if failure is not None:
             raise failure
         if told:
@@ -250,11 +252,11 @@ class Checkpointer:
                     pieces.append(piece)
         if self.rank == 0:
             for name, buffer in local.buffers().items():
-                dtype = elastic.DTYPE_NAMES[buffer.dtype]
+                dtype = load.DTYPE_NAMES[buffer.dtype]
                 piece = Piece("buffer", name, 0, buffer.numel(), dtype, tuple(buffer.shape))
                 source[piece.key] = (None, "buffer")
                 pieces.append(piece)
-        return shards.layout(pieces), source
+        return rank_file.layout(pieces), source
 
     @torch.no_grad()
     def _stage(
@@ -297,7 +299,7 @@ class Checkpointer:
             with doing(f"making the folder {folder.name}"):
                 folder.mkdir(parents=True, exist_ok=True)
             with doing(f"writing {shard.name}"):
-                digest = shards.write(shard, image, len(layout.header))
+                digest = rank_file.write(shard, image, len(layout.header))
             if self.rank:
                 _leave(folder, f"{shard.name}.done", digest.to_json())
                 return
@@ -370,14 +372,14 @@ class Checkpointer:
         skip: dict[str, str] = {}
         while True:
             # One rank looks: a thousand that read the manifest and ask for every shard's size are a load of their own.
-            found = ranks.from_first(functools.partial(self._choose, folder, skip))
+            found = collectives.from_first(functools.partial(self._choose, folder, skip))
             self.passed_over = found.passed_over
             if found.folder is None or found.manifest is None:
                 if self.passed_over:
                     raise UserError(checkpoint.none_whole(self.root, self.passed_over))
                 return None
             try:
-                elastic.load(local, found.folder, found.manifest, ema, verify=self.verify)
+                load.load(local, found.folder, found.manifest, ema, verify=self.verify)
                 break
             except Damaged as e:
                 if folder is not None:

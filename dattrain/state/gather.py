@@ -13,11 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dattrain.errors import UserError
-from dattrain.state import checkpoint, elastic
-from dattrain.state.ahead import Span, read_ahead
-from dattrain.state.checkpoint import Manifest
-from dattrain.state.shards import Damaged, Pieces
+from dattrain.errors import Damaged, UserError
+from dattrain.state import load
+from dattrain.state.format import checkpoint
+from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.prefetch import Span, read_ahead
+from dattrain.state.format.rank_file import Pieces
 
 GROUP = 512 << 20
 """Bytes of tensors that are put together in one pass over the shards."""
@@ -84,7 +85,7 @@ def _whole(
                 for piece, begin in found:
                     end = piece.start + piece.numel
                     if piece.dtype != "F32" or not 0 <= piece.start <= end <= tensors[name].numel():
-                        raise Damaged(elastic.uncovered(state, name, tensors[name].numel()))
+                        raise Damaged(load.uncovered(state, name, tensors[name].numel()))
                     if piece.numel:
                         runs[name].append((piece.start, end))
                     spans.append(Span(begin, begin + piece.nbytes, (name, piece.start)))
@@ -98,8 +99,8 @@ def _whole(
                 tensors[name][first : first + len(data) // 4] = torch.frombuffer(data, dtype=torch.float32)
     for name in list(tensors):
         tensor = tensors.pop(name)
-        if not elastic.exactly(0, tensor.numel(), runs[name]):
-            raise Damaged(elastic.uncovered(state_of[name], name, tensor.numel()))
+        if not load.exactly(0, tensor.numel(), runs[name]):
+            raise Damaged(load.uncovered(state_of[name], name, tensor.numel()))
         yield name, tensor.reshape(manifest.parameters[name].shape)
 
 
@@ -118,6 +119,6 @@ def load_buffers(folder: Path, *, verify: bool = True) -> dict[str, Tensor]:
     try:
         manifest = checkpoint.check(folder)
         files = [(folder / name, digest) for name, digest in manifest.files.items()]
-        return elastic.read_buffers(files, manifest.buffers, verify=verify)
+        return load.read_buffers(files, manifest.buffers, verify=verify)
     except Damaged as e:
         raise UserError(f"{folder} is damaged: {e}") from e

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dattrain.state import ranks
-from dattrain.state.ahead import Part, Span, read_ahead
-from dattrain.state.shards import CHUNK, Damaged, Digest, Pieces
+from dattrain.errors import Damaged
+from dattrain.runtime import collectives
+from dattrain.state.format.prefetch import Part, Span, read_ahead
+from dattrain.state.format.rank_file import CHUNK, Digest, Pieces
 
 
 def relay(
@@ -39,7 +40,7 @@ def relay(
     Raises:
         Damaged: a file is not as it was written; on every rank, in the words of the one that read it.
     """
-    rank, world = ranks.rank_and_world()
+    rank, world = collectives.rank_and_world()
     readers = [i * world // len(files) for i in range(len(files))]
     mine = [file for file, reader in zip(files, readers) if reader == rank]
 
@@ -102,7 +103,7 @@ class _Wire:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._rank = ranks.rank_and_world()[0]
+        self._rank = collectives.rank_and_world()[0]
 
     def send(self, size: int, source: int, fill: Callable[[memoryview], None]) -> memoryview:
         """The ``size`` bytes that ``fill`` leaves on rank ``source``, until the next message. Raises what it does, everywhere."""
@@ -119,9 +120,9 @@ class _Wire:
                 fill(view[:size])
             except Exception as e:
                 failure, view[size] = e, 1
-        ranks.share(message, source)
+        collectives.share(message, source)
         if view[size]:
-            ranks.from_rank(source, lambda: _raise(failure))
+            collectives.from_rank(source, lambda: _raise(failure))
         return view[:size]
 
 

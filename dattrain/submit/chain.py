@@ -9,7 +9,7 @@ A chain is a YAML file::
       evaluate: {evaluate: finetune, nodes: 1}
 
 Recipes are relative to the chain's file. All stages are submitted at once, each behind the success of the one that it
-starts from. Pure but for reading files; ``dattrain.submit.launch`` submits.
+starts from. Pure but for reading files; ``dattrain.submit.submission`` submits.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The history of a run's jobs, and what follows from it: what ended an attempt, and whether there is another.
 
-Standard library alone, Python >= 3.8, since the batch script's bookkeeper (``dattrain.submit.watch``) runs this on the
+Standard library alone, Python >= 3.8, since the batch script's bookkeeper (``dattrain.submit.job_hook``) runs this on the
 host. ``RUN/submit/history.jsonl`` has one line per event:
 
 - ``submit``: job, run (the folder, absolute), after (the job that it follows), by (``user`` or ``follow-up``);
@@ -148,7 +148,7 @@ def classify(
     Args:
         status: exit status of srun.
         outcome: what rank 0 wrote when training returned: ``{"status": ..., "step": ...}``, or None.
-        slurm_state: Slurm's state of the job at the end (``dattrain.submit.fate``), or None where nobody knows it.
+        slurm_state: Slurm's state of the job at the end (``dattrain.submit.job_state``), or None where nobody knows it.
         elapsed_s, time_s, signal_delay_s: age of the attempt, its limit, and how early the signal comes, in seconds.
         stderr: what srun printed in this attempt.
         reports: errors that ranks wrote before they died: ``{"rank", "node", "error", "user_error", "held"}``; held: another
@@ -284,7 +284,7 @@ def _past(reason: str) -> str:
 
 
 def read_spec(run: str | Path) -> dict[str, Any]:
-    """``submit/spec.json``: what the submission fixed (see ``dattrain.submit.launch``)."""
+    """``submit/spec.json``: what the submission fixed (see ``dattrain.submit.submission``)."""
     return json.loads((Path(run) / "submit" / "spec.json").read_text(encoding="utf-8"))
 
 

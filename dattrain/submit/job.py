@@ -2,7 +2,7 @@
 
 submitit pickles it by reference, so a node finds this module in the snapshot (``PYTHONPATH``). Requeueing is not done
 here: a task that requeues its own job kills its neighbours while they are still closing their files. The batch script's
-bookkeeper (``dattrain.submit.watch``) does it once all tasks have ended.
+bookkeeper (``dattrain.submit.job_hook``) does it once all tasks have ended.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Job:
 
 def _leave() -> None:
     """After submitit has written the result: end without Python's finalisation, in which gloo may abort the process."""
-    from dattrain.runtime.env import leave
+    from dattrain.runtime.environment import leave
 
     leave(0)
 

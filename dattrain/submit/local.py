@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from dattrain.runtime.process import start_time
-from dattrain.submit import fate, history
+from dattrain.submit import history, job_state
 from dattrain.submit.cluster import Profile
 from dattrain.submit.job import Job
 
@@ -131,7 +131,7 @@ def _attempt(run: Path, spec: dict[str, Any]) -> str:
     reason, detail, node = history.classify(
         status=status, outcome=_json(folder / "outcome.json"), slurm_state=None, elapsed_s=time.time() - started,
         time_s=spec["time_s"], signal_delay_s=spec["signal_delay_s"], stderr="", reports=reports,
-        stalled=_json(stalled), last_words=partial(fate.last_words, spec, job.job_id),
+        stalled=_json(stalled), last_words=partial(job_state.last_words, spec, job.job_id),
     )  # fmt: skip
     now = history.newest_checkpoint(run)
     new = now is not None and now != begun["checkpoint"]

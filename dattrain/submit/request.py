@@ -14,9 +14,10 @@ from typing import Any
 from dattrain.config.derive import derive
 from dattrain.config.load import Loaded, load
 from dattrain.errors import ConfigError, UserError
-from dattrain.submit import after, chain, cluster, launch, slurm
+from dattrain.submit import chain, cluster, slurm, submission
 from dattrain.submit.cluster import Profile, minutes
-from dattrain.submit.launch import Stage
+from dattrain.submit.dependency import dependency_on
+from dattrain.submit.submission import Stage
 from dattrain.urls import mask
 
 
@@ -57,7 +58,7 @@ def run(request: Request) -> int:
     after_run = None
     notes: list[str] = []
     if request.after is not None and not request.dry_run:
-        dependency, after_run = after.dependency_on(request.after)
+        dependency, after_run = dependency_on(request.after)
         made = replace(
             made,
             stages=tuple(
@@ -69,8 +70,10 @@ def run(request: Request) -> int:
             after_run = None
             notes.append(f"--after {request.after}: it has ended well already, so nothing is waited for")
     for stage, need in zip(made.stages, made.needs):
-        launch.check(stage, request.images_per_second, waits=need is not None)
-    notes += [note for stage in made.stages for note in (*stage.notes, *launch.overruled(stage, os.environ))]
+        submission.check(stage, request.images_per_second, waits=need is not None)
+    notes += [
+        note for stage in made.stages for note in (*stage.notes, *submission.overruled(stage, os.environ))
+    ]
     if request.dry_run:
         _note(notes)
         print(describe(made))
@@ -80,19 +83,21 @@ def run(request: Request) -> int:
             if loaded.config.data.train is None and stage.action == "train":
                 prefix = f"{folder.name}." if made.chain else ""
                 raise ConfigError(f"{stage.name}: data.train is not set: add {prefix}data.train=SHARDS")
-            launch.check_run(folder, loaded)
-        notes += launch.refuse_what_slurm_refuses(stage)
+            submission.check_run(folder, loaded)
+        notes += submission.refuse_what_slurm_refuses(stage)
     _note(notes)
-    with launch.reserved(made.stages):
+    with submission.reserved(made.stages):
         for index, stage in enumerate(made.stages):
             waiting = [f for s, need in zip(made.stages, made.needs) if need == index for f in s.runs]
-            launch.prepare(stage, waiting)
+            submission.prepare(stage, waiting)
         if made.root is not None:
             _remember_chain(made)
         jobs: list[list[str]] = []
         for stage, need in zip(made.stages, made.needs):
             try:
-                jobs.append(launch.submit(stage, f"afterok:{jobs[need][0]}" if need is not None else None))
+                jobs.append(
+                    submission.submit(stage, f"afterok:{jobs[need][0]}" if need is not None else None)
+                )
             except UserError as error:
                 if not jobs:
                     raise
@@ -105,7 +110,7 @@ def run(request: Request) -> int:
             for folder, job in zip(stage.runs, jobs[-1]):
                 print(f"{stage.name}: job {job}, run folder {_short(folder)}")
         if after_run is not None:
-            launch.add_dependents(after_run, made.stages[0].runs)
+            submission.add_dependents(after_run, made.stages[0].runs)
     shown = _short(
         made.root
         or (made.stages[0].runs[0] if len(made.stages[0].runs) == 1 else made.stages[0].runs[0].parent)
@@ -224,14 +229,14 @@ def _stage(
         )
     if request.after is not None and profile.kind == "local":
         raise ConfigError("--after needs a Slurm cluster")
-    dependency = after.dependency_on(request.after, ask=False)[0] if request.after is not None else None
+    dependency = dependency_on(request.after, ask=False)[0] if request.after is not None else None
     return Stage(
         name=name,
         runs=folders,
         loaded=loaded,
         profile=profile,
         profile_name=request.cluster,
-        nodes=launch.nodes_range(str(size["nodes"])),
+        nodes=submission.nodes_range(str(size["nodes"])),
         minutes=minutes(profile.time),
         retries=size["retries"],
         after=dependency,
@@ -286,7 +291,7 @@ def _remember_chain(made: Plan) -> None:
         "name": made.chain,
         "stages": [{"name": stage.runs[0].name, "run": str(stage.runs[0])} for stage in made.stages],
     }
-    launch.write(made.root / "chain.json", json.dumps(content, indent=2) + "\n")
+    submission.write(made.root / "chain.json", json.dumps(content, indent=2) + "\n")
 
 
 def _split(values: str) -> list[str]:

@@ -164,7 +164,7 @@ def _before(profile: Profile, place: Placement) -> list[str]:
 
 
 def _bookkeeper(profile: Profile) -> str:
-    return f"{shlex.quote(host.interpreter(profile))} {ENTER} -m dattrain.submit.watch"
+    return f"{shlex.quote(host.interpreter(profile))} {ENTER} -m dattrain.submit.job_hook"
 
 
 def _srun(profile: Profile, place: Placement) -> list[str]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from state_worker import Job, build, finish, start_distributed, train_step
 
 from dattrain.state.checkpointer import Checkpointer
-from dattrain.state.fragments import LocalState
+from dattrain.state.partition import LocalState
 
 
 def save(job: Job, folder: Path) -> None:

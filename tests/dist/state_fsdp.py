@@ -17,7 +17,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from dattrain.engine.optim import param_groups
 from dattrain.models import zoo
-from dattrain.runtime import env
+from dattrain.runtime import environment
 
 
 def gradients(net: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -60,4 +60,4 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         code = 1
-    env.leave(code) if code == 0 else os._exit(code)
+    environment.leave(code) if code == 0 else os._exit(code)

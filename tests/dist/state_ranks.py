@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from state_worker import Job
 
-from dattrain.state import checkpoint, gather
+from dattrain.state import gather
+from dattrain.state.format import checkpoint
 
 HERE = Path(__file__).parent
 

@@ -15,11 +15,13 @@ import torch.distributed as dist
 from state_worker import Job, build, finish, start_distributed, train_step
 
 from dattrain.errors import UserError
-from dattrain.state import checkpoint, fragments, ranks, shards
+from dattrain.runtime import collectives
+from dattrain.state import partition
+from dattrain.state.format import checkpoint, rank_file
 from dattrain.state.background import SideCopy
 from dattrain.state.checkpointer import Checkpointer
-from dattrain.state.fragments import MOMENTS, LocalState, averaged, lerp_ema, read
-from dattrain.state.retention import Policy
+from dattrain.state.partition import MOMENTS, LocalState, averaged, lerp_ema, read
+from dattrain.state.format.retention import Policy
 
 META = {"step": 1, "samples_seen": 12}
 
@@ -45,7 +47,7 @@ def damaged_on_one_rank(run: Path) -> None:
         folder = keeper.root / checkpoint.folder_name(2)
         manifest = checkpoint.read_manifest(folder)
         path = folder / checkpoint.shard_name(1)
-        with shards.Reader(path, manifest.files[path.name]) as reader:
+        with rank_file.Reader(path, manifest.files[path.name]) as reader:
             at = reader.pieces()[("exp_avg", "out.weight")][0][1]
         data = bytearray(path.read_bytes())
         data[at] ^= 1
@@ -79,7 +81,7 @@ def one_rank_cannot_load(run: Path) -> None:
     keeper.save(build(saved), None, META, background=False)
     for stage in (2, 3):
         engine = build(dataclasses.replace(saved, stage=stage))
-        for owner, name in ((fragments, "write"), (shards, "read_block")):
+        for owner, name in ((partition, "write"), (rank_file, "read_block")):
             real = getattr(owner, name)
             if dist.get_rank() == 1:
                 setattr(owner, name, mock.Mock(side_effect=RuntimeError("out of memory")))
@@ -104,11 +106,11 @@ def tensors_of_rank_0(run: Path) -> None:
         if broken:
             raise UserError("the disk is gone")
 
-    got = dict(ranks.tensors_from_first(lambda: read(False)))
-    told_by_rank_0 = ranks.broadcast(held)
+    got = dict(collectives.tensors_from_first(lambda: read(False)))
+    told_by_rank_0 = collectives.broadcast(held)
     assert list(got) == list(told_by_rank_0)
     assert all(got[n].dtype == t.dtype and torch.equal(got[n], t) for n, t in told_by_rank_0.items())
-    assert told(lambda: list(ranks.tensors_from_first(lambda: read(True)))) == "the disk is gone"
+    assert told(lambda: list(collectives.tensors_from_first(lambda: read(True)))) == "the disk is gone"
 
 
 def all_damaged(run: Path) -> None:
@@ -258,7 +260,7 @@ def one_rank_cannot_write(run: Path) -> None:
         def full(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        real, shards.os.write = os.write, full  # type: ignore[assignment]
+        real, rank_file.os.write = os.write, full  # type: ignore[assignment]
     keeper.save(engine, None, {"step": 2, "samples_seen": 24})
     message = told(keeper.wait)
     if dist.get_rank() == 1:
@@ -279,19 +281,19 @@ def the_next_step_hears_of_it(run: Path) -> None:
     job = Job(str(run), "", stage=0)
     engine = build(job)
     keeper = Checkpointer(run, patience=5)
-    real = shards.write
+    real = rank_file.write
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
-    shards.write = fail  # type: ignore[assignment]
+    rank_file.write = fail  # type: ignore[assignment]
     keeper.save(engine, None, META)
     while keeper.saving:
         time.sleep(0.01)
     assert keeper.failed
     assert "Input/output error; there is no whole checkpoint yet" in told(keeper.poll)
     keeper.poll()
-    shards.write = real
+    rank_file.write = real
     dist.barrier()
     keeper.save(engine, None, META, background=False)
     assert checkpoint.find(keeper.root).folder is not None
@@ -302,17 +304,17 @@ def a_blocking_save_after_a_failure(run: Path) -> None:
     job = Job(str(run), "", stage=2)
     engine = build(job)
     keeper = Checkpointer(run, patience=30)
-    real = shards.write
+    real = rank_file.write
     if dist.get_rank() == 1:
 
         def fail(*_: object, **__: object) -> None:
             raise OSError(5, "Input/output error")
 
-        shards.write = fail  # type: ignore[assignment]
+        rank_file.write = fail  # type: ignore[assignment]
     keeper.save(engine, None, META)
     message = told(lambda: keeper.save(engine, None, {"step": 2, "samples_seen": 24}, background=False))
     assert "step 1 could not be written" in message and "Input/output error" in message
-    shards.write = real
+    rank_file.write = real
     keeper.save(engine, None, {"step": 2, "samples_seen": 24}, background=False)
     assert [e.step for e in checkpoint.entries(keeper.root)] == [2]
 

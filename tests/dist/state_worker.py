@@ -104,7 +104,7 @@ def build(job: Job) -> Any:
     """An engine with two groups of other learning rates and decays, the second without decay."""
     import deepspeed
 
-    from dattrain.state.fragments import steady_gathers
+    from dattrain.state.partition import steady_gathers
 
     torch.manual_seed(7)
     model = Net(job.width, job.remat)
@@ -165,8 +165,8 @@ def train_step(engine: Any, job: Job, step: int) -> float:
 def run(job: Job) -> dict[str, Any]:
     """Train from where the run stands until ``job.until``; saves at the steps asked for and at the end."""
     from dattrain.state.checkpointer import Checkpointer, Description
-    from dattrain.state.fragments import LocalState, lerp_ema
-    from dattrain.state.retention import Policy
+    from dattrain.state.partition import LocalState, lerp_ema
+    from dattrain.state.format.retention import Policy
 
     engine = build(job)
     ema = LocalState(engine).new_ema() if job.ema else None

@@ -10,7 +10,7 @@ import pytest
 from state_ranks import assert_same, run, states
 from state_worker import Job
 
-from dattrain.state import checkpoint
+from dattrain.state.format import checkpoint
 
 CHAIN = [(1, 1), (4, 3), (2, 2), (3, 0), (1, 3)]
 """(world, stage), one after another: ranks 1 -> 4 -> 2 -> 3 -> 1, stages 1 -> 3 -> 2 -> 0 -> 3."""

@@ -8,7 +8,7 @@ import sys
 
 import warm
 
-from dattrain.cli import main
+from dattrain.cli.main import main
 
 
 def test_bench_checkpoint(tmp_path):

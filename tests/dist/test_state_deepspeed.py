@@ -15,9 +15,10 @@ from state_ranks import HERE, assert_same, finished, spawn, states
 from state_worker import Job
 
 from dattrain.errors import UserError
-from dattrain.state import checkpoint, deepspeed_read, deepspeed_write, offline
-from dattrain.state.checkpoint import Manifest
-from dattrain.state.deepspeed_read import name_states
+from dattrain.state.convert import deepspeed_read, deepspeed_write, offline
+from dattrain.state.format import checkpoint
+from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.convert.deepspeed_read import name_states
 
 MODES = {
     "0-fp32": Job("", "", 0),

@@ -5,14 +5,15 @@ import torch
 from state_fsdp import gradients
 from state_ranks import HERE, assert_same, finished, spawn, states
 
-from dattrain.cli import main
+from dattrain.cli.main import main
 from dattrain.config.load import dump
 from dattrain.config.schema import Config, Model
 from dattrain.engine.optim import param_groups
 from dattrain.models import zoo
-from dattrain.state import checkpoint, offline
-from dattrain.state.checkpoint import Manifest, Parameter
-from dattrain.state.shards import Piece
+from dattrain.state.convert import offline
+from dattrain.state.format import checkpoint
+from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.rank_file import Piece
 
 CONFIG = Config(name="tiny", model=Model(name="dat_atto", img_size=64, num_classes=7))
 

@@ -19,8 +19,8 @@ from dattrain.engine import optim, zero
 from dattrain.engine import step as stepping
 from dattrain.engine.trainer import train
 from dattrain.errors import UserError
-from dattrain.runtime import env as environment
-from dattrain.state.fragments import LocalState, read
+from dattrain.runtime import environment
+from dattrain.state.partition import LocalState, read
 
 RUN: list[Path] = []
 

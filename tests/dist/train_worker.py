@@ -30,7 +30,7 @@ def pack(folder: Path, train: int = 96, val: int = 21) -> list[str]:
     """Pack Fashion-MNIST images into ``folder``; returns the overrides that name the shards."""
     import numpy as np
 
-    from dattrain.cli import main
+    from dattrain.cli.main import main
 
     images, labels = (
         np.frombuffer(gzip.decompress((DEMO / name).read_bytes()), np.uint8, offset=offset)
@@ -69,7 +69,7 @@ def main(plan: Path) -> None:
     """Train every job of the plan: ``[[recipe, run, [overrides]], ...]``."""
     from dattrain.config.load import load
     from dattrain.engine.trainer import train
-    from dattrain.runtime import env as environment
+    from dattrain.runtime import environment
 
     jobs: Sequence[Any] = json.loads(plan.read_text())
     env = environment.resolve(os.environ)

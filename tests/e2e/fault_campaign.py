@@ -30,7 +30,8 @@ from state_worker import Job, run, start_distributed
 
 import dattrain.state.checkpointer  # noqa: F401  (imported here, once, for all ranks)
 from dattrain.errors import UserError
-from dattrain.state import checkpoint, gather
+from dattrain.state import gather
+from dattrain.state.format import checkpoint
 
 STEPS = 6
 WORLD = 2

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
 from state_ranks import free_port
 
 from dattrain.errors import UserError
-from dattrain.state import checkpoint, gather
+from dattrain.state import gather
+from dattrain.state.format import checkpoint
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from dattrain.config.derive import derive
 from dattrain.config.load import load
 from dattrain.engine.session import open_session
-from dattrain.runtime import env as environment
+from dattrain.runtime import environment
 from dattrain.state.checkpointer import Checkpointer
 
 

@@ -74,7 +74,7 @@ def test_a_full_disk_stops_a_save_with_a_message_and_costs_nothing(small_disk, t
     message = full.stderr.splitlines()[-1]
     assert "could not be written to" in message and "No space left on device" in message
     assert "the last whole checkpoint is step_0000000" in message and "make room" in message
-    from dattrain.state import checkpoint
+    from dattrain.state.format import checkpoint
 
     root = small_disk / "run" / "checkpoints"
     found = checkpoint.entries(root, level="checksum")

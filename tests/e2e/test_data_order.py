@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from dattrain.config.schema import Config
-from dattrain.data import tar
-from dattrain.data.indexing import index_shards
 from dattrain.data.loader import train_loader
+from dattrain.data.source import tar
+from dattrain.data.source.build_index import index_shards
 
 GLOBAL, MICRO, SAMPLES = 16, 4, 253
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
 from state_ranks import assert_same, finished, spawn, states
 from train_worker import curve, pack, recipe
 
-from dattrain.state import checkpoint
+from dattrain.state.format import checkpoint
 
 HERE = Path(__file__).parent
 SETTINGS = ["train.precision=fp32", "train.ema_decay=0", "train.max_steps=4", "checkpoint.every_steps=2"]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import warm
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from fashion_images import NAMES, image_folder
 
-from dattrain import cli
+from dattrain.cli import main as cli
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo" / "pretrain.yaml"
 

@@ -12,8 +12,8 @@ import timm.utils
 import torch
 
 import dattrain.models  # noqa: F401 (registers the variants)
-from dattrain import cli
-from dattrain.data.sources import read_idx
+from dattrain.cli import main as cli
+from dattrain.data.prepare.sources import read_idx
 
 CLASSES, SIZE = 10, 64
 

@@ -10,10 +10,10 @@ import stat
 
 import pytest
 
-from dattrain import cli
+from dattrain.cli import main as cli
 from dattrain.config.load import dump, load, loads
 from dattrain.data.classes import Classes
-from dattrain.data.dataset import BadSample
+from dattrain.data.source.dataset import BadSample
 from dattrain.errors import ConfigError, UserError
 from dattrain.urls import mask, parts, plain, server, split_query
 
@@ -112,8 +112,8 @@ def test_logs_hide_them_with_tracebacks_and_other_libraries(tmp_path, capsys):
 def test_a_run_folder_holds_them_for_its_owner_alone_and_only_where_going_on_needs_them(
     tmp_path, monkeypatch
 ):
-    from dattrain.engine.runfolder import open_run
-    from dattrain.runtime.env import resolve
+    from dattrain.engine.run_folder import open_run
+    from dattrain.runtime.environment import resolve
 
     monkeypatch.setattr("sys.argv", ["dattrain", "train", "x.yaml", f"data.train={URL}"])
     config = loads(f"data: {{train: '{URL}'}}").config
@@ -157,13 +157,13 @@ def test_the_command_line_hides_them_in_usage_errors_and_in_tracebacks(capsys, m
 
 
 def test_reports_of_ranks_and_jobs_hide_them(tmp_path, monkeypatch, capsys):
-    from dattrain.runtime import launch
+    from dattrain.runtime import spawn
     from dattrain.submit.job import Job
 
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "1")
-    monkeypatch.delenv(launch.REPORT, raising=False)
-    launch.report(f"RuntimeError: {URL}")
+    monkeypatch.delenv(spawn.REPORT, raising=False)
+    spawn.report(f"RuntimeError: {URL}")
     Job(str(tmp_path))._report(RuntimeError(URL))
     written = "".join(p.read_text() for p in tmp_path.rglob("*") if p.is_file())
     told = capsys.readouterr().err + written
@@ -171,7 +171,7 @@ def test_reports_of_ranks_and_jobs_hide_them(tmp_path, monkeypatch, capsys):
 
 
 def test_a_submitted_recipe_with_a_secret_is_its_owners(tmp_path):
-    from dattrain.submit.launch import write
+    from dattrain.submit.submission import write
 
     write(tmp_path / "config.yaml", f"train: {URL}")
     assert stat.S_IMODE((tmp_path / "config.yaml").stat().st_mode) == 0o600

@@ -128,11 +128,11 @@ def test_host_waits_are_counted_by_place(monkeypatch):
     assert len(called) == 1 and sorted(places.values()) == [1, 2], places
     assert all(Path(__file__).name in place for place in places)
     ours = traceback.FrameSummary(
-        str(Path(waits.__file__).parents[2] / "dattrain" / "data" / "mix.py"), 84, "mix"
+        str(Path(waits.__file__).parents[2] / "dattrain" / "data" / "augment" / "mixup.py"), 84, "mix"
     )
     inner = traceback.FrameSummary("/somewhere/torch/_tensor.py", 1, "to")
     outer = traceback.FrameSummary("/somewhere/dattrain/tests/x.py", 1, "test")
-    assert waits.place([outer, ours, inner]) == "dattrain/data/mix.py:84 mix"
+    assert waits.place([outer, ours, inner]) == "dattrain/data/augment/mixup.py:84 mix"
 
 
 def test_who_ends_the_command_ends_its_stage(tmp_path):

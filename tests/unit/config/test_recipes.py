@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dattrain import cli
+from dattrain.cli import main as cli
 from dattrain.config.derive import check_source, derive
 from dattrain.config.load import diff, load
 from dattrain.errors import ConfigError

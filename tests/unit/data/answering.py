@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from dattrain.data.hosts import Hosts
+from dattrain.data.source.hosts import Hosts
 
 Answer = tuple[int, Mapping[str, str], bytes | Iterable[bytes]]
 

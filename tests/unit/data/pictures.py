@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dattrain.data import tar
+from dattrain.data.source import tar
 
 
 def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:

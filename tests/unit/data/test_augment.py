@@ -15,7 +15,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import functional as tvf
 
 from dattrain.config.schema import Augment
-from dattrain.data.augment import crop_box, draw, drop_path_noise, eval_geometry, fill_color, mates
+from dattrain.data.augment.plan import crop_box, draw, drop_path_noise, eval_geometry, fill_color, mates
 
 SIZE = (224, 192)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from pictures import write_tar
 
-from dattrain.cli import main
-from dattrain.data import tar
-from dattrain.data.class_tars import ClassTars, find
-from dattrain.data.dataset import open_dataset
-from dattrain.data.sources import open_source
+from dattrain.cli.main import main
+from dattrain.data.prepare.sources import open_source
+from dattrain.data.source import tar
+from dattrain.data.source.class_tars import ClassTars, find
+from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import UserError
 
 SYNSETS = ["n01440764", "n01443537", "n02084071"]

@@ -13,16 +13,17 @@ from faulty import serving
 from PIL import Image
 
 from dattrain.config.schema import Config
-from dattrain.data import classes, labels, remote
+from dattrain.data import classes, labels
 from dattrain.data.classes import Classes, decide
-from dattrain.data.dataset import open_dataset
-from dattrain.data.fields import said_by_samples
-from dattrain.data.indexing import index_shards, link_shards
 from dattrain.data.loader import eval_loader, open_split, train_loader
-from dattrain.data.manifest import class_names
-from dattrain.data.pack import Options, pack
-from dattrain.data.sources import open_source
-from dattrain.data.transfer import Refused
+from dattrain.data.prepare.pack import Options, pack
+from dattrain.data.prepare.sources import open_source
+from dattrain.data.source import remote
+from dattrain.data.source.build_index import index_shards, link_shards
+from dattrain.data.source.dataset import open_dataset
+from dattrain.data.source.download import Refused
+from dattrain.data.source.fields import said_by_samples
+from dattrain.data.source.manifest import class_names
 from dattrain.errors import ConfigError, UserError
 
 CPU = torch.device("cpu")

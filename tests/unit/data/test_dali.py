@@ -14,15 +14,15 @@ from pictures import encode, write_tar
 from PIL import Image
 
 from dattrain.config.schema import Augment, Data
-from dattrain.data import images
-from dattrain.data.cpu import CpuDecoder, EvalTransform
-from dattrain.data.dali import DaliDecoder
-from dattrain.data.dali_pipeline import device_of, fits, train_pipeline
-from dattrain.data.dali_probe import versions
-from dattrain.data.dataset import open_dataset
+from dattrain.data.decode import images
+from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
+from dattrain.data.decode.dali import DaliDecoder
+from dattrain.data.decode.dali_pipeline import device_of, fits, train_pipeline
+from dattrain.data.decode.dali_probe import versions
 from dattrain.data.feed import EvalFeed, TrainFeed, fetch
-from dattrain.data.indexing import index_shards
 from dattrain.data.order import Order
+from dattrain.data.source.build_index import index_shards
+from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import UserError
 
 pytest.importorskip("nvidia.dali")

@@ -11,10 +11,10 @@ from host_waits import fake_cuda
 from PIL import Image
 
 from dattrain.config.schema import Augment
-from dattrain.data import augment, randaugment
-from dattrain.data.dali_augment import augment as on_device
+from dattrain.data.augment import plan, randaugment
+from dattrain.data.augment.cpu_transforms import train_image
+from dattrain.data.augment.device_transforms import augment as on_device
 from dattrain.data.staging import stage
-from dattrain.data.transforms import train_image
 
 SIZE = (96, 128)
 
@@ -38,11 +38,11 @@ def photos(count: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(out)
 
 
-def plan_of(count: int, **settings) -> augment.Plan:
-    return augment.draw(Augment(crop_scale=(1, 1), hflip=0, **settings), 5, np.arange(count), SIZE)
+def plan_of(count: int, **settings) -> plan.Plan:
+    return plan.draw(Augment(crop_scale=(1, 1), hflip=0, **settings), 5, np.arange(count), SIZE)
 
 
-def by_pillow(images: torch.Tensor, plan: augment.Plan) -> torch.Tensor:
+def by_pillow(images: torch.Tensor, plan: plan.Plan) -> torch.Tensor:
     """Through the CPU decoder's own function, with a crop of everything."""
     out = torch.empty_like(images)
     whole = replace(

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dattrain.config.schema import Data
-from dattrain.data import dali, dali_probe
-from dattrain.data.dali_pipeline import _decoding, device_of, require
-from dattrain.data.dali_probe import command, examine, versions, who
+from dattrain.data.decode import dali, dali_probe
+from dattrain.data.decode.dali_pipeline import _decoding, device_of, require
+from dattrain.data.decode.dali_probe import command, examine, versions, who
 from dattrain.errors import UserError
 
 pytest.importorskip("nvidia.dali")
@@ -147,7 +147,7 @@ def test_dali_knows_every_argument_of_the_device_decoder():
 
 
 def test_doctor_asks_once_for_each_kind_of_gpu(monkeypatch):
-    from dattrain.tools import doctor
+    from dattrain.cli import doctor
 
     cards = ["NVIDIA H100", "NVIDIA H100", "NVIDIA L4"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

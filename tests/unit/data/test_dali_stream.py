@@ -12,11 +12,11 @@ from host_waits import fake_cuda
 from pictures import write_tar
 
 from dattrain.config.schema import Augment, Data
-from dattrain.data import dali
-from dattrain.data.dataset import open_dataset
+from dattrain.data.decode import dali
 from dattrain.data.feed import TrainFeed, fetch
-from dattrain.data.indexing import index_shards
 from dattrain.data.order import Order
+from dattrain.data.source.build_index import index_shards
+from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import UserError
 
 pytest.importorskip("nvidia.dali")

@@ -16,12 +16,12 @@ import torch
 import warm
 
 from dattrain.config.schema import Augment, Config
+from dattrain.data.augment.mixup import Mixer
 from dattrain.data.classes import Classes
-from dattrain.data.dataset import open_dataset
 from dattrain.data.feed import TrainFeed
 from dattrain.data.loader import eval_loader, train_loader
-from dattrain.data.mix import Mixer
 from dattrain.data.order import Order
+from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import ConfigError, UserError
 
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from dattrain.data.dataset import BadSample, open_dataset
-from dattrain.data.sources import open_source
+from dattrain.data.prepare.sources import open_source
+from dattrain.data.source.dataset import BadSample, open_dataset
 from dattrain.errors import UserError
 
 IMAGE = b"\xff\xd8\xff some bytes"

@@ -3,9 +3,9 @@
 import pytest
 
 from dattrain.data import identity
-from dattrain.data.folders import FolderDataset
-from dattrain.data.index import Entry
-from dattrain.data.shards import Shards
+from dattrain.data.source.folders import FolderDataset
+from dattrain.data.source.index import Entry
+from dattrain.data.source.shards import Shards
 
 NAMES = [f"train-{n:04d}.tar" for n in range(6)]
 

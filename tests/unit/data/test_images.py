@@ -11,8 +11,16 @@ import torch
 from pictures import encode
 from PIL import Image, features
 
-from dattrain.data import images
-from dattrain.data.images import IMAGE_EXTENSIONS, MAX_SIDE, BadImage, decode, is_image_name, size, sniff
+from dattrain.data.decode import images
+from dattrain.data.decode.images import (
+    IMAGE_EXTENSIONS,
+    MAX_SIDE,
+    BadImage,
+    decode,
+    is_image_name,
+    size,
+    sniff,
+)
 
 
 def test_every_encoding_decodes_as_pillow_does(encodings):

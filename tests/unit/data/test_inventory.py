@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from pictures import write_tar
 
-from dattrain.cli import main
-from dattrain.data import inventory
-from dattrain.data.dataset import open_dataset
-from dattrain.data.index import read_catalogue
-from dattrain.data.indexing import index_shards, link_shards
-from dattrain.data.shards import expand
+from dattrain.cli.main import main
+from dattrain.data.source import inventory
+from dattrain.data.source.build_index import index_shards, link_shards
+from dattrain.data.source.dataset import open_dataset
+from dattrain.data.source.index import read_catalogue
+from dattrain.data.source.shards import expand
 from dattrain.errors import UserError
 
 LOST = "train-0002.tar"
@@ -242,7 +242,7 @@ def test_links_never_replace_files(make_shards, tmp_path):
 
 def test_an_index_on_a_full_or_read_only_disk_is_one_message():
     """The real thing: procfs may not be written by anybody."""
-    from dattrain.data.index import write_atomically
+    from dattrain.data.source.index import write_atomically
 
     with pytest.raises(UserError, match="cannot be written"):
         write_atomically(Path("/proc/_catalogue.json"), b"x")

@@ -7,8 +7,8 @@ import re
 import pytest
 from pictures import write_tar
 
-from dattrain.data.index import NO_LABEL
-from dattrain.data.indexing import build
+from dattrain.data.source.build_index import build
+from dattrain.data.source.index import NO_LABEL
 from dattrain.errors import UserError
 
 
@@ -83,7 +83,7 @@ def test_other_values_are_no_label_and_are_shown(tmp_path, value, seen):
 
 
 def test_streams_read_labels_by_the_same_rule():
-    from dattrain.data.readers import _label
+    from dattrain.data.stream import _label
 
     sample = {"__url__": "t.tar", "__key__": "a"}
     assert _label({**sample, "cls": b"7.0\n"}) == _label({**sample, "json": b'{"label": "7"}'}) == 7

@@ -9,9 +9,9 @@ from host_waits import fake_cuda
 from timm.data.mixup import Mixup, mixup_target
 
 from dattrain.config.schema import Augment
-from dattrain.data.augment import draw
+from dattrain.data.augment.mixup import Mixer, Normalize, hashed_normal
+from dattrain.data.augment.plan import draw
 from dattrain.data.batch import Batch
-from dattrain.data.mix import Mixer, Normalize, hashed_normal
 
 SIZE = (32, 48)
 

@@ -13,8 +13,8 @@ import fsspec
 import pytest
 from answering import Clock, answering
 
-from dattrain.data.answers import asked_to_wait
-from dattrain.data.transfer import Refused, Transfer
+from dattrain.data.source.download import Refused, Transfer
+from dattrain.data.source.server_errors import asked_to_wait
 from dattrain.errors import UserError
 
 SECRET = "hunter2"

@@ -13,10 +13,10 @@ import pytest
 from pictures import encode, write_tar
 from PIL import Image
 
-from dattrain.cli import main
-from dattrain.data import tar
-from dattrain.data.dataset import BadSample, open_dataset
-from dattrain.data.indexing import build, index_shards
+from dattrain.cli.main import main
+from dattrain.data.source import tar
+from dattrain.data.source.build_index import build, index_shards
+from dattrain.data.source.dataset import BadSample, open_dataset
 from dattrain.errors import UserError
 
 PICTURES = [("0.jpg", b"zero"), ("0.cls", b"0"), ("1.jpg", b"first"), ("1.cls", b"1")]

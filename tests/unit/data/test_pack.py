@@ -18,12 +18,12 @@ import pytest
 from pictures import encode, write_tar
 from PIL import Image
 
-from dattrain.data import images
-from dattrain.data.dataset import open_dataset
-from dattrain.data.index import read_index
-from dattrain.data.indexing import build, index_shards
-from dattrain.data.pack import Options, pack
-from dattrain.data.sources import open_source
+from dattrain.data.decode import images
+from dattrain.data.prepare.pack import Options, pack
+from dattrain.data.prepare.sources import open_source
+from dattrain.data.source.build_index import build, index_shards
+from dattrain.data.source.dataset import open_dataset
+from dattrain.data.source.index import read_index
 from dattrain.errors import UserError
 
 

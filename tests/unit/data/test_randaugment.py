@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from timm.data import auto_augment as timm_aa
 
-from dattrain.data.randaugment import OPERATIONS, Op, Policy, apply, arguments, draw, parse
+from dattrain.data.augment.randaugment import OPERATIONS, Op, Policy, apply, arguments, draw, parse
 from dattrain.errors import ConfigError
 
 TIMM = {

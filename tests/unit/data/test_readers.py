@@ -13,8 +13,8 @@ import torch
 from pictures import write_tar
 
 from dattrain.config.schema import Config
-from dattrain.data.indexing import index_shards
 from dattrain.data.loader import train_loader
+from dattrain.data.source.build_index import index_shards
 from dattrain.errors import ConfigError, UserError
 
 CPU = torch.device("cpu")

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from faulty import FAULTS, serving, write_shards
 
-from dattrain.data.cache import Cache
-from dattrain.data.dataset import ShardDataset
-from dattrain.data.listing import expand_remote, parse_hub_info
-from dattrain.data.remote import open_remote
-from dattrain.data.transfer import Transfer
+from dattrain.data.source.dataset import ShardDataset
+from dattrain.data.source.disk_cache import Cache
+from dattrain.data.source.download import Transfer
+from dattrain.data.source.listing import expand_remote, parse_hub_info
+from dattrain.data.source.remote import open_remote
 from dattrain.errors import ConfigError, UserError
 
 FORK = multiprocessing.get_context("fork")

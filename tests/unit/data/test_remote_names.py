@@ -13,11 +13,11 @@ import pytest
 from answering import Clock, answering, file
 from faulty import write_shards
 
-from dattrain import cli
-from dattrain.data.dataset import ShardDataset, open_dataset
-from dattrain.data.listing import expand_remote, is_remote
-from dattrain.data.remote import open_remote
-from dattrain.data.transfer import Refused, Transfer
+from dattrain.cli import main as cli
+from dattrain.data.source.dataset import ShardDataset, open_dataset
+from dattrain.data.source.download import Refused, Transfer
+from dattrain.data.source.listing import expand_remote, is_remote
+from dattrain.data.source.remote import open_remote
 from dattrain.errors import UserError
 
 SECRET = "hunter2%2Fand+more%3D"
@@ -314,7 +314,7 @@ class TestVerbs:
 def shards(tmp_path, jpegs):
     from pictures import write_tar
 
-    from dattrain.data.indexing import index_shards
+    from dattrain.data.source.build_index import index_shards
 
     folder = tmp_path / "images"
     folder.mkdir()

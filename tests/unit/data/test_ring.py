@@ -11,7 +11,7 @@ import torch
 from dattrain.config.schema import Config
 from dattrain.data.classes import Classes
 from dattrain.data.loader import eval_loader, train_loader
-from dattrain.data.ring import Ring
+from dattrain.data.shared_buffer import Ring
 
 CPU = torch.device("cpu")
 

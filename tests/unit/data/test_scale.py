@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dattrain.data import tar
-from dattrain.data.index import Entry, ShardIndex, index_path, write_catalogue
 from dattrain.data.order import Order
+from dattrain.data.source import tar
+from dattrain.data.source.index import Entry, ShardIndex, index_path, write_catalogue
 
 SHARDS, SAMPLES, CLASSES = 8192, 14_200_000, 21_841
 LANES, WORLD, RANK, BATCH = 64, 256, 37, 4096

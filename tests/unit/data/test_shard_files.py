@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from pictures import write_tar
 
-from dattrain.data import tar
-from dattrain.data.dataset import BadSample, ShardDataset, open_dataset
-from dattrain.data.index import (
+from dattrain.data.source import tar
+from dattrain.data.source.build_index import build, index_shards
+from dattrain.data.source.dataset import BadSample, ShardDataset, open_dataset
+from dattrain.data.source.index import (
     NO_LABEL,
     Entry,
     ShardIndex,
@@ -23,8 +24,7 @@ from dattrain.data.index import (
     read_index,
     write_catalogue,
 )
-from dattrain.data.indexing import build, index_shards
-from dattrain.data.shards import expand
+from dattrain.data.source.shards import expand
 from dattrain.errors import UserError
 
 
@@ -289,7 +289,7 @@ def test_patterns(make_shards, tmp_path):
 
 
 def test_reading_is_bounded_in_open_files(make_shards):
-    from dattrain.data.shards import LocalSource, open_local
+    from dattrain.data.source.shards import LocalSource, open_local
 
     folder = make_shards((2,) * 12)
     shards = open_local(expand(str(folder)))

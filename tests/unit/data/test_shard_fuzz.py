@@ -20,18 +20,18 @@ import pytest
 from pictures import encode
 from PIL import Image
 
-from dattrain import cli
-from dattrain.data import tar
-from dattrain.data.dataset import BadSample, Dataset, open_dataset
-from dattrain.data.folders import FolderDataset
-from dattrain.data.index import ShardIndex, index_path
-from dattrain.data.indexing import index_shards
+from dattrain.cli import main as cli
 from dattrain.data.order import Order
-from dattrain.data.pack import Options, pack
-from dattrain.data.shards import expand
-from dattrain.data.sources import open_source
-from dattrain.data.stats import measure
-from dattrain.data.verify import verify
+from dattrain.data.prepare.pack import Options, pack
+from dattrain.data.prepare.sources import open_source
+from dattrain.data.prepare.stats import measure
+from dattrain.data.prepare.verify import verify
+from dattrain.data.source import tar
+from dattrain.data.source.build_index import index_shards
+from dattrain.data.source.dataset import BadSample, Dataset, open_dataset
+from dattrain.data.source.folders import FolderDataset
+from dattrain.data.source.index import ShardIndex, index_path
+from dattrain.data.source.shards import expand
 from dattrain.errors import UserError
 
 ODD = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dattrain.data.cache import Cache, Unwritable
+from dattrain.data.source.disk_cache import Cache, Unwritable
 from dattrain.errors import UserError
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes other users' places")
@@ -154,8 +154,8 @@ def test_a_shard_is_indexed_although_its_cache_may_not_be_written(tmp_path, monk
     from answering import Clock, answering, file
     from faulty import write_shards
 
-    from dattrain.data.remote import open_remote
-    from dattrain.data.transfer import Transfer
+    from dattrain.data.source.download import Transfer
+    from dattrain.data.source.remote import open_remote
 
     write_shards(tmp_path / "set", shards=1, samples=4)
     with answering(lambda asked: file(tmp_path / "set", asked)) as (url, _):

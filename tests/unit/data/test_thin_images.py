@@ -13,15 +13,15 @@ from pictures import encode, write_tar
 from PIL import Image
 
 from dattrain.config.schema import Augment, Data
-from dattrain.data.augment import draw, eval_geometry
-from dattrain.data.cpu import CpuDecoder, EvalTransform
-from dattrain.data.dataset import open_dataset
+from dattrain.data.augment.cpu_transforms import eval_image, resize, resize_window, train_image
+from dattrain.data.augment.plan import draw, eval_geometry
+from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
+from dattrain.data.decode.images import decode
 from dattrain.data.feed import EvalFeed, fetch
-from dattrain.data.images import decode
-from dattrain.data.indexing import index_shards
-from dattrain.data.transforms import eval_image, resize, resize_window, train_image
-from dattrain.tools import pictures
-from dattrain.tools.weights import Card
+from dattrain.data.source.build_index import index_shards
+from dattrain.data.source.dataset import open_dataset
+from dattrain.pretrained import preprocess
+from dattrain.pretrained.weights import Card
 
 SIZE = (224, 224)
 THIN = [(1, 16_384), (16_384, 1), (2, 16_384), (7, 3_000)]
@@ -57,7 +57,7 @@ def test_memory_in_evaluation_is_of_the_order_of_the_crop(hw, policy):
     data = encode(ramp(*hw), "PNG")
     with peak_below(32):
         eval_image(decode(data), SIZE, out, policy=policy, crop_pct=0.875, interpolation="bicubic")
-        prepared = pictures.prepare(decode(data), Card("dat_atto", 2, SIZE, resize=policy))
+        prepared = preprocess.prepare(decode(data), Card("dat_atto", 2, SIZE, resize=policy))
     assert torch.equal(prepared.permute(1, 2, 0), out)
     assert abs(int(out[112, 112, 0]) - 120) <= 1
 
@@ -103,7 +103,7 @@ def test_ordinary_images_are_evaluated_as_ever(photo, hw, policy):
 @pytest.mark.parametrize("policy", ["shorter", "squash"])
 def test_dali_crops_first_too(tmp_path, policy):
     pytest.importorskip("nvidia.dali")
-    from dattrain.data.dali import DaliDecoder
+    from dattrain.data.decode.dali import DaliDecoder
 
     members = []
     for i, hw in enumerate([*THIN, (30, 500), (500, 30)]):

@@ -9,10 +9,10 @@ from torchvision.transforms import functional as tvf
 from torchvision.transforms.v2 import functional as tv2
 
 from dattrain.config.schema import Augment
-from dattrain.data import randaugment
-from dattrain.data.augment import crop_box, draw
-from dattrain.data.images import decode, decode_pillow
-from dattrain.data.transforms import eval_image, train_image
+from dattrain.data.augment import randaugment
+from dattrain.data.augment.cpu_transforms import eval_image, train_image
+from dattrain.data.augment.plan import crop_box, draw
+from dattrain.data.decode.images import decode, decode_pillow
 
 SIZE = (64, 96)
 PLAIN = Augment(randaugment=None, color_jitter=0)

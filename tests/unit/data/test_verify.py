@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from dattrain.cli import main
+from dattrain.cli.main import main
 
 
 def test_good_shards_and_folders_pass(make_shards, tmp_path, jpegs, capsys):
@@ -102,9 +102,9 @@ def test_shards_written_class_by_class_are_warned_of(tmp_path, jpegs, capsys):
 
 
 def test_measured_sizes_are_right(make_shards, jpegs):
-    from dattrain.data.dataset import open_dataset
-    from dattrain.data.images import size
-    from dattrain.data.stats import measure
+    from dattrain.data.decode.images import size
+    from dattrain.data.prepare.stats import measure
+    from dattrain.data.source.dataset import open_dataset
 
     stats = measure(open_dataset(str(make_shards())), limit=None)
     expected = [size(jpegs[i % len(jpegs)]) for i in range(49)]

@@ -19,7 +19,7 @@ from torch._C import _error_if_any_worker_fails
 from dattrain.config.schema import Config
 from dattrain.data.board import Board, note
 from dattrain.data.classes import Classes
-from dattrain.data.cpu import CpuDecoder
+from dattrain.data.decode.cpu import CpuDecoder
 from dattrain.data.fork import kept
 from dattrain.data.loader import eval_loader, train_loader
 from dattrain.data.workers import Workers

@@ -8,12 +8,12 @@ from dattrain.config.load import dump, loads
 from dattrain.data import identity
 from dattrain.data.classes import Classes
 from dattrain.data.classes import write as write_classes
-from dattrain.data.index import Entry
-from dattrain.data.shards import Shards
-from dattrain.engine import fixed
+from dattrain.data.source.index import Entry
+from dattrain.data.source.shards import Shards
+from dattrain.engine import resume_rules
 from dattrain.errors import ConfigError, UserError
-from dattrain.state.checkpoint import Manifest
-from dattrain.state.shards import Digest
+from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.rank_file import Digest
 
 RECIPE = "model: {img_size: [64, 96], overrides: {offsets: false}}\ndata: {train: /data/train}\n"
 CLASSES = Classes(3, ("ant", "bee", "cow"), "data.train=/data/train")
@@ -36,7 +36,10 @@ def checkpoint(run, step, meta):
 def run(tmp_path):
     """A run with two checkpoints, of which the newer one is of this recipe."""
     config = loads(RECIPE).config
-    meta = {"samples_per_epoch": 384, fixed.META: fixed.record(config, parts(*[64] * 6), CLASSES)}
+    meta = {
+        "samples_per_epoch": 384,
+        resume_rules.META: resume_rules.record(config, parts(*[64] * 6), CLASSES),
+    }
     checkpoint(tmp_path, 10, {})
     checkpoint(tmp_path, 20, json.loads(json.dumps(meta)))
     (tmp_path / "config.yaml").write_text(dump(config))
@@ -62,7 +65,7 @@ def test_an_edited_config_is_refused_as_the_command_line_is(run, key, was, now):
         RECIPE.replace("{offsets: false}", "{}") if now == {} else RECIPE, [f"{key}={now}"]
     ).config
     with pytest.raises(ConfigError, match=r"this recipe says") as error:
-        fixed.check_settings(run, changed, *fixed.newest(run))
+        resume_rules.check_settings(run, changed, *resume_rules.newest(run))
     value = tuple(now) if isinstance(now, list) else now
     assert f"has checkpoints of {key}={was} (step_00000020), but this recipe says {key}={value}" in str(
         error.value
@@ -71,58 +74,58 @@ def test_an_edited_config_is_refused_as_the_command_line_is(run, key, was, now):
     with pytest.raises(
         ConfigError, match=r"config\.yaml says .* Put it back, or choose another --run folder"
     ):
-        fixed.check_settings(run, changed, *fixed.newest(run))
+        resume_rules.check_settings(run, changed, *resume_rules.newest(run))
     (run / "config.yaml").unlink()
     with pytest.raises(ConfigError):
-        fixed.check_settings(run, changed, *fixed.newest(run))
+        resume_rules.check_settings(run, changed, *resume_rules.newest(run))
 
 
 def test_what_may_change_may_even_where_the_file_is_gone(run):
     (run / "config.yaml").write_text("no: [yaml")
     free = ["train.max_steps=9", "optim.lr=1", "data.train=/moved", "train.micro_batch=8", "zero.stage=1"]
-    fixed.check_settings(run, loads(RECIPE, free).config, *fixed.newest(run))
+    resume_rules.check_settings(run, loads(RECIPE, free).config, *resume_rules.newest(run))
 
 
 def test_old_checkpoints_are_compared_with_the_file_and_that_is_said(run, caplog):
     caplog.set_level("INFO")
     name, meta = "step_00000010", {}
-    fixed.check_settings(run, loads(RECIPE).config, name, meta)
+    resume_rules.check_settings(run, loads(RECIPE).config, name, meta)
     assert (
         f"step_00000010 records no settings; they are compared with {run / 'config.yaml'}" in caplog.messages
     )
     with pytest.raises(
         ConfigError, match=r"train\.seed=0 \(config\.yaml\), but this recipe says train\.seed=1"
     ):
-        fixed.check_settings(run, loads(RECIPE, ["train.seed=1"]).config, name, meta)
-    fixed.check_data(run, loads(RECIPE).config, name, meta, parts(1, 2), 3)
+        resume_rules.check_settings(run, loads(RECIPE, ["train.seed=1"]).config, name, meta)
+    resume_rules.check_data(run, loads(RECIPE).config, name, meta, parts(1, 2), 3)
     with pytest.raises(UserError, match=r"384 samples an epoch, now 383"):
-        fixed.check_data(run, loads(RECIPE).config, name, {"samples_per_epoch": 384}, parts(383), 383)
+        resume_rules.check_data(run, loads(RECIPE).config, name, {"samples_per_epoch": 384}, parts(383), 383)
 
 
 def test_the_newest_manifest_that_can_be_read_is_the_judge(run):
     (run / "checkpoints/step_00000030").mkdir()
-    assert fixed.newest(run)[0] == "step_00000020"
+    assert resume_rules.newest(run)[0] == "step_00000020"
     (run / "checkpoints/step_00000020/manifest.json").write_text("{}")
-    assert fixed.newest(run) == ("step_00000010", {})
+    assert resume_rules.newest(run) == ("step_00000010", {})
     (run / "checkpoints/step_00000010/manifest.json").write_text("{}")
-    assert fixed.newest(run) == ("step_00000030", {})
-    assert fixed.newest(run / "checkpoints") is None
+    assert resume_rules.newest(run) == ("step_00000030", {})
+    assert resume_rules.newest(run / "checkpoints") is None
 
 
 def test_data_repacked_with_as_many_samples_is_refused(run):
     config = loads(RECIPE).config
-    fixed.check_data(run, config, *fixed.newest(run), parts(*[64] * 6), 384)
+    resume_rules.check_data(run, config, *resume_rules.newest(run), parts(*[64] * 6), 384)
     with pytest.raises(UserError, match=r"data\.train=/data/train: .* 6 shards of 384 samples, now 4 of 384"):
-        fixed.check_data(run, config, *fixed.newest(run), parts(*[96] * 4), 384)
+        resume_rules.check_data(run, config, *resume_rules.newest(run), parts(*[96] * 4), 384)
 
 
 def test_class_numbers_are_judged_by_the_manifest_and_named_by_the_file(run):
-    name, meta = fixed.newest(run)
+    name, meta = resume_rules.newest(run)
     other = Classes(3, ("ant", "cow", "bee"), "data.train=/data/train")
     write_classes(run, other)
-    fixed.check_classes(run, name, meta, CLASSES)  # the file was edited, the data are the same
+    resume_rules.check_classes(run, name, meta, CLASSES)  # the file was edited, the data are the same
     with pytest.raises(UserError, match="was trained with other class names, or another order of them"):
-        fixed.check_classes(run, name, meta, other)
+        resume_rules.check_classes(run, name, meta, other)
     write_classes(run, CLASSES)
     with pytest.raises(UserError, match="class 1 was 'bee' in this run, and is 'cow'"):
-        fixed.check_classes(run, name, meta, other)
+        resume_rules.check_classes(run, name, meta, other)

@@ -11,9 +11,9 @@ import warm
 from host_waits import fake_cuda
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dattrain.engine.agree import agree
 from dattrain.engine.step import Update
-from dattrain.runtime.preempt import Request
+from dattrain.engine.step_status import agree
+from dattrain.runtime.signals import Request
 
 ROOT = Path(__file__).parents[3]
 
@@ -38,7 +38,7 @@ def test_an_update_never_stops_the_device(update, stage):
 def test_an_update_is_read_once_and_agreed_on_once(update, stage):
     ours = {place: count for place, count in update[f"update-{stage}"].items() if " dattrain/" in place}
     files = [place.split()[1].split(":")[0] for place in ours]
-    assert sorted(files) == ["dattrain/engine/agree.py", "dattrain/engine/step.py"], ours
+    assert sorted(files) == ["dattrain/engine/step_status.py", "dattrain/engine/step.py"], ours
     assert set(ours.values()) == {1}, ours
 
 

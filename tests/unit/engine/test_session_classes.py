@@ -8,7 +8,7 @@ from dattrain.data import classes, labels
 from dattrain.data.classes import Classes
 from dattrain.engine.session import check_same, class_map, source_classes
 from dattrain.errors import ConfigError
-from dattrain.tools import weights
+from dattrain.pretrained import weights
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from dattrain import cli
+from dattrain.cli import main as cli
+from dattrain.cli import plan
 from dattrain.config.derive import check_source
 from dattrain.config.load import loads
 from dattrain.engine.trainer import train
 from dattrain.errors import ConfigError
-from dattrain.tools import plan
 
 BASE = "name: tune\nmodel: {name: dat_atto, img_size: 32}\ntrain: {global_batch: 8, micro_batch: 8}\n"
 REFUSED = r"tune is a fine-tune \({}\).*init.from=RUN_OR_WEIGHTS, for example init.from="

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dattrain.ops.coordinates import start_and_step
+from dattrain.ops.deformable_attention.coordinates import start_and_step
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from attention_cases import Case
 from triton.runtime import interpreter
 
 from dattrain import ops
-from dattrain.ops import triton_attention
+from dattrain.ops.deformable_attention import backend_triton
 
 CASES = {
     "center": Case(batch=1, heads=2, groups=1),
@@ -130,12 +130,12 @@ def check_broken_key() -> None:
 
 def check_some_images_at_a_time() -> None:
     """A batch whose scores' gradient would be too large at once."""
-    before = triton_attention.SCORES_BYTES
-    triton_attention.SCORES_BYTES = 1
+    before = backend_triton.SCORES_BYTES
+    backend_triton.SCORES_BYTES = 1
     try:
         check("image by image", CASES["corner"], torch.float32)
     finally:
-        triton_attention.SCORES_BYTES = before
+        backend_triton.SCORES_BYTES = before
 
 
 def main(full: bool) -> None:

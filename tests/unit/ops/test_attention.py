@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dattrain import ops
 from dattrain.errors import UserError
-from dattrain.ops import blocked, library, native
+from dattrain.ops import native
+from dattrain.ops.deformable_attention import backend_torch, torch_op
 
 needs_native = pytest.mark.skipif(not native.status()[0], reason="no C++ compiler")
 BACKENDS = ["torch", pytest.param("native", marks=needs_native)]
@@ -71,12 +72,12 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=cases(), block=st.sampled_from([1, 700, 1 << 20]))
 def test_values_and_all_gradients_equal_the_equations(case: Case, block: int) -> None:
-    before = blocked.BLOCK_BYTES
-    blocked.BLOCK_BYTES = block
+    before = backend_torch.BLOCK_BYTES
+    backend_torch.BLOCK_BYTES = block
     try:
         assert_same(case)
     finally:
-        blocked.BLOCK_BYTES = before
+        backend_torch.BLOCK_BYTES = before
 
 
 @needs_native
@@ -106,7 +107,7 @@ def test_the_map_of_stage_three(grid: str, backend: str) -> None:
 
 
 def test_whole_steps_use_windows_of_the_table_and_any_step_uses_rows() -> None:
-    from dattrain.ops.bias import Rows, Windows, bias_builder
+    from dattrain.ops.deformable_attention.torch_bias import Rows, Windows, bias_builder
 
     positions = torch.rand(2, 36, 2)
     corner = bias_builder(torch.zeros(2, 11, 11), positions, 6, 6, slice(0, 6), "corner")
@@ -214,7 +215,7 @@ def test_autocast_casts_queries_and_never_positions(small: Case) -> None:
 def test_operator_passes_torchs_checks(small: Case, backend: str) -> None:
     q, k, v, positions, table = small.inputs(torch.float32)
     for bias in (table, None):
-        torch.library.opcheck(library.attention, (q, k, v, positions, bias, 3, 5, "center", 0.3, backend))
+        torch.library.opcheck(torch_op.attention, (q, k, v, positions, bias, 3, 5, "center", 0.3, backend))
 
 
 def test_goes_through_export_checkpointing_and_flop_counting(small: Case) -> None:

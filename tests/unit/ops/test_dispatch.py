@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dattrain.errors import UserError
-from dattrain.ops import backends, deform_attention, dispatch, triton_attention, triton_probe, use_backend
+from dattrain.ops import backends, deform_attention, dispatch, triton_probe, use_backend
+from dattrain.ops.deformable_attention import backend_triton
 
 NO_COMPILER = "Failed to find C compiler."
 
@@ -113,8 +114,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(devices, monkeypatc
 
     monkeypatch.setattr(dispatch, "_failure", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(triton_attention, "forward", launched)
-    monkeypatch.setattr(triton_attention, "backward", launched)
+    monkeypatch.setattr(backend_triton, "forward", launched)
+    monkeypatch.setattr(backend_triton, "backward", launched)
     q, k, v, positions, table = (x.detach() for x in inputs())
     with pytest.raises(NotImplementedError):
         torch.ops.dattrain.deform_attention(q, k, v, positions, table, 2, 2, "center", 0.5, "triton")

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from dattrain.models import VARIANTS, create
-from dattrain.ops import attention, depthwise, dispatch, library, native, sampling, windows
+from dattrain.ops import depthwise, dispatch, native, sampling, windows
+from dattrain.ops.deformable_attention import api, torch_op
 
 WIDE = torch.float64
 NEEDS_NATIVE = pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
@@ -51,7 +52,7 @@ OPERATORS = {
         (leaf(2, 3, 4, 12), leaf(2, 4, 4)),
     ),
     "attention": (
-        lambda *i: library.attention(*i, 2, 3, "center", 0.5, "native")[0],
+        lambda *i: torch_op.attention(*i, 2, 3, "center", 0.5, "native")[0],
         (leaf(1, 2, 6, 4), leaf(1, 2, 5, 4), leaf(1, 2, 5, 4), leaf(1, 1, 5, 2), leaf(2, 3, 5)),
     ),
 }
@@ -155,7 +156,7 @@ class TestWhereTheLibraryIsKept:
 
 def test_the_choice_is_made_before_the_operator(no_library, monkeypatch):
     chosen = []
-    monkeypatch.setattr(attention.library, "attention", lambda *i: chosen.append(i[-1]) or (i[0], None))
+    monkeypatch.setattr(api.library, "attention", lambda *i: chosen.append(i[-1]) or (i[0], None))
     q, positions = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 2)
-    attention.deform_attention(q, q, q, positions, None, height=2, width=2)
+    api.deform_attention(q, q, q, positions, None, height=2, width=2)
     assert chosen == ["torch"]

@@ -32,7 +32,7 @@ def declared() -> set[str]:
 
 
 def test_every_import_is_declared():
-    top = {module.split(".")[0] for path in FILES for module, _ in imported(path)}
+    top = {module.split(".")[0] for path in FILES for module in imported(path)}
     foreign = top - set(sys.stdlib_module_names) - {"dattrain", "__future__"} - OPTIONAL
     assert {NAMES.get(name, name).lower().replace("_", "-") for name in foreign} <= declared() | {"triton"}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dattrain.cli import VERBS
-from dattrain.tools.bench import SUBVERBS
+from dattrain.cli.bench import SUBVERBS
+from dattrain.cli.main import VERBS
 
 ROOT = Path(__file__).parents[3]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "launch").rglob("*.md")])

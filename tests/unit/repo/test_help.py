@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from dattrain.cli import VERBS
+from dattrain.cli.main import VERBS
 
 ASSET = Path(__file__).parents[2] / "assets" / "help"
 
 
 def help_of(*words: str) -> str:
-    code = "import sys; from dattrain.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from dattrain.cli.main import main; sys.exit(main(sys.argv[1:]))"
     env = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "PYTHON_COLORS": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code, *words, "--help"], capture_output=True, text=True, env=env

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from dattrain.errors import UserError
-from dattrain.runtime.env import FIRST_PORT, PORTS, configure, first_host, port_of, process_group, resolve
+from dattrain.runtime.environment import (
+    FIRST_PORT,
+    PORTS,
+    configure,
+    first_host,
+    port_of,
+    process_group,
+    resolve,
+)
 
 SLURM = {
     "SLURM_JOB_ID": "77",

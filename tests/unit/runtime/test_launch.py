@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from dattrain.runtime.launch import launch
-from dattrain.runtime.preempt import REQUEUE
+from dattrain.runtime.signals import REQUEUE
+from dattrain.runtime.spawn import launch
 
 
 def script(tmp_path, body):
@@ -31,7 +31,7 @@ def test_exit_codes(tmp_path, body, code):
 
 
 def test_a_rank_that_dies_takes_the_others_down(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("dattrain.runtime.launch.GRACE_S", 0.2)
+    monkeypatch.setattr("dattrain.runtime.spawn.GRACE_S", 0.2)
     body = "open(f'{sys.argv[0]}.{rank}', 'w').write(str(os.getpid()))\nif rank == 1: os.kill(os.getpid(), 9)\ntime.sleep(600)"
     assert launch(script(tmp_path, body), 2) == 128 + 9
     assert "rank 1 was killed by SIGKILL" in capfd.readouterr().err
@@ -39,7 +39,7 @@ def test_a_rank_that_dies_takes_the_others_down(tmp_path, monkeypatch, capfd):
         os.kill(int((tmp_path / "rank.py.0").read_text()), 0)
 
 
-LAUNCHER = "import sys\nfrom dattrain.runtime.launch import launch\nsys.exit(launch(sys.argv[1:], 2))"
+LAUNCHER = "import sys\nfrom dattrain.runtime.spawn import launch\nsys.exit(launch(sys.argv[1:], 2))"
 
 
 def started(tmp_path, body):

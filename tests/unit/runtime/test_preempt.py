@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from dattrain.runtime.preempt import Preemption, Request
+from dattrain.runtime.signals import Preemption, Request
 
 
 @pytest.fixture

@@ -6,9 +6,8 @@ import stat
 import pytest
 
 from dattrain.errors import UserError
-from dattrain.runtime import env as environment
-from dattrain.runtime import preflight
-from dattrain.runtime.env import Env
+from dattrain.runtime import environment, preflight
+from dattrain.runtime.environment import Env
 
 
 def env(**changes):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from dattrain.state import checkpoint, shards
 from dattrain.state.background import HostBuffer, image_of
-from dattrain.state.checkpoint import Manifest, Parameter
-from dattrain.state.shards import Piece
+from dattrain.state.format import checkpoint, rank_file
+from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.rank_file import Piece
 
 SHAPES = {"stem.weight": (40, 3, 7, 7), "stem.bias": (40,), "head.weight": (1000, 300), "head.bias": (11,)}
 
@@ -22,16 +22,16 @@ def values(seed: int = 0) -> dict[str, torch.Tensor]:
     return {f"{s}/{n}": torch.randn(shape, generator=g) for s in states for n, shape in SHAPES.items()}
 
 
-def write_shard(path: Path, tensors: dict[Piece, torch.Tensor]) -> shards.Digest:
+def write_shard(path: Path, tensors: dict[Piece, torch.Tensor]) -> rank_file.Digest:
     """A shard of flat tensors."""
-    layout = shards.layout(tensors)
+    layout = rank_file.layout(tensors)
     host = HostBuffer(pinned=False).take(layout.size)
     image = image_of(host)
     image[: len(layout.header)] = layout.header
     for piece, at in zip(layout.pieces, layout.offsets):
         if piece.nbytes:
             host[at : at + piece.nbytes].copy_(tensors[piece].contiguous().reshape(-1).view(torch.uint8))
-    return shards.write(path, image, len(layout.header))
+    return rank_file.write(path, image, len(layout.header))
 
 
 def make(root: Path, step: int = 1, world: int = 2, seed: int = 0, **fields: object) -> Path:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dattrain.state.background import Copy, HostBuffer, OneInFlight, SideCopy, image_of
-from dattrain.state.fragments import _shares, lerp_ema, read, write
-from dattrain.state.shards import PAGE
+from dattrain.state.format.rank_file import PAGE
+from dattrain.state.partition import _shares, lerp_ema, read, write
 
 
 def test_a_failure_is_told_once_and_never_lost():

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from state_fakes import make, values
 
-from dattrain.errors import UserError
-from dattrain.state import checkpoint, gather
-from dattrain.state.checkpoint import Manifest, Parameter
-from dattrain.state.shards import BLOCK, Damaged, Digest
+from dattrain.errors import Damaged, UserError
+from dattrain.state import gather
+from dattrain.state.format import checkpoint
+from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.rank_file import BLOCK, Digest
 
 
 def simple(**fields):

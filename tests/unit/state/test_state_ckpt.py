@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from state_fakes import make
 
 import dattrain.models  # noqa: F401  (registers with timm)
-from dattrain.cli import main
+from dattrain.cli.main import main
 from dattrain.config.load import dump
 from dattrain.config.schema import Checkpoint, Config, Model
 from dattrain.models import zoo
 from dattrain.runtime import owner
-from dattrain.state import checkpoint, offline
-from dattrain.state.checkpoint import Manifest, Parameter
-from dattrain.state.shards import Piece
+from dattrain.state.convert import offline
+from dattrain.state.format import checkpoint
+from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.rank_file import Piece
 
 
 @pytest.fixture

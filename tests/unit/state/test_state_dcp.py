@@ -18,16 +18,18 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from dattrain.cli import main
+from dattrain.cli.main import main
 from dattrain.config.load import dump
 from dattrain.config.schema import Config, Model, Optim
 from dattrain.engine import optim
 from dattrain.errors import UserError
 from dattrain.models import zoo
-from dattrain.state import checkpoint, dcp_read, dcp_store, dcp_write, gather, offline
-from dattrain.state.checkpoint import Manifest, Parameter
-from dattrain.state.dcp_store import Chunk
-from dattrain.state.shards import Piece
+from dattrain.state import gather
+from dattrain.state.convert import dcp_read, dcp_store, dcp_write, offline
+from dattrain.state.convert.dcp_store import Chunk
+from dattrain.state.format import checkpoint
+from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.rank_file import Piece
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

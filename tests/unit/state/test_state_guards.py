@@ -13,11 +13,12 @@ from state_fakes import make
 from dattrain.config.schema import Checkpoint, Config, Model, Train
 from dattrain.errors import UserError
 from dattrain.runtime import claims, owner
-from dattrain.state import checkpoint, fragments, retention, shards
-from dattrain.state.checkpoint import Manifest, Parameter
+from dattrain.state import partition
 from dattrain.state.checkpointer import Checkpointer, describe
-from dattrain.state.retention import Policy
-from dattrain.state.shards import Piece
+from dattrain.state.format import checkpoint, rank_file, retention
+from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.rank_file import Piece
+from dattrain.state.format.retention import Policy
 
 
 @pytest.mark.parametrize(
@@ -27,17 +28,17 @@ from dattrain.state.shards import Piece
 def test_deepspeed_must_be_new_enough(monkeypatch, version, good):
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(__version__=version))
     if good:
-        fragments._require_version()
+        partition._require_version()
     else:
         with pytest.raises(UserError, match=f"deepspeed {version} is installed.*0.19.8"):
-            fragments._require_version()
+            partition._require_version()
 
 
 @pytest.mark.parametrize("where", ["swap_optimizer", "params_in_nvme_and_cpu"])
 def test_state_in_swap_files_is_refused(where):
     with pytest.raises(UserError, match="nvme cannot be checkpointed.*device: cpu"):
-        fragments._refuse_nvme(SimpleNamespace(**{where: True}))
-    fragments._refuse_nvme(SimpleNamespace(**{where: False}))
+        partition._refuse_nvme(SimpleNamespace(**{where: True}))
+    partition._refuse_nvme(SimpleNamespace(**{where: False}))
 
 
 def test_the_recipe_sets_policy_and_description(tmp_path):
@@ -66,7 +67,7 @@ class _Copied:
 
 def _save(keeper, step):
     """What the thread of a save does, of a state of one tensor."""
-    layout = shards.layout([Piece("param", "w", 0, 4)])
+    layout = rank_file.layout([Piece("param", "w", 0, 4)])
     image = memoryview(bytearray(layout.size))
     image[: len(layout.header)] = layout.header
     manifest = Manifest(step, step, 1, 0, "fp32", ("param",), {"w": Parameter((4,))})

@@ -12,8 +12,9 @@ from many_ranks import Group, Local, counted, write
 from state_fakes import write_shard
 
 from dattrain.errors import UserError
-from dattrain.state import checkpoint, checkpointer, gather, retention
-from dattrain.state.shards import Piece
+from dattrain.state import checkpointer, gather
+from dattrain.state.format import checkpoint, retention
+from dattrain.state.format.rank_file import Piece
 
 SHAPES = {"stem.weight": (48, 3, 4, 4), "stem.bias": (48,), "odd": (7,), "fc.weight": (300, 501), "scale": ()}
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from state_fakes import make
 
-from dattrain.state import checkpoint, retention
-from dattrain.state.checkpoint import Entry, Manifest
-from dattrain.state.retention import Policy, doomed, kept
+from dattrain.state.format import checkpoint, retention
+from dattrain.state.format.checkpoint import Entry, Manifest
+from dattrain.state.format.retention import Policy, doomed, kept
 
 
 def entry(step, *, epoch=None, whole=True, pinned=False, **metrics):

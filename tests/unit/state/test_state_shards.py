@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from state_fakes import write_shard
 
-from dattrain.state import shards
-from dattrain.state.ahead import Span, read_ahead
-from dattrain.state.shards import BLOCK, Damaged, Piece, Reader, layout
+from dattrain.errors import Damaged
+from dattrain.state.format import rank_file
+from dattrain.state.format.prefetch import Span, read_ahead
+from dattrain.state.format.rank_file import BLOCK, Piece, Reader, layout
 
 
 def sample(seed=0, big=BLOCK // 4 * 2 + 123):
@@ -41,7 +42,7 @@ def test_the_safetensors_library_reads_what_we_write(tmp_path):
 
 def test_every_tensor_is_aligned_and_the_file_has_no_holes():
     made = layout(sample())
-    assert len(made.header) % shards.PAGE == 0
+    assert len(made.header) % rank_file.PAGE == 0
     at = len(made.header)
     for piece, offset in zip(made.pieces, made.offsets):
         assert offset == at
@@ -57,33 +58,40 @@ def test_digest_is_crc32_of_each_mebibyte(tmp_path):
     assert digest.size == len(data)
     for i in range(0, len(data), BLOCK):
         assert digest.block(i // BLOCK) == f"{zlib.crc32(data[i : i + BLOCK]):08x}"
-    assert shards.Digest.from_json(digest.to_json()) == digest
+    assert rank_file.Digest.from_json(digest.to_json()) == digest
 
 
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize(
-    "size", [shards.PAGE, shards.PAGE + 1, shards.CHUNK, shards.CHUNK + shards.PAGE - 1, 3 * BLOCK + 5]
+    "size",
+    [
+        rank_file.PAGE,
+        rank_file.PAGE + 1,
+        rank_file.CHUNK,
+        rank_file.CHUNK + rank_file.PAGE - 1,
+        3 * BLOCK + 5,
+    ],
 )
 def test_write_of_any_length_is_exact(tmp_path, direct, size):
     import mmap
 
     area = mmap.mmap(-1, size)
     area[:] = os.urandom(size)
-    digest = shards.write(tmp_path / "x", memoryview(area), 8, direct=direct)
+    digest = rank_file.write(tmp_path / "x", memoryview(area), 8, direct=direct)
     assert (tmp_path / "x").read_bytes() == area[:]
-    assert digest.blocks == shards.checksums(memoryview(area))
+    assert digest.blocks == rank_file.checksums(memoryview(area))
 
 
 def test_write_does_not_overwrite(tmp_path):
     (tmp_path / "x").write_text("mine")
     with pytest.raises(FileExistsError):
-        shards.write(tmp_path / "x", memoryview(bytearray(10)), 8)
+        rank_file.write(tmp_path / "x", memoryview(bytearray(10)), 8)
     assert (tmp_path / "x").read_text() == "mine"
 
 
 def test_unaligned_memory_is_written_too(tmp_path):
-    data = memoryview(bytearray(os.urandom(3 * shards.PAGE)))[1:]
-    shards.write(tmp_path / "x", data, 8)
+    data = memoryview(bytearray(os.urandom(3 * rank_file.PAGE)))[1:]
+    rank_file.write(tmp_path / "x", data, 8)
     assert (tmp_path / "x").read_bytes() == bytes(data)
 
 
@@ -110,9 +118,9 @@ def test_reading_ahead_reads_every_block_once_and_in_pieces_of_at_most_one(tmp_p
     files = [(tmp_path / f"x{i}", d) for i, d in enumerate(digests)]
     data = [p.read_bytes() for p, _ in files]
     seen = []
-    real = shards.read_block
+    real = rank_file.read_block
     monkeypatch.setattr(
-        shards,
+        rank_file,
         "read_block",
         lambda fd, path, d, i, **k: seen.append((path.name, i)) or real(fd, path, d, i, **k),
     )
@@ -190,7 +198,7 @@ def test_a_header_that_points_outside_the_file_is_refused(tmp_path):
     write_shard(path, {Piece("param", "a", 0, 4): torch.ones(4)})
     data = path.read_bytes().replace(b'"data_offsets":[0,16]', b'"data_offsets":[8,24]')
     path.write_bytes(data)
-    lying = shards.Digest(len(data), shards.PAGE, shards.checksums(memoryview(data)))
+    lying = rank_file.Digest(len(data), rank_file.PAGE, rank_file.checksums(memoryview(data)))
     with Reader(path, lying) as reader, pytest.raises(Damaged, match="outside the file"):
         reader.pieces()
 
@@ -203,7 +211,7 @@ def test_a_foreign_header_is_refused(tmp_path, header):
     text = header.ljust(64)
     data = len(text).to_bytes(8, "little") + text + bytes(4)
     (tmp_path / "x").write_bytes(data)
-    digest = shards.Digest(len(data), 8 + len(text), shards.checksums(memoryview(data)))
+    digest = rank_file.Digest(len(data), 8 + len(text), rank_file.checksums(memoryview(data)))
     with Reader(tmp_path / "x", digest) as reader, pytest.raises(Damaged):
         reader.pieces()
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from dattrain.cli import main
+from dattrain.cli import cancel
+from dattrain.cli.main import main
 from dattrain.errors import UserError
 from dattrain.runtime import owner
-from dattrain.submit import after, history, launch, local, queue, report, request
+from dattrain.submit import dependency, history, local, queue, request, run_status, submission
 from dattrain.submit.request import Request
-from dattrain.tools import cancel
 
 RECIPE = "name: demo\ntrain: {global_batch: 64, micro_batch: 8}\ndata: {train: shards}\n"
 
@@ -82,16 +82,16 @@ def test_it_has_no_jobs(
 ) -> None:  # fmt: skip
     if old:
         forget_where(run)
-    assert launch.active(run) == ("12", "RUNNING")
+    assert submission.active(run) == ("12", "RUNNING")
     other = become(run)
     assert main(["cancel", str(other)]) == 0
     assert f"no job to cancel ({word} {run}: " in capsys.readouterr().out
     assert "scancel" not in calls(cluster)
-    one = report.report(other, queue.states(report.jobs_of(other)))
+    one = run_status.report(other, queue.states(run_status.jobs_of(other)))
     assert (one.state, one.job) == ("not submitted", None)
     assert one.why == f"{word} {run}: the jobs submitted there are not this folder's"
     with pytest.raises(UserError, match="neither a job id nor a run folder that was submitted"):
-        after.dependency_on(str(other))
+        dependency.dependency_on(str(other))
     # It is submitted like any other, begins its own books, and its jobs are then its own.
     assert request.run(Request(str(other), cluster="./c.yaml")) == 0
     spec = history.read_spec(other)
@@ -99,16 +99,16 @@ def test_it_has_no_jobs(
     assert [e["event"] for e in history.history(other)] == ["submit"]
     assert history.open_attempt(history.history(other)) is None
     assert history.origin(other) is None
-    assert report.jobs_of(other) == ["13"]
-    assert launch.active(other)[0] is None  # not what job 12 does
+    assert run_status.jobs_of(other) == ["13"]
+    assert submission.active(other)[0] is None  # not what job 12 does
     if become is copied:
-        assert launch.active(run) == ("12", "RUNNING")
+        assert submission.active(run) == ("12", "RUNNING")
 
 
 def test_a_link_to_a_run_is_the_run(cluster: Path, run: Path) -> None:
     new = moved(run)
     run.symlink_to(new)
-    assert launch.active(run) == launch.active(new) == ("12", "RUNNING")
+    assert submission.active(run) == submission.active(new) == ("12", "RUNNING")
     assert history.origin(new) is None
 
 
@@ -130,7 +130,7 @@ def test_of_two_submissions_at_once_one_is_refused(cluster: Path, capsys: pytest
     (cluster / "r.yaml").write_text(RECIPE)
     said: list[str] = []
     both = threading.Barrier(2)
-    reserved = launch.reserved
+    reserved = submission.reserved
 
     def checked(stages: object) -> object:
         both.wait()  # both have found the folder free
@@ -143,7 +143,7 @@ def test_of_two_submissions_at_once_one_is_refused(cluster: Path, capsys: pytest
             said.append(str(error))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "reserved", checked)
+        patch.setattr(submission, "reserved", checked)
         threads = [threading.Thread(target=submit) for _ in range(2)]
         for thread in threads:
             thread.start()
@@ -161,12 +161,12 @@ def test_a_run_that_is_trained_by_hand_is_not_submitted_and_status_says_who_trai
     with owner.take(copy):
         with pytest.raises(UserError, match=f"is being trained by process {os.getpid()} on "):
             request.run(Request(str(copy), cluster="./c.yaml"))
-        one = report.report(copy, {})
+        one = run_status.report(copy, {})
         assert one.state == "running" and one.why.startswith(f"trained by process {os.getpid()} on ")
         main(["cancel", str(copy)])
         assert f"trained by process {os.getpid()} on " in capsys.readouterr().out
     assert "sbatch" not in calls(cluster)
-    assert report.report(copy, {}).state == "not submitted"
+    assert run_status.report(copy, {}).state == "not submitted"
 
 
 def test_cancel_of_a_run_that_slurm_does_not_answer_for_says_so(cluster: Path, run: Path) -> None:
@@ -179,6 +179,6 @@ def test_cancel_of_a_run_that_slurm_does_not_answer_for_says_so(cluster: Path, r
 
 
 def test_what_the_history_has_decided_is_not_asked_of_slurm(cluster: Path, run: Path) -> None:
-    assert report.jobs_of(run) == ["12"]
+    assert run_status.jobs_of(run) == ["12"]
     history.record(run, "end", job="12", reason="finished", action="done")
-    assert report.jobs_of(run) == []
+    assert run_status.jobs_of(run) == []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dattrain.submit import fate
-from dattrain.submit.fate import Fate
+from dattrain.submit import job_state
+from dattrain.submit.job_state import Fate
 
 JOB = "slurmstepd-n1: error: *** JOB 5 ON n1 CANCELLED AT 2026-11-27T06:17:06{} ***\n"
 STEP = "slurmstepd-n1: error: *** STEP 5.0 ON n1 CANCELLED AT 2026-11-27T06:17:06{} ***\n"
@@ -33,7 +33,7 @@ SHOWN = (
     ],
 )
 def test_slurmstepd_says_why_a_job_is_ended(stderr: str, state: str | None) -> None:
-    assert fate.banner(stderr) == state
+    assert job_state.banner(stderr) == state
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_slurmstepd_says_why_a_job_is_ended(stderr: str, state: str | None) -> N
 def test_the_sources_are_put_together(
     stderr: str, shown: str, accounted: str, restart: int, found: Fate
 ) -> None:
-    assert fate.resolve(stderr, shown, accounted, restart) == found
+    assert job_state.resolve(stderr, shown, accounted, restart) == found
 
 
 @pytest.mark.parametrize(
@@ -80,4 +80,4 @@ def test_the_sources_are_put_together(
     ],
 )  # fmt: skip
 def test_the_last_line_that_tells_something(text: str, line: str) -> None:
-    assert fate.last_line(text) == line
+    assert job_state.last_line(text) == line

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import dattrain
 from dattrain.submit import history
-from dattrain.submit.watch import script_for_follow_up
+from dattrain.submit.job_hook import script_for_follow_up
 
 
 def _classify(**changes: Any) -> tuple[str, str, str | None]:
@@ -243,7 +243,7 @@ def test_the_bookkeeper_needs_the_standard_library_alone(tmp_path: Path) -> None
     (tmp_path / "run" / "submit" / "spec.json").write_text(json.dumps({"retries": 3, "requeue": "scontrol"}))
     history.record(tmp_path / "run", "submit", job="5", by="user")
     done = subprocess.run(
-        [sys.executable, "-S", str(tmp_path / "dattrain" / "submit" / "enter.py"), "-m", "dattrain.submit.watch", "begin", str(tmp_path / "run")],
+        [sys.executable, "-S", str(tmp_path / "dattrain" / "submit" / "enter.py"), "-m", "dattrain.submit.job_hook", "begin", str(tmp_path / "run")],
         env={"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n[1-2]", "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True,
     )  # fmt: skip

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from dattrain.config.load import loads
-from dattrain.submit import history, launch, local
+from dattrain.submit import history, local, submission
 from dattrain.submit.cluster import Profile
-from dattrain.submit.launch import Stage
+from dattrain.submit.submission import Stage
 
 TRAINER = """
 import os, signal, time
@@ -60,9 +60,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         run = tmp_path / "run"
         profile = Profile(kind="local", tasks_per_node=2, time="10", environment={"OMP_NUM_THREADS": "1"})
         stage = Stage("t", (run,), (loads("name: t\n"),), profile, "local", (1, 1), 10, **settings)
-        launch.prepare(stage)
+        submission.prepare(stage)
         (run / "submit" / "code" / "dattrain" / "engine" / "trainer.py").write_text(TRAINER)
-        launch.submit(stage)
+        submission.submit(stage)
         runs.append(run)
         return run
 
@@ -99,11 +99,11 @@ def _ends(run: Path) -> list[history.Event]:
 def test_it_trains_in_the_background_and_finishes(start: Callable[..., Path]) -> None:
     run = start()
     assert local.alive(run)
-    assert launch.active(run)[1] == "RUNNING"
+    assert submission.active(run)[1] == "RUNNING"
     _until(lambda: not local.alive(run))
     (end,) = _ends(run)
     assert (end["reason"], end["action"], end["checkpoint"]) == ("finished", "done", 40)
-    assert launch.active(run) == (None, "")
+    assert submission.active(run) == (None, "")
 
 
 def test_a_killed_rank_takes_the_other_along_and_the_run_goes_on(start: Callable[..., Path]) -> None:

@@ -11,12 +11,12 @@ import pytest
 
 from dattrain.config.load import loads
 from dattrain.data.classes import Classes
-from dattrain.data.index import Entry, write_catalogue
-from dattrain.engine import fixed
+from dattrain.data.source.index import Entry, write_catalogue
+from dattrain.engine import resume_rules
 from dattrain.errors import ConfigError, UserError
-from dattrain.state.checkpoint import Manifest
-from dattrain.state.shards import Digest
-from dattrain.submit import launch, request
+from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.rank_file import Digest
+from dattrain.submit import request, submission
 from dattrain.submit.request import Request
 
 
@@ -103,11 +103,11 @@ def test_a_run_folder_is_continued_with_its_own_recipe(home: Path) -> None:
 def test_checkpoints_of_another_run_are_not_continued(home: Path) -> None:
     run = _run_folder(home, "train: {global_batch: 64, micro_batch: 8, seed: 3}\n")
     (stage,) = request.plan(ASKED).stages
-    launch.check_run(run, stage.loaded[0])
+    submission.check_run(run, stage.loaded[0])
     (run / "checkpoints" / "step_00000001").mkdir(parents=True)
     (run / "checkpoints" / "step_00000001" / "manifest.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"train.seed=3 \(config.yaml\), but this recipe says train.seed=0"):
-        launch.check_run(run, stage.loaded[0])
+        submission.check_run(run, stage.loaded[0])
 
 
 def test_a_run_is_continued_as_its_newest_checkpoint_was_trained_and_not_as_its_file_says(home: Path) -> None:
@@ -121,18 +121,18 @@ def test_a_run_is_continued_as_its_newest_checkpoint_was_trained_and_not_as_its_
     text = "train: {global_batch: 64, micro_batch: 8}\ndata: {train: shards}\n"
     run = _run_folder(home, text)
     config = loads(text).config
-    data = fixed.look(config)
+    data = resume_rules.look(config)
     assert data is not None and data[0]["samples"] == 4
     manifest = Manifest(
         1, 64, 1, 0, "fp32", (), {}, files={"rank_00000.safetensors": Digest(100, 8, "0" * 8)},
-        meta={fixed.META: fixed.record(config, data, Classes(1000))},
+        meta={resume_rules.META: resume_rules.record(config, data, Classes(1000))},
     )  # fmt: skip
     (run / "checkpoints" / "step_00000001").mkdir(parents=True)
     (run / "checkpoints" / "step_00000001" / "manifest.json").write_bytes(manifest.render())
 
     def continued() -> None:
         (stage,) = request.plan(replace(ASKED, config=str(run))).stages
-        launch.check_run(run, stage.loaded[0])
+        submission.check_run(run, stage.loaded[0])
 
     continued()
     (run / "config.yaml").write_text(text.replace("{train: shards}", "{train: shards, lanes: 8}"))
@@ -158,12 +158,12 @@ def test_a_folder_that_is_no_run_is_left_alone(home: Path) -> None:
     (home / "notes" / "a.txt").write_text("mine")
     (stage,) = request.plan(ASKED).stages
     with pytest.raises(ConfigError, match="not empty and not a run folder"):
-        launch.check_run(home / "notes", stage.loaded[0])
+        submission.check_run(home / "notes", stage.loaded[0])
 
 
 def _check(changes: Request, speed: float | None = None) -> None:
     for stage in request.plan(changes).stages:
-        launch.check(stage, speed)
+        submission.check(stage, speed)
 
 
 def test_every_number_of_nodes_in_a_range_must_divide_the_batch(home: Path) -> None:
@@ -188,7 +188,7 @@ def test_time_limits_have_room_for_a_step_and_a_save(home: Path) -> None:
 def test_a_measured_speed_is_used_when_a_run_is_continued(home: Path) -> None:
     run = _run_folder(home, "train: {global_batch: 64, micro_batch: 8}\n")
     (run / "metrics.jsonl").write_text('{"step": 1, "images_per_s": 0.5}\n')
-    assert launch.measured(run, 64) == (128.0, None)
+    assert submission.measured(run, 64) == (128.0, None)
     with pytest.raises(ConfigError, match="one step"):
         _check(replace(ASKED, config=str(run), time="3"))
 

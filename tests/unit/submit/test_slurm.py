@@ -56,8 +56,8 @@ export PYTHONPATH="$DATTRAIN_RUN/submit/code${PYTHONPATH:+:$PYTHONPATH}"
 /env/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null || { echo "dattrain: $(hostname) has no \
 Python 3.8 or newer at "/env/bin/python" ($(/env/bin/python -V 2>&1 | head -n 1)); set host_python in the profile to one" >&2; exit 1; }
 trap '' TERM HUP USR1 USR2
-/env/bin/python "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch begin "$DATTRAIN_RUN" || exit $?
-/env/bin/python "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch guard "$DATTRAIN_RUN" &
+/env/bin/python "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.job_hook begin "$DATTRAIN_RUN" || exit $?
+/env/bin/python "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.job_hook guard "$DATTRAIN_RUN" &
 export DATTRAIN_GUARD=$!
 trap : TERM HUP USR1 USR2
 
@@ -69,7 +69,7 @@ srun --unbuffered --output /r/demo/submit/slurm/%j_%t_log.out --error /r/demo/su
 
 # teardown
 DATTRAIN_STATUS=$?; trap '' TERM HUP USR1 USR2
-/env/bin/python "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.watch end "$DATTRAIN_RUN" "$DATTRAIN_STATUS"\
+/env/bin/python "$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py" -m dattrain.submit.job_hook end "$DATTRAIN_RUN" "$DATTRAIN_STATUS"\
 """.replace("\\\n", "")
     )
 

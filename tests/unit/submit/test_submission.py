@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dattrain.errors import UserError
-from dattrain.submit import after, history, request
+from dattrain.submit import dependency, history, request
 from dattrain.submit.request import Request
 
 ASKED = Request("r.yaml", cluster="./c.yaml")
@@ -164,24 +164,24 @@ def test_after_a_run_that_is_over_asks_its_own_history(
 def test_after_a_run_that_goes_on_is_after_its_newest_job(site: Site) -> None:
     site.program("squeue", "echo '7|RUNNING|None|n1'; echo '9|PENDING|Dependency|'")
     run = _run(site, SUBMIT, BEGIN)
-    assert after.dependency_on(run) == ("afterok:7", Path(run))
+    assert dependency.dependency_on(run) == ("afterok:7", Path(run))
     _run(site, {**SUBMIT, "job": "9", "by": "follow-up", "after": "7", "dependency": "afternotok:7"})
-    assert after.dependency_on(run) == ("afterok:7?afterok:9", Path(run))
+    assert dependency.dependency_on(run) == ("afterok:7?afterok:9", Path(run))
     site.program("squeue", "echo '9|RUNNING|None|n1'")  # forgotten: Slurm 23.02 would refuse to wait for it
-    assert after.dependency_on(run) == ("afterok:9", Path(run))
+    assert dependency.dependency_on(run) == ("afterok:9", Path(run))
     _run(site, {"event": "cancel"})
     with pytest.raises(UserError, match="cancelled: by dattrain cancel"):
-        after.dependency_on(run)
+        dependency.dependency_on(run)
 
 
 def test_after_a_run_whose_job_nobody_knows_is_refused_but_in_a_dry_run(site: Site) -> None:
     run = _run(site, SUBMIT, BEGIN)
     with pytest.raises(UserError, match=r"\(unknown: no answer from squeue, sacct or scontrol\)"):
-        after.dependency_on(run)
-    assert after.dependency_on(run, ask=False) == ("afterok:7", Path(run))
+        dependency.dependency_on(run)
+    assert dependency.dependency_on(run, ask=False) == ("afterok:7", Path(run))
     local = _run(site, {**SUBMIT, "job": "local-1"})
     with pytest.raises(UserError, match="on one machine, without Slurm"):
-        after.dependency_on(local)
+        dependency.dependency_on(local)
 
 
 @pytest.mark.parametrize(
@@ -206,11 +206,11 @@ def test_after_a_job_is_after_what_slurm_knows(
     site.program("squeue", squeue)
     site.program("sacct", sacct)
     if expected is None or expected.startswith("afterok"):
-        assert after.dependency_on("7") == (expected, None)
+        assert dependency.dependency_on("7") == (expected, None)
     else:
         with pytest.raises(UserError, match=expected):
-            after.dependency_on("7")
-    assert after.dependency_on("7", ask=False) == ("afterok:7", None)
+            dependency.dependency_on("7")
+    assert dependency.dependency_on("7", ask=False) == ("afterok:7", None)
 
 
 def test_the_default_python_of_the_batch_script_is_the_one_that_submits(site: Site) -> None:

@@ -52,7 +52,7 @@ class Host:
 
     def command(self, *arguments: str) -> list[str]:
         (self.run / "submit" / "spec.json").write_text(json.dumps(self.spec))
-        module = [str(ENTER), "-m", "dattrain.submit.watch"]
+        module = [str(ENTER), "-m", "dattrain.submit.job_hook"]
         return [sys.executable, *module, arguments[0], str(self.run), *arguments[1:]]
 
     def watch(self, *arguments: str, job: str = "5", ignoring: bool = False) -> int:

@@ -1,0 +1,281 @@
+"""``dattrain bench attention``: the deformable core, every backend against the straightforward formulation.
+
+Time forward and forward with backward, and the bytes that autograd keeps in between. The baseline is
+``benchmarks/straightforward.py`` of the source tree, or the reference backend where that is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from dattrain.bench import common
+from dattrain.bench.device import DeviceClock
+from dattrain.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("fp32", "bf16", "fp16")
+BATCHES = {"cpu": (8, 2), "cuda": (128, 32)}
+"""Images at 14 x 14 and at 24 x 24: on CUDA the micro-batches of DAT-T at 224 and of DAT-B at 384 pixels, so that it is the device
+that takes the time and not Python."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sizes default to the third stage at 224 and 384 pixels."""
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[14, 24], metavar="N", help="sides of the map (14 24)"
+    )
+    parser.add_argument(
+        "--batch", type=int, nargs="+", metavar="B", help="images, per size (8 2 on a CPU, 128 32 on CUDA)"
+    )
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--groups", type=int, default=3)
+    parser.add_argument("--dim", type=int, default=32, help="channels of a head")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--grids", nargs="+", choices=("center", "corner"), default=["center", "corner"])
+    parser.add_argument("--passes", nargs="+", choices=("forward", "both"), default=["forward", "both"])
+    parser.add_argument(
+        "--backends", nargs="+", help="of dattrain.ops (default: all that run here but the reference)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="add the straightforward formulation under torch.compile"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    common.add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, write; 0."""
+    import torch
+
+    from dattrain import ops
+
+    device = pick_device(args.device)
+    usual = list(BATCHES[device.type])
+    batches = args.batch or (usual if len(args.sizes) == len(usual) else usual[:1])
+    if len(batches) not in (1, len(args.sizes)):
+        raise UserError(
+            f"--batch has {len(batches)} values for {len(args.sizes)} sizes; give one, or one per size"
+        )
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    running = [status.name for status in ops.backends() if status.available]
+    backends = args.backends or [
+        name
+        for name in running
+        if name != "reference" and name != ("native" if device.type == "cuda" else "triton")
+    ]
+    for name in backends:
+        if name not in running:
+            raise UserError(f"--backends {name}: not available here; there are {', '.join(running)}")
+    plain = straightforward()
+    measurements: list[common.Measurement] = []
+    notes: list[str] = []
+    for size, batch in zip(args.sizes, batches * len(args.sizes) if len(batches) == 1 else batches):
+        for grid in args.grids:
+            for dtype in args.dtypes:
+                # Each case is a graph of its own, and torch keeps a few per function: what came after them would run
+                # uncompiled.
+                torch._dynamo.reset()
+                inputs = draw(size, batch, args.heads, args.groups, args.dim, to_dtype(dtype), device)
+                calls: dict[str, Callable[..., torch.Tensor]] = {}
+                if plain is not None:
+                    calls["straightforward"] = plain.deform_attention
+                    if args.compile:
+                        compiled = try_compile(plain.deform_attention, notes, warm=(inputs, size, grid))
+                        calls |= {"straightforward, compiled": compiled} if compiled else {}
+                else:
+                    calls["reference"] = with_backend(ops.deform_attention, "reference")
+                calls |= {name: with_backend(ops.deform_attention, name) for name in backends}
+                for direction in args.passes:
+                    case = f"{size}x{size} B{batch} {grid} {dtype} {'forward' if direction == 'forward' else 'forward+backward'}"
+                    measurements += measure(
+                        case, calls, inputs, size, grid, direction == "both", args.rounds, notes
+                    )
+    report = common.Report(
+        f"Deformable attention core, {args.heads} heads of {args.dim}, {args.groups} groups",
+        measurements,
+        item="image",
+        notes=notes,
+        machine=common.describe_machine(str(device)),
+    )
+    common.emit(report, args)
+    return 0
+
+
+def measure(
+    case: str,
+    calls: Mapping[str, Callable[..., torch.Tensor]],
+    inputs: tuple[torch.Tensor, ...],
+    size: int,
+    grid: str,
+    backward: bool,
+    rounds: int,
+    notes: list[str],
+    min_seconds: float = 0.05,
+) -> list[common.Measurement]:
+    """The calls in turns, the first the baseline. On CUDA their times are the device's own: see ``DeviceClock``."""
+    steps = {name: step(call, inputs, size, grid, backward) for name, call in calls.items()}
+    batch, device = inputs[0].shape[0], inputs[0].device
+    extra: dict[str, dict[str, float | str | None]] = {}
+    if backward:
+        extra = {
+            name: {"MB kept/image": kept_bytes(call, inputs, size, grid) / 1e6 / batch}
+            for name, call in calls.items()
+        }
+    keywords: dict[str, Any] = {}
+    if device.type == "cuda":
+        clock = DeviceClock(device)
+        steps = {name: clock.timed(one, f"{case}, {name}", notes) for name, one in steps.items()}
+        keywords["clock"] = clock
+    return common.compare(
+        case,
+        steps,
+        baseline=next(iter(calls)),
+        rounds=rounds,
+        min_seconds=min_seconds,
+        items=batch,
+        extra=extra,
+        **keywords,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no CUDA device here; use cpu")
+    # With its index, which ``torch.cuda.set_device`` wants.
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def to_dtype(name: str) -> torch.dtype:
+    """The dtype that a recipe calls so."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def straightforward() -> ModuleType | None:
+    """``benchmarks/straightforward.py`` of the source tree that this package runs from, if it does."""
+    import importlib.util
+
+    import dattrain
+
+    path = Path(dattrain.__file__).parents[1] / "benchmarks" / "straightforward.py"
+    spec = importlib.util.spec_from_file_location("dattrain_straightforward", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        return None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def draw(
+    size: int,
+    batch: int,
+    heads: int,
+    groups: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    keys: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v, positions (the grid moved by up to a pixel), table: leaves that require gradients.
+
+    q, k and v are views of tokens, B x length x heads x d and B x length x 2 x heads x d in memory, as the model makes them.
+
+    Args:
+        size: side of the map of queries, for which the table is laid out.
+        keys: side of the map of keys; that of the queries when None.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    side = keys or size
+    axis = (torch.arange(side) + 0.5) / side * 2 - 1
+    points = (
+        torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1)
+        .view(1, 1, -1, 2)
+        .repeat(batch, groups, 1, 1)
+    )
+    points += (torch.rand(points.shape, generator=generator) * 2 - 1) * 2 / side
+    tokens = torch.randn(batch, size * size, heads, dim, generator=generator).to(device, dtype)
+    pairs = torch.randn(batch, side * side, 2, heads, dim, generator=generator).to(device, dtype)
+    k, v = pairs.permute(2, 0, 3, 1, 4)
+    table = torch.randn(heads, 2 * size - 1, 2 * size - 1, generator=generator) * 0.02
+    leaves = (tokens.transpose(1, 2), k, v, points.to(device), table.to(device))
+    return tuple(x.detach().requires_grad_() for x in leaves)
+
+
+def with_backend(function: Callable[..., torch.Tensor], backend: str) -> Callable[..., torch.Tensor]:
+    """``function`` with that backend."""
+    import functools
+
+    return functools.partial(function, backend=backend)
+
+
+def step(
+    call: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], size: int, grid: str, backward: bool
+) -> Callable[[], Any]:
+    """One turn: forward without gradients, or forward and all gradients."""
+    import torch
+
+    batch, heads, queries, dim = inputs[0].shape
+    tokens = torch.randn(batch, queries, heads, dim, generator=torch.Generator().manual_seed(1))
+    cotangent = tokens.to(inputs[0]).transpose(1, 2)
+
+    def both() -> Any:
+        out = call(*inputs, height=size, width=size, query_grid=grid)
+        return torch.autograd.grad(out, inputs, cotangent)
+
+    @torch.no_grad()
+    def forward() -> Any:
+        return call(*inputs, height=size, width=size, query_grid=grid)
+
+    return both if backward else forward
+
+
+def kept_bytes(
+    call: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], size: int, grid: str
+) -> int:
+    """Bytes of the storages that autograd keeps between forward and backward, each counted once."""
+    import torch
+
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = call(*inputs, height=size, width=size, query_grid=grid)
+    total = sum(kept.values())
+    del out
+    return total
+
+
+def try_compile(
+    function: Callable[..., torch.Tensor], notes: list[str], warm: tuple[tuple[torch.Tensor, ...], int, str]
+) -> Callable[..., torch.Tensor] | None:
+    """Compiled and run once; on failure a line in ``notes`` that says why, and None."""
+    import torch
+
+    compiled = torch.compile(function, dynamic=False, fullgraph=True)
+    inputs, size, grid = warm
+    try:
+        step(compiled, inputs, size, grid, True)()
+    except Exception as error:
+        notes.append(f"torch.compile failed, left out: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return None
+    return compiled

@@ -1,0 +1,181 @@
+"""``dattrain bench checkpoint``: what a save costs the step loop, and how near to the disk's own speed it writes and reads.
+
+Bars: a background save stalls the loop for less than a tenth of a blocking one, and a save moves at least 70% of the bytes
+per second that bare writers of the same number, in the same run, get out of the same disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dattrain.bench.common import Measurement, Report, Spread, add_output_arguments, emit
+from dattrain.errors import UserError
+
+STALL_BAR, BANDWIDTH_BAR = 0.10, 0.70
+Seconds = list[tuple[float, float]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the subverb."""
+    parser.add_argument(
+        "--parameters",
+        type=float,
+        default=200e6,
+        metavar="N",
+        help="of the model (default 200e6; 12 bytes each are saved)",
+    )
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="local ranks that save (default 2)")
+    parser.add_argument(
+        "--load-ranks",
+        type=int,
+        nargs="*",
+        default=[2, 4],
+        metavar="N",
+        help="local ranks that load (default 2 4)",
+    )
+    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage (default 2)")
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=Path("."),
+        metavar="DIR",
+        help="where to write, on the disk to be measured; needs 3x the state",
+    )
+    add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, report; returns 0, also where a bar is missed (the report says so)."""
+    import shutil
+
+    if args.parameters < 1e5 or args.ranks < 1 or any(n < 1 for n in args.load_ranks):
+        raise UserError("--parameters must be at least 1e5, --ranks and --load-ranks at least 1", exit_code=2)
+    if not args.dir.is_dir():
+        raise UserError(f"--dir {args.dir} is no folder", exit_code=2)
+    needed = int(args.parameters * 12 * 3.2)
+    free = shutil.disk_usage(args.dir).free
+    if free < needed:
+        raise UserError(f"--dir {args.dir} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are needed")
+    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.dir) as folder:
+        saved = _ranks(args, Path(folder), "save", args.ranks)
+        loaded = {n: _ranks(args, Path(folder), "load", n) for n in args.load_ranks}
+    emit(_report(args, saved, loaded), args)
+    return 0
+
+
+def _ranks(args: argparse.Namespace, folder: Path, mode: str, ranks: int) -> dict[str, Any]:
+    from dattrain.runtime.spawn import launch
+
+    out, plan = folder / f"{mode}-{ranks}.json", folder / "plan.json"
+    content = {
+        "mode": mode,
+        "folder": str(folder),
+        "out": str(out),
+        "parameters": int(args.parameters),
+        "stage": args.stage,
+        "rounds": args.rounds,
+    }
+    plan.write_text(json.dumps(content))
+    code = launch([sys.executable, "-m", "dattrain.bench.checkpoint_ranks", str(plan)], ranks)
+    if code:
+        raise UserError(f"the ranks of {mode} ended with exit code {code}; what they said is above")
+    return json.loads(out.read_text())
+
+
+def _report(args: argparse.Namespace, saved: dict[str, Any], loaded: dict[int, dict[str, Any]]) -> Report:
+    ranks, size = args.ranks, saved["bytes"]
+    # The disk's own speed is that of whichever bare writer was faster in the round.
+    bare = [min(turns) for turns in zip(saved["dd"], saved["direct"], saved["buffered"])]
+    rows = [
+        *_case(
+            f"step loop waits ({ranks} ranks)",
+            {"blocking save": saved["blocking"], "background save": saved["stall"]},
+            None,
+            {},
+        ),
+        *_case(
+            f"update beside it ({ranks} ranks)",
+            {"no save": saved["update"], "background save": saved["beside"]},
+            None,
+            {},
+        ),
+        *_case(
+            f"state to disk ({ranks} ranks)",
+            {
+                "disk alone (best of these)": bare,
+                "one writer, unbuffered": saved["dd"],
+                "a writer per rank, unbuffered": saved["direct"],
+                "a writer per rank, buffered": saved["buffered"],
+                "blocking save": saved["blocking"],
+                "background save": saved["background"],
+            },
+            size,
+            {"blocking save": saved["peak_bytes"]},
+        ),
+    ]
+    for n, result in loaded.items():
+        rows += _case(
+            f"load on {n} ranks",
+            {
+                "bare read": result["read"],
+                "load, checked": result["checked"],
+                "load, unchecked": result["unchecked"],
+            },
+            result["bytes"],
+            {"load, checked": result["peak_bytes"]},
+        )
+    stall = Spread.of([b[0] / a[0] for a, b in zip(saved["blocking"], saved["stall"])])
+    slowdown = [b[0] - a[0] for a, b in zip(saved["update"], saved["beside"])]
+    beside = Spread.of(slowdown)
+    beside_share = Spread.of([d / b[0] for d, b in zip(slowdown, saved["blocking"])])
+    share = Spread.of([b[0] / a[0] for a, b in zip(saved["background"], bare)])
+    blocking = Spread.of([b[0] / a[0] for a, b in zip(saved["blocking"], bare)])
+    dd = Spread.of([b[0] / a[0] for a, b in zip(saved["background"], saved["dd"])])
+    notes = [
+        f"{saved['parameters'] / 1e6:.0f} M parameters, {size / 1e9:.2f} GB (weights and two moments, fp32), ZeRO stage {args.stage}, "
+        f"{ranks} local ranks on {saved['device']}.",
+        f"Stall: {stall.median:.1%} of a blocking save (quartiles {stall.low:.1%}-{stall.high:.1%}); "
+        f"bar: under {STALL_BAR:.0%}: {'met' if stall.median < STALL_BAR else 'MISSED'}.",
+        "That is the call and the wait before the optimizer's step; between them the state is copied to host memory. "
+        f"The update beside copy and write takes {beside.median * 1e3:+.0f} ms longer (quartiles {beside.low * 1e3:+.0f} to "
+        f"{beside.high * 1e3:+.0f}), {beside_share.median:.0%} of a blocking save: where ranks have no cores to spare, they pay for both.",
+        f"Bandwidth: {share.median:.0%} of the disk's own in background (quartiles {share.low:.0%}-{share.high:.0%}), {blocking.median:.0%} "
+        f"blocking; bar: at least {BANDWIDTH_BAR:.0%}: {'met' if share.median >= BANDWIDTH_BAR else 'MISSED'}. "
+        f"Of one dd's: {dd.median:.0%}.",
+        "The disk's own speed is that of bare writers of as many bytes, ending with fsync: one (as dd with oflag=direct conv=fsync), one "
+        "per rank, or one per rank through the page cache, whichever was fastest in the round. A save is "
+        "everything from the call to the published folder; a load is everything up to weights that the forward pass can use.",
+        "Peaks are resident memory above the engine's, of the largest rank. A save holds a rank's shard "
+        f"({saved['shard_bytes'] / 1e6:.0f} MB) once, in the host buffer. A load's is that of the reading.",
+        *(
+            f"DeepSpeed's gather of the weights after a load took {r['refresh_bytes'] / 1e6:.0f} MB on {n} ranks."
+            for n, r in loaded.items()
+        ),
+    ]
+    return Report("Saving and loading a run's state", rows, item="MB", notes=notes)
+
+
+def _case(
+    case: str, seconds: dict[str, Seconds], size: int | None, peaks: dict[str, float]
+) -> list[Measurement]:
+    baseline = next(iter(seconds))
+    first = seconds[baseline]
+    return [
+        Measurement(
+            case,
+            name,
+            baseline,
+            Spread.of([wall for wall, _ in turns]),
+            Spread.of([cpu for _, cpu in turns]),
+            Spread.of([a[0] / max(b[0], 1e-9) for a, b in zip(first, turns)]),
+            Spread.of([a[1] / max(b[1], 1e-9) for a, b in zip(first, turns)]),
+            None if size is None else size / 1e6,
+            {"peak MB": peaks[name] / 1e6} if name in peaks else {},
+        )
+        for name, turns in seconds.items()
+    ]

@@ -1,0 +1,99 @@
+"""An update taken apart: which of its parts the time goes to, by clocks put around the trainer's own calls."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from dattrain.bench import common
+
+if TYPE_CHECKING:
+    from dattrain.bench.step import Contender
+
+MIXING, FORWARD, BACKWARD, OPTIMIZER, EMA, REST = PARTS = (
+    "mixing", "forward", "backward", "clip and AdamW", "average (EMA)", "the rest",
+)  # fmt: skip
+
+
+def take_apart(
+    contender: Contender,
+    rounds: int,
+    synchronize: Callable[[], object] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, common.Spread]:
+    """Seconds of each part of an update, over ``rounds`` updates; the parts of one update add up to it.
+
+    Under ZeRO 1-3 gradients are reduced within the backward pass. ``REST`` is what the trainer itself does: fetching the batch
+    and the numbers, and under stage 0 the gradients' norm.
+    """
+    session = contender.session
+    watch = Stopwatch(synchronize or (lambda: None), clock)
+    turns: list[dict[str, float]] = []
+    with ExitStack() as stack:
+        for owner, names in (
+            (session.updater, {"mixer": MIXING, "forward": FORWARD}),
+            (session.engine, {"backward": BACKWARD, "step": OPTIMIZER}),
+            (session.ema, {"update": EMA}),
+        ):
+            if owner is not None:
+                timed = {name: watch.timed(part, getattr(owner, name)) for name, part in names.items()}
+                stack.enter_context(replaced(owner, **timed))
+        update = watch.timed(REST, contender)
+        for _ in range(rounds):
+            watch.spent = dict.fromkeys(PARTS, 0.0)
+            update()
+            turns.append(watch.spent)
+    shown = [part for part in PARTS if part != EMA or session.ema is not None]
+    return {part: common.Spread.of([turn[part] for turn in turns]) for part in shown}
+
+
+class Stopwatch:
+    """Charges time to the innermost part that runs."""
+
+    def __init__(self, synchronize: Callable[[], object], clock: Callable[[], float]) -> None:
+        self.spent: dict[str, float] = {}
+        self._synchronize, self._clock = synchronize, clock
+        self._running: list[str] = []
+        self._since = math.nan
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, whose time is charged to ``part``."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._charge()
+            self._running.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._charge()
+                self._running.pop()
+
+        return call
+
+    def _charge(self) -> None:
+        self._synchronize()
+        now = self._clock()
+        if self._running:
+            part = self._running[-1]
+            self.spent[part] = self.spent.get(part, 0.0) + now - self._since
+        self._since = now
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """``owner`` with other attributes, inside the block."""
+    own: Mapping[str, Any] = vars(owner)
+    kept = {name: own[name] for name in attributes if name in own}
+    for name, value in attributes.items():
+        object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            if name in kept:
+                object.__setattr__(owner, name, kept[name])
+            else:
+                object.__delattr__(owner, name)

@@ -1,0 +1,409 @@
+"""``dattrain ckpt ls|inspect|verify|pin|prune|import|export``: look after the checkpoints of a run."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dattrain.cli.ckpt_convert import export, import_, recipe
+from dattrain.errors import UserError
+
+if TYPE_CHECKING:
+    from dattrain.config.schema import Config
+    from dattrain.state.format.checkpoint import Entry
+    from dattrain.state.format.retention import Policy
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    ls = actions.add_parser(
+        "ls", help="the checkpoints of a run: step, samples, metric, size, world, stage, whole or not"
+    )
+    ls.add_argument("run_dir", metavar="RUN")
+    ls.add_argument(
+        "--metric", metavar="NAME", help="the metric to show (default: the recipe's checkpoint.metric)"
+    )
+    ls.add_argument("--json", action="store_true", help="as JSON")
+
+    inspect = actions.add_parser("inspect", help="everything that a checkpoint says of itself")
+    inspect.add_argument("path", metavar="RUN|CHECKPOINT")
+    inspect.add_argument("--tensors", action="store_true", help="list every parameter and buffer")
+    inspect.add_argument("--json", action="store_true", help="as JSON")
+
+    verify = actions.add_parser(
+        "verify", help="read every byte against its checksum; exit code 1 if one is damaged"
+    )
+    verify.add_argument("path", metavar="RUN|CHECKPOINT")
+
+    pin = actions.add_parser("pin", help="keep a checkpoint whatever the retention says")
+    pin.add_argument("path", metavar="CHECKPOINT")
+    pin.add_argument("--off", action="store_true", help="take the pin away")
+
+    prune = actions.add_parser("prune", help="remove what the recipe's retention does not keep")
+    prune.add_argument("run_dir", metavar="RUN")
+    prune.add_argument("--keep-last", type=int, metavar="K", help="instead of checkpoint.keep_last")
+    prune.add_argument(
+        "--keep-every-epochs", type=float, metavar="N", help="instead of checkpoint.keep_every_epochs"
+    )
+    prune.add_argument("--keep-best", type=int, metavar="K", help="instead of checkpoint.keep_best")
+    prune.add_argument("--metric", metavar="NAME", help="instead of checkpoint.metric")
+    prune.add_argument(
+        "--damaged", action="store_true", help="remove damaged ones too, if a whole one is left"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="only say what would go")
+
+    load = actions.add_parser("import", help="make a checkpoint of a run out of another program's")
+    load.add_argument(
+        "source",
+        metavar="FOLDER",
+        help="what engine.save_checkpoint or dcp.save was given, or torchtitan's folder of step-N",
+    )
+    load.add_argument(
+        "run_dir", metavar="RUN", help="run folder with a config.yaml of the same model, as `train` writes it"
+    )
+    load.add_argument(
+        "--from",
+        dest="source_format",
+        choices=("deepspeed", "dcp"),
+        help="DeepSpeed's own layout or torch.distributed.checkpoint's (default: what FOLDER holds)",
+    )
+    load.add_argument("--tag", help="which of its checkpoints (default: the latest)")
+    load.add_argument(
+        "--samples-seen",
+        type=int,
+        metavar="N",
+        help="position in the data (default: what it tells, as DeepSpeed's global_samples)",
+    )
+    load.add_argument(
+        "--trust", action="store_true", help="unpickle what cannot be read otherwise: it may run any code"
+    )
+
+    export = actions.add_parser(
+        "export", help="write a checkpoint for other programs, gathering one tensor at a time"
+    )
+    export.add_argument("path", metavar="RUN|CHECKPOINT")
+    export.add_argument("out", metavar="FOLDER")
+    export.add_argument(
+        "--to",
+        choices=("safetensors", "deepspeed", "dcp"),
+        default="safetensors",
+        help="safetensors with names and a config that timm loads, DeepSpeed's universal checkpoint, or "
+        "torch.distributed.checkpoint's, with optimizer state",
+    )
+    which = export.add_mutually_exclusive_group()
+    which.add_argument(
+        "--ema",
+        dest="ema",
+        action="store_true",
+        default=None,
+        help="the averaged weights (default if there are any)",
+    )
+    which.add_argument("--no-ema", dest="ema", action="store_false", help="the trained weights")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the action; returns the exit code."""
+    actions = {
+        "ls": _ls,
+        "inspect": _inspect,
+        "verify": _verify,
+        "pin": _pin,
+        "prune": _prune,
+        "import": import_,
+        "export": export,
+    }
+    return actions[args.action](args)
+
+
+# Looking
+
+
+def _ls(args: argparse.Namespace) -> int:
+    from dattrain.state.format import checkpoint, retention
+
+    root = _root(args.run_dir)
+    config = recipe(root)
+    metric = args.metric or (config.checkpoint.metric if config else "top1")
+    found = checkpoint.entries(root)
+    kept = retention.kept(found, _policy(config))
+    rows = [_row(entry, metric, kept.get(entry.folder.name, "")) for entry in found]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    if not rows:
+        print(f"{root} holds no checkpoint")
+        return 0
+    header = [
+        "step",
+        "samples",
+        "epoch",
+        metric,
+        "size",
+        "world",
+        "stage",
+        "precision",
+        "saved",
+        "kept as",
+        "state",
+    ]
+    table = [[_text(row[k]) for k in row] for row in rows]
+    for row in table:
+        row[4] = _bytes(int(row[4])) if row[4] else ""
+    _print_table(header, table)
+    return 0
+
+
+def _row(entry: Entry, metric: str, kept: str) -> dict[str, Any]:
+    m = entry.manifest
+    return {
+        "step": entry.step,
+        "samples_seen": m.samples_seen if m else None,
+        "epoch": m.meta.get("epoch") if m else None,
+        "metric": m.metric(metric) if m else None,
+        "bytes": m.nbytes if m else None,
+        "world": m.world if m else None,
+        "stage": m.stage if m else None,
+        "precision": m.precision if m else None,
+        "saved_at": m.saved_at if m else None,
+        "kept": "pinned" if entry.pinned else kept,
+        "state": "whole" if m else f"damaged: {entry.reason}",
+    }
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from dattrain.state.format import checkpoint
+
+    folder = checkpoint.locate(Path(args.path))
+    m = checkpoint.check(folder)
+    facts: dict[str, Any] = {
+        "folder": str(folder),
+        "step": m.step,
+        "samples_seen": m.samples_seen,
+        "saved_at": m.saved_at,
+        "world": m.world,
+        "stage": m.stage,
+        "precision": m.precision,
+        "states": list(m.states),
+        "parameters": m.numel,
+        "trainable": sum(p.numel for p in m.parameters.values() if p.trainable),
+        "bytes": m.nbytes,
+        "pinned": (folder / checkpoint.PIN).exists(),
+        "config_sha256": m.config_sha256,
+        "versions": dict(m.versions),
+        "engine": dict(m.engine),
+        "groups": [dict(g) for g in m.groups],
+        "meta": dict(m.meta),
+        "files": {name: digest.size for name, digest in m.files.items()},
+    }
+    if args.tensors:
+        facts["tensors"] = {
+            n: {"shape": list(p.shape), "trainable": p.trainable, "opt_step": p.opt_step}
+            for n, p in m.parameters.items()
+        }
+        facts["buffers"] = list(m.buffers)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for key, value in facts.items():
+        if isinstance(value, dict) and value:
+            print(f"{key}:")
+            width = max(len(str(k)) for k in value)
+            for k, v in value.items():
+                print(f"  {k!s:<{width}}  {_bytes(v) if key == 'files' else _text(v)}")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            print(f"{key}:")
+            for item in value:
+                print("  " + ", ".join(f"{k}={v}" for k, v in item.items()))
+        else:
+            print(f"{key}: {_bytes(value) if key == 'bytes' else _text(value)}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from dattrain.errors import Damaged
+    from dattrain.state.format import checkpoint
+
+    path = Path(args.path)
+    if (path / checkpoint.MANIFEST).exists() or path.name.startswith("step_"):
+        folders = [path]
+    else:
+        root = _root(args.path)
+        folders = [entry.folder for entry in checkpoint.entries(root)]
+        if not folders:
+            raise UserError(f"{root} holds no checkpoint")
+    bad = 0
+    for folder in folders:
+        try:
+            manifest = checkpoint.verify(folder, _Progress(folder.name))
+        except Damaged as e:
+            bad += 1
+            print(f"{folder.name}: DAMAGED: {e}")
+        else:
+            print(f"{folder.name}: whole, {len(manifest.files)} files, {_bytes(manifest.nbytes)}")
+    return 1 if bad else 0
+
+
+class _Progress:
+    """A line on a terminal that says how much has been read."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._read, self._shown = name, 0, 0
+
+    def __call__(self, count: int) -> None:
+        self._read += count
+        if sys.stderr.isatty() and self._read - self._shown > 64 << 20:
+            self._shown = self._read
+            print(f"\r{self._name}: {_bytes(self._read)} ", end="\r", file=sys.stderr, flush=True)
+
+
+# Keeping
+
+
+def _pin(args: argparse.Namespace) -> int:
+    from dattrain.state.format import checkpoint
+
+    folder = checkpoint.locate(Path(args.path))
+    mark = folder / checkpoint.PIN
+    if args.off:
+        mark.unlink(missing_ok=True)
+    else:
+        mark.touch()
+    print(f"{folder.name} is {'no longer pinned' if args.off else 'pinned'}")
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from dattrain.runtime import owner
+
+    root = _root(args.run_dir)
+    given = {
+        "keep_last": args.keep_last,
+        "keep_every_epochs": args.keep_every_epochs,
+        "keep_best": args.keep_best,
+        "metric": args.metric,
+    }
+    try:
+        policy = dataclasses.replace(
+            _policy(recipe(root)), **{k: v for k, v in given.items() if v is not None}
+        )
+    except ValueError as e:
+        raise UserError(str(e), exit_code=2) from e
+    if args.dry_run:
+        return _remove(args, root, policy)
+    run = root.parent if root.name == "checkpoints" else root
+    try:
+        hold = owner.take(run, "pruned")
+    except UserError as e:
+        if not isinstance(e.__cause__, OSError) or e.__cause__.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # Whoever wants room must not need some; nor can another training begin there.
+        owner.refuse_if_held(run)
+        return _remove(args, root, policy)
+    with hold:
+        return _remove(args, root, policy)
+
+
+def _remove(args: argparse.Namespace, root: Path, policy: Policy) -> int:
+    from dattrain.state.format import checkpoint, retention
+
+    found = _believed(checkpoint.entries(root), policy)
+    gone = retention.doomed(found, policy)
+    if args.damaged:
+        damaged = [e for e in found if e.manifest is None and not e.pinned]
+        if damaged and len(damaged) == len(found):
+            raise UserError(
+                f"{checkpoint.none_whole(root, [(e.folder.name, e.reason) for e in damaged])}; they may be all there is"
+            )
+        gone = sorted([*gone, *damaged], key=lambda e: e.step)
+    for entry in gone:
+        if not args.dry_run:
+            checkpoint.remove(entry.folder)
+        print(f"{'would remove' if args.dry_run else 'removed'} {entry.folder.name}")
+    kept = retention.kept(found, policy)
+    names = {e.folder.name for e in gone}
+    for entry in found:
+        if entry.folder.name not in names:
+            print(f"kept {entry.folder.name} ({kept.get(entry.folder.name) or 'damaged: ' + entry.reason})")
+    return 0
+
+
+def _believed(found: list[Entry], policy: Policy) -> list[Entry]:
+    """``found``, where those that are kept as the last ones have been read: others are removed because these are there."""
+    import dataclasses
+
+    from dattrain.errors import Damaged
+    from dattrain.state.format import checkpoint, retention
+
+    read: set[str] = set()
+    while retention.doomed(found, policy):
+        kept = retention.kept(found, policy)
+        last = [
+            i for i, e in enumerate(found) if kept.get(e.folder.name) == "last" and e.folder.name not in read
+        ]
+        if not last:
+            break
+        entry = found[last[-1]]
+        read.add(entry.folder.name)
+        try:
+            checkpoint.verify(entry.folder)
+        except Damaged as error:
+            found[last[-1]] = dataclasses.replace(entry, manifest=None, reason=str(error))
+    return found
+
+
+# Shared
+
+
+def _root(path: str) -> Path:
+    folder = Path(path)
+    if folder.name == "checkpoints" and folder.is_dir():
+        return folder
+    if (folder / "checkpoints").is_dir():
+        return folder / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no run folder")
+    if any(folder.glob("step_*")):
+        return folder
+    raise UserError(f"{folder} holds no checkpoints folder")
+
+
+def _policy(config: Config | None) -> Policy:
+    from dattrain.state.format.retention import Policy
+
+    if config is None:
+        return Policy()
+    c = config.checkpoint
+    return Policy(c.keep_last, c.keep_every_epochs, c.keep_best, c.metric)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_text(v) for v in value)
+    return str(value)
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count = count / 1000  # type: ignore[assignment]
+    return f"{count:.4g} GB"
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

@@ -1,0 +1,363 @@
+"""``dattrain data pack|verify|index|ls|stats``: everything about shards that is not training."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dattrain.errors import UserError
+from dattrain.urls import mask
+
+if TYPE_CHECKING:
+    from dattrain.data.source.build_index import Indexed
+    from dattrain.data.source.dataset import Dataset
+    from dattrain.data.source.index import LeftOut
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    jobs = argparse.ArgumentParser(add_help=False)
+    jobs.add_argument(
+        "--jobs", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="processes"
+    )
+
+    remote = argparse.ArgumentParser(add_help=False)
+    remote.add_argument("--cache-dir", metavar="DIR", help="where shards at s3://, https://, ... are kept")
+
+    p = actions.add_parser(
+        "pack", parents=[jobs, remote], help="write shuffled WebDataset shards; run it again after a kill"
+    )
+    p.add_argument(
+        "source",
+        metavar="SRC",
+        help="image folder, list file (path, label), IDX file, .npz, shards, or ImageNet's tars of a class each",
+    )
+    p.add_argument("out", metavar="OUT", help="folder of the shards")
+    p.add_argument("--labels", metavar="FILE", help="IDX file of labels (default: beside the images)")
+    p.add_argument(
+        "--label-set",
+        metavar="SET",
+        help="number synset folders as this set of data.labels (imagenet-22k, ...)",
+    )
+    p.add_argument(
+        "--label", metavar="FIELD", help="of shards: field of .json with the label (default: their index's)"
+    )
+    p.add_argument("--root", metavar="DIR", help="where a list file's paths begin (default: its own folder)")
+    p.add_argument("--split", default="train", metavar="NAME", help="prefix of the shards (default: train)")
+    p.add_argument(
+        "--holdout", type=int, default=0, metavar="N", help="samples that go to another split, by the seed"
+    )
+    p.add_argument("--holdout-split", default="val", metavar="NAME", help="its prefix (default: val)")
+    p.add_argument(
+        "--per-shard", type=_positive, default=4096, metavar="N", help="samples per shard (default: 4096)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the shuffle (default: 0)")
+    p.add_argument("--no-shuffle", action="store_true", help="keep the order of the source")
+    p.add_argument("--resize", type=_positive, metavar="PX", help="shrink larger images to this shorter side")
+    p.add_argument("--format", choices=("jpg", "png", "webp"), help="encode every image anew")
+    p.add_argument("--quality", type=_positive, default=92, help="of jpg and webp (default: 92)")
+    p.add_argument("--dedup", action="store_true", help="keep the first of the images with equal bytes")
+    p.add_argument(
+        "--no-check", action="store_true", help="read the headers of images, but do not decode them"
+    )
+    p.add_argument(
+        "--on-bad", choices=("error", "skip"), default="error", help="skip leaves bad images out, by name"
+    )
+
+    v = actions.add_parser(
+        "verify", parents=[jobs, remote], help="read every byte, decode every image, name what is bad"
+    )
+    v.add_argument("data", metavar="DATA", help="shards (folder, file, pattern) or image folder")
+    v.add_argument("--classes", type=_positive, metavar="N", help="labels must be below N")
+
+    i = actions.add_parser("index", parents=[jobs], help="index shards that others wrote")
+    i.add_argument("data", metavar="DATA", help="shards: folder, file or pattern")
+    i.add_argument("--force", action="store_true", help="index anew what has an index")
+    i.add_argument("--checksum", action="store_true", help="also compute SHA-256, which reads every byte")
+    i.add_argument(
+        "--label",
+        metavar="FIELD",
+        help="field of .json with the label, or the member that holds it, as output.cls (default: .cls, else label)",
+    )
+    i.add_argument("--image", metavar="EXT", help="the image's member, as input.jpg (default: any image's)")
+    i.add_argument(
+        "--out",
+        metavar="DIR",
+        help="write links to the shards, indexes and catalogue there, for a read-only place",
+    )
+    i.add_argument(
+        "--drop", action="store_true", help="shards that are missing are gone for good: forget them"
+    )
+    i.add_argument("--unterminated", action="store_true", help="accept tars without their end marker")
+
+    n = actions.add_parser("ls", parents=[remote], help="list shards, or the samples of one")
+    n.add_argument("data", metavar="DATA", help="shards (folder, file, pattern) or image folder")
+    n.add_argument("--samples", action="store_true", help="list every sample: key, label, offset, bytes")
+
+    s = actions.add_parser("stats", parents=[jobs, remote], help="classes and image sizes, with a picture")
+    s.add_argument("data", metavar="DATA", help="shards (folder, file, pattern) or image folder")
+    s.add_argument(
+        "--limit", type=_positive, default=20_000, metavar="N", help="headers to read (default: 20000)"
+    )
+    s.add_argument("--all", action="store_true", help="read the headers of all images")
+    s.add_argument("--out", metavar="FILE", help="picture, .png or .pdf (default: none)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0; ``verify`` gives 1 where something is bad, ``index`` where an image or label is lost."""
+    return {"pack": _pack, "verify": _verify, "index": _index, "ls": _ls, "stats": _stats}[args.action](args)
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from dattrain.data.prepare.pack import Options, pack
+    from dattrain.data.prepare.sources import open_source
+    from dattrain.data.source.dataset import ShardDataset
+    from dattrain.data.source.fields import Relabelled
+
+    options = Options(
+        split=args.split,
+        holdout=args.holdout,
+        holdout_split=args.holdout_split,
+        per_shard=args.per_shard,
+        seed=None if args.no_shuffle else args.seed,
+        resize=args.resize,
+        format=args.format,
+        quality=args.quality,
+        check=not args.no_check,
+        dedup=args.dedup,
+        skip_bad=args.on_bad == "skip",
+        label_set=args.label_set,
+        label=args.label,
+    )
+    source = open_source(
+        args.source,
+        labels=args.labels,
+        root=args.root,
+        label=args.label,
+        cache_dir=args.cache_dir,
+        jobs=args.jobs,
+    )
+    _say(source)
+    with _Progress("packing") as progress:
+        manifests = pack(source, args.out, options, jobs=args.jobs, progress=progress)
+    for m in manifests:
+        shards, bad = m["shards"], m["bad"]
+        print(
+            f"{args.out}/{m['split']}-*.tar: {m['samples']:,} samples in {len(shards)} shards, {_size(m['bytes'])}, "
+            f"{len(m['histogram'])} classes"
+        )
+        for entry in bad:
+            print(f"left out: {entry['reason']}", file=sys.stderr)
+    duplicates = Path(args.out, "_duplicates.json")
+    if args.dedup:
+        import json
+
+        found = json.loads(duplicates.read_bytes())
+        differ = sum(not row["same_label"] for row in found)
+        print(f"{len(found):,} duplicates left out, {differ:,} of them with another label; see {duplicates}")
+    shards = source.source if isinstance(source, Relabelled) else source
+    left_out: list[LeftOut] = []
+    if isinstance(shards, ShardDataset):
+        left_out = [some for i in range(len(shards.counts)) for some in shards.index(i).left_out]
+    return 1 if _say_left_out(left_out) else 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from dattrain.data.prepare.verify import verify
+    from dattrain.data.source.dataset import open_dataset
+
+    problems: list[str] = []
+    dataset = open_dataset(args.data, cache_dir=args.cache_dir, problems=problems)
+    _say(dataset)
+    with _Progress("verifying") as progress:
+        report = verify(dataset, jobs=args.jobs, num_classes=args.classes, progress=progress)
+    report.damaged[:0] = problems
+    for message in report.damaged:
+        print(f"damaged: {message}")
+    for key, reason in report.bad:
+        print(f"bad: {key}: {reason}")
+    _say_left_out(report.left_out)
+    print(
+        f"{mask(args.data)}: {report.samples:,} samples, {_size(report.nbytes)} decoded; {len(report.bad)} bad samples, "
+        f"{len(report.damaged)} damaged shards"
+    )
+    return 0 if report.good else 1
+
+
+def _index(args: argparse.Namespace) -> int:
+    from dattrain.data.source import inventory
+    from dattrain.data.source.build_index import index_shards, link_shards
+    from dattrain.data.source.listing import is_remote
+    from dattrain.data.source.shards import expand
+
+    if is_remote(args.data):
+        raise UserError(
+            f"{args.data}: an index is written beside its shards, so run this where they are, or on a copy of them"
+        )
+    paths = expand(args.data)
+    missing = inventory.missing(paths)
+    if args.out:
+        paths = link_shards(paths, args.out)
+    with _Progress("indexing", unit="shards") as progress:
+        shards = index_shards(
+            paths,
+            jobs=args.jobs,
+            force=args.force,
+            checksum=args.checksum,
+            image=args.image,
+            label=args.label,
+            unterminated=args.unterminated,
+            drop=args.drop,
+            progress=progress,
+        )
+    samples = sum(shard.entry.samples for shard in shards)
+    print(f"{args.out or args.data}: {samples:,} samples in {len(shards)} shards indexed")
+    for what, keys in (
+        ("samples have no image", [f"{s.path}: {key}" for s in shards for key in s.no_image]),
+        ("samples have no label", [f"{s.path}: {key}" for s in shards for key in s.no_label]),
+        ("shards have no samples", [s.path for s in shards if not s.entry.samples]),
+        ("shards are missing between others", inventory.gaps(paths)),
+        ("missing shards dropped from the catalogue", missing if args.drop else []),
+    ):
+        if keys:
+            more = f", and {len(keys) - 10:,} more" if len(keys) > 10 else ""
+            print(f"{len(keys):,} {what}: {', '.join(keys[:10])}{more}", file=sys.stderr)
+    lost = _say_left_out([some for shard in shards for some in shard.left_out])
+    _warn_of_order(shards)
+    if missing and not args.drop:
+        raise UserError(inventory.missing_message(missing, where=args.out))
+    return 1 if lost else 0
+
+
+def _say_left_out(left_out: list[LeftOut]) -> bool:
+    """Count by kind what no sample has; returns whether something is lost by it."""
+    from dattrain.data.source.build_index import describe
+
+    if left_out:
+        total = sum(some.count for some in left_out)
+        print(f"{total:,} members left out: {describe(left_out)}", file=sys.stderr)
+    return any(some.lost for some in left_out)
+
+
+def _warn_of_order(shards: list[Indexed]) -> None:
+    if not shards:
+        return
+    labels = max(shard.entry.max_label for shard in shards) + 1
+    together = sum(shard.together for shard in shards) / len(shards)
+    if labels > 10 and together > 0.5:
+        print(
+            f"{together:.0%} of neighbouring samples have the same label: these shards were written class by class, which "
+            "shuffle windows cannot undo; pack them anew with `dattrain data pack` before training",
+            file=sys.stderr,
+        )
+
+
+def _ls(args: argparse.Namespace) -> int:
+    from dattrain.data.source.dataset import ShardDataset, open_dataset
+
+    dataset = open_dataset(args.data, cache_dir=args.cache_dir)
+    _say(dataset)
+    if args.samples:
+        for shard, count in enumerate(dataset.counts.tolist()):
+            for i in range(count):
+                place = ""
+                if isinstance(dataset, ShardDataset):
+                    index = dataset.index(shard)
+                    place = f"\t{index.offsets[i]}\t{index.lengths[i]}"
+                print(f"{dataset.key(shard, i)}\t{dataset.label(shard, i)}{place}")
+        return 0
+    if isinstance(dataset, ShardDataset):
+        for path, count, size in zip(
+            dataset.shards.paths, dataset.counts.tolist(), dataset.shards.sizes.tolist()
+        ):
+            print(f"{path}\t{count}\t{size}")
+        total = f", {_size(int(dataset.shards.sizes.sum()))}"
+    else:
+        total = _per_class(dataset)
+    print(f"{int(dataset.counts.sum()):,} samples in {len(dataset.counts):,} shards{total}", file=sys.stderr)
+    return 0
+
+
+def _per_class(dataset: Dataset) -> str:
+    names = dataset.classes or ()
+    counts = [0] * len(names)
+    for i in range(int(dataset.counts[0])):
+        counts[dataset.label(0, i)] += 1
+    for name, count in zip(names, counts):
+        print(f"{name}\t{count}")
+    return f", {len(names):,} classes"
+
+
+def _stats(args: argparse.Namespace) -> int:
+    from dattrain.data.prepare.stats import draw, measure
+    from dattrain.data.source.dataset import open_dataset
+
+    if args.out and os.path.splitext(args.out)[1] not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--out {args.out}: the picture is a .png, .pdf or .svg file", exit_code=2)
+    dataset = open_dataset(args.data, cache_dir=args.cache_dir)
+    _say(dataset)
+    with _Progress("reading headers") as progress:
+        stats = measure(dataset, limit=None if args.all else args.limit, jobs=args.jobs, progress=progress)
+    print("\n".join(stats.lines()))
+    if args.out:
+        draw(stats, args.out)
+        print(f"picture      {args.out}")
+    return 0
+
+
+def _say(dataset: Dataset) -> None:
+    """What was left out of a set, on stderr."""
+    for line in dataset.notes:
+        print(line, file=sys.stderr)
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a line every half minute."""
+
+    def __init__(self, what: str, unit: str = "samples") -> None:
+        self.what, self.unit = what, unit
+        self.start = self.last = time.monotonic()
+        self.first: int | None = None
+        self.terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        self.first = done if self.first is None else self.first
+        if not total or now - self.last < (0.1 if self.terminal else 30.0):
+            return
+        self.last = now
+        rate = (done - self.first) / max(now - self.start, 1e-9)
+        left = f", {(total - done) / rate:,.0f} s left" if rate else ""
+        text = f"{self.what} {done:,} of {total:,} {self.unit} ({100 * done // total}%), {rate:,.0f}/s{left}"
+        if self.terminal:
+            bar = "#" * (30 * done // total)
+            print(f"\r\x1b[K[{bar:<30}] {text}", end="", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:,.1f} TiB"

@@ -1,0 +1,139 @@
+"""The CPU decoder: a map from the number of a micro-batch to the finished uint8 batch, run by worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from dattrain.data.augment.cpu_transforms import eval_image, train_image
+from dattrain.data.batch import Batch
+from dattrain.data.board import note
+from dattrain.data.decode import images
+from dattrain.data.feed import Encoded, bad_sample_message
+from dattrain.data.shared_buffer import Ring
+from dattrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Evaluation geometry: see ``augment.eval_geometry``."""
+
+    resize: str
+    crop_pct: float
+    interpolation: str
+
+
+class CpuDecoder:
+    """Map from the number of a micro-batch to the decoded batch.
+
+    Args:
+        read: delivers the encoded images of a micro-batch.
+        size: (height, width) of the output.
+        skip_bad: keep a bad sample's place with zero weight; else it is an error.
+        transform: of evaluation; None in training, where the plan says what is done.
+        ring: where worker processes put their batches; None gives each batch memory of its own.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Encoded],
+        *,
+        size: tuple[int, int],
+        skip_bad: bool,
+        transform: EvalTransform | None = None,
+        ring: Ring | None = None,
+    ) -> None:
+        self.read = read
+        self.ring = ring
+        self.size = size
+        self.skip_bad = skip_bad
+        self.transform = transform
+
+    def __call__(self, number: int) -> Batch:
+        """Read and decode micro-batch ``number``. Raises UserError as ``read`` does, and as ``decode``."""
+        return self.decode(self.read(number))
+
+    def decode(self, encoded: Encoded) -> Batch:
+        """Decode what was read. Raises UserError for a bad image without ``skip_bad``."""
+        bad = dict(encoded.bad)
+        pixels, slot = self._empty(len(encoded.data))
+        for i, data in enumerate(encoded.data):
+            note(encoded.where[i])
+            reason = None if data is None else decode_sample(encoded, i, self.transform, pixels[i])
+            if reason is not None:
+                if not self.skip_bad:
+                    raise UserError(bad_sample_message(reason))
+                bad[i] = reason
+            if i in bad:
+                pixels[i].zero_()
+        batch = assemble(pixels.permute(0, 3, 1, 2), encoded, bad)
+        return batch if slot is None else replace(batch, slot=slot)
+
+    def _empty(self, images: int) -> tuple[torch.Tensor, tuple[int, int] | None]:
+        """Uninitialised pixels, B x H x W x 3 uint8, and which slot of which ring they are; in a worker, they are in
+        shared memory, and go to the trainer without a copy."""
+        shape = (images, *self.size, 3)
+        count = int(np.prod(shape))
+        worker = torch.utils.data.get_worker_info()
+        fits = self.ring is not None and 0 < count <= self.ring.nbytes
+        slot = self.ring.take(worker.id if worker else 0) if self.ring is not None and fits else None
+        if self.ring is not None and slot is not None:
+            if worker is None:
+                return self.ring.read(slot, count).view(shape), None
+            return self.ring.write(slot, count).view(shape), (self.ring.number, slot)
+        if worker is None or not count:
+            return torch.empty(shape, dtype=torch.uint8), None
+        storage = torch.UntypedStorage._new_shared(count, device="cpu")
+        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape), None  # type: ignore[call-overload]
+
+
+def decode_sample(encoded: Encoded, i: int, transform: EvalTransform | None, out: torch.Tensor) -> str | None:
+    """Decode image ``i`` and carry out its plan, or the evaluation's transform, into ``out`` (H x W x 3 uint8).
+
+    Returns what is wrong with the image, and where it is; None where nothing is.
+    """
+    data, plan = encoded.data[i], encoded.request.plan
+    assert data is not None
+    try:
+        image = images.decode(data)
+    except images.BadImage as error:
+        return f"{encoded.where[i]}: {error}"
+    if plan is not None:
+        train_image(image, plan, i, out)
+    elif transform is not None:
+        size = out.shape[0], out.shape[1]
+        eval_image(
+            image,
+            size,
+            out,
+            policy=transform.resize,
+            crop_pct=transform.crop_pct,
+            interpolation=transform.interpolation,
+        )
+    return None
+
+
+def assemble(pixels: torch.Tensor, encoded: Encoded, bad: dict[int, str]) -> Batch:
+    """The batch of decoded ``pixels`` (B x 3 x H x W); bad samples get label 0 and weight 0, and are not mixed."""
+    count = encoded.request.count
+    good = np.ones(len(encoded.keys), dtype=np.bool_)
+    labels = encoded.labels.copy()
+    plan = encoded.request.plan
+    if bad:
+        good[list(bad)] = False
+        labels[list(bad)] = 0
+        if plan is not None:
+            plan = plan.without_mixing(~good)
+    return Batch(
+        images=pixels,
+        labels=torch.from_numpy(labels),
+        weight=torch.from_numpy(good[:count].astype(np.float32)),
+        position=torch.from_numpy(encoded.request.positions[:count]),
+        keys=encoded.keys[:count],
+        plan=plan,
+        # A partner from elsewhere is counted where it is trained on.
+        bad=tuple((encoded.keys[i], bad[i]) for i in sorted(bad) if i < count),
+    )

@@ -1,0 +1,150 @@
+"""Checking shards and folders: every byte is read, every image decoded, and what is bad is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+from dattrain.data.decode import images
+from dattrain.data.source import tar
+from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, ShardDataset
+from dattrain.data.source.files import open_file
+from dattrain.data.source.index import LeftOut
+from dattrain.data.source.shards import LocalSource, check_local_size
+from dattrain.data.workers import Workers
+from dattrain.errors import UserError
+
+_CHUNK = 1024
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        samples: checked.
+        nbytes: of images, decoded.
+        bad: (key, reason) of samples that cannot be used.
+        damaged: messages about whole shards.
+        left_out: members of shards that no sample has.
+    """
+
+    samples: int = 0
+    nbytes: int = 0
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing was found."""
+        return not (self.bad or self.damaged or any(some.lost for some in self.left_out))
+
+
+def verify(
+    dataset: Dataset,
+    *,
+    jobs: int = 1,
+    num_classes: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Check every sample of ``dataset``, in ``jobs`` processes; whatever is found, all others are checked too.
+
+    Of a local shard, the size, the SHA-256 where its index has one, and the tar's own headers are compared with the
+    index too. With ``num_classes``, labels must be below it.
+    """
+    report, counts = Report(), dataset.counts.tolist()
+    # Of a shard of another size nothing can be counted on; its catalogue may claim any number of samples.
+    whole = [shard for shard in range(len(counts)) if _right_size(dataset, shard, report.damaged)]
+    tasks = [
+        (shard, start, min(counts[shard], start + _CHUNK))
+        for shard in whole
+        for start in range(0, counts[shard], _CHUNK)
+    ]
+    total, done = sum(counts[shard] for shard in whole), 0
+    with Workers(
+        lambda i: _check(dataset, *tasks[i], num_classes), count=len(tasks), workers=jobs if jobs > 1 else 0
+    ) as parts:
+        for (_, start, end), part in zip(tasks, parts):
+            report.samples += part.samples
+            report.nbytes += part.nbytes
+            report.bad += part.bad
+            report.left_out += part.left_out
+            report.damaged += [message for message in part.damaged if message not in report.damaged]
+            done += end - start
+            progress(done, total)
+    return report
+
+
+def _right_size(dataset: Dataset, shard: int, damaged: list[str]) -> bool:
+    """Whether a local shard has the size that its index says; else a message is added to ``damaged``."""
+    if not isinstance(dataset, ShardDataset) or not isinstance(dataset.source, LocalSource):
+        return True
+    try:
+        check_local_size(dataset.shards.paths[shard], int(dataset.shards.sizes[shard]))
+    except UserError as error:
+        damaged.append(str(error))
+        return False
+    return True
+
+
+def _check(dataset: Dataset, shard: int, start: int, end: int, num_classes: int | None) -> Report:
+    report = Report()
+    if isinstance(dataset, ShardDataset):
+        try:
+            left_out = dataset.index(shard).left_out
+            report.left_out += left_out if start == 0 else ()
+            dataset.source.read(shard, 0, 1)  # opens it
+        except UserError as error:
+            report.damaged.append(str(error))
+            return report
+        if start == 0 and isinstance(dataset.source, LocalSource):
+            try:
+                _check_shard(dataset, shard)
+            except UserError as error:
+                report.damaged.append(str(error))
+    for sample in range(start, end):
+        report.samples += 1
+        try:
+            found = dataset.read(shard, sample)
+            images.decode(found.data)
+            if found.label == NO_LABEL:
+                raise BadSample(f"{found.where}: has no label")
+            if num_classes is not None and found.label >= num_classes:
+                raise BadSample(f"{found.where}: label {found.label} is not below {num_classes}")
+            report.nbytes += len(found.data)
+        except images.BadImage as error:
+            report.bad.append((found.key, f"{found.where}: {error}"))
+        except (BadSample, UserError) as error:
+            report.bad.append((dataset.key(shard, sample), str(error)))
+    return report
+
+
+def _check_shard(dataset: ShardDataset, shard: int) -> None:
+    """Compare the bytes of a local shard with its index. Raises UserError."""
+    index = dataset.index(shard)
+    path = dataset.shards.paths[shard]
+    if index.sha256:
+        digest = sha256()
+        try:
+            with open(open_file(path), "rb", buffering=0) as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        if digest.hexdigest() != index.sha256:
+            raise UserError(
+                f"{path}: its SHA-256 is not that of its index; bytes were changed: fetch or pack it anew"
+            )
+    there = {
+        (tar.split_name(member.name)[0], member.offset, member.size)
+        for member in tar.scan(path, unterminated=True)
+        if member.readable
+    }
+    for sample, place in enumerate(zip(index.offsets.tolist(), index.lengths.tolist())):
+        if place[0] and (index.key(sample), *place) not in there:
+            raise UserError(
+                f"{path}: has no image of {place[1]} bytes at offset {place[0]} for sample {index.key(sample)!r}, as its "
+                "index says; index it anew with `dattrain data index --force`, or fetch it anew"
+            )

@@ -1,0 +1,419 @@
+"""Building indexes for shards that others wrote, by reading tar headers alone.
+
+Layouts: a sample is the consecutive members of one key (the name up to the first dot of its last part); its image is
+the member with an image's extension; its label stands in ``.cls``, or in a field of ``.json``. ``--image`` and
+``--label`` name others. Members that no sample has are counted by kind.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+from dattrain.data.classes import few
+from dattrain.data.decode.images import IMAGE_EXTENSIONS
+from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
+from dattrain.data.source import inventory, tar
+from dattrain.data.source.files import open_file, read_file
+from dattrain.data.source.index import (
+    NO_LABEL,
+    Entry,
+    LeftOut,
+    ShardIndex,
+    elsewhere,
+    index_path,
+    read_catalogue,
+    read_dropped,
+    read_index,
+    write_catalogue,
+    write_index,
+)
+from dattrain.data.source.manifest import class_names, copy_manifests
+from dattrain.data.workers import Workers
+from dattrain.errors import UserError
+
+_REASONS_KEPT = 10
+_TEXT_LIMIT, _JSON_LIMIT = 4096, 64 << 20
+"""Bytes of a .cls and of a .json; larger ones hold something else."""
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """One indexed shard.
+
+    Attributes:
+        path, entry: of the shard.
+        no_image, no_label: keys of samples that lack one, with the reason of the first of them.
+        left_out: members that no sample has, by kind.
+        together: share of neighbours with the same label; near 1 where the shard was written class by class.
+    """
+
+    path: str
+    entry: Entry
+    no_image: list[str]
+    no_label: list[str]
+    left_out: tuple[LeftOut, ...]
+    together: float
+
+
+def index_shards(
+    paths: Sequence[str],
+    *,
+    jobs: int = 1,
+    force: bool = False,
+    checksum: bool = False,
+    image: str | None = None,
+    label: str | None = None,
+    unterminated: bool = False,
+    drop: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Indexed]:
+    """Index local shards, write each index beside its shard, and enter them in the catalogues of their folders.
+
+    Args:
+        paths: of shards; those that are not there stay in the catalogue.
+        force: index anew what has an index already, as ``image`` and ``label`` do; else such shards are only entered in
+            the catalogue.
+        checksum: also compute the SHA-256 of each shard, which reads every byte.
+        image: extension of the image's member (``jpg``, ``input.jpg``); None takes the one with an image's extension.
+        label: field of ``.json`` that holds the label, or extension of the member that does (``output.cls``); None takes
+            ``.cls``, else the first of label, cls, class_id.
+        unterminated: accept tars without their end marker.
+        drop: note in the catalogue that the shards that are not there are gone for good, and remove links to them.
+
+    Raises:
+        UserError: a shard is no whole tar, or a member's name is not to be trusted; ``label`` for shards whose manifest names
+            the classes of their labels.
+    """
+    gone = set(inventory.missing(paths))
+    there = [path for path in paths if path not in gone]
+    named = class_names(there, read_file) if label else None
+    if named is not None:
+        raise UserError(
+            f"{there[0]}: the manifest beside it calls its labels {few(named.classes)}, and --label {label} would give it others; "
+            f"make a set of these with `dattrain data pack --label {label}`"
+        )
+
+    def work(number: int) -> Indexed:
+        path = there[number]
+        index = None
+        if not (force or image or label) and os.path.exists(index_path(path)):
+            index = read_index(path)
+            if index.size != os.stat(path).st_size or (checksum and not index.sha256):
+                index = None
+        if index is None:
+            index = build(path, checksum=checksum, image=image, label=label, unterminated=unterminated)
+            try:
+                write_index(path, index)
+            except UserError as error:
+                advice = elsewhere(os.path.dirname(path))
+                raise UserError(f"{error}; {advice}" if advice else str(error)) from error
+        no_image = [_named(index, i) for i in range(len(index)) if not index.offsets[i]]
+        no_label = [_named(index, i) for i in range(len(index)) if index.labels[i] == NO_LABEL]
+        same = index.labels[1:] == index.labels[:-1]
+        together = float(same.mean()) if len(same) else 0.0
+        return Indexed(path, Entry.of(index), no_image, no_label, index.left_out, together)
+
+    done: list[Indexed] = []
+    try:
+        with Workers(work, count=len(there), workers=jobs if jobs > 1 else 0, in_order=False) as shards:
+            for shard in shards:
+                done.append(shard)
+                progress(len(done), len(there))
+    finally:
+        # What was indexed before an error stays indexed, so that a second try need not begin anew.
+        _catalogue(done, gone if drop else set(), force)
+    order = {path: i for i, path in enumerate(there)}
+    return sorted(done, key=lambda shard: order[shard.path])
+
+
+def link_shards(paths: Sequence[str], out: str) -> list[str]:
+    """Links to the shards, and the records beside them, in a folder of one's own; returns the links' paths.
+
+    Indexes and a catalogue can be written there where the shards' own folder may not be written. Manifests come as copies
+    that name the linked shards alone: a part of a set keeps the names of its classes, and nothing of it is missing. A
+    named shard that is not there gets a link that leads nowhere: it is missing there too, until it is back.
+
+    Raises:
+        UserError: something else has one of the names in ``out``, or it cannot be written.
+    """
+    links = {os.path.join(out, os.path.basename(path)): os.path.abspath(path) for path in paths}
+    if len(links) < len(paths):
+        raise UserError(f"--out {out}: two of the shards have one name; index them in folders of their own")
+    folders: dict[str, set[str]] = {}
+    for path in links.values():
+        folders.setdefault(os.path.dirname(path), set()).add(os.path.basename(path))
+    records = [
+        os.path.join(folder, record)
+        for folder, names in sorted(folders.items())
+        for record in inventory.whole_hub_info(folder, names)
+    ]
+    wanted = {**{os.path.join(out, os.path.basename(record)): record for record in records}, **links}
+    if len(wanted) < len(records) + len(links):
+        raise UserError(f"--out {out}: the shards' folders ({', '.join(folders)}) have records of one name")
+    try:
+        os.makedirs(out, exist_ok=True)
+        for link, target in wanted.items():
+            if os.path.islink(link) and os.readlink(link) == target:
+                continue
+            if os.path.lexists(link):
+                raise UserError(f"{link}: is there already, and is no link to {target}; use another folder")
+            os.symlink(target, link)
+    except OSError as error:
+        raise UserError(f"--out {out}: links cannot be made there ({error.strerror})") from error
+    copy_manifests(out)
+    return list(links)
+
+
+def build(
+    path: str,
+    *,
+    checksum: bool = False,
+    image: str | None = None,
+    label: str | None = None,
+    unterminated: bool = False,
+) -> ShardIndex:
+    """The index of one local shard; arguments and errors as for ``index_shards``."""
+    try:
+        fd = open_file(path)
+        try:
+            index = _Builder(path, fd, image, label).index(unterminated)
+            digest, at = sha256(), 0
+            while checksum and (block := os.pread(fd, 1 << 20, at)):
+                digest.update(block)
+                at += len(block)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return replace(index, sha256=digest.hexdigest()) if checksum else index
+
+
+class _Builder:
+    def __init__(self, path: str, fd: int, image: str | None, label: str | None) -> None:
+        self.path, self.fd = path, fd
+        self.image = image.lower().lstrip(".") if image else None
+        self.label = label
+        self.left_out: dict[str, LeftOut] = {}
+        self.why: dict[str, str] = {}
+
+    def index(self, unterminated: bool) -> ShardIndex:
+        path = self.path
+        offsets, lengths, labels, linked = [], [], [], []
+        keys: list[str] = []
+        seen: set[str] = set()
+        for key, members in self._samples(tar.scan(path, unterminated=unterminated)):
+            if key in seen:
+                raise UserError(
+                    f"{path}: sample {key!r} comes twice, the second time at offset {members[0].offset}; its members "
+                    "must stand together (`tar --sort=name` writes them so), and keys, which end at the first dot, must be "
+                    "unique within a shard"
+                )
+            seen.add(key)
+            image = self._image(key, members)
+            label = self._label(key, members)
+            if image is not None and image.kind == tar.HARD_LINK:
+                linked.append(len(keys))
+            offsets.append(image.offset if image else 0)
+            lengths.append(image.size if image else 0)
+            labels.append(label)
+            keys.append(key)
+        if not keys and self.left_out:
+            raise UserError(
+                inventory.no_shard_message(path)
+                or f"{path}: a tar without samples; it holds {describe(self.left_out.values())}"
+            )
+        if all(label == NO_LABEL for label in labels) and (advice := inventory.no_shard_message(path)):
+            raise UserError(advice)
+        return ShardIndex.build(
+            offsets,
+            lengths,
+            labels,
+            keys,
+            size=os.fstat(self.fd).st_size,
+            sha256="",
+            linked=linked,
+            left_out=self.left_out.values(),
+            why=self.why,
+        )
+
+    def _samples(self, members: Iterable[tar.Member]) -> Iterator[tuple[str, list[tar.Member]]]:
+        key, group = None, []
+        for member in members:
+            its, extension = tar.split_name(member.name)
+            if os.path.basename(its) == "":
+                continue  # hidden files, as AppleDouble's
+            if not extension:
+                self._leave_out("without extension" if member.readable else member.kind, member, lost=False)
+                continue
+            if its != key and key is not None:
+                yield key, group
+                group = []
+            key = its
+            group.append(member)
+        if key is not None:
+            yield key, group
+
+    def _image(self, key: str, members: list[tar.Member]) -> tar.Member | None:
+        def wanted(member: tar.Member) -> bool:
+            extension = tar.split_name(member.name)[1].lower()
+            if self.image is not None:
+                return extension == self.image
+            return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+
+        candidates = [m for m in members if wanted(m)]
+        images = [m for m in candidates if m.readable]
+        if len(images) > 1:
+            raise UserError(
+                f"{self.path}: sample {key!r} at offset {images[0].offset} has {len(images)} images "
+                f"({', '.join(os.path.basename(m.name) for m in images)}); it must have one. Keys end at the first dot; "
+                "`--image EXTENSION` says which of a sample's images to take"
+            )
+        for member in members:
+            extension = tar.split_name(member.name)[1].lower()
+            if not member.readable:
+                read = member in candidates or extension in ("cls", "json")
+                self._leave_out(member.kind, member, lost=read)
+            elif (
+                member not in images and extension not in ("cls", "json") and not self._holds_label(extension)
+            ):
+                unread_picture = not images and extension.rpartition(".")[2] in UNREAD_PICTURES
+                self._leave_out(f".{extension}", member, lost=unread_picture)
+        if not images:
+            self._note(key, members)
+        return images[0] if images else None
+
+    def _label(self, key: str, members: list[tar.Member]) -> int:
+        by_extension = {tar.split_name(m.name)[1].lower(): m for m in members if m.readable}
+        where = f"{self.path}: sample {key!r}"
+        text = next((x for x in by_extension if _is_text(x) and self._holds_label(x)), None)
+        if text is not None:
+            member = by_extension[text]
+            where = f"{where} at offset {member.offset}"
+            content = os.pread(self.fd, min(member.size, _TEXT_LIMIT), member.offset)
+            label = as_label(content.decode("utf-8", "replace"), where)
+            if label is None or member.size > _TEXT_LIMIT:
+                raise UserError(f"{where}: its .{text} holds {content[:40]!r}, not a number")
+            return label
+        field = None if self.label is None or _is_text(self.label) else self.label
+        if "json" not in by_extension or (self.label is not None and field is None):
+            self._note(key, members)
+            return NO_LABEL
+        member = by_extension["json"]
+        where = f"{where} at offset {member.offset}"
+        if member.size > _JSON_LIMIT:
+            raise UserError(f"{where}: its .json has {member.size:,} bytes; it should hold a few fields")
+        content = parse_json(os.pread(self.fd, member.size, member.offset), where)
+        label, seen = label_of(content, (field,) if field else LABEL_FIELDS, where)
+        if label is not None:
+            return label
+        if field:
+            raise UserError(
+                f"{where}: its .json has no integer field {field!r}" + (f", but {seen}" if seen else "")
+            )
+        none = f"none of {', '.join(LABEL_FIELDS)}"
+        self._note(key, members, f"its .json has {f'{seen}, not a number' if seen else none}")
+        return NO_LABEL
+
+    def _holds_label(self, extension: str) -> bool:
+        """Whether members of this extension are read for a label."""
+        if self.label is not None and _is_text(self.label):
+            return extension == self.label.lower().lstrip(".")
+        return extension == "json" or (self.label is None and extension == "cls")
+
+    def _leave_out(self, kind: str, member: tar.Member, *, lost: bool) -> None:
+        before = self.left_out.get(kind)
+        if before is None:
+            self.left_out[kind] = LeftOut(kind, 1, member.name, lost)
+        else:
+            self.left_out[kind] = replace(before, count=before.count + 1, lost=before.lost or lost)
+
+    def _note(self, key: str, members: list[tar.Member], why: str | None = None) -> None:
+        """Keep why a sample lacks something, of the first ones."""
+        if key in self.why or len(self.why) >= _REASONS_KEPT:
+            return
+        if why is None:
+            kinds = [os.path.basename(m.name) + ("" if m.readable else f", a {m.kind}") for m in members[:4]]
+            why = f"it has {'; '.join(kinds)}"
+            if any("." in tar.split_name(m.name)[1] for m in members):
+                why += "; keys end at the first dot"
+            if "/" in key and not any(tar.split_name(m.name)[1].lower() in ("cls", "json") for m in members):
+                why += "; where its folder is its class, extract the tar and pack the folder"
+        self.why[key] = why
+
+
+UNREAD_PICTURES = (
+    frozenset(
+        {
+            "avif",
+            "heic",
+            "heif",
+            "jxl",
+            "jp2",
+            "j2k",
+            "jpe",
+            "jfif",
+            "pjpeg",
+            "pjp",
+            "svg",
+            "tga",
+            "ico",
+            "psd",
+            "raw",
+        }
+    )
+    - IMAGE_EXTENSIONS
+)
+"""Extensions of pictures that are not read."""
+
+
+def describe(left_out: Iterable[LeftOut]) -> str:
+    """``1 .avif (x.avif), 2 symbolic link (y.jpg, ...)``; the same kind of several shards is counted together."""
+    kinds: dict[str, LeftOut] = {}
+    for some in left_out:
+        before = kinds.get(some.kind)
+        kinds[some.kind] = replace(before, count=before.count + some.count) if before else some
+    return ", ".join(
+        f"{some.count:,} {some.kind} ({some.first}{', ...' if some.count > 1 else ''})"
+        for some in sorted(kinds.values(), key=lambda some: some.kind)
+    )
+
+
+def _is_text(label: str) -> bool:
+    """Whether ``--label`` names a member that holds the number, and not a field of ``.json``."""
+    return label.lower().lstrip(".") == "cls" or label.lower().endswith(".cls")
+
+
+def _named(index: ShardIndex, sample: int) -> str:
+    key = index.key(sample)
+    return f"{key} ({index.why[key]})" if key in index.why else key
+
+
+def _catalogue(shards: list[Indexed], dropped: set[str], force: bool) -> None:
+    folders: dict[str, dict[str, Entry]] = {}
+    for shard in shards:
+        folder, name = os.path.split(shard.path)
+        folders.setdefault(folder or ".", {})[name] = shard.entry
+    gone: dict[str, set[str]] = {}
+    for path in dropped:
+        folder, name = os.path.split(path)
+        gone.setdefault(folder or ".", set()).add(name)
+        folders.setdefault(folder or ".", {})
+    for path in filter(os.path.islink, dropped):
+        try:
+            os.unlink(path)
+        except OSError as error:
+            raise UserError(
+                f"{path}: leads nowhere, and cannot be removed ({error.strerror}); remove it"
+            ) from error
+    for folder, entries in folders.items():
+        try:
+            known = read_catalogue(folder)
+        except UserError:
+            if not force:
+                raise
+            known = {}
+        kept = {name: entry for name, entry in known.items() if name not in gone.get(folder, ())}
+        write_catalogue(folder, {**kept, **entries}, dropped=read_dropped(folder) | gone.get(folder, set()))

@@ -1,0 +1,193 @@
+"""Data sets of samples by number: tar shards with an index here, image folders in ``folders``; one function opens both.
+
+A data set delivers encoded bytes. Decoding, order and augmentation are elsewhere, so both decoders share this.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from dattrain.data.board import note
+from dattrain.data.source.files import read_file
+from dattrain.data.source.folders import FolderDataset
+from dattrain.data.source.index import NO_LABEL, ShardIndex
+from dattrain.data.source.manifest import Named, class_names
+from dattrain.data.source.sample import BadSample, Dataset, Numbered, Sample
+from dattrain.data.source.shards import (
+    LocalSource,
+    Shards,
+    Source,
+    expand,
+    holds_shards,
+    open_local,
+    verify_sizes,
+)
+from dattrain.errors import UserError
+from dattrain.urls import mask, parts, split_query
+
+_BLOCK = 512
+
+
+class ShardDataset(Numbered):
+    """Tar shards. Indexes are read when first needed, and ``max_indexes`` of them are kept."""
+
+    def __init__(
+        self,
+        name: str,
+        shards: Shards,
+        source: Source,
+        *,
+        named: Named | None = None,
+        max_indexes: int = 512,
+    ) -> None:
+        self.name = name
+        if named is not None:
+            self.classes, self.used = list(named.classes), named.used
+        self.shards = shards
+        self.counts = shards.samples
+        self.max_label = int(shards.max_labels.max(initial=NO_LABEL))
+        self.source = source
+        self.fetches = not isinstance(source, LocalSource)
+        self.max_indexes = max_indexes
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+
+    def key(self, shard: int, sample: int) -> str:
+        """See ``Dataset.key``."""
+        return f"{os.path.basename(self.shards.paths[shard])}:{self.index(shard).key(sample)}"
+
+    def label(self, shard: int, sample: int) -> int:
+        """See ``Dataset.label``."""
+        return self._number(int(self.index(shard).labels[sample]), self.shards.paths[shard])
+
+    def read(self, shard: int, sample: int) -> Sample:
+        """See ``Dataset.read``.
+
+        The tar header before the image is read along with it and compared with the index: a shard that was written
+        anew with the same size is noticed.
+        """
+        note(f"{self.shards.paths[shard]}: sample {sample}")
+        index = self.index(shard)
+        offset, length = int(index.offsets[sample]), int(index.lengths[sample])
+        key = index.key(sample)
+        path = self.shards.paths[shard]
+        name = f"{os.path.basename(path)}:{key}"
+        if offset == 0:
+            why = f" ({index.why[key]})" if key in index.why else ""
+            raise BadSample(f"{path}: sample {key!r} has no image member{why}")
+        where = f"{path}: sample {key!r} at offset {offset}"
+        if length == 0:
+            raise BadSample(f"{where}: the image has zero bytes")
+        data = self.source.read(shard, offset - _BLOCK, length + _BLOCK)
+        if not header_fits(data[:_BLOCK], None if index.linked[sample] else key, length):
+            raise UserError(
+                f"{where}: the tar header there is not this sample's, so the shard is not the one that was indexed; "
+                "restore it, or index it anew with `dattrain data index --force`"
+            )
+        return Sample(name, where, self._number(int(index.labels[sample]), where), data[_BLOCK:])
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of a shard, checked against the catalogue."""
+        index = self._indexes.get(shard)
+        if index is None:
+            note(f"{self.shards.paths[shard]}: its index")
+            index = self.source.index(shard)
+            if len(index) != self.counts[shard] or index.size != self.shards.sizes[shard]:
+                raise UserError(
+                    f"{self.shards.paths[shard]}: its index has {len(index)} samples of {index.size} bytes, the "
+                    f"catalogue says {self.counts[shard]} of {self.shards.sizes[shard]}; "
+                    "run `dattrain data index --force`"
+                )
+            self._indexes[shard] = index
+            if len(self._indexes) > self.max_indexes:
+                self._indexes.popitem(last=False)
+        else:
+            # Threads share the table (DALI's readers), so another may just have let go of this index.
+            with suppress(KeyError):
+                self._indexes.move_to_end(shard)
+        return index
+
+    def ahead(self, shards: Sequence[int]) -> None:
+        """See ``Source.ahead``."""
+        self.source.ahead(shards)
+
+    def close(self) -> None:
+        """See ``Source.close``."""
+        self.source.close()
+
+
+def open_dataset(
+    spec: str,
+    *,
+    cache_dir: str | None = None,
+    cache_gb: float = 100.0,
+    verify: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    problems: list[str] | None = None,
+) -> Dataset:
+    """Open what ``data.train`` or ``data.val`` names: shards (local or remote) or an image folder.
+
+    With ``verify``, the sizes of this rank's part of the shards are compared with their indexes. ``problems`` takes
+    messages about local shards that cannot be used, and which are then left out, instead of an error.
+
+    Raises:
+        UserError: nothing is there, an index is missing, or a shard's size differs from its index.
+    """
+    from dattrain.data.source.listing import is_remote
+
+    if is_remote(spec):
+        from dattrain.data.source.remote import open_remote
+
+        shards, source = open_remote(
+            spec, cache_dir=cache_dir, cache_gb=cache_gb, verify=verify, rank=rank, world=world
+        )
+
+        def read(path: str) -> bytes:
+            return source.transfer.read(path) if "://" in path else read_file(path)
+
+        lists = [part for part in parts(spec) if split_query(part)[0].endswith(".txt")]
+        named = class_names(source.urls, read, lists)
+        dataset: Dataset = ShardDataset(mask(spec), shards, source, named=named)
+    elif os.path.isdir(spec) and not holds_shards(spec):
+        dataset = FolderDataset(spec)
+    else:
+        shards = open_local(expand(spec), problems=problems)
+        if verify:
+            verify_sizes(shards, rank=rank, world=world)
+        named = class_names(shards.paths, read_file)
+        dataset = ShardDataset(spec, shards, LocalSource(shards), named=named)
+    if not dataset.counts.sum() and not problems:
+        raise UserError(f"{spec}: has no samples")
+    return dataset
+
+
+def locate(dataset: Dataset, item: int) -> tuple[int, int]:
+    """Shard and sample of a number that counts through the whole set."""
+    shard = int(np.searchsorted(np.cumsum(dataset.counts), item, side="right"))
+    return shard, item - int(dataset.counts[:shard].sum())
+
+
+def header_fits(header: bytes, key: str | None, length: int) -> bool:
+    """Whether a tar header is that of a member of ``length`` bytes called ``key``, ``key.*``, or anything for None."""
+    from dattrain.data.source.tar import member_name, member_size
+
+    try:
+        if member_size(header) != length:
+            return False
+    except ValueError:
+        return False
+    if key is None:
+        return True
+    # Long and non-ASCII names stand in an extension header before this one, which holds a shortened form.
+    return len(key) > 90 or not key.isascii() or f"{member_name(header)}.".startswith(f"{key}.")
+
+
+__all__ = [
+    "NO_LABEL", "BadSample", "Dataset", "FolderDataset", "Sample", "ShardDataset",
+    "header_fits", "locate", "open_dataset",
+]  # fmt: skip

@@ -1,0 +1,237 @@
+"""A folder of images per class as a data set.
+
+Listing calls no ``stat`` but for links: a folder of millions of files on a network file system takes the time of reading
+its directories.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b, sha256
+from pathlib import Path
+
+import numpy as np
+
+from dattrain.data.board import note
+from dattrain.data.classes import few, order
+from dattrain.data.decode.images import is_image_name
+from dattrain.data.source import files
+from dattrain.data.source.files import listing
+from dattrain.data.source.sample import BadSample, Numbered, Sample
+from dattrain.errors import UserError
+
+_HIDDEN = frozenset({"@eaDir", "__MACOSX", "lost+found"})
+"""Beside names that begin with a dot: thumbnails of a NAS, what a Mac puts into zip files, what ``fsck`` found."""
+_TRAINING = frozenset({"train", "training"})
+OTHER_SPLITS = frozenset({"val", "valid", "validation", "dev", "test", "testing"})
+
+
+class FolderDataset(Numbered):
+    """``root/<class>/**/<image>``: one file per image; labels number the class folders, sorted (by value where all are
+    numbers).
+
+    The files are one shard in a fixed scrambled order (by a hash of the name), since the order's windows would
+    otherwise keep classes together; random access costs a folder nothing. Each directory is read once, whatever links
+    lead to it; hidden folders are left alone; ``notes`` count what was left out. ``digest`` is SHA-256 of the hashes of all names
+    below the root, in order.
+
+    Raises:
+        UserError: no class folder; one without images, or that is a link to what is not there, or to another one; folders
+            that are splits (train, val) and not classes.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.name = root
+        self.root = Path(root)
+        self.fetches = False
+        classes = self.classes = class_folders(root)
+        walk = _Walk(self.root, classes)
+        names, ends, labels, keys = bytearray(), array("q", [0]), array("i"), array("Q")
+        for label, folder in enumerate(classes):
+            found = len(labels)
+            for file in walk.files(folder):
+                encoded = os.fsencode(file)
+                names += encoded
+                ends.append(len(names))
+                labels.append(label)
+                keys.append(_scrambled(encoded))
+            if len(labels) == found:
+                raise UserError(f"{self.root / folder}: a class folder without images{walk.why(folder)}")
+        if not labels:
+            raise UserError(f"{root}: has neither tar shards nor class folders with images")
+        # One string of all names: a list of 14 million would take gigabytes, and be copied in every worker by its counts.
+        self._names = bytes(names)
+        self._ends = np.frombuffer(ends, dtype=np.int64)
+        place = np.argsort(np.frombuffer(keys, dtype=np.uint64), kind="stable")
+        self._place = _by_name(place, np.frombuffer(keys, dtype=np.uint64), self._file)
+        self.digest = sha256(np.frombuffer(keys, dtype="<u8")[self._place].tobytes()).hexdigest()
+        self._labels = np.frombuffer(labels, dtype=np.int32)
+        self.counts = np.asarray([len(labels)], dtype=np.int64)
+        self.max_label = len(classes) - 1
+        self.notes = walk.notes()
+
+    def key(self, shard: int, sample: int) -> str:
+        """See ``Dataset.key``; the path below the root."""
+        return f"{self.root.name}:{self._file(int(self._place[sample]))}"
+
+    def label(self, shard: int, sample: int) -> int:
+        """See ``Dataset.label``."""
+        return self._number(int(self._labels[self._place[sample]]), self.name)
+
+    def read(self, shard: int, sample: int) -> Sample:
+        """See ``Dataset.read``."""
+        path = self.root / self._file(int(self._place[sample]))
+        note(str(path))
+        return Sample(self.key(shard, sample), str(path), self.label(shard, sample), read_file(path))
+
+    def covers(self, place: Path) -> bool:
+        """Whether files in that folder would be read as this set's, or as another set in its place."""
+        place, root = place.resolve(), self.root.resolve()
+        return place == root or (root in place.parents and not _hidden(place.relative_to(root).parts[0]))
+
+    def ahead(self, shards: Sequence[int]) -> None:
+        """Nothing to fetch."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def _file(self, number: int) -> str:
+        """Path below the root of a file, by its number in the order of the walk."""
+        return os.fsdecode(self._names[self._ends[number] : self._ends[number + 1]])
+
+
+def class_folders(root: str | os.PathLike[str]) -> list[str]:
+    """Names of the class folders, in the order of their labels.
+
+    Raises:
+        UserError: one is a link to what is not there; all are splits; two are one folder.
+    """
+    found: dict[str, str] = {}
+    for entry in listing(root):
+        if _hidden(entry.name):
+            continue
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            if is_image_name(entry.name):
+                continue
+            raise UserError(
+                f"{entry.path}: a link to {os.readlink(entry.path)}, which is not there; without this class folder the "
+                "others would be numbered anew. Mount what it points to, or remove the link"
+            )
+        if entry.is_dir():
+            other = found.setdefault(os.path.realpath(entry.path), entry.name)
+            if other != entry.name:
+                raise UserError(f"{root}: the class folders {other} and {entry.name} are one and the same")
+    names = order(list(found.values()))
+    # What all begin with is the set's name: imagenet21k_train, imagenet21k_val.
+    low = [name.lower() for name in names]
+    shared = os.path.commonprefix(low) if len(low) > 1 else ""  # noqa: RUF071 (names, not paths)
+    begin = len(re.sub(r"[^-_ .]*$", "", shared))
+    bare = {re.sub(r"[-_ .]?(set|images|data|[0-9]+)$", "", name[begin:]) for name in low}
+    if bare and (bare <= _TRAINING | OTHER_SPLITS or (bare & _TRAINING and bare & OTHER_SPLITS)):
+        raise UserError(
+            f"{root}: holds {few(names)}, which are splits and not classes; name one of them, as in "
+            f"data.train={os.path.join(root, names[0])}"
+        )
+    return names
+
+
+def read_file(path: Path, origin: str = "") -> bytes:
+    """The bytes of an image file. Raises BadSample; ``origin`` is added to the name there."""
+    try:
+        data = files.read_file(path)
+    except OSError as error:
+        if path.is_symlink() and not path.exists():
+            raise BadSample(f"{path}{origin}: a link to {os.readlink(path)}, which is not there") from error
+        raise BadSample(f"{path}{origin}: cannot be read ({error.strerror})") from error
+    if not data:
+        raise BadSample(f"{path}{origin}: the image has zero bytes")
+    return data
+
+
+class _Walk:
+    """Lists the image files of class folders, each directory once, and counts what it passes over."""
+
+    def __init__(self, root: Path, classes: Sequence[str]) -> None:
+        self.root = root
+        self._real_root = os.path.realpath(root)
+        self._seen = {self._real_root, *(os.path.realpath(root / name) for name in classes)}
+        self._left: Counter[str] = Counter()
+        self._example: dict[str, str] = {}
+        for entry in listing(root):
+            if is_image_name(entry.name) and not entry.is_dir():
+                self._leave("image beside the class folders", entry.name)
+
+    def files(self, folder: str) -> Iterator[str]:
+        """Paths below the root of the images of one class folder."""
+        waiting = [(folder, os.path.realpath(self.root / folder))]
+        while waiting:
+            parent, real_parent = waiting.pop()
+            for entry in listing(self.root / parent):
+                name = os.path.join(parent, entry.name)
+                if entry.is_dir():
+                    link = entry.is_symlink()
+                    real = os.path.realpath(entry.path) if link else os.path.join(real_parent, entry.name)
+                    if _hidden(entry.name):
+                        self._leave("hidden folder", name)
+                    elif self._is_elsewhere(real) if link else real in self._seen:
+                        self._leave("link to a folder that is read elsewhere", name)
+                    else:
+                        if link:
+                            self._seen.add(real)
+                        waiting.append((name, real))
+                elif entry.name.startswith("."):
+                    continue
+                elif not is_image_name(entry.name):
+                    extension = os.path.splitext(entry.name)[1].lower()
+                    self._leave(f"{extension} file" if extension else "file without extension", name)
+                elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+                    # A link to nothing is a bad sample: it is met when it is read, like any file that is damaged.
+                    yield name
+                else:
+                    self._leave("pipe, socket or device", name)
+
+    def why(self, folder: str) -> str:
+        """What there is instead of images."""
+        inside = [
+            f"{name} ({what})" for what, name in self._example.items() if name.startswith(folder + os.sep)
+        ]
+        return f"; it holds {', '.join(inside[:3])}" if inside else ""
+
+    def notes(self) -> tuple[str, ...]:
+        """One line per kind of thing that was left out."""
+        return tuple(
+            f"{self.root}: {count} {what}{'s' if count > 1 and what.endswith(('file', 'folder')) else ''} left out: "
+            f"{self._example[what]}{', ...' if count > 1 else ''}"
+            for what, count in self._left.most_common()
+        )
+
+    def _is_elsewhere(self, real: str) -> bool:
+        """Whether what a link leads to is read by another way, or holds the class folders."""
+        holds_root = self._real_root.startswith(real.rstrip(os.sep) + os.sep)
+        return holds_root or real in self._seen or any(real.startswith(seen + os.sep) for seen in self._seen)
+
+    def _leave(self, what: str, name: str) -> None:
+        self._left[what] += 1
+        self._example.setdefault(what, name)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in _HIDDEN
+
+
+def _scrambled(name: bytes) -> int:
+    """A fixed pseudo-random number of a name, the same on every machine."""
+    return int.from_bytes(blake2b(name, digest_size=8).digest(), "big")
+
+
+def _by_name(place: np.ndarray, keys: np.ndarray, file) -> np.ndarray:
+    """``place`` with files of equal keys in the order of their names, which no walk decides."""
+    sorted_keys = keys[place]
+    for i in np.flatnonzero(sorted_keys[1:] == sorted_keys[:-1]).tolist():
+        if file(int(place[i])) > file(int(place[i + 1])):
+            place[i], place[i + 1] = place[i + 1], place[i]
+    return place

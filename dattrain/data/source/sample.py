@@ -1,0 +1,108 @@
+"""What a data set is: samples by number, each an encoded image with a class number."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dattrain.data.source.index import NO_LABEL
+from dattrain.errors import UserError
+from dattrain.urls import mask
+
+
+class BadSample(Exception):
+    """One sample that cannot be used. The message names shard, key and offset, and says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(mask(message))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Where a sample is, and what it holds.
+
+    ``key`` is ``shard:key``; ``where`` adds the offset; ``label`` may be ``NO_LABEL``; ``data`` is the encoded image.
+    """
+
+    key: str
+    where: str
+    label: int
+    data: bytes
+
+
+class Dataset(Protocol):
+    """Samples addressed by (shard, sample)."""
+
+    name: str
+    counts: NDArray[np.int64]
+    """Samples per shard."""
+    max_label: int
+    """Largest label, or ``NO_LABEL`` where it is not known without reading every index."""
+    classes: Sequence[str] | None
+    """Names of the set's own labels 0, 1, ...; None where its labels are bare numbers."""
+    used: Collection[int] | None
+    """Those of the set's own labels that have samples; None where all have, or nothing says."""
+    notes: Sequence[str]
+    """What was left out, or looks odd: one line each, for whoever opened the set to print."""
+    fetches: bool
+    """Whether ``ahead`` does anything."""
+
+    def key(self, shard: int, sample: int) -> str:
+        """``shard:key`` of a sample."""
+        ...
+
+    def label(self, shard: int, sample: int) -> int:
+        """Label of a sample, or ``NO_LABEL``."""
+        ...
+
+    def read(self, shard: int, sample: int) -> Sample:
+        """The encoded image. Raises BadSample for a sample without image, UserError for a damaged shard."""
+        ...
+
+    def renumber(self, numbers: NDArray[np.int64]) -> None:
+        """Give the set's labels the class numbers of a network (``Classes.numbers``; ``NO_LABEL`` for labels without samples): ``label`` and ``read`` tell these
+        from now on. ``classes`` stays."""
+        ...
+
+    def ahead(self, shards: Sequence[int]) -> None:
+        """Hint: shards read next."""
+        ...
+
+    def close(self) -> None:
+        """Release files."""
+        ...
+
+
+class Numbered:
+    """``renumber`` of a ``Dataset``, for those who keep labels of their own."""
+
+    max_label: int = NO_LABEL
+    classes: Sequence[str] | None = None
+    used: Collection[int] | None = None
+    notes: Sequence[str] = ()
+    _numbers: NDArray[np.int64] | None = None
+
+    def renumber(self, numbers: NDArray[np.int64]) -> None:
+        """See ``Dataset.renumber``."""
+        self._numbers = numbers
+        self.max_label = int(numbers.max(initial=NO_LABEL))
+
+    def _number(self, label: int, where: str) -> int:
+        """The class number of one of the set's own labels."""
+        named = self.classes if self._numbers is None else self._numbers
+        if named is None or label == NO_LABEL:
+            return label
+        if not 0 <= label < len(named):
+            raise UserError(f"{where}: has label {label}, but its set names {len(named)} classes")
+        if self._numbers is None:
+            return label
+        number = int(self._numbers[label])
+        if number == NO_LABEL:
+            raise UserError(
+                f"{where}: has label {label}, of which its manifest counts no samples; pack the set again"
+            )
+        return number

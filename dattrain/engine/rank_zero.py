@@ -1,0 +1,84 @@
+"""What rank 0 does or finds for all of them. Collective, but for taking the run folder."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dattrain.errors import UserError
+from dattrain.runtime import owner
+from dattrain.runtime.environment import Env
+from dattrain.runtime.owner import Owner
+from dattrain.runtime.signals import Preemption, Request
+from dattrain.state.format import checkpoint
+from dattrain.state.format.checkpoint import Manifest
+
+
+class Claim:
+    """Rank 0's attempt to become the owner of the run folder: before anything is written there, and so before the other ranks
+    can be told how it went. They may wait for it in the meantime."""
+
+    def __init__(self, run_dir: Path, env: Env, preemption: Preemption) -> None:
+        self.owner: Owner | None = None
+        self._refusal: UserError | None = None
+        if env.rank != 0:
+            return
+        try:
+            self.owner = owner.take(
+                run_dir, give_up=lambda: preemption.request(look_for_file=False) == Request.STOP
+            )
+        except UserError as error:
+            if env.world == 1:
+                raise
+            self._refusal = error
+
+    def check(self) -> None:
+        """Raise the refusal, where there was one."""
+        if self._refusal is not None:
+            raise self._refusal
+
+    def release(self) -> None:
+        """Let go of the folder."""
+        if self.owner is not None:
+            self.owner.release()
+
+
+def on_first_rank(action: Callable[[], None]) -> None:
+    """Run ``action`` on rank 0; what the user can put right is raised on every rank."""
+    held: list[UserError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            held[0] = error
+    dist.broadcast_object_list(held, src=0)
+    if held[0] is not None:
+        raise held[0]
+
+
+def random_word() -> str:
+    """The same on all ranks of this attempt, and in no other attempt."""
+    held: list[Any] = [secrets.token_hex(8)]
+    dist.broadcast_object_list(held, src=0)
+    return str(held[0])
+
+
+def newest_checkpoint(root: Path, *, read_all: bool = False) -> tuple[Path, Manifest] | None:
+    """The newest whole checkpoint under ``root``, as rank 0 finds it: judged by sizes, or by reading it (``read_all``).
+
+    Raises:
+        UserError: there are checkpoints, and none is whole.
+    """
+    held: list[Any] = [None]
+    if dist.get_rank() == 0:
+        found = checkpoint.find(root, level="checksum" if read_all else "size")
+        held[0] = (found.folder, found.manifest, found.passed_over)
+    dist.broadcast_object_list(held, src=0)
+    folder, manifest, passed = held[0]
+    if folder is None and passed:
+        raise UserError(checkpoint.none_whole(root, passed))
+    return None if folder is None else (folder, manifest)

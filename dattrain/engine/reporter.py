@@ -1,0 +1,197 @@
+"""What a training says: rows of ``metrics.jsonl`` and TensorBoard, the log line, the live line. Rank 0 speaks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dattrain.config.derive import Derived
+from dattrain.config.schema import Config
+from dattrain.engine.step import Update
+from dattrain.engine.step_status import Edge, Slowest
+from dattrain.errors import UserError
+from dattrain.observe.metrics import Metrics
+from dattrain.observe.throughput import Meter, duration, memory_gb, peak_flops
+from dattrain.runtime.logging import Console
+
+log = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Turns updates into rows and lines.
+
+    Args:
+        step: the update that training goes on from; later rows of an attempt that was killed are removed.
+        first: whether this is rank 0; the others measure but do not write.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        derived: Derived,
+        device: torch.device,
+        *,
+        step: int,
+        samples_per_epoch: int,
+        console: Console | None,
+        first: bool,
+    ) -> None:
+        self.config, self.derived, self.device = config, derived, device
+        self.samples_per_epoch = samples_per_epoch
+        self.bad_samples = 0
+        self.meter = Meter()
+        self._console = console
+        self._metrics: Metrics | None = None
+        if first:
+            try:
+                self._metrics = Metrics(run_dir, step)
+            except OSError as error:
+                raise UserError(f"{run_dir}: cannot be written: {error.strerror or error}") from error
+        self._evaluated = (
+            {row["step"] for row in self._metrics.rows if "top1" in row} if self._metrics else set()
+        )
+        self._mfu_scale = _mfu_scale(config, derived, device)
+
+    def begin(self, step: int, last: int) -> None:
+        """Say what is about to be trained."""
+        c, d = self.config, self.derived
+        log.info(
+            "%s: %s, updates %d to %d of %d samples (%d x %d x %d), %.1f per epoch, ZeRO-%d, %s, on %s",
+            c.name, c.model.name, step, last, c.train.global_batch, d.world, d.accumulation, c.train.micro_batch,
+            d.steps_per_epoch, c.zero.stage, c.train.precision, self.device,
+        )  # fmt: skip
+        self.meter = Meter()
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the rows hold an evaluation of ``step``. Collective."""
+        import torch.distributed as dist
+
+        held = [step in self._evaluated]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def update(
+        self,
+        update: Update,
+        edge: Edge,
+        *,
+        step: int,
+        samples: int,
+        lr: float,
+        loss_scale: float | None,
+        bad_samples: int,
+        skipped_steps: int,
+        slowest: Slowest | None,
+        log_now: bool,
+    ) -> None:
+        """One update."""
+        self.bad_samples = bad_samples
+        self.meter.update(self.config.train.global_batch, update.data_wait_s)
+        if self._metrics is None:
+            return
+        rate = self.meter.images_per_s
+        eta = (self.derived.last_step - step) * self.meter.seconds_per_update
+        row: dict[str, Any] = {
+            "step": step,
+            "samples": samples,
+            "epoch": round(samples / self.samples_per_epoch, 6),
+            "loss": edge.loss,
+            "lr": lr,
+            "grad_norm": update.grad_norm,
+            "images_per_s": round(rate, 3),
+            "data_wait": round(self.meter.data_wait, 4),
+            "memory_gb": round(memory_gb(self.device), 3),
+            "eta_s": round(eta, 1),
+            "bad_samples": bad_samples,
+            "skipped_steps": skipped_steps,
+        }
+        if loss_scale is not None:
+            row["loss_scale"] = loss_scale
+        if self._mfu_scale is not None:
+            row["mfu"] = round(rate * self._mfu_scale, 4)
+        self._metrics.write(row)
+        if log_now:
+            self._metrics.scalars("train", row, step)
+            log.info(self._line(row, slowest))
+        elif self._console is not None:
+            self._console.live(self._line(row, None))
+
+    def evaluation(self, metrics: dict[str, float], step: int, samples: int, seconds: float) -> None:
+        """One evaluation. In rows the loss is ``eval_loss``: ``loss`` is the training loss."""
+        self._evaluated.add(step)
+        self.pause(seconds)
+        if self._metrics is None:
+            return
+        row = {
+            "step": step,
+            "samples": samples,
+            "epoch": round(samples / self.samples_per_epoch, 6),
+            **{("eval_" + k if k in ("loss", "images") else k): v for k, v in metrics.items()},
+            "seconds": round(seconds, 2),
+        }
+        self._metrics.write(row)
+        self._metrics.scalars("eval", {k: v for k, v in row.items() if k != "epoch"}, step)
+        averaged = f", EMA {metrics['ema_top1']:.2f}" if "ema_top1" in metrics else ""
+        log.info(
+            "step %d: top-1 %.2f, top-5 %.2f, loss %.4f%s on %d images in %s",
+            step, metrics["top1"], metrics["top5"], metrics["loss"], averaged, metrics["images"], duration(seconds),
+        )  # fmt: skip
+
+    def pause(self, seconds: float) -> None:
+        """Leave ``seconds`` out of the rates."""
+        self.meter.pause(seconds)
+
+    def end(self, status: str, step: int) -> None:
+        """Say how it ended."""
+        log.info("%s at step %d of %d", status, step, self.derived.last_step)
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _line(self, row: dict[str, Any], slowest: Slowest | None) -> str:
+        parts = [
+            f"step {row['step']}/{self.derived.last_step}",
+            f"epoch {row['epoch']:.2f}",
+            f"loss {row['loss']:.4f}",
+            f"lr {row['lr']:.2e}",
+            f"norm {row['grad_norm']:.2f}",
+            f"{row['images_per_s']:.1f} img/s",
+            f"wait {row['data_wait']:.0%}",
+            f"{row['memory_gb']:.1f} GB",
+            f"eta {duration(row['eta_s'])}",
+        ]
+        if "mfu" in row:
+            parts.append(f"mfu {row['mfu']:.1%}")
+        if "loss_scale" in row:
+            parts.append(f"scale {row['loss_scale']:g}")
+        if row["bad_samples"]:
+            parts.append(f"bad samples {row['bad_samples']}")
+        if row["skipped_steps"]:
+            parts.append(f"skipped {row['skipped_steps']}")
+        if slowest is not None:
+            parts.append(f"slowest rank {slowest.rank} on {slowest.host} +{slowest.excess:.0%}")
+        return "  ".join(parts)
+
+
+def _mfu_scale(config: Config, derived: Derived, device: torch.device) -> float | None:
+    """MFU per image/s, None where the device's peak is not known."""
+    if device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(device), config.train.precision)
+    if peak is None:
+        return None
+    from dattrain.engine.session import build_model
+    from dattrain.models.flops import flops
+
+    # A multiply-add is two operations; backward costs twice the forward. The count is at the model's own size.
+    with torch.device("meta"):
+        model = build_model(config, config.model.img_size)
+    work = 3 * 2 * flops(model, config.model.img_size, config.model.in_chans)
+    return work / (peak * derived.world) if math.isfinite(work) else None

@@ -1,0 +1,108 @@
+"""The run folder: what is written before the first step so that the run can be understood and repeated."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import dattrain
+from dattrain.config.load import dump
+from dattrain.config.schema import Config
+from dattrain.data.classes import Classes
+from dattrain.data.classes import write as write_classes
+from dattrain.engine.resume_rules import CONFIG
+from dattrain.errors import UserError
+from dattrain.runtime.environment import Env
+from dattrain.state.checkpointer import versions
+from dattrain.urls import mask
+
+CODE, DIFF, ENVIRONMENT = "code.json", "code.diff", "env.json"
+
+log = logging.getLogger(__name__)
+
+
+def open_run(run_dir: Path, config: Config, classes: Classes, env: Env, device_name: str) -> None:
+    """Write ``config.yaml``, ``classes.json``, ``code.json`` with its diff, and ``env.json``. Rank 0 calls it, once the recipe
+    is known to run.
+
+    A recipe that passed ``fixed.check_settings`` takes the place of the one before it: what may differ from one start to the next may stay so.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _write(run_dir / CONFIG, dump(config))
+        write_classes(run_dir, classes)
+        if not (run_dir / CODE).exists():
+            code, diff = describe_code()
+            if diff:
+                (run_dir / DIFF).write_bytes(diff)
+            _write(run_dir / CODE, json.dumps(code, indent=2) + "\n")
+        _note_start(run_dir / ENVIRONMENT, env, device_name)
+    except OSError as error:
+        raise UserError(f"{run_dir}: the run folder cannot be written: {error.strerror or error}") from error
+
+
+def describe_code() -> tuple[dict[str, Any], bytes]:
+    """Version, git revision and whether the checkout differs from it; and that difference. No revision outside of git."""
+    root = Path(dattrain.__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> bytes | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, timeout=60)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    # site-packages within some other project's checkout is not tracked there.
+    tracked = git("ls-files", "--error-unmatch", "dattrain/__init__.py") is not None
+    head = git("rev-parse", "HEAD") if tracked else None
+    diff = (git("diff", "--binary", "HEAD", "--", "dattrain") or b"") if head else b""
+    new = (git("ls-files", "--others", "--exclude-standard", "--", "dattrain") or b"") if head else b""
+    return {
+        "version": dattrain.__version__,
+        "revision": head.decode().strip() if head else None,
+        "dirty": bool(diff or new) if head else None,
+        "diff": DIFF if diff else None,
+        "untracked": new.decode(errors="replace").splitlines(),
+    }, diff
+
+
+def _note_start(path: Path, env: Env, device_name: str) -> None:
+    starts: list[dict[str, Any]] = []
+    if path.is_file():
+        try:
+            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s is not readable; it is written anew", path)
+    starts.append(
+        {
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": [mask(word) for word in sys.argv],
+            "launcher": env.launcher,
+            "world": env.world,
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "device": device_name,
+            "versions": versions(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        }
+    )
+    _write(path, json.dumps({"starts": starts}, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all; for its owner alone where it holds the secrets of a URL, which going on needs."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.touch(0o666 if mask(text) == text else 0o600)
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

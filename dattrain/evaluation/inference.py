@@ -1,0 +1,236 @@
+"""One pass of a frozen model over a data set: classes and probabilities, or features. Works under torchrun.
+
+What is done with the results is in ``scores`` and ``probe``; which images and labels make a set is in ``testsets``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dattrain.config.schema import Config
+from dattrain.data.loader import EvalLoader, eval_loader
+from dattrain.errors import UserError
+from dattrain.evaluation import metrics
+from dattrain.pretrained.preprocess import normalise
+from dattrain.pretrained.weights import Card, classes_of
+
+
+@dataclass(frozen=True)
+class Views:
+    """Test-time augmentation: class probabilities are averaged over the views of an image.
+
+    ``flip`` adds the mirror image of each view; ``crops`` is 1 (the centre) or 5 (the corners of the central square of
+    the resized image, and the centre).
+    """
+
+    flip: bool = False
+    crops: int = 1
+
+    def __call__(self, images: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
+        """Views of ``size`` of B x C x H x W images (larger than ``size`` where there are five crops)."""
+        (height, width), (h, w) = images.shape[-2:], size
+        middle = ((height - h + 1) // 2, (width - w + 1) // 2)
+        corners = [(0, 0), (0, width - w), (height - h, 0), (height - h, width - w)]
+        for top, left in [middle, *corners] if self.crops == 5 else [middle]:
+            view = images[..., top : top + h, left : left + w]
+            yield view
+            if self.flip:
+                yield view.flip(-1)
+
+
+@dataclass
+class Result:
+    """``records`` of the whole set (rank 0; None on other ranks), names of its images in the same order, and speed.
+
+    ``keys`` are empty unless asked for. ``seconds`` is the whole pass, ``forward_seconds`` the network's part; both of
+    this rank. ``bad`` counts images of the set that could not be read and were left out.
+    """
+
+    records: metrics.Records | None
+    keys: list[str]
+    images: int
+    seconds: float
+    forward_seconds: float
+    bad: int
+
+
+def open_loader(config: Config, card: Card, spec: str, views: Views, *, device: torch.device) -> EvalLoader:
+    """A loader over ``spec`` that prepares images as the card says; under torchrun, this rank's part."""
+    augment = config.augment.model_copy(
+        update={"mean": card.mean, "std": card.std, "interpolation": card.interpolation}
+    )
+    size, crop_pct = card.img_size, card.crop_pct
+    if views.crops == 5:
+        # The whole central square of the resized image is kept, and the crops are cut out of it on the device.
+        size, crop_pct = tuple(int(side / crop_pct) for side in size), 1.0  # type: ignore[assignment]
+        if size == card.img_size:
+            raise UserError(
+                f"--crops 5 needs a margin around the crop, and crop_pct={card.crop_pct} leaves none"
+            )
+    changed = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"num_classes": card.num_classes}),
+            "data": config.data.model_copy(update={"val": spec, "labels": None}),
+            "eval": config.eval.model_copy(update={"resize": card.resize, "crop_pct": crop_pct}),
+            "augment": augment,
+        }
+    )
+    rank, world = place()
+    return eval_loader(changed, classes_of(card), rank=rank, world=world, device=device, img_size=size)
+
+
+@torch.inference_mode()
+def classify(
+    model: nn.Module,
+    card: Card,
+    loader: EvalLoader,
+    *,
+    device: torch.device,
+    views: Views = Views(),
+    among: np.ndarray | None = None,
+    keep_keys: bool = False,
+    title: str = "",
+) -> Result:
+    """Records of every image of the loader.
+
+    Args:
+        among: classes that count (ImageNet-A and -R have 200 of the 1,000); the others get no probability.
+        keep_keys: also return the images' names.
+    """
+    masked = None
+    if among is not None:
+        masked = torch.full((card.num_classes,), -torch.inf, device=device)
+        masked[torch.from_numpy(among).to(device)] = 0
+    parts: list[metrics.Records] = []
+    keys: list[tuple[int, str]] = []
+    progress = Progress(len(loader), title)
+    started, forward, right, seen = time.perf_counter(), 0.0, 0, 0
+    for batch in loader:
+        good = (batch.weight > 0).nonzero().squeeze(1)
+        if len(good):
+            images, labels = batch.images[good], batch.labels[good]
+            before = now(device)
+            x = normalise(images, card, device) if images.dtype == torch.uint8 else images.float()
+            probabilities: Tensor | None = None
+            count = 0
+            for view in views(x, card.img_size):
+                logits = model(view).float()
+                p = (logits if masked is None else logits + masked).softmax(1)
+                probabilities, count = (p if probabilities is None else probabilities + p), count + 1
+            forward += now(device) - before
+            assert probabilities is not None
+            kept = metrics.record(probabilities / count, labels, batch.position[good.cpu()])
+            parts.append(kept)
+            right, seen = right + int(metrics.hits(kept, 1).sum()), seen + len(kept)
+            if keep_keys:
+                keys += [(int(batch.position[i]), batch.keys[i]) for i in good.tolist()]
+        progress(
+            f"{seen} images, top-1 {100 * right / max(seen, 1):.2f} %, {seen / (time.perf_counter() - started):.0f} images/s"
+        )
+    progress.close()
+    seconds = time.perf_counter() - started
+    gathered = gather((parts, keys, loader.bad.count))
+    if gathered is None:
+        return Result(None, [], seen, seconds, forward, loader.bad.count)
+    records = [part for each, _, _ in gathered for part in each]
+    if not records:
+        raise UserError(f"{loader.dataset.name}: no image could be used")
+    names = [key for _, key in sorted(pair for _, each, _ in gathered for pair in each)]
+    return Result(metrics.join(records), names, seen, seconds, forward, sum(bad for _, _, bad in gathered))
+
+
+@torch.no_grad()
+def features(
+    model: nn.Module,
+    card: Card,
+    loader: EvalLoader,
+    *,
+    device: torch.device,
+    limit: int | None = None,
+    title: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Pooled features before the classifier, N x C float32, and labels N int64, on the CPU, in the set's order.
+
+    On ranks other than 0 both are empty. ``limit`` stops after so many images of a rank.
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    progress, seen = Progress(len(loader), title), 0
+    for batch in loader:
+        good = (batch.weight > 0).nonzero().squeeze(1)
+        if len(good):
+            x = (
+                normalise(batch.images[good], card, device)
+                if batch.images.dtype == torch.uint8
+                else batch.images[good].float()
+            )
+            pooled = model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
+            labels = batch.labels[good].cpu()
+            parts.append((batch.position[good.cpu()], pooled.float().cpu(), labels))
+            seen += len(good)
+        progress(f"{seen} images")
+        if limit is not None and seen >= limit:
+            break
+    progress.close()
+    gathered = gather(parts)
+    if gathered is None:
+        return torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
+    position, values, labels = (torch.cat(each) for each in zip(*(p for rank in gathered for p in rank)))
+    order = position.argsort()
+    return values[order], labels[order]
+
+
+def place() -> tuple[int, int]:
+    """(rank, world) of the process group, (0, 1) without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather(item: object) -> list | None:
+    """Every rank's item on rank 0, None elsewhere."""
+    rank, world = place()
+    if world == 1:
+        return [item]
+    out: list | None = [None] * world if rank == 0 else None
+    dist.gather_object(item, out)
+    return out
+
+
+def now(device: torch.device) -> float:
+    """Seconds; on CUDA after what was queued is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Progress:
+    """One line on the terminal's stderr that is written over; nothing where stderr is a file, or on ranks but 0."""
+
+    def __init__(self, steps: int, title: str) -> None:
+        self.steps, self.title, self.done, self.width = steps, title, 0, 0
+        self.shown = sys.stderr.isatty() and place()[0] == 0
+        self.last = 0.0
+
+    def __call__(self, text: str) -> None:
+        """One step is done."""
+        self.done += 1
+        if self.shown and (time.monotonic() - self.last > 0.1 or self.done == self.steps):
+            self.last = time.monotonic()
+            line = f"{self.title} {100 * self.done / max(self.steps, 1):3.0f} %  {text}"
+            sys.stderr.write("\r" + line.ljust(self.width))
+            sys.stderr.flush()
+            self.width = len(line)
+
+    def close(self) -> None:
+        """Clear the line."""
+        if self.shown and self.width:
+            sys.stderr.write("\r" + " " * self.width + "\r")
+            sys.stderr.flush()

@@ -1,0 +1,140 @@
+"""The figures of an evaluation, and the lines and tables that say them. What they are drawn from is in ``scores``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dattrain.errors import UserError
+from dattrain.evaluation import metrics
+from dattrain.evaluation.metrics import Records
+
+
+def of(records: Records, accepted: Sequence[frozenset[int]] | None = None) -> dict[str, float]:
+    """Accuracies (percent), cross-entropy (nats), Brier score, calibration errors (percent) and how many images."""
+    top1, top5 = metrics.top1_top5(records, accepted)
+    if accepted is not None:
+        keep = np.array([bool(each) for each in accepted])
+        low, high = metrics.bootstrap_interval(100.0 * metrics.hits(records, 1, accepted)[keep])
+        return {"top1": top1, "top1_low": low, "top1_high": high, "top5": top5, "images": int(keep.sum())}
+    known = records.label >= 0
+    if not known.any():
+        raise UserError(
+            "none of the images has a label: there is nothing to compare predictions with (see dattrain predict)"
+        )
+    low, high = metrics.bootstrap_interval(100.0 * metrics.hits(records, 1)[known])
+    calibration = metrics.calibration(records)
+    return {
+        "top1": top1,
+        "top1_low": low,
+        "top1_high": high,
+        "top5": top5,
+        "loss": float(records.nll[known].mean()),
+        "brier": float(records.brier[known].mean()),
+        "ece": 100 * calibration.ece,
+        "max_calibration_error": 100 * calibration.mce,
+        "images": int(known.sum()),
+    }
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """What is evaluated, in one line."""
+    height, width = report["img_size"]
+    origin = f" ({report['source']})" if report["source"] else ""
+    return (
+        f"{report['model']}{origin}: {report['name']}, {height} x {width}, {report['classes']} classes, "
+        f"{report['parameters'] / 1e6:.3f}M parameters, {_cost(report['gflops'])} FLOPs"
+    )
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """The figures of one model."""
+    bad = f", {report['bad']} could not be read" if report["bad"] else ""
+    views = f", {report['views']} views each" if report["views"] > 1 else ""
+    lines = [
+        f"  {report['data']}: {report['images']} images{bad}{views}",
+        f"  top-1 {report['top1']:.2f} % (95 % interval {report['top1_low']:.2f} to {report['top1_high']:.2f})"
+        f"   top-5 {report['top5']:.2f} %",
+    ]
+    if "loss" in report:
+        lines.append(
+            f"  cross-entropy {report['loss']:.4f}   Brier {report['brier']:.4f}   calibration error (ECE) {report['ece']:.2f} %"
+        )
+    if "knn_top1" in report:
+        lines.append(
+            f"  {report['knn_k']} nearest neighbours on frozen features: top-1 {report['knn_top1']:.2f} %"
+        )
+    if "linear_top1" in report:
+        lines.append(
+            f"  linear classifier on frozen features: top-1 {report['linear_top1']:.2f} % (weight decay {report['linear_decay']:g})"
+        )
+    lines.append(
+        f"  network {report['network_images_per_s']:.0f} images/s, with data {report['images_per_s']:.0f} images/s "
+        f"({report['device']}, {report['precision']})"
+    )
+    return "\n".join(lines)
+
+
+def comparison(reports: Sequence[Mapping[str, Any]]) -> str:
+    """One table of several models; where they saw the same images, the difference to the first, pair by pair."""
+    head = [
+        "model",
+        "size",
+        "params",
+        "FLOPs",
+        "top-1",
+        "top-5",
+        "loss",
+        "ECE",
+        "images/s",
+        "top-1 to the first (95 %)",
+    ]
+    rows = [head]
+    first = reports[0].get("records")
+    for report in reports:
+        records = report.get("records")
+        difference = ""
+        if records is not None and first is not None and records is not first:
+            difference = "other images"
+            if len(records) == len(first) and (records.label == first.label).all():
+                gain = 100.0 * metrics.hits(records, 1) - 100.0 * metrics.hits(first, 1)
+                low, high = metrics.bootstrap_interval(gain)
+                difference = f"{gain.mean():+.2f} ({low:+.2f} to {high:+.2f})"
+        rows.append(
+            [
+                report["model"],
+                " x ".join(map(str, report["img_size"])),
+                f"{report['parameters'] / 1e6:.2f}M",
+                _cost(report["gflops"]),
+                *(f"{report[k]:.2f}" if k in report else "" for k in ("top1", "top5")),
+                *(
+                    f"{report[k]:.{n}f}" if k in report else ""
+                    for k, n in (("loss", 4), ("ece", 2), ("network_images_per_s", 0))
+                ),
+                difference,
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i in (0, len(head) - 1) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def finite(value: Any) -> Any:
+    """NaN is not JSON."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cost(gflops: float) -> str:
+    return f"{gflops:.3f}G" if gflops >= 0.1 else f"{1000 * gflops:.2f}M"

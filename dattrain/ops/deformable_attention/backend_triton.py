@@ -1,0 +1,265 @@
+"""The ``triton`` backend: what is launched for a call, with which tiles (the kernels are in ``triton_kernels``).
+
+Forward keeps the output and the log-sum-exp; backward computes scores and bias again and writes the scores' gradient, B x heads
+x keys x queries in the dtype of q, for as long as it takes to multiply it. Bias, softmax and all sums are fp32; beside half-precision
+q, k, v the table is read as fp16 (11 bits of mantissa, as TF32 has), beside fp32 as fp32. No step depends on the order
+in which programs run: the same inputs give the same bits, always.
+
+``TRITON_INTERPRET=1`` runs the kernels on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from dattrain.ops.deformable_attention import triton_kernels as kernels
+from dattrain.ops.deformable_attention.coordinates import QueryGrid
+from dattrain.ops.deformable_attention.triton_planes import Bias
+from dattrain.ops.precision import products_of
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    height: int,
+    width: int,
+    grid: QueryGrid,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output (as q, laid out B x queries x heads x d in memory) and log-sum-exp (B x heads x queries, fp32)."""
+    batch, heads, queries, dim = q.shape
+    keys, groups = k.shape[2], positions.shape[1]
+    lse = positions.new_empty(batch, heads, queries)
+    if not batch:
+        return q.new_empty(batch, queries, heads, dim).transpose(1, 2), lse
+    q, k, v = (_padded(x) for x in (q, k, v))
+    out = q.new_empty(batch, queries, heads, q.shape[-1]).transpose(1, 2)
+    bias = Bias.of(positions, table, q, height, width, grid)
+    tiles = forward_tiles(q, width)
+    kernels.forward_kernel[(batch * heads, tiles.patches(height, width))](
+        q, k, v, bias.starts, bias.planes, out, lse, heads, groups, keys,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *bias.step, scale,
+        H=height, W=width, D=q.shape[-1], TAIL=tiles.tail(keys), **tiles.launch(), **bias.constants, **_precision(q),
+    )  # fmt: skip
+    return _narrowed(out, dim), lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    height: int,
+    width: int,
+    grid: QueryGrid,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v (laid out B x length x heads x d in memory), positions and table."""
+    batch, heads, queries, dim = q.shape
+    keys, groups = k.shape[2], positions.shape[1]
+    grad_positions = torch.zeros_like(positions)
+    grad_table = None if table is None else torch.zeros_like(table)
+    if not batch:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), grad_positions, grad_table
+    grad_out, q, k, v, out = (_padded(x) for x in (grad_out, q, k, v, out))
+    lse = lse.contiguous()
+    grad_q, grad_k, grad_v = (
+        q.new_empty(batch, length, heads, q.shape[-1]).transpose(1, 2) for length in (queries, keys, keys)
+    )
+    grad_starts = positions.new_empty(batch, heads, keys, 2)
+    bias = Bias.of(positions, table, q, height, width, grid)
+    tiles = backward_tiles(q, width)
+    bytes_per_image = heads * keys * tiles.places(height, width) * q.element_size()
+    some = max(1, SCORES_BYTES // bytes_per_image)
+    for first in range(0, batch, some):
+        images = slice(first, first + some)
+        grad_logits = _scores_gradient(
+            grad_out[images], q[images], k[images], v[images], out[images], lse[images], grad_k[images], grad_v[images],
+            grad_starts[images], bias.of_images(images), tiles, height, width, scale,
+        )  # fmt: skip
+        _query_gradient(grad_logits, k[images], grad_q[images], tiles, height, width, scale)
+        if grad_table is not None:
+            grad_table += _table_gradient(
+                grad_logits, bias.of_images(images), grad_table, tiles, height, width
+            )
+    if table is not None:
+        grad_positions = grad_starts.view(batch, groups, heads // groups, keys, 2).sum(2)
+    grad_q, grad_k, grad_v = (_narrowed(x, dim) for x in (grad_q, grad_k, grad_v))
+    return grad_q, grad_k, grad_v, grad_positions, grad_table
+
+
+SCORES_BYTES = 512 << 20
+"""Of the scores' gradient, at most, at a time; one image's where that is more."""
+QUERY_TILE = 64
+"""Places, at most, whose gradient of q is one program's."""
+SPLITS = 1024
+"""Programs, about, that the (image, key) pairs of a table's gradient are spread over."""
+
+
+def _scores_gradient(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    grad_starts: Tensor,
+    bias: Bias,
+    tiles: Tiles,
+    height: int,
+    width: int,
+    scale: float,
+) -> Tensor:
+    """B x heads x keys x places in the dtype of q; ``grad_k``, ``grad_v`` and ``grad_starts`` are filled."""
+    batch, heads, queries, dim = q.shape
+    keys, groups = k.shape[2], bias.starts.shape[1]
+    delta = torch.empty_like(lse)
+    grad_logits = q.new_empty(batch, heads, keys, tiles.places(height, width))
+    kernels.delta_kernel[(batch * heads, triton.cdiv(queries, 64))](
+        grad_out, out, delta, heads, queries, *grad_out.stride()[:3], *out.stride()[:3], D=dim, BLOCK=64
+    )
+    for first, count, block in tiles.launches(keys):
+        kernels.backward_kernel[(batch * heads, count)](
+            grad_out, q, k, v, bias.starts, bias.planes, lse, delta, grad_k, grad_v, grad_starts, grad_logits,
+            heads, groups, keys, first, *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *grad_k.stride()[:3], *grad_v.stride()[:3], *bias.step, *bias.slope, scale, H=height, W=width, D=dim,
+            MASKED=first + count * block > keys, **tiles.launch(block), **bias.constants, **_precision(q),
+        )  # fmt: skip
+    return grad_logits
+
+
+def _query_gradient(
+    grad_logits: Tensor, k: Tensor, grad_q: Tensor, tiles: Tiles, height: int, width: int, scale: float
+) -> None:
+    batch, heads, keys, places = grad_logits.shape
+    some = math.gcd(places, QUERY_TILE)  # no place past the last
+    tiles = tiles._replace(BLOCK_K=32 if k.shape[-1] < 32 else 64)
+    kernels.query_gradient_kernel[(batch * heads, places // some)](
+        grad_logits, k, grad_q, heads, keys, *k.stride()[:3], *grad_q.stride()[:3], scale, H=height, W=width,
+        D=k.shape[-1], PLACES=places, BLOCK_Q=some, BLOCK_K=tiles.BLOCK_K, TAIL=tiles.tail(keys), **tiles.patch,
+        num_warps=2, num_stages=1, **_precision(k),
+    )  # fmt: skip
+
+
+def _table_gradient(
+    grad_logits: Tensor,
+    bias: Bias,
+    table: Tensor,
+    tiles: Tiles,
+    height: int,
+    width: int,
+) -> Tensor:
+    """As ``table`` (heads x Th x Tw, fp32)."""
+    batch, heads, keys, places = grad_logits.shape
+    groups = bias.starts.shape[1]
+    half = grad_logits.element_size() == 2
+    rows, columns = (min(64 if half else 32, _power(n)) for n in (height, width))
+    tile_y, tile_x = (min(64 if half else 32, _power(n)) for n in table.shape[1:])
+    parts = triton.cdiv(table.shape[1], tile_y) * triton.cdiv(table.shape[2], tile_x)
+    # As many heads as share positions and fit into registers.
+    together = max(
+        n for n in ((1, 2, 3, 4) if half and rows * columns <= 1024 else (1,)) if heads // groups % n == 0
+    )
+    splits = max(1, min(batch * keys, SPLITS * together // heads))
+    partial = table.new_empty(splits, *table.shape)
+    kernels.table_gradient_kernel[(splits, heads // together, parts)](
+        grad_logits, bias.starts, partial, batch, heads, groups, keys, triton.cdiv(batch * keys, splits), *bias.step,
+        *bias.offset, *table.shape[1:], H=height, W=width, PLACES=places, ROWS=rows, COLUMNS=columns, TILE_Y=tile_y,
+        TILE_X=tile_x, TOGETHER=together, num_warps=2 if max(tile_y, tile_x) <= 32 else 4, num_stages=1,
+        PRECISION="tf32x3", **tiles.patch,
+    )  # fmt: skip
+    return partial.sum(0)
+
+
+class Tiles(NamedTuple):
+    """Patches of ``S`` sub-tiles of R rows and C columns of queries, times BLOCK_K keys."""
+
+    R: int
+    C: int
+    S: int
+    BLOCK_K: int
+    num_warps: int
+
+    def patches(self, height: int, width: int) -> int:
+        """How many cover a map."""
+        return triton.cdiv(height, self.R * self.S) * triton.cdiv(width, self.C)
+
+    def places(self, height: int, width: int) -> int:
+        """Queries in them, those past the map included."""
+        return self.patches(height, width) * self.R * self.C * self.S
+
+    @property
+    def patch(self) -> dict[str, int]:
+        """Its constants."""
+        return {"R": self.R, "C": self.C, "S": self.S}
+
+    def tail(self, keys: int) -> int:
+        """Size of the tile for the keys past the last full one, 0 for none."""
+        return _power(keys % self.BLOCK_K) if keys % self.BLOCK_K else 0
+
+    def launches(self, keys: int) -> list[tuple[int, int, int]]:
+        """(first key, tiles, keys per tile): full tiles, then what is left over."""
+        whole, rest = keys // self.BLOCK_K, self.tail(keys)
+        runs = [(0, whole, self.BLOCK_K), (whole * self.BLOCK_K, int(rest > 0), rest)]
+        return [run for run in runs if run[1]]
+
+    def launch(self, block: int | None = None) -> dict[str, int]:
+        """Constants of a launch; a smaller tile of keys takes fewer warps."""
+        block = block or self.BLOCK_K
+        warps = max(1, self.num_warps * block // self.BLOCK_K)
+        return {**self.patch, "BLOCK_K": block, "num_warps": warps, "num_stages": 1}
+
+
+def forward_tiles(q: Tensor, width: int) -> Tiles:
+    """Chosen by what the compiler made of them: docs/benchmarks/kernels-ahead-of-time.md."""
+    if q.element_size() == 2:
+        return Tiles(*_patch(width), S=4, BLOCK_K=32, num_warps=4)
+    narrow = q.shape[-1] <= 32
+    return Tiles(*_patch(width), S=2 if narrow else 1, BLOCK_K=32 if narrow else 16, num_warps=4)
+
+
+def backward_tiles(q: Tensor, width: int) -> Tiles:
+    """The same for backward."""
+    return Tiles(*_patch(width), S=2 if q.shape[-1] <= 32 else 1, BLOCK_K=64, num_warps=4)
+
+
+def _patch(width: int) -> tuple[int, int]:
+    # 7, 24, 56: columns of 8 waste less than columns of 16.
+    return (2, 8) if width % 16 in range(1, 9) else (1, 16)
+
+
+def _power(n: int) -> int:
+    """The least power of two that a matrix product takes."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def _padded(x: Tensor) -> Tensor:
+    """With a head dim that the kernels take (a power of two from 16), zeros added, and unit stride along it."""
+    missing = _power(x.shape[-1]) - x.shape[-1]
+    if missing:
+        return F.pad(x, (0, missing))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _narrowed(x: Tensor, dim: int) -> Tensor:
+    """The first ``dim`` of the head's dims, laid out as tokens."""
+    return x if x.shape[-1] == dim else x[..., :dim].transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _precision(q: Tensor) -> dict[str, str]:
+    return {"PRECISION": products_of(q)}

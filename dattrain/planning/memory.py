@@ -1,0 +1,238 @@
+"""What a step needs of a device, found without one: the model runs on fake tensors, which have sizes and nothing else.
+
+``activations`` follows every storage that forward and backward make and drop; ``states`` is arithmetic on what DeepSpeed
+keeps per parameter (0.19.8, as ``dattrain.engine.zero`` sets it up). Not here: what the CUDA context, NCCL's buffers and the
+allocator's gaps take, some 1 to 2 GB a device.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dattrain.config.schema import Config
+from dattrain.engine import activation_checkpointing
+from dattrain.engine.zero import REDUCE_BUCKET
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16-pure": torch.bfloat16, "fp16": torch.float16}
+"""Of weights and activations outside of autocast."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes per device for one micro-batch; gradients of weights left out."""
+
+    kept: int
+    """Held from forward for backward, inputs included."""
+    peak: int
+    """At the worst moment of forward or backward."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes per device that live as long as the run."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """Both moments, and the fp32 master copy where there is one."""
+    ema: int
+    buffers: int
+    """Standing buffers of DeepSpeed's."""
+    working: int
+    """More during backward: buckets, and the weights that stage 3 gathers."""
+
+    @property
+    def standing(self) -> int:
+        """What is there between two steps."""
+        return self.weights + self.gradients + self.optimizer + self.ema + self.buffers
+
+    @property
+    def total(self) -> int:
+        """The most, activations left out."""
+        return self.standing + self.working
+
+
+def states(
+    parameters: int,
+    *,
+    world: int,
+    stage: int,
+    precision: str,
+    ema: bool = False,
+    device: str = "cuda",
+    offload: bool = False,
+) -> States:
+    """Bytes per device of weights, gradients, optimizer state, average and buffers.
+
+    Args:
+        parameters: number of trainable parameters.
+        world: devices over which stages 1 to 3 partition.
+        offload: whether the optimizer's state is in host memory.
+    """
+    p, share = parameters, -(-parameters // world)
+    size = 4 if precision in ("fp32", "bf16") else 2
+    accumulated = 2 if precision == "fp16" else 4
+    average = 4 * (p if stage == 0 else share) * ema
+    if stage == 0:
+        # Gradients are reduced through a flat copy of up to 5e8 elements.
+        flat = size * min(p, 500_000_000) if world > 1 else 0
+        return States(size * p, size * p, 8 * p, average, 0, flat)
+    weights = size * (p if stage < 3 else share)
+    gradients = accumulated * share
+    bucket = size * REDUCE_BUCKET
+    # With contiguous_gradients; two of them take turns where communication overlaps.
+    buckets = bucket * (2 if device == "cuda" else 1)
+    if stage == 1:
+        # Gradients stay whole until the last micro-batch; bf16's are accumulated beside them in fp32.
+        if precision == "bf16-pure":
+            gradients += 4 * p
+        buffers, working = 0, size * p + buckets
+    elif stage == 2:
+        buffers, working = 0, buckets
+    else:
+        # It keeps what backward will want again within stage3_max_reuse_distance (1e9 elements): the whole model.
+        buffers, working = bucket, size * p if world > 1 else 0
+    return States(weights, gradients, 0 if offload else 12 * share, average, buffers, working)
+
+
+def activations(
+    model: nn.Module,
+    config: Config,
+    *,
+    micro_batch: int,
+    img_size: int | tuple[int, int] | None = None,
+    device: str = "cuda",
+) -> Activations:
+    """Follow one micro-batch through forward and backward on fake tensors; ``model`` is left alone.
+
+    On ``cuda`` what forward keeps is that of CUDA's kernels and autocast rules; backward cannot run on fake CUDA tensors
+    without a driver, so its working memory is that of the CPU's.
+    """
+    size = img_size or config.model.img_size
+    cpu = _follow(model, config, micro_batch, size, "cpu", backward=True)
+    if device == "cpu":
+        return cpu
+    cuda = _follow(model, config, micro_batch, size, "cuda", backward=False)
+    return Activations(cuda.kept, max(cuda.peak, cuda.kept + cpu.peak - cpu.kept))
+
+
+def _follow(
+    model: nn.Module,
+    config: Config,
+    micro_batch: int,
+    size: int | tuple[int, int],
+    device: str,
+    *,
+    backward: bool,
+) -> Activations:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    precision = config.train.precision
+    dtype = DTYPES[precision]
+    height, width = (size, size) if isinstance(size, int) else size
+    twin = copy.deepcopy(model).to("meta").train()
+    activation_checkpointing.apply(twin, config.train.remat)
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        # cuDNN's sampling kernel has no shape function; the native one keeps the same.
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(_overwrite_parameters())
+        twin._apply(
+            lambda t: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device=device)
+        )
+        if config.train.channels_last:
+            twin.to(memory_format=torch.channels_last)
+        ledger = stack.enter_context(Ledger([*twin.parameters(), *twin.buffers()]))
+        images = torch.empty(micro_batch, config.model.in_chans, height, width, dtype=dtype, device=device)
+        targets = torch.empty(micro_batch, config.model.num_classes, device=device)
+        with _autocast(device) if precision == "bf16" else nullcontext():
+            logits = twin(images)
+        loss = -(targets * logits.float().log_softmax(dim=-1)).sum()
+        kept = ledger.current
+        if not backward:
+            return Activations(kept, ledger.peak)
+        # Gradients are counted with the states: they are dropped as they come, as DeepSpeed takes them.
+        for parameter in twin.parameters():
+            parameter.register_post_accumulate_grad_hook(_drop)
+        loss.backward()
+        return Activations(kept, ledger.peak)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@contextmanager
+def _autocast(device: str) -> Iterator[None]:
+    """``torch.autocast`` to bfloat16, which switches itself off where there is no such device."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+
+
+@contextmanager
+def _overwrite_parameters() -> Iterator[None]:
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of all storages that operations have made within the block and that are still alive.
+
+    Args:
+        known: tensors whose storages do not count.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self._seen: set[int] = {t.untyped_storage()._cdata for t in known}
+        self._known = list(known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        identity, size = storage._cdata, storage.nbytes()
+        if identity in self._seen:
+            return
+        self._seen.add(identity)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._remove, identity, size)
+
+    def _remove(self, identity: int, size: int) -> None:
+        self._seen.discard(identity)
+        self.current -= size
+
+
+def checkpoint_bytes(parameters: int, *, ema: bool) -> int:
+    """Size of a checkpoint: fp32 weights and both moments, and the average."""
+    return parameters * (16 if ema else 12)

@@ -1,0 +1,93 @@
+"""Image files as a model wants them: decode, resize, centre crop, normalise, as a card says; and the reverse for drawing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dattrain.data.augment.cpu_transforms import resize_window
+from dattrain.data.augment.plan import eval_geometry
+from dattrain.data.decode import images
+from dattrain.data.decode.images import is_image_name
+from dattrain.errors import UserError
+from dattrain.pretrained.weights import Card
+
+_NAMED = 5
+"""Files passed over that are named."""
+
+
+def find(paths: Iterable[str | Path]) -> list[Path]:
+    """Image files named, and those in folders named (sorted, not deeper); what is passed over there is said on stderr.
+
+    Raises:
+        UserError: a path does not exist, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+            inside = [p for p in entries if p.is_file() and is_image_name(p.name)]
+            others = [p.name + "/" * p.is_dir() for p in entries if p not in inside]
+            more = ", ..." if len(others) > _NAMED else ""
+            passed_over = f"{', '.join(others[:_NAMED])}{more}"
+            if not inside:
+                holds = f" (it holds {passed_over})" if others else ""
+                raise UserError(f"{path}: a folder without images{holds}")
+            if others:
+                print(f"{path}: {len(others)} passed over: {passed_over}", file=sys.stderr)
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"{path}: no such image")
+    return found
+
+
+def read(path: Path) -> Tensor:
+    """RGB pixels of a file, 3 x H x W uint8. Raises UserError for what is not an image."""
+    try:
+        return images.decode(path.read_bytes())
+    except (images.BadImage, OSError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def prepare(image: Tensor, card: Card, size: tuple[int, int] | None = None) -> Tensor:
+    """Resize and centre crop for evaluation: 3 x H x W uint8 to 3 x size uint8 (``card.img_size`` when None)."""
+    size = size or card.img_size
+    resized, corner = eval_geometry(
+        image.shape[1], image.shape[2], size, resize=card.resize, crop_pct=card.crop_pct
+    )
+    return resize_window(image, resized, corner, size, card.interpolation)
+
+
+def normalise(batch: Tensor, card: Card, device: torch.device | str = "cpu") -> Tensor:
+    """B x 3 x H x W uint8 to the model's input, float32: (x / 255 - mean) / std; one channel is the mean of three.
+
+    Raises:
+        UserError: the model takes other images than of one or three channels.
+    """
+    if card.in_chans not in (1, 3):
+        raise UserError(
+            f"this model takes {card.in_chans} channels, and an image file gives 3 (or their mean, 1)"
+        )
+    x = batch.to(device).float() / 255
+    mean, std = (torch.tensor(each, device=x.device).view(1, -1, 1, 1) for each in (card.mean, card.std))
+    if card.in_chans == 1:
+        x, mean, std = x.mean(1, keepdim=True), mean.mean(1, keepdim=True), std.mean(1, keepdim=True)
+    return (x - mean) / std
+
+
+def from_array(image: np.ndarray) -> Tensor:
+    """H x W or H x W x 3 uint8 to 3 x H x W."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.expand(3, -1, -1) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def array(image: Tensor) -> np.ndarray:
+    """3 x H x W uint8 to H x W x 3 for drawing."""
+    return image.permute(1, 2, 0).cpu().numpy()

@@ -1,0 +1,140 @@
+"""Rank, world, and the exchanges that saving and loading need: of small Python objects, of bytes, of failures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from dattrain.errors import Damaged, UserError
+
+T = TypeVar("T")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Of the default process group; (0, 1) without one."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def broadcast(value: Any, source: int = 0) -> Any:
+    """The ``value`` of rank ``source``. Collective."""
+    import torch.distributed as dist
+
+    if rank_and_world()[1] == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=source)
+    return held[0]
+
+
+def share(data: Tensor, source: int) -> None:
+    """Fill ``data``, contiguous and in host memory, with that of rank ``source``. Collective."""
+    import torch.distributed as dist
+
+    if rank_and_world()[1] > 1:
+        dist.broadcast(data, src=source)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's ``value``, by rank. Collective."""
+    import torch.distributed as dist
+
+    world = rank_and_world()[1]
+    if world == 1:
+        return [value]
+    held: list[Any] = [None] * world
+    dist.all_gather_object(held, value)
+    return held
+
+
+# What one rank cannot do, none goes on with.
+
+
+def together(action: Callable[[], T]) -> list[T]:
+    """Run ``action`` on every rank; all its (small) values, by rank. Collective.
+
+    Raises:
+        Damaged: some rank's action did; on every rank, in the words of the first.
+        UserError: another rank's action raised something else. What this rank's own raised is raised as it is.
+    """
+    value, failure = _tried(action)
+    told = gather((value, _told(failure)))
+    if failure is not None and not isinstance(failure, Damaged):
+        raise failure
+    bad = [why for _, why in told if why is not None]
+    for why in sorted(bad, key=lambda w: w[0]):  # damage can be got over: it comes last
+        _refuse(why)
+    return [theirs for theirs, _ in told]
+
+
+def from_first(action: Callable[[], T]) -> T:
+    """What ``action`` gives on rank 0, which alone runs it. Collective. Raises as ``together``, on every rank."""
+    return from_rank(0, action)
+
+
+def from_rank(source: int, action: Callable[[], T]) -> T:
+    """What ``action`` gives on rank ``source``, which alone runs it. Collective. Raises as ``together``, on every rank."""
+    mine = rank_and_world()[0] == source
+    value, failure = _tried(action) if mine else (None, None)
+    value, why = broadcast((value, _told(failure)), source)
+    if failure is not None:
+        raise failure
+    if why is not None:
+        _refuse(why)
+    return value
+
+
+def tensors_from_first(produce: Callable[[], Iterable[tuple[str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:
+    """The (name, tensor) that ``produce`` gives on rank 0, which alone runs it, one after another, on the host of every rank.
+
+    Collective, and to be used up. Raises as ``together``, on every rank.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        yield from produce()
+        return
+    source: Iterator[tuple[str, Tensor]] | None = None
+    tensor = torch.empty(0)
+
+    def step() -> tuple[str, torch.dtype, tuple[int, ...]] | None:
+        nonlocal source, tensor
+        if source is None:
+            source = iter(produce())
+        found = next(source, None)
+        if found is None:
+            return None
+        tensor = found[1].detach().cpu().contiguous()
+        return found[0], tensor.dtype, tuple(tensor.shape)
+
+    while (told := from_first(step)) is not None:
+        name, dtype, shape = told
+        if rank:
+            tensor = torch.empty(shape, dtype=dtype)
+        if tensor.numel():
+            share(tensor.reshape(-1).view(torch.uint8), 0)
+        yield name, tensor
+
+
+def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as e:
+        return None, e
+
+
+def _told(failure: Exception | None) -> tuple[bool, str] | None:
+    """A failure for other ranks: whether it is damage, and the words."""
+    if failure is None or isinstance(failure, (Damaged, UserError)):
+        return None if failure is None else (isinstance(failure, Damaged), str(failure))
+    return False, f"rank {rank_and_world()[0]}: {type(failure).__name__}: {failure}"
+
+
+def _refuse(why: tuple[bool, str]) -> NoReturn:
+    damaged, text = why
+    raise Damaged(text) if damaged else UserError(text)

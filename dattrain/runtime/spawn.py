@@ -1,0 +1,138 @@
+"""Local ranks: spawn N processes that each know their place, forward signals, take all down when one dies.
+
+For machines without Slurm. Restarting after a crash is the caller's business (run the same command again).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dattrain.runtime.signals import REQUEUE
+from dattrain.urls import mask
+
+REPORT = "DATTRAIN_REPORT"
+"""Names the file in which a rank says why it ends."""
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+GRACE_S = 5.0
+"""Between the first rank's death and SIGKILL to the others: time for their error messages."""
+CLEAN_GRACE_S = 120.0
+"""The same after an orderly end (0 or ``REQUEUE``): all ranks are about to end by themselves."""
+
+
+def launch(command: Sequence[str], nproc: int, environ: Mapping[str, str] | None = None) -> int:
+    """Run ``command`` as ``nproc`` ranks on this machine; returns the job's exit code.
+
+    The code is 0 if all ended with 0, ``REQUEUE`` if all ended with 0 or that, else that of the first rank that failed
+    (128 + n for signal n, as a shell has it).
+    """
+    base = dict(os.environ if environ is None else environ)
+    shared = {
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "DATTRAIN_LAUNCHER": "local",
+    }
+    # One torch thread pool per rank, each as wide as the machine, is slower than one rank alone.
+    base.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    ranks: list[subprocess.Popen[bytes]] = []
+    reports = Path(tempfile.mkdtemp(prefix="dattrain-"))
+
+    def forward(signum: int, _frame: object) -> None:
+        for process in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signum)
+
+    previous = {signum: signal.signal(signum, forward) for signum in FORWARDED}
+    try:
+        for rank in range(nproc):
+            env = {**base, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            env[REPORT] = str(reports / f"{rank}.txt")
+            ranks.append(
+                subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_die_with_parent)
+            )
+        code = _wait(ranks)
+        _print_reports(reports)
+        return code
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+        for process in ranks:
+            process.wait()
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+        shutil.rmtree(reports, ignore_errors=True)
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    first: tuple[int, int] | None = None  # rank and exit code of the first that failed
+    deadline = float("inf")
+    while True:
+        codes = [process.poll() for process in ranks]
+        ended = [code for code in codes if code is not None]
+        failed = [code for code in ended if code not in (0, REQUEUE)]
+        now = time.monotonic()
+        if failed and first is None:
+            first = (codes.index(failed[0]), failed[0])
+            deadline = now + GRACE_S
+        elif ended and deadline == float("inf"):
+            deadline = now + CLEAN_GRACE_S
+        if len(ended) == len(ranks):
+            break
+        if now > deadline:
+            late = [rank for rank, code in enumerate(codes) if code is None]
+            if first is None:
+                print(f"dattrain: ranks {late} did not end with the others; killed", file=sys.stderr)
+                first = (late[0], -signal.SIGKILL)
+            for process in ranks:
+                if process.poll() is None:
+                    process.kill()
+        time.sleep(0.05)
+    if first is None:
+        return REQUEUE if REQUEUE in ended else 0
+    rank, code = first
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    print(f"dattrain: rank {rank} {how}; the other ranks were ended too", file=sys.stderr)
+    return 128 - code if code < 0 else code
+
+
+def report(text: str) -> None:
+    """In a rank: why it ends. Ranks that fail for one reason say it once, through their launcher; others print it."""
+    text = mask(text)
+    if REPORT in os.environ:
+        Path(os.environ[REPORT]).write_text(text, encoding="utf-8")
+    else:
+        print(text, file=sys.stderr)
+
+
+def _print_reports(folder: Path) -> None:
+    texts = [
+        path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"), key=lambda p: int(p.stem))
+    ]
+    for text in dict.fromkeys(texts):
+        print(text, file=sys.stderr, flush=True)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _die_with_parent() -> None:
+    """In the child: have Linux kill it when the launcher dies, however it dies. Elsewhere the ranks outlive a SIGKILL."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)

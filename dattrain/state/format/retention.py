@@ -1,0 +1,87 @@
+"""Which checkpoints to keep. ``doomed`` is a pure function; ``prune`` acts on it."""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dattrain.state.format import checkpoint
+from dattrain.state.format.checkpoint import Entry
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Keep the last ``keep_last``, the first of every ``keep_every_epochs``, and the ``keep_best`` by ``metric``.
+
+    A metric named ``*loss*`` is better when lower, any other when higher. A checkpoint saved because of a preemption
+    counts like every other. Pinned ones are kept and do not count.
+    """
+
+    keep_last: int = 2
+    keep_every_epochs: float | None = None
+    keep_best: int = 0
+    metric: str = "top1"
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise ValueError(f"keep_last={self.keep_last}: at least one checkpoint must be kept")
+        if self.keep_every_epochs is not None and not self.keep_every_epochs > 0:
+            raise ValueError(f"keep_every_epochs={self.keep_every_epochs} must be positive")
+
+
+def kept(entries: Sequence[Entry], policy: Policy) -> dict[str, str]:
+    """The whole checkpoints among ``entries`` (oldest first) that ``policy`` keeps: name to reason.
+
+    Those that are not whole are neither kept nor removed by any rule: they may be evidence, and count for nothing.
+    """
+    whole = [(e, e.manifest) for e in entries if e.manifest is not None]
+    reasons: dict[str, str] = {e.folder.name: "pinned" for e, _ in whole if e.pinned}
+    free = [(e, m) for e, m in whole if not e.pinned]
+    # The newest whole one stays even if keep_last were to count pinned ones only.
+    for entry, _ in [*free[-policy.keep_last :], *whole[-1:]]:
+        reasons.setdefault(entry.folder.name, "last")
+    if policy.keep_every_epochs is not None:
+        seen: set[int] = set()
+        for entry, manifest in whole:
+            epoch = manifest.meta.get("epoch")
+            if not isinstance(epoch, (int, float)) or not math.isfinite(epoch):
+                continue
+            # An epoch's end computed as samples / samples_per_epoch may fall short of the integer by rounding.
+            period = math.floor(epoch / policy.keep_every_epochs + 1e-9)
+            if period >= 1 and period not in seen:
+                seen.add(period)
+                reasons.setdefault(entry.folder.name, f"every {policy.keep_every_epochs:g} epochs")
+    scored = [(m.metric(policy.metric), e) for e, m in whole]
+    sign = 1.0 if "loss" in policy.metric else -1.0
+    best = sorted(((sign * v, -e.step, e) for v, e in scored if v is not None), key=lambda t: t[:2])
+    for _, _, entry in best[: policy.keep_best]:
+        reasons.setdefault(entry.folder.name, f"best {policy.metric}")
+    return reasons
+
+
+def doomed(entries: Sequence[Entry], policy: Policy) -> list[Entry]:
+    """The whole checkpoints that ``policy`` does not keep, oldest first; never the newest whole one."""
+    keep = kept(entries, policy)
+    return [e for e in entries if e.manifest is not None and e.folder.name not in keep]
+
+
+def prune(root: Path, policy: Policy, damaged: Collection[str] = ()) -> list[str]:
+    """Remove what ``policy`` does not keep; returns the names. Each vanishes by a rename before it is deleted.
+
+    ``damaged`` are names of those that have their sizes, but were found not to be whole by whoever read them.
+    """
+    gone = []
+    found = checkpoint.entries(root)
+    found = [replace(e, manifest=None) if e.folder.name in damaged else e for e in found]
+    for entry in doomed(found, policy):
+        try:
+            checkpoint.remove(entry.folder)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # somebody has removed it by hand
+                raise
+        else:
+            gone.append(entry.folder.name)
+    return gone

@@ -1,0 +1,392 @@
+"""The bookkeeper of a run's jobs: before and after the tasks of each job, it writes down what happened and does what is next.
+
+It runs on the host of the batch script with any Python >= 3.8 and the standard library alone, from the snapshot, so that
+neither a container nor a broken environment of the tasks can keep a run from going on::
+
+    python3 enter.py -m dattrain.submit.job_hook begin RUN        # before srun; a status other than 0 ends the job there
+    python3 enter.py -m dattrain.submit.job_hook guard RUN        # beside srun; requeues a job whose save outran its time limit
+    python3 enter.py -m dattrain.submit.job_hook end RUN STATUS   # after srun, with its exit status; requeues, or lets the next one start
+
+What it writes and how it judges is in ``dattrain.submit.history``. Not here: the signal and the save
+(``dattrain.runtime.signals``, ``dattrain.engine.trainer``), and the first submission (``dattrain.submit.submission``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Sequence  # noqa: UP035 (Python 3.8 runs this file)
+
+from dattrain.submit import command, job_state
+from dattrain.submit.history import (
+    CRASHES,
+    NODE_FAILURE,
+    Event,
+    attempt_folder,
+    cancelled,
+    classify,
+    decide,
+    expand,
+    history,
+    newest_checkpoint,
+    open_attempt,
+    read_spec,
+    record,
+    since_submission,
+)
+
+# Exit statuses of a batch script. Slurm shows them; afterok and afternotok see zero or not.
+DONE, STOPPED, AGAIN, BROKEN = 0, 3, 75, 1
+
+SUBMISSION_S = 60.0
+"""Seconds that a job waits for word of its submission; submitit waits as long for its pickle."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What reaches the whole batch script, bookkeeper included, while Slurm ends its job or a user signals it."""
+
+
+def job_id() -> str:
+    """This job as squeue and submitit name it: ``123``, or ``123_4`` within an array."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return "{}_{}".format(array, os.environ["SLURM_ARRAY_TASK_ID"]) if array else os.environ["SLURM_JOB_ID"]
+
+
+def begin(run: str) -> int:
+    """Close the books of an attempt that vanished, judge it, open those of this one. Returns the status to exit with."""
+    spec, job = read_spec(run), job_id()
+    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    events = _submitted(run, job)
+    if cancelled(events):
+        _say("not started: cancelled by dattrain cancel")
+        return BROKEN
+    if any(e.get("action") == "done" for e in since_submission(events)):
+        # A job too many: queued for an attempt that Slurm then started again by itself.
+        _say("not started: the run has finished")
+        return BROKEN
+    vanished = open_attempt(events)
+    now = newest_checkpoint(run)
+    if (
+        vanished is not None
+        and vanished["job"] != job
+        and job_state.shown(vanished["job"]) in ("RUNNING", "SUSPENDED")
+    ):
+        _say("not started: job {} trains in this run folder".format(vanished["job"]))
+        return BROKEN
+    if vanished is not None:
+        reason, detail = _what_happened(run, spec, vanished, same=vanished["job"] == job)
+        new = now is not None and now != vanished.get("checkpoint")
+        end_event = {"event": "end", "reason": reason, "detail": detail, "new": new}
+        action, why, _ = decide([*events, end_event], retries=spec["retries"], checkpoint_new=new)
+        if vanished not in since_submission(events):
+            # Whoever submitted it again since has decided what follows.
+            action, why = "over", "submitted again"
+        record(
+            run, "end", job=vanished["job"], restart=vanished["restart"], reason=reason, detail=detail,
+            node=None, checkpoint=now, new=new, action=action, why=why,
+        )  # fmt: skip
+        if action == "stop":
+            _say("not started again: " + why)
+            return BROKEN
+    nodes = expand(os.environ.get("SLURM_JOB_NODELIST", ""))
+    record(run, "begin", job=job, restart=restart, nodes=nodes, checkpoint=now)
+    attempt_folder(run, job, restart).mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        _stalled(run).unlink()
+    _say(
+        job_state.MARK[len("dattrain: ") :]
+        + "{}: {}".format(",".join(nodes), f"from step {now}" if now is not None else "from the start")
+    )
+    if spec["requeue"] == "follow-up" and _next_job(run, job) is None:
+        _queue_next(run, spec, job, "afternotok:" + job, _excluded(run, spec))
+    return 0
+
+
+def _submitted(run: str, job: str) -> list[Event]:
+    """The history, once this job's submission is in it: Slurm may start a job before whoever called sbatch has written that down."""
+    deadline = time.monotonic() + SUBMISSION_S
+    while True:
+        events = history(run)
+        if any(e["event"] == "submit" and e["job"] == job for e in events) or time.monotonic() > deadline:
+            return events
+        time.sleep(0.2)
+
+
+def end(run: str, status: int) -> int:
+    """Write down how the attempt ended and act on it. Returns the exit status of the batch script."""
+    _end_guard()
+    spec, job = read_spec(run), job_id()
+    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    events = history(run)
+    started = open_attempt(events)
+    if started is None or (started["job"], started["restart"]) != (job, restart):
+        # The guard came first; or Slurm has long started another, since it had lost sight of this node.
+        return AGAIN
+    folder = attempt_folder(run, job, restart)
+    outcome = _json(folder / "outcome.json")
+    reports = [r for r in map(_json, sorted(folder.glob("rank_*.json"))) if r]
+    reports.sort(key=lambda r: r.get("time", 0))
+    state, by_slurm = job_state.ask(
+        os.environ["SLURM_JOB_ID"], restart, functools.partial(job_state.stderr_of, spec, job)
+    )
+    reason, detail, node = classify(
+        status=status, outcome=outcome, slurm_state=state, elapsed_s=time.time() - started["time"],
+        time_s=spec["time_s"], signal_delay_s=spec["signal_delay_s"], stderr=job_state.stderr_of(spec, job),
+        reports=reports, stalled=_json(_stalled(run)), last_words=functools.partial(job_state.last_words, spec, job),
+    )  # fmt: skip
+    now = newest_checkpoint(run)
+    new = now is not None and now != started["checkpoint"]
+    action, why, bad = decide(
+        [*events, {"event": "end", "reason": reason, "detail": detail, "node": node, "new": new}],
+        retries=spec["retries"],
+        checkpoint_new=new,
+    )
+    record(
+        run, "end", job=job, restart=restart, reason=reason, detail=detail, node=node, checkpoint=now, new=new,
+        action=action, why=why, **({"exclude": bad} if bad else {}),
+    )  # fmt: skip
+    _say(
+        "{}: {}; {}".format(
+            reason, detail, {"again": "goes on (" + why + ")", "done": "done"}.get(action, "ends: " + why)
+        )
+    )
+    if action == "done":
+        return DONE
+    if action == "stop":
+        if spec["requeue"] == "follow-up":
+            _cancel_next(run, job)
+        return STOPPED if reason == "stopped" else BROKEN
+    excluded = _excluded(run, spec)
+    if spec["requeue"] == "follow-up" and _next_job(run, job) is not None:
+        if bad:
+            _exclude_from_next(run, spec, job, excluded)
+        return AGAIN
+    if by_slurm or (reason == NODE_FAILURE and spec["requeue"] == "scontrol"):
+        # Slurm requeues it by itself.
+        return AGAIN
+    # After a crash, and where Slurm is ending the job, rather not the same job again: what Slurm was told about ending its
+    # step may be told once more a minute later, when a busy node did not answer in time, and would end the new attempt,
+    # whose step has the same number. Nor can the nodes of a job that runs be narrowed. The new job waits until the old one
+    # has let go of everything.
+    same = spec["requeue"] == "scontrol" and reason not in CRASHES and state not in ("TIMEOUT", "PREEMPTED")
+    if same and _requeue(run, job, excluded):
+        return AGAIN
+    if not _queue_next(run, spec, job, "afterany:" + job, excluded) and not same:
+        _requeue(run, job, excluded)
+    return AGAIN
+
+
+def _requeue(run: str, job: str, exclude: Sequence[str]) -> bool:
+    """scontrol requeue, which kills this script; returns if it is refused."""
+    # What is still said about the step that ended would be said about that of the new attempt.
+    deadline = time.monotonic() + 60
+    while re.search(r"\.\d+\s*$", command.output("squeue", "-h", "-s", "-j", job, "-o", "%i"), re.MULTILINE):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    refused = command.tell("scontrol", "requeue", job)
+    if refused is not None:
+        # Allowed to the owner of a job that was submitted with --no-requeue.
+        command.tell("scontrol", "update", "JobId=" + job, "Requeue=1")
+        refused = command.tell("scontrol", "requeue", job)
+    if refused is not None:
+        _warn(run, job, "not requeued: scontrol said: " + refused)
+        return False
+    if exclude:
+        command.tell("scontrol", "update", "JobId=" + job, "ExcNodeList=" + ",".join(exclude))
+    # Slurm now kills this script; waiting for that keeps the job from being seen as ended.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    time.sleep(60)
+    return True
+
+
+def guard(run: str) -> int:
+    """Wait beside srun. A job told to end by its time limit, or preempted, has KillWait seconds; what has not saved by then goes
+    on through here, since this script and srun are killed together. ``end`` ends this process."""
+    told: list[float] = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(time.monotonic()))
+    # Bash reports a job that a signal has killed, and not one that ends by itself.
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
+    spec, job = read_spec(run), job_id()
+    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    patience = max(1.0, _kill_wait() - 4)
+    while True:
+        time.sleep(0.5)
+        if not told:
+            continue
+        if open_attempt(history(run)) is None:
+            return 0
+        if time.monotonic() < told[-1] + patience:
+            continue
+        found = job_state.ask(
+            os.environ["SLURM_JOB_ID"], restart, functools.partial(job_state.stderr_of, spec, job), 0
+        )
+        if found.state in ("TIMEOUT", "PREEMPTED", "REQUEUED"):
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            return end(run, 1)
+        # The beginning of a grace period, or a signal by hand: the job lives on.
+        told.clear()
+
+
+def _end_guard() -> None:
+    """The guard, if it is at work itself, is waited for."""
+    pid = int(os.environ.get("DATTRAIN_GUARD") or os.getpid())
+    if pid == os.getpid():
+        return
+    deadline = time.monotonic() + 20
+    with contextlib.suppress(OSError):
+        while time.monotonic() < deadline:
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.05)
+
+
+def _kill_wait() -> float:
+    match = re.search(r"KillWait\s*=\s*(\d+)", command.output("scontrol", "show", "config"))
+    return float(match.group(1)) if match else 30.0
+
+
+def script_for_follow_up(text: str, task: int | None) -> str:
+    """The batch script of a follow-up: the same, but for a job of its own where the first was task ``task`` of an array."""
+    if task is None:
+        return text
+    lines = [line for line in text.splitlines(keepends=True) if not line.startswith("#SBATCH --array")]
+    return "".join(lines).replace("%A_%a", "%j").replace("${SLURM_ARRAY_TASK_ID:-0}", str(task))
+
+
+def _queue_next(
+    run: str, spec: dict[str, Any], job: str, dependency: str, exclude: Sequence[str]
+) -> str | None:
+    """sbatch the same script again, give submitit its pickle, and turn the jobs that wait for this one to the new one too."""
+    folder = Path(spec["folder"])
+    array, _, task = job.partition("_")
+    script = folder / f"follow_up_of_{job}.sh"
+    try:
+        original = (folder / f"{array}_submission.sh").read_text(encoding="utf-8")
+        text = script_for_follow_up(original, int(task) if task else None)
+        script.write_text(text, encoding="utf-8")
+        work = (folder / f"{job}_submitted.pkl").read_bytes()
+    except OSError as error:
+        _warn(run, job, f"no follow-up: {error.filename or folder}: {error.strerror}")
+        return None
+    options = ["--kill-on-invalid-dep=yes", "--dependency=" + dependency]
+    options += ["--exclude=" + ",".join(exclude)] if exclude else []
+    follower, why = command.sbatch(script, text, *options)
+    if follower is None:
+        _warn(run, job, "no follow-up: " + why)
+        return None
+    aside = folder / f".{follower}.tmp"
+    aside.write_bytes(work)
+    aside.replace(folder / f"{follower}_submitted.pkl")
+    script.replace(folder / f"{follower}_submission.sh")
+    record(run, "submit", job=follower, by="follow-up", after=job, dependency=dependency)
+    for child in _waiting_jobs(spec):
+        # Queued beforehand, it is needed only if this job fails; else it alone counts.
+        need = ("afterok:" + job + "?" if dependency.startswith("afternotok") else "") + "afterok:" + follower
+        if command.tell("scontrol", "update", "JobId=" + child, "Dependency=" + need) is not None:
+            _say(f"job {child} still waits for {job} alone: submit that stage again, with --after this run")
+    return follower
+
+
+def _excluded(run: str, spec: dict[str, Any]) -> list[str]:
+    """The profile's nodes to avoid, and those that failed twice since the run was submitted."""
+    found = [node for e in since_submission(history(run)) for node in e.get("exclude", [])]
+    return sorted({*expand(spec.get("exclude") or ""), *found})
+
+
+def _waiting_jobs(spec: dict[str, Any]) -> list[str]:
+    """Jobs of the chain's next stages that were queued behind this run."""
+    waiting: list[str] = []
+    for run in spec.get("dependents", []):
+        jobs = [e["job"] for e in history(run) if e["event"] == "submit"]
+        waiting += jobs[-1:]
+    return waiting
+
+
+def _next_job(run: str, job: str) -> str | None:
+    return next(
+        (e["job"] for e in reversed(history(run)) if e["event"] == "submit" and e.get("after") == job), None
+    )
+
+
+def _cancel_next(run: str, job: str) -> None:
+    follower = _next_job(run, job)
+    if follower:
+        command.tell("scancel", follower)
+
+
+def _exclude_from_next(run: str, spec: dict[str, Any], job: str, nodes: Sequence[str]) -> None:
+    follower = _next_job(run, job)
+    if follower is None:
+        return
+    if command.tell("scontrol", "update", "JobId=" + follower, "ExcNodeList=" + ",".join(nodes)) is not None:
+        command.tell("scancel", follower)
+        _queue_next(run, spec, job, "afternotok:" + job, nodes)
+
+
+def _warn(run: str, job: str, text: str) -> None:
+    """Say what keeps the run from going on, here and in ``dattrain status``."""
+    record(run, "warning", job=job, text=text)
+    _say(text)
+
+
+def _what_happened(run: str, spec: dict[str, Any], attempt: Event, same: bool) -> tuple[str, str]:
+    """Reason and detail of an attempt that left no word: by Slurm's, else a node failure. ``same``: Slurm started its job again."""
+    job = attempt["job"]
+    state = job_state.ask_of_the_past(job, job_state.stderr_of(spec, job)).state
+    if state in ("PREEMPTED", "REQUEUED", "TIMEOUT", "OUT_OF_MEMORY") or (state == "CANCELLED" and not same):
+        reason, detail, _ = classify(
+            status=1, outcome=_json(attempt_folder(run, job, attempt["restart"]) / "outcome.json"), slurm_state=state,
+            elapsed_s=0, time_s=0, signal_delay_s=0, stderr="", reports=[],
+        )  # fmt: skip
+        return reason, detail
+    nodes = attempt.get("nodes") or []
+    down = job_state.down(nodes)
+    if down:
+        return NODE_FAILURE, "{} went down".format(", ".join(down))
+    return (
+        NODE_FAILURE,
+        "cut off by Slurm on {} (a node failed, or the nodes were taken without notice)".format(
+            ",".join(nodes) or "unknown nodes"
+        ),
+    )
+
+
+def _stalled(run: str) -> Path:
+    """Where the first rank that notices a stall leaves word (``dattrain.runtime.health``); of this attempt, since ``begin``
+    removes an older one."""
+    return Path(run) / "logs" / "stalled.json"
+
+
+def _say(message: str) -> None:
+    print("dattrain: " + message, file=sys.stderr, flush=True)
+
+
+def _json(path: Path) -> Event | None:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def main(argv: Sequence[str]) -> int:
+    """``begin RUN``, ``guard RUN`` or ``end RUN STATUS``."""
+    if len(argv) == 2 and argv[0] in ("begin", "guard"):
+        return begin(argv[1]) if argv[0] == "begin" else guard(argv[1])
+    if len(argv) == 3 and argv[0] == "end":
+        # What ends the job must not end its books; the programs that are started from here inherit it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        return end(argv[1], int(argv[2]))
+    print(__doc__, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,308 @@
+"""What ``dattrain status`` shows of a run: its history, Slurm's word and its metrics, in a few lines. Pure but for reading files."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dattrain.config.load import load
+from dattrain.runtime import owner
+from dattrain.submit import history, job_state, queue
+from dattrain.submit.history import Event
+from dattrain.submit.queue import UNKNOWN, JobState
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run. ``state`` is ours: ``finished``, ``running``, ``waiting``, ``stopped``, ``cancelled``, ``failed``, ``unknown``."""
+
+    run: Path
+    state: str
+    job: str | None
+    slurm: JobState
+    why: str
+    """Reason of the state, where there is one to give."""
+    step: int | None
+    last_step: int | None
+    images_per_s: float | None
+    loss: float | None
+    eta_s: float | None
+    checkpoint: int | None
+    top1: float | None
+    """Of the newest evaluation, in percent."""
+    restarts: tuple[str, ...]
+    """Why each attempt but the last ended."""
+    warnings: tuple[str, ...] = ()
+    """What keeps the run from going on by itself after this attempt."""
+
+
+def jobs_of(run: Path) -> list[str]:
+    """Jobs of a run that may still live: the newest two (a follow-up waits behind the one that runs); none where the history
+    alone has decided."""
+    events = history.history(run)
+    if judge(events, UNKNOWN)[0] != "unknown":
+        return []
+    jobs = [e["job"] for e in events if e["event"] == "submit"]
+    return [job for job in jobs if not job.startswith("local")][-2:]
+
+
+def report(run: Path, states: Mapping[str, JobState], *, local_alive: bool = False) -> Report:
+    """Put together what is known of one run."""
+    events = history.history(run)
+    job, slurm = _current(events, states)
+    state, why = judge(events, slurm, local_alive=local_alive)
+    if state == "failed" and not why and job is not None:
+        why = last_words(run, job, slurm)
+    if state not in ("running", "waiting"):
+        state, why = _by_hand(run, state, why)
+    metrics = read_metrics(run / "metrics.jsonl")
+    ends = [e for e in history.since_submission(events) if e["event"] == "end" and e.get("action") == "again"]
+    live = state == "running"
+    return Report(
+        run=run,
+        state=state,
+        job=job,
+        slurm=slurm,
+        why=why,
+        step=metrics.get("step"),
+        last_step=_last_step(run, metrics),
+        images_per_s=metrics.get("images_per_s") if live else None,
+        loss=metrics.get("loss"),
+        eta_s=metrics.get("eta_s") if live else None,
+        checkpoint=history.newest_checkpoint(run),
+        top1=_evaluation(run) or metrics.get("top1"),
+        restarts=tuple(_restart(e) for e in ends),
+        warnings=tuple(text for text in _warnings(events) if text not in why),
+    )
+
+
+def _by_hand(run: Path, state: str, why: str) -> tuple[str, str]:
+    """The same for a run that a process trains without a job of ours, or whose jobs are another folder's."""
+    found = owner.look(run)
+    if found is not None and found[1] == "lives" and found[0].purpose == owner.TRAINED:
+        return "running", f"trained by {found[0].who()}"
+    told = [why, history.origin(run)]
+    jobs = [e["job"] for e in history.history(run) if e["event"] == "submit"]
+    if found is not None and not (found[1] == "unknown" and found[0].job in jobs):
+        told.append(f"{found[0].who()} has the folder, or had it when it died")
+    return state, "; ".join(filter(None, told))
+
+
+def judge(events: Sequence[Event], slurm: JobState, *, local_alive: bool = False) -> tuple[str, str]:
+    """State of a run and the reason for it; of a failed run none, where the job left no word.
+
+    The history knows what our job decided; Slurm knows what became of it. An attempt that Slurm broke off
+    (NODE_FAIL) is followed by another as long as Slurm keeps the job.
+    """
+    now = history.since_submission(events)
+    if not now:
+        return "not submitted", ""
+    ends = [e for e in now if e["event"] == "end"]
+    last = ends[-1] if ends else None
+    begun = history.open_attempt(now) is not None
+    if any(e["event"] == "cancel" for e in now):
+        return "cancelled", "by dattrain cancel"
+    if last is not None and not begun:
+        if last["action"] == "done":
+            return "finished", ""
+        if last["action"] == "stop":
+            state = {"stopped": "stopped", "cancelled": "cancelled"}.get(last["reason"], "failed")
+            return state, last["why"]
+    if local_alive:
+        return "running", ""
+    if str(now[0].get("job", "")).startswith("local"):
+        return "failed", "its supervisor on the machine that started it is gone; see submit/local.log"
+    name = slurm.state
+    if name in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"):
+        return "running", "suspended by Slurm" if name in ("SUSPENDED", "STOPPED") else ""
+    if slurm.waiting_in_vain:
+        return "cancelled", "the job that it waits for did not end well"
+    if name in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "REQUEUE_FED"):
+        held = "held" in slurm.reason.lower()
+        return "waiting", f"held ({slurm.reason}); scontrol release starts it" if held else slurm.reason
+    if name in ("NODE_FAIL", "SPECIAL_EXIT"):
+        return "waiting", f"{name}; Slurm has not started it again yet"
+    if name == "CANCELLED":
+        if not begun and last is None:
+            return (
+                "cancelled",
+                "before it started: cancelled by hand, or the job that it waited for did not end well",
+            )
+        return "cancelled", "with scancel"
+    if name == "UNKNOWN":
+        return "unknown", "no answer from squeue, sacct or scontrol"
+    left = _warnings(now)
+    if left:
+        how = f"{last['reason']}: {last['detail']}; " if last is not None and not begun else ""
+        return "failed", f"{how}{'; '.join(left)}; submitted again, it goes on from its checkpoint"
+    if name == "TIMEOUT":
+        return "failed", "reached its time limit and was killed before it had saved"
+    if name == "PREEMPTED":
+        return "failed", (
+            "preempted, and killed before it could queue another job (requeue: follow-up has one ready); "
+            "submitted again, it goes on from its checkpoint"
+        )
+    return "failed", ""
+
+
+WORDS = {
+    "OUT_OF_MEMORY": "out of memory (mem_gb of the profile)",
+    "BOOT_FAIL": "a node did not boot",
+    "DEADLINE": "its deadline came first",
+    "NODE_FAIL": "a node failed",
+    "FORGOTTEN": "over, and Slurm has forgotten how it ended",
+}
+"""What Slurm's states mean where the job itself could say nothing."""
+
+
+def last_words(run: Path, job: str, slurm: JobState) -> str:
+    """Why a job failed that told its run nothing: the last line of the batch script's error file, and Slurm's own words."""
+    code, reason = queue.ending(job)
+    status, _, signum = code.partition(":")
+    parts = [WORDS.get(slurm.state, slurm.state)]
+    if signum not in ("", "0", "53"):
+        parts.append(f"killed by signal {signum}")
+    elif status not in ("", "0"):
+        parts.append(f"exit code {status}")
+    if reason and reason not in ("NonZeroExitCode", "JobLaunchFailure"):
+        parts.append(reason)
+    try:
+        spec = history.read_spec(run)
+    except (OSError, ValueError):
+        return ", ".join(parts) + "; the run folder has no submit/spec.json any more"
+    log = Path(spec["folder"]) / f"{job}_0_log.err"
+    if line := job_state.last_words(spec, job, 0):
+        return f"{', '.join(parts)}: {line}"
+    if signum == "53" or (reason == "JobLaunchFailure" and not log.exists()):
+        return f"{', '.join(parts)}: Slurm could not open the job's log {log} (is the folder there, and seen by the node?)"
+    return f"{', '.join(parts)}; {log} {'is empty' if log.exists() else 'is not there'}"
+
+
+def _warnings(events: Sequence[Event]) -> list[str]:
+    """Of the newest attempt; a later one has overcome what the bookkeeper could not."""
+    found: list[str] = []
+    for event in events:
+        if event["event"] in ("begin", "submit"):
+            found.clear()
+        elif event["event"] == "warning":
+            found.append(event["text"])
+    return list(dict.fromkeys(found))
+
+
+def _current(events: Sequence[Event], states: Mapping[str, JobState]) -> tuple[str | None, JobState]:
+    """The job that counts: the newest that has begun or lives; a follow-up that only waits does not hide the one that runs."""
+    jobs = [e["job"] for e in history.since_submission(events) if e["event"] == "submit"]
+    known = [(job, states.get(job, UNKNOWN)) for job in jobs]
+    for job, state in reversed(known):
+        if not state.final and state.state not in ("UNKNOWN", "PENDING"):
+            return job, state
+    for job, state in reversed(known):
+        if state.state == "PENDING":
+            return job, state
+    begun = [e["job"] for e in events if e["event"] == "begin"]
+    for job, state in reversed(known):
+        if job in begun[-1:]:
+            return job, state
+    return known[-1] if known else (None, UNKNOWN)
+
+
+def _restart(end: Event) -> str:
+    left = (
+        f", checkpoint of step {end['checkpoint']}"
+        if end.get("checkpoint") is not None
+        else ", no checkpoint"
+    )
+    when = time.strftime("%m-%d %H:%M", time.localtime(end["time"]))
+    return f"{when}  {end['reason']}: {end['detail']}{left}" + (
+        f"; without {', '.join(end['exclude'])} from now on" if end.get("exclude") else ""
+    )
+
+
+def read_metrics(path: Path, tail_bytes: int = 65536) -> dict[str, Any]:
+    """Newest value of each metric, from the end of metrics.jsonl; empty when there is none yet."""
+    found: dict[str, Any] = {}
+    if path.is_file():
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - tail_bytes))
+            lines = file.read().decode(errors="replace").splitlines()
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                found.update({key: value for key, value in row.items() if value is not None})
+    return found
+
+
+def _last_step(run: Path, metrics: Mapping[str, Any]) -> int | None:
+    """Updates of the whole run, by the recipe and the epoch that the metrics state."""
+    if not (run / "config.yaml").is_file() or not metrics.get("epoch"):
+        return None
+    config = load(run / "config.yaml").config
+    per_epoch = metrics["samples"] / metrics["epoch"] / config.train.global_batch
+    # The epoch is rounded to six digits, which is most at the start: an integer must not become the next one.
+    exact = config.schedule.epochs * per_epoch
+    total = math.ceil(exact * (1 - 1e-6 / metrics["epoch"]))
+    return min(total, config.train.max_steps or total)
+
+
+def _evaluation(run: Path) -> float | None:
+    try:
+        return float(json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["top1"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def render(reports: Sequence[Report]) -> str:
+    """A line for each run, and below it its restarts and the reason of its state."""
+    rows = [("RUN", "STATE", "JOB", "STEP", "IMAGES/S", "LOSS", "ETA", "TOP-1", "CHECKPOINT", "RESTARTS")]
+    for r in reports:
+        step = "-" if r.step is None else f"{r.step}/{r.last_step}" if r.last_step else str(r.step)
+        rows.append(
+            (
+                _short(r.run),
+                r.state,
+                f"{r.job or '-'}" + (f" {r.slurm.nodes}" if r.slurm.nodes and r.state == "running" else ""),
+                step,
+                "-" if r.images_per_s is None else f"{r.images_per_s:.1f}",
+                "-" if r.loss is None else f"{r.loss:.4f}",
+                "-" if r.eta_s is None else duration(r.eta_s),
+                "-" if r.top1 is None else f"{r.top1:.2f}",
+                "-" if r.checkpoint is None else f"step {r.checkpoint}",
+                str(len(r.restarts)),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        lines.append("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
+        if number:
+            one = reports[number - 1]
+            lines += [f"    {one.state}: {one.why}"] if one.why else []
+            lines += [f"    warning: {text}" for text in one.warnings]
+            lines += [f"    restart {n}: {text}" for n, text in enumerate(one.restarts, 1)]
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """``1d 02h``, ``3h 04m``, ``5m 06s`` or ``7s``."""
+    left = int(seconds)
+    days, hours, mins, secs = left // 86400, left // 3600 % 24, left // 60 % 60, left % 60
+    if days:
+        return f"{days}d {hours:02d}h"
+    if hours:
+        return f"{hours}h {mins:02d}m"
+    return f"{mins}m {secs:02d}s" if mins else f"{secs}s"
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

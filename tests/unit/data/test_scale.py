@@ -20,7 +20,7 @@ LANES, WORLD, RANK, BATCH = 64, 256, 37, 4096
 MEASURE = """
     import os, sys, time, torch
     from dattrain.config.schema import Config
-    from dattrain.data import images
+    from dattrain.data.decode import images
     from dattrain.data.loader import train_loader
 
     def resident():  # proportional set size of this process and its workers, MiB

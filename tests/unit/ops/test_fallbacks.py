@@ -156,7 +156,7 @@ class TestWhereTheLibraryIsKept:
 
 def test_the_choice_is_made_before_the_operator(no_library, monkeypatch):
     chosen = []
-    monkeypatch.setattr(api.library, "attention", lambda *i: chosen.append(i[-1]) or (i[0], None))
+    monkeypatch.setattr(api.torch_op, "attention", lambda *i: chosen.append(i[-1]) or (i[0], None))
     q, positions = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 2)
     api.deform_attention(q, q, q, positions, None, height=2, width=2)
     assert chosen == ["torch"]

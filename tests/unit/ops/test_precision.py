@@ -22,7 +22,7 @@ CODE = """
 import os
 import torch
 from dattrain.ops.precision import products_of
-from dattrain.runtime.env import configure
+from dattrain.runtime.environment import configure
 
 for setting, expected in {settings!r}.items():
     child = os.fork()

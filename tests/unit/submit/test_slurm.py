@@ -205,7 +205,7 @@ def test_pyxis_and_apptainer_run_the_tasks_but_not_the_bookkeeper() -> None:
         "apptainer exec --nv --bind /r/demo:/r/demo --bind /data:/data --bind /a:/b --cleanenv /i.sqsh python "
         in srun
     )
-    assert [line for line in lines if "submit.watch" in line and line.startswith(sys.executable)]
+    assert [line for line in lines if "submit.job_hook" in line and line.startswith(sys.executable)]
 
 
 def replace_box(box: Container, **changes: object) -> Container:
@@ -233,7 +233,7 @@ def test_the_books_are_closed_whatever_the_sites_lines_leave_behind_and_whoever_
     deadline = time.monotonic() + 60
     while "guard" not in (tmp_path / "calls").read_text() and time.monotonic() < deadline:
         time.sleep(0.02)  # it runs beside the script
-    calls = re.findall(r"dattrain\.submit\.watch (.*)", (tmp_path / "calls").read_text())
+    calls = re.findall(r"dattrain\.submit\.job_hook (.*)", (tmp_path / "calls").read_text())
     assert sorted(calls) == ["begin /r/demo", "end /r/demo 137", "guard /r/demo"]
 
 

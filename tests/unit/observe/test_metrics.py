@@ -1,7 +1,6 @@
 import json
 import math
 import resource
-import shutil
 
 import pytest
 
@@ -89,7 +88,8 @@ def test_a_disk_that_takes_no_rows_for_a_while_ends_no_training(tmp_path, caplog
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_removed_tensorboard_folder_ends_no_training(tmp_path, caplog):
     metrics = Metrics(tmp_path, 0)
-    shutil.rmtree(tmp_path / "tensorboard")
+    # At once, as TensorBoard's thread may write another file meanwhile.
+    (tmp_path / "tensorboard").rename(tmp_path / "removed")
     for step in (1, 2):
         metrics.write({"step": step})
         metrics.scalars("train", {"loss": 1.0}, step)

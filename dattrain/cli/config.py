@@ -1,18 +1,25 @@
-"""``dattrain config show|diff|keys``: a resolved recipe with the origin of each value, and the difference of two."""
+"""``dattrain config list|show|diff|keys``: recipes by name, resolved with the origin of each value, and the difference of two."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
+import yaml
+
 from dattrain.config.load import Loaded, diff, dump, load, reference, show
+from dattrain.config.shipped import CHAINS, RECIPES, names
 from dattrain.urls import mask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser(
+        "list", help="the recipes and chains that are shipped, by the names that they are asked for"
+    )
     one = actions.add_parser("show", help="every value and where it came from")
     one.add_argument("config", metavar="CONFIG|RUN")
     one.add_argument("overrides", nargs="*", metavar="key=value")
@@ -25,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; ``diff`` gives 1 where something differs, as diff(1) does."""
+    if args.action == "list":
+        print(_list(), end="")
+        return 0
     if args.action == "keys":
         print(reference(), end="")
         return 0
@@ -39,6 +49,20 @@ def run(args: argparse.Namespace) -> int:
     for key, left, right in rows:
         print(mask(f"{key}\n  A: {left}\n  B: {right}"))
     return 1 if rows else 0
+
+
+def _list() -> str:
+    """Recipes by folder with the first sentence of their descriptions; chains; and where all of them lie."""
+    lines = []
+    for folder in (RECIPES, CHAINS):
+        for name, path in names(folder).items():
+            text = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if "name" in text:  # what others extend alone has none
+                about = re.split(r"(?<=\.) ", " ".join(text.get("description", "").split()))[0]
+                lines.append(f"{name:44}{about}")
+    lines += ["", f"dattrain train NAME ...     the recipes: {RECIPES.resolve()}"]
+    lines += [f"dattrain submit NAME ...    the chains: {CHAINS.resolve()}"]
+    return "\n".join(lines) + "\n"
 
 
 def _load(path: str, overrides: list[str] | None = None) -> Loaded:

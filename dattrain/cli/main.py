@@ -33,7 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "stop": ("dattrain.cli.stop", "save at the next step's edge, then stop"),
     "plan": ("dattrain.cli.plan", "memory, time and data rate before anything is queued"),
     "bench": ("dattrain.cli.bench", "side-by-side measurements: attention, model, step, data, checkpoint"),
-    "config": ("dattrain.cli.config", "show a resolved recipe, or the difference of two"),
+    "config": ("dattrain.cli.config", "list the recipes, show a resolved one, or the difference of two"),
     "demo": ("dattrain.cli.demo", "the whole road on Fashion-MNIST, in minutes on a laptop"),
     "doctor": ("dattrain.cli.doctor", "what this machine has, and whether it works"),
 }

@@ -16,6 +16,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dattrain.config import shipped
 from dattrain.config.schema import Config
 from dattrain.errors import ConfigError
 
@@ -64,13 +65,13 @@ class _Tree:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Load the recipe at ``path`` and apply ``overrides`` (``section.key=value``, the value in YAML).
+    """Load a recipe, a file or one of the shipped by its name, and apply ``overrides`` (``section.key=value``, the value in YAML).
 
     Raises:
         ConfigError: the file is missing or not YAML, ``extends`` runs in a circle, a key is unknown (the nearest one is
             named), or a value does not fit; the message names file and line, or "command line".
     """
-    return resolve(_read(Path(path), ()), overrides)
+    return resolve(_read(shipped.find(path), ()), overrides)
 
 
 def loads(text: str, overrides: Sequence[str] = (), *, source: str = "<text>") -> Loaded:
@@ -199,16 +200,19 @@ def _read(path: Path, chain: tuple[Path, ...]) -> _Tree:
         raise ConfigError(f"{place}: extends must be a file or a list of files, not {bases!r}")
     merged = _Tree({}, {})
     for base in bases:
-        merged = _merge(merged, _read(path.parent / base, (*chain, path.resolve())))
+        beside = path.parent / base
+        file = beside if beside.is_file() else shipped.named(base) or beside
+        merged = _merge(merged, _read(file, (*chain, path.resolve())))
     return _merge(merged, tree)
 
 
 def _similar_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f" (there is no folder {path.parent})"
     names = [p.name for p in path.parent.glob("*.yaml")]
     near = difflib.get_close_matches(path.name, names, 1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    meant = path.parent / near[0] if near else shipped.nearest(path)
+    if meant is not None:
+        return f"; did you mean {meant}?"
+    return "" if path.parent.is_dir() else f" (there is no folder {path.parent})"
 
 
 def _parse(text: str, source: str) -> _Tree:

@@ -4,11 +4,11 @@ A chain is a YAML file::
 
     name: in22k_to_in1k_384
     stages:
-      pretrain: {config: ../../configs/pretrain/in22k_224.yaml, nodes: 4}
-      finetune: {config: ../../configs/finetune/in1k_384.yaml, from: pretrain}
+      pretrain: {config: in22k_dat_base_224, nodes: 4}
+      finetune: {config: in1k_dat_base_384_from_22k, from: pretrain}
       evaluate: {evaluate: finetune, nodes: 1}
 
-Recipes are relative to the chain's file. All stages are submitted at once, each behind the success of the one that it
+Recipes are files, relative to the chain's, or names of shipped ones. All stages are submitted at once, each behind the success of the one that it
 starts from. Pure but for reading files; ``dattrain.submit.submission`` submits.
 """
 
@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dattrain.config import shipped
 from dattrain.config.load import Loaded, load
 from dattrain.errors import ConfigError
 from dattrain.submit.cluster import explain
@@ -33,7 +34,7 @@ class ChainStage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     config: str | None = None
-    """Recipe, relative to the chain's file."""
+    """Recipe: a file, relative to the chain's, or the name of a shipped one."""
     evaluate: str | None = None
     """Stage whose run is evaluated; instead of ``config``."""
     from_: Annotated[str | None, Field(alias="from")] = None
@@ -147,7 +148,10 @@ def plan(path: Path, root: Path, overrides: Sequence[str] = ()) -> tuple[Chain, 
             assert stage.config is not None
             recipe, extra = stage.config, []
         origin = [f"init.from={root / stage.needs}"] if stage.needs else []
-        loaded = load(path.parent / recipe, [*extra, *mine[name], *origin])
+        beside = path.parent / recipe
+        loaded = load(
+            beside if beside.is_file() else shipped.named(recipe) or beside, [*extra, *mine[name], *origin]
+        )
         planned[name] = Planned(name, stage, root / name, loaded)
     return chain, list(planned.values())
 

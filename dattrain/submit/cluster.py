@@ -16,11 +16,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-import dattrain
+from dattrain.config.shipped import CLUSTERS
 from dattrain.errors import ConfigError
 from dattrain.submit import shell
-
-SHIPPED = Path(dattrain.__file__).resolve().parents[1] / "launch" / "clusters"
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -272,7 +270,7 @@ def find(name: str) -> Path:
         if not path.is_file():
             raise ConfigError(f"--cluster {name}: no such file")
         return path
-    folders = (user_folder(), SHIPPED)
+    folders = (user_folder(), CLUSTERS)
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"

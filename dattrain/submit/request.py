@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dattrain.config import shipped
 from dattrain.config.derive import derive
 from dattrain.config.load import Loaded, load
 from dattrain.errors import ConfigError, UserError
@@ -132,7 +133,7 @@ def plan(request: Request) -> Plan:
     Raises:
         ConfigError: anything about the recipe, the chain, the profile or the command line.
     """
-    path = Path(request.config)
+    path = shipped.find(request.config, shipped.CHAINS)
     if path.is_file() and chain.is_chain(path):
         return _plan_chain(request, path)
     if path.is_dir() and (path / "chain.json").is_file():

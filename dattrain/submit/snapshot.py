@@ -12,25 +12,25 @@ from typing import Any
 
 import dattrain
 
-PACKAGES = ("dattrain", "launch")
+TRACKED = ("dattrain", "configs", "launch")
+"""Folders of a checkout that the snapshot holds; the last two by way of the links in the first, whose targets are copied."""
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.egg-info")
 
 
 def source_root() -> Path:
-    """Folder that holds the packages which are running now: a checkout, or site-packages."""
+    """Folder that holds the package which is running now: a checkout, or site-packages."""
     return Path(dattrain.__file__).resolve().parents[1]
 
 
 def take(run: Path) -> Path:
-    """Copy the packages to ``run/submit/code``, write ``run/code.json`` and ``run/code.diff``; returns the copy.
+    """Copy the package to ``run/submit/code``, write ``run/code.json`` and ``run/code.diff``; returns the copy.
 
     The copy is made aside and renamed, so a job that starts meanwhile sees the old one or the new one.
     """
     target = run / "submit" / "code"
     aside = target.with_name(f"code.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    for package in PACKAGES:
-        shutil.copytree(source_root() / package, aside / package, ignore=LEFT_OUT)
+    shutil.copytree(source_root() / "dattrain", aside / "dattrain", ignore=LEFT_OUT)
     found, diff = describe()
     found["sha256"] = digest(aside)
     old = target.with_name(f"code.{os.getpid()}.old")
@@ -49,8 +49,8 @@ def describe() -> tuple[dict[str, Any], bytes]:
     # A checkout that merely contains site-packages (a virtual environment inside another project) says nothing about us.
     tracked = _git(root, "ls-files", "--error-unmatch", "dattrain/__init__.py") is not None
     head = _git(root, "rev-parse", "HEAD") if tracked else None
-    diff = (_git(root, "diff", "--binary", "HEAD", "--", *PACKAGES) or b"") if head else b""
-    new = (_git(root, "ls-files", "--others", "--exclude-standard", "--", *PACKAGES) or b"") if head else b""
+    diff = (_git(root, "diff", "--binary", "HEAD", "--", *TRACKED) or b"") if head else b""
+    new = (_git(root, "ls-files", "--others", "--exclude-standard", "--", *TRACKED) or b"") if head else b""
     return {
         "version": dattrain.__version__,
         "revision": head.decode().strip() if head else None,

@@ -94,3 +94,27 @@ def test_each_recipe_evaluates_as_its_source():
 )
 def test_demo_recipes_divide_over_two_ranks(path):
     assert derive(load(path).config, world=2, samples_per_epoch=8000).accumulation == 1
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "in1k_dat_tiny_224",
+        "in1k_dat_tiny_224.yaml",
+        "scratch/in1k_dat_tiny_224",
+        "configs/scratch/in1k_dat_tiny_224.yaml",
+    ],
+)
+def test_a_recipe_is_found_by_its_name_anywhere(word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load(word).config.name == "in1k_dat_tiny_224"
+    (tmp_path / "mine.yaml").write_text(f"extends: {word}\nname: mine\n")
+    assert load("mine.yaml").config.model.name == "dat_tiny"
+
+
+def test_a_file_here_comes_before_a_shipped_name_and_what_is_neither_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in1k_dat_tiny_224").write_text("name: mine\n")
+    assert load("in1k_dat_tiny_224").config.name == "mine"
+    with pytest.raises(ConfigError, match="did you mean scratch/in1k_dat_tiny_224"):
+        load("in1k_dat_tny_224")

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import dattrain
+from dattrain.config.shipped import CHAINS
 from dattrain.errors import ConfigError
 from dattrain.submit import chain
-
-SHIPPED = Path(dattrain.__file__).resolve().parents[1] / "launch" / "chains"
 
 CHAIN = """
 name: three
@@ -77,14 +75,14 @@ def test_a_recipe_is_not_a_chain(tmp_path: Path) -> None:
     assert not chain.is_chain(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(CHAINS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_chains_resolve(path: Path) -> None:
     read, planned = chain.plan(path, Path("/r"))
     assert len(planned) == len(read.stages) >= 2
 
 
 def test_the_road_from_22k_to_1k_ships() -> None:
-    _, planned = chain.plan(SHIPPED / "in22k_to_in1k_384.yaml", Path("/r"))
+    _, planned = chain.plan(CHAINS / "in22k_to_in1k_384.yaml", Path("/r"))
     pretrain, finetune, evaluate = (p.loaded.config for p in planned)
     assert (pretrain.model.num_classes, pretrain.model.img_size) == (21841, 224)
     assert (finetune.model.num_classes, finetune.model.img_size) == (1000, 384)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dattrain.config.shipped import CLUSTERS
 from dattrain.errors import ConfigError
 from dattrain.submit import cluster
 
@@ -88,13 +89,13 @@ def test_the_users_own_profile_comes_before_the_shipped(
     assert cluster.load("generic").partition == "mine"
 
 
-@pytest.mark.parametrize("path", sorted(cluster.SHIPPED.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_profiles_load(path: Path) -> None:
     assert cluster.load(path.stem).kind in ("slurm", "local")
 
 
 def test_there_are_profiles_to_ship() -> None:
-    assert {"generic", "local", "h100x8-infiniband"} <= {path.stem for path in cluster.SHIPPED.glob("*.yaml")}
+    assert {"generic", "local", "h100x8-infiniband"} <= {path.stem for path in CLUSTERS.glob("*.yaml")}
 
 
 @pytest.mark.parametrize(

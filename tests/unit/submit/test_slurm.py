@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dattrain.config.shipped import CLUSTERS
 from dattrain.submit import cluster, slurm
 from dattrain.submit.cluster import Container, Profile
 from dattrain.submit.slurm import Placement
@@ -267,7 +268,7 @@ def test_submitits_limit_of_timeouts_is_out_of_reach() -> None:
     assert slurm.TIMEOUTS > 1_000_000
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in cluster.SHIPPED.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in CLUSTERS.glob("*.yaml")))
 def test_shipped_profiles_give_scripts_that_bash_can_read(name: str) -> None:
     profile = cluster.load(name)
     if profile.kind == "slurm":

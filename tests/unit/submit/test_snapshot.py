@@ -16,7 +16,7 @@ from dattrain.submit import snapshot
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small package in a folder of its own, which is not a checkout."""
     root = tmp_path / "src"
-    for package in snapshot.PACKAGES:
+    for package in snapshot.TRACKED:
         (root / package / "__pycache__").mkdir(parents=True)
         (root / package / "__init__.py").write_text("VALUE = 1\n")
         (root / package / "__pycache__" / "x.pyc").write_text("")

@@ -1,0 +1,43 @@
+"""Recipes, chains and cluster profiles that travel with the package, and how they are found by name.
+
+In a checkout ``dattrain/configs`` and ``dattrain/launch`` are links to the folders of the repository; a wheel holds copies.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+RECIPES = _PACKAGE / "configs"
+CHAINS = _PACKAGE / "launch" / "chains"
+CLUSTERS = _PACKAGE / "launch" / "clusters"
+
+
+def names(folder: Path = RECIPES) -> dict[str, Path]:
+    """Name (the path below ``folder`` without ``.yaml``) to file, sorted by name."""
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path.resolve()
+        for path in sorted(folder.glob("**/*.yaml"))
+    }
+
+
+def named(word: str | Path, folder: Path = RECIPES) -> Path | None:
+    """The one shipped file of that name, with or without its folders and ``.yaml``."""
+    asked = Path(word).as_posix().removesuffix(".yaml")
+    asked = asked.removeprefix(folder.relative_to(_PACKAGE).as_posix() + "/")
+    found = [file for name, file in names(folder).items() if asked in (name, name.rpartition("/")[2])]
+    return found[0] if len(found) == 1 else None
+
+
+def find(word: str | Path, folder: Path = RECIPES) -> Path:
+    """A path that is there, else the shipped file of that name, else ``word`` as a path for the caller to refuse."""
+    path = Path(word)
+    return path if path.exists() else named(path, folder) or path
+
+
+def nearest(word: str | Path, folder: Path = RECIPES) -> str | None:
+    """The shipped name that ``word`` may have meant."""
+    known = {name.rpartition("/")[2]: name for name in names(folder)}
+    near = difflib.get_close_matches(Path(word).name.removesuffix(".yaml"), known, 1)
+    return known[near[0]] if near else None

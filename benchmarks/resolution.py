@@ -29,7 +29,7 @@ from dattrain.evaluation import inference
 from dattrain.models import create, surgery
 from dattrain.models.dat import DAT
 from dattrain.pretrained import preprocess, weights
-from dattrain.pretrained.weights import Card
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 
 ROOT = Path(__file__).parents[1]
 BATCH = 125
@@ -127,11 +127,11 @@ def dattrain(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "dattrain", *arguments], check=True)
 
 
-def images(run: Path, card: Card) -> tuple[Tensor, Tensor]:
-    """(n x 3 x H x W uint8, n labels) of the run's evaluation set: the whole picture at the card's size."""
+def images(run: Path, cfg: PretrainedCfg) -> tuple[Tensor, Tensor]:
+    """(n x 3 x H x W uint8, n labels) of the run's evaluation set: the whole picture at the pretrained config's size."""
     config = weights.config_of(run)
     assert config is not None and config.data.val is not None
-    whole = replace(card, resize="squash", crop_pct=1.0)
+    whole = replace(cfg, resize="squash", crop_pct=1.0)
     loader = inference.open_loader(
         config, whole, config.data.val, inference.Views(), device=torch.device("cpu")
     )
@@ -151,10 +151,10 @@ def is_table(name: str) -> bool:
     return name.endswith("bias_table")
 
 
-def laid_out(trained: DAT, card: Card, size: tuple[int, int], tables: str) -> DAT:
+def laid_out(trained: DAT, cfg: PretrainedCfg, size: tuple[int, int], tables: str) -> DAT:
     """The trained model at another size, its tables treated as ``tables`` says (one of TABLES)."""
     torch.manual_seed(100)
-    model = create(card.name, num_classes=card.num_classes, img_size=size, **(card.overrides or {})).eval()
+    model = create(cfg.name, num_classes=cfg.num_classes, img_size=size, **(cfg.overrides or {})).eval()
     tensors = {name: parameter.detach() for name, parameter in trained.named_parameters()}
     drawn = {name: p.detach().clone() for name, p in model.named_parameters() if is_table(name)}
     surgery.resize_for(model, tensors, bias_table="sample" if tables == "sampled" else "resize")
@@ -168,9 +168,9 @@ def laid_out(trained: DAT, card: Card, size: tuple[int, int], tables: str) -> DA
 
 
 @torch.inference_mode()
-def score(model: DAT, card: Card, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def score(model: DAT, cfg: PretrainedCfg, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(hit in percent, cross-entropy in nats) of each image, float64."""
-    logits = torch.cat([model(preprocess.normalise(part, card)) for part in x.split(BATCH)]).double()
+    logits = torch.cat([model(preprocess.normalise(part, cfg)) for part in x.split(BATCH)]).double()
     return 100 * (logits.argmax(1) == y).double(), F.cross_entropy(logits, y, reduction="none")
 
 
@@ -182,9 +182,9 @@ def paired(a: Tensor, b: Tensor, digits: int) -> str:
 
 def table(run: Path, sizes: Sequence[int]) -> str:
     """Markdown: the run at its own size and at square ``sizes``, a column per treatment of the tables."""
-    trained, card = weights.load_model(run)
-    own = card.img_size if isinstance(card.img_size, tuple) else (card.img_size, card.img_size)
-    base, _ = score(trained, card, *images(run, card))
+    trained, cfg = weights.load_model(run)
+    own = cfg.img_size if isinstance(cfg.img_size, tuple) else (cfg.img_size, cfg.img_size)
+    base, _ = score(trained, cfg, *images(run, cfg))
     spread = ", ".join(
         f"{name.removesuffix('.attn.bias_table')} {p.detach().std():.2f}"
         for name, p in trained.named_parameters()
@@ -199,8 +199,8 @@ def table(run: Path, sizes: Sequence[int]) -> str:
         "|" + "---|" * (3 + 2 * len(compared)),
     ]
     for size in (own, *((side, side) for side in sizes)):
-        x, y = images(run, replace(card, img_size=size))
-        hits, losses = zip(*(score(laid_out(trained, card, size, tables), card, x, y) for tables in TABLES))
+        x, y = images(run, replace(cfg, img_size=size))
+        hits, losses = zip(*(score(laid_out(trained, cfg, size, tables), cfg, x, y) for tables in TABLES))
         cells = [
             f"{size[0]} x {size[1]}",
             f"{hits[0].mean():.2f} ({paired(hits[0], base, 2)})",

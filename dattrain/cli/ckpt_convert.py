@@ -226,7 +226,7 @@ def _export_safetensors(folder: Path, manifest: Manifest, out: Path, ema: bool) 
     from itertools import chain
 
     from dattrain.cli.export import write_timm_config
-    from dattrain.pretrained.weights import METADATA_KEY, card_of_checkpoint
+    from dattrain.pretrained.weights import METADATA_KEY, cfg_of_checkpoint
     from dattrain.state import gather
     from dattrain.state.convert import offline
     from dattrain.state.load import DTYPE_NAMES
@@ -234,21 +234,21 @@ def _export_safetensors(folder: Path, manifest: Manifest, out: Path, ema: bool) 
     state: gather.State = "ema" if ema else "param"
     if ema and "ema" not in manifest.states:
         raise UserError(f"{folder} holds no averaged weights; export without --ema")
-    card = card_of_checkpoint(folder, manifest, ema=ema)
+    cfg = cfg_of_checkpoint(folder, manifest, ema=ema)
     buffers = gather.load_buffers(folder)
     shapes = {n: ("F32", p.shape) for n, p in manifest.parameters.items()}
     shapes.update({n: (DTYPE_NAMES[b.dtype], tuple(b.shape)) for n, b in buffers.items()})
     metadata = {"format": "pt"}
     out.mkdir(parents=True, exist_ok=True)
-    if card is not None:
-        metadata[METADATA_KEY] = card.to_json()
-        write_timm_config(card, out)
+    if cfg is not None:
+        metadata[METADATA_KEY] = cfg.to_json()
+        write_timm_config(cfg, out)
     tensors = chain(gather.iter_tensors(folder, state), buffers.items())
     offline.stream_file(out / "model.safetensors", tensors, shapes, metadata)
     print(
         f"wrote {out / 'model.safetensors'} ({'averaged' if ema else 'trained'} weights, {manifest.numel} parameters)"
     )
-    if card is None:
+    if cfg is None:
         print(f"no config.json: {folder.parent.parent} holds no config.yaml that names the model")
 
 

@@ -208,12 +208,12 @@ def picture(file: Path, pretrain: Path, finetune: Path, images: np.ndarray, labe
     loss.legend()
     accuracy.legend(loc="lower right")
 
-    model, card = load_model(finetune)
+    model, cfg = load_model(finetune)
     chosen = images[[int(np.flatnonzero(labels == c)[0]) for c in range(len(CLASSES))]]
     pixels = resize(
-        torch.from_numpy(chosen)[:, None].expand(-1, 3, -1, -1), list(card.img_size), antialias=True
+        torch.from_numpy(chosen)[:, None].expand(-1, 3, -1, -1), list(cfg.img_size), antialias=True
     )
-    inputs = normalize(pixels.float() / 255, list(card.mean), list(card.std))
+    inputs = normalize(pixels.float() / 255, list(cfg.mean), list(cfg.std))
     for axis, image, blocks, name in zip(sheet.subplots(2, 5).flat, pixels, capture(model, inputs), CLASSES):
         draw.points(axis, image.permute(1, 2, 0).numpy(), blocks[0], area=9)
         axis.set_title(name, fontsize=9)

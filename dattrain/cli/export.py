@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dattrain.models.dat import DAT
-    from dattrain.pretrained.weights import Card
+    from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 
 FORMATS = ("safetensors", "authors", "timm", "onnx", "torch.export")
 SUFFIX = {
@@ -71,14 +71,14 @@ class Written:
     """A file that was written, and how to run it again: images (B x C x H x W) to logits, both on the CPU."""
 
     path: Path
-    card: Card
+    cfg: PretrainedCfg
     run: Callable[[Tensor], Tensor]
     tolerance: float
 
 
 def run(args: argparse.Namespace) -> int:
     """Write, load back, compare; an export that does not give the model's logits is an error."""
-    from dattrain.cli.viz import image_size
+    from dattrain.pretrained.preprocess import image_size
     from dattrain.pretrained.weights import load_model
 
     sizes = [image_size(values) for values in args.img_size or [None]]
@@ -86,13 +86,13 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--to {args.to} holds one set of weights: give one --img-size")
     written: list[Written] = []
     for size in sizes:
-        model, card = load_model(args.model, ema=args.ema, img_size=size, bias_table=args.bias_table)
-        out = _target(args.out, args.to, card, len(sizes) > 1)
+        model, cfg = load_model(args.model, ema=args.ema, img_size=size, bias_table=args.bias_table)
+        out = _target(args.out, args.to, cfg, len(sizes) > 1)
         if out.exists() and not args.force:
             raise UserError(f"{out}: exists; choose another --out, or --force")
         out.parent.mkdir(parents=True, exist_ok=True)
-        item = write(model, card, args.to, out, opset=args.opset)
-        difference, same = compare(model, item, images_for(card, args.images))
+        item = write(model, cfg, args.to, out, opset=args.opset)
+        difference, same = compare(model, item, images_for(cfg, args.images))
         written.append(item)
         print(
             f"{item.path}: largest difference of logits {difference:.1e} of the largest, same best class on {same}"
@@ -104,15 +104,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def write(model: DAT, card: Card, to: str, out: Path, *, opset: int = 20) -> Written:
+def write(model: DAT, cfg: PretrainedCfg, to: str, out: Path, *, opset: int = 20) -> Written:
     """Write one file (or timm's folder) and load it back."""
     if to == "safetensors":
-        return _safetensors(model, card, out)
+        return _safetensors(model, cfg, out)
     if to == "authors":
-        return _authors(model, card, out)
+        return _authors(model, cfg, out)
     if to == "timm":
-        return _timm(model, card, out)
-    return _onnx(model, card, out, opset) if to == "onnx" else _torch_export(model, card, out)
+        return _timm(model, cfg, out)
+    return _onnx(model, cfg, out, opset) if to == "onnx" else _torch_export(model, cfg, out)
 
 
 def compare(model: DAT, item: Written, images: Tensor) -> tuple[float, str]:
@@ -130,7 +130,7 @@ def compare(model: DAT, item: Written, images: Tensor) -> tuple[float, str]:
     return difference / float(expected.abs().max()), f"{same} of {len(images)} images"
 
 
-def images_for(card: Card, paths: Sequence[str] | None) -> Tensor:
+def images_for(cfg: PretrainedCfg, paths: Sequence[str] | None) -> Tensor:
     """Prepared and normalised images: those named, or eight of Fashion-MNIST's test images."""
     import torch
 
@@ -143,22 +143,22 @@ def images_for(card: Card, paths: Sequence[str] | None) -> Tensor:
         file = resources.files("dattrain") / "demo" / "t10k-images-idx3-ubyte.gz"
         with resources.as_file(file) as path:
             pixels = [preprocess.from_array(image) for image in read_idx(str(path))[:8]]
-    prepared = torch.stack([preprocess.prepare(each, card) for each in pixels])
-    if card.in_chans in (1, 3):
-        return preprocess.normalise(prepared, card)
+    prepared = torch.stack([preprocess.prepare(each, cfg) for each in pixels])
+    if cfg.in_chans in (1, 3):
+        return preprocess.normalise(prepared, cfg)
     # Of other channels (depth, infrared) there are no files here: red, green and blue again and again will do to compare.
-    colours = replace(card, in_chans=3, mean=card.mean[:3], std=card.std[:3])
-    return preprocess.normalise(prepared, colours)[:, torch.arange(card.in_chans) % 3]
+    colours = replace(cfg, in_chans=3, mean=cfg.mean[:3], std=cfg.std[:3])
+    return preprocess.normalise(prepared, colours)[:, torch.arange(cfg.in_chans) % 3]
 
 
-def _safetensors(model: DAT, card: Card, out: Path) -> Written:
+def _safetensors(model: DAT, cfg: PretrainedCfg, out: Path) -> Written:
     from dattrain.pretrained import weights
 
-    weights.save(out, model.state_dict(), card)
-    return Written(out, card, weights.load_model(out)[0], EXACT)
+    weights.save(out, model.state_dict(), cfg)
+    return Written(out, cfg, weights.load_model(out)[0], EXACT)
 
 
-def _authors(model: DAT, card: Card, out: Path) -> Written:
+def _authors(model: DAT, cfg: PretrainedCfg, out: Path) -> Written:
     """``{"model": state}`` as their ``--resume`` and ``--pretrained`` take it, and a YAML beside it for their ``--cfg``."""
     import torch
     import yaml
@@ -170,11 +170,11 @@ def _authors(model: DAT, card: Card, out: Path) -> Written:
     torch.save({"model": to_authors(model)}, out)
     name = out.with_suffix(".yaml")
     name.write_text(
-        yaml.safe_dump({"MODEL": {"TYPE": "dat", "NAME": card.name, "DAT": config}}, sort_keys=False),
+        yaml.safe_dump({"MODEL": {"TYPE": "dat", "NAME": cfg.name, "DAT": config}}, sort_keys=False),
         encoding="utf-8",
     )
     state, *_ = import_.load(out)
-    return Written(out, card, from_authors(state, import_.read_config(name)), EXACT)
+    return Written(out, cfg, from_authors(state, import_.read_config(name)), EXACT)
 
 
 def authors_config(model: DAT) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def authors_config(model: DAT) -> dict[str, Any]:
     return settings
 
 
-def _timm(model: DAT, card: Card, out: Path) -> Written:
+def _timm(model: DAT, cfg: PretrainedCfg, out: Path) -> Written:
     """model.safetensors and config.json as on the hub; ``import dattrain.models`` must come before timm.create_model."""
     import timm
 
@@ -248,65 +248,65 @@ def _timm(model: DAT, card: Card, out: Path) -> Written:
     from dattrain.pretrained import weights
 
     out.mkdir(parents=True, exist_ok=True)
-    weights.save(out / "model.safetensors", model.state_dict(), card)
-    write_timm_config(card, out)
+    weights.save(out / "model.safetensors", model.state_dict(), cfg)
+    write_timm_config(cfg, out)
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    return Written(out, card, loaded, EXACT)
+    return Written(out, cfg, loaded, EXACT)
 
 
-def write_timm_config(card: Card, folder: Path) -> None:
+def write_timm_config(cfg: PretrainedCfg, folder: Path) -> None:
     """``config.json`` beside ``model.safetensors``, for ``timm.create_model("local-dir:FOLDER")`` after ``import dattrain.models``."""
-    (folder / "config.json").write_text(json.dumps(timm_config(card), indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(timm_config(cfg), indent=2) + "\n", encoding="utf-8")
 
 
-def timm_config(card: Card) -> dict[str, Any]:
+def timm_config(cfg: PretrainedCfg) -> dict[str, Any]:
     """What timm's hub format says of a model: its architecture with arguments, and how its images are prepared."""
     from dattrain.models.zoo import VARIANTS
 
-    arguments = {**VARIANTS[card.name], **(card.overrides or {})}
+    arguments = {**VARIANTS[cfg.name], **(cfg.overrides or {})}
     return {
-        "architecture": card.name,
-        "num_classes": card.num_classes,
+        "architecture": cfg.name,
+        "num_classes": cfg.num_classes,
         "num_features": arguments["dims"][-1],
         "global_pool": arguments.get("global_pool", "avg"),
-        "model_args": {"img_size": list(card.img_size), "in_chans": card.in_chans, **(card.overrides or {})},
+        "model_args": {"img_size": list(cfg.img_size), "in_chans": cfg.in_chans, **(cfg.overrides or {})},
         "pretrained_cfg": {
             "tag": "dattrain",
             "custom_load": False,
-            "input_size": [card.in_chans, *card.img_size],
+            "input_size": [cfg.in_chans, *cfg.img_size],
             "fixed_input_size": False,
-            "interpolation": card.interpolation,
-            "crop_pct": card.crop_pct,
-            "crop_mode": "squash" if card.resize == "squash" else "center",
-            "mean": list(card.mean),
-            "std": list(card.std),
-            "num_classes": card.num_classes,
+            "interpolation": cfg.interpolation,
+            "crop_pct": cfg.crop_pct,
+            "crop_mode": "squash" if cfg.resize == "squash" else "center",
+            "mean": list(cfg.mean),
+            "std": list(cfg.std),
+            "num_classes": cfg.num_classes,
             "first_conv": "patch_embed.conv1" if arguments.get("stem") == "conv" else "patch_embed.proj",
             "classifier": "head.fc",
             "license": "apache-2.0",
         },
-        **_label_names(card),
+        **_label_names(cfg),
     }
 
 
-def _label_names(card: Card) -> dict[str, Any]:
+def _label_names(cfg: PretrainedCfg) -> dict[str, Any]:
     """``label_names``, one per output, and where these are synsets ``label_descriptions``, their words; nothing where the
     classes are not known. timm's hub format and transformers' pipelines read them."""
     from dattrain.data import labels
     from dattrain.pretrained import class_names
 
-    names = list(card.classes)
-    if not names and card.labels is not None:
+    names = list(cfg.classes)
+    if not names and cfg.labels is not None:
         with suppress(UserError):  # winter21 needs a file that may not be here
-            names = list(labels.label_set(card.labels, classes=card.num_classes).synsets)
-    if not names or len(names) != card.num_classes:
+            names = list(labels.label_set(cfg.labels, classes=cfg.num_classes).synsets)
+    if not names or len(names) != cfg.num_classes:
         return {}
     words = class_names.names(len(names), known=names)
     described = {"label_descriptions": dict(zip(names, words))} if words != names else {}
     return {"label_names": names, **described}
 
 
-def _onnx(model: DAT, card: Card, out: Path, opset: int) -> Written:
+def _onnx(model: DAT, cfg: PretrainedCfg, out: Path, opset: int) -> Written:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx needs it, and names it late)
@@ -318,7 +318,7 @@ def _onnx(model: DAT, card: Card, out: Path, opset: int) -> Written:
         raise UserError(f"--opset {opset}: {LOWEST_OPSET} is the lowest that torch writes")
     with _quiet("torch.onnx", "onnxscript"):
         program = torch.onnx.export(
-            _traced(model, card),
+            _traced(model, cfg),
             dynamo=True,
             opset_version=opset,
             optimize=True,
@@ -333,7 +333,7 @@ def _onnx(model: DAT, card: Card, out: Path, opset: int) -> Written:
         raise UserError(
             f"--opset {opset}: torch {torch.__version__} cannot write it (it gave {found}); take a lower one"
         )
-    _describe(program.model.metadata_props, card)
+    _describe(program.model.metadata_props, cfg)
     program.save(str(out))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -342,24 +342,24 @@ def _onnx(model: DAT, card: Card, out: Path, opset: int) -> Written:
     def logits(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
-    return Written(out, card, logits, GRAPH)
+    return Written(out, cfg, logits, GRAPH)
 
 
-def _torch_export(model: DAT, card: Card, out: Path) -> Written:
+def _torch_export(model: DAT, cfg: PretrainedCfg, out: Path) -> Written:
     import torch
 
-    extra = {"card.json": card.to_json()}
-    torch.export.save(_traced(model, card), out, extra_files=extra)
-    return Written(out, card, torch.export.load(out).module(), GRAPH)
+    extra = {"card.json": cfg.to_json()}
+    torch.export.save(_traced(model, cfg), out, extra_files=extra)
+    return Written(out, cfg, torch.export.load(out).module(), GRAPH)
 
 
-def _traced(model: DAT, card: Card) -> Any:
+def _traced(model: DAT, cfg: PretrainedCfg) -> Any:
     """The model as a graph of torch's own operators, for any batch size and this image size."""
     import torch
 
     from dattrain import ops
 
-    images = torch.zeros(2, card.in_chans, *card.img_size)
+    images = torch.zeros(2, cfg.in_chans, *cfg.img_size)
     batch = torch.export.Dim("batch", min=1)
     with ops.use_backend("reference"), _plain_attention(), torch.no_grad():
         return torch.export.export(model.eval(), (images,), dynamic_shapes=({0: batch},))
@@ -402,18 +402,18 @@ def _plain_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = fused
 
 
-def _describe(metadata: Any, card: Card) -> None:
-    metadata["dattrain"] = replace(card, classes=()).to_json()
-    if card.classes:
-        metadata["classes"] = json.dumps(list(card.classes))
+def _describe(metadata: Any, cfg: PretrainedCfg) -> None:
+    metadata["dattrain"] = replace(cfg, classes=()).to_json()
+    if cfg.classes:
+        metadata["classes"] = json.dumps(list(cfg.classes))
 
 
-def _target(out: Path, to: str, card: Card, several: bool) -> Path:
+def _target(out: Path, to: str, cfg: PretrainedCfg, several: bool) -> Path:
     """The file to write: with the format's suffix, and the size in its name where several are written."""
     suffix = SUFFIX[to]
     if suffix and out.suffix != suffix:
         out = out.with_name(out.name + suffix)
     if several:
-        height, width = card.img_size
+        height, width = cfg.img_size
         out = out.with_name(f"{out.stem}_{height}x{width}{out.suffix}")
     return out

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dattrain.models.dat import DAT
-    from dattrain.pretrained.weights import Card
+    from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 
 
 _STATES = ("model", "state_dict", "module", "model_ema", "state_dict_ema", "ema")
@@ -70,20 +70,20 @@ def run(args: argparse.Namespace) -> int:
     out: Path = args.out or default_out(args.file)
     if out.exists() and not args.force:
         raise UserError(f"{out}: exists; choose another --out, or --force")
-    model, card, origin = read(args.file, args.config)
-    weights.save(out, model.state_dict(), card, model=model)
+    model, cfg, origin = read(args.file, args.config)
+    weights.save(out, model.state_dict(), cfg, model=model)
     count = sum(p.numel() for p in model.parameters())
-    settings = "".join(f", {key}={value}" for key, value in (card.overrides or {}).items())
-    height, width = card.img_size
-    head = f"{card.num_classes} classes" if card.num_classes else "no classification head"
-    print(f"{args.file}: {card.name}{settings}, {height} x {width}, {head}, {count / 1e6:.3f}M parameters")
+    settings = "".join(f", {key}={value}" for key, value in (cfg.overrides or {}).items())
+    height, width = cfg.img_size
+    head = f"{cfg.num_classes} classes" if cfg.num_classes else "no classification head"
+    print(f"{args.file}: {cfg.name}{settings}, {height} x {width}, {head}, {count / 1e6:.3f}M parameters")
     print(f"architecture {origin}; written back in the authors' names, every tensor is identical")
     print(out)
     return 0
 
 
-def read(file: Path, config_file: Path | None = None) -> tuple[DAT, Card, str]:
-    """The model in a file of the authors, its card, and where its architecture and its tensors were read from.
+def read(file: Path, config_file: Path | None = None) -> tuple[DAT, PretrainedCfg, str]:
+    """The model in a file of the authors, its pretrained config, and where its architecture and its tensors were read from.
 
     A file without classification head (a detector's backbone) gives a model without one.
 
@@ -92,7 +92,7 @@ def read(file: Path, config_file: Path | None = None) -> tuple[DAT, Card, str]:
     """
     from dattrain.data.labels import infer
     from dattrain.models.surgery import from_authors
-    from dattrain.pretrained.weights import card_of_model
+    from dattrain.pretrained.pretrained_cfg import cfg_of_model
 
     state, own, notes = load(file)
     config, origin = own, f"from the configuration in {file.name}"
@@ -112,13 +112,13 @@ def read(file: Path, config_file: Path | None = None) -> tuple[DAT, Card, str]:
     if beside is not None:
         notes.append(f"{beside} is not read without --config")
     check_round_trip(model, state)
-    card = card_of_model(
+    cfg = cfg_of_model(
         model,
         resize="squash",
         labels=infer(model.num_classes),
         source=f"the authors' {file.name}",
     )
-    return model, card, "; ".join([origin, *notes])
+    return model, cfg, "; ".join([origin, *notes])
 
 
 def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, list[str]]:
@@ -140,7 +140,7 @@ def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, list[str
             tensors, notes = _own_names(load_file(file), file)
             return tensors, None, notes
         except SafetensorError as error:
-            raise UserError(f"{file}: not a whole safetensors file ({error})") from None
+            raise UserError(f"{file}: not a complete safetensors file ({error})") from None
     try:
         harmless = [(_PassedOver, name) for name in _PASSED_OVER]
         allowed: list[Any] = [(OrderedDict, "yacs.config.CfgNode"), _PassedOver, *harmless]

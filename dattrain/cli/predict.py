@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from dattrain.errors import UserError
@@ -38,67 +39,47 @@ def run(args: argparse.Namespace) -> int:
     """Print a block per image, or write CSV. An image that cannot be read is an error, after the others are done."""
     from dataclasses import replace
 
-    import torch
-
-    from dattrain.cli.viz import image_size
     from dattrain.pretrained import class_names, preprocess
+    from dattrain.pretrained.predict import predict
     from dattrain.pretrained.weights import load_model
 
     if args.topk < 1 or args.batch < 1:
         raise UserError(f"--topk {args.topk} and --batch {args.batch} must be at least 1", exit_code=2)
     files = preprocess.find(args.images)
-    model, card = load_model(
-        args.checkpoint, ema=args.ema, device=args.device, img_size=image_size(args.img_size)
+    model, cfg = load_model(
+        args.checkpoint, ema=args.ema, device=args.device, img_size=preprocess.image_size(args.img_size)
     )
-    if not card.num_classes:
+    if not cfg.num_classes:
         raise UserError(f"{args.checkpoint}: has no classification head, so it knows no classes")
     if args.resize:
-        card = replace(card, resize=args.resize)
-    names = read_names(args.classes, card.num_classes) if args.classes else None
-    names = names or class_names.names(card.num_classes, card.labels, card.classes)
-    table = csv.writer(sys.stdout) if args.csv == Path("-") else None
-    opened = None
-    if args.csv and table is None:
-        opened = open(args.csv, "w", newline="", encoding="utf-8")  # noqa: SIM115 (closed below)
-        table = csv.writer(opened)
+        cfg = replace(cfg, resize=args.resize)
+    names = class_names.read(args.classes, cfg.num_classes) if args.classes else None
+    to_stdout = args.csv == Path("-")
     bad: list[str] = []
-    try:
+    with ExitStack() as stack:
+        table = csv.writer(sys.stdout) if to_stdout else None
+        if args.csv and not to_stdout:
+            table = csv.writer(stack.enter_context(open(args.csv, "w", newline="", encoding="utf-8")))
         if table:
             table.writerow(["image", "rank", "class", "name", "probability"])
         for first in range(0, len(files), args.batch):
-            batch = []
+            read = []
             for file in files[first : first + args.batch]:
                 try:
-                    batch.append((file, preprocess.prepare(preprocess.read(file), card)))
+                    read.append((file, preprocess.read(file)))
                 except UserError as error:
                     bad.append(str(error))
-            if not batch:
-                continue
-            images = preprocess.normalise(torch.stack([image for _, image in batch]), card, args.device)
-            with torch.inference_mode():
-                best = model(images).float().softmax(1).topk(min(args.topk, card.num_classes))
-            for (file, _), values, indices in zip(batch, best.values.tolist(), best.indices.tolist()):
-                if args.csv != Path("-"):
+            predictions = predict(
+                model, cfg, [image for _, image in read], topk=args.topk, batch=args.batch, names=names
+            )
+            for (file, _), best in zip(read, predictions):
+                if not to_stdout:
                     print(file)
-                for rank, (value, index) in enumerate(zip(values, indices), 1):
+                for rank, found in enumerate(best, 1):
                     if table:
-                        table.writerow([file, rank, index, names[index], f"{value:.6f}"])
-                    if args.csv != Path("-"):
-                        print(f"  {100 * value:6.2f} %  {names[index]}")
-    finally:
-        if opened:
-            opened.close()
+                        table.writerow([file, rank, found.number, found.name, f"{found.probability:.6f}"])
+                    if not to_stdout:
+                        print(f"  {100 * found.probability:6.2f} %  {found.name}")
     if bad:
         raise UserError("; ".join(bad))
     return 0
-
-
-def read_names(file: Path, num_classes: int) -> list[str]:
-    """Class names, one a line. Raises UserError when there are not as many as classes."""
-    try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None
-    if len(names) != num_classes:
-        raise UserError(f"{file}: {len(names)} names, but the model has {num_classes} classes")
-    return names

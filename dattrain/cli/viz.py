@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor, nn
 
-    from dattrain.pretrained.weights import Card
+    from dattrain.pretrained.pretrained_cfg import PretrainedCfg
     from dattrain.visualize.sampling_points import Deformed
 
 KINDS = ("points", "offsets", "attention")
@@ -67,16 +67,16 @@ def run(args: argparse.Namespace) -> int:
     if not all(0 <= part <= 1 for part in args.query):
         raise UserError(f"--query {args.query[0]} {args.query[1]}: fractions of the image, from 0 to 1")
     files = preprocess.find(args.images)
-    model, card = load_model(
-        args.checkpoint, ema=args.ema, device=args.device, img_size=image_size(args.img_size)
+    model, cfg = load_model(
+        args.checkpoint, ema=args.ema, device=args.device, img_size=preprocess.image_size(args.img_size)
     )
     args.out.mkdir(parents=True, exist_ok=True)
     views = []
     for name, file in zip(unique_names(files), files):
-        image = preprocess.prepare(preprocess.read(file), card)
-        blocks = look(model, image, card, device=args.device)
+        image = preprocess.prepare(preprocess.read(file), cfg)
+        blocks = look(model, image, cfg, device=args.device)
         chosen = sampling_points.select(blocks, stage=args.stage, block=args.block, every=args.every)
-        title = f"{file.name}: {args.kind} of {card.name} ({card.source})" if card.source else file.name
+        title = f"{file.name}: {args.kind} of {cfg.name} ({cfg.source})" if cfg.source else file.name
         figure = draw.sheet(args.kind, preprocess.array(image), chosen, tuple(args.query), title)
         target = args.out / f"{name}.{args.kind}.png"
         figure.savefig(target)
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         views.append(html.View(file.name, preprocess.array(image), chosen))
     target = args.out / f"{args.kind}.html"
     target.write_text(
-        html.render(views, title=f"{card.name}: {args.kind}", kind=args.kind, query=tuple(args.query)),
+        html.render(views, title=f"{cfg.name}: {args.kind}", kind=args.kind, query=tuple(args.query)),
         encoding="utf-8",
     )
     print(target)
@@ -95,7 +95,7 @@ def draw_points(
     model: nn.Module,
     image: np.ndarray | Tensor,
     *,
-    meta: Card,
+    meta: PretrainedCfg,
     axis: Axes,
     stage: int | None = None,
     block: int | None = None,
@@ -131,22 +131,13 @@ def draw_points(
     draw.points(axis, preprocess.array(prepared), chosen, groups, area=area)
 
 
-def look(model: nn.Module, image: Tensor, card: Card, *, device: object = "cpu") -> list[Deformed]:
+def look(model: nn.Module, image: Tensor, cfg: PretrainedCfg, *, device: object = "cpu") -> list[Deformed]:
     """Positions and attention of every deformable block for one prepared image (3 x H x W uint8)."""
     from dattrain.pretrained import preprocess
     from dattrain.visualize import sampling_points
 
-    batch = preprocess.normalise(image[None], card, device)  # type: ignore[arg-type]
+    batch = preprocess.normalise(image[None], cfg, device)  # type: ignore[arg-type]
     return sampling_points.capture(model, batch, attention=True)[0]
-
-
-def image_size(values: list[int] | None) -> tuple[int, int] | None:
-    """``--img-size N`` or ``HEIGHT WIDTH``. Raises UserError for more numbers."""
-    if not values:
-        return None
-    if len(values) > 2 or min(values) < 1:
-        raise UserError(f"--img-size {' '.join(map(str, values))}: one side, or height and width, in pixels")
-    return values[0], values[-1]
 
 
 def unique_names(files: list[Path]) -> list[str]:

@@ -1,6 +1,6 @@
 """One pass of a frozen model over a data set: classes and probabilities, or features. Works under torchrun.
 
-What is done with the results is in ``scores`` and ``probe``; which images and labels make a set is in ``testsets``.
+What is done with the results is in ``metrics`` and ``probe``; which images and labels make a set is in ``test_sets``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from dattrain.data.loader import EvalLoader, eval_loader
 from dattrain.errors import UserError
 from dattrain.evaluation import metrics
 from dattrain.pretrained.preprocess import normalise
-from dattrain.pretrained.weights import Card, classes_of
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg, classes_of
 
 
 @dataclass(frozen=True)
@@ -62,35 +63,37 @@ class Result:
     bad: int
 
 
-def open_loader(config: Config, card: Card, spec: str, views: Views, *, device: torch.device) -> EvalLoader:
-    """A loader over ``spec`` that prepares images as the card says; under torchrun, this rank's part."""
+def open_loader(
+    config: Config, cfg: PretrainedCfg, spec: str, views: Views, *, device: torch.device
+) -> EvalLoader:
+    """A loader over ``spec`` that prepares images as ``cfg`` says; under torchrun, this rank's part."""
     augment = config.augment.model_copy(
-        update={"mean": card.mean, "std": card.std, "interpolation": card.interpolation}
+        update={"mean": cfg.mean, "std": cfg.std, "interpolation": cfg.interpolation}
     )
-    size, crop_pct = card.img_size, card.crop_pct
+    size, crop_pct = cfg.img_size, cfg.crop_pct
     if views.crops == 5:
         # The whole central square of the resized image is kept, and the crops are cut out of it on the device.
         size, crop_pct = tuple(int(side / crop_pct) for side in size), 1.0  # type: ignore[assignment]
-        if size == card.img_size:
+        if size == cfg.img_size:
             raise UserError(
-                f"--crops 5 needs a margin around the crop, and crop_pct={card.crop_pct} leaves none"
+                f"--crops 5 needs a margin around the crop, and crop_pct={cfg.crop_pct} leaves none"
             )
     changed = config.model_copy(
         update={
-            "model": config.model.model_copy(update={"num_classes": card.num_classes}),
+            "model": config.model.model_copy(update={"num_classes": cfg.num_classes}),
             "data": config.data.model_copy(update={"val": spec, "labels": None}),
-            "eval": config.eval.model_copy(update={"resize": card.resize, "crop_pct": crop_pct}),
+            "eval": config.eval.model_copy(update={"resize": cfg.resize, "crop_pct": crop_pct}),
             "augment": augment,
         }
     )
-    rank, world = place()
-    return eval_loader(changed, classes_of(card), rank=rank, world=world, device=device, img_size=size)
+    rank, world = rank_and_world()
+    return eval_loader(changed, classes_of(cfg), rank=rank, world=world, device=device, img_size=size)
 
 
 @torch.inference_mode()
 def classify(
     model: nn.Module,
-    card: Card,
+    cfg: PretrainedCfg,
     loader: EvalLoader,
     *,
     device: torch.device,
@@ -107,7 +110,7 @@ def classify(
     """
     masked = None
     if among is not None:
-        masked = torch.full((card.num_classes,), -torch.inf, device=device)
+        masked = torch.full((cfg.num_classes,), -torch.inf, device=device)
         masked[torch.from_numpy(among).to(device)] = 0
     parts: list[metrics.Records] = []
     keys: list[tuple[int, str]] = []
@@ -118,10 +121,10 @@ def classify(
         if len(good):
             images, labels = batch.images[good], batch.labels[good]
             before = now(device)
-            x = normalise(images, card, device) if images.dtype == torch.uint8 else images.float()
+            x = normalise(images, cfg, device) if images.dtype == torch.uint8 else images.float()
             probabilities: Tensor | None = None
             count = 0
-            for view in views(x, card.img_size):
+            for view in views(x, cfg.img_size):
                 logits = model(view).float()
                 p = (logits if masked is None else logits + masked).softmax(1)
                 probabilities, count = (p if probabilities is None else probabilities + p), count + 1
@@ -150,7 +153,7 @@ def classify(
 @torch.no_grad()
 def features(
     model: nn.Module,
-    card: Card,
+    cfg: PretrainedCfg,
     loader: EvalLoader,
     *,
     device: torch.device,
@@ -167,7 +170,7 @@ def features(
         good = (batch.weight > 0).nonzero().squeeze(1)
         if len(good):
             x = (
-                normalise(batch.images[good], card, device)
+                normalise(batch.images[good], cfg, device)
                 if batch.images.dtype == torch.uint8
                 else batch.images[good].float()
             )
@@ -187,19 +190,19 @@ def features(
     return values[order], labels[order]
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """(rank, world) of the process group, (0, 1) without one."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def gather(item: object) -> list | None:
+def gather(item: object) -> list[Any] | None:
     """Every rank's item on rank 0, None elsewhere."""
-    rank, world = place()
+    rank, world = rank_and_world()
     if world == 1:
         return [item]
-    out: list | None = [None] * world if rank == 0 else None
+    out: list[Any] | None = [None] * world if rank == 0 else None
     dist.gather_object(item, out)
     return out
 
@@ -216,7 +219,7 @@ class Progress:
 
     def __init__(self, steps: int, title: str) -> None:
         self.steps, self.title, self.done, self.width = steps, title, 0, 0
-        self.shown = sys.stderr.isatty() and place()[0] == 0
+        self.shown = sys.stderr.isatty() and rank_and_world()[0] == 0
         self.last = 0.0
 
     def __call__(self, text: str) -> None:

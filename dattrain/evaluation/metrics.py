@@ -1,7 +1,7 @@
-"""What an evaluation keeps of each image, and the figures drawn from that: pure functions on arrays.
+"""What an evaluation keeps of each image, and the metrics computed from that: pure functions on arrays.
 
 Kept per image are the five best classes, the confidence and the loss, never the logits, so that a 22K head over a large
-validation set costs megabytes. Pictures of these figures are in ``charts``, the loop is in ``evaluate``.
+validation set costs megabytes. Pictures of them are in ``charts``, the loop is in ``inference``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from torch import Tensor
+
+from dattrain.errors import UserError
 
 TOP = 5
 
@@ -97,20 +99,50 @@ def top1_top5(records: Records, accepted: Sequence[frozenset[int]] | None = None
     return tuple(100 * float(hits(records, k, accepted)[known].mean()) for k in (1, TOP))  # type: ignore[return-value]
 
 
+def compute(records: Records, accepted: Sequence[frozenset[int]] | None = None) -> dict[str, float]:
+    """All metrics: accuracies (percent), cross-entropy (nats), Brier score, calibration errors (percent), number of images.
+
+    With ``accepted`` (see ``hits``) accuracies alone. Raises UserError where no image has a label.
+    """
+    top1, top5 = top1_top5(records, accepted)
+    if accepted is not None:
+        keep = np.array([bool(each) for each in accepted])
+        low, high = bootstrap_interval(100.0 * hits(records, 1, accepted)[keep])
+        return {"top1": top1, "top1_low": low, "top1_high": high, "top5": top5, "images": int(keep.sum())}
+    known = records.label >= 0
+    if not known.any():
+        raise UserError(
+            "none of the images has a label: there is nothing to compare predictions with (see dattrain predict)"
+        )
+    low, high = bootstrap_interval(100.0 * hits(records, 1)[known])
+    bins = calibration(records)
+    return {
+        "top1": top1,
+        "top1_low": low,
+        "top1_high": high,
+        "top5": top5,
+        "loss": float(records.nll[known].mean()),
+        "brier": float(records.brier[known].mean()),
+        "ece": 100 * bins.ece,
+        "max_calibration_error": 100 * bins.mce,
+        "images": int(known.sum()),
+    }
+
+
 def per_class(records: Records, num_classes: int) -> list[dict[str, float]]:
     """Per class that has images: images, top-1 and top-5 recall, precision (percent; NaN where never predicted)."""
     first, five = hits(records, 1), hits(records, TOP)
     rows = []
     predicted = np.bincount(records.top[:, 0], minlength=num_classes)
     for label in np.unique(records.label[records.label >= 0]):
-        mine = records.label == label
-        right = int(first[mine].sum())
+        members = records.label == label
+        right = int(first[members].sum())
         rows.append(
             {
                 "class": int(label),
-                "images": int(mine.sum()),
-                "top1": 100 * right / int(mine.sum()),
-                "top5": 100 * float(five[mine].mean()),
+                "images": int(members.sum()),
+                "top1": 100 * right / int(members.sum()),
+                "top5": 100 * float(five[members].mean()),
                 "precision": 100 * right / predicted[label] if predicted[label] else float("nan"),
             }
         )

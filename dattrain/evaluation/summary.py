@@ -1,4 +1,4 @@
-"""The figures of an evaluation, and the lines and tables that say them. What they are drawn from is in ``scores``."""
+"""The metrics of an evaluation as lines and tables of text. They are computed in ``metrics``."""
 
 from __future__ import annotations
 
@@ -6,38 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from dattrain.errors import UserError
 from dattrain.evaluation import metrics
 from dattrain.evaluation.metrics import Records
-
-
-def of(records: Records, accepted: Sequence[frozenset[int]] | None = None) -> dict[str, float]:
-    """Accuracies (percent), cross-entropy (nats), Brier score, calibration errors (percent) and how many images."""
-    top1, top5 = metrics.top1_top5(records, accepted)
-    if accepted is not None:
-        keep = np.array([bool(each) for each in accepted])
-        low, high = metrics.bootstrap_interval(100.0 * metrics.hits(records, 1, accepted)[keep])
-        return {"top1": top1, "top1_low": low, "top1_high": high, "top5": top5, "images": int(keep.sum())}
-    known = records.label >= 0
-    if not known.any():
-        raise UserError(
-            "none of the images has a label: there is nothing to compare predictions with (see dattrain predict)"
-        )
-    low, high = metrics.bootstrap_interval(100.0 * metrics.hits(records, 1)[known])
-    calibration = metrics.calibration(records)
-    return {
-        "top1": top1,
-        "top1_low": low,
-        "top1_high": high,
-        "top5": top5,
-        "loss": float(records.nll[known].mean()),
-        "brier": float(records.brier[known].mean()),
-        "ece": 100 * calibration.ece,
-        "max_calibration_error": 100 * calibration.mce,
-        "images": int(known.sum()),
-    }
 
 
 def headline(report: Mapping[str, Any]) -> str:
@@ -51,7 +21,7 @@ def headline(report: Mapping[str, Any]) -> str:
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """The figures of one model."""
+    """The metrics of one model."""
     bad = f", {report['bad']} could not be read" if report["bad"] else ""
     views = f", {report['views']} views each" if report["views"] > 1 else ""
     lines = [
@@ -78,7 +48,17 @@ def summary(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def comparison(reports: Sequence[Mapping[str, Any]]) -> str:
+def corruptions(report: Mapping[str, Any]) -> str:
+    """ImageNet-C: a line per corruption, and the means."""
+    lines = [
+        f"  {row['corruption']:20} top-1 {row['top1']:6.2f} %   error relative to AlexNet {row['ce']:6.1f} %"
+        for row in report["corruptions"]
+    ]
+    missing = " (needs all 15 corruptions)" if math.isnan(report["mce"]) else ""
+    return "\n".join([*lines, f"  mean top-1 {report['top1']:.2f} %   mCE {report['mce']:.1f} %{missing}"])
+
+
+def comparison(reports: Sequence[Mapping[str, Any]], all_records: Sequence[Records | None]) -> str:
     """One table of several models; where they saw the same images, the difference to the first, pair by pair."""
     head = [
         "model",
@@ -93,9 +73,8 @@ def comparison(reports: Sequence[Mapping[str, Any]]) -> str:
         "top-1 to the first (95 %)",
     ]
     rows = [head]
-    first = reports[0].get("records")
-    for report in reports:
-        records = report.get("records")
+    first = all_records[0]
+    for report, records in zip(reports, all_records):
         difference = ""
         if records is not None and first is not None and records is not first:
             difference = "other images"

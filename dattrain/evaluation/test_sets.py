@@ -20,7 +20,7 @@ import numpy as np
 from dattrain.data import labels
 from dattrain.data.classes import few
 from dattrain.errors import UserError
-from dattrain.pretrained.weights import Card, classes_of
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg, classes_of
 from dattrain.urls import plain
 
 NAMES = ("imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c", "real")
@@ -54,7 +54,7 @@ class Part:
     among: np.ndarray | None = None
 
 
-def parts(kind: str | None, path: str, card: Card) -> list[Part]:
+def parts(kind: str | None, path: str, cfg: PretrainedCfg) -> list[Part]:
     """What there is to read for a test set at ``path``.
 
     Raises:
@@ -76,27 +76,27 @@ def parts(kind: str | None, path: str, card: Card) -> list[Part]:
     if kind == "imagenet-v2":
         if sorted(found) != sorted(map(str, range(1000))):
             raise UserError(f"{path}: ImageNet-V2 has the folders 0 to 999, this one {_few(found)}")
-        _check_imagenet(card, f"{path}: ImageNet-V2")
+        _check_imagenet(cfg, f"{path}: ImageNet-V2")
         return [Part(kind, path)]
     expected = list(
         _synsets(f"imagenet_{kind[-1]}_synsets.txt") if kind != "imagenet-sketch" else _imagenet()
     )
     if set(found) - set(expected):
         raise UserError(f"{path}: {_few(sorted(set(found) - set(expected)))} are no synsets of {kind}")
-    among = None if kind == "imagenet-sketch" else outputs_of(expected, card)
+    among = None if kind == "imagenet-sketch" else outputs_of(expected, cfg)
     return [Part(kind, path, among)]
 
 
-def outputs_of(synsets: list[str], card: Card) -> np.ndarray:
+def outputs_of(synsets: list[str], cfg: PretrainedCfg) -> np.ndarray:
     """The model's output for each synset. Raises UserError where it lacks one, or its classes are unknown."""
-    return classes_of(card).numbers(synsets, "the test set")
+    return classes_of(cfg).numbers(synsets, "the test set")
 
 
-def _check_imagenet(card: Card, what: str) -> None:
+def _check_imagenet(cfg: PretrainedCfg, what: str) -> None:
     """Refuse a model whose outputs are not ImageNet-1K's classes in their usual order, which a test set's numbers mean."""
-    names = classes_of(card).names
-    if card.num_classes != 1000:
-        raise UserError(f"{what} numbers ImageNet-1K's classes; the model has {card.num_classes} classes")
+    names = classes_of(cfg).names
+    if cfg.num_classes != 1000:
+        raise UserError(f"{what} numbers ImageNet-1K's classes; the model has {cfg.num_classes} classes")
     if names and names != _imagenet():
         raise UserError(
             f"{what} numbers ImageNet-1K's synsets, and the model's 1000 classes are others, in another order, or not called by "
@@ -104,13 +104,13 @@ def _check_imagenet(card: Card, what: str) -> None:
         )
 
 
-def real_answers(keys: list[str], card: Card) -> list[frozenset[int]]:
+def real_answers(keys: list[str], cfg: PretrainedCfg) -> list[frozenset[int]]:
     """ReaL's right answers for each validation image, told by its name; empty where its annotators found none.
 
     Raises:
         UserError: the model is not ImageNet-1K's, or a name is not ``ILSVRC2012_val_00000001`` to ``_00050000``.
     """
-    _check_imagenet(card, "ReaL")
+    _check_imagenet(cfg, "ReaL")
     data = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
     if data is None:
         raise UserError("timm does not hold ReaL's labels; install timm 1.0.20 or newer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from dattrain.data import labels
 from dattrain.data.classes import are_synsets
@@ -20,6 +21,17 @@ def names(num_classes: int, label_set: str | None = None, known: Sequence[str] =
         except UserError:  # winter21 needs a file that is not here
             pass
     return [f"class {index}" for index in range(num_classes)]
+
+
+def read(file: Path, num_classes: int) -> list[str]:
+    """Class names, one a line. Raises UserError when there are not as many as classes."""
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+    if len(names) != num_classes:
+        raise UserError(f"{file}: {len(names)} names, but the model has {num_classes} classes")
+    return names
 
 
 def _words(known: Sequence[str]) -> list[str]:

@@ -1,13 +1,14 @@
-"""Image files as a model wants them: decode, resize, centre crop, normalise, as a card says; and the reverse for drawing."""
+"""Image files as a model wants them: decode, resize, centre crop, normalise, as a pretrained config says; and the reverse for drawing."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dattrain.data.augment.cpu_transforms import resize_window
@@ -15,14 +16,14 @@ from dattrain.data.augment.plan import eval_geometry
 from dattrain.data.decode import images
 from dattrain.data.decode.images import is_image_name
 from dattrain.errors import UserError
-from dattrain.pretrained.weights import Card
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 
 _NAMED = 5
-"""Files passed over that are named."""
+"""Skipped files that are named."""
 
 
 def find(paths: Iterable[str | Path]) -> list[Path]:
-    """Image files named, and those in folders named (sorted, not deeper); what is passed over there is said on stderr.
+    """Image files named, and those in folders named (sorted, not deeper); what is skipped there is said on stderr.
 
     Raises:
         UserError: a path does not exist, or a folder holds no image.
@@ -34,12 +35,12 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
             inside = [p for p in entries if p.is_file() and is_image_name(p.name)]
             others = [p.name + "/" * p.is_dir() for p in entries if p not in inside]
             more = ", ..." if len(others) > _NAMED else ""
-            passed_over = f"{', '.join(others[:_NAMED])}{more}"
+            skipped = f"{', '.join(others[:_NAMED])}{more}"
             if not inside:
-                holds = f" (it holds {passed_over})" if others else ""
+                holds = f" (it holds {skipped})" if others else ""
                 raise UserError(f"{path}: a folder without images{holds}")
             if others:
-                print(f"{path}: {len(others)} passed over: {passed_over}", file=sys.stderr)
+                print(f"{path}: {len(others)} skipped: {skipped}", file=sys.stderr)
             found += inside
         elif path.is_file():
             found.append(path)
@@ -56,28 +57,47 @@ def read(path: Path) -> Tensor:
         raise UserError(f"{path}: {error}") from None
 
 
-def prepare(image: Tensor, card: Card, size: tuple[int, int] | None = None) -> Tensor:
-    """Resize and centre crop for evaluation: 3 x H x W uint8 to 3 x size uint8 (``card.img_size`` when None)."""
-    size = size or card.img_size
+def as_pixels(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:
+    """RGB pixels 3 x H x W uint8 of a file, a PIL image, an array (H x W or H x W x 3 uint8) or such a tensor.
+
+    Raises:
+        UserError: a file that is not an image; an array or tensor of another shape or dtype.
+    """
+    if isinstance(image, (str, Path)):
+        return read(Path(image))
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    pixels = image if isinstance(image, Tensor) else from_array(image)
+    if pixels.dtype != torch.uint8 or pixels.dim() != 3 or len(pixels) != 3:
+        raise UserError(
+            f"an image of shape {tuple(image.shape)} and {image.dtype}: give uint8, a tensor of 3 x H x W or an array of "
+            "H x W or H x W x 3"
+        )
+    return pixels
+
+
+def prepare(image: Tensor, cfg: PretrainedCfg, size: tuple[int, int] | None = None) -> Tensor:
+    """Resize and centre crop for evaluation: 3 x H x W uint8 to 3 x size uint8 (``cfg.img_size`` when None)."""
+    size = size or cfg.img_size
     resized, corner = eval_geometry(
-        image.shape[1], image.shape[2], size, resize=card.resize, crop_pct=card.crop_pct
+        image.shape[1], image.shape[2], size, resize=cfg.resize, crop_pct=cfg.crop_pct
     )
-    return resize_window(image, resized, corner, size, card.interpolation)
+    return resize_window(image, resized, corner, size, cfg.interpolation)
 
 
-def normalise(batch: Tensor, card: Card, device: torch.device | str = "cpu") -> Tensor:
+def normalise(batch: Tensor, cfg: PretrainedCfg, device: torch.device | str = "cpu") -> Tensor:
     """B x 3 x H x W uint8 to the model's input, float32: (x / 255 - mean) / std; one channel is the mean of three.
 
     Raises:
         UserError: the model takes other images than of one or three channels.
     """
-    if card.in_chans not in (1, 3):
+    if cfg.in_chans not in (1, 3):
         raise UserError(
-            f"this model takes {card.in_chans} channels, and an image file gives 3 (or their mean, 1)"
+            f"this model takes {cfg.in_chans} channels, and an image file gives 3 (or their mean, 1)"
         )
     x = batch.to(device).float() / 255
-    mean, std = (torch.tensor(each, device=x.device).view(1, -1, 1, 1) for each in (card.mean, card.std))
-    if card.in_chans == 1:
+    mean, std = (torch.tensor(each, device=x.device).view(1, -1, 1, 1) for each in (cfg.mean, cfg.std))
+    if cfg.in_chans == 1:
         x, mean, std = x.mean(1, keepdim=True), mean.mean(1, keepdim=True), std.mean(1, keepdim=True)
     return (x - mean) / std
 
@@ -86,6 +106,15 @@ def from_array(image: np.ndarray) -> Tensor:
     """H x W or H x W x 3 uint8 to 3 x H x W."""
     pixels = torch.from_numpy(np.array(image))
     return pixels.expand(3, -1, -1) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def image_size(values: Sequence[int] | None) -> tuple[int, int] | None:
+    """(height, width) of ``--img-size N`` or ``HEIGHT WIDTH``, in pixels. Raises UserError for more numbers."""
+    if not values:
+        return None
+    if len(values) > 2 or min(values) < 1:
+        raise UserError(f"--img-size {' '.join(map(str, values))}: one side, or height and width, in pixels")
+    return values[0], values[-1]
 
 
 def array(image: Tensor) -> np.ndarray:

@@ -10,6 +10,7 @@ from fashion_images import NAMES, image_folder
 
 from dattrain.models import create
 from dattrain.pretrained import weights
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 
 
 @pytest.fixture(scope="session")
@@ -23,19 +24,21 @@ def train_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def card() -> weights.Card:
+def cfg() -> PretrainedCfg:
     # Class folders are sorted by name, so the classes are too.
-    return weights.Card("dat_atto", 10, (64, 64), crop_pct=1.0, classes=tuple(sorted(NAMES)), source="a test")
+    return PretrainedCfg(
+        "dat_atto", 10, (64, 64), crop_pct=1.0, classes=tuple(sorted(NAMES)), source="a test"
+    )
 
 
 @pytest.fixture(scope="session")
-def atto(card):
+def atto(cfg):
     torch.manual_seed(0)
     return create("dat_atto", num_classes=10, img_size=64).eval()
 
 
 @pytest.fixture(scope="session")
-def weights_file(tmp_path_factory, atto, card) -> Path:
+def weights_file(tmp_path_factory, atto, cfg) -> Path:
     path = tmp_path_factory.mktemp("weights") / "atto.safetensors"
-    weights.save(path, atto.state_dict(), card)
+    weights.save(path, atto.state_dict(), cfg)
     return path

@@ -21,7 +21,7 @@ from dattrain.data.feed import EvalFeed, fetch
 from dattrain.data.source.build_index import index_shards
 from dattrain.data.source.dataset import open_dataset
 from dattrain.pretrained import preprocess
-from dattrain.pretrained.weights import Card
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 
 SIZE = (224, 224)
 THIN = [(1, 16_384), (16_384, 1), (2, 16_384), (7, 3_000)]
@@ -57,7 +57,7 @@ def test_memory_in_evaluation_is_of_the_order_of_the_crop(hw, policy):
     data = encode(ramp(*hw), "PNG")
     with peak_below(32):
         eval_image(decode(data), SIZE, out, policy=policy, crop_pct=0.875, interpolation="bicubic")
-        prepared = preprocess.prepare(decode(data), Card("dat_atto", 2, SIZE, resize=policy))
+        prepared = preprocess.prepare(decode(data), PretrainedCfg("dat_atto", 2, SIZE, resize=policy))
     assert torch.equal(prepared.permute(1, 2, 0), out)
     assert abs(int(out[112, 112, 0]) - 120) <= 1
 

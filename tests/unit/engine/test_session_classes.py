@@ -9,6 +9,7 @@ from dattrain.data.classes import Classes
 from dattrain.engine.session import check_same, class_map, source_classes
 from dattrain.errors import ConfigError
 from dattrain.pretrained import weights
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 
 
 @pytest.fixture
@@ -47,9 +48,9 @@ def test_bare_numbers_are_guessed_by_size_for_map_alone(run):
 
 def test_a_weights_file_names_its_classes(tmp_path):
     path = tmp_path / "w.safetensors"
-    weights.save(path, {}, weights.Card("dat_atto", 2, (64, 64), classes=("a", "b")))
+    weights.save(path, {}, PretrainedCfg("dat_atto", 2, (64, 64), classes=("a", "b")))
     assert source_classes(path, 2, guess=True).names == ("a", "b")
-    weights.save(path, {}, weights.Card("dat_atto", 1000, (64, 64), labels="imagenet-1k"))
+    weights.save(path, {}, PretrainedCfg("dat_atto", 1000, (64, 64), labels="imagenet-1k"))
     assert source_classes(path, 1000, guess=False).names[0] == "n01440764"
 
 

@@ -25,6 +25,7 @@ from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import UserError
 from dattrain.evaluation import inference, metrics, probe, test_sets
 from dattrain.pretrained import class_names, preprocess, weights
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 
 
 def evaluated(tmp_path, *arguments):
@@ -36,25 +37,25 @@ def evaluated(tmp_path, *arguments):
     return json.loads(report.read_text())
 
 
-def expected_top1(model, card, folder, views=lambda x: [x]):
+def expected_top1(model, cfg, folder, views=lambda x: [x]):
     """The same figure by hand: decode, normalise, average, count."""
     names, right, total = sorted(p.name for p in folder.iterdir()), 0, 0
     for label, name in enumerate(names):
         for file in sorted((folder / name).iterdir()):
-            x = preprocess.normalise(preprocess.prepare(preprocess.read(file), card)[None], card)
+            x = preprocess.normalise(preprocess.prepare(preprocess.read(file), cfg)[None], cfg)
             with torch.no_grad():
                 p = sum(model(view).softmax(1) for view in views(x))
             right, total = right + int(p.argmax() == label), total + 1
     return 100 * right / total
 
 
-def test_figures_are_those_counted_by_hand(tmp_path, atto, card, weights_file, val_folder):
+def test_figures_are_those_counted_by_hand(tmp_path, atto, cfg, weights_file, val_folder):
     report = evaluated(tmp_path, weights_file, "--data", val_folder)
     assert report["images"] == 60 and report["bad"] == 0
-    assert report["top1"] == pytest.approx(expected_top1(atto, card, val_folder))
+    assert report["top1"] == pytest.approx(expected_top1(atto, cfg, val_folder))
     assert report["top1_low"] <= report["top1"] <= report["top1_high"]
     flipped = evaluated(tmp_path, weights_file, "--data", val_folder, "--flip")
-    assert flipped["top1"] == pytest.approx(expected_top1(atto, card, val_folder, lambda x: [x, x.flip(-1)]))
+    assert flipped["top1"] == pytest.approx(expected_top1(atto, cfg, val_folder, lambda x: [x, x.flip(-1)]))
     assert flipped["views"] == 2
 
 
@@ -124,10 +125,10 @@ def test_another_size_is_laid_out_anew(tmp_path, weights_file, val_folder):
     assert sampled["img_size"] == [96, 96]
 
 
-def test_several_models_in_one_table(tmp_path, atto, card, weights_file, val_folder, capsys):
+def test_several_models_in_one_table(tmp_path, atto, cfg, weights_file, val_folder, capsys):
     other = tmp_path / "other.safetensors"
     changed = {n: torch.zeros_like(t) if n.startswith("head.fc") else t for n, t in atto.state_dict().items()}
-    weights.save(other, changed, card)
+    weights.save(other, changed, cfg)
     report = evaluated(tmp_path, weights_file, "--data", val_folder, "--compare", other, weights_file)
     assert [m["model"] for m in report["models"]] == [str(weights_file), str(other), str(weights_file)]
     lines = capsys.readouterr().out.strip().splitlines()[-3:]
@@ -144,7 +145,7 @@ def test_probes_beat_chance_on_an_untrained_network(tmp_path, weights_file, val_
     assert report["knn_top1"] > 30 and report["linear_top1"] > 30
 
 
-def test_a_run_folder_brings_its_data_and_settings(tmp_path, atto, card, val_folder):
+def test_a_run_folder_brings_its_data_and_settings(tmp_path, atto, cfg, val_folder):
     # The checkpoint itself is read by tests of weights; here a run's config beside exported weights.
     run = tmp_path / "run"
     run.mkdir()
@@ -188,9 +189,9 @@ def thousand(tmp_path_factory):
         "groups": (1, 1, 1, 1),
         "blocks": ("L", "L", "D", "D"),
     }
-    card = weights.Card("dat_atto", 1000, (32, 32), overrides=tiny, crop_pct=1.0, labels="imagenet-1k")
+    cfg = PretrainedCfg("dat_atto", 1000, (32, 32), overrides=tiny, crop_pct=1.0, labels="imagenet-1k")
     path = tmp_path_factory.mktemp("weights") / "thousand.safetensors"
-    weights.save(path, create("dat_atto", num_classes=1000, img_size=32, **tiny).state_dict(), card)
+    weights.save(path, create("dat_atto", num_classes=1000, img_size=32, **tiny).state_dict(), cfg)
     return path
 
 
@@ -230,31 +231,31 @@ def test_alexnet_itself_has_an_mce_of_one_hundred():
 def test_imagenet_v2_numbers_its_folders(tmp_path, thousand, capsys):
     for i in range(1000):
         (tmp_path / "v2" / str(i)).mkdir(parents=True)
-    card = weights.load_model(thousand)[1]
-    (part,) = test_sets.parts("imagenet-v2", str(tmp_path / "v2"), card)
+    cfg = weights.load_model(thousand)[1]
+    (part,) = test_sets.parts("imagenet-v2", str(tmp_path / "v2"), cfg)
     assert part.among is None
     (tmp_path / "v2" / "7").rmdir()
     with pytest.raises(UserError, match="0 to 999"):
-        test_sets.parts("imagenet-v2", str(tmp_path / "v2"), card)
+        test_sets.parts("imagenet-v2", str(tmp_path / "v2"), cfg)
 
 
 def test_real_accepts_any_right_answer(tmp_path, thousand):
-    card = weights.load_model(thousand)[1]
+    cfg = weights.load_model(thousand)[1]
     keys = [
         "val:n01751748/ILSVRC2012_val_00000001.JPEG",
         "s.tar:ILSVRC2012_val_00000002",
         "x:ILSVRC2012_val_00050000",
     ]
-    answers = test_sets.real_answers(keys, card)
+    answers = test_sets.real_answers(keys, cfg)
     # The second validation image is a skier (795); of the first, ReaL's annotators agreed on nothing.
     assert answers[0] == frozenset() and 795 in answers[1] and len(answers) == 3
     with pytest.raises(UserError, match="under their own names"):
-        test_sets.real_answers(["val:n01751748/cat.jpg"], card)
+        test_sets.real_answers(["val:n01751748/cat.jpg"], cfg)
     with pytest.raises(UserError, match="10 classes"):
-        test_sets.real_answers(keys, weights.Card("dat_atto", 10, (64, 64)))
+        test_sets.real_answers(keys, PretrainedCfg("dat_atto", 10, (64, 64)))
     with pytest.raises(UserError, match=r"not called by synset \(tench 0, tench 1, tench 2, ...\)"):
         names = tuple(f"tench {i}" for i in range(1000))
-        test_sets.real_answers(keys, weights.Card("dat_atto", 1000, (64, 64), classes=names))
+        test_sets.real_answers(keys, PretrainedCfg("dat_atto", 1000, (64, 64), classes=names))
 
 
 def test_knn_votes_by_weighted_similarity():

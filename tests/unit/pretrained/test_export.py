@@ -18,6 +18,7 @@ from dattrain.cli import main as cli
 from dattrain.errors import UserError
 from dattrain.models import create, surgery
 from dattrain.pretrained import weights
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg, cfg_of_model
 
 SMALL = {"dims": (16, 32, 32, 32), "heads": (1, 2, 2, 2), "groups": (1, 1, 1, 2)}
 
@@ -46,7 +47,7 @@ def _save(tmp_path_factory, name, **overrides):
     weights.save(
         path,
         model.state_dict(),
-        weights.Card(name, 7, (64, 64), overrides=overrides, classes=tuple("abcdefg")),
+        PretrainedCfg(name, 7, (64, 64), overrides=overrides, classes=tuple("abcdefg")),
     )
     return path
 
@@ -67,21 +68,21 @@ def test_weights_come_back_bit_for_bit(tmp_path, capsys, request, which, to):
         features = timm.create_model(f"local-dir:{out}", pretrained=True, features_only=True)
         assert [f.shape[1] for f in features(torch.zeros(1, 3, 64, 64))] == [16, 32, 32, 32]
     else:
-        back, card = weights.load_model(out.with_suffix(".safetensors"))
-        assert card == weights.load_model(source)[1]
+        back, cfg = weights.load_model(out.with_suffix(".safetensors"))
+        assert cfg == weights.load_model(source)[1]
     ours = model.state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in back.state_dict().items())
 
 
 def test_windows_that_are_no_squares_and_another_pooling_come_back_or_are_refused(tmp_path):
-    """Their code has one side; a file of ours, whose card was made of the model, and a folder for timm have them."""
+    """Their code has one side; a file of ours, whose pretrained config was made of the model, and a folder for timm have them."""
     given = {"blocks": ("L", "S", "D", "D"), "window_size": (2, 4), "global_pool": "max", **SMALL}
     model = create("dat_atto", num_classes=7, img_size=64, **given).eval()
-    card = weights.card_of_model(model)
+    cfg = cfg_of_model(model)
     with pytest.raises(UserError, match="square windows; this model's are 2 x 4"):
         export.authors_config(model)
     for to in ("safetensors", "timm"):
-        back = export.write(model, card, to, tmp_path / to).run
+        back = export.write(model, cfg, to, tmp_path / to).run
         assert back.global_pool == "max"
         assert back.windows((64, 64)) == [(2, 4), (2, 4), (2, 4), (2, 2)]
 
@@ -104,20 +105,20 @@ def test_timm_exports_take_another_head(tmp_path, small):
 def test_authors_export_of_a_released_architecture_needs_no_yaml(tmp_path):
     torch.manual_seed(0)
     model = create("dat_tiny", num_classes=1000, img_size=224)
-    weights.save(tmp_path / "a.safetensors", model.state_dict(), weights.card_of_model(model))
+    weights.save(tmp_path / "a.safetensors", model.state_dict(), cfg_of_model(model))
     # One image to compare on: it is a large model.
     Image.new("RGB", (64, 48), (90, 150, 30)).save(tmp_path / "x.png")
     command = ["export", str(tmp_path / "a.safetensors"), "--images", str(tmp_path / "x.png")]
     assert cli.main([*command, "--to", "authors", "--out", str(tmp_path / "b.pth")]) == 0
     assert cli.main(["import", str(tmp_path / "b.pth")]) == 0
-    back, card = weights.load_model(tmp_path / "b.safetensors")
-    assert card.name == "dat_tiny"
+    back, cfg = weights.load_model(tmp_path / "b.safetensors")
+    assert cfg.name == "dat_tiny"
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values()))
 
 
 def test_a_model_the_authors_code_cannot_hold_is_refused(tmp_path, capsys):
     model = create("dat_atto", num_classes=7, img_size=(64, 32), blocks=("L", "S", "D", "D"), **SMALL)
-    weights.save(tmp_path / "a.safetensors", model.state_dict(), weights.card_of_model(model))
+    weights.save(tmp_path / "a.safetensors", model.state_dict(), cfg_of_model(model))
     assert (
         cli.main(
             ["export", str(tmp_path / "a.safetensors"), "--to", "authors", "--out", str(tmp_path / "b.pth")]
@@ -167,20 +168,20 @@ def test_an_opset_that_cannot_be_written_is_refused(tmp_path, small, capsys, mon
     # Where torch's conversion to a later one fails, it gives what it had.
     kept = types.SimpleNamespace(model=types.SimpleNamespace(opset_imports={"": 18}))
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: kept)
-    monkeypatch.setattr(export, "_traced", lambda model, card: None)
+    monkeypatch.setattr(export, "_traced", lambda model, cfg: None)
     assert cli.main([*command, "99"]) == 1
     assert "--opset 99" in (message := capsys.readouterr().err) and "gave 18" in message
     assert not (tmp_path / "m.onnx").exists()
 
 
 def test_class_names_are_in_timms_config(tmp_path):
-    named = weights.Card("dat_atto", 2, (64, 64), classes=("cat", "dog"))
+    named = PretrainedCfg("dat_atto", 2, (64, 64), classes=("cat", "dog"))
     assert export.timm_config(named)["label_names"] == ["cat", "dog"]
     assert "label_descriptions" not in export.timm_config(named)
-    config = export.timm_config(weights.Card("dat_atto", 1000, (64, 64), labels="imagenet-1k"))
+    config = export.timm_config(PretrainedCfg("dat_atto", 1000, (64, 64), labels="imagenet-1k"))
     assert config["label_names"][1] == "n01443537" and len(config["label_names"]) == 1000
     assert config["label_descriptions"]["n01443537"] == "goldfish, Carassius auratus"
-    assert "label_names" not in export.timm_config(weights.Card("dat_atto", 1000, (64, 64)))
+    assert "label_names" not in export.timm_config(PretrainedCfg("dat_atto", 1000, (64, 64)))
     # timm gives them to whoever loads the folder.
     model = create("dat_atto", num_classes=2, img_size=64)
     export.write(model.eval(), named, "timm", tmp_path / "hub")
@@ -189,7 +190,7 @@ def test_class_names_are_in_timms_config(tmp_path):
 
 def test_a_model_of_other_channels_is_exported(tmp_path, capsys):
     model = create("dat_atto", num_classes=2, img_size=64, in_chans=4)
-    weights.save(tmp_path / "a.safetensors", model.state_dict(), weights.card_of_model(model))
+    weights.save(tmp_path / "a.safetensors", model.state_dict(), cfg_of_model(model))
     command = ["export", str(tmp_path / "a.safetensors"), "--to", "safetensors", "--out", str(tmp_path / "b")]
     assert cli.main(command) == 0
 
@@ -198,7 +199,7 @@ def test_torch_export_loads_back_for_any_batch(tmp_path, small):
     assert cli.main(["export", str(small), "--to", "torch.export", "--out", str(tmp_path / "m.pt2")]) == 0
     extra = {"card.json": ""}
     program = torch.export.load(tmp_path / "m.pt2", extra_files=extra)
-    assert weights.Card.from_json(extra["card.json"]) == weights.load_model(small)[1]
+    assert PretrainedCfg.from_json(extra["card.json"]) == weights.load_model(small)[1]
     x = torch.randn(5, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(x), weights.load_model(small)[0](x), atol=1e-4, rtol=1e-3)
@@ -207,9 +208,9 @@ def test_torch_export_loads_back_for_any_batch(tmp_path, small):
 def pretend(monkeypatch, factor):
     """Instead of a graph, whose making takes long: the model itself, its logits times ``factor``."""
 
-    def written(model, card, out):
-        out.write_text(f"{card.img_size}")
-        return export.Written(out, card, lambda x: model(x) * factor, export.GRAPH)
+    def written(model, cfg, out):
+        out.write_text(f"{cfg.img_size}")
+        return export.Written(out, cfg, lambda x: model(x) * factor, export.GRAPH)
 
     monkeypatch.setattr(export, "_torch_export", written)
 

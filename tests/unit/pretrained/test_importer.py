@@ -22,6 +22,7 @@ from dattrain.cli import main as cli
 from dattrain.errors import UserError
 from dattrain.models import create, surgery
 from dattrain.pretrained import weights
+from dattrain.pretrained.pretrained_cfg import cfg_of_model
 
 SMALL = {"dims": (16, 32, 32, 32), "heads": (1, 2, 2, 2), "groups": (1, 1, 1, 2)}
 TWO_STAGES = {
@@ -76,8 +77,8 @@ def test_a_checkpoint_with_their_config_gives_their_logits(tmp_path, capsys, cfg
     monkeypatch.delitem(sys.modules, "yacs.config")
     assert cli.main(["import", str(file)]) == 0
     assert "every tensor is identical" in capsys.readouterr().out
-    model, card = weights.load_model(tmp_path / "ckpt_epoch_299.safetensors")
-    assert card.resize == "squash" and card.num_classes == 11
+    model, cfg = weights.load_model(tmp_path / "ckpt_epoch_299.safetensors")
+    assert cfg.resize == "squash" and cfg.num_classes == 11
     with torch.no_grad():
         ours = model.double()(image.double())
     torch.testing.assert_close(ours, logits, rtol=1e-9, atol=1e-9)
@@ -93,9 +94,9 @@ def test_the_variant_is_told_from_the_keys_alone(tmp_path, variant, size):
     model = create(variant, num_classes=1000, img_size=size)
     file, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
     torch.save({"model": surgery.to_authors(model)}, file)
-    _, card, origin = import_.read(file)
-    assert (card.name, card.img_size, dict(card.overrides or {})) == (variant, (size, size), {})
-    assert card.labels == "imagenet-1k" and "inferred" in origin
+    _, cfg, origin = import_.read(file)
+    assert (cfg.name, cfg.img_size, dict(cfg.overrides or {})) == (variant, (size, size), {})
+    assert cfg.labels == "imagenet-1k" and "inferred" in origin
     assert cli.main(["import", str(file), "--out", str(out)]) == 0
     loaded, _ = weights.load_model(out)
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
@@ -107,8 +108,8 @@ def test_their_names_in_safetensors_need_the_yaml_for_a_small_model(tmp_path):
     save_file({n: t.contiguous() for n, t in state.items()}, file)
     yaml.write_text(json.dumps({"MODEL": {"DAT": config}}))
     assert cli.main(["import", str(file), "--config", str(yaml)]) == 0
-    model, card = weights.load_model(tmp_path / "theirs.dattrain.safetensors")
-    assert card.name == "dat_pp_tiny" and card.overrides["neighborhood"] == (7, 5, 3, 3)
+    model, cfg = weights.load_model(tmp_path / "theirs.dattrain.safetensors")
+    assert cfg.name == "dat_pp_tiny" and cfg.overrides["neighborhood"] == (7, 5, 3, 3)
     assert model.dims == (16, 32, 64, 128)
 
 
@@ -247,8 +248,8 @@ def test_a_file_without_head_gives_a_model_without_one(tmp_path, capsys, dense):
     assert cli.main(["import", str(tmp_path / "a.pth")]) == 0
     out = capsys.readouterr().out
     assert "no classification head" in out and ("the last norm is fresh" in out) == dense
-    back, card = weights.load_model(tmp_path / "a.safetensors")
-    assert (card.num_classes, card.labels) == (0, None)
+    back, cfg = weights.load_model(tmp_path / "a.safetensors")
+    assert (cfg.num_classes, cfg.labels) == (0, None)
     assert torch.equal(back.stages[2].blocks[1].attn.q.weight, model.stages[2].blocks[1].attn.q.weight)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for verb in (["predict", str(tmp_path / "a.png"), "--checkpoint"], ["eval"]):
@@ -272,7 +273,7 @@ def test_a_file_without_head_gives_a_model_without_one(tmp_path, capsys, dense):
 def test_a_file_with_the_card_of_its_model_is_read_as_that_model(tmp_path, variant, size, settings):
     model = create(variant, num_classes=4, img_size=size, **settings)
     file = tmp_path / "ours.safetensors"
-    weights.save(file, model.state_dict(), weights.card_of_model(model), model=model)
+    weights.save(file, model.state_dict(), cfg_of_model(model), model=model)
     loaded, _ = weights.load_model(file)
     assert [
         b.attn.bias_table.shape for s in loaded.stages for b in s.blocks if hasattr(b.attn, "bias_table")
@@ -290,12 +291,12 @@ def test_a_file_with_the_card_of_its_model_is_read_as_that_model(tmp_path, varia
 def test_what_export_writes_for_the_authors_comes_back_with_its_yaml(tmp_path, capsys, variant, settings):
     model = create(variant, num_classes=4, img_size=32, **settings)
     file, yaml, out = (tmp_path / name for name in ("a.pth", "a.yaml", "back.safetensors"))
-    own = weights.card_of_model(model)
+    own = cfg_of_model(model)
     export.write(model, own, "authors", file)
     assert cli.main(["import", str(file), "--config", str(yaml), "--out", str(out)]) == 0
     capsys.readouterr()
-    back, card = weights.load_model(out)
-    assert (card.name, set(card.overrides or {})) == (variant, set(own.overrides or {}))
+    back, cfg = weights.load_model(out)
+    assert (cfg.name, set(cfg.overrides or {})) == (variant, set(own.overrides or {}))
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values()))
     cli.main(["import", str(file), "--out", str(out), "--force"])
     said = capsys.readouterr()
@@ -312,7 +313,7 @@ def test_what_export_writes_for_the_authors_comes_back_with_its_yaml(tmp_path, c
 )
 def test_a_file_that_is_read_back_as_another_model_gets_no_name(tmp_path, changes, message):
     model = create("dat_atto", num_classes=4, img_size=64)
-    card = dataclasses.replace(weights.card_of_model(model), **changes)
+    cfg = dataclasses.replace(cfg_of_model(model), **changes)
     with pytest.raises(UserError, match=message):
-        weights.save(tmp_path / "a.safetensors", model.state_dict(), card, model=model)
+        weights.save(tmp_path / "a.safetensors", model.state_dict(), cfg, model=model)
     assert not list(tmp_path.iterdir())

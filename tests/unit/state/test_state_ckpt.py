@@ -171,7 +171,7 @@ def test_export_is_loaded_by_timm(tmp_path, capsys, flag, scale):
 @pytest.mark.parametrize("flag", ["--ema", "--no-ema"])
 @pytest.mark.parametrize("img_size", [64, 96])
 def test_both_exports_describe_a_model_alike(tmp_path, img_size, flag):
-    """``ckpt export`` and ``export --to timm``: the same config.json, card and tensors, also in a later phase of resizing."""
+    """``ckpt export`` and ``export --to timm``: the same config.json, metadata and tensors, also in a later phase of resizing."""
     progressive = {"progressive": [{"epoch": 1, "img_size": 96}]}
     run, one, two = tmp_path / "run", tmp_path / "one", tmp_path / "two"
     atto(run, img_size=img_size, train=progressive, augment={"mean": (0.3, 0.3, 0.3)})

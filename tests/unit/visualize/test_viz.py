@@ -25,9 +25,9 @@ from dattrain.visualize import draw, sampling_points
 
 
 @pytest.fixture(scope="module")
-def batch(card):
-    images = [preprocess.prepare(preprocess.from_array(image), card) for image in fashion(2)[0]]
-    return preprocess.normalise(torch.stack(images), card)
+def batch(cfg):
+    images = [preprocess.prepare(preprocess.from_array(image), cfg) for image in fashion(2)[0]]
+    return preprocess.normalise(torch.stack(images), cfg)
 
 
 def test_positions_and_attention_are_the_models_own(atto, batch):
@@ -91,18 +91,18 @@ def test_models_without_deformable_attention_are_refused(batch):
         sampling_points.capture(model, batch)
 
 
-def test_draw_points_takes_arrays_and_tensors(atto, card):
+def test_draw_points_takes_arrays_and_tensors(atto, cfg):
     image = fashion(1)[0][0]
     drawn = []
     for each in (image, np.repeat(image[..., None], 3, 2), torch.from_numpy(image.copy()).expand(3, -1, -1)):
         axis = Figure().add_subplot()
-        viz.draw_points(atto, each, meta=card, axis=axis)
+        viz.draw_points(atto, each, cfg=cfg, axis=axis)
         drawn.append([np.asarray(c.get_offsets()) for c in axis.collections])
     assert len(drawn[0]) == 2 and all(len(group) == 16 for group in drawn[0])
     for other in drawn[1:]:
         np.testing.assert_allclose(drawn[0], other)
     with pytest.raises(UserError, match="groups 1 to 2"):
-        viz.draw_points(atto, image, meta=card, axis=Figure().add_subplot(), group=3)
+        viz.draw_points(atto, image, cfg=cfg, axis=Figure().add_subplot(), group=3)
 
 
 @pytest.mark.parametrize("kind", viz.KINDS)
@@ -137,7 +137,7 @@ def test_names_that_end_a_script_are_harmless(atto, batch):
     assert "</script><b>" not in text and "&lt;i&gt;" in text
 
 
-def test_datpp_and_any_backend_can_be_looked_at(card):
+def test_datpp_and_any_backend_can_be_looked_at(cfg):
     model = create("dat_pp_tiny", num_classes=10, img_size=64, blocks=("ND", "D", "D", "D"))
     x = torch.randn(1, 3, 64, 96)
     (blocks,) = sampling_points.capture(model, x, attention=True)

@@ -1,0 +1,193 @@
+"""What timm calls a pretrained config: what is known of a set of weights beside the tensors.
+
+It is enough to build the network and to feed it, and travels in the metadata of weights files. Reading and writing the
+tensors is in ``weights``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from dattrain.config.schema import Config
+from dattrain.data import labels
+from dattrain.data.classes import Classes
+from dattrain.errors import UserError
+from dattrain.models.dat import DAT
+from dattrain.models.deformable import Conventions
+from dattrain.models.zoo import create, variant_of
+
+_SETTINGS = (
+    "patch_size",
+    "dims",
+    "blocks",
+    "heads",
+    "groups",
+    "strides",
+    "offset_kernels",
+    "sr_ratios",
+    "shift",
+    "neighborhood",
+    "stem",
+    "mlp",
+    "local_perception",
+    "mlp_ratio",
+    "global_pool",
+)
+"""Attributes of ``DAT`` that are arguments of its constructor and shape the network, beside those of its windows."""
+_USED_BY = {
+    "groups": "D",
+    "strides": "D",
+    "offset_kernels": "D",
+    "sr_ratios": "P",
+    "neighborhood": "N",
+    "shift": "S",
+}
+"""Kinds of block that a setting matters to."""
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PretrainedCfg:
+    """What is known of a set of weights beside the tensors.
+
+    ``name`` to ``in_chans`` and ``overrides`` are arguments of ``zoo.create``; ``mean``, ``std``, ``resize`` and
+    ``crop_pct`` say how images are prepared; ``labels`` names a label set of ``data.labels``; ``classes`` holds a name
+    per class, or nothing; ``source`` tells where the weights came from.
+    """
+
+    name: str
+    num_classes: int
+    img_size: tuple[int, int]
+    in_chans: int = 3
+    overrides: Mapping[str, Any] | None = None
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    resize: Literal["shorter", "squash"] = "shorter"
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    labels: str | None = None
+    classes: tuple[str, ...] = ()
+    source: str = ""
+
+    def to_json(self) -> str:
+        """As kept in a file's metadata."""
+        return json.dumps({"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> PretrainedCfg:
+        """The reverse of ``to_json``. Raises ValueError for anything else."""
+        content = json.loads(text)
+        if content.pop("format", None) != FORMAT:
+            raise ValueError(f"not of format {FORMAT}")
+        for key in ("img_size", "mean", "std", "classes"):
+            content[key] = tuple(content[key])
+        content["overrides"] = _tuples(content.get("overrides") or {})
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
+
+def build(cfg: PretrainedCfg, *, meta: bool = False) -> DAT:
+    """The network that ``cfg`` describes, with fresh weights, or without any memory (``meta``)."""
+    with torch.device("meta" if meta else "cpu"):
+        return create(
+            cfg.name,
+            num_classes=cfg.num_classes,
+            img_size=cfg.img_size,
+            in_chans=cfg.in_chans,
+            **_tuples(cfg.overrides or {}),
+        )
+
+
+def cfg_of_recipe(config: Config, *, source: str = "") -> PretrainedCfg:
+    """The pretrained config of a recipe's model."""
+    model = config.model
+    return PretrainedCfg(
+        name=model.name,
+        num_classes=model.num_classes,
+        img_size=as_pair(model.img_size),
+        in_chans=model.in_chans,
+        overrides=dict(model.overrides),
+        mean=config.augment.mean,
+        std=config.augment.std,
+        resize=config.eval.resize,
+        crop_pct=config.eval.crop_pct,
+        interpolation=config.augment.interpolation,
+        labels=config.data.labels,
+        source=source,
+    )
+
+
+def cfg_of_model(model: DAT, **known: Any) -> PretrainedCfg:
+    """The pretrained config of a model: the variant nearest to it, and as overrides what differs. ``known`` are other fields."""
+    name = variant_of(model)
+    if name is None:
+        name = "dat_pp_tiny" if any("N" in kinds for kinds in model.blocks) else "dat_tiny"
+    with torch.device("meta"):
+        usual = create(name, num_classes=model.num_classes, img_size=model.img_size, in_chans=model.in_chans)
+    overrides = {
+        key: getattr(model, key) for key in _SETTINGS if _effective(model, key) != _effective(usual, key)
+    }
+    overrides |= {
+        key: getattr(model.conventions, key)
+        for key in Conventions.__dataclass_fields__
+        if getattr(model.conventions, key) != getattr(usual.conventions, key)
+    }
+    # Two settings give windows: one of them tells what the variant does not do by itself.
+    if _windows(model) != _windows(usual):
+        key = "window_divisor" if model.window_size is None else "window_size"
+        overrides[key] = getattr(model, key)
+    return PretrainedCfg(name, model.num_classes, model.img_size, model.in_chans, overrides, **known)
+
+
+def classes_of(cfg: PretrainedCfg) -> Classes:
+    """The classes of a network's outputs, as its pretrained config tells them: by name, or by its label set."""
+    names = cfg.classes
+    if len(names) != cfg.num_classes and cfg.labels is not None:
+        try:
+            names = labels.label_set(cfg.labels, classes=cfg.num_classes).synsets
+        except UserError:  # winter21 without its file
+            names = ()
+    return Classes(cfg.num_classes, tuple(names) if len(names) == cfg.num_classes else (), "the network")
+
+
+def differences(model: DAT, other: DAT) -> list[str]:
+    """Settings in which two networks are laid out otherwise, by their names in ``DAT``; empty where they are the same."""
+    return [
+        *(key for key in _SETTINGS if _effective(other, key) != _effective(model, key)),
+        *(key for key in ("img_size", "conventions") if getattr(other, key) != getattr(model, key)),
+        *(["window_size"] if _windows(other) != _windows(model) else []),
+    ]
+
+
+def _windows(model: DAT) -> list[tuple[int, int] | None]:
+    """(height, width) of the windows of each stage, None for stages without window attention."""
+    windows = zip(model.windows(model.img_size), model.blocks)
+    return [window if set(kinds) & set("LS") else None for window, kinds in windows]
+
+
+def _effective(model: DAT, key: str) -> Any:
+    """A setting, with None for the stages that hold no block which it matters to."""
+    letters = _USED_BY.get(key)
+    value = getattr(model, key)
+    if letters is None:
+        return value
+    stages = [bool(set(kinds) & set(letters)) for kinds in model.blocks]
+    if isinstance(value, tuple):
+        return [each if used else None for each, used in zip(value, stages)]
+    return value if any(stages) else None
+
+
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _tuples(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}

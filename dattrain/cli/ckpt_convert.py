@@ -225,7 +225,7 @@ def _groups(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
 def _export_safetensors(folder: Path, manifest: Manifest, out: Path, ema: bool) -> None:
     from itertools import chain
 
-    from dattrain.cli.export import write_timm_config
+    from dattrain.pretrained.export_timm import write_timm_config
     from dattrain.pretrained.weights import METADATA_KEY, cfg_of_checkpoint
     from dattrain.state import gather
     from dattrain.state.convert import offline

@@ -1,25 +1,12 @@
-"""``dattrain viz points|offsets|attention``: where a model's deformable attention looks, drawn on images.
-
-``draw_points`` puts one image with its sampling points on a matplotlib axis of the caller's. What is drawn comes from
-``points``; the pictures from ``draw`` (PNG) and ``page`` (HTML).
-"""
+"""``dattrain viz points|offsets|attention``: where a model's deformable attention looks, drawn on images."""
 
 from __future__ import annotations
 
 import argparse
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dattrain.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from matplotlib.axes import Axes
-    from torch import Tensor, nn
-
-    from dattrain.pretrained.pretrained_cfg import PretrainedCfg
-    from dattrain.visualize.sampling_points import Deformed
 
 KINDS = ("points", "offsets", "attention")
 
@@ -63,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from dattrain.pretrained import preprocess
     from dattrain.pretrained.weights import load_model
     from dattrain.visualize import draw, html, sampling_points
+    from dattrain.visualize.draw_points import capture_image
 
     if not all(0 <= part <= 1 for part in args.query):
         raise UserError(f"--query {args.query[0]} {args.query[1]}: fractions of the image, from 0 to 1")
@@ -74,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     views = []
     for name, file in zip(unique_names(files), files):
         image = preprocess.prepare(preprocess.read(file), cfg)
-        blocks = look(model, image, cfg, device=args.device)
+        blocks = capture_image(model, image, cfg, device=args.device)
         chosen = sampling_points.select(blocks, stage=args.stage, block=args.block, every=args.every)
         title = f"{file.name}: {args.kind} of {cfg.name} ({cfg.source})" if cfg.source else file.name
         figure = draw.sheet(args.kind, preprocess.array(image), chosen, tuple(args.query), title)
@@ -89,55 +77,6 @@ def run(args: argparse.Namespace) -> int:
     )
     print(target)
     return 0
-
-
-def draw_points(
-    model: nn.Module,
-    image: np.ndarray | Tensor,
-    *,
-    meta: PretrainedCfg,
-    axis: Axes,
-    stage: int | None = None,
-    block: int | None = None,
-    group: int | None = None,
-    area: float = 16.0,
-) -> None:
-    """Draw an image with its deformed sampling points on ``axis``, point size by the attention received.
-
-    Args:
-        model: as ``load_model`` gives it.
-        image: uint8, H x W, H x W x 3, or a tensor 3 x H x W; prepared for the model as ``meta`` says.
-        stage: from 1; None takes the first stage with deformable attention and at least two offset groups, else the first
-            with any (the paper draws its third).
-        block: of the stage, from 0; None takes the stage's last deformable block.
-        group: from 1; None draws all, each in its colour.
-        area: mean area of a point, in square typographic points.
-
-    Raises:
-        UserError: the model has no such block or group.
-    """
-    from dattrain.pretrained import preprocess
-    from dattrain.visualize import draw, sampling_points
-
-    pixels = preprocess.from_array(image) if not hasattr(image, "detach") else image
-    prepared = preprocess.prepare(pixels, meta)  # type: ignore[arg-type]
-    blocks = look(model, prepared, meta, device=next(model.parameters()).device)
-    if stage is None:
-        stage = next((b.stage for b in blocks if b.groups > 1), blocks[0].stage)
-    chosen = sampling_points.select(blocks, stage=stage, block=block)[-1]
-    if group is not None and not 1 <= group <= chosen.groups:
-        raise UserError(f"group {group}: stage {stage} has groups 1 to {chosen.groups}")
-    groups = None if group is None else [group - 1]
-    draw.points(axis, preprocess.array(prepared), chosen, groups, area=area)
-
-
-def look(model: nn.Module, image: Tensor, cfg: PretrainedCfg, *, device: object = "cpu") -> list[Deformed]:
-    """Positions and attention of every deformable block for one prepared image (3 x H x W uint8)."""
-    from dattrain.pretrained import preprocess
-    from dattrain.visualize import sampling_points
-
-    batch = preprocess.normalise(image[None], cfg, device)  # type: ignore[arg-type]
-    return sampling_points.capture(model, batch, attention=True)[0]
 
 
 def unique_names(files: list[Path]) -> list[str]:

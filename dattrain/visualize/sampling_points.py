@@ -1,7 +1,7 @@
 """Where a model looked: positions of the keys of each deformable block, and how much attention each query gave them.
 
 Read from a forward pass of the model as it is, by wrapping its own attention, so that every convention, backend and map
-size shows as it ran. Drawing is in ``draw`` (PNG) and ``page`` (HTML).
+size shows as it ran. Drawing is in ``draw`` (PNG) and ``html``.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ import timm
 import torch
 from PIL import Image
 
-from dattrain.cli import export, import_
 from dattrain.cli import main as cli
 from dattrain.errors import UserError
 from dattrain.models import create, surgery
-from dattrain.pretrained import weights
+from dattrain.pretrained import export, export_authors, export_graph, export_timm, import_authors, weights
+from dattrain.pretrained.exported import GRAPH, Exported
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, cfg_of_model
 
 SMALL = {"dims": (16, 32, 32, 32), "heads": (1, 2, 2, 2), "groups": (1, 1, 1, 2)}
@@ -60,9 +60,9 @@ def test_weights_come_back_bit_for_bit(tmp_path, capsys, request, which, to):
     assert "same best class on 8 of 8 images" in capsys.readouterr().out
     model = weights.load_model(source)[0]
     if to == "authors":
-        state, *_ = import_.load(out.with_suffix(".pth"))
+        state, *_ = import_authors.load(out.with_suffix(".pth"))
         assert any("conv_offset" in name for name in state)
-        back = surgery.from_authors(state, import_.read_config(out.with_suffix(".yaml")))
+        back = surgery.from_authors(state, import_authors.read_config(out.with_suffix(".yaml")))
     elif to == "timm":
         back = timm.create_model(f"local-dir:{out}", pretrained=True)
         features = timm.create_model(f"local-dir:{out}", pretrained=True, features_only=True)
@@ -80,7 +80,7 @@ def test_windows_that_are_no_squares_and_another_pooling_come_back_or_are_refuse
     model = create("dat_atto", num_classes=7, img_size=64, **given).eval()
     cfg = cfg_of_model(model)
     with pytest.raises(UserError, match="square windows; this model's are 2 x 4"):
-        export.authors_config(model)
+        export_authors.authors_config(model)
     for to in ("safetensors", "timm"):
         back = export.write(model, cfg, to, tmp_path / to).run
         assert back.global_pool == "max"
@@ -93,7 +93,7 @@ def test_a_range_of_offsets_that_the_other_code_of_the_authors_has_is_refused(na
     with torch.device("meta"):
         model = create(name, num_classes=7, img_size=64, offset_range=limit)
     with pytest.raises(UserError, match=f"no offset_range={limit}"):
-        export.authors_config(model)
+        export_authors.authors_config(model)
 
 
 def test_timm_exports_take_another_head(tmp_path, small):
@@ -168,7 +168,7 @@ def test_an_opset_that_cannot_be_written_is_refused(tmp_path, small, capsys, mon
     # Where torch's conversion to a later one fails, it gives what it had.
     kept = types.SimpleNamespace(model=types.SimpleNamespace(opset_imports={"": 18}))
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: kept)
-    monkeypatch.setattr(export, "_traced", lambda model, cfg: None)
+    monkeypatch.setattr(export_graph, "_traced", lambda model, cfg: None)
     assert cli.main([*command, "99"]) == 1
     assert "--opset 99" in (message := capsys.readouterr().err) and "gave 18" in message
     assert not (tmp_path / "m.onnx").exists()
@@ -176,12 +176,12 @@ def test_an_opset_that_cannot_be_written_is_refused(tmp_path, small, capsys, mon
 
 def test_class_names_are_in_timms_config(tmp_path):
     named = PretrainedCfg("dat_atto", 2, (64, 64), classes=("cat", "dog"))
-    assert export.timm_config(named)["label_names"] == ["cat", "dog"]
-    assert "label_descriptions" not in export.timm_config(named)
-    config = export.timm_config(PretrainedCfg("dat_atto", 1000, (64, 64), labels="imagenet-1k"))
+    assert export_timm.timm_config(named)["label_names"] == ["cat", "dog"]
+    assert "label_descriptions" not in export_timm.timm_config(named)
+    config = export_timm.timm_config(PretrainedCfg("dat_atto", 1000, (64, 64), labels="imagenet-1k"))
     assert config["label_names"][1] == "n01443537" and len(config["label_names"]) == 1000
     assert config["label_descriptions"]["n01443537"] == "goldfish, Carassius auratus"
-    assert "label_names" not in export.timm_config(PretrainedCfg("dat_atto", 1000, (64, 64)))
+    assert "label_names" not in export_timm.timm_config(PretrainedCfg("dat_atto", 1000, (64, 64)))
     # timm gives them to whoever loads the folder.
     model = create("dat_atto", num_classes=2, img_size=64)
     export.write(model.eval(), named, "timm", tmp_path / "hub")
@@ -210,9 +210,9 @@ def pretend(monkeypatch, factor):
 
     def written(model, cfg, out):
         out.write_text(f"{cfg.img_size}")
-        return export.Written(out, cfg, lambda x: model(x) * factor, export.GRAPH)
+        return Exported(out, cfg, lambda x: model(x) * factor, GRAPH)
 
-    monkeypatch.setattr(export, "_torch_export", written)
+    monkeypatch.setattr(export, "write_torch_export", written)
 
 
 def test_a_graph_that_differs_is_an_error(tmp_path, small, monkeypatch, capsys):

@@ -22,6 +22,7 @@ from dattrain.models.deformable import DeformableAttention
 from dattrain.ops.deformable_attention.backend_reference import sampled_bias
 from dattrain.pretrained import preprocess
 from dattrain.visualize import draw, sampling_points
+from dattrain.visualize.draw_points import draw_points
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +97,13 @@ def test_draw_points_takes_arrays_and_tensors(atto, cfg):
     drawn = []
     for each in (image, np.repeat(image[..., None], 3, 2), torch.from_numpy(image.copy()).expand(3, -1, -1)):
         axis = Figure().add_subplot()
-        viz.draw_points(atto, each, cfg=cfg, axis=axis)
+        draw_points(atto, each, cfg=cfg, axis=axis)
         drawn.append([np.asarray(c.get_offsets()) for c in axis.collections])
     assert len(drawn[0]) == 2 and all(len(group) == 16 for group in drawn[0])
     for other in drawn[1:]:
         np.testing.assert_allclose(drawn[0], other)
     with pytest.raises(UserError, match="groups 1 to 2"):
-        viz.draw_points(atto, image, cfg=cfg, axis=Figure().add_subplot(), group=3)
+        draw_points(atto, image, cfg=cfg, axis=Figure().add_subplot(), group=3)
 
 
 @pytest.mark.parametrize("kind", viz.KINDS)

@@ -17,11 +17,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dattrain.cli import export, import_
 from dattrain.cli import main as cli
 from dattrain.errors import UserError
 from dattrain.models import create, surgery
-from dattrain.pretrained import weights
+from dattrain.pretrained import export, import_authors, weights
 from dattrain.pretrained.pretrained_cfg import cfg_of_model
 
 SMALL = {"dims": (16, 32, 32, 32), "heads": (1, 2, 2, 2), "groups": (1, 1, 1, 2)}
@@ -94,7 +93,7 @@ def test_the_variant_is_told_from_the_keys_alone(tmp_path, variant, size):
     model = create(variant, num_classes=1000, img_size=size)
     file, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
     torch.save({"model": surgery.to_authors(model)}, file)
-    _, cfg, origin = import_.read(file)
+    _, cfg, origin = import_authors.read(file)
     assert (cfg.name, cfg.img_size, dict(cfg.overrides or {})) == (variant, (size, size), {})
     assert cfg.labels == "imagenet-1k" and "inferred" in origin
     assert cli.main(["import", str(file), "--out", str(out)]) == 0
@@ -217,7 +216,7 @@ WRAPPED = {
 def test_what_trainers_put_around_the_tensors_is_taken_off(tmp_path, wrapped):
     state, file = authors_state(), tmp_path / "a.pth"
     torch.save(WRAPPED[wrapped](state), file)
-    found, _, notes = import_.load(file)
+    found, _, notes = import_authors.load(file)
     assert list(found) == list(state) and all(torch.equal(found[n], t) for n, t in state.items())
     assert ("neck" in " ".join(notes)) == (wrapped == "detector")
     assert ("ema" in " ".join(notes)) == (wrapped in ("averaged alone", "timm's average"))

@@ -1,0 +1,40 @@
+"""Weights and graphs of a model for other programs, each loaded back; ``exported.compare`` says whether it gives the same logits.
+
+Formats: ``safetensors`` (ours), ``authors`` (their names, with their YAML), ``timm`` (a folder that
+``timm.create_model("local-dir:...")`` takes), ``onnx`` and ``torch.export`` (one graph per image size, any batch size).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dattrain.models.dat import DAT
+from dattrain.pretrained import weights
+from dattrain.pretrained.export_authors import write_authors
+from dattrain.pretrained.export_graph import write_onnx, write_torch_export
+from dattrain.pretrained.export_timm import write_timm
+from dattrain.pretrained.exported import EXACT, Exported
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg
+
+
+def write(model: DAT, cfg: PretrainedCfg, to: str, out: Path, *, opset: int = 20) -> Exported:
+    """Write one file (or timm's folder) and load it back.
+
+    Args:
+        model: as ``load_model`` gives it, on the CPU.
+        cfg: as ``load_model`` gives it beside the model.
+        to: one of ``formats.FORMATS``.
+        out: the file, or the folder for ``timm``.
+        opset: of ONNX.
+
+    Raises:
+        UserError: the format cannot hold this model, or needs a package that is not installed.
+    """
+    if to == "safetensors":
+        weights.save(out, model.state_dict(), cfg)
+        return Exported(out, cfg, weights.load_model(out)[0], EXACT)
+    if to == "authors":
+        return write_authors(model, cfg, out)
+    if to == "timm":
+        return write_timm(model, cfg, out)
+    return write_onnx(model, cfg, out, opset) if to == "onnx" else write_torch_export(model, cfg, out)

@@ -1,0 +1,59 @@
+"""One image with its deformed sampling points, on a matplotlib axis of the caller's: for notebooks and figures."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor, nn
+
+from dattrain.errors import UserError
+from dattrain.pretrained import preprocess
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg
+from dattrain.visualize import draw, sampling_points
+
+
+def draw_points(
+    model: nn.Module,
+    image: np.ndarray | Tensor,
+    *,
+    cfg: PretrainedCfg,
+    axis: Axes,
+    stage: int | None = None,
+    block: int | None = None,
+    group: int | None = None,
+    area: float = 16.0,
+) -> None:
+    """Draw an image with its deformed sampling points on ``axis``, point size by the attention received.
+
+    Args:
+        model: as ``load_model`` gives it.
+        image: uint8, H x W, H x W x 3, or a tensor 3 x H x W; prepared for the model as ``cfg`` says.
+        cfg: as ``load_model`` gives it beside the model.
+        axis: where to draw.
+        stage: from 1; None takes the first stage with deformable attention and at least two offset groups, else the first
+            with any (the paper draws its third).
+        block: of the stage, from 0; None takes the stage's last deformable block.
+        group: from 1; None draws all, each in its colour.
+        area: mean area of a point, in square typographic points.
+
+    Raises:
+        UserError: the model has no such block or group.
+    """
+    prepared = preprocess.prepare(preprocess.as_pixels(image), cfg)
+    blocks = capture_image(model, prepared, cfg, device=next(model.parameters()).device)
+    if stage is None:
+        stage = next((b.stage for b in blocks if b.groups > 1), blocks[0].stage)
+    chosen = sampling_points.select(blocks, stage=stage, block=block)[-1]
+    if group is not None and not 1 <= group <= chosen.groups:
+        raise UserError(f"group {group}: stage {stage} has groups 1 to {chosen.groups}")
+    groups = None if group is None else [group - 1]
+    draw.points(axis, preprocess.array(prepared), chosen, groups, area=area)
+
+
+def capture_image(
+    model: nn.Module, image: Tensor, cfg: PretrainedCfg, *, device: str | torch.device = "cpu"
+) -> list[sampling_points.Deformed]:
+    """Positions and attention of every deformable block for one prepared image (3 x H x W uint8)."""
+    batch = preprocess.normalise(image[None], cfg, device)
+    return sampling_points.capture(model, batch, attention=True)[0]

@@ -5,16 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dattrain.errors import ConfigError, UserError
-
-if TYPE_CHECKING:
-    from dattrain.config.schema import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; returns 0, or 75 where a preemption was saved and wants to be started again."""
-    config, run_dir = resolve(args.config, args.overrides, args.run_dir)
+    from dattrain.config.run import resolve
+
+    config, run_dir = resolve(args.config, args.overrides, args.run_dir, os.environ)
     if args.nproc is not None:
         if is_rank(os.environ):
             raise ConfigError(
@@ -64,36 +61,10 @@ def run(args: argparse.Namespace) -> int:
     leave(code)
 
 
-def resolve(config: str, overrides: list[str], run_dir: Path | None) -> tuple[Config, Path]:
-    """The recipe and the run folder that the command line means.
-
-    Raises:
-        ConfigError: neither a recipe nor a run folder; a run folder and another one at once.
-    """
-    from dattrain.config.load import load
-
-    path = Path(config)
-    if path.is_dir():
-        if not (path / "config.yaml").is_file():
-            raise ConfigError(f"{path} is not a run folder: it has no config.yaml")
-        if run_dir is not None and run_dir.absolute() != path.absolute():
-            raise ConfigError(f"{path} is a run folder already; leave out --run {run_dir}")
-        return load(path / "config.yaml", overrides).config, path
-    loaded = load(path, overrides).config
-    return loaded, run_dir or default_run(loaded.name)
-
-
 def is_rank(environ: Mapping[str, str]) -> bool:
     """Whether a launcher started this process as one of several. A Slurm step of one task, as an interactive shell is, is none."""
     tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1"
     return "RANK" in environ or ("SLURM_STEP_ID" in environ and tasks != "1")
-
-
-def default_run(name: str) -> Path:
-    """``runs/<recipe>-<time>``; several processes must be told one, so the name is settled once."""
-    if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
-        raise ConfigError("give --run: each rank would name the run folder by its own clock")
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def spawn(args: argparse.Namespace, run_dir: Path) -> int:

@@ -93,7 +93,9 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
                 preflight.reach(env)
                 # Longer than the watchdog's patience: it names who is silent, a collective's timeout does not.
                 patience = max(1800.0, 2 * health.stall_seconds)
-                stack.enter_context(environment.process_group(env, device, patience))
+                stack.enter_context(
+                    environment.process_group(env, device, patience, disconnect=zero.destroy_process_group)
+                )
             on_first_rank(claim.check)
             if alone:
                 for line in preflight.check(env, run_dir).lines():

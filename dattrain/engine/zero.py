@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dattrain.config.derive import Derived
 from dattrain.config.schema import Config
 from dattrain.errors import ConfigError
+from dattrain.runtime import environment
 
 RESERVED = {"stage", "offload_optimizer", "offload_param"}
 """Keys of ``zero_optimization`` that have a setting of their own."""
@@ -132,6 +135,18 @@ def import_deepspeed(device: torch.device) -> Any:
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return deepspeed
+
+
+def destroy_process_group() -> None:
+    """Leave the process group by way of DeepSpeed: it keeps groups of its own, with which the next training of this process
+    would fail. Safe where DeepSpeed was never set up."""
+    if "deepspeed" in sys.modules:
+        from deepspeed.comm import comm
+
+        if comm.cdb is not None and comm.cdb.is_initialized() and dist.is_initialized():
+            comm.destroy_process_group()
+            return
+    environment.disconnect()
 
 
 def initialize(

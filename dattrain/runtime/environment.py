@@ -15,7 +15,7 @@ import stat
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -323,7 +323,9 @@ def disconnect() -> None:
 
 
 @contextlib.contextmanager
-def process_group(env: Env, device: torch.device, timeout_s: float = 1800.0) -> Iterator[None]:
+def process_group(
+    env: Env, device: torch.device, timeout_s: float = 1800.0, *, disconnect: Callable[[], None] = disconnect
+) -> Iterator[None]:
     """``connect`` for a block, unless this process is in a group already; its variables are then what they were before, or
     whatever is started later from here would take itself for a rank.
 

@@ -41,7 +41,7 @@ def test_only_one_of_several_is_a_rank(
 ) -> None:
     monkeypatch.setattr(os, "environ", environ)
     monkeypatch.setattr(train, "spawn", lambda args, run_dir: 42)
-    monkeypatch.setattr(train, "resolve", lambda *_: (None, tmp_path))
+    monkeypatch.setattr("dattrain.config.run.resolve", lambda *_: (None, tmp_path))
     asked = argparse.Namespace(config="x", overrides=[], run_dir=None, nproc=2)
     if rank:
         with pytest.raises(ConfigError, match="this process is one already"):

@@ -1,0 +1,170 @@
+"""What ``import dattrain`` offers to notebooks and scripts; the command line (``dattrain.cli``) calls the same libraries.
+
+Everything runs in this process, and may be called again and again. Several ranks are started by ``dattrain train --nproc``,
+torchrun or Slurm; each may call these functions then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from dattrain.config.load import dump, load, loads
+from dattrain.config.run import new_folder, resolve
+from dattrain.config.schema import Config
+from dattrain.engine import trainer
+from dattrain.evaluation.evaluate import Options
+from dattrain.evaluation.evaluate import evaluate as evaluate_weights
+from dattrain.models.dat import DAT
+from dattrain.observe import metrics
+from dattrain.pretrained import preprocess
+from dattrain.pretrained.predict import Prediction
+from dattrain.pretrained.predict import predict as predict_with
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg
+from dattrain.pretrained.weights import load_model
+
+__all__ = ["Run", "evaluate", "load_model", "predict", "train"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: what a training wrote, and its newest weights. It is a path (``os.PathLike``) too."""
+
+    folder: Path
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        object.__setattr__(self, "folder", Path(folder))
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def config(self) -> Config:
+        """The resolved recipe."""
+        return load(self.folder / "config.yaml").config
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.jsonl``, oldest first: ``loss``, ``lr`` ... of updates; ``top1``, ``eval_loss`` ... of evaluations."""
+        return metrics.read(self.folder)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The evaluation that is best by ``checkpoint.metric``, the first of equals; None before there is one."""
+        metric = self.config.checkpoint.metric
+        name = "eval_loss" if metric == "loss" else metric
+        rows = [row for row in self.metrics if isinstance(row.get(name), (int, float))]
+        better = min if "loss" in metric else max
+        return better(rows, key=lambda row: row[name], default=None)
+
+    def evaluate(self, **options: Any) -> dict[str, Any]:
+        """Evaluate the newest weights; see ``dattrain.evaluate``."""
+        return evaluate(self, **options)
+
+    def predict(
+        self,
+        images: str | Path | Sequence[str | Path | Image.Image | np.ndarray | Tensor],
+        *,
+        topk: int = 5,
+        device: str | torch.device | None = None,
+    ) -> list[list[Prediction]]:
+        """Classify images with the newest weights; see ``dattrain.predict``."""
+        return predict(self, images, topk=topk, device=device)
+
+    def load_model(self, **options: Any) -> tuple[DAT, PretrainedCfg]:
+        """Open the newest weights; see ``dattrain.load_model``."""
+        return load_model(self.folder, **options)
+
+
+def train(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Config,
+    *,
+    run: str | os.PathLike[str] | None = None,
+    **settings: Any,
+) -> Run:
+    """Train a recipe, or resume a run, to its end.
+
+    Args:
+        recipe: the name of a shipped recipe (``dattrain config list``), a file, a run folder, a mapping of sections, or a
+            ``Config``.
+        run: the run folder; one that is there is resumed. None makes ``runs/<recipe>-<time>``.
+        settings: settings over the recipe's by their dotted keys: ``**{"train.max_steps": 2}``.
+
+    Returns:
+        The run; it has ended early where a signal or its ``stop`` file asked for that, and resumes when it is trained again.
+
+    Raises:
+        ConfigError: the recipe or a setting cannot be used.
+        UserError: data, disk, or a run that yields no finite updates any more.
+    """
+    overrides = [f"{key}={_yaml(value)}" for key, value in settings.items()]
+    folder = None if run is None else Path(run)
+    if isinstance(recipe, (Mapping, Config)):
+        text = dump(recipe) if isinstance(recipe, Config) else yaml.safe_dump(dict(recipe))
+        config = loads(text, overrides, source="the recipe").config
+        folder = folder or new_folder(config.name, os.environ)
+    else:
+        config, folder = resolve(Path(recipe), overrides, folder, os.environ)
+    trainer.train(config, folder)
+    return Run(folder)
+
+
+def evaluate(
+    weights: str | os.PathLike[str], *, device: str | torch.device | None = None, **options: Any
+) -> dict[str, Any]:
+    """Evaluate weights: accuracy in percent (``top1``, ``top5``, with ``top1_low`` and ``top1_high``), ``loss``, calibration, speed.
+
+    Args:
+        weights: a run, its folder, a checkpoint or a weights file.
+        device: None takes a GPU where there is one.
+        options: fields of ``dattrain.evaluation.evaluate.Options``: ``data``, ``img_size``, ``batch``, ``knn`` ...
+
+    Raises:
+        ConfigError: options that do not go together.
+        UserError: weights or images that cannot be read.
+    """
+    return evaluate_weights(Path(weights), Options(**options), device=device).report
+
+
+def predict(
+    weights: str | os.PathLike[str],
+    images: str | Path | Sequence[str | Path | Image.Image | np.ndarray | Tensor],
+    *,
+    topk: int = 5,
+    device: str | torch.device | None = None,
+) -> list[list[Prediction]]:
+    """Classify images: for each its ``topk`` most likely classes as (name, probability, number), the most likely first.
+
+    Args:
+        weights: a run, its folder, a checkpoint or a weights file.
+        images: a file or a folder of them, or a sequence of files, PIL images, arrays uint8 H x W x 3 or tensors uint8 3 x H x W.
+        device: None takes a GPU where there is one.
+
+    Raises:
+        UserError: weights or images that cannot be read, or weights without classes.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, cfg = load_model(Path(weights), device=device)
+    many = preprocess.find([Path(images)]) if isinstance(images, (str, Path)) else images
+    return predict_with(model, cfg, many, topk=topk)
+
+
+def _yaml(value: Any) -> str:
+    """A value as an override spells it."""
+    plain = (
+        os.fspath(value)
+        if isinstance(value, os.PathLike)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+    )
+    return yaml.safe_dump(plain, default_flow_style=True, width=10_000).removesuffix("...\n").strip()

@@ -46,7 +46,7 @@ from torch.utils.data import DataLoader, Dataset
 from dattrain.config.load import loads
 from dattrain.data.augment.mixup import Mixer
 from dattrain.data.augment.plan import drop_path_noise
-from dattrain.data.loader import train_loader
+from dattrain.data.factory import train_loader
 from dattrain.models import create
 
 SIZE, CLASSES, BATCH, WARMUP = 32, 10, 64, 0.2

@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 PRELOAD = (
     "deepspeed",
     "dattrain.cli.main",
-    "dattrain.data.loader",
+    "dattrain.data.factory",
     "dattrain.engine.trainer",
     "dattrain.state.checkpointer",
     "dattrain.cli.train",

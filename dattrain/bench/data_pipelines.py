@@ -143,7 +143,7 @@ class Bench:
         import torch
 
         from dattrain.data.augment.mixup import Normalize
-        from dattrain.data.loader import train_loader
+        from dattrain.data.factory import train_loader
 
         config = self.config(workers=workers, decoder=decoder, randaugment=randaugment)
         device = self.device if decoder == "dali" else torch.device("cpu")
@@ -229,7 +229,7 @@ def wait_share(bench: Bench, name: str, steps: int) -> str:
     import torch
 
     from dattrain.data.augment.mixup import Mixer
-    from dattrain.data.loader import train_loader
+    from dattrain.data.factory import train_loader
     from dattrain.models.zoo import create
 
     config = bench.config(workers=bench.workers, randaugment=_RANDAUGMENT)

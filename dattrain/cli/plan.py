@@ -183,7 +183,7 @@ def _data(config: Config, given: int | None) -> tuple[int, str, float, str]:
     Raises:
         UserError: nothing tells how many samples there are; classes that do not fit the head.
     """
-    from dattrain.data.loader import number
+    from dattrain.data.factory import number
     from dattrain.data.source.dataset import open_dataset
     from dattrain.data.source.listing import is_remote
     from dattrain.errors import UserError

@@ -81,14 +81,13 @@ def _check_there(path: Path) -> None:
         )
 
 
-def derive(config: Config, *, world: int, samples_per_epoch: int) -> Derived:
-    """Derive steps, accumulation and rates for ``world`` devices and ``samples_per_epoch`` training samples.
+def accumulation(config: Config, world: int) -> int:
+    """Micro-batches per rank and update: ``train.global_batch`` over the ranks, ``train.micro_batch`` at a time.
 
     Raises:
-        ConfigError: the micro-batch times the world size does not divide the global batch, or there are fewer samples
-            than one global batch.
+        ConfigError: it does not divide; the nearest micro-batch that does is named.
     """
-    train, schedule, optim = config.train, config.schedule, config.optim
+    train = config.train
     if train.global_batch % (train.micro_batch * world):
         fits = [m for m in range(1, train.global_batch + 1) if train.global_batch % (m * world) == 0]
         if not fits:
@@ -101,18 +100,35 @@ def derive(config: Config, *, world: int, samples_per_epoch: int) -> Derived:
             f"train.micro_batch={train.micro_batch} on {world} devices does not divide train.global_batch="
             f"{train.global_batch}; train.micro_batch={best} does"
         )
-    if samples_per_epoch < train.global_batch:
+    return train.global_batch // (train.micro_batch * world)
+
+
+def check_samples(config: Config, samples: int) -> None:
+    """Raises ConfigError where the training set has fewer samples than one global batch."""
+    if samples < config.train.global_batch:
         raise ConfigError(
-            f"data.train={config.data.train} has {samples_per_epoch} samples, fewer than one "
-            f"train.global_batch={train.global_batch}; use more data or a smaller global batch"
+            f"data.train={config.data.train} has {samples} samples, fewer than one "
+            f"train.global_batch={config.train.global_batch}; use more data or a smaller global batch"
         )
+
+
+def derive(config: Config, *, world: int, samples_per_epoch: int) -> Derived:
+    """Derive steps, accumulation and rates for ``world`` devices and ``samples_per_epoch`` training samples.
+
+    Raises:
+        ConfigError: the micro-batch times the world size does not divide the global batch, or there are fewer samples
+            than one global batch.
+    """
+    train, schedule, optim = config.train, config.schedule, config.optim
+    micro_batches = accumulation(config, world)
+    check_samples(config, samples_per_epoch)
     scale = train.global_batch / optim.lr_batch
     per_epoch = samples_per_epoch / train.global_batch
     total = ceil(schedule.epochs * per_epoch)
     save = config.checkpoint.every_steps or max(1, round(config.checkpoint.every_epochs * per_epoch))
     return Derived(
         world=world,
-        accumulation=train.global_batch // (train.micro_batch * world),
+        accumulation=micro_batches,
         steps_per_epoch=per_epoch,
         total_steps=total,
         last_step=min(total, train.max_steps or total),

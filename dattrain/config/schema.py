@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -68,8 +68,8 @@ class Data(Section):
     """Shuffle window of a lane, in shards of mean length."""
     shuffle: bool = True
     """False keeps the order of the shards: for debugging."""
-    reader: Literal["index", "dali", "webdataset"] = "index"
-    """``index`` is exact; ``dali`` keeps DALI's own order and state; ``webdataset`` streams, and is not exact."""
+    reader: Literal["index", "webdataset"] = "index"
+    """``index`` is exact; ``webdataset`` streams, and is not."""
     samples: Count | None = None
     """Samples per epoch of ``reader: webdataset``, which cannot count those of a stream."""
     decoder: Literal["cpu", "dali"] = "cpu"
@@ -91,6 +91,16 @@ class Data(Section):
     """Share of JPEGs given to the hardware decoder of A100 and H100."""
     dali_preallocate_mb: Annotated[int, Field(ge=0)] = 0
     """Device memory that DALI takes at the start, in 10^6 bytes, so that a late large image does not."""
+
+    @field_validator("reader", mode="before")
+    @classmethod
+    def _reader(cls, value: object) -> object:
+        if value == "dali":
+            raise ValueError(
+                "data.reader=dali is gone, since its order was one of its own and resumed on as many ranks alone; "
+                "data.reader=index with data.decoder=dali reads the same shards, exactly"
+            )
+        return value
 
 
 class Augment(Section):
@@ -395,10 +405,8 @@ class Config(Section):
             )
         if self.data.reader == "webdataset" and self.data.decoder == "dali":
             raise ValueError(
-                "data.reader=webdataset decodes on the CPU; data.decoder=dali needs data.reader index or dali"
+                "data.reader=webdataset decodes on the CPU; data.decoder=dali needs data.reader=index"
             )
-        if self.data.reader == "dali" and self.data.decoder != "dali":
-            raise ValueError("data.reader=dali needs data.decoder=dali")
         return self
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dattrain.data.augment.plan import Plan
-from dattrain.data.shared_buffer import ring
+from dattrain.data.shared_buffer import buffer
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Batch:
     plan: Plan | None = None
     bad: tuple[tuple[str, str], ...] = ()
     slot: tuple[int, int] | None = field(default=None, repr=False)
-    """In a worker: the ring (``dattrain.data.shared_buffer``) and the slot that the images lie in."""
+    """In a worker: the buffer (``dattrain.data.shared_buffer``) and the slot that the images lie in."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Between processes each tensor is a file descriptor and a handshake; small ones are cheaper as plain bytes, and
-        # images in a ring are named by their place there.
+        # images in a buffer are named by their place there.
         images: Any = self.images if self.slot is None else (*self.slot, tuple(self.images.shape))
         small = (self.labels.cpu().numpy(), self.weight.cpu().numpy(), self.position.numpy())
         return _rebuild, (images, *small, self.keys, self.plan, self.bad)
@@ -76,7 +76,7 @@ def _rebuild(
 ) -> Batch:
     if isinstance(images, tuple):
         number, slot, (b, c, h, w) = images
-        images = ring(number).read(slot, b * h * w * c).view(b, h, w, c).permute(0, 3, 1, 2)
+        images = buffer(number).read(slot, b * h * w * c).view(b, h, w, c).permute(0, 3, 1, 2)
     return Batch(
         images,
         torch.from_numpy(labels),

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 _numbers = itertools.count()
-# By number, since what arrives from a worker can name a ring but not hold it.
-_rings: weakref.WeakValueDictionary[int, Ring] = weakref.WeakValueDictionary()
+# By number, since what arrives from a worker can name a buffer but not hold it.
+_buffers: weakref.WeakValueDictionary[int, SharedBatchBuffer] = weakref.WeakValueDictionary()
 
 
-class Ring:
+class SharedBatchBuffer:
     """Slots of ``nbytes`` for each of ``workers`` processes, which must be forked after this is made.
 
     Only a worker marks its slot as taken, and only the parent marks it as free.
@@ -34,7 +34,7 @@ class Ring:
         self.number = next(_numbers)
         self._memory = mmap.mmap(-1, max(1, workers * slots * nbytes))
         self._taken = mmap.mmap(-1, max(1, workers * slots))
-        _rings[self.number] = self
+        _buffers[self.number] = self
 
     def take(self, worker: int) -> int | None:
         """A free slot of a worker; None where the parent still holds all of them. In the worker."""
@@ -60,6 +60,6 @@ class Ring:
         return np.frombuffer(self._memory, dtype=np.uint8, count=count, offset=slot * self.nbytes)
 
 
-def ring(number: int) -> Ring:
-    """The ring of that number, which is alive as long as its decoder."""
-    return _rings[number]
+def buffer(number: int) -> SharedBatchBuffer:
+    """The buffer of that number, which is alive as long as its decoder."""
+    return _buffers[number]

@@ -1,18 +1,15 @@
-"""Readers that keep an order of their own: ``data.reader: dali`` and ``data.reader: webdataset``.
+"""``data.reader: webdataset``: samples of a stream that cannot be indexed, in an order that the library draws.
 
-Decoding and the augmentation plan are as ever; which sample comes when is the library's affair. Neither gives one order
-at every world size. DALI's reader sees every sample once per epoch and goes on exactly where a checkpoint was made,
-on the same number of ranks only. The webdataset library draws shards with replacement, as its author advises for many
-ranks: samples are missed and doubled, and a resumed run draws anew.
+Decoding and the augmentation plan are as ever. The order is not exact: shards are drawn with replacement, as the library's
+author advises for many ranks, so samples are missed and doubled, and a resumed run draws anew.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,20 +17,15 @@ import torch
 from numpy.typing import NDArray
 
 from dattrain.config.schema import Config
-from dattrain.data import identity
 from dattrain.data.augment.plan import draw
-from dattrain.data.batch import Batch
 from dattrain.data.board import note
 from dattrain.data.classes import Classes, decide
-from dattrain.data.decode.cpu import CpuDecoder
 from dattrain.data.decode.images import IMAGE_EXTENSIONS
 from dattrain.data.feed import Encoded, Request, bad_sample_message
 from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
-from dattrain.data.loader import Bad, Decoder, ToDevice, open_split, patience
 from dattrain.data.source.files import read_file
 from dattrain.data.source.manifest import class_names
 from dattrain.data.source.shards import brace_expand
-from dattrain.data.workers import Workers
 from dattrain.errors import ConfigError, UserError
 from dattrain.urls import mask, plain
 
@@ -60,167 +52,7 @@ class Slots:
         return np.arange(start, start + self.micro_batch, dtype=np.int64)
 
 
-class StreamLoader:
-    """Micro-batches of one rank, for ever; the protocol of ``loader.TrainLoader``.
-
-    Attributes:
-        exact: False.
-        samples_per_epoch: with the padding that ends a rank's epoch in ``data.reader: dali``.
-        num_classes_seen: one more than the largest label, None where that is unknown.
-        classes: what the network's outputs stand for.
-        identity: of the set (``dattrain.data.identity``).
-        bad: skipped samples.
-    """
-
-    exact = False
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        classes: Classes,
-        *,
-        samples_per_epoch: int,
-        num_classes_seen: int | None,
-        identity: Sequence[identity.Part],
-        device: torch.device,
-        after: Callable[[int, Batch], tuple[Batch, dict[str, Any]]] = lambda number, batch: (batch, {}),
-        close: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.samples_per_epoch = samples_per_epoch
-        self.num_classes_seen = num_classes_seen
-        self.identity = identity
-        self.classes = classes
-        self.bad = Bad()
-        self._decoder = decoder
-        self._after = after
-        self._close = close
-        self._to_device = ToDevice(device)
-        self._waited = 0.0
-        self._served = 0
-        self._state: dict[str, Any] = {}
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        start = time.perf_counter()
-        batch = next(self._decoder)
-        self._waited += time.perf_counter() - start
-        batch, self._state = self._after(self._served, batch)
-        self._served += 1
-        self.bad.add(batch.bad)
-        return self._to_device(batch)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What this rank's reader needs to go on after the batch served last: small, and fit for JSON."""
-        return self._state
-
-    @property
-    def wait_s(self) -> float:
-        """Seconds spent waiting for data since this was last read."""
-        waited, self._waited = self._waited, 0.0
-        return waited
-
-    def close(self) -> None:
-        """End the workers and release files."""
-        self._decoder.close()
-        self._close()
-
-
-def open_stream(
-    config: Config,
-    *,
-    rank: int,
-    world: int,
-    samples_seen: int,
-    device: torch.device,
-    size: tuple[int, int],
-    states: Sequence[Mapping[str, Any]] | None = None,
-) -> StreamLoader:
-    """The training loader of ``data.reader: dali`` or ``webdataset``; see ``loader.train_loader``.
-
-    Raises:
-        ConfigError: settings that this reader cannot do.
-        UserError: nothing there; a state that is missing or another set's, world's or version's.
-    """
-    train = config.train
-    slots = Slots(train.global_batch, train.micro_batch, rank, world, samples_seen)
-    if config.data.reader == "webdataset":
-        return _open_webdataset(config, slots, device, size)
-    from dattrain.data.dali_reader import DaliReader
-    from dattrain.data.decode.dali import DaliDecoder
-
-    dataset, classes = open_split(config, "train", None, rank=rank, world=world)
-    reader = DaliReader(config, dataset, slots, size, states)
-    log.info(
-        "data.reader=dali: DALI keeps the order; a checkpoint can only be resumed on %d ranks with the same shards, "
-        "train.micro_batch and DALI version",
-        world,
-    )
-
-    def close() -> None:
-        reader.close()
-        dataset.close()
-
-    decoder = DaliDecoder(
-        reader.read,
-        batch=train.micro_batch,
-        size=size,
-        skip_bad=config.data.on_bad == "skip",
-        interpolation=config.augment.interpolation,
-        data=config.data,
-        device=device,
-    )
-    return StreamLoader(
-        decoder,
-        classes,
-        samples_per_epoch=reader.samples_per_epoch,
-        num_classes_seen=dataset.max_label + 1 or None,
-        identity=identity.of_dataset(dataset),
-        device=device,
-        after=reader.after,
-        close=close,
-    )
-
-
-def _open_webdataset(
-    config: Config, slots: Slots, device: torch.device, size: tuple[int, int]
-) -> StreamLoader:
-    data = config.data
-    if data.train is None:
-        raise ConfigError(
-            "data.train is not set; name shards or pipes, as in 'pipe:cat set-{0000..0099}.tar'"
-        )
-    if data.samples is None:
-        raise ConfigError(
-            "data.reader=webdataset cannot count the samples of a stream; set data.samples to how many make an epoch"
-        )
-    classes = _stream_classes(config)
-    log.warning(
-        "data.reader=webdataset is not exact: shards are drawn with replacement, so samples are missed and doubled, and "
-        "a resumed run does not see what an uninterrupted one would have seen; data.reader=index is exact"
-    )
-    stream = WebStream(config, slots, size)
-    workers = Workers(
-        CpuDecoder(stream.read, size=size, skip_bad=data.on_bad == "skip"),
-        count=None,
-        workers=data.workers,
-        prefetch=data.prefetch,
-        pin=device.type == "cuda",
-        patience=patience(config),
-        unit="micro-batch",
-    )
-    return StreamLoader(
-        workers,
-        classes,
-        samples_per_epoch=data.samples,
-        num_classes_seen=None,
-        identity=identity.of_stream(stream.urls, data.samples),
-        device=device,
-    )
-
-
-def _stream_classes(config: Config) -> Classes:
+def stream_classes(config: Config) -> Classes:
     """The classes of a stream, whose labels are taken as they stand: refused where names say that they must not be."""
     data, what = config.data, f"data.train={config.data.train}"
     assert data.train is not None
@@ -335,12 +167,3 @@ def _label(sample: Mapping[str, Any]) -> int | None:
     if "json" not in sample:
         return None
     return label_of(parse_json(sample["json"], where), LABEL_FIELDS, where)[0]
-
-
-def unweighted(batch: Batch, rows: NDArray[np.bool_]) -> Batch:
-    """The batch with zero weight on some rows, and those unmixed that have one of them as partner."""
-    if not rows.any():
-        return batch
-    weight = torch.where(torch.from_numpy(rows), 0.0, batch.weight)
-    plan = None if batch.plan is None else batch.plan.without_mixing(rows)
-    return replace(batch, weight=weight, plan=plan)

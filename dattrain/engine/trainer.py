@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from dattrain.config.derive import Derived, check_source, derive
 from dattrain.config.schema import Config
-from dattrain.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
-from dattrain.data.stream import StreamLoader
+from dattrain.data.factory import eval_loader, train_loader
+from dattrain.data.loader import EvalLoader, TrainLoader
 from dattrain.engine import evaluate as evaluation
 from dattrain.engine import resume_rules, run_folder, schedule, zero
 from dattrain.engine.debug_dump import write_bundle
@@ -135,7 +135,6 @@ class Trainer:
         self.preemption, self.watchdog = preemption, watchdog
         self.step = self.samples_seen = 0
         self.verdicts = Verdicts(config.train.health.max_bad_steps, config.train.health.max_rollbacks)
-        self._data_states: list[dict[str, Any]] = []  # of every rank's reader, where it has any
         self._bad_before = 0  # skipped samples of the attempts before this one
         self._evaluated = self._saved = -1
         self._metrics: dict[str, float] = {}
@@ -238,7 +237,7 @@ class Trainer:
             update,
             request=self.preemption.request(look_for_file=self.rank == 0),
             save_failed=self.checkpointer.failed,
-            bad_samples=self.loader.bad.count,
+            bad_samples=self.loader.skipped.count,
             device=self.device,
         )
         self.reporter.pause(self.watchdog.pauses())
@@ -341,7 +340,6 @@ class Trainer:
             self.checkpointer.wait()
             return
         self.watchdog.beat("saving")
-        self._data_states = self._states_of_readers()
         meta = {
             "step": self.step,
             "samples_seen": self.samples_seen,
@@ -351,7 +349,6 @@ class Trainer:
             "metrics": self._metrics if self._evaluated == self.step else {},
             "health": self.verdicts.state(),
             "bad_samples": self.reporter.bad_samples,
-            "data": self._data_states,
             resume_rules.META: self._fixed,
         }
         lost = self.checkpointer.save(
@@ -383,22 +380,13 @@ class Trainer:
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
         self.verdicts.restore(meta["health"])
         self._bad_before = meta["bad_samples"]
-        self._data_states = meta.get("data", [])
         self._saved = self.step
 
-    def _open_loader(self) -> TrainLoader | StreamLoader:
+    def _open_loader(self) -> TrainLoader:
         return train_loader(
             self.config, rank=self.rank, world=self.world, samples_seen=self.samples_seen, device=self.device,
-            img_size=self.img_size, states=self._data_states,
+            img_size=self.img_size,
         )  # fmt: skip
-
-    def _states_of_readers(self) -> list[dict[str, Any]]:
-        """Of every rank, for a reader whose order is not a function of the position. Collective for such a one."""
-        if self.loader.exact:
-            return []
-        states: list[dict[str, Any]] = [{} for _ in range(self.world)]
-        dist.all_gather_object(states, self.loader.state_dict())
-        return states
 
     def _open_session(self, found: tuple[Path, Manifest] | None) -> Session:
         """A session at the current size and position: fresh, or with the state of a checkpoint."""

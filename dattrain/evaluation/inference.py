@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dattrain.config.schema import Config
-from dattrain.data.loader import EvalLoader, eval_loader
+from dattrain.data.factory import eval_loader
+from dattrain.data.loader import EvalLoader
 from dattrain.errors import UserError
 from dattrain.evaluation import metrics
 from dattrain.pretrained.preprocess import normalise
@@ -140,9 +141,9 @@ def classify(
         )
     progress.close()
     seconds = time.perf_counter() - started
-    gathered = gather((parts, keys, loader.bad.count))
+    gathered = gather((parts, keys, loader.skipped.count))
     if gathered is None:
-        return Result(None, [], seen, seconds, forward, loader.bad.count)
+        return Result(None, [], seen, seconds, forward, loader.skipped.count)
     records = [part for each, _, _ in gathered for part in each]
     if not records:
         raise UserError(f"{loader.dataset.name}: no image could be used")

@@ -2,24 +2,17 @@
 
 Source: Hassani et al., Neighborhood Attention Transformer (arXiv 2204.07143), equations 2-3 and section 3.4, with the
 relative position bias that NATTEN gave its 0.14 module, which DAT++ (arXiv 2309.01430) uses. NATTEN has dropped that bias
-since 0.20, so what is here needs torch alone; an older NATTEN is used when asked for, by argument or by the environment
-variable ``DATTRAIN_NEIGHBORHOOD=natten``.
+since 0.20, so this is torch alone: a k x k tile of queries shares its keys, and all work is matrix products.
 """
 
 from __future__ import annotations
 
-import os
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dattrain.errors import UserError
 from dattrain.ops import transforms
-
-Backend = Literal["tiled", "gather", "natten"]
-ENVIRONMENT_VARIABLE = "DATTRAIN_NEIGHBORHOOD"
 
 
 def neighborhood_attention(
@@ -30,7 +23,6 @@ def neighborhood_attention(
     *,
     kernel_size: int,
     scale: float | None = None,
-    backend: Backend | None = None,
 ) -> Tensor:
     """softmax(scale q k^T + bias) v over each query's window.
 
@@ -40,16 +32,12 @@ def neighborhood_attention(
             so that the bias follows the true displacement where the window was shifted; or None.
         kernel_size: odd. An axis shorter than it is attended whole (NATTEN's module pads it with zeros instead).
         scale: d ** -0.5 when None.
-        backend: ``tiled`` (the default) shares the keys of a k x k tile of queries and works by matrix products;
-            ``gather`` copies each query's own window (k * k times the memory of the keys); ``natten`` is NATTEN 0.17 to
-            0.19, on maps that hold a window. Same values.
 
     Returns:
         B x heads x H x W x d, dtype of ``q``. Logits and softmax are float32 (float64 for float64).
 
     Raises:
         ValueError: the kernel size is even, or the table does not fit it.
-        UserError: the backend is unknown, or NATTEN is not there, too new, or gives other values.
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"neighbourhood attention needs an odd kernel size, not {kernel_size}")
@@ -58,14 +46,8 @@ def neighborhood_attention(
         raise ValueError(f"bias table is {tuple(bias_table.shape)}, not {(q.shape[1], side, side)}")
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    name = backend or os.environ.get(ENVIRONMENT_VARIABLE) or "tiled"
-    run = {"tiled": _tiled, "gather": _gather, "natten": _natten}.get(name)
-    if run is None:
-        raise UserError(f"{ENVIRONMENT_VARIABLE}={name} is no backend; there are tiled, gather and natten")
-    if name == "natten" and min(q.shape[2:4]) < kernel_size:
-        run = _tiled
     # Scaled before the product, as NATTEN does: in float16 the unscaled product can pass 65504.
-    return run(q * scale, k, v, bias_table, kernel_size)
+    return _tiled(q * scale, k, v, bias_table, kernel_size)
 
 
 def window_start(query: Tensor, size: int, kernel_size: int) -> Tensor:
@@ -145,59 +127,5 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, size: int) -> 
     return out.reshape(batch, heads, rows * size, cols * size, dim)[:, :, :height, :width]
 
 
-def _gather(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, size: int) -> Tensor:
-    batch, heads, height, width, dim = q.shape
-
-    def axis(length: int) -> tuple[Tensor, Tensor]:
-        query = torch.arange(length, device=q.device)[:, None]
-        keys = window_start(query, length, size) + torch.arange(_at_most(length, size), device=q.device)
-        return keys, keys - query + size - 1
-
-    (keys_y, at_y), (keys_x, at_x) = axis(height), axis(width)
-    flat = (keys_y[:, None, :, None] * width + keys_x[None, :, None, :]).reshape(-1)
-
-    def windows(x: Tensor) -> Tensor:
-        return x.flatten(2, 3).index_select(2, flat).reshape(batch, heads, height, width, -1, dim)
-
-    logits = _wide((windows(k) @ q[..., None]).squeeze(-1))
-    if table is not None:
-        bias = table.to(logits.dtype)[:, at_y[:, None, :, None], at_x[None, :, None, :]]
-        logits = logits + bias.reshape(heads, height, width, -1)
-    weights = logits.softmax(-1).to(v.dtype)
-    return (weights[..., None, :] @ windows(v)).squeeze(-2)
-
-
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _natten(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, size: int) -> Tensor:
-    functional = _checked_natten(q.device.type)
-    table = None if table is None else table.to(q.dtype)
-    logits = functional.na2d_qk(q.contiguous(), k.contiguous(), kernel_size=size, dilation=1, rpb=table)
-    weights = _wide(logits).softmax(-1).to(v.dtype)
-    return functional.na2d_av(weights, v.contiguous(), kernel_size=size, dilation=1)
-
-
-@lru_cache(maxsize=2)
-def _checked_natten(device: str) -> Any:
-    """``natten.functional``, once it has given the values of ``gather`` on a small map with every kind of border."""
-    try:
-        from natten import functional
-    except ImportError:
-        raise UserError("the natten backend needs NATTEN 0.17 to 0.19: pip install 'natten<0.20'") from None
-    if not hasattr(functional, "na2d_qk") or not hasattr(functional, "na2d_av"):
-        raise UserError(
-            "this NATTEN has no relative position bias any more: pip install 'natten<0.20', or use tiled"
-        )
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 7, 6, 8, generator=generator).to(device) for _ in range(3))
-    table = torch.randn(2, 9, 9, generator=generator).to(device)
-    expected = _gather(q, k, v, table, 5)
-    logits = functional.na2d_qk(q, k, kernel_size=5, dilation=1, rpb=table)
-    found = functional.na2d_av(logits.softmax(-1), v, kernel_size=5, dilation=1)
-    if not torch.allclose(found, expected, atol=1e-4):
-        raise UserError(
-            "this NATTEN gives other values than the equations: use the tiled backend, and report its version"
-        )
-    return functional

@@ -79,7 +79,7 @@ def test_whatever_interrupted_it_the_run_is_the_undisturbed_one(folder):
 
 def test_evaluation_sees_each_image_once_and_computes_what_one_process_does(folder):
     from dattrain.data.classes import Classes
-    from dattrain.data.loader import eval_loader
+    from dattrain.data.factory import eval_loader
     from dattrain.data.augment.mixup import Normalize
     from dattrain.engine.session import build_model
 

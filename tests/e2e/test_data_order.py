@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dattrain.config.schema import Config
-from dattrain.data.loader import train_loader
+from dattrain.data.factory import train_loader
 from dattrain.data.source import tar
 from dattrain.data.source.build_index import index_shards
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from dattrain.data.augment import randaugment
 from dattrain.data.augment.plan import Plan
 from dattrain.data.augment.randaugment import GEOMETRIC, Op
-from dattrain.data.staging import stage
+from dattrain.data.to_device import stage
 
 # Elementwise on the values of a channel, so a table of 256 entries says it all.
 _TABLES = frozenset({Op.INVERT, Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD, Op.BRIGHTNESS})

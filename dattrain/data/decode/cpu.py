@@ -13,7 +13,7 @@ from dattrain.data.batch import Batch
 from dattrain.data.board import note
 from dattrain.data.decode import images
 from dattrain.data.feed import Encoded, bad_sample_message
-from dattrain.data.shared_buffer import Ring
+from dattrain.data.shared_buffer import SharedBatchBuffer
 from dattrain.errors import UserError
 
 
@@ -34,7 +34,7 @@ class CpuDecoder:
         size: (height, width) of the output.
         skip_bad: keep a bad sample's place with zero weight; else it is an error.
         transform: of evaluation; None in training, where the plan says what is done.
-        ring: where worker processes put their batches; None gives each batch memory of its own.
+        buffer: where worker processes put their batches; None gives each batch memory of its own.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class CpuDecoder:
         size: tuple[int, int],
         skip_bad: bool,
         transform: EvalTransform | None = None,
-        ring: Ring | None = None,
+        buffer: SharedBatchBuffer | None = None,
     ) -> None:
         self.read = read
-        self.ring = ring
+        self.buffer = buffer
         self.size = size
         self.skip_bad = skip_bad
         self.transform = transform
@@ -73,17 +73,17 @@ class CpuDecoder:
         return batch if slot is None else replace(batch, slot=slot)
 
     def _empty(self, images: int) -> tuple[torch.Tensor, tuple[int, int] | None]:
-        """Uninitialised pixels, B x H x W x 3 uint8, and which slot of which ring they are; in a worker, they are in
+        """Uninitialised pixels, B x H x W x 3 uint8, and which slot of which buffer they are; in a worker, they are in
         shared memory, and go to the trainer without a copy."""
         shape = (images, *self.size, 3)
         count = int(np.prod(shape))
         worker = torch.utils.data.get_worker_info()
-        fits = self.ring is not None and 0 < count <= self.ring.nbytes
-        slot = self.ring.take(worker.id if worker else 0) if self.ring is not None and fits else None
-        if self.ring is not None and slot is not None:
+        fits = self.buffer is not None and 0 < count <= self.buffer.nbytes
+        slot = self.buffer.take(worker.id if worker else 0) if self.buffer is not None and fits else None
+        if self.buffer is not None and slot is not None:
             if worker is None:
-                return self.ring.read(slot, count).view(shape), None
-            return self.ring.write(slot, count).view(shape), (self.ring.number, slot)
+                return self.buffer.read(slot, count).view(shape), None
+            return self.buffer.write(slot, count).view(shape), (self.buffer.number, slot)
         if worker is None or not count:
             return torch.empty(shape, dtype=torch.uint8), None
         storage = torch.UntypedStorage._new_shared(count, device="cpu")

@@ -44,7 +44,7 @@ from dattrain.data.decode.dali_pipeline import (
 )
 from dattrain.data.decode.dali_probe import probe, remedy
 from dattrain.data.feed import Encoded, bad_sample_message
-from dattrain.data.staging import stage
+from dattrain.data.to_device import stage
 from dattrain.errors import UserError
 
 log = logging.getLogger(__name__)

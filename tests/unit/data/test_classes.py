@@ -15,7 +15,7 @@ from PIL import Image
 from dattrain.config.schema import Config
 from dattrain.data import classes, labels
 from dattrain.data.classes import Classes, decide
-from dattrain.data.loader import eval_loader, open_split, train_loader
+from dattrain.data.factory import eval_loader, open_split, train_loader
 from dattrain.data.prepare.pack import Options, pack
 from dattrain.data.prepare.sources import open_source
 from dattrain.data.source import remote

@@ -14,7 +14,7 @@ from dattrain.config.schema import Augment
 from dattrain.data.augment import plan, randaugment
 from dattrain.data.augment.cpu_transforms import train_image
 from dattrain.data.augment.device_transforms import augment as on_device
-from dattrain.data.staging import stage
+from dattrain.data.to_device import stage
 
 SIZE = (96, 128)
 

@@ -21,7 +21,7 @@ MEASURE = """
     import os, sys, time, torch
     from dattrain.config.schema import Config
     from dattrain.data.decode import images
-    from dattrain.data.loader import train_loader
+    from dattrain.data.factory import train_loader
 
     def resident():  # proportional set size of this process and its workers, MiB
         total, me = 0, os.getpid()
@@ -40,7 +40,7 @@ MEASURE = """
     loader = train_loader(config, rank=rank, world=world, samples_seen=seen, device=torch.device("cpu"), img_size=224)
     first = next(loader)
     seconds = time.perf_counter() - start
-    assert first.images.any() and len(loader.bad.samples) == 0
+    assert first.images.any() and len(loader.skipped.samples) == 0
     print(seconds, resident() - before, loader.samples_per_epoch)
     loader.close()
 """

@@ -20,8 +20,8 @@ from dattrain.config.schema import Config
 from dattrain.data.board import Board, note
 from dattrain.data.classes import Classes
 from dattrain.data.decode.cpu import CpuDecoder
+from dattrain.data.factory import eval_loader, train_loader
 from dattrain.data.fork import kept
-from dattrain.data.loader import eval_loader, train_loader
 from dattrain.data.workers import Workers
 from dattrain.errors import STALLED, UserError
 

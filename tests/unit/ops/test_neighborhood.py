@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-import types
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dattrain.errors import UserError
 from dattrain.ops import neighborhood
 from dattrain.ops.neighborhood import neighborhood_attention, window_start
 
@@ -30,19 +26,18 @@ def naive(q, k, v, table, size, scale):
     return torch.stack(rows, 2).reshape(batch, heads, height, width, -1)
 
 
-@pytest.mark.parametrize("backend", ["tiled", "gather"])
 @pytest.mark.parametrize(
     ("height", "width", "size"),
     [(7, 7, 7), (14, 14, 7), (9, 16, 5), (13, 8, 7), (3, 10, 7), (2, 2, 5), (1, 4, 3)],
 )
 @pytest.mark.parametrize("biased", [True, False])
-def test_values_and_gradients_equal_the_loop(backend, height, width, size, biased):
+def test_values_and_gradients_equal_the_loop(height, width, size, biased):
     generator = torch.Generator().manual_seed(height * 100 + width)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()  # noqa: E731
     q, k, v = (draw(2, 3, height, width, 4) for _ in range(3))
     table = draw(3, 2 * size - 1, 2 * size - 1) if biased else None
     inputs = [t for t in (q, k, v, table) if t is not None]
-    ours = neighborhood_attention(q, k, v, table, kernel_size=size, backend=backend)
+    ours = neighborhood_attention(q, k, v, table, kernel_size=size)
     theirs = naive(q, k, v, table, size, 4**-0.5)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     cotangent = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
@@ -138,72 +133,3 @@ def test_bad_arguments_are_refused():
         neighborhood_attention(x, x, x, None, kernel_size=4)
     with pytest.raises(ValueError, match="bias table"):
         neighborhood_attention(x, x, x, torch.zeros(2, 3, 3), kernel_size=3)
-
-
-def stand_in(monkeypatch, **functions):
-    """A module under NATTEN's name with the signatures of its 0.17 functions; the library itself needs a build."""
-    package, functional = types.ModuleType("natten"), types.ModuleType("natten.functional")
-    for name, function in functions.items():
-        setattr(functional, name, function)
-    package.functional = functional
-    monkeypatch.setitem(sys.modules, "natten", package)
-    monkeypatch.setitem(sys.modules, "natten.functional", functional)
-    neighborhood._checked_natten.cache_clear()
-
-
-def window(x, size):
-    rows = []
-    for y in range(x.shape[2]):
-        for c in range(x.shape[3]):
-            y0, c0 = starts(x.shape[2], size)[y], starts(x.shape[3], size)[c]
-            rows.append(x[:, :, y0 : y0 + size, c0 : c0 + size].flatten(2, 3))
-    return torch.stack(rows, 2).unflatten(2, x.shape[2:4])
-
-
-def na2d_qk(query, key, kernel_size, dilation, is_causal=False, rpb=None):
-    logits = (window(key, kernel_size) * query[:, :, :, :, None]).sum(-1)
-    for y, y0 in enumerate(starts(query.shape[2], kernel_size)):
-        for x, x0 in enumerate(starts(query.shape[3], kernel_size)):
-            top, left = y0 - y + kernel_size - 1, x0 - x + kernel_size - 1
-            logits[:, :, y, x] += rpb[:, top : top + kernel_size, left : left + kernel_size].flatten(1)
-    return logits
-
-
-def na2d_av(attn, value, kernel_size, dilation, is_causal=False):
-    return (attn[..., None] * window(value, kernel_size)).sum(-2)
-
-
-def test_natten_is_used_when_asked_for_and_small_maps_fall_back(monkeypatch):
-    calls = []
-
-    def counted(*args, **kwargs):
-        calls.append(1)
-        return na2d_qk(*args, **kwargs)
-
-    stand_in(monkeypatch, na2d_qk=counted, na2d_av=na2d_av)
-    monkeypatch.setenv(neighborhood.ENVIRONMENT_VARIABLE, "natten")
-    q, k, v = (torch.randn(2, 2, 7, 9, 4) for _ in range(3))
-    table = torch.randn(2, 9, 9)
-    ours = neighborhood_attention(q, k, v, table, kernel_size=5)
-    assert len(calls) == 2  # the check on first use, and the call
-    torch.testing.assert_close(ours, neighborhood_attention(q, k, v, table, kernel_size=5, backend="gather"))
-    small = q[:, :, :4]
-    neighborhood_attention(small, small, small, table, kernel_size=5)
-    assert len(calls) == 2
-
-
-def test_natten_that_cannot_serve_is_refused(monkeypatch):
-    x = torch.randn(1, 2, 7, 7, 4)
-    stand_in(monkeypatch)
-    with pytest.raises(UserError, match="no relative position bias"):
-        neighborhood_attention(x, x, x, None, kernel_size=5, backend="natten")
-    stand_in(monkeypatch, na2d_qk=lambda *a, **kw: na2d_qk(*a, **kw) * 2, na2d_av=na2d_av)
-    with pytest.raises(UserError, match="other values"):
-        neighborhood_attention(x, x, x, None, kernel_size=5, backend="natten")
-    monkeypatch.setitem(sys.modules, "natten", None)
-    neighborhood._checked_natten.cache_clear()
-    with pytest.raises(UserError, match="pip install"):
-        neighborhood_attention(x, x, x, None, kernel_size=5, backend="natten")
-    monkeypatch.setenv(neighborhood.ENVIRONMENT_VARIABLE, "fast")
-    with pytest.raises(UserError, match="no backend"):
-        neighborhood_attention(x, x, x, None, kernel_size=5)

@@ -19,7 +19,7 @@ NAMES = {
     "nvidia": "nvidia-dali-cuda130",
     "huggingface_hub": "huggingface-hub",
 }
-OPTIONAL = {"natten", "gcsfs", "skimage", "sklearn"}
+OPTIONAL = {"gcsfs", "skimage", "sklearn"}
 """Imported only where the user has them."""
 
 

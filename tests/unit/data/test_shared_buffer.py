@@ -10,8 +10,8 @@ import torch
 
 from dattrain.config.schema import Config
 from dattrain.data.classes import Classes
-from dattrain.data.loader import eval_loader, train_loader
-from dattrain.data.shared_buffer import Ring
+from dattrain.data.factory import eval_loader, train_loader
+from dattrain.data.shared_buffer import SharedBatchBuffer
 
 CPU = torch.device("cpu")
 
@@ -32,14 +32,14 @@ def opened(folder, workers):
 
 
 def test_a_slot_is_free_when_the_last_view_is_gone():
-    ring = Ring(2, 2, 100)
-    assert [ring.take(1), ring.take(1), ring.take(1), ring.take(0)] == [2, 3, None, 0]
-    ring.write(3, 50).fill_(7)
-    view = ring.read(3, 50).view(5, 10)[1:, 2]
+    buffer = SharedBatchBuffer(2, 2, 100)
+    assert [buffer.take(1), buffer.take(1), buffer.take(1), buffer.take(0)] == [2, 3, None, 0]
+    buffer.write(3, 50).fill_(7)
+    view = buffer.read(3, 50).view(5, 10)[1:, 2]
     gc.collect()
-    assert ring.take(1) is None and view.tolist() == [7] * 4
+    assert buffer.take(1) is None and view.tolist() == [7] * 4
     del view
-    assert ring.take(1) == 3
+    assert buffer.take(1) == 3
 
 
 @pytest.mark.parametrize("keep", ["all", "views", "none"])
@@ -60,7 +60,7 @@ def test_what_is_held_stays_as_it_was(make_shards, keep):
 
 
 def test_memory_is_used_again(make_shards):
-    """25 batches in sequence, none kept, lie in no more places than the ring has slots."""
+    """25 batches in sequence, none kept, lie in no more places than the buffer has slots."""
     loader = opened(make_shards(), 1)
     places = set()
     for batch in itertools.islice(loader, 25):

@@ -1,0 +1,286 @@
+"""Makes the loaders of a recipe: order, data set, plan and decoder put together for one rank."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from dattrain.config.derive import accumulation, check_samples
+from dattrain.config.schema import Config
+from dattrain.data import identity
+from dattrain.data.classes import Classes, absent, bare_numbers, canonical, decide, few, hold
+from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
+from dattrain.data.feed import Encoded, EvalFeed, TrainFeed, fetch
+from dattrain.data.loader import Decoder, EvalLoader, TrainLoader
+from dattrain.data.order import Order
+from dattrain.data.shared_buffer import SharedBatchBuffer
+from dattrain.data.source.dataset import Dataset, ShardDataset, open_dataset
+from dattrain.data.source.fields import said_by_samples
+from dattrain.data.source.index import NO_LABEL
+from dattrain.data.source.shards import check_train_glob
+from dattrain.data.stream import Slots, WebStream, stream_classes
+from dattrain.data.workers import Workers
+from dattrain.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_UPDATES_PER_HINT = 8
+
+
+def train_loader(
+    config: Config,
+    *,
+    rank: int,
+    world: int,
+    samples_seen: int,
+    device: torch.device,
+    img_size: int | tuple[int, int],
+) -> TrainLoader:
+    """The training loader of one rank, going on at ``samples_seen``; its workers start at once.
+
+    Raises:
+        ConfigError: no ``data.train``; labels that do not fit the head; a batch that does not divide.
+        UserError: nothing there, or a shard that does not fit its index.
+    """
+    train = config.train
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    accumulation(config, world)
+    if config.data.reader == "webdataset":
+        return _webdataset_loader(
+            config, rank=rank, world=world, samples_seen=samples_seen, device=device, size=size
+        )
+    dataset, classes = open_split(config, "train", None, rank=rank, world=world)
+    order = Order(
+        dataset.counts,
+        seed=train.seed,
+        lanes=config.data.lanes,
+        window=config.data.window,
+        shuffle=config.data.shuffle,
+    )
+    check_samples(config, order.samples)
+    feed = TrainFeed(
+        order,
+        config.augment,
+        train.seed,
+        size,
+        train.global_batch,
+        train.micro_batch,
+        rank,
+        world,
+        samples_seen,
+    )
+    decoder = _decoder(config, dataset, feed, size=size, device=device)
+    return TrainLoader(
+        decoder,
+        classes,
+        samples_per_epoch=order.samples,
+        identity=identity.of_dataset(dataset),
+        device=device,
+        before=Prefetch(dataset, feed) if dataset.fetches else lambda served: None,
+        close=dataset.close,
+    )
+
+
+def eval_loader(
+    config: Config,
+    classes: Classes,
+    *,
+    rank: int,
+    world: int,
+    device: torch.device,
+    img_size: int | tuple[int, int],
+) -> EvalLoader:
+    """The evaluation loader of one rank over ``data.val``; its workers start when it is iterated.
+
+    Args:
+        classes: of the network: ``TrainLoader.classes``, or those of a run or weights file. Labels of the set that have
+            names are asked for by name.
+
+    Raises:
+        ConfigError: no ``data.val``, or labels that do not fit the head.
+        UserError: nothing there, a class that the network has not, or a shard that does not fit its index.
+    """
+    dataset, _ = open_split(config, "val", classes, rank=rank, world=world)
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    feed = EvalFeed(dataset.counts, config.eval.batch, rank, world)
+    transform = EvalTransform(config.eval.resize, config.eval.crop_pct, config.augment.interpolation)
+
+    def decoder() -> Decoder:
+        return _decoder(config, dataset, feed, size=size, device=device, transform=transform, count=len(feed))
+
+    return EvalLoader(dataset, feed, decoder, device)
+
+
+def open_split(
+    config: Config, split: str, classes: Classes | None, *, rank: int, world: int
+) -> tuple[Dataset, Classes]:
+    """The data set of ``data.train`` or ``data.val``, its labels being class numbers of the network; errors as for the loaders.
+
+    Args:
+        classes: of the network; None lets this set or ``data.labels`` decide them.
+    """
+    data = config.data
+    spec = data.train if split == "train" else data.val
+    if spec is None:
+        raise ConfigError(f"data.{split} is not set; name a folder or pattern of shards, or an image folder")
+    dataset = open_dataset(
+        spec, cache_dir=data.cache_dir, cache_gb=data.cache_gb, verify=data.verify, rank=rank, world=world
+    )
+    try:
+        if split == "train" and isinstance(dataset, ShardDataset):
+            check_train_glob(spec, dataset.shards.paths)
+        classes, notes = number(config, split, dataset, classes)
+    except BaseException:
+        dataset.close()
+        raise
+    if rank == 0:
+        for line in [*dataset.notes, *notes]:
+            log.warning("%s", line)
+    return dataset, classes
+
+
+def number(
+    config: Config, split: str, dataset: Dataset, classes: Classes | None
+) -> tuple[Classes, list[str]]:
+    """Give a set the class numbers of the network; returns the network's classes, and what to tell of them.
+
+    Args:
+        classes: of the network; None lets this set or ``data.labels`` decide them.
+
+    Raises:
+        ConfigError: classes or labels that do not fit the head.
+        UserError: a class that the network has not.
+    """
+    data, num_classes = config.data, config.model.num_classes
+    what = f"data.{split}={dataset.name}"
+    notes = []
+    decides = classes is None
+    if classes is None:
+        classes = decide(dataset.classes, num_classes, data.labels, what)
+    if dataset.classes is not None:
+        own = Classes(len(dataset.classes), tuple(dataset.classes), "the manifest beside it")
+        hold(own, said_by_samples(dataset), what)
+        used = range(len(dataset.classes)) if dataset.used is None else sorted(dataset.used)
+        table = np.full(len(dataset.classes), NO_LABEL, dtype=np.int64)
+        table[list(used)] = numbers = classes.numbers([dataset.classes[label] for label in used], what)
+        dataset.renumber(table)
+        if missing := absent(classes, numbers):
+            notes.append(
+                f"{what}: has images of {len(numbers)} of {classes.count} classes; none of {few(missing)}"
+            )
+    else:
+        said = said_by_samples(dataset)
+        notes += bare_numbers(classes, said, what)
+        if decides and not classes.names:
+            classes = replace(classes, said=frozenset((label, canonical(name)) for _, label, name in said))
+    if dataset.max_label >= num_classes:
+        raise ConfigError(
+            f"{what} has labels up to {dataset.max_label}, but model.num_classes={num_classes}; "
+            "the data set and the head do not fit"
+        )
+    return classes, notes
+
+
+class Prefetch:
+    """Tells a data set which shards come next, every few updates; called with the number of micro-batches served."""
+
+    def __init__(self, dataset: Dataset, feed: TrainFeed) -> None:
+        self._dataset, self._feed = dataset, feed
+
+    def __call__(self, served: int) -> None:
+        """Hint, where an update of the right number begins."""
+        feed = self._feed
+        update, rest = divmod(served, feed.global_batch // feed.world // feed.micro_batch)
+        if rest == 0 and update % _UPDATES_PER_HINT == 0:
+            seen = feed.samples_seen + update * feed.global_batch
+            self._dataset.ahead(feed.order.shards_ahead(seen, feed.global_batch, feed.rank, feed.world))
+
+
+def _webdataset_loader(
+    config: Config, *, rank: int, world: int, samples_seen: int, device: torch.device, size: tuple[int, int]
+) -> TrainLoader:
+    data = config.data
+    if data.train is None:
+        raise ConfigError(
+            "data.train is not set; name shards or pipes, as in 'pipe:cat set-{0000..0099}.tar'"
+        )
+    if data.samples is None:
+        raise ConfigError(
+            "data.reader=webdataset cannot count the samples of a stream; set data.samples to how many make an epoch"
+        )
+    classes = stream_classes(config)
+    log.warning(
+        "data.reader=webdataset is not exact: shards are drawn with replacement, so samples are missed and doubled, and "
+        "a resumed run does not see what an uninterrupted one would have seen; data.reader=index is exact"
+    )
+    slots = Slots(config.train.global_batch, config.train.micro_batch, rank, world, samples_seen)
+    stream = WebStream(config, slots, size)
+    workers = Workers(
+        CpuDecoder(stream.read, size=size, skip_bad=data.on_bad == "skip"),
+        count=None,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        pin=device.type == "cuda",
+        patience=patience(config),
+        unit="micro-batch",
+    )
+    return TrainLoader(
+        workers,
+        classes,
+        samples_per_epoch=data.samples,
+        identity=identity.of_stream(stream.urls, data.samples),
+        device=device,
+    )
+
+
+def _decoder(
+    config: Config,
+    dataset: Dataset,
+    feed: TrainFeed | EvalFeed,
+    *,
+    size: tuple[int, int],
+    device: torch.device,
+    transform: EvalTransform | None = None,
+    count: int | None = None,
+) -> Decoder:
+    """The decoder that ``data.decoder`` names, at work."""
+    data = config.data
+    skip_bad = data.on_bad == "skip"
+
+    def read(number: int) -> Encoded:
+        return fetch(dataset, feed.request(number), num_classes=config.model.num_classes, skip_bad=skip_bad)
+
+    if data.decoder == "dali":
+        from dattrain.data.decode.dali import DaliDecoder
+
+        return DaliDecoder(
+            read,
+            batch=feed.most,
+            size=size,
+            skip_bad=skip_bad,
+            interpolation=config.augment.interpolation,
+            data=data,
+            device=device,
+            transform=transform,
+            count=count,
+            threads=max(1, data.workers),
+        )
+    # A worker holds ``prefetch`` batches ready; one is in the trainer's hands and one on its way.
+    buffer = SharedBatchBuffer(max(1, data.workers), data.prefetch + 2, feed.most * size[0] * size[1] * 3)
+    return Workers(
+        CpuDecoder(read, size=size, skip_bad=skip_bad, transform=transform, buffer=buffer),
+        count=count,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        pin=device.type == "cuda",
+        patience=patience(config),
+        unit="micro-batch",
+    )
+
+
+def patience(config: Config) -> float:
+    """Seconds that a worker may give nothing: fewer than the watchdog's, which could not say which worker it is."""
+    return 0.75 * config.train.health.stall_seconds

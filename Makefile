@@ -14,7 +14,7 @@ help:
 	@echo "make test-slurm  the tests on a real four-node Slurm alone (root, Debian or Ubuntu)"
 	@echo "make gpu         ask one NVIDIA GPU everything that we want to know (docs/benchmarks/gpu.md)"
 	@echo "make gpu-wheels  the packages of ours that a container with torch lacks, as wheels"
-	@echo "make format      rewrite the sources in the house's format"
+	@echo "make format      format the sources"
 	@echo "make lock        write requirements.lock anew from pyproject.toml"
 
 .venv/.stamp: requirements.lock pyproject.toml

@@ -1,6 +1,7 @@
 """``import dattrain`` in one process: train twice, look at the run, and the notebook's cells as they stand."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,20 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     body = f"import asyncio\nasync def cells():\n    exec({code!r}, globals())\nasyncio.run(cells())\nassert figure.axes[3].collections"
     run(body, tmp_path)
     assert list((tmp_path / "first-hour" / "run" / "checkpoints").iterdir())
+
+
+def test_the_readmes_lines_work_as_typed(tmp_path):
+    from fashion_images import image_folder
+
+    image_folder(tmp_path / "photos" / "train", 300)
+    image_folder(tmp_path / "photos" / "val", 60, 1000)
+    image_folder(tmp_path / "photos" / "new", 1, 2000, names=("",) * 10)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert '"train.max_steps": 200' in code
+    run(
+        code.replace(
+            '"train.max_steps": 200',
+            '"train.max_steps": 1, "train.global_batch": 16, "train.micro_batch": 16',
+        ),
+        tmp_path,
+    )

@@ -5,13 +5,15 @@ export OMP_NUM_THREADS ?= 1
 # Two that compute, and one for the Slurm, which mostly waits (tests/conftest.py).
 WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-full test-slurm gpu gpu-wheels lint format lock clean
+.PHONY: help demo test test-full test-slurm coverage docs gpu gpu-wheels lint format lock clean
 
 help:
 	@echo "make demo        pack Fashion-MNIST, pre-train, interrupt, resume, fine-tune, evaluate: minutes on 2 cores"
 	@echo "make test        lint, types, and the tests (a real Slurm too where root and apt are there)"
 	@echo "make test-full   the long matrix as well: hours"
 	@echo "make test-slurm  the tests on a real four-node Slurm alone (root, Debian or Ubuntu)"
+	@echo "make coverage    the share of lines that the unit tests run, against its floor"
+	@echo "make docs        the pages as a site with search, in site/ (Python 3.11 or newer)"
 	@echo "make gpu         ask one NVIDIA GPU everything that we want to know (docs/benchmarks/gpu.md)"
 	@echo "make gpu-wheels  the packages of ours that a container with torch lacks, as wheels"
 	@echo "make format      format the sources"
@@ -40,6 +42,12 @@ test-full: lint
 test-slurm: .venv/.stamp
 	$(BIN)/python -m pytest tests/slurm
 
+coverage: .venv/.stamp
+	$(BIN)/python -m pytest tests/unit $(WORKERS) --cov --cov-report=term --cov-report=xml
+
+docs: .venv/.stamp
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
+
 gpu: .venv/.stamp
 	$(BIN)/python -m benchmarks.gpu --out gpu-out
 
@@ -59,4 +67,4 @@ lock: .venv/.stamp
 	rm -rf requirements.lock.new .venv-lock
 
 clean:
-	rm -rf .venv demo-out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv demo-out build site coverage.xml .coverage *.egg-info .pytest_cache .mypy_cache .ruff_cache

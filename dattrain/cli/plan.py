@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dattrain.config.schema import Config
-    from dattrain.data.source.sample import Dataset
-
-SAMPLES = {
-    "imagenet-1k": 1_281_167,
-    "imagenet-12k": 12_129_687,
-    "imagenet-22k": 14_197_122,
-    "imagenet-22k-winter21": 13_151_276,
-    "imagenet-21k-p": 11_060_223,
-}
-"""Training images of the label sets, as their makers state them."""
-IMAGE_BYTES = 110_000
-"""Mean size of an ImageNet JPEG (some 140 GB for 1.28 million), where the shards are not at hand."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,11 +50,9 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: as ``plan``; the recipe is wrong, or a fine-tune that starts from nowhere.
         UserError: one that starts from what is not there.
     """
-    import json
-    from pathlib import Path
-
     from dattrain.config.derive import check_source
     from dattrain.config.load import load
+    from dattrain.planning.plan import Resources, measured_rate, plan
     from dattrain.submit.history import newest_checkpoint
 
     folder = Path(args.config)
@@ -72,159 +60,19 @@ def run(args: argparse.Namespace) -> int:
     config = load(path, args.overrides).config
     if newest_checkpoint(folder) is None:
         check_source(config)
-    found = plan(config, args, measured=_measured(folder) if folder.is_dir() else None)
+    resources = Resources(
+        nodes=args.nodes,
+        gpus_per_node=args.gpus_per_node,
+        cluster=args.cluster,
+        device=args.device,
+        device_gb=args.device_gb,
+        images_per_second=args.images_per_second,
+        samples=args.samples,
+        write_mb_per_s=args.write_mb_per_s,
+    )
+    found = plan(config, resources, measured=measured_rate(folder) if folder.is_dir() else None)
     print(json.dumps(found, indent=2) if args.json else render(config, found))
     return 1 if found["problems"] else 0
-
-
-def plan(config: Config, args: argparse.Namespace, measured: float | None = None) -> dict[str, Any]:
-    """All figures of a plan.
-
-    Raises:
-        ConfigError: the batch does not divide over the devices; the profile is wrong.
-    """
-    from dattrain.config.derive import derive
-    from dattrain.engine.session import build_model
-    from dattrain.errors import ConfigError
-    from dattrain.models import flops
-    from dattrain.planning import memory
-    from dattrain.submit import cluster
-
-    profile = cluster.load(args.cluster) if args.cluster else None
-    per_node = args.gpus_per_node or (profile.tasks if profile else 8)
-    if args.nodes < 1 or per_node < 1:
-        raise ConfigError(f"--nodes {args.nodes} of --gpus-per-node {per_node}: at least 1 of each")
-    world = args.nodes * per_node
-    samples, samples_from, image_bytes, bytes_from = _data(config, args.samples)
-    derived = derive(config, world=world, samples_per_epoch=samples)
-    sizes = [config.model.img_size, *(p.img_size for p in config.train.progressive)]
-    largest = max(sizes, key=lambda s: s * s if isinstance(s, int) else s[0] * s[1])
-    model = build_model(config, config.model.img_size)
-    parameters = flops.parameters(model)
-    forward = flops.flops(model, config.model.img_size, config.model.in_chans)
-    if largest != config.model.img_size:
-        model = build_model(config, largest)
-    kept = {}
-    for mode in ("none", "selective", "block", "stage"):
-        changed = config.model_copy(update={"train": config.train.model_copy(update={"remat": mode})})
-        kept[mode] = memory.activations(
-            model, changed, micro_batch=config.train.micro_batch, img_size=largest, device=args.device
-        )
-    ema = config.train.ema_decay > 0
-    states = {
-        stage: memory.states(
-            parameters, world=world, stage=stage, precision=config.train.precision, ema=ema, device=args.device,
-            offload=config.zero.offload.optimizer is not None,
-        )
-        for stage in (0, 1, 2, 3)
-    }  # fmt: skip
-    mine, act = states[config.zero.stage], kept[config.train.remat]
-    saved = memory.checkpoint_bytes(parameters, ema=ema)
-    save_s = saved / world / (args.write_mb_per_s * 1e6)
-    rate = args.images_per_second or measured
-    step_s = config.train.global_batch / rate if rate else None
-    steps = derived.last_step
-    total = mine.total + act.peak
-    delay = profile.signal_delay_s if profile else None
-    problems = []
-    if total > args.device_gb * 1e9:
-        problems.append(
-            f"a device needs {total / 1e9:.1f} GB and has {args.device_gb:g}: lower train.micro_batch, or use train.remat"
-        )
-    if delay is not None and save_s + (step_s or 0.0) > delay:
-        problems.append(
-            f"a step and a save take {save_s + (step_s or 0.0):.0f} s, but signal_delay_s of {args.cluster} is {delay}: raise it"
-        )
-    return {
-        "parameters": parameters,
-        "flops_per_image": forward,
-        "world": world,
-        "micro_batch": config.train.micro_batch,
-        "accumulation": derived.accumulation,
-        "samples_per_epoch": samples,
-        "samples_from": samples_from,
-        "steps": steps,
-        "bytes_per_device": {
-            "weights": mine.weights, "gradients": mine.gradients, "optimizer": mine.optimizer, "ema": mine.ema,
-            "buffers": mine.buffers + mine.working, "activations_kept": act.kept, "activations_peak": act.peak, "total": total,
-        },
-        "states_by_stage": {str(stage): s.total for stage, s in states.items()},
-        "activations_by_remat": {mode: {"kept": a.kept, "peak": a.peak} for mode, a in kept.items()},
-        "activations_img_size": largest,
-        "checkpoint_bytes": saved,
-        "save_s": save_s,
-        "write_mb_per_s": args.write_mb_per_s,
-        "signal_delay_s": delay,
-        "images_per_s": rate,
-        "images_per_s_from": "given" if args.images_per_second else "measured" if measured else None,
-        "step_s": step_s,
-        "image_bytes": image_bytes,
-        "image_bytes_from": bytes_from,
-        "read_bytes_per_s": rate * image_bytes if rate else None,
-        "hours": steps * config.train.global_batch / rate / 3600 if rate else None,
-        "device_gb": args.device_gb,
-        "problems": problems,
-    }  # fmt: skip
-
-
-def _measured(run: Any) -> float | None:
-    """Median images/s of a run's last rows."""
-    from statistics import median
-
-    from dattrain.observe.metrics import read
-
-    rates = [row["images_per_s"] for row in read(run)[-200:] if row.get("images_per_s")]
-    return median(rates) if rates else None
-
-
-def _data(config: Config, given: int | None) -> tuple[int, str, float, str]:
-    """Samples per epoch and mean bytes of a sample, each with where it is from.
-
-    Raises:
-        UserError: nothing tells how many samples there are; classes that do not fit the head.
-    """
-    from dattrain.data.factory import number
-    from dattrain.data.source.dataset import open_dataset
-    from dattrain.data.source.listing import is_remote
-    from dattrain.errors import UserError
-
-    if given is not None:
-        return given, "given", IMAGE_BYTES, "ImageNet's mean"
-    if config.data.train is not None and not is_remote(config.data.train):
-        try:
-            dataset = open_dataset(config.data.train)
-        except UserError:
-            # Planned where the shards are not; then the label set tells.
-            if config.data.labels is None:
-                raise
-        else:
-            try:
-                number(config, "train", dataset, None)
-                samples, size = _count(dataset)
-            finally:
-                dataset.close()
-            return samples, "the data", size, "the data"
-    if config.data.labels is not None:
-        return (
-            SAMPLES[config.data.labels],
-            f"data.labels={config.data.labels}",
-            IMAGE_BYTES,
-            "ImageNet's mean",
-        )
-    raise UserError(
-        "neither data.train (local shards) nor data.labels tells how many images there are: give --samples N"
-    )
-
-
-def _count(dataset: Dataset) -> tuple[int, float]:
-    """Samples and mean bytes of a sample of local shards or an image folder."""
-    from dattrain.data.source.dataset import ShardDataset
-
-    samples = int(dataset.counts.sum())
-    if isinstance(dataset, ShardDataset):
-        return samples, float(dataset.shards.sizes.sum()) / samples
-    chosen = range(0, samples, max(1, samples // 64))
-    return samples, sum(len(dataset.read(0, n).data) for n in chosen) / len(chosen)
 
 
 def render(config: Config, p: dict[str, Any]) -> str:

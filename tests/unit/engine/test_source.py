@@ -8,11 +8,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from dattrain.cli import main as cli
-from dattrain.cli import plan
+from dattrain.cli import plan as verb
 from dattrain.config.derive import check_source
 from dattrain.config.load import loads
 from dattrain.engine.trainer import train
 from dattrain.errors import ConfigError
+from dattrain.planning import plan
 
 BASE = "name: tune\nmodel: {name: dat_atto, img_size: 32}\ntrain: {global_batch: 8, micro_batch: 8}\n"
 REFUSED = r"tune is a fine-tune \({}\).*init.from=RUN_OR_WEIGHTS, for example init.from="
@@ -32,7 +33,7 @@ def test_what_makes_a_fine_tune(mark):
 def test_what_it_starts_from_is_there(tmp_path, capsys, monkeypatch):
     """Whoever plans, queues or trains says so at once; where another job comes first, it may write it."""
     monkeypatch.setattr(plan, "plan", lambda *a, **k: {"problems": []})
-    monkeypatch.setattr(plan, "render", lambda *a: "planned")
+    monkeypatch.setattr(verb, "render", lambda *a: "planned")
     recipe, weights, profile = (tmp_path / name for name in ("tune.yaml", "w.safetensors", "profile.yaml"))
     recipe.write_text(BASE)
     profile.write_text("tasks_per_node: 1\n")
@@ -62,7 +63,7 @@ def test_training_is_refused_before_anything_is_read_or_written(tmp_path):
 
 def test_plan_and_submit_refuse_it_but_for_a_run_under_way(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plan, "plan", lambda *a, **k: {"problems": []})
-    monkeypatch.setattr(plan, "render", lambda *a: "planned")
+    monkeypatch.setattr(verb, "render", lambda *a: "planned")
     recipe, run = tmp_path / "tune.yaml", tmp_path / "run"
     recipe.write_text(BASE + "init: {required: true}\n")
     submit = ["submit", "--cluster", "local", "--dry-run", "--run", str(run)]

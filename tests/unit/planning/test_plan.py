@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
@@ -22,7 +21,7 @@ from dattrain.config.schema import Config
 from dattrain.engine import activation_checkpointing
 from dattrain.errors import ConfigError, UserError
 from dattrain.models import zoo
-from dattrain.planning import memory
+from dattrain.planning import memory, plan
 
 WITHIN = 0.15
 
@@ -164,24 +163,16 @@ def test_states_are_within_15_percent_of_what_deepspeed_holds(
     assert found.standing == pytest.approx(measured, rel=WITHIN)
 
 
-def _plan(config: Config, *arguments: str) -> dict[str, Any]:
-    parser = argparse.ArgumentParser()
-    verb.add_arguments(parser)
-    return verb.plan(config, parser.parse_args(["x", *arguments]))
-
-
 def test_arithmetic_of_steps_hours_and_reading() -> None:
     config = _config(
         model={"img_size": 32, "num_classes": 10},
         data={"labels": "imagenet-1k"},
         schedule={"epochs": 2, "warmup_epochs": 0},
     )
-    found = _plan(
-        config, "--nodes", "2", "--gpus-per-node", "4", "--images-per-second", "1000", "--device", "cpu"
-    )
+    found = plan.plan(config, plan.Resources(nodes=2, gpus_per_node=4, images_per_second=1000, device="cpu"))
     assert found["steps"] == -(-2 * 1_281_167 // 64)
     assert found["hours"] == pytest.approx(found["steps"] * 64 / 1000 / 3600)
-    assert found["read_bytes_per_s"] == 1000 * verb.IMAGE_BYTES
+    assert found["read_bytes_per_s"] == 1000 * plan.IMAGE_BYTES
     assert found["accumulation"] == 1
     assert found["parameters"] == sum(
         p.numel() for p in zoo.create("dat_atto", num_classes=10, img_size=32).parameters()
@@ -194,16 +185,9 @@ def test_arithmetic_of_steps_hours_and_reading() -> None:
 def test_what_does_not_fit_is_called_a_problem(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("signal_delay_s: 1\ntasks_per_node: 2\n")
     config = _config(model={"img_size": 32, "num_classes": 10}, data={"labels": "imagenet-1k"})
-    found = _plan(
+    found = plan.plan(
         config,
-        "--cluster",
-        str(tmp_path / "c.yaml"),
-        "--device-gb",
-        "0.01",
-        "--images-per-second",
-        "10",
-        "--device",
-        "cpu",
+        plan.Resources(cluster=str(tmp_path / "c.yaml"), device_gb=0.01, images_per_second=10, device="cpu"),
     )
     memory, save = found["problems"]
     assert "train.micro_batch" in memory
@@ -218,20 +202,23 @@ def test_images_at_hand_are_counted_and_weighed(tmp_path: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8 + number, 8)).save(folder / f"{number}.png")
     config = _config(model={"img_size": 32, "num_classes": 2}, data={"train": str(tmp_path / "data")})
-    found = _plan(config, "--gpus-per-node", "1", "--device", "cpu")
+    found = plan.plan(config, plan.Resources(gpus_per_node=1, device="cpu"))
     assert (found["samples_per_epoch"], found["samples_from"]) == (64, "the data")
     sizes = [path.stat().st_size for path in tmp_path.rglob("*.png")]
     assert found["image_bytes"] == pytest.approx(sum(sizes) / 64)
     config = _config(model={"img_size": 32, "num_classes": 3}, data={"train": str(tmp_path / "data")})
     with pytest.raises(ConfigError, match=r"has 2 classes \(class0, class1\), but model.num_classes=3"):
-        _plan(config, "--gpus-per-node", "1", "--device", "cpu")
+        plan.plan(config, plan.Resources(gpus_per_node=1, device="cpu"))
 
 
 def test_without_any_count_of_images_it_asks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--samples"):
-        _plan(_config(), "--gpus-per-node", "1")
+        plan.plan(_config(), plan.Resources(gpus_per_node=1))
     with pytest.raises(ConfigError, match="does not divide"):
-        _plan(_config(data={"labels": "imagenet-1k"}, train={"micro_batch": 32}), "--gpus-per-node", "4")
+        plan.plan(
+            _config(data={"labels": "imagenet-1k"}, train={"micro_batch": 32}),
+            plan.Resources(gpus_per_node=4),
+        )
 
 
 def test_the_verb_needs_no_device(tmp_path: Path) -> None:

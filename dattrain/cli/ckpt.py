@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dattrain.cli.ckpt_convert import export, import_, recipe
+from dattrain.cli import ckpt_convert
 from dattrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     ls = actions.add_parser(
-        "ls", help="the checkpoints of a run: step, samples, metric, size, world, stage, whole or not"
+        "ls", help="the checkpoints of a run: step, samples, metric, size, world, stage, complete or not"
     )
     ls.add_argument("run_dir", metavar="RUN")
     ls.add_argument(
@@ -55,57 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prune.add_argument("--keep-best", type=int, metavar="K", help="instead of checkpoint.keep_best")
     prune.add_argument("--metric", metavar="NAME", help="instead of checkpoint.metric")
     prune.add_argument(
-        "--damaged", action="store_true", help="remove damaged ones too, if a whole one is left"
+        "--damaged", action="store_true", help="remove damaged ones too, if a complete one is left"
     )
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
 
-    load = actions.add_parser("import", help="make a checkpoint of a run out of another program's")
-    load.add_argument(
-        "source",
-        metavar="FOLDER",
-        help="what engine.save_checkpoint or dcp.save was given, or torchtitan's folder of step-N",
-    )
-    load.add_argument(
-        "run_dir", metavar="RUN", help="run folder with a config.yaml of the same model, as `train` writes it"
-    )
-    load.add_argument(
-        "--from",
-        dest="source_format",
-        choices=("deepspeed", "dcp"),
-        help="DeepSpeed's own layout or torch.distributed.checkpoint's (default: what FOLDER holds)",
-    )
-    load.add_argument("--tag", help="which of its checkpoints (default: the latest)")
-    load.add_argument(
-        "--samples-seen",
-        type=int,
-        metavar="N",
-        help="position in the data (default: what it tells, as DeepSpeed's global_samples)",
-    )
-    load.add_argument(
-        "--trust", action="store_true", help="unpickle what cannot be read otherwise: it may run any code"
-    )
-
-    export = actions.add_parser(
-        "export", help="write a checkpoint for other programs, gathering one tensor at a time"
-    )
-    export.add_argument("path", metavar="RUN|CHECKPOINT")
-    export.add_argument("out", metavar="FOLDER")
-    export.add_argument(
-        "--to",
-        choices=("safetensors", "deepspeed", "dcp"),
-        default="safetensors",
-        help="safetensors with names and a config that timm loads, DeepSpeed's universal checkpoint, or "
-        "torch.distributed.checkpoint's, with optimizer state",
-    )
-    which = export.add_mutually_exclusive_group()
-    which.add_argument(
-        "--ema",
-        dest="ema",
-        action="store_true",
-        default=None,
-        help="the averaged weights (default if there are any)",
-    )
-    which.add_argument("--no-ema", dest="ema", action="store_false", help="the trained weights")
+    ckpt_convert.add_actions(actions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
         "verify": _verify,
         "pin": _pin,
         "prune": _prune,
-        "import": import_,
-        "export": export,
+        "import": ckpt_convert.import_,
+        "export": ckpt_convert.export,
     }
     return actions[args.action](args)
 
@@ -129,7 +83,7 @@ def _ls(args: argparse.Namespace) -> int:
     from dattrain.state.format import checkpoint, retention
 
     root = _root(args.run_dir)
-    config = recipe(root)
+    config = _recipe(root)
     metric = args.metric or (config.checkpoint.metric if config else "top1")
     found = checkpoint.entries(root)
     kept = retention.kept(found, _policy(config))
@@ -173,7 +127,7 @@ def _row(entry: Entry, metric: str, kept: str) -> dict[str, Any]:
         "precision": m.precision if m else None,
         "saved_at": m.saved_at if m else None,
         "kept": "pinned" if entry.pinned else kept,
-        "state": "whole" if m else f"damaged: {entry.reason}",
+        "state": "complete" if m else f"damaged: {entry.reason}",
     }
 
 
@@ -246,7 +200,7 @@ def _verify(args: argparse.Namespace) -> int:
             bad += 1
             print(f"{folder.name}: DAMAGED: {e}")
         else:
-            print(f"{folder.name}: whole, {len(manifest.files)} files, {_bytes(manifest.nbytes)}")
+            print(f"{folder.name}: complete, {len(manifest.files)} files, {_bytes(manifest.nbytes)}")
     return 1 if bad else 0
 
 
@@ -293,7 +247,7 @@ def _prune(args: argparse.Namespace) -> int:
     }
     try:
         policy = dataclasses.replace(
-            _policy(recipe(root)), **{k: v for k, v in given.items() if v is not None}
+            _policy(_recipe(root)), **{k: v for k, v in given.items() if v is not None}
         )
     except ValueError as e:
         raise UserError(str(e), exit_code=2) from e
@@ -315,7 +269,7 @@ def _prune(args: argparse.Namespace) -> int:
 def _remove(args: argparse.Namespace, root: Path, policy: Policy) -> int:
     from dattrain.state.format import checkpoint, retention
 
-    found = _believed(checkpoint.entries(root), policy)
+    found = retention.confirmed(checkpoint.entries(root), policy)
     gone = retention.doomed(found, policy)
     if args.damaged:
         damaged = [e for e in found if e.manifest is None and not e.pinned]
@@ -336,31 +290,15 @@ def _remove(args: argparse.Namespace, root: Path, policy: Policy) -> int:
     return 0
 
 
-def _believed(found: list[Entry], policy: Policy) -> list[Entry]:
-    """``found``, where those that are kept as the last ones have been read: others are removed because these are there."""
-    import dataclasses
-
-    from dattrain.errors import Damaged
-    from dattrain.state.format import checkpoint, retention
-
-    read: set[str] = set()
-    while retention.doomed(found, policy):
-        kept = retention.kept(found, policy)
-        last = [
-            i for i, e in enumerate(found) if kept.get(e.folder.name) == "last" and e.folder.name not in read
-        ]
-        if not last:
-            break
-        entry = found[last[-1]]
-        read.add(entry.folder.name)
-        try:
-            checkpoint.verify(entry.folder)
-        except Damaged as error:
-            found[last[-1]] = dataclasses.replace(entry, manifest=None, reason=str(error))
-    return found
-
-
 # Shared
+
+
+def _recipe(root: Path) -> Config | None:
+    """The recipe of the run that ``root`` (its checkpoints folder) belongs to, None without a run around it."""
+    from dattrain.config.load import load
+
+    path = root.parent / "config.yaml"
+    return load(path, []).config if path.is_file() else None
 
 
 def _root(path: str) -> Path:

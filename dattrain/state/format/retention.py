@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dattrain.errors import Damaged
 from dattrain.state.format import checkpoint
 from dattrain.state.format.checkpoint import Entry
 
@@ -66,6 +67,27 @@ def doomed(entries: Sequence[Entry], policy: Policy) -> list[Entry]:
     """The whole checkpoints that ``policy`` does not keep, oldest first; never the newest whole one."""
     keep = kept(entries, policy)
     return [e for e in entries if e.manifest is not None and e.folder.name not in keep]
+
+
+def confirmed(found: list[Entry], policy: Policy) -> list[Entry]:
+    """``found``, where those that are kept as the last ones have been read: others are removed because these are there."""
+    read: set[str] = set()
+    while doomed(found, policy):
+        reasons = kept(found, policy)
+        last = [
+            i
+            for i, e in enumerate(found)
+            if reasons.get(e.folder.name) == "last" and e.folder.name not in read
+        ]
+        if not last:
+            break
+        entry = found[last[-1]]
+        read.add(entry.folder.name)
+        try:
+            checkpoint.verify(entry.folder)
+        except Damaged as error:
+            found[last[-1]] = replace(entry, manifest=None, reason=str(error))
+    return found
 
 
 def prune(root: Path, policy: Policy, damaged: Collection[str] = ()) -> list[str]:

@@ -45,9 +45,9 @@ def test_ls(run_dir, capsys):
     assert main(["ckpt", "ls", str(run_dir)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:4] == ["step", "samples", "epoch", "top1"]
-    assert lines[2].split()[:4] == ["2", "20", "1", "70"] and lines[2].endswith("best top1  whole")
+    assert lines[2].split()[:4] == ["2", "20", "1", "70"] and lines[2].endswith("best top1  complete")
     assert "damaged: rank_00001.safetensors: 100 bytes, not" in lines[3]
-    assert lines[4].split()[-2:] == ["last", "whole"]
+    assert lines[4].split()[-2:] == ["last", "complete"]
     assert main(["ckpt", "ls", str(run_dir), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [r["step"] for r in rows] == [1, 2, 3, 4] and rows[0]["world"] == 2 and rows[2]["metric"] is None
@@ -72,7 +72,7 @@ def test_verify(run_dir, capsys):
     assert main(["ckpt", "verify", str(run_dir)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "step_00000001: DAMAGED: rank_00000.safetensors: bytes" in lines[0]
-    assert "step_00000002: whole, 2 files" in lines[1]
+    assert "step_00000002: complete, 2 files" in lines[1]
     assert "step_00000003: DAMAGED" in lines[2]
     assert main(["ckpt", "verify", str(run_dir / "checkpoints" / "step_00000004")]) == 0
     assert main(["ckpt", "verify", str(run_dir / "nothing")]) == 1

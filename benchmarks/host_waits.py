@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from dattrain.bench import step as bench
+from dattrain.bench.contender import Batches, Contender
 from dattrain.config.derive import derive
 from dattrain.config.load import loads
 from dattrain.data.augment.mixup import Mixer
@@ -36,12 +37,12 @@ NOT_ON_CUDA = "dattrain/engine/optim.py"
 
 
 @contextmanager
-def updates(stage: int, precision: str = "bf16") -> Iterator[tuple[Session, bench.Contender]]:
+def updates(stage: int, precision: str = "bf16") -> Iterator[tuple[Session, Contender]]:
     """A session on the CPU that has run its first updates. One per process for each process group."""
     words = ["model.name=dat_atto", "model.img_size=64", "model.num_classes=10", "train.micro_batch=2"]
     config = bench.read([*words, f"zero.stage={stage}", f"train.precision={precision}"], ACCUMULATION)
     session = open_session(config, derive(config, world=1, samples_per_epoch=1000), CPU, 64)
-    contender = bench.Contender(session, bench.Batches(config, CPU), config.optim.lr)
+    contender = Contender(session, Batches(config, CPU), config.optim.lr)
     for _ in range(3):  # DeepSpeed's clock begins at its third
         contender()
     try:

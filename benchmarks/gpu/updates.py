@@ -12,6 +12,7 @@ from benchmarks.gpu.job import Job
 from benchmarks.gpu.models import bench
 from dattrain.bench import step
 from dattrain.bench.attention import pick_device
+from dattrain.bench.contender import open_contender
 from dattrain.config.schema import Config
 from dattrain.runtime import environment
 
@@ -126,7 +127,7 @@ def fits(config: Config, count: int, device: torch.device) -> bool:
     contender = None
     try:
         # Not as the baseline, for which running out of memory is an error.
-        contender = step.open_contender("tried", config.model_copy(update={"train": train}), device, [])
+        contender = open_contender("tried", config.model_copy(update={"train": train}), device, [])
         return contender is not None
     finally:
         if contender is not None:

@@ -22,6 +22,7 @@ from benchmarks.gpu.job import Job
 from benchmarks.gpu.updates import TINY
 from dattrain.bench import step
 from dattrain.bench.attention import pick_device
+from dattrain.bench.contender import open_contender
 from dattrain.runtime import environment
 
 AGREED = (
@@ -40,7 +41,7 @@ def run(job: Job) -> None:
     words = TINY if job.dry else ("train.micro_batch=64",)
     config = step.read([*words], 2)
     with environment.process_group(environment.resolve({}), device):
-        contender = step.open_contender("recipe", config, device, [])
+        contender = open_contender("recipe", config, device, [])
         assert contender is not None  # a micro-batch this small fits
         for _ in range(1 if job.dry else 4):
             contender()

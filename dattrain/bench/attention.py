@@ -1,4 +1,4 @@
-"""``dattrain bench attention``: the deformable core, every backend against the straightforward formulation.
+"""The deformable core, every backend against the straightforward formulation.
 
 Time forward and forward with backward, and the bytes that autograd keeps in between. The baseline is
 ``benchmarks/straightforward.py`` of the source tree, or the reference backend where that is not there.
@@ -6,67 +6,64 @@ Time forward and forward with backward, and the bytes that autograd keeps in bet
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+import dattrain
+from dattrain import ops
 from dattrain.bench import common
 from dattrain.bench.device import DeviceClock
 from dattrain.errors import UserError
 
-if TYPE_CHECKING:
-    import torch
-
-DTYPES = ("fp32", "bf16", "fp16")
 BATCHES = {"cpu": (8, 2), "cuda": (128, 32)}
 """Images at 14 x 14 and at 24 x 24: on CUDA the micro-batches of DAT-T at 224 and of DAT-B at 384 pixels, so that it is the device
 that takes the time and not Python."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Sizes default to the third stage at 224 and 384 pixels."""
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[14, 24], metavar="N", help="sides of the map (14 24)"
-    )
-    parser.add_argument(
-        "--batch", type=int, nargs="+", metavar="B", help="images, per size (8 2 on a CPU, 128 32 on CUDA)"
-    )
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--groups", type=int, default=3)
-    parser.add_argument("--dim", type=int, default=32, help="channels of a head")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--grids", nargs="+", choices=("center", "corner"), default=["center", "corner"])
-    parser.add_argument("--passes", nargs="+", choices=("forward", "both"), default=["forward", "both"])
-    parser.add_argument(
-        "--backends", nargs="+", help="of dattrain.ops (default: all that run here but the reference)"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="add the straightforward formulation under torch.compile"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
-    common.add_output_arguments(parser)
+def bench(
+    *,
+    sizes: Sequence[int],
+    batches: Sequence[int] | None,
+    heads: int,
+    groups: int,
+    dim: int,
+    dtypes: Sequence[str],
+    grids: Sequence[str],
+    passes: Sequence[str],
+    backends: Sequence[str] | None,
+    compile: bool,
+    device: torch.device,
+    rounds: int,
+) -> common.BenchReport:
+    """Time every case.
 
+    Args:
+        sizes: sides of the map.
+        batches: images, one number per size or one for all; None takes ``BATCHES``.
+        heads: attention heads.
+        groups: offset groups.
+        dim: channels of a head.
+        dtypes: of ``defaults.DTYPES``.
+        grids: ``center`` and ``corner``.
+        passes: ``forward`` and ``both`` (with backward).
+        backends: of ``dattrain.ops``; None takes all that run here but the reference.
+        compile: add the straightforward formulation under ``torch.compile``.
+        device: where.
+        rounds: turns of each contender.
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; 0."""
-    import torch
-
-    from dattrain import ops
-
-    device = pick_device(args.device)
+    Raises:
+        UserError: a backend that is not available here.
+    """
     usual = list(BATCHES[device.type])
-    batches = args.batch or (usual if len(args.sizes) == len(usual) else usual[:1])
-    if len(batches) not in (1, len(args.sizes)):
-        raise UserError(
-            f"--batch has {len(batches)} values for {len(args.sizes)} sizes; give one, or one per size"
-        )
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    batches = list(batches or (usual if len(sizes) == len(usual) else usual[:1]))
     running = [status.name for status in ops.backends() if status.available]
-    backends = args.backends or [
+    backends = backends or [
         name
         for name in running
         if name != "reference" and name != ("native" if device.type == "cuda" else "triton")
@@ -77,36 +74,34 @@ def run(args: argparse.Namespace) -> int:
     plain = straightforward()
     measurements: list[common.Measurement] = []
     notes: list[str] = []
-    for size, batch in zip(args.sizes, batches * len(args.sizes) if len(batches) == 1 else batches):
-        for grid in args.grids:
-            for dtype in args.dtypes:
+    for size, batch in zip(sizes, batches * len(sizes) if len(batches) == 1 else batches):
+        for grid in grids:
+            for dtype in dtypes:
                 # Each case is a graph of its own, and torch keeps a few per function: what came after them would run
                 # uncompiled.
                 torch._dynamo.reset()
-                inputs = draw(size, batch, args.heads, args.groups, args.dim, to_dtype(dtype), device)
+                inputs = draw(size, batch, heads, groups, dim, to_dtype(dtype), device)
                 calls: dict[str, Callable[..., torch.Tensor]] = {}
                 if plain is not None:
                     calls["straightforward"] = plain.deform_attention
-                    if args.compile:
+                    if compile:
                         compiled = try_compile(plain.deform_attention, notes, warm=(inputs, size, grid))
                         calls |= {"straightforward, compiled": compiled} if compiled else {}
                 else:
                     calls["reference"] = with_backend(ops.deform_attention, "reference")
                 calls |= {name: with_backend(ops.deform_attention, name) for name in backends}
-                for direction in args.passes:
+                for direction in passes:
                     case = f"{size}x{size} B{batch} {grid} {dtype} {'forward' if direction == 'forward' else 'forward+backward'}"
                     measurements += measure(
-                        case, calls, inputs, size, grid, direction == "both", args.rounds, notes
+                        case, calls, inputs, size, grid, direction == "both", rounds, notes
                     )
-    report = common.Report(
-        f"Deformable attention core, {args.heads} heads of {args.dim}, {args.groups} groups",
+    return common.BenchReport(
+        f"Deformable attention core, {heads} heads of {dim}, {groups} groups",
         measurements,
         item="image",
         notes=notes,
         machine=common.describe_machine(str(device)),
     )
-    common.emit(report, args)
-    return 0
 
 
 def measure(
@@ -148,8 +143,6 @@ def measure(
 
 def pick_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is one."""
-    import torch
-
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -160,16 +153,11 @@ def pick_device(name: str) -> torch.device:
 
 def to_dtype(name: str) -> torch.dtype:
     """The dtype that a recipe calls so."""
-    import torch
-
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def straightforward() -> ModuleType | None:
     """``benchmarks/straightforward.py`` of the source tree that this package runs from, if it does."""
-    import importlib.util
-
-    import dattrain
 
     path = Path(dattrain.__file__).parents[1] / "benchmarks" / "straightforward.py"
     spec = importlib.util.spec_from_file_location("dattrain_straightforward", path)
@@ -198,7 +186,6 @@ def draw(
         size: side of the map of queries, for which the table is laid out.
         keys: side of the map of keys; that of the queries when None.
     """
-    import torch
 
     generator = torch.Generator().manual_seed(0)
     side = keys or size
@@ -219,8 +206,6 @@ def draw(
 
 def with_backend(function: Callable[..., torch.Tensor], backend: str) -> Callable[..., torch.Tensor]:
     """``function`` with that backend."""
-    import functools
-
     return functools.partial(function, backend=backend)
 
 
@@ -228,8 +213,6 @@ def step(
     call: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], size: int, grid: str, backward: bool
 ) -> Callable[[], Any]:
     """One turn: forward without gradients, or forward and all gradients."""
-    import torch
-
     batch, heads, queries, dim = inputs[0].shape
     tokens = torch.randn(batch, queries, heads, dim, generator=torch.Generator().manual_seed(1))
     cotangent = tokens.to(inputs[0]).transpose(1, 2)
@@ -249,7 +232,6 @@ def kept_bytes(
     call: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], size: int, grid: str
 ) -> int:
     """Bytes of the storages that autograd keeps between forward and backward, each counted once."""
-    import torch
 
     kept: dict[int, int] = {}
 
@@ -269,7 +251,6 @@ def try_compile(
     function: Callable[..., torch.Tensor], notes: list[str], warm: tuple[tuple[torch.Tensor, ...], int, str]
 ) -> Callable[..., torch.Tensor] | None:
     """Compiled and run once; on failure a line in ``notes`` that says why, and None."""
-    import torch
 
     compiled = torch.compile(function, dynamic=False, fullgraph=True)
     inputs, size, grid = warm

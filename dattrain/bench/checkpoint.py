@@ -1,4 +1,4 @@
-"""``dattrain bench checkpoint``: what a save costs the step loop, and how near to the disk's own speed it writes and reads.
+"""What a save costs the step loop, and how near to the disk's own speed it writes and reads.
 
 Bars: a background save stalls the loop for less than a tenth of a blocking one, and a save moves at least 70% of the bytes
 per second that bare writers of the same number, in the same run, get out of the same disk.
@@ -6,89 +6,63 @@ per second that bare writers of the same number, in the same run, get out of the
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dattrain.bench.common import Measurement, Report, Spread, add_output_arguments, emit
+from dattrain.bench.common import BenchReport, Measurement, Spread
 from dattrain.errors import UserError
+from dattrain.runtime.spawn import launch
 
 STALL_BAR, BANDWIDTH_BAR = 0.10, 0.70
 Seconds = list[tuple[float, float]]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the subverb."""
-    parser.add_argument(
-        "--parameters",
-        type=float,
-        default=200e6,
-        metavar="N",
-        help="of the model (default 200e6; 12 bytes each are saved)",
-    )
-    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="local ranks that save (default 2)")
-    parser.add_argument(
-        "--load-ranks",
-        type=int,
-        nargs="*",
-        default=[2, 4],
-        metavar="N",
-        help="local ranks that load (default 2 4)",
-    )
-    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage (default 2)")
-    parser.add_argument(
-        "--dir",
-        type=Path,
-        default=Path("."),
-        metavar="DIR",
-        help="where to write, on the disk to be measured; needs 3x the state",
-    )
-    add_output_arguments(parser)
+def bench(
+    folder: Path, *, parameters: int, ranks: int, load_ranks: Sequence[int], stage: int, rounds: int
+) -> BenchReport:
+    """Time saves and loads by real ranks.
+
+    Args:
+        folder: where to write, on the disk to be measured; needs three times the state.
+        parameters: of the model; 12 bytes each are saved.
+        ranks: local ranks that save.
+        load_ranks: local ranks that load, one turn for each number.
+        stage: ZeRO stage.
+        rounds: turns of each contender.
+
+    Raises:
+        UserError: ranks that failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=folder) as made:
+
+        def result(mode: str, ranks: int) -> dict[str, Any]:
+            out, job = Path(made) / f"{mode}-{ranks}.json", Path(made) / "job.json"
+            content = {
+                "mode": mode,
+                "folder": made,
+                "out": str(out),
+                "parameters": parameters,
+                "stage": stage,
+                "rounds": rounds,
+            }
+            job.write_text(json.dumps(content))
+            code = launch([sys.executable, "-m", "dattrain.bench.checkpoint_ranks", str(job)], ranks)
+            if code:
+                raise UserError(f"the ranks of {mode} ended with exit code {code}; what they said is above")
+            found: dict[str, Any] = json.loads(out.read_text())
+            return found
+
+        saved = result("save", ranks)
+        loaded = {n: result("load", n) for n in load_ranks}
+    return _report(ranks, stage, saved, loaded)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, report; returns 0, also where a bar is missed (the report says so)."""
-    import shutil
-
-    if args.parameters < 1e5 or args.ranks < 1 or any(n < 1 for n in args.load_ranks):
-        raise UserError("--parameters must be at least 1e5, --ranks and --load-ranks at least 1", exit_code=2)
-    if not args.dir.is_dir():
-        raise UserError(f"--dir {args.dir} is no folder", exit_code=2)
-    needed = int(args.parameters * 12 * 3.2)
-    free = shutil.disk_usage(args.dir).free
-    if free < needed:
-        raise UserError(f"--dir {args.dir} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are needed")
-    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.dir) as folder:
-        saved = _ranks(args, Path(folder), "save", args.ranks)
-        loaded = {n: _ranks(args, Path(folder), "load", n) for n in args.load_ranks}
-    emit(_report(args, saved, loaded), args)
-    return 0
-
-
-def _ranks(args: argparse.Namespace, folder: Path, mode: str, ranks: int) -> dict[str, Any]:
-    from dattrain.runtime.spawn import launch
-
-    out, plan = folder / f"{mode}-{ranks}.json", folder / "plan.json"
-    content = {
-        "mode": mode,
-        "folder": str(folder),
-        "out": str(out),
-        "parameters": int(args.parameters),
-        "stage": args.stage,
-        "rounds": args.rounds,
-    }
-    plan.write_text(json.dumps(content))
-    code = launch([sys.executable, "-m", "dattrain.bench.checkpoint_ranks", str(plan)], ranks)
-    if code:
-        raise UserError(f"the ranks of {mode} ended with exit code {code}; what they said is above")
-    return json.loads(out.read_text())
-
-
-def _report(args: argparse.Namespace, saved: dict[str, Any], loaded: dict[int, dict[str, Any]]) -> Report:
-    ranks, size = args.ranks, saved["bytes"]
+def _report(ranks: int, stage: int, saved: dict[str, Any], loaded: dict[int, dict[str, Any]]) -> BenchReport:
+    size = saved["bytes"]
     # The disk's own speed is that of whichever bare writer was faster in the round.
     bare = [min(turns) for turns in zip(saved["dd"], saved["direct"], saved["buffered"])]
     rows = [
@@ -137,7 +111,7 @@ def _report(args: argparse.Namespace, saved: dict[str, Any], loaded: dict[int, d
     blocking = Spread.of([b[0] / a[0] for a, b in zip(saved["blocking"], bare)])
     dd = Spread.of([b[0] / a[0] for a, b in zip(saved["background"], saved["dd"])])
     notes = [
-        f"{saved['parameters'] / 1e6:.0f} M parameters, {size / 1e9:.2f} GB (weights and two moments, fp32), ZeRO stage {args.stage}, "
+        f"{saved['parameters'] / 1e6:.0f} M parameters, {size / 1e9:.2f} GB (weights and two moments, fp32), ZeRO stage {stage}, "
         f"{ranks} local ranks on {saved['device']}.",
         f"Stall: {stall.median:.1%} of a blocking save (quartiles {stall.low:.1%}-{stall.high:.1%}); "
         f"bar: under {STALL_BAR:.0%}: {'met' if stall.median < STALL_BAR else 'MISSED'}.",
@@ -157,7 +131,7 @@ def _report(args: argparse.Namespace, saved: dict[str, Any], loaded: dict[int, d
             for n, r in loaded.items()
         ),
     ]
-    return Report("Saving and loading a run's state", rows, item="MB", notes=notes)
+    return BenchReport("Saving and loading a run's state", rows, item="MB", notes=notes)
 
 
 def _case(

@@ -1,7 +1,7 @@
-"""One rank of ``dattrain bench checkpoint``: ``python -m dattrain.bench.checkpoint_ranks PLAN.json``.
+"""One rank of ``dattrain bench checkpoint``: ``python -m dattrain.bench.checkpoint_ranks JOB.json``.
 
 Builds a real ZeRO engine of the size asked for, without training it, and times saves beside bare writes of as many bytes, or
-loads of what was saved. Rank 0 leaves the seconds of every round (the slowest rank's) in the plan's ``out``.
+loads of what was saved. Rank 0 leaves the seconds of every round (the slowest rank's) in the job's ``out``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BUCKET = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Job:
     """What a group of ranks is to measure. ``folder`` is a run folder; ``parameters`` is a count."""
 
     mode: str
@@ -46,10 +46,10 @@ class Plan:
     rounds: int
 
 
-def build(plan: Plan, device: torch.device) -> Any:
+def build(job: Job, device: torch.device) -> Any:
     """An engine over layers of ``WIDTH`` x ``WIDTH``, with moments that are not zero."""
     torch.manual_seed(0)
-    layers = max(1, round(plan.parameters / (WIDTH * (WIDTH + 1))))
+    layers = max(1, round(job.parameters / (WIDTH * (WIDTH + 1))))
     with torch.device(device):
         model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
     settings = {
@@ -57,7 +57,7 @@ def build(plan: Plan, device: torch.device) -> Any:
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's default buckets, gigabytes per rank, would be most of what an update needs here.
         "zero_optimization": {
-            "stage": plan.stage,
+            "stage": job.stage,
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
             "stage3_prefetch_bucket_size": BUCKET,
@@ -80,9 +80,9 @@ def build(plan: Plan, device: torch.device) -> Any:
 
 def slowest(seconds: float) -> float:
     """The largest of all ranks' values."""
-    held: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(held, seconds)
-    return max(held)
+    values: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(values, seconds)
+    return max(values)
 
 
 def timed(task: Callable[[], object]) -> tuple[float, float]:
@@ -130,10 +130,10 @@ def memory(key: str) -> float:
     return 0.0
 
 
-def save_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
+def save_rounds(job: Job, engine: Any) -> dict[str, Any]:
     """Bare writes, blocking saves, background saves alone and beside an update, in turns; seconds per round."""
     # Removing old ones is not writing: it is done between the rounds.
-    keeper = Checkpointer(Path(plan.folder), Policy(1000))
+    keeper = Checkpointer(Path(job.folder), Policy(1000))
     rank = dist.get_rank()
     before = memory("VmRSS")
     peak_reset()
@@ -142,7 +142,7 @@ def save_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
     peak = memory("VmHWM")
     manifest = checkpoint.read_manifest(keeper.root / checkpoint.folder_name(0))
     size = manifest.files[checkpoint.shard_name(rank)].size
-    scratch = Path(plan.folder) / f"bare_{rank}"
+    scratch = Path(job.folder) / f"bare_{rank}"
     bare = keeper.buffer.take(size)
     result: dict[str, Any] = {
         "bytes": manifest.nbytes,
@@ -163,7 +163,7 @@ def save_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
     update(engine, inputs)  # the first allocates
     unbuffered = _takes_direct(scratch)
     step = 0
-    for _ in range(plan.rounds):
+    for _ in range(job.rounds):
         for name, direct, alone in (("dd", True, True), ("direct", True, False), ("buffered", False, False)):
             times = dist.get_world_size() if alone else 1
             write = partial(bare_write, scratch, image_of(bare), direct=direct and unbuffered, times=times)
@@ -246,9 +246,9 @@ def _drop(keeper: Checkpointer, step: int) -> None:
     dist.barrier()
 
 
-def load_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
+def load_rounds(job: Job, engine: Any) -> dict[str, Any]:
     """Loads with and without checksums in turns, from a cold page cache."""
-    keeper = Checkpointer(Path(plan.folder), Policy(1))
+    keeper = Checkpointer(Path(job.folder), Policy(1))
     found = checkpoint.find(keeper.root)
     assert found.folder is not None and found.manifest is not None
     result: dict[str, Any] = {"bytes": found.manifest.nbytes, "checked": [], "unchecked": [], "read": []}
@@ -261,14 +261,14 @@ def load_rounds(plan: Plan, engine: Any) -> dict[str, Any]:
     peak_reset()
     local.refresh()
     result["refresh_bytes"] = slowest(memory("VmHWM") - before)
-    for _ in range(plan.rounds):
+    for _ in range(job.rounds):
         for name in ("checked", "unchecked"):
             keeper.verify = name == "checked"
             _forget(files)
             result[name].append(timed(partial(keeper.resume, engine, None)))
         _forget(files)
-        mine = files[dist.get_rank() :: dist.get_world_size()]
-        result["read"].append(timed(partial(bare_read, mine)))
+        own = files[dist.get_rank() :: dist.get_world_size()]
+        result["read"].append(timed(partial(bare_read, own)))
     result["state_bytes"] = slowest(sum(m.numel() for m in local.masters) * 4 * (1 + len(MOMENTS)))
     return result
 
@@ -292,15 +292,15 @@ def _forget(files: list[Path]) -> None:
 
 
 def main() -> int:
-    """Run the plan on this rank."""
-    plan = Plan(**json.loads(Path(sys.argv[1]).read_text()))
+    """Do the job on this rank."""
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     here = environment.resolve(os.environ)
     device = environment.pick_device(here)
     environment.connect(here, device)
-    engine = build(plan, device)
-    result = {"save": save_rounds, "load": load_rounds}[plan.mode](plan, engine)
+    engine = build(job, device)
+    result = {"save": save_rounds, "load": load_rounds}[job.mode](job, engine)
     if here.rank == 0:
-        Path(plan.out).write_text(json.dumps({**result, "device": str(device)}))
+        Path(job.out).write_text(json.dumps({**result, "device": str(device)}))
     dist.barrier()
     environment.disconnect()
     return 0

@@ -6,7 +6,6 @@ of neighbours in time, and comes with its quartiles.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import platform
@@ -166,7 +165,7 @@ class Breakdown:
 
 
 @dataclass
-class Report:
+class BenchReport:
     """Measurements with what is needed to judge them: command, date, device, threads, versions."""
 
     title: str
@@ -242,6 +241,7 @@ class Report:
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        from matplotlib.patches import Rectangle
 
         cases = list(dict.fromkeys(m.case for m in self.measurements))
         names = list(dict.fromkeys(m.name for m in self.measurements))
@@ -270,7 +270,7 @@ class Report:
         axes.axvline(1, color="0.5", linewidth=0.8, linestyle="--")
         axes.set_xlabel("times the baseline's speed (bars: median, whiskers: quartiles)")
         axes.set_title(f"{self.title}\n{self.machine.get('device', '')}, {self.date}", fontsize=9)
-        handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+        handles = [Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
         axes.legend(handles, names, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         for panel, breakdown in zip(panels[1:, 0], self.breakdowns):
@@ -293,34 +293,6 @@ def _draw_parts(axes: Any, breakdown: Breakdown) -> None:
     axes.set_title(breakdown.title, fontsize=9)
     axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.9), frameon=False)
     axes.spines[["top", "right", "left"]].set_visible(False)
-
-
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--json``, ``--picture``, ``--markdown``, ``--rounds``."""
-    parser.add_argument(
-        "--rounds", type=positive, default=9, metavar="N", help="turns of each contender (default 9)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured as JSON")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page for docs/benchmarks")
-
-
-def emit(report: Report, args: argparse.Namespace) -> None:
-    """Print the report and write the files that were asked for."""
-    print(report.as_text())
-    for path, write in (
-        (args.json, lambda p: p.write_text(report.as_json())),
-        (args.markdown, lambda p: p.write_text(report.as_markdown())),
-        (args.picture, report.picture),
-    ):
-        if path is None:
-            continue
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot write {path}: {error}") from error
-        print(f"wrote {path}")
 
 
 def describe_machine(device: str = "cpu", threads: int | None = None) -> dict[str, str]:
@@ -371,11 +343,3 @@ def _digits(value: float) -> str:
 
 def _cell(value: Any) -> str:
     return _digits(value) if isinstance(value, float) else str(value)
-
-
-def positive(text: str) -> int:
-    """An argument that must be a whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value

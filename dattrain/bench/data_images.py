@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+from dattrain.bench.jpegs import write_folder
+from dattrain.data.decode import images as formats
+from dattrain.data.prepare.pack import Options, pack
+from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import UserError
 
 _SHARD = 256
@@ -33,36 +36,31 @@ class Images:
         )
 
 
-def prepare(args: argparse.Namespace, made: Path) -> Images:
+def prepare(made: Path, *, folder: Path | None, shards: str | None, count: int, batch: int) -> Images:
     """The images as a folder and as shards; what is missing is made in ``made``.
 
     Raises:
         UserError: fewer images than asked for.
     """
-    from dattrain.bench.jpegs import write_folder
-    from dattrain.data.decode import images as formats
-    from dattrain.data.prepare.pack import Options, pack
-    from dattrain.data.source.dataset import open_dataset
-
-    folder, shards = args.images, args.shards
-    if folder is None and shards is None:
+    given, made_here = shards is not None, folder is None and shards is None
+    if made_here:
         folder = made / "images"
-        print(f"making {args.count} JPEGs ...", flush=True)
-        write_folder(folder, args.count)
+        print(f"making {count} JPEGs ...", flush=True)
+        write_folder(folder, count)
     if shards is None:
         pack(open_dataset(str(folder)), made / "shards", Options(per_shard=_SHARD, check=False))
         shards = str(made / "shards")
     dataset = open_dataset(shards)
-    count = min(args.count, int(dataset.counts.sum()))
-    if count < args.batch * 2:
-        raise UserError(f"{shards or folder}: {count} images are too few for batches of {args.batch}")
+    count = min(count, int(dataset.counts.sum()))
+    if count < batch * 2:
+        raise UserError(f"{shards or folder}: {count} images are too few for batches of {batch}")
     places = list(itertools.islice(((s, i) for s, n in enumerate(dataset.counts) for i in range(n)), count))
     sizes, total = [], 0
     for k, (shard, sample) in enumerate(places):
         found = dataset.read(shard, sample)
         total += len(found.data)
         sizes.append(formats.size(found.data))
-        if args.shards is not None:
+        if given:
             path = made / "images" / f"{found.label:05d}" / f"{k:06d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(found.data)
@@ -73,5 +71,5 @@ def prepare(args: argparse.Namespace, made: Path) -> Images:
         total / count,
         sum(w for _, w in sizes) / count,
         sum(h for h, _ in sizes) / count,
-        made=args.images is None and args.shards is None,
+        made=made_here,
     )

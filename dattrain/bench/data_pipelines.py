@@ -7,15 +7,26 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import webdataset
+from timm.data.dataset_factory import create_dataset
+from timm.data.loader import create_loader
+from torch.utils.data import DataLoader
+from torchvision import transforms as t
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from dattrain.bench.data_images import Images
+from dattrain.config.schema import Config
+from dattrain.data.augment.mixup import Mixer, Normalize
+from dattrain.data.decode import images as formats
 from dattrain.data.fork import kept
-
-if TYPE_CHECKING:
-    import torch
-
-    from dattrain.config.schema import Config
+from dattrain.data.factory import train_loader
+from dattrain.data.source.dataset import open_dataset
+from dattrain.data.source.shards import expand
+from dattrain.models.zoo import create
 
 BASELINE = "torchvision ImageFolder, Pillow bicubic"
 OURS = "dattrain"
@@ -24,7 +35,7 @@ LIMIT = "libjpeg-turbo, decompression alone"
 _RANDAUGMENT = "rand-m8-inc1"
 
 
-class Bench:
+class Pipelines:
     """The contenders: functions that take their turn over the images."""
 
     def __init__(self, images: Images, workers: int, batch: int, size: int, device: torch.device) -> None:
@@ -80,11 +91,6 @@ class Bench:
 
     def decoders(self) -> dict[str, Callable[[], object]]:
         """In this process alone."""
-        import torch
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        from dattrain.data.decode import images as formats
-        from dattrain.data.source.dataset import open_dataset
 
         dataset = open_dataset(self.images.shards)
         places = ((s, i) for s, n in enumerate(dataset.counts) for i in range(n))
@@ -109,8 +115,6 @@ class Bench:
 
     def config(self, *, workers: int, decoder: str = "cpu", randaugment: str | None = None) -> Config:
         """A recipe with this bench's sizes."""
-        from dattrain.config.schema import Config
-        from dattrain.data.source.dataset import open_dataset
 
         dataset = open_dataset(self.images.shards)
         dataset.close()
@@ -138,12 +142,8 @@ class Bench:
         batches: int | None = None,
         mix: bool = False,
         decoder: str = "cpu",
-        randaugment=None,
+        randaugment: str | None = None,
     ) -> None:
-        import torch
-
-        from dattrain.data.augment.mixup import Normalize
-        from dattrain.data.factory import train_loader
 
         config = self.config(workers=workers, decoder=decoder, randaugment=randaugment)
         device = self.device if decoder == "dali" else torch.device("cpu")
@@ -155,7 +155,6 @@ class Bench:
                     normalize(batch.images)
 
     def _transform(self, floats: bool) -> Any:
-        from torchvision import transforms as t
 
         end = (
             [t.ToTensor(), t.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
@@ -166,8 +165,6 @@ class Bench:
         return t.Compose([crop, t.RandomHorizontalFlip(), *end])
 
     def _torchvision(self, *, floats: bool) -> None:
-        from torch.utils.data import DataLoader
-        from torchvision.datasets import ImageFolder
 
         dataset = ImageFolder(str(self.images.folder), self._transform(floats))
         loader: DataLoader[Any] = DataLoader(
@@ -176,8 +173,6 @@ class Bench:
         self._consume(loader)
 
     def _timm(self, randaugment: str | None = None) -> None:
-        import torch
-        from timm.data import create_dataset, create_loader
 
         loader = create_loader(
             create_dataset("", root=str(self.images.folder)),
@@ -196,12 +191,9 @@ class Bench:
         self._consume(loader)
 
     def _webdataset(self) -> None:
-        import webdataset
 
         paths = sorted(str(path) for path in Path(self.images.shards).glob("*.tar"))
         if not paths:
-            from dattrain.data.source.shards import expand
-
             paths = expand(self.images.shards)
         dataset = (
             webdataset.WebDataset(paths, shardshuffle=len(paths), seed=0, empty_check=False)
@@ -224,13 +216,8 @@ class Bench:
             pass
 
 
-def wait_share(bench: Bench, name: str, steps: int) -> str:
+def wait_share(bench: Pipelines, name: str, steps: int) -> str:
     """Train a few steps and say what share of the time went by waiting for data."""
-    import torch
-
-    from dattrain.data.augment.mixup import Mixer
-    from dattrain.data.factory import train_loader
-    from dattrain.models.zoo import create
 
     config = bench.config(workers=bench.workers, randaugment=_RANDAUGMENT)
     device = bench.device

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 class DeviceClock:
@@ -17,7 +15,6 @@ class DeviceClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        import torch
 
         self._device = device
         self._seconds = 0.0
@@ -27,8 +24,6 @@ class DeviceClock:
 
     def timed(self, call: Callable[[], object], name: str, notes: list[str]) -> Callable[[], object]:
         """``call`` between events, as a graph; launched anew each time, with a line in ``notes``, where it cannot be captured."""
-        import torch
-
         try:
             run = self._captured(call)
         except RuntimeError as error:
@@ -48,15 +43,12 @@ class DeviceClock:
 
     def __call__(self) -> float:
         """Seconds that all calls so far took; waits for the device."""
-        import torch
-
         torch.cuda.synchronize(self._device)
         self._seconds += sum(begin.elapsed_time(end) for begin, end in self._marks) / 1e3
         self._marks.clear()
         return self._seconds
 
     def _captured(self, call: Callable[[], object]) -> Callable[[], object]:
-        import torch
 
         # What a first call does once (compiling, choosing algorithms) must not be captured.
         current, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
+import numpy as np
+from matplotlib.cbook import get_sample_data
+from PIL import Image
 
 CLASSES = 10
 
 
 def photographs() -> list[Image.Image]:
     """matplotlib's, and scikit-learn's and scikit-image's where they are installed."""
-    from matplotlib.cbook import get_sample_data
-    from PIL import Image
 
     path = get_sample_data("grace_hopper.jpg", asfileobj=False)
     found = [Image.open(str(path)).convert("RGB")]
@@ -41,7 +38,6 @@ def photographs() -> list[Image.Image]:
 
 def write_folder(folder: Path, count: int, *, seed: int = 0) -> None:
     """``count`` JPEGs in ten class folders: 4:2:0, quality 88 to 92, sides of 500 +- 25 and 375 +- 25 pixels."""
-    import numpy as np
 
     rng = np.random.default_rng(seed)
     sources = photographs()
@@ -53,8 +49,6 @@ def write_folder(folder: Path, count: int, *, seed: int = 0) -> None:
 
 
 def _jpeg(photo: Image.Image, rng: np.random.Generator) -> bytes:
-    import numpy as np
-    from PIL import Image
 
     long, short = (int(side + rng.integers(-25, 26)) for side in (500, 375))
     width, height = (long, short) if rng.random() < 0.75 else (short, long)

@@ -1,4 +1,4 @@
-"""``dattrain bench model``: images/s of whole models, training and inference, in turns against timm's by name.
+"""Images/s of whole models, training and inference, in turns against timm's by name.
 
 A training turn is forward, cross-entropy and backward; the optimizer costs the same for the same number of parameters and
 is left out. bf16 is autocast over fp32 weights, as in training.
@@ -6,104 +6,85 @@ is left out. bf16 is autocast over fp32 weights, as in training.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from difflib import get_close_matches
+from typing import Any
 
+import timm
+import torch
+import torch.nn.functional as F
+
+from dattrain import ops
 from dattrain.bench import common
-from dattrain.bench.attention import pick_device, straightforward, to_dtype
+from dattrain.bench.attention import straightforward as straightforward_module
+from dattrain.bench.attention import to_dtype
+from dattrain.bench.defaults import TABLE
 from dattrain.errors import UserError
+from dattrain.models.zoo import VARIANTS, create
 
-if TYPE_CHECKING:
-    import torch
-
-TABLE = (
-    "deit_small_patch16_224",
-    "deit_base_patch16_224",
-    "vit_base_patch16_224",
-    "regnety_040",
-    "regnety_080",
-    "regnety_160",
-    "efficientnet_b3",
-    "efficientnet_b4",
-    "swin_tiny_patch4_window7_224",
-    "swin_small_patch4_window7_224",
-    "swin_base_patch4_window7_224",
-    "dat_tiny",
-    "dat_small",
-    "dat_base",
-)
-"""What ``--table`` measures: the models that the papers compare with, and ours."""
 PLAIN = "+straightforward"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Models, conditions, outputs."""
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="ours or timm's (default: dat_tiny)")
-    parser.add_argument(
-        "--vs", metavar="NAME", help="the baseline, ours or timm's (default: swin_tiny_patch4_window7_224)"
-    )
-    parser.add_argument(
-        "--straightforward", action="store_true", help="add ours with the straightforward attention core"
-    )
-    parser.add_argument("--table", action="store_true", help=f"the throughput table: {', '.join(TABLE)}")
-    parser.add_argument("--img-size", type=int, nargs="+", default=[224], metavar="PX")
-    parser.add_argument("--batch", type=int, metavar="B", help="images (8 on a CPU, 128 on CUDA)")
-    parser.add_argument(
-        "--dtypes", "--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"]
-    )
-    parser.add_argument(
-        "--train", action="store_true", help="training only (default: training and inference)"
-    )
-    parser.add_argument("--infer", action="store_true", help="inference only")
-    parser.add_argument(
-        "--drop-path", type=float, default=0.2, metavar="P", help="stochastic depth while training (.2)"
-    )
-    parser.add_argument("--compile", action="store_true", help="torch.compile every model")
-    parser.add_argument(
-        "--channels-last", action="store_true", help="images and convolutions in channels-last memory"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
-    common.add_output_arguments(parser)
+def bench(
+    models: Sequence[str],
+    *,
+    baseline: str,
+    table: bool,
+    straightforward: bool,
+    sizes: Sequence[int],
+    batch: int | None,
+    dtypes: Sequence[str],
+    directions: Sequence[str],
+    drop_path: float,
+    compile: bool,
+    channels_last: bool,
+    device: torch.device,
+    rounds: int,
+) -> common.BenchReport:
+    """Time every case.
 
+    Args:
+        models: names, ours or timm's.
+        baseline: the model that ratios are relative to.
+        table: add the models of ``defaults.TABLE``.
+        straightforward: add ours with the straightforward attention core.
+        sizes: sides of the images, in pixels.
+        batch: images; None takes 128 on CUDA, else 8.
+        dtypes: of ``defaults.DTYPES``.
+        directions: ``training``, ``inference``; both where empty.
+        drop_path: stochastic depth while training.
+        compile: ``torch.compile`` every model.
+        channels_last: images and convolutions in channels-last memory.
+        device: where.
+        rounds: turns of each contender.
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; 0."""
-    import torch
-
-    device = pick_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    batch = args.batch or (128 if device.type == "cuda" else 8)
-    baseline = args.vs or "swin_tiny_patch4_window7_224"
-    names = list(dict.fromkeys([baseline, *(TABLE if args.table else ()), *(args.models or ["dat_tiny"])]))
-    if args.straightforward:
+    Raises:
+        UserError: no such model, or one that cannot be built for a size.
+    """
+    batch = batch or (128 if device.type == "cuda" else 8)
+    names = list(dict.fromkeys([baseline, *(TABLE if table else ()), *models]))
+    if straightforward:
         names += [name + PLAIN for name in names if is_ours(name)]
-    directions = [d for d, only in (("training", args.train), ("inference", args.infer)) if only] or [
-        "training",
-        "inference",
-    ]
     notes: list[str] = []
     measurements: list[common.Measurement] = []
-    for size in args.img_size:
-        for direction in directions:
-            for dtype in args.dtypes:
+    for size in sizes:
+        for direction in directions or ("training", "inference"):
+            for dtype in dtypes:
                 train = direction == "training"
                 # Each case is a graph of its own, and torch keeps a few per function: what came after them would run
                 # uncompiled.
                 torch._dynamo.reset()
-                models = {name: build(name, size, args.drop_path if train else 0.0, device) for name in names}
+                built = {name: build(name, size, drop_path if train else 0.0, device) for name in names}
                 extra: dict[str, dict[str, float | str | None]] = {}
                 steps: dict[str, Callable[[], object]] = {}
-                for name, model in models.items():
-                    if args.channels_last:
+                for name, model in built.items():
+                    if channels_last:
                         model.to(memory_format=torch.channels_last)
-                    one = step(model, size, batch, to_dtype(dtype), train, device, name, args.channels_last)
+                    one = step(model, size, batch, to_dtype(dtype), train, device, name, channels_last)
                     parameters = sum(p.numel() for p in model.parameters()) / 1e6
                     extra[name] = {"parameters M": round(parameters, 2)}
-                    if args.compile:
+                    if compile:
                         one = compiled(
                             model,
                             one,
@@ -114,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
                             to_dtype(dtype),
                             train,
                             device,
-                            args.channels_last,
+                            channels_last,
                         )
                     if device.type == "cuda":
                         extra[name]["GB peak"] = peak(one, device)
@@ -123,32 +104,24 @@ def run(args: argparse.Namespace) -> int:
                     f"{size} px B{batch} {dtype} {direction}",
                     steps,
                     baseline=baseline,
-                    rounds=args.rounds,
+                    rounds=rounds,
                     warmup=1,
                     items=batch,
                     extra=extra,
                     synchronize=torch.cuda.synchronize if device.type == "cuda" else None,
                 )
-    title = (
-        f"{', '.join(args.models or ['dat_tiny'])} against {baseline}"
-        if not args.table
-        else "Throughput table"
-    )
-    report = common.Report(
-        title + (" (torch.compile)" if args.compile else ""),
+    title = f"{', '.join(models)} against {baseline}" if not table else "Throughput table"
+    return common.BenchReport(
+        title + (" (torch.compile)" if compile else ""),
         measurements,
         item="image",
         notes=list(dict.fromkeys(notes)),
         machine=common.describe_machine(str(device)),
     )
-    common.emit(report, args)
-    return 0
 
 
 def peak(call: Callable[[], object], device: torch.device) -> float:
     """GB of device memory that a second turn allocates at most, over what stands after the first: without the weights."""
-    import torch
-
     call()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
@@ -160,8 +133,6 @@ def peak(call: Callable[[], object], device: torch.device) -> float:
 
 def is_ours(name: str) -> bool:
     """Whether ``dattrain.models`` builds it."""
-    from dattrain.models.zoo import VARIANTS
-
     return name.removesuffix(PLAIN) in VARIANTS
 
 
@@ -171,19 +142,12 @@ def build(name: str, img_size: int, drop_path: float, device: torch.device) -> t
     Raises:
         UserError: if there is no such model, or it cannot be built for this size.
     """
-    import timm
-    import torch
-
-    from dattrain.models.zoo import create
-
     torch.manual_seed(0)
     if is_ours(name):
         return create(
             name.removesuffix(PLAIN), num_classes=1000, img_size=img_size, drop_path_rate=drop_path
         ).to(device)
     if not timm.is_model(name):
-        from difflib import get_close_matches
-
         near = get_close_matches(name, timm.list_models(), 1)
         raise UserError(
             f"model {name!r} is neither ours nor timm's" + (f"; did you mean {near[0]!r}?" if near else "")
@@ -211,8 +175,6 @@ def step(
     channels_last: bool,
 ) -> Callable[[], object]:
     """One turn of this model on fixed random images."""
-    import torch
-    import torch.nn.functional as F
 
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, size, size, generator=generator).to(device)
@@ -244,9 +206,8 @@ def straightforward_core(active: bool) -> Iterator[None]:
     if not active:
         yield
         return
-    from dattrain import ops
 
-    plain = straightforward()
+    plain = straightforward_module()
     if plain is None:
         raise UserError("--straightforward needs benchmarks/straightforward.py: run from a source tree")
     kept = ops.deform_attention
@@ -270,7 +231,6 @@ def compiled(
     channels_last: bool,
 ) -> Callable[[], object]:
     """The turn with the model under torch.compile, run once; the eager one and a line in ``notes`` if that fails."""
-    import torch
 
     one = step(torch.compile(model, dynamic=False), size, batch, dtype, train, device, name, channels_last)  # type: ignore[arg-type]
     try:

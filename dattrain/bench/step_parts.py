@@ -6,12 +6,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dattrain.bench import common
-
-if TYPE_CHECKING:
-    from dattrain.bench.step import Contender
+from dattrain.engine.session import Session
 
 MIXING, FORWARD, BACKWARD, OPTIMIZER, EMA, REST = PARTS = (
     "mixing", "forward", "backward", "clip and AdamW", "average (EMA)", "the rest",
@@ -19,17 +17,19 @@ MIXING, FORWARD, BACKWARD, OPTIMIZER, EMA, REST = PARTS = (
 
 
 def take_apart(
-    contender: Contender,
+    session: Session,
+    call: Callable[[], object],
     rounds: int,
     synchronize: Callable[[], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, common.Spread]:
     """Seconds of each part of an update, over ``rounds`` updates; the parts of one update add up to it.
 
+    ``call`` runs one update of ``session``.
+
     Under ZeRO 1-3 gradients are reduced within the backward pass. ``REST`` is what the trainer itself does: fetching the batch
     and the numbers, and under stage 0 the gradients' norm.
     """
-    session = contender.session
     watch = Stopwatch(synchronize or (lambda: None), clock)
     turns: list[dict[str, float]] = []
     with ExitStack() as stack:
@@ -41,7 +41,7 @@ def take_apart(
             if owner is not None:
                 timed = {name: watch.timed(part, getattr(owner, name)) for name, part in names.items()}
                 stack.enter_context(replaced(owner, **timed))
-        update = watch.timed(REST, contender)
+        update = watch.timed(REST, call)
         for _ in range(rounds):
             watch.spent = dict.fromkeys(PARTS, 0.0)
             update()

@@ -8,16 +8,16 @@ from typing import Any
 
 SUBVERBS: dict[str, tuple[str, str]] = {
     "attention": (
-        "dattrain.bench.attention",
+        "dattrain.cli.bench_attention",
         "the deformable core: every backend against plain formulations",
     ),
-    "model": ("dattrain.bench.model", "whole models, training and inference, against timm's by name"),
+    "model": ("dattrain.cli.bench_model", "whole models, training and inference, against timm's by name"),
     "step": (
-        "dattrain.bench.step",
+        "dattrain.cli.bench_step",
         "a whole update of a recipe: remat, compile, precision side by side, and its parts",
     ),
-    "data": ("dattrain.bench.data", "the input pipeline: images/s of readers and decoders"),
-    "checkpoint": ("dattrain.bench.checkpoint", "saving, verifying and loading a run's state"),
+    "data": ("dattrain.cli.bench_data", "the input pipeline: images/s of readers and decoders"),
+    "checkpoint": ("dattrain.cli.bench_checkpoint", "saving, verifying and loading a run's state"),
 }
 
 
@@ -28,7 +28,7 @@ class _LazyParser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self._module = module
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._module:
             loaded, self._module = importlib.import_module(self._module), ""
             loaded.add_arguments(self)
@@ -47,4 +47,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subverb; returns the exit code."""
-    return args.run_bench(args)
+    code: int = args.run_bench(args)
+    return code

@@ -6,12 +6,12 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import yaml
-
-from dattrain.config.load import Loaded, diff, dump, load, reference, show
-from dattrain.config.shipped import CHAINS, RECIPES, names
 from dattrain.urls import mask
+
+if TYPE_CHECKING:
+    from dattrain.config.load import Loaded
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; ``diff`` gives 1 where something differs, as diff(1) does."""
+    from dattrain.config.load import diff, dump, reference, show
+
     if args.action == "list":
         print(_list(), end="")
         return 0
@@ -53,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _list() -> str:
     """Recipes by folder with the first sentence of their descriptions; chains; and where all of them lie."""
+    import yaml
+
+    from dattrain.config.shipped import CHAINS, RECIPES, names
+
     lines = []
     for folder in (RECIPES, CHAINS):
         for name, path in names(folder).items():
@@ -66,5 +72,7 @@ def _list() -> str:
 
 
 def _load(path: str, overrides: list[str] | None = None) -> Loaded:
+    from dattrain.config.load import load
+
     folder = Path(path)
     return load(folder / "config.yaml" if (folder / "config.yaml").is_file() else folder, overrides or [])

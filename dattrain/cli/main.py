@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif rest:
         verbs.choices[args.verb].error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return args.run(args)
+        code: int = args.run(args)
+        return code
     except UserError as error:
         print(f"dattrain {args.verb}: {error}", file=sys.stderr)
         return error.exit_code

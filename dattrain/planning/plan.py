@@ -156,7 +156,6 @@ def _data(config: Config, given: int | None) -> tuple[int, str, float, str]:
     Raises:
         UserError: nothing tells how many samples there are; classes that do not fit the head.
     """
-
     if given is not None:
         return given, "given", IMAGE_BYTES, "ImageNet's mean"
     if config.data.train is not None and not is_remote(config.data.train):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dattrain.bench import common
-from dattrain.cli import bench
+from dattrain.cli import bench, bench_output
 from dattrain.errors import UserError
 
 
@@ -70,13 +70,14 @@ def test_the_report_is_written_in_every_form(tmp_path: Path, capsys: pytest.Capt
         extra={"y": {"MB kept": 1.5}}, clock=clock, cpu_clock=clock,
     )  # fmt: skip
     parser = argparse.ArgumentParser()
-    common.add_output_arguments(parser)
+    bench_output.add_output_arguments(parser)
     paths = {kind: tmp_path / "new" / f"r.{kind}" for kind in ("json", "md", "png")}
     args = parser.parse_args(
         ["--json", str(paths["json"]), "--markdown", str(paths["md"]), "--picture", str(paths["png"])]
     )
-    common.emit(
-        common.Report("Title", measured, item="image", notes=["a note"], command="dattrain bench x"), args
+    bench_output.emit(
+        common.BenchReport("Title", measured, item="image", notes=["a note"], command="dattrain bench x"),
+        args,
     )
     assert "2.00x" in capsys.readouterr().out
     written = json.loads(paths["json"].read_text())
@@ -93,7 +94,7 @@ def test_the_report_is_written_in_every_form(tmp_path: Path, capsys: pytest.Capt
     assert paths["png"].read_bytes().startswith(b"\x89PNG")
     bad = parser.parse_args(["--picture", str(tmp_path / "r.nonsense")])
     with pytest.raises(UserError, match="cannot write"):
-        common.emit(common.Report("Title", measured), bad)
+        bench_output.emit(common.BenchReport("Title", measured), bad)
 
 
 def test_a_subverbs_module_is_loaded_when_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

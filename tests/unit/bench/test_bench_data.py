@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 from dattrain.bench import data as bench
+from dattrain.bench import data_pipelines
 from dattrain.bench.data_images import Images
-from dattrain.bench.data_pipelines import Bench, wait_share
+from dattrain.bench.data_pipelines import Pipelines, wait_share
 from dattrain.bench.jpegs import write_folder
+from dattrain.cli import bench_data as verb
 from dattrain.data.prepare.pack import Options, pack
 from dattrain.data.prepare.sources import ArrayDataset
-from dattrain.models import zoo
 
 
 def test_images_are_like_imagenets(tmp_path):
@@ -32,7 +33,7 @@ def test_images_are_like_imagenets(tmp_path):
 
 def test_a_whole_run(tmp_path, capsys):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    verb.add_arguments(parser)
     words = [
         "--count",
         "40",
@@ -49,7 +50,7 @@ def test_a_whole_run(tmp_path, capsys):
     ]
     out = tmp_path / "report.json"
     args = parser.parse_args([*words, "--model", "dat_atto", "--device", "cpu", "--json", str(out)])
-    assert bench.run(args) == 0
+    assert verb.run(args) == 0
     report = json.loads(out.read_text())
     rows = {(m["case"].partition(",")[0], m["name"]): m for m in report["measurements"]}
     assert rows["whole pipeline", bench.BASELINE]["items"] == 40
@@ -65,11 +66,11 @@ def test_the_step_has_an_output_for_every_class(tmp_path, monkeypatch):
     image = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3)).astype(np.uint8)
     pack(ArrayDataset("arrays", image, np.array([0, 3, 1500, 2])), tmp_path / "shards", Options(per_shard=4))
     made = Images(tmp_path, str(tmp_path / "shards"), 4, 1.0, 32.0, 32.0, made=False)
-    found = Bench(made, workers=1, batch=2, size=32, device=torch.device("cpu"))
+    found = Pipelines(made, workers=1, batch=2, size=32, device=torch.device("cpu"))
     assert found.config(workers=1).model.num_classes == 1501
     built = []
     monkeypatch.setattr(
-        zoo, "create", lambda name, **given: built.append(given) or network(given["num_classes"])
+        data_pipelines, "create", lambda name, **given: built.append(given) or network(given["num_classes"])
     )
     assert "Waiting for data" in wait_share(found, "dat_atto", 1)
     assert built == [{"num_classes": 1501, "img_size": 32}]

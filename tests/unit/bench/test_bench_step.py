@@ -12,6 +12,8 @@ import torch
 
 from dattrain.bench import step as bench
 from dattrain.bench import step_parts
+from dattrain.bench.contender import Contender, heard, open_contender
+from dattrain.cli import bench_step
 from dattrain.cli.main import main
 from dattrain.engine import compile as compiling
 from dattrain.errors import ConfigError
@@ -22,8 +24,8 @@ TINY += ["train.global_batch=2", "train.precision=fp32", "train.threads=1"]
 CPU = torch.device("cpu")
 
 
-def contender(*changes: str, accumulation: int = 1) -> bench.Contender:
-    found = bench.open_contender("one", bench.read([*TINY, *changes], accumulation), CPU, [])
+def contender(*changes: str, accumulation: int = 1) -> Contender:
+    found = open_contender("one", bench.read([*TINY, *changes], accumulation), CPU, [])
     assert found is not None
     return found
 
@@ -120,7 +122,7 @@ def test_time_is_charged_to_the_innermost_part():
 def test_the_parts_add_up_to_the_update_and_nothing_stays_behind(group):
     one = contender("train.ema_decay=0")
     clock = iter(range(10**6))
-    parts = step_parts.take_apart(one, 2, clock=lambda: float(next(clock)))
+    parts = step_parts.take_apart(one.session, one, 2, clock=lambda: float(next(clock)))
     # The clock ticks at every border: forward is entered, left for mixing, entered again; the others once.
     ticks = {
         step_parts.MIXING: 1,
@@ -163,7 +165,7 @@ def test_a_recipe_is_a_file_or_a_run_folder_without_what_it_starts_from(tmp_path
     with pytest.raises(ConfigError, match="no such config"):
         bench.read([str(tmp_path / "missing.yaml")], 1)
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    bench_step.add_arguments(parser)
     assert parser.parse_args([]).recipe == []
     assert bench.read([], 1).model.name == "dat_tiny"
 
@@ -178,7 +180,7 @@ def test_updates_that_were_skipped_are_said(group, monkeypatch):
 
 
 def test_warnings_are_heard_and_go_no_further(caplog):
-    with caplog.at_level(logging.WARNING), bench.heard(compiling.log) as lines:
+    with caplog.at_level(logging.WARNING), heard(compiling.log) as lines:
         compiling.log.warning("one %s", "line")
     compiling.log.warning("another")
     assert lines == ["one line"] and [r.getMessage() for r in caplog.records] == ["another"]

@@ -1,0 +1,186 @@
+"""The contenders of ``dattrain bench step``: a session with batches from memory, whose call is one update; and its memory."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dattrain.bench.step_parts import replaced
+from dattrain.config.derive import derive
+from dattrain.config.schema import Config
+from dattrain.data.augment.plan import draw
+from dattrain.data.batch import Batch
+from dattrain.engine import compile as compiling
+from dattrain.engine.session import Session, as_pair, open_session
+from dattrain.errors import UserError
+
+BASELINE = "recipe"
+BATCHES = 4
+"""Different micro-batches that the updates run through."""
+SETTLE = 20
+"""Updates after which a loss scale must have found its level."""
+
+
+class Batches:
+    """What the trainer's loader is to an update, from memory: ``BATCHES`` micro-batches over and over.
+
+    Images are uniform bytes, labels uniform, plans drawn as for a run's first positions.
+    """
+
+    wait_s = 0.0
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+
+        generator = torch.Generator().manual_seed(config.train.seed)
+        height, width = as_pair(config.model.img_size)
+        count = config.train.micro_batch
+        self._batches: list[Batch] = []
+        for number in range(BATCHES):
+            pixels = torch.randint(256, (count, height, width, 3), generator=generator, dtype=torch.uint8)
+            labels = torch.randint(config.model.num_classes, (count,), generator=generator)
+            position = torch.arange(number * count, (number + 1) * count)
+            plan = draw(config.augment, config.train.seed, position.numpy(), (height, width))
+            names = [f"synthetic:{int(p)}" for p in position]
+            batch = Batch(pixels.permute(0, 3, 1, 2), labels, torch.ones(count), position, names, plan)
+            self._batches.append(batch.to(device))
+        self._next = 0
+
+    def __next__(self) -> Batch:
+        self._next += 1
+        return self._batches[(self._next - 1) % BATCHES]
+
+
+class Contender:
+    """A session and its batches; calling it runs one update as the trainer does."""
+
+    def __init__(self, session: Session, batches: Batches, lr: float) -> None:
+        self.session, self.batches, self.lr = session, batches, lr
+        self.skipped = 0
+        """Updates that were not applied."""
+        self.facts: dict[str, float | str | None] = {}
+        """More columns of the report."""
+
+    def __call__(self) -> Any:
+        update = self.session.updater(self.batches, self.lr)
+        if not update.applied:
+            self.skipped += 1
+        elif self.session.ema is not None:
+            self.session.ema.update()
+        return update
+
+    def close(self) -> None:
+        """End the engine."""
+        self.session.close()
+
+
+def open_contender(name: str, config: Config, device: torch.device, notes: list[str]) -> Contender | None:
+    """A contender that has run its first updates, its memory and first loss known; None, and a line in ``notes``, where the
+    device's memory does not suffice.
+
+    Raises:
+        UserError: it does not suffice for the recipe itself, or no update of it is finite.
+    """
+
+    derived = derive(config, world=1, samples_per_epoch=max(1_281_167, config.train.global_batch))
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    begin = time.perf_counter()
+    contender = None
+    try:
+        with heard(compiling.log) as lines:
+            contender = Contender(
+                open_session(config, derived, device, config.model.img_size),
+                Batches(config, device),
+                config.optim.lr,
+            )
+            update = contender()
+            started, first = time.perf_counter() - begin, update.loss_sum / max(update.weight, 1.0)
+            for _ in range(SETTLE):
+                if update.applied:
+                    break
+                update = contender()
+            contender.facts = {"first loss": f"{first:.4f}", "first update s": round(started, 1)}
+            contender.facts |= memory(contender, before, device)
+    except torch.OutOfMemoryError as error:
+        if contender is not None:
+            contender.close()
+        if name == BASELINE:
+            raise UserError(
+                f"train.micro_batch={config.train.micro_batch} does not fit on {device}: {str(error).splitlines()[0]}"
+            ) from None
+        notes.append(f"{name}: out of memory, left out.")
+        torch.cuda.empty_cache()
+        return None
+    notes += [f"{name}: {line}" for line in lines]
+    if not update.applied:
+        raise UserError(f"{name}: none of the first {SETTLE} updates was finite; there is nothing to measure")
+    contender.skipped = 0
+    return contender
+
+
+@contextmanager
+def heard(logger: logging.Logger) -> Iterator[list[str]]:
+    """The warnings of ``logger`` inside the block, which then need no console."""
+    lines: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    ear = Ear(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(ear)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(ear)
+        logger.propagate = propagate
+
+
+# Memory ------------------------------------------------------------------------------------------------------------
+
+
+def memory(contender: Contender, before: int, device: torch.device) -> dict[str, float | str | None]:
+    """Of one more update. On CUDA: bytes at its peak, and what of them stands between updates (``before`` was there without
+    the contender). Elsewhere: what autograd keeps of a micro-batch between forward and backward, weights left out.
+    """
+
+    images = contender.session.engine.train_micro_batch_size_per_gpu()
+    if device.type != "cuda":
+        return {"MB kept/image": kept_bytes(contender) / images / 1e6}
+    torch.cuda.reset_peak_memory_stats(device)
+    contender()
+    torch.cuda.synchronize(device)
+    standing = torch.cuda.memory_allocated(device) - before
+    peak = torch.cuda.max_memory_allocated(device) - before
+    return {"GB peak": peak / 1e9, "GB between updates": standing / 1e9}
+
+
+def kept_bytes(contender: Contender) -> int:
+    """Bytes of the storages that autograd keeps for backward, each counted once, in one more update; weights left out."""
+
+    module = contender.session.engine.module
+    updater = contender.session.updater
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        # Asked anew each time: under stage 3 weights have other storages in every forward pass.
+        if all(storage.data_ptr() != own.untyped_storage().data_ptr() for own in module.parameters()):
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    def forward(batch: Batch) -> Any:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            return plain(batch)
+
+    plain = updater.forward
+    with replaced(updater, forward=forward):
+        contender()
+    return sum(kept.values())

@@ -17,26 +17,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dattrain.errors import UserError
 from dattrain.runtime.owner import refuse_if_held
 
-if TYPE_CHECKING:
-    import numpy as np
-
-CLASSES = (
-    "T-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
 MADE = frozenset({"shards", "pretrain", "finetune", "pretrain-eval.json", "finetune-eval.json", "demo.png"})
 
 
@@ -53,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; raises UserError where a step fails."""
+    from dattrain.demo.results import nearest_neighbour, picture, read
+
     out: Path = args.out
     started = time.perf_counter()
     clear(out)
@@ -91,7 +77,7 @@ def clear(out: Path) -> None:
     """Make ``out`` an empty folder, where nothing lies there but what a demo made.
 
     Raises:
-        UserError: something else does, or one of its trainings goes on.
+        UserError: something else does, or one of its trainings runs.
     """
     other = sorted(path.name for path in out.iterdir() if path.name not in MADE) if out.is_dir() else []
     if other:
@@ -103,33 +89,6 @@ def clear(out: Path) -> None:
         refuse_if_held(out / name)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-
-
-def read(spec: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images n x 28 x 28 and labels n, uint8, decoded from the demo's shards."""
-    import numpy as np
-
-    from dattrain.data.decode.images import decode
-    from dattrain.data.source.dataset import open_dataset
-
-    dataset = open_dataset(spec)
-    where = [(shard, i) for shard, count in enumerate(dataset.counts) for i in range(count)]
-    images = np.stack([decode(dataset.read(*place).data)[0].numpy() for place in where])
-    labels = np.array([dataset.label(*place) for place in where], dtype=np.uint8)
-    dataset.close()
-    return images, labels
-
-
-def nearest_neighbour(
-    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
-) -> float:
-    """Top-1 in percent of 1-nearest neighbour by Euclidean distance on pixels."""
-    import numpy as np
-
-    a = train.reshape(len(train), -1).astype(np.float32)
-    b = test.reshape(len(test), -1).astype(np.float32)
-    nearest = (np.square(a).sum(1) - 2 * b @ a.T).argmin(1)
-    return float((train_labels[nearest] == test_labels).mean() * 100)
 
 
 def dattrain() -> list[str]:
@@ -169,7 +128,7 @@ def kill_half_way(command: Sequence[str], run: Path) -> None:
             os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     print(
-        "\n--- killed on purpose (SIGKILL); the same command again goes on where the last checkpoint is ---",
+        "\n--- killed on purpose (SIGKILL); the same command again resumes at its last checkpoint ---",
         flush=True,
     )
 
@@ -177,48 +136,3 @@ def kill_half_way(command: Sequence[str], run: Path) -> None:
 def published(run: Path) -> list[Path]:
     """Manifests of the checkpoints of a run."""
     return sorted((run / "checkpoints").glob("step_*/manifest.json"))
-
-
-def picture(file: Path, pretrain: Path, finetune: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Loss and accuracy of both runs above one image per class with its deformed sampling points (the paper's Figure 4)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import numpy as np
-    import torch
-    from matplotlib import pyplot
-    from torchvision.transforms.v2.functional import normalize, resize
-
-    from dattrain.pretrained.weights import load_model
-    from dattrain.visualize import draw
-    from dattrain.visualize.sampling_points import capture
-
-    figure = pyplot.figure(figsize=(12, 7.2), layout="constrained")
-    curves, sheet = np.asarray(figure.subfigures(2, 1, height_ratios=(1, 1.15)))
-    loss, accuracy = curves.subplots(1, 2)
-    seen = 0
-    for name, folder in (("pre-training, 64 x 64", pretrain), ("fine-tuning, 96 x 96", finetune)):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for axis, key, style in ((loss, "loss", "-"), (accuracy, "top1", "o-")):
-            points = [(seen + row["samples"], row[key]) for row in rows if key in row]
-            axis.plot(*zip(*points), style, label=name)
-        seen += max(row["samples"] for row in rows)
-    loss.set(xlabel="images seen", ylabel="training loss")
-    accuracy.set(xlabel="images seen", ylabel="top-1 on 2,000 test images, %")
-    loss.legend()
-    accuracy.legend(loc="lower right")
-
-    model, cfg = load_model(finetune)
-    chosen = images[[int(np.flatnonzero(labels == c)[0]) for c in range(len(CLASSES))]]
-    pixels = resize(
-        torch.from_numpy(chosen)[:, None].expand(-1, 3, -1, -1), list(cfg.img_size), antialias=True
-    )
-    inputs = normalize(pixels.float() / 255, list(cfg.mean), list(cfg.std))
-    for axis, image, blocks, name in zip(sheet.subplots(2, 5).flat, pixels, capture(model, inputs), CLASSES):
-        draw.points(axis, image.permute(1, 2, 0).numpy(), blocks[0], area=9)
-        axis.set_title(name, fontsize=9)
-    sheet.suptitle(
-        "where the first deformable block samples its keys; one colour per offset group", fontsize=10
-    )
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)

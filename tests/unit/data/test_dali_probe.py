@@ -147,11 +147,11 @@ def test_dali_knows_every_argument_of_the_device_decoder():
 
 
 def test_doctor_asks_once_for_each_kind_of_gpu(monkeypatch):
-    from dattrain.cli import doctor
+    from dattrain.planning import machine
 
-    cards = ["NVIDIA H100", "NVIDIA H100", "NVIDIA L4"]
+    gpus = ["NVIDIA H100", "NVIDIA H100", "NVIDIA L4"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: cards[index])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: gpus[index])
     monkeypatch.setattr(dali_probe, "probe", lambda device: f"card {device.id}")
-    assert sorted(doctor.dali()) == [versions(), "NVIDIA H100: card 0", "NVIDIA L4: card 2"]
+    assert sorted(machine.dali()) == [versions(), "NVIDIA H100: card 0", "NVIDIA L4: card 2"]

@@ -158,7 +158,6 @@ def to_dtype(name: str) -> torch.dtype:
 
 def straightforward() -> ModuleType | None:
     """``benchmarks/straightforward.py`` of the source tree that this package runs from, if it does."""
-
     path = Path(dattrain.__file__).parents[1] / "benchmarks" / "straightforward.py"
     spec = importlib.util.spec_from_file_location("dattrain_straightforward", path)
     if not path.is_file() or spec is None or spec.loader is None:
@@ -186,7 +185,6 @@ def draw(
         size: side of the map of queries, for which the table is laid out.
         keys: side of the map of keys; that of the queries when None.
     """
-
     generator = torch.Generator().manual_seed(0)
     side = keys or size
     axis = (torch.arange(side) + 0.5) / side * 2 - 1
@@ -232,7 +230,6 @@ def kept_bytes(
     call: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], size: int, grid: str
 ) -> int:
     """Bytes of the storages that autograd keeps between forward and backward, each counted once."""
-
     kept: dict[int, int] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -251,7 +248,6 @@ def try_compile(
     function: Callable[..., torch.Tensor], notes: list[str], warm: tuple[tuple[torch.Tensor, ...], int, str]
 ) -> Callable[..., torch.Tensor] | None:
     """Compiled and run once; on failure a line in ``notes`` that says why, and None."""
-
     compiled = torch.compile(function, dynamic=False, fullgraph=True)
     inputs, size, grid = warm
     try:

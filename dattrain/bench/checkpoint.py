@@ -103,13 +103,13 @@ def _report(ranks: int, stage: int, saved: dict[str, Any], loaded: dict[int, dic
             result["bytes"],
             {"load, checked": result["peak_bytes"]},
         )
-    stall = Spread.of([b[0] / a[0] for a, b in zip(saved["blocking"], saved["stall"])])
+    stall = Spread.from_values([b[0] / a[0] for a, b in zip(saved["blocking"], saved["stall"])])
     slowdown = [b[0] - a[0] for a, b in zip(saved["update"], saved["beside"])]
-    beside = Spread.of(slowdown)
-    beside_share = Spread.of([d / b[0] for d, b in zip(slowdown, saved["blocking"])])
-    share = Spread.of([b[0] / a[0] for a, b in zip(saved["background"], bare)])
-    blocking = Spread.of([b[0] / a[0] for a, b in zip(saved["blocking"], bare)])
-    dd = Spread.of([b[0] / a[0] for a, b in zip(saved["background"], saved["dd"])])
+    beside = Spread.from_values(slowdown)
+    beside_share = Spread.from_values([d / b[0] for d, b in zip(slowdown, saved["blocking"])])
+    share = Spread.from_values([b[0] / a[0] for a, b in zip(saved["background"], bare)])
+    blocking = Spread.from_values([b[0] / a[0] for a, b in zip(saved["blocking"], bare)])
+    dd = Spread.from_values([b[0] / a[0] for a, b in zip(saved["background"], saved["dd"])])
     notes = [
         f"{saved['parameters'] / 1e6:.0f} M parameters, {size / 1e9:.2f} GB (weights and two moments, fp32), ZeRO stage {stage}, "
         f"{ranks} local ranks on {saved['device']}.",
@@ -144,10 +144,10 @@ def _case(
             case,
             name,
             baseline,
-            Spread.of([wall for wall, _ in turns]),
-            Spread.of([cpu for _, cpu in turns]),
-            Spread.of([a[0] / max(b[0], 1e-9) for a, b in zip(first, turns)]),
-            Spread.of([a[1] / max(b[1], 1e-9) for a, b in zip(first, turns)]),
+            Spread.from_values([wall for wall, _ in turns]),
+            Spread.from_values([cpu for _, cpu in turns]),
+            Spread.from_values([a[0] / max(b[0], 1e-9) for a, b in zip(first, turns)]),
+            Spread.from_values([a[1] / max(b[1], 1e-9) for a, b in zip(first, turns)]),
             None if size is None else size / 1e6,
             {"peak MB": peaks[name] / 1e6} if name in peaks else {},
         )

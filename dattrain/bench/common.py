@@ -30,8 +30,8 @@ class Spread(NamedTuple):
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+    def from_values(cls, values: Sequence[float]) -> Spread:
+        """Median and quartiles of at least one value."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -134,10 +134,10 @@ def compare(
             case,
             name,
             baseline,
-            Spread.of(wall[name]),
-            Spread.of(cpu[name]),
-            Spread.of([b / max(a, 1e-12) for a, b in zip(wall[name], wall[baseline])]),
-            Spread.of([b / max(a, 1e-12) for a, b in zip(cpu[name], cpu[baseline])]),
+            Spread.from_values(wall[name]),
+            Spread.from_values(cpu[name]),
+            Spread.from_values([b / max(a, 1e-12) for a, b in zip(wall[name], wall[baseline])]),
+            Spread.from_values([b / max(a, 1e-12) for a, b in zip(cpu[name], cpu[baseline])]),
             items,
             dict((extra or {}).get(name, {})),
         )
@@ -147,7 +147,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Breakdown:
-    """What a whole is made of: seconds by part, in the order in which they are shown."""
+    """The parts of a duration: seconds by part, in the order in which they are shown."""
 
     title: str
     parts: Mapping[str, Spread]

@@ -51,6 +51,7 @@ class Batches:
         self._next = 0
 
     def __next__(self) -> Batch:
+        """Give the next micro-batch, on the device."""
         self._next += 1
         return self._batches[(self._next - 1) % BATCHES]
 
@@ -66,6 +67,7 @@ class Contender:
         """More columns of the report."""
 
     def __call__(self) -> Any:
+        """Run one update; returns what the trainer gets of it."""
         update = self.session.updater(self.batches, self.lr)
         if not update.applied:
             self.skipped += 1
@@ -79,20 +81,20 @@ class Contender:
 
 
 def open_contender(name: str, config: Config, device: torch.device, notes: list[str]) -> Contender | None:
-    """A contender that has run its first updates, its memory and first loss known; None, and a line in ``notes``, where the
-    device's memory does not suffice.
+    """Open a contender and run its first updates, after which its memory and first loss are known.
+
+    Returns None, with a line in ``notes``, where the device's memory does not suffice.
 
     Raises:
         UserError: it does not suffice for the recipe itself, or no update of it is finite.
     """
-
     derived = derive(config, world=1, samples_per_epoch=max(1_281_167, config.train.global_batch))
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
     begin = time.perf_counter()
     contender = None
     try:
-        with heard(compiling.log) as lines:
+        with captured_warnings(compiling.log) as lines:
             contender = Contender(
                 open_session(config, derived, device, config.model.img_size),
                 Batches(config, device),
@@ -124,21 +126,22 @@ def open_contender(name: str, config: Config, device: torch.device, notes: list[
 
 
 @contextmanager
-def heard(logger: logging.Logger) -> Iterator[list[str]]:
+def captured_warnings(logger: logging.Logger) -> Iterator[list[str]]:
     """The warnings of ``logger`` inside the block, which then need no console."""
     lines: list[str] = []
 
-    class Ear(logging.Handler):
+    class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
+            """Keep the message."""
             lines.append(record.getMessage())
 
-    ear = Ear(logging.WARNING)
+    handler = Handler(logging.WARNING)
     propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(ear)
+    logger.addHandler(handler)
     try:
         yield lines
     finally:
-        logger.removeHandler(ear)
+        logger.removeHandler(handler)
         logger.propagate = propagate
 
 
@@ -146,10 +149,11 @@ def heard(logger: logging.Logger) -> Iterator[list[str]]:
 
 
 def memory(contender: Contender, before: int, device: torch.device) -> dict[str, float | str | None]:
-    """Of one more update. On CUDA: bytes at its peak, and what of them stands between updates (``before`` was there without
-    the contender). Elsewhere: what autograd keeps of a micro-batch between forward and backward, weights left out.
-    """
+    """Memory of one more update, as columns of the report.
 
+    On CUDA: GB at its peak, and what of them stands between updates (``before`` bytes were there without the contender).
+    Elsewhere: MB that autograd keeps of a micro-batch between forward and backward, weights left out.
+    """
     images = contender.session.engine.train_micro_batch_size_per_gpu()
     if device.type != "cuda":
         return {"MB kept/image": kept_bytes(contender) / images / 1e6}
@@ -163,7 +167,6 @@ def memory(contender: Contender, before: int, device: torch.device) -> dict[str,
 
 def kept_bytes(contender: Contender) -> int:
     """Bytes of the storages that autograd keeps for backward, each counted once, in one more update; weights left out."""
-
     module = contender.session.engine.module
     updater = contender.session.updater
     kept: dict[int, int] = {}

@@ -113,6 +113,6 @@ def bars(rows: list[Measurement]) -> list[str]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended, user and system."""
+    """CPU seconds, user and system, of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)

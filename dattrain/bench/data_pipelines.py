@@ -91,7 +91,6 @@ class Pipelines:
 
     def decoders(self) -> dict[str, Callable[[], object]]:
         """In this process alone."""
-
         dataset = open_dataset(self.images.shards)
         places = ((s, i) for s, n in enumerate(dataset.counts) for i in range(n))
         files = [dataset.read(s, i).data for s, i in itertools.islice(places, self.per_decoding)]
@@ -115,7 +114,6 @@ class Pipelines:
 
     def config(self, *, workers: int, decoder: str = "cpu", randaugment: str | None = None) -> Config:
         """A recipe with this bench's sizes."""
-
         dataset = open_dataset(self.images.shards)
         dataset.close()
         # Bare numbers say nothing of those that are not there: as many outputs as ImageNet's, or as the largest takes.
@@ -218,7 +216,6 @@ class Pipelines:
 
 def wait_share(bench: Pipelines, name: str, steps: int) -> str:
     """Train a few steps and say what share of the time went by waiting for data."""
-
     config = bench.config(workers=bench.workers, randaugment=_RANDAUGMENT)
     device = bench.device
     batch_size = bench.batch if device.type == "cuda" else min(8, bench.batch)

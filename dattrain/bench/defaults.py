@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 DTYPES = ("fp32", "bf16", "fp16")
-"""Of weights and activations, by the names that recipes use."""
+"""Precisions of weights and activations, by the names that recipes use."""
 TABLE = (
     "deit_small_patch16_224",
     "deit_base_patch16_224",

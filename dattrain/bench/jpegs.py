@@ -18,7 +18,6 @@ CLASSES = 10
 
 def photographs() -> list[Image.Image]:
     """matplotlib's, and scikit-learn's and scikit-image's where they are installed."""
-
     path = get_sample_data("grace_hopper.jpg", asfileobj=False)
     found = [Image.open(str(path)).convert("RGB")]
     try:
@@ -38,7 +37,6 @@ def photographs() -> list[Image.Image]:
 
 def write_folder(folder: Path, count: int, *, seed: int = 0) -> None:
     """``count`` JPEGs in ten class folders: 4:2:0, quality 88 to 92, sides of 500 +- 25 and 375 +- 25 pixels."""
-
     rng = np.random.default_rng(seed)
     sources = photographs()
     for label in range(CLASSES):

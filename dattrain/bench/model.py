@@ -175,7 +175,6 @@ def step(
     channels_last: bool,
 ) -> Callable[[], object]:
     """One turn of this model on fixed random images."""
-
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, size, size, generator=generator).to(device)
     if channels_last:
@@ -231,7 +230,6 @@ def compiled(
     channels_last: bool,
 ) -> Callable[[], object]:
     """The turn with the model under torch.compile, run once; the eager one and a line in ``notes`` if that fails."""
-
     one = step(torch.compile(model, dynamic=False), size, batch, dtype, train, device, name, channels_last)  # type: ignore[arg-type]
     try:
         one()

@@ -47,7 +47,7 @@ def take_apart(
             update()
             turns.append(watch.spent)
     shown = [part for part in PARTS if part != EMA or session.ema is not None]
-    return {part: common.Spread.of([turn[part] for turn in turns]) for part in shown}
+    return {part: common.Spread.from_values([turn[part] for turn in turns]) for part in shown}
 
 
 class Stopwatch:

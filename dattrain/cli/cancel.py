@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
         if job is None:
             print(f"{folder}: no job to cancel" + _explain(folder))
             continue
-        # Written first: the bookkeeper of a job that ends between this line and the next must not requeue it.
+        # Written first: the job hook of a job that ends between this line and the next must not requeue it.
         history.record(folder, "cancel")
         if not local.cancel(folder):
             jobs = [

@@ -1,4 +1,4 @@
-"""``dattrain demo``: the whole road on real images, in minutes on a laptop.
+"""``dattrain demo``: from raw images to a fine-tuned network, in minutes on a laptop.
 
 Pack Fashion-MNIST into shards, pre-train dat_atto at 64 x 64 on two local ranks, kill the run on purpose, resume it,
 fine-tune at 96 x 96, evaluate both, and draw curves and sampling points. Every step is a command that it prints first.

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--csv", type=Path, metavar="DIR", help="tables per class and image, confusion, calibration; pictures"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the figures, for programs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the metrics, for programs")
     parser.add_argument(
         "--knn",
         type=int,

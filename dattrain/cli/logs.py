@@ -9,7 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("folder", metavar="RUN", help="run folder")
     parser.add_argument(
-        "-f", "--follow", action="store_true", help="go on as it is written, until the run is over"
+        "-f", "--follow", action="store_true", help="print what is appended, until the run is over"
     )
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="of which rank (0)")
     parser.add_argument(
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--job", action="store_true",
-        help="what Slurm and the batch script wrote (errors before training, srun's messages, the bookkeeper)",
+        help="what Slurm and the batch script wrote (errors before training, srun's messages, the job hook)",
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from dattrain.errors import UserError
 from dattrain.urls import mask
 
 VERBS: dict[str, tuple[str, str]] = {
-    "train": ("dattrain.cli.train", "train a recipe, or go on with a run folder"),
+    "train": ("dattrain.cli.train", "train a recipe, or resume a run folder"),
     "eval": ("dattrain.cli.eval", "accuracy and more of a run or checkpoint"),
     "predict": ("dattrain.cli.predict", "classes of images"),
     "viz": ("dattrain.cli.viz", "draw sampling points, offsets and attention on images"),
@@ -30,11 +30,14 @@ VERBS: dict[str, tuple[str, str]] = {
     "status": ("dattrain.cli.status", "state, speed and restarts of runs"),
     "logs": ("dattrain.cli.logs", "show a run's logs"),
     "cancel": ("dattrain.cli.cancel", "cancel a run's jobs"),
-    "stop": ("dattrain.cli.stop", "save at the next step's edge, then stop"),
+    "stop": ("dattrain.cli.stop", "save at the next step boundary, then stop"),
     "plan": ("dattrain.cli.plan", "memory, time and data rate before anything is queued"),
     "bench": ("dattrain.cli.bench", "side-by-side measurements: attention, model, step, data, checkpoint"),
     "config": ("dattrain.cli.config", "list the recipes, show a resolved one, or the difference of two"),
-    "demo": ("dattrain.cli.demo", "the whole road on Fashion-MNIST, in minutes on a laptop"),
+    "demo": (
+        "dattrain.cli.demo",
+        "train, fine-tune and evaluate on Fashion-MNIST, in minutes on a laptop",
+    ),
     "doctor": ("dattrain.cli.doctor", "what this machine has, and whether it works"),
 }
 

@@ -1,4 +1,4 @@
-"""``dattrain stop``: have a run save at the next step's edge and end, by a file in its folder; no Slurm is needed."""
+"""``dattrain stop``: have a run save at the next step boundary and end, by a file in its folder; no Slurm is needed."""
 
 from __future__ import annotations
 

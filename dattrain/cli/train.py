@@ -14,7 +14,7 @@ from dattrain.errors import ConfigError, UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("config", metavar="CONFIG|RUN", help="a recipe (YAML), or a run folder to go on with")
+    parser.add_argument("config", metavar="CONFIG|RUN", help="a recipe (YAML), or a run folder to resume")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-3")
     parser.add_argument(
         "--run",

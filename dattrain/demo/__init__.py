@@ -1,4 +1,4 @@
-"""The images of the demo: Fashion-MNIST's 10,000 test images and labels, as Zalando gave them out. Nothing else lives here.
+"""Fashion-MNIST's test images, which ``dattrain demo`` and checks on real images use, and what the demo shows at its end.
 
-``dattrain.cli.demo`` packs and trains on them; ``importlib.resources`` opens them.
+The images and labels are files of this folder; ``results`` draws. The commands of the demo are in ``cli.demo``.
 """

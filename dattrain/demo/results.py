@@ -32,7 +32,6 @@ CLASSES = (
 
 def read(spec: str) -> tuple[np.ndarray, np.ndarray]:
     """Images n x 28 x 28 and labels n, uint8, decoded from the demo's shards."""
-
     dataset = open_dataset(spec)
     where = [(shard, i) for shard, count in enumerate(dataset.counts) for i in range(count)]
     images = np.stack([decode(dataset.read(*place).data)[0].numpy() for place in where])

@@ -56,7 +56,7 @@ class Options:
     ema: bool | None = None
     """Averaged weights (None: where there are any)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of autocast."""
+    """Autocast's; ``fp32`` for none."""
     batch: int | None = None
     """Images at a time."""
     workers: int | None = None

@@ -85,7 +85,8 @@ def hits(records: Records, k: int, accepted: Sequence[frozenset[int]] | None = N
     With ``accepted`` (one set per image, ReaL: Beyer et al., arXiv 2006.07159) any member counts.
     """
     if accepted is None:
-        return (records.top[:, :k] == records.label[:, None]).any(1)
+        among: np.ndarray = (records.top[:, :k] == records.label[:, None]).any(1)
+        return among
     return np.array(
         [bool(ok.intersection(row[:k].tolist())) for row, ok in zip(records.top, accepted)], dtype=bool
     )

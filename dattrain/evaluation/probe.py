@@ -67,13 +67,13 @@ def linear_probe(
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     x = (train - mean) / std
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    held, rest = order[: len(x) // 10], order[len(x) // 10 :]
+    validation, rest = order[: len(x) // 10], order[len(x) // 10 :]
     best = decays[0]
-    if len(held):
+    if len(validation):
 
         def accuracy(decay: float) -> float:
             fit = _regress(x[rest], train_labels[rest], classes, decay)
-            return float((fit(x[held]).argmax(1) == train_labels[held]).float().mean())
+            return float((fit(x[validation]).argmax(1) == train_labels[validation]).float().mean())
 
         best = max(decays, key=accuracy)
     fit = _regress(x, train_labels, classes, best)

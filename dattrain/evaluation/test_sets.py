@@ -1,4 +1,4 @@
-"""ImageNet's other test sets, told by how their folders are laid out: what to read, which classes count, which labels.
+"""ImageNet's other test sets, recognised by how their folders are laid out: what to read, which classes count, which labels.
 
 V2 (Recht et al. 2019): folders ``0`` to ``999``. A and R (Hendrycks et al. 2021): 200 synset folders; the other classes
 get no probability, as their authors score it. Sketch (Wang et al. 2019): 1,000 synset folders. C (Hendrycks and Dietterich
@@ -105,7 +105,7 @@ def _check_imagenet(cfg: PretrainedCfg, what: str) -> None:
 
 
 def real_answers(keys: list[str], cfg: PretrainedCfg) -> list[frozenset[int]]:
-    """ReaL's right answers for each validation image, told by its name; empty where its annotators found none.
+    """ReaL's right answers for each validation image, by its name; empty where its annotators found none.
 
     Raises:
         UserError: the model is not ImageNet-1K's, or a name is not ``ILSVRC2012_val_00000001`` to ``_00050000``.
@@ -141,7 +141,7 @@ def corruption_table(top1: dict[str, float]) -> list[dict[str, float | str]]:
 
 
 def mean_corruption_error(rows: list[dict[str, float | str]]) -> float:
-    """mCE in percent; NaN unless all fifteen corruptions are there."""
+    """Mean corruption error (mCE) in percent; NaN unless all fifteen corruptions are there."""
     ce = {str(row["corruption"]): float(row["ce"]) for row in rows}
     if not ALEXNET_ERROR.keys() <= ce.keys():
         return float("nan")

@@ -23,7 +23,7 @@ from dattrain.engine import activation_checkpointing
 from dattrain.engine.zero import REDUCE_BUCKET
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16-pure": torch.bfloat16, "fp16": torch.float16}
-"""Of weights and activations outside of autocast."""
+"""Dtypes of weights and activations outside of autocast, by ``train.precision``."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def states(
     # With contiguous_gradients; two of them take turns where communication overlaps.
     buckets = bucket * (2 if device == "cuda" else 1)
     if stage == 1:
-        # Gradients stay whole until the last micro-batch; bf16's are accumulated beside them in fp32.
+        # Gradients are not partitioned until the last micro-batch; bf16's are accumulated beside them in fp32.
         if precision == "bf16-pure":
             gradients += 4 * p
         buffers, working = 0, size * p + buckets
@@ -139,29 +139,29 @@ def _follow(
     precision = config.train.precision
     dtype = DTYPES[precision]
     height, width = (size, size) if isinstance(size, int) else size
-    twin = copy.deepcopy(model).to("meta").train()
-    activation_checkpointing.apply(twin, config.train.remat)
+    meta_model = copy.deepcopy(model).to("meta").train()
+    activation_checkpointing.apply(meta_model, config.train.remat)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         # cuDNN's sampling kernel has no shape function; the native one keeps the same.
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_overwrite_parameters())
-        twin._apply(
+        meta_model._apply(
             lambda t: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device=device)
         )
         if config.train.channels_last:
-            twin.to(memory_format=torch.channels_last)
-        ledger = stack.enter_context(Ledger([*twin.parameters(), *twin.buffers()]))
+            meta_model.to(memory_format=torch.channels_last)
+        ledger = stack.enter_context(Ledger([*meta_model.parameters(), *meta_model.buffers()]))
         images = torch.empty(micro_batch, config.model.in_chans, height, width, dtype=dtype, device=device)
         targets = torch.empty(micro_batch, config.model.num_classes, device=device)
         with _autocast(device) if precision == "bf16" else nullcontext():
-            logits = twin(images)
+            logits = meta_model(images)
         loss = -(targets * logits.float().log_softmax(dim=-1)).sum()
         kept = ledger.current
         if not backward:
             return Activations(kept, ledger.peak)
         # Gradients are counted with the states: they are dropped as they come, as DeepSpeed takes them.
-        for parameter in twin.parameters():
+        for parameter in meta_model.parameters():
             parameter.register_post_accumulate_grad_hook(_drop)
         loss.backward()
         return Activations(kept, ledger.peak)

@@ -46,7 +46,7 @@ class Resources:
     device_gb: float = 80.0
     """Memory of a device, in 10^9 bytes."""
     images_per_second: float | None = None
-    """Of the whole job, measured or expected."""
+    """Of all devices together, measured or expected."""
     samples: int | None = None
     """Training images, where neither shards nor labels tell."""
     write_mb_per_s: float = 500.0
@@ -59,13 +59,12 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
     Args:
         config: the recipe.
         resources: what it is to run on.
-        measured: images per second of the whole job as measured, where ``resources`` expects none.
+        measured: images per second of all devices together, as measured, where ``resources`` expects none.
 
     Raises:
         ConfigError: the batch does not divide over the devices; the profile is wrong.
         UserError: nothing tells how many training images there are.
     """
-
     profile = cluster.load(resources.cluster) if resources.cluster else None
     per_node = resources.gpus_per_node or (profile.tasks if profile else 8)
     if resources.nodes < 1 or per_node < 1:
@@ -145,7 +144,6 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
 
 def measured_rate(run: Path) -> float | None:
     """Median images/s of a run's last rows."""
-
     rates = [row["images_per_s"] for row in read_metrics(run)[-200:] if row.get("images_per_s")]
     return median(rates) if rates else None
 
@@ -186,7 +184,6 @@ def _data(config: Config, given: int | None) -> tuple[int, str, float, str]:
 
 def _count(dataset: Dataset) -> tuple[int, float]:
     """Samples and mean bytes of a sample of local shards or an image folder."""
-
     samples = int(dataset.counts.sum())
     if isinstance(dataset, ShardDataset):
         return samples, float(dataset.shards.sizes.sum()) / samples

@@ -11,8 +11,10 @@ from dattrain.errors import UserError
 
 
 def names(num_classes: int, label_set: str | None = None, known: Sequence[str] = ()) -> list[str]:
-    """A name per class: ``known`` ones (synsets become words), else the label set's, else ``class 7``: a thousand classes
-    need not be ImageNet's."""
+    """A name per class: ``known`` ones (synsets become words), else the label set's, else ``class 7``.
+
+    A thousand classes need not be ImageNet's.
+    """
     if len(known) == num_classes:
         return _words(known)
     if label_set is not None:

@@ -43,7 +43,6 @@ def export_safetensors(folder: Path, manifest: Manifest, out: Path, *, ema: bool
         UserError: the checkpoint holds no averaged weights.
         OSError: it cannot be written.
     """
-
     state: gather.State = "ema" if ema else "param"
     if ema and "ema" not in manifest.states:
         raise UserError(f"{folder} holds no averaged weights; export without --ema")

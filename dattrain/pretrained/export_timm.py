@@ -61,9 +61,11 @@ def timm_config(cfg: PretrainedCfg) -> dict[str, Any]:
 
 
 def _label_names(cfg: PretrainedCfg) -> dict[str, Any]:
-    """``label_names``, one per output, and where these are synsets ``label_descriptions``, their words; nothing where the
-    classes are not known. timm's hub format and transformers' pipelines read them."""
+    """Names of the classes, as timm's hub format and transformers' pipelines read them.
 
+    ``label_names``, one per output, and where these are synsets ``label_descriptions``, their words; nothing where the
+    classes are not known.
+    """
     names = list(cfg.classes)
     if not names and cfg.labels is not None:
         with suppress(UserError):  # winter21 needs a file that may not be here

@@ -16,7 +16,7 @@ FORMATS = tuple(SUFFIX)
 GRAPHS = ("onnx", "torch.export")
 """Those that hold one graph per image size; the others hold weights, laid out for one."""
 LOWEST_OPSET = 18
-"""Of ONNX: torch.onnx has no operators below; it would convert, fail on ``Pad``, and give 18 under another number."""
+"""Lowest ONNX opset: torch.onnx has no operators below; it would convert, fail on ``Pad``, and give 18 under another number."""
 
 
 def output_path(out: Path, to: str, img_size: tuple[int, int] | None = None) -> Path:

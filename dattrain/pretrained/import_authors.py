@@ -133,8 +133,11 @@ def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, list[str
 
 
 def _own_names(state: dict[str, Tensor], file: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The model's tensors without what wrappers put before their names (``module.``, ``_orig_mod.``, a detector's
-    ``backbone.``), and without those beside the model; with a note of each. Raises UserError where there are two models."""
+    """The model's tensors under their own names, with a note of what was taken away.
+
+    That is what wrappers put before the names (``module.``, ``_orig_mod.``, a detector's ``backbone.``), and tensors beside
+    the model. Raises UserError where there are two models.
+    """
     found = [name.removesuffix(_FIRST) for name in state if name.endswith(_FIRST)]
     if len(found) > 1:
         raise UserError(
@@ -185,9 +188,11 @@ def _config_beside(file: Path) -> Path | None:
 
 
 def check_round_trip(model: DAT, state: Mapping[str, Tensor]) -> None:
-    """Compare what ``to_authors`` makes of the model with the file. Raises UserError at the first difference, and where
-    weights are no numbers."""
+    """Compare what ``to_authors`` makes of the model with the file.
 
+    Raises:
+        UserError: at the first difference, and where weights are not finite.
+    """
     back = to_authors(model)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():

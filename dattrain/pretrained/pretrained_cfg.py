@@ -186,6 +186,7 @@ def _effective(model: DAT, key: str) -> Any:
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size that is one number, or two."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 

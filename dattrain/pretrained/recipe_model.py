@@ -14,7 +14,6 @@ from dattrain.models.dat import DAT
 
 def network(config: Config, img_size: Any) -> DAT:
     """The recipe's model laid out for ``img_size``, without memory, frozen as the recipe says."""
-
     model = config.model
     with torch.device("meta"):
         net = zoo.create(

@@ -7,7 +7,7 @@ size shows as it ran. Drawing is in ``draw`` (PNG) and ``html``.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -38,18 +38,20 @@ class Deformed:
     @property
     def groups(self) -> int:
         """Offset groups."""
-        return self.positions.shape[0]
+        return len(self.positions)
 
     def group_attention(self, group: int) -> np.ndarray:
         """Attention averaged over the heads of a group: H*W x Hk*Wk."""
         if self.attention is None:
             raise ValueError("attention was not captured")
         heads = self.attention.shape[0] // self.groups
-        return self.attention[group * heads : (group + 1) * heads].mean(0)
+        mean: np.ndarray = self.attention[group * heads : (group + 1) * heads].mean(0)
+        return mean
 
     def received(self, group: int) -> np.ndarray:
         """Mean attention that each key of a group gets from all queries: Hk*Wk, sums to one."""
-        return self.group_attention(group).mean(0)
+        mean: np.ndarray = self.group_attention(group).mean(0)
+        return mean
 
     def pixels(self, points: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
         """Normalised (y, x) points of this block on an image of (height, width), in pixels whose centres are at .5.
@@ -58,7 +60,8 @@ class Deformed:
         """
         size = np.asarray(self.map_size, dtype=np.float64)
         token = (np.asarray(points, dtype=np.float64) + 1) / 2 * (size - 1) + 0.5
-        return token * np.asarray(image_size) / size
+        pixels: np.ndarray = token * np.asarray(image_size) / size
+        return pixels
 
 
 def capture(model: nn.Module, images: Tensor, *, attention: bool = False) -> list[list[Deformed]]:
@@ -98,7 +101,7 @@ class _Seen:
 
 
 @contextmanager
-def _watch(module: DeformableAttention, seen: _Seen, attention: bool):
+def _watch(module: DeformableAttention, seen: _Seen, attention: bool) -> Iterator[None]:
     """Within the block, keep the module's positions and, when asked, its attention weights."""
 
     def keep_positions(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -84,8 +84,8 @@ def test_it_says_whether_a_bar_is_met():
     from dattrain.bench.common import Measurement, Spread
 
     def row(case, name, ratio):
-        one = Spread.of([1.0])
-        return Measurement(case, name, "", one, one, one, Spread.of([ratio]), 1.0)
+        one = Spread.from_values([1.0])
+        return Measurement(case, name, "", one, one, one, Spread.from_values([ratio]), 1.0)
 
     met, missed = bench.bars(
         [row(f"{bench.PIPELINES}, 2 workers", bench.OURS, 2.3), row(bench.DECODING, bench.OURS, 0.7)]

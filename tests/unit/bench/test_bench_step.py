@@ -12,7 +12,7 @@ import torch
 
 from dattrain.bench import step as bench
 from dattrain.bench import step_parts
-from dattrain.bench.contender import Contender, heard, open_contender
+from dattrain.bench.contender import Contender, captured_warnings, open_contender
 from dattrain.cli import bench_step
 from dattrain.cli.main import main
 from dattrain.engine import compile as compiling
@@ -179,8 +179,8 @@ def test_updates_that_were_skipped_are_said(group, monkeypatch):
     one.close()
 
 
-def test_warnings_are_heard_and_go_no_further(caplog):
-    with caplog.at_level(logging.WARNING), heard(compiling.log) as lines:
+def test_warnings_are_captured_warnings_and_go_no_further(caplog):
+    with caplog.at_level(logging.WARNING), captured_warnings(compiling.log) as lines:
         compiling.log.warning("one %s", "line")
     compiling.log.warning("another")
     assert lines == ["one line"] and [r.getMessage() for r in caplog.records] == ["another"]

@@ -7,7 +7,7 @@ tensors is in ``weights``.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -185,7 +185,7 @@ def _effective(model: DAT, key: str) -> Any:
     return value if any(stages) else None
 
 
-def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a size that is one number, or two."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from collections.abc import Sequence
+from dataclasses import replace
 
 from dattrain.config.schema import Config
 from dattrain.engine.optim import freeze_backbone
-from dattrain.models import zoo
 from dattrain.models.dat import DAT
+from dattrain.pretrained.pretrained_cfg import as_pair, build, cfg_of_recipe
 
 
-def network(config: Config, img_size: Any) -> DAT:
-    """The recipe's model laid out for ``img_size``, without memory, frozen as the recipe says."""
-    model = config.model
-    with torch.device("meta"):
-        net = zoo.create(
-            model.name,
-            num_classes=model.num_classes,
-            img_size=tuple(img_size) if isinstance(img_size, list) else img_size,
-            in_chans=model.in_chans,
-            **model.overrides,
-        )
+def network(config: Config, img_size: int | Sequence[int]) -> DAT:
+    """The recipe's model laid out for ``img_size``, on the meta device, frozen as the recipe says."""
+    net = build(replace(cfg_of_recipe(config), img_size=as_pair(img_size)), meta=True)
     if config.optim.freeze_backbone:
         freeze_backbone(net)
     return net

@@ -22,8 +22,8 @@ from dattrain.bench.data_images import Images
 from dattrain.config.schema import Config
 from dattrain.data.augment.mixup import Mixer, Normalize
 from dattrain.data.decode import images as formats
-from dattrain.data.fork import kept
 from dattrain.data.factory import train_loader
+from dattrain.data.fork import kept
 from dattrain.data.source.dataset import open_dataset
 from dattrain.data.source.shards import expand
 from dattrain.models.zoo import create

@@ -16,6 +16,7 @@ import torch
 import warm
 from fashion_images import fashion, image_folder
 
+from dattrain.cli import eval as verb
 from dattrain.cli import main as cli
 from dattrain.config.load import dump
 from dattrain.config.schema import Config
@@ -314,3 +315,7 @@ def test_scores_of_the_label_minus_one_are_left_out():
     p = torch.full((4, 3), 1 / 3)
     kept = metrics.record(p, torch.tensor([0, -1, 1, -1]), torch.arange(len(images)))
     assert np.isnan(kept.nll).sum() == 2
+
+
+def test_the_help_lists_every_test_set():
+    assert verb.TEST_SETS == test_sets.NAMES

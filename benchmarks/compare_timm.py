@@ -44,7 +44,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from dattrain.config.load import loads
-from dattrain.data.augment.mixup import Mixer
+from dattrain.data.augment.mixup import MixupCutmix
 from dattrain.data.augment.plan import drop_path_noise
 from dattrain.data.factory import train_loader
 from dattrain.models import create
@@ -160,7 +160,7 @@ def same_batches(shards: Path, updates: int) -> dict[str, float]:
     """
     config = loads(recipe(shards, 0, 2, 1)).config
     trained, losses = _train(recipe(shards, 0, 2, 1), 0, f"train.max_steps={updates}")
-    model, mixer = network(0), Mixer(config.augment, CLASSES)
+    model, mixer = network(0), MixupCutmix(config.augment, CLASSES)
     begin = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
     loader = train_loader(config, rank=0, world=1, samples_seen=0, device=torch.device("cpu"), img_size=SIZE)
 

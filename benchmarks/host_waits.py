@@ -20,7 +20,7 @@ from dattrain.bench import step as bench
 from dattrain.bench.contender import Batches, Contender
 from dattrain.config.derive import derive
 from dattrain.config.load import loads
-from dattrain.data.augment.mixup import Mixer
+from dattrain.data.augment.mixup import MixupCutmix
 from dattrain.data.augment.plan import draw
 from dattrain.data.batch import Batch
 from dattrain.engine.session import Session, open_session
@@ -69,7 +69,7 @@ def mixing() -> Counter[str]:
         images = torch.empty(8, 3, 224, 224, dtype=torch.uint8, device="cuda")
         labels = torch.empty(8, dtype=torch.int64, device="cuda")
         batch = Batch(images, labels, torch.empty(8, device="cuda"), torch.arange(8), [""] * 8, plan)
-        mixer = Mixer(config.augment, config.model.num_classes)
+        mixer = MixupCutmix(config.augment, config.model.num_classes)
         mixer(batch)
         waits.clear()
         mixer(batch)

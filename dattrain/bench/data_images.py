@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dattrain.bench.jpegs import write_folder
 from dattrain.data.decode import images as formats
-from dattrain.data.prepare.pack import Options, pack
+from dattrain.data.prepare.pack import PackOptions, pack
 from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import UserError
 
@@ -48,7 +48,7 @@ def prepare(made: Path, *, folder: Path | None, shards: str | None, count: int, 
         print(f"making {count} JPEGs ...", flush=True)
         write_folder(folder, count)
     if shards is None:
-        pack(open_dataset(str(folder)), made / "shards", Options(per_shard=_SHARD, check=False))
+        pack(open_dataset(str(folder)), made / "shards", PackOptions(per_shard=_SHARD, check=False))
         shards = str(made / "shards")
     dataset = open_dataset(shards)
     count = min(count, int(dataset.counts.sum()))

@@ -20,7 +20,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from dattrain.bench.data_images import Images
 from dattrain.config.schema import Config
-from dattrain.data.augment.mixup import Mixer, Normalize
+from dattrain.data.augment.mixup import MixupCutmix, Normalize
 from dattrain.data.decode import images as formats
 from dattrain.data.factory import train_loader
 from dattrain.data.fork import kept
@@ -227,7 +227,7 @@ def wait_share(bench: Pipelines, name: str, steps: int) -> str:
     classes = config.model.num_classes
     model = create(name, num_classes=classes, img_size=bench.size).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    mixer = Mixer(config.augment, classes)
+    mixer = MixupCutmix(config.augment, classes)
     loader = train_loader(config, rank=0, world=1, samples_seen=0, device=device, img_size=bench.size)
     waited = total = started = 0.0
     with closing(loader):

@@ -13,7 +13,7 @@ from dattrain.errors import UserError
 from dattrain.urls import mask
 
 if TYPE_CHECKING:
-    from dattrain.data.source.build_index import Indexed
+    from dattrain.data.source.build_index import IndexedShard
     from dattrain.data.source.dataset import Dataset
     from dattrain.data.source.index import LeftOut
 
@@ -114,12 +114,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from dattrain.data.prepare.pack import Options, pack
+    from dattrain.data.prepare.pack import PackOptions, pack
     from dattrain.data.prepare.sources import open_source
     from dattrain.data.source.dataset import ShardDataset
     from dattrain.data.source.fields import Relabelled
 
-    options = Options(
+    options = PackOptions(
         split=args.split,
         holdout=args.holdout,
         holdout_split=args.holdout_split,
@@ -244,7 +244,7 @@ def _say_left_out(left_out: list[LeftOut]) -> bool:
     return any(some.lost for some in left_out)
 
 
-def _warn_of_order(shards: list[Indexed]) -> None:
+def _warn_of_order(shards: list[IndexedShard]) -> None:
     if not shards:
         return
     labels = max(shard.entry.max_label for shard in shards) + 1

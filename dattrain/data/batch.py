@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dattrain.data.augment.plan import Plan
+from dattrain.data.augment.plan import AugmentPlan
 from dattrain.data.shared_buffer import buffer
 
 
@@ -31,7 +31,7 @@ class Batch:
     weight: torch.Tensor
     position: torch.Tensor
     keys: list[str]
-    plan: Plan | None = None
+    plan: AugmentPlan | None = None
     bad: tuple[tuple[str, str], ...] = ()
     slot: tuple[int, int] | None = field(default=None, repr=False)
     """In a worker: the buffer (``dattrain.data.shared_buffer``) and the slot that the images lie in."""
@@ -71,7 +71,7 @@ def _rebuild(
     weight: np.ndarray,
     position: np.ndarray,
     keys: list[str],
-    plan: Plan | None,
+    plan: AugmentPlan | None,
     bad: tuple[tuple[str, str], ...],
 ) -> Batch:
     if isinstance(images, tuple):

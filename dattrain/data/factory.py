@@ -27,7 +27,7 @@ from dattrain.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_UPDATES_PER_HINT = 8
+_UPDATES_PER_PREFETCH = 8
 
 
 def train_loader(
@@ -79,7 +79,7 @@ def train_loader(
         samples_per_epoch=order.samples,
         identity=identity.of_dataset(dataset),
         device=device,
-        before=Prefetch(dataset, feed) if dataset.fetches else lambda served: None,
+        before=Prefetch(dataset, feed) if dataset.prefetches else lambda served: None,
         close=dataset.close,
     )
 
@@ -194,9 +194,11 @@ class Prefetch:
         """Hint, where an update of the right number begins."""
         feed = self._feed
         update, rest = divmod(served, feed.global_batch // feed.world // feed.micro_batch)
-        if rest == 0 and update % _UPDATES_PER_HINT == 0:
+        if rest == 0 and update % _UPDATES_PER_PREFETCH == 0:
             seen = feed.samples_seen + update * feed.global_batch
-            self._dataset.ahead(feed.order.shards_ahead(seen, feed.global_batch, feed.rank, feed.world))
+            self._dataset.prefetch(
+                feed.order.shards_to_prefetch(seen, feed.global_batch, feed.rank, feed.world)
+            )
 
 
 def _webdataset_loader(

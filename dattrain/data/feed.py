@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.config.schema import Augment
-from dattrain.data.augment.plan import Plan, draw, mates
+from dattrain.data.augment.plan import AugmentPlan, draw, mates
 from dattrain.data.decode.images import BadImage
 from dattrain.data.order import Order
 from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset
@@ -21,7 +21,7 @@ from dattrain.errors import UserError
 
 
 @dataclass(frozen=True)
-class Request:
+class BatchRequest:
     """The samples of one micro-batch: global positions, shard and sample numbers (B int64 each), and the plan.
 
     In training the first ``count`` of them are trained on; the others are decoded to be mixed into those.
@@ -30,7 +30,7 @@ class Request:
     positions: NDArray[np.int64]
     shards: NDArray[np.int64]
     samples: NDArray[np.int64]
-    plan: Plan | None
+    plan: AugmentPlan | None
 
     @property
     def count(self) -> int:
@@ -45,7 +45,7 @@ class Encoded:
     ``data`` is None for a bad sample, whose reason is in ``bad`` by place; ``where`` names file, key and offset.
     """
 
-    request: Request
+    request: BatchRequest
     data: list[bytes | None]
     labels: NDArray[np.int64]
     keys: list[str]
@@ -72,7 +72,7 @@ class TrainFeed:
         """Images of the largest micro-batch, with the partners that lie outside of it."""
         return self.micro_batch if self.micro_batch % self.augment.group == 0 else 2 * self.micro_batch
 
-    def request(self, number: int) -> Request:
+    def request(self, number: int) -> BatchRequest:
         """Micro-batch ``number`` since ``samples_seen``."""
         share = self.global_batch // self.world
         update, part = divmod(number, share // self.micro_batch)
@@ -81,7 +81,7 @@ class TrainFeed:
         positions, groups = mates(slots, start, start + self.micro_batch, self.augment.group)
         shards, samples = self.order.locate(positions)
         plan = draw(self.augment, self.seed, positions, self.size, groups)
-        return Request(positions, shards, samples, plan)
+        return BatchRequest(positions, shards, samples, plan)
 
 
 @dataclass
@@ -105,18 +105,18 @@ class EvalFeed:
         longest = -(-int(self.counts.sum()) // self.world)
         return -(-longest // self.batch)
 
-    def request(self, number: int) -> Request:
+    def request(self, number: int) -> BatchRequest:
         """Batch ``number``."""
         mine = range(self.rank, int(self.counts.sum()), self.world)
         positions = np.asarray(mine[number * self.batch : (number + 1) * self.batch], dtype=np.int64)
         ends = np.cumsum(self.counts)
         shards = np.searchsorted(ends, positions, side="right")
-        return Request(positions, shards, positions - (ends - self.counts)[shards], None)
+        return BatchRequest(positions, shards, positions - (ends - self.counts)[shards], None)
 
 
 def fetch(
     dataset: Dataset,
-    request: Request,
+    request: BatchRequest,
     *,
     num_classes: int,
     skip_bad: bool,

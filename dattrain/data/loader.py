@@ -16,7 +16,7 @@ from dattrain.data.feed import EvalFeed
 from dattrain.data.source.dataset import Dataset
 
 _NAMES_KEPT = 1000
-_SHARDS_PER_HINT = 8
+_SHARDS_PER_PREFETCH = 8
 
 
 class Decoder(Protocol):
@@ -129,7 +129,7 @@ class EvalLoader:
         self._feed = feed
         self._open = decoder
         self._to_device = DevicePrefetcher(device)
-        self._hinted = -1
+        self._prefetched = -1
 
     def __len__(self) -> int:
         return len(self._feed)
@@ -138,20 +138,22 @@ class EvalLoader:
         decoder = self._open()
         try:
             for number in range(len(self)):
-                self._hint(number)
+                self._prefetch(number)
                 batch = next(decoder)
                 self.skipped.add(batch.bad)
                 yield self._to_device(batch)
         finally:
             decoder.close()
 
-    def _hint(self, number: int) -> None:
-        if not self.dataset.fetches:
+    def _prefetch(self, number: int) -> None:
+        if not self.dataset.prefetches:
             return
         first = self._feed.request(number).shards[:1].tolist()
-        if first and first[0] != self._hinted:
-            self._hinted = first[0]
-            self.dataset.ahead(range(first[0], min(first[0] + _SHARDS_PER_HINT, len(self.dataset.counts))))
+        if first and first[0] != self._prefetched:
+            self._prefetched = first[0]
+            self.dataset.prefetch(
+                range(first[0], min(first[0] + _SHARDS_PER_PREFETCH, len(self.dataset.counts)))
+            )
 
     def close(self) -> None:
         """Release files."""

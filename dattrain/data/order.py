@@ -75,7 +75,7 @@ class Order:
         share = global_batch // world
         return self.batch_positions(samples_seen, global_batch)[rank * share : (rank + 1) * share]
 
-    def shards_ahead(self, samples_seen: int, global_batch: int, rank: int, world: int) -> list[int]:
+    def shards_to_prefetch(self, samples_seen: int, global_batch: int, rank: int, world: int) -> list[int]:
         """Shards that a rank needs: of this batch, of the rest of its lanes' windows, then of the windows that follow."""
         positions = self.rank_positions(samples_seen, global_batch, rank, world)
         _, first = np.unique(self.lane(positions), return_index=True)

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from dattrain.config.schema import Config
 from dattrain.data.augment.plan import draw
-from dattrain.data.board import note
 from dattrain.data.classes import Classes, decide
 from dattrain.data.decode.images import IMAGE_EXTENSIONS
-from dattrain.data.feed import Encoded, Request, bad_sample_message
+from dattrain.data.feed import BatchRequest, Encoded, bad_sample_message
 from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
 from dattrain.data.source.files import read_file
 from dattrain.data.source.manifest import class_names
 from dattrain.data.source.shards import brace_expand
+from dattrain.data.worker_progress import note
 from dattrain.errors import ConfigError, UserError
 from dattrain.urls import mask, plain
 
@@ -115,7 +115,9 @@ class WebStream:
         train = self.config.train
         plan = draw(self.config.augment, train.seed, positions, self.size)
         nowhere = np.full(n, -1, dtype=np.int64)
-        return Encoded(Request(positions, nowhere, nowhere, plan), content, labels, keys, list(keys), bad)
+        return Encoded(
+            BatchRequest(positions, nowhere, nowhere, plan), content, labels, keys, list(keys), bad
+        )
 
     def _image_and_label(self, sample: Mapping[str, Any]) -> tuple[tuple[bytes, int], str | None]:
         image = next((v for k, v in sample.items() if k.lower() in IMAGE_EXTENSIONS), None)

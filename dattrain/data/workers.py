@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from dattrain.clock import Stopwatch
-from dattrain.data.board import Board
 from dattrain.data.fork import Context, forking, settle
+from dattrain.data.worker_progress import ProgressTable
 from dattrain.errors import STALLED, UserError
 
 T = TypeVar("T")
@@ -48,18 +48,18 @@ class _Failure:
 
 
 class _Task(TorchDataset):
-    def __init__(self, function: Callable[[int], Any], board: Board) -> None:
+    def __init__(self, function: Callable[[int], Any], progress: ProgressTable) -> None:
         self.function = function
-        self.board = board
+        self.progress = progress
 
     def __getitem__(self, number: int) -> Any:
-        self.board.begin(number)
+        self.progress.begin(number)
         try:
             return self.function(number)
         except UserError as error:
             return _Failure(error)
         finally:
-            self.board.end(number)
+            self.progress.end(number)
 
 
 class _From(Sampler[int]):
@@ -109,19 +109,19 @@ class Workers(Generic[T]):
         self.patience, self.unit = patience, unit
         self._in_order = in_order
         self._served = 0
-        self._board = Board(workers)
+        self._progress = ProgressTable(workers)
         context = Context() if workers else None
         with warnings.catch_warnings(), forking() if workers else contextlib.nullcontext():
             # Whether the processes are too many for the cores is measured (the share of data-wait), not guessed.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader: DataLoader[Any] = DataLoader(
-                _Task(function, self._board),
+                _Task(function, self._progress),
                 batch_size=None,
                 sampler=_From(count),
                 num_workers=workers,
                 prefetch_factor=prefetch if workers else None,
                 collate_fn=_as_it_is,
-                worker_init_fn=partial(_start_worker, self._board) if workers else None,
+                worker_init_fn=partial(_start_worker, self._progress) if workers else None,
                 multiprocessing_context=context,
                 pin_memory=pin,
                 in_order=in_order,
@@ -194,7 +194,7 @@ class Workers(Generic[T]):
 
     def _at_fault(self) -> tuple[int, str]:
         """The worker that is waited for, as far as can be told, and what it is at."""
-        rows = [self._board.row(worker) for worker in range(len(self.processes))]
+        rows = [self._progress.row(worker) for worker in range(len(self.processes))]
         at = [w for w, row in enumerate(rows) if self._in_order and row.busy and row.number == self._served]
         # Nobody is at it: then a worker does not even take it, most likely the one that was heard of longest ago.
         worker = at[0] if at else max(range(len(rows)), key=lambda w: rows[w].seconds)
@@ -287,8 +287,8 @@ def _as_it_is(result: Any) -> Any:
     return result
 
 
-def _start_worker(board: Board, worker: int) -> None:
-    """Settings of a worker process: its own row on the board; one thread."""
+def _start_worker(progress: ProgressTable, worker: int) -> None:
+    """Settings of a worker process: its own row on the table; one thread."""
     settle()
-    board.join(worker)
+    progress.join(worker)
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dattrain.config.schema import Config
-from dattrain.data.augment.mixup import Mixer
+from dattrain.data.augment.mixup import MixupCutmix
 from dattrain.data.batch import Batch
 from dattrain.data.philox import Stream, uniform32
 from dattrain.data.to_device import to_device
@@ -72,7 +72,7 @@ class Updater:
     ) -> None:
         self.engine = engine
         self.accumulation = accumulation
-        self.mixer = Mixer(config.augment, config.model.num_classes)
+        self.mixer = MixupCutmix(config.augment, config.model.num_classes)
         self._dtype = DTYPES[config.train.precision]
         self._micro_batch = config.train.micro_batch
         self._seed = config.train.seed

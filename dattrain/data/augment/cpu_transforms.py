@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 
 from dattrain.data.augment import randaugment
-from dattrain.data.augment.plan import Plan, crop_box, eval_geometry, source_edges
+from dattrain.data.augment.plan import AugmentPlan, crop_box, eval_geometry, source_edges
 
 _WHOLE = 8
 """An image whose resized form has more than this many times the pixels of the part that is taken from it (one 6 times as long as
@@ -25,7 +25,7 @@ _SUPPORT = {"bicubic": 2, "bilinear": 1}
 _JITTER = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
-def train_image(image: torch.Tensor, plan: Plan, sample: int, out: torch.Tensor) -> None:
+def train_image(image: torch.Tensor, plan: AugmentPlan, sample: int, out: torch.Tensor) -> None:
     """Crop, resize, flip and augment as sample ``sample`` of the plan says.
 
     Args:
@@ -104,7 +104,7 @@ def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> to
     return F.interpolate(batch, size=size, mode=interpolation, antialias=True)[0]
 
 
-def _with_pillow(pixels: torch.Tensor, plan: Plan, sample: int) -> torch.Tensor:
+def _with_pillow(pixels: torch.Tensor, plan: AugmentPlan, sample: int) -> torch.Tensor:
     """RandAugment and colour jitter on H x W x 3; Pillow, because these operations are defined by what it does."""
     image = Image.fromarray(pixels.numpy())
     resample = _RESAMPLE[plan.interpolation]

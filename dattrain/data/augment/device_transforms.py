@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from dattrain.data.augment import randaugment
-from dattrain.data.augment.plan import Plan
+from dattrain.data.augment.plan import AugmentPlan
 from dattrain.data.augment.randaugment import GEOMETRIC, Op
 from dattrain.data.to_device import stage
 
@@ -55,7 +55,7 @@ class Work:
         self.steps.append((function, first, tuple(range(first + 1, first + 1 + len(arguments)))))
 
 
-def augment(pixels: Tensor, plan: Plan, rows: NDArray[np.bool_]) -> None:
+def augment(pixels: Tensor, plan: AugmentPlan, rows: NDArray[np.bool_]) -> None:
     """Carry out ``plan.ops`` and the colour jitter on some images, in place.
 
     Args:
@@ -66,7 +66,7 @@ def augment(pixels: Tensor, plan: Plan, rows: NDArray[np.bool_]) -> None:
     carry_out(pixels, work, stage(work.arrays, pixels.device))
 
 
-def prepare(plan: Plan, rows: NDArray[np.bool_]) -> Work:
+def prepare(plan: AugmentPlan, rows: NDArray[np.bool_]) -> Work:
     """The work on the images that ``rows`` (B bool) names. On the host alone."""
     work = Work()
     for layer in range(plan.ops.shape[1]):
@@ -86,7 +86,11 @@ def carry_out(pixels: Tensor, work: Work, staged: Sequence[Tensor]) -> None:
 
 
 def _layer(
-    work: Work, ops: NDArray[np.integer], args: NDArray[np.floating], rows: NDArray[np.bool_], plan: Plan
+    work: Work,
+    ops: NDArray[np.integer],
+    args: NDArray[np.floating],
+    rows: NDArray[np.bool_],
+    plan: AugmentPlan,
 ) -> None:
     """One operation (or none) on each image."""
     affine = partial(_affine, plan.interpolation)

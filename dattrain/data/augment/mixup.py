@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from dattrain.config.schema import Augment
-from dattrain.data.augment.plan import Plan
+from dattrain.data.augment.plan import AugmentPlan
 from dattrain.data.batch import Batch
 from dattrain.data.to_device import to_device
 
 _MASK = 0xFFFFFFFF
 
 
-class Mixer:
+class MixupCutmix:
     """Turns a batch into network input and soft targets.
 
     Args:
@@ -69,7 +69,7 @@ class Normalize:
         return floats.mul_(self._scale).add_(self._shift)
 
 
-def erase(images: torch.Tensor, plan: Plan) -> torch.Tensor:
+def erase(images: torch.Tensor, plan: AugmentPlan) -> torch.Tensor:
     """Fill the planned boxes of ``images`` (B x 3 x H x W float32, contiguous) with noise or zeros, in place.
 
     Zhong et al., "Random Erasing" (2020), on normalised images, as timm does it.
@@ -95,7 +95,7 @@ def erase(images: torch.Tensor, plan: Plan) -> torch.Tensor:
     return images
 
 
-def mix(images: torch.Tensor, targets: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+def mix(images: torch.Tensor, targets: torch.Tensor, plan: AugmentPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix each of the first N images and targets with its partner as the plan says; the rows behind them fall away."""
     count = len(plan.mix)
     if ((plan.mix == 1) & (plan.mix_box[:, 2] == 0)).all():

@@ -26,7 +26,7 @@ _GAMMA_ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class AugmentPlan:
     """The drawn augmentation of B samples for images of ``size``.
 
     Attributes:
@@ -75,7 +75,7 @@ class Plan:
         """B bool: whether any operation or jitter falls on a sample."""
         return (self.ops >= 0).any(1) | (self.jitter != 1).any(1)
 
-    def without_mixing(self, bad: NDArray[np.bool_]) -> Plan:
+    def without_mixing(self, bad: NDArray[np.bool_]) -> AugmentPlan:
         """The plan with those unmixed that are bad or have a bad partner, whose pixels must not enter a good one.
 
         ``bad`` is B bool.
@@ -128,7 +128,7 @@ def mates(slots: NDArray[np.int64], start: int, stop: int, group: int) -> tuple[
 
 def draw(
     config: Augment, seed: int, positions: ArrayLike, size: tuple[int, int], groups: Mates | None = None
-) -> Plan:
+) -> AugmentPlan:
     """Draw the plan of the samples at ``positions`` (B int64, global) for images of ``size`` (height, width).
 
     ``groups`` says who is mixed with whom, as ``mates`` gives it with ``positions``; None takes ``positions`` for a global batch.
@@ -140,7 +140,7 @@ def draw(
     jitter, jitter_order = _jitter(config, seed, at)
     erase, erase_key = _erase(config, seed, at, size)
     mix, mix_box = _mix(config, seed, groups, size)
-    return Plan(
+    return AugmentPlan(
         size=size,
         interpolation=config.interpolation,
         fill=fill_color(config),
@@ -177,7 +177,7 @@ def crop_box(
     """Random resized crop (Szegedy et al. 2015) in pixels, as torchvision and timm define it.
 
     Args:
-        attempts: 10 x 4, one sample's ``Plan.crop``; the first that fits is taken.
+        attempts: 10 x 4, one sample's ``AugmentPlan.crop``; the first that fits is taken.
         height, width: of the image.
         ratio: limits of width / height, for the centred crop that is taken when none fits.
 

@@ -10,10 +10,10 @@ import torch
 
 from dattrain.data.augment.cpu_transforms import eval_image, train_image
 from dattrain.data.batch import Batch
-from dattrain.data.board import note
 from dattrain.data.decode import images
 from dattrain.data.feed import Encoded, bad_sample_message
 from dattrain.data.shared_buffer import SharedBatchBuffer
+from dattrain.data.worker_progress import note
 from dattrain.errors import UserError
 
 

@@ -122,7 +122,7 @@ class DaliDecoder:
         self._avoid: set[str] = set()
         self._unexplained = 0
         self._error: UserError | None = None
-        self._ahead: deque[tuple[Batch, Any] | Exception] = deque()
+        self._ready: deque[tuple[Batch, Any] | Exception] = deque()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._used: deque[tuple[Any, _Prepared | None]] = deque()
         self._pipeline: Any = self._build()
@@ -131,12 +131,12 @@ class DaliDecoder:
         return self
 
     def __next__(self) -> Batch:
-        if not self._ahead:
-            self._make_ahead()
-        ready = self._ahead.popleft()
+        if not self._ready:
+            self._make_next()
+        ready = self._ready.popleft()
         if isinstance(ready, Exception):
             raise ready
-        self._make_ahead()
+        self._make_next()
         batch, made = ready
         if made is not None:
             current = torch.cuda.current_stream(self._device)
@@ -148,16 +148,16 @@ class DaliDecoder:
     def close(self) -> None:
         """End the threads and let go of the pipeline's memory."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._ahead.clear()
+        self._ready.clear()
         if self._pipeline is not None:
             self._pipeline = None
             release(self._device)
 
-    def _make_ahead(self) -> None:
+    def _make_next(self) -> None:
         """Make the next batch, or keep what ended the batches until those before it are served."""
         try:
             if self._stream is None:
-                self._ahead.append((self._make()[0], None))
+                self._ready.append((self._make()[0], None))
                 return
             with torch.cuda.stream(self._stream):
                 batch, prepared = self._make()
@@ -166,9 +166,9 @@ class DaliDecoder:
             # The loader's copies of them shall not block; images are on the device.
             batch = replace(batch, labels=batch.labels.pin_memory(), weight=batch.weight.pin_memory())
         except Exception as error:
-            self._ahead.append(error)
+            self._ready.append(error)
             return
-        self._ahead.append((batch, made))
+        self._ready.append((batch, made))
         # DALI reads its inputs in place: they are held until the device is past the batch.
         while self._used and self._used[0][0].query():
             self._used.popleft()

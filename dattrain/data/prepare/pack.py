@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dattrain.data.board import note
 from dattrain.data.decode import images
 from dattrain.data.philox import Stream, words
 from dattrain.data.prepare.dedup import find_duplicates
@@ -34,7 +33,7 @@ from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, locate
 from dattrain.data.source.fields import fields
 from dattrain.data.source.folders import FolderDataset
 from dattrain.data.source.index import (
-    Entry,
+    CatalogueEntry,
     ShardIndex,
     read_catalogue,
     read_index,
@@ -45,6 +44,7 @@ from dattrain.data.source.index import (
     write_index,
 )
 from dattrain.data.source.manifest import agree
+from dattrain.data.worker_progress import note
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
 
@@ -52,7 +52,7 @@ _AS_THEY_ARE = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
 
 @dataclass(frozen=True)
-class Options:
+class PackOptions:
     """How to pack.
 
     Attributes:
@@ -87,11 +87,11 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Done:
+class PackedShard:
     """What became of one shard: its catalogue entry, class histogram, and the samples that were left out."""
 
     name: str
-    entry: Entry
+    entry: CatalogueEntry
     histogram: dict[int, int]
     bad: list[tuple[str, str]]
 
@@ -99,7 +99,7 @@ class Done:
 def pack(
     source: Dataset,
     out: str | os.PathLike[str],
-    options: Options,
+    options: PackOptions,
     *,
     jobs: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -159,14 +159,14 @@ class _Packer:
     """Writes shards; lives in each process."""
 
     def __init__(
-        self, source: Dataset, folder: Path, options: Options, classes: Sequence[str] | None
+        self, source: Dataset, folder: Path, options: PackOptions, classes: Sequence[str] | None
     ) -> None:
         self.source = source
         self.folder = folder
         self.options = options
         self.classes = None if classes is None else list(classes)
 
-    def write(self, name: str, items: NDArray[np.int64]) -> Done:
+    def write(self, name: str, items: NDArray[np.int64]) -> PackedShard:
         """Write one shard aside, then publish its index and itself, in that order."""
         note(name)
         path = self.folder / name
@@ -218,7 +218,7 @@ class _Packer:
             aside.unlink(missing_ok=True)
         return self._describe(name, index, bad)
 
-    def done(self, name: str) -> Done | None:
+    def done(self, name: str) -> PackedShard | None:
         """The shard if it is published."""
         path = self.folder / name
         try:
@@ -231,9 +231,9 @@ class _Packer:
         except (FileNotFoundError, ValueError, TypeError):  # UserError is a ValueError
             return None
 
-    def _describe(self, name: str, index: ShardIndex, bad: list[tuple[str, str]]) -> Done:
+    def _describe(self, name: str, index: ShardIndex, bad: list[tuple[str, str]]) -> PackedShard:
         labels, counts = np.unique(index.labels, return_counts=True)
-        return Done(name, Entry.of(index), dict(zip(labels.tolist(), counts.tolist())), bad)
+        return PackedShard(name, CatalogueEntry.of(index), dict(zip(labels.tolist(), counts.tolist())), bad)
 
     def _encode(self, item: int) -> tuple[int, str, str, bytes, dict[str, Any]]:
         """Label, key, extension, bytes and ``.json`` of one sample. Raises BadSample."""
@@ -263,7 +263,7 @@ class _Packer:
         return sample.label, key, wanted, data, info
 
 
-def _encode_anew(data: bytes, options: Options, kind: str) -> tuple[bytes, int, int]:
+def _encode_anew(data: bytes, options: PackOptions, kind: str) -> tuple[bytes, int, int]:
     """Bytes, height and width of the image in another format, with its shorter side reduced to ``options.resize``."""
     image = images.decode_pillow(data)
     if options.resize is not None and min(image.size) > options.resize:
@@ -308,7 +308,7 @@ def _pack_split(
     return _publish(packer, split, [done[name] for name in names])
 
 
-def _publish(packer: _Packer, split: str, shards: list[Done]) -> dict[str, Any]:
+def _publish(packer: _Packer, split: str, shards: list[PackedShard]) -> dict[str, Any]:
     folder = packer.folder
     histogram: dict[int, int] = {}
     for shard in shards:
@@ -365,7 +365,7 @@ def _permute(items: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:
     return items[np.argsort(key, kind="stable")]
 
 
-def _same_settings(folder: Path, source: Dataset, options: Options) -> None:
+def _same_settings(folder: Path, source: Dataset, options: PackOptions) -> None:
     """Note the settings of a packing, or compare them with those noted."""
     digest = blake2b(digest_size=16)
     for shard, count in enumerate(source.counts.tolist()):

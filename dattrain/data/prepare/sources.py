@@ -52,7 +52,7 @@ class ListDataset(Numbered):
     def __init__(self, path: str, root: str | None = None) -> None:
         self.name = path
         self.root = Path(root if root is not None else os.path.dirname(path) or ".")
-        self.fetches = False
+        self.prefetches = False
         rows, comments = _rows(path)
         if comments:
             self.notes = (f"{path}: {comments} lines that begin with # passed over",)
@@ -128,7 +128,7 @@ class ListDataset(Numbered):
         data = read_file(path, f" (from {self.name})")
         return Sample(self.key(shard, sample), str(path), self.label(shard, sample), data)
 
-    def ahead(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> None:
         """Nothing to fetch."""
 
     def close(self) -> None:
@@ -258,7 +258,7 @@ class ArrayDataset(Numbered):
         self._images, self._labels = images, labels.astype(np.int64)
         self.counts = np.asarray([len(images)], dtype=np.int64)
         self.max_label = int(self._labels.max(initial=-1))
-        self.fetches = False
+        self.prefetches = False
 
     def key(self, shard: int, sample: int) -> str:
         """See ``Dataset.key``; the number of the sample."""
@@ -275,7 +275,7 @@ class ArrayDataset(Numbered):
         where = f"{self.name}: sample {sample}"
         return Sample(self.key(shard, sample), where, self.label(shard, sample), buffer.getvalue())
 
-    def ahead(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> None:
         """Nothing to fetch."""
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ _CHUNK = 1024
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """What was found.
 
     Attributes:
@@ -48,13 +48,13 @@ def verify(
     jobs: int = 1,
     num_classes: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Report:
+) -> VerifyReport:
     """Check every sample of ``dataset``, in ``jobs`` processes; whatever is found, all others are checked too.
 
     Of a local shard, the size, the SHA-256 where its index has one, and the tar's own headers are compared with the
     index too. With ``num_classes``, labels must be below it.
     """
-    report, counts = Report(), dataset.counts.tolist()
+    report, counts = VerifyReport(), dataset.counts.tolist()
     # Of a shard of another size nothing can be counted on; its catalogue may claim any number of samples.
     whole = [shard for shard in range(len(counts)) if _right_size(dataset, shard, report.damaged)]
     tasks = [
@@ -89,8 +89,8 @@ def _right_size(dataset: Dataset, shard: int, damaged: list[str]) -> bool:
     return True
 
 
-def _check(dataset: Dataset, shard: int, start: int, end: int, num_classes: int | None) -> Report:
-    report = Report()
+def _check(dataset: Dataset, shard: int, start: int, end: int, num_classes: int | None) -> VerifyReport:
+    report = VerifyReport()
     if isinstance(dataset, ShardDataset):
         try:
             left_out = dataset.index(shard).left_out

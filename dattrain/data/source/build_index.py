@@ -19,7 +19,7 @@ from dattrain.data.source import inventory, tar
 from dattrain.data.source.files import open_file, read_file
 from dattrain.data.source.index import (
     NO_LABEL,
-    Entry,
+    CatalogueEntry,
     LeftOut,
     ShardIndex,
     elsewhere,
@@ -40,7 +40,7 @@ _TEXT_LIMIT, _JSON_LIMIT = 4096, 64 << 20
 
 
 @dataclass(frozen=True)
-class Indexed:
+class IndexedShard:
     """One indexed shard.
 
     Attributes:
@@ -51,7 +51,7 @@ class Indexed:
     """
 
     path: str
-    entry: Entry
+    entry: CatalogueEntry
     no_image: list[str]
     no_label: list[str]
     left_out: tuple[LeftOut, ...]
@@ -69,7 +69,7 @@ def index_shards(
     unterminated: bool = False,
     drop: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Indexed]:
+) -> list[IndexedShard]:
     """Index local shards, write each index beside its shard, and enter them in the catalogues of their folders.
 
     Args:
@@ -96,7 +96,7 @@ def index_shards(
             f"make a set of these with `dattrain data pack --label {label}`"
         )
 
-    def work(number: int) -> Indexed:
+    def work(number: int) -> IndexedShard:
         path = there[number]
         index = None
         if not (force or image or label) and os.path.exists(index_path(path)):
@@ -114,9 +114,9 @@ def index_shards(
         no_label = [_named(index, i) for i in range(len(index)) if index.labels[i] == NO_LABEL]
         same = index.labels[1:] == index.labels[:-1]
         together = float(same.mean()) if len(same) else 0.0
-        return Indexed(path, Entry.of(index), no_image, no_label, index.left_out, together)
+        return IndexedShard(path, CatalogueEntry.of(index), no_image, no_label, index.left_out, together)
 
-    done: list[Indexed] = []
+    done: list[IndexedShard] = []
     try:
         with Workers(work, count=len(there), workers=jobs if jobs > 1 else 0, in_order=False) as shards:
             for shard in shards:
@@ -148,7 +148,7 @@ def link_shards(paths: Sequence[str], out: str) -> list[str]:
     records = [
         os.path.join(folder, record)
         for folder, names in sorted(folders.items())
-        for record in inventory.whole_hub_info(folder, names)
+        for record in inventory.complete_hub_info(folder, names)
     ]
     wanted = {**{os.path.join(out, os.path.basename(record)): record for record in records}, **links}
     if len(wanted) < len(records) + len(links):
@@ -391,8 +391,8 @@ def _named(index: ShardIndex, sample: int) -> str:
     return f"{key} ({index.why[key]})" if key in index.why else key
 
 
-def _catalogue(shards: list[Indexed], dropped: set[str], force: bool) -> None:
-    folders: dict[str, dict[str, Entry]] = {}
+def _catalogue(shards: list[IndexedShard], dropped: set[str], force: bool) -> None:
+    folders: dict[str, dict[str, CatalogueEntry]] = {}
     for shard in shards:
         folder, name = os.path.split(shard.path)
         folders.setdefault(folder or ".", {})[name] = shard.entry

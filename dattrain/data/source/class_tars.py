@@ -21,7 +21,7 @@ from dattrain.data.source import inventory, tar
 from dattrain.data.source.build_index import UNREAD_PICTURES
 from dattrain.data.source.dataset import Sample, ShardDataset
 from dattrain.data.source.files import listing
-from dattrain.data.source.index import Entry, LeftOut, ShardIndex
+from dattrain.data.source.index import CatalogueEntry, LeftOut, ShardIndex
 from dattrain.data.source.manifest import Named
 from dattrain.data.source.shards import LocalSource, Shards, expand
 from dattrain.data.workers import Workers
@@ -53,7 +53,9 @@ class ClassTars(ShardDataset):
             lambda i: _index(*tars[i], label=i), count=len(tars), workers=jobs if jobs > 1 else 0
         ) as found:
             self._built = list(found)
-        shards = Shards.build([path for _, path, *_ in tars], [Entry.of(index) for index in self._built])
+        shards = Shards.build(
+            [path for _, path, *_ in tars], [CatalogueEntry.of(index) for index in self._built]
+        )
         super().__init__(name, shards, LocalSource(shards), named=Named(tuple(classes), None))
         if not self.counts.sum():
             raise UserError(f"{name}: its tars hold no images")
@@ -86,7 +88,7 @@ def find(path: str) -> list[tuple[str, str, int, int]] | None:
     if "://" in path or (os.path.isdir(path) and not any(e.name.endswith(".tar") for e in listing(path))):
         return None
     files = expand(path)
-    known = inventory.claims(os.path.dirname(files[0]) or ".")
+    known = inventory.recorded_shards(os.path.dirname(files[0]) or ".")
     if os.path.basename(files[0]) in known or not inventory.class_tar(files[0]):
         return None
     tars = []

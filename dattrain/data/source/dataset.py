@@ -12,7 +12,6 @@ from contextlib import suppress
 
 import numpy as np
 
-from dattrain.data.board import note
 from dattrain.data.source.files import read_file
 from dattrain.data.source.folders import FolderDataset
 from dattrain.data.source.index import NO_LABEL, ShardIndex
@@ -27,6 +26,7 @@ from dattrain.data.source.shards import (
     open_local,
     verify_sizes,
 )
+from dattrain.data.worker_progress import note
 from dattrain.errors import UserError
 from dattrain.urls import mask, parts, split_query
 
@@ -52,7 +52,7 @@ class ShardDataset(Numbered):
         self.counts = shards.samples
         self.max_label = int(shards.max_labels.max(initial=NO_LABEL))
         self.source = source
-        self.fetches = not isinstance(source, LocalSource)
+        self.prefetches = not isinstance(source, LocalSource)
         self.max_indexes = max_indexes
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
 
@@ -111,9 +111,9 @@ class ShardDataset(Numbered):
                 self._indexes.move_to_end(shard)
         return index
 
-    def ahead(self, shards: Sequence[int]) -> None:
-        """See ``Source.ahead``."""
-        self.source.ahead(shards)
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """See ``Source.prefetch``."""
+        self.source.prefetch(shards)
 
     def close(self) -> None:
         """See ``Source.close``."""

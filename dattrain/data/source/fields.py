@@ -101,7 +101,7 @@ class Relabelled(Numbered):
                 f"--label {field}: {source.name} holds no shards, whose .json would have the field"
             )
         self.source, self.field = source, field
-        self.name, self.counts, self.fetches = source.name, source.counts, source.fetches
+        self.name, self.counts, self.prefetches = source.name, source.counts, source.prefetches
 
     def key(self, shard: int, sample: int) -> str:
         """See ``Dataset.key``."""
@@ -125,9 +125,9 @@ class Relabelled(Numbered):
             )
         return Sample(found.key, found.where, label, found.data)
 
-    def ahead(self, shards: Sequence[int]) -> None:
-        """See ``Dataset.ahead``."""
-        self.source.ahead(shards)
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """See ``Dataset.prefetch``."""
+        self.source.prefetch(shards)
 
     def close(self) -> None:
         """See ``Dataset.close``."""

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dattrain.data.board import note
 from dattrain.data.classes import few, order
 from dattrain.data.decode.images import is_image_name
 from dattrain.data.source import files
 from dattrain.data.source.files import listing
 from dattrain.data.source.sample import BadSample, Numbered, Sample
+from dattrain.data.worker_progress import note
 from dattrain.errors import UserError
 
 _HIDDEN = frozenset({"@eaDir", "__MACOSX", "lost+found"})
@@ -47,7 +47,7 @@ class FolderDataset(Numbered):
     def __init__(self, root: str) -> None:
         self.name = root
         self.root = Path(root)
-        self.fetches = False
+        self.prefetches = False
         classes = self.classes = class_folders(root)
         walk = _Walk(self.root, classes)
         names, ends, labels, keys = bytearray(), array("q", [0]), array("i"), array("Q")
@@ -93,7 +93,7 @@ class FolderDataset(Numbered):
         place, root = place.resolve(), self.root.resolve()
         return place == root or (root in place.parents and not _hidden(place.relative_to(root).parts[0]))
 
-    def ahead(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> None:
         """Nothing to fetch."""
 
     def close(self) -> None:

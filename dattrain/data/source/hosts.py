@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Callable
 
-from dattrain.data.board import note
+from dattrain.data.worker_progress import note
 
 _ROW = struct.Struct("=d?")
 _ROWS = 256

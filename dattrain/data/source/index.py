@@ -210,7 +210,7 @@ class ShardIndex:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogueEntry:
     """What the catalogue says of a shard."""
 
     samples: int
@@ -219,7 +219,7 @@ class Entry:
     max_label: int = NO_LABEL
 
     @classmethod
-    def of(cls, index: ShardIndex) -> Entry:
+    def of(cls, index: ShardIndex) -> CatalogueEntry:
         """The entry of an indexed shard."""
         return cls(len(index), index.size, index.sha256, int(index.labels.max(initial=NO_LABEL)))
 
@@ -263,7 +263,7 @@ def elsewhere(folder: str) -> str:
     )
 
 
-def parse_catalogue(data: bytes, name: str) -> dict[str, Entry]:
+def parse_catalogue(data: bytes, name: str) -> dict[str, CatalogueEntry]:
     """Read the content of a catalogue: shard file name to entry. Raises UserError when it is not one."""
     try:
         content = json.loads(data)
@@ -276,7 +276,7 @@ def parse_catalogue(data: bytes, name: str) -> dict[str, Entry]:
         ) from error
 
 
-def _entry(content: Mapping[str, object]) -> Entry:
+def _entry(content: Mapping[str, object]) -> CatalogueEntry:
     samples, size, label = (content[name] for name in ("samples", "size", "max_label"))
     if not (
         all(type(x) is int for x in (samples, size, label))
@@ -285,10 +285,10 @@ def _entry(content: Mapping[str, object]) -> Entry:
         and NO_LABEL <= label <= MAX_LABEL  # type: ignore[operator]
     ):
         raise ValueError(f"samples {samples!r}, size {size!r}, max_label {label!r}")
-    return Entry(samples, size, str(content["sha256"]), label)  # type: ignore[arg-type]
+    return CatalogueEntry(samples, size, str(content["sha256"]), label)  # type: ignore[arg-type]
 
 
-def read_catalogue(folder: str | Path) -> dict[str, Entry]:
+def read_catalogue(folder: str | Path) -> dict[str, CatalogueEntry]:
     """The catalogue of a local folder, empty where there is none."""
     path = Path(folder) / CATALOGUE
     data = read_record(path)
@@ -336,7 +336,7 @@ def to_json(content: Any, indent: int | None = None) -> bytes:
 
 
 def write_catalogue(
-    folder: str | Path, entries: Mapping[str, Entry], *, dropped: Iterable[str] | None = None
+    folder: str | Path, entries: Mapping[str, CatalogueEntry], *, dropped: Iterable[str] | None = None
 ) -> None:
     """Publish the catalogue of a local folder; ``dropped`` as for ``read_dropped``, and kept when None."""
     shards = {name: asdict(entry) for name, entry in sorted(entries.items())}

@@ -37,29 +37,29 @@ SYNSET_TAR = re.compile(r"(?:^|/)(n\d{8})\.tar$")
 
 
 @dataclass(frozen=True)
-class Claim:
+class ShardRecord:
     """What a record says of a shard: its samples; ``record`` is the record's file name."""
 
     samples: int
     record: str
 
 
-def claims(folder: str) -> dict[str, Claim]:
+def recorded_shards(folder: str) -> dict[str, ShardRecord]:
     """Shard file name to what the records of a local folder say of it; those that were dropped are left out.
 
     Raises:
         UserError: a record is damaged.
     """
-    found: dict[str, Claim] = {}
+    found: dict[str, ShardRecord] = {}
     for record, lengths in _records(folder).items():
-        found.update({name: Claim(count, record) for name, count in lengths.items()})
+        found.update({name: ShardRecord(count, record) for name, count in lengths.items()})
     for name, entry in read_catalogue(folder).items():
-        found.setdefault(name, Claim(entry.samples, CATALOGUE))
+        found.setdefault(name, ShardRecord(entry.samples, CATALOGUE))
     dropped = read_dropped(folder)
-    return {name: claim for name, claim in found.items() if name not in dropped}
+    return {name: recorded for name, recorded in found.items() if name not in dropped}
 
 
-def whole_hub_info(folder: str, names: Collection[str]) -> list[str]:
+def complete_hub_info(folder: str, names: Collection[str]) -> list[str]:
     """The hub's record of a folder, if it also holds where only the shards of these names are; else nothing."""
     sets = {set_of(name) for name in names}
     lengths = _records(folder).get(HUB_INFO)
@@ -83,9 +83,11 @@ def set_of(name: str) -> str:
     return re.sub(r"\d+(?=\D*$)", "*", name)
 
 
-def claimed_like(folder: str, pattern: str) -> list[str]:
+def recorded_like(folder: str, pattern: str) -> list[str]:
     """Paths of the shards that the records of a folder name and whose file names fit a glob pattern."""
-    return [os.path.join(folder, name) for name in claims(folder) if fnmatch.fnmatchcase(name, pattern)]
+    return [
+        os.path.join(folder, name) for name in recorded_shards(folder) if fnmatch.fnmatchcase(name, pattern)
+    ]
 
 
 def missing(paths: Sequence[str]) -> list[str]:
@@ -105,12 +107,12 @@ def missing(paths: Sequence[str]) -> list[str]:
 def missing_message(lost: Sequence[str], where: str | None = None) -> str:
     """What to tell the user of shards that are not there; ``where`` is a folder of links to them, to be put right instead."""
     folder, name = os.path.split(lost[0])
-    claim = claims(folder or ".").get(name)
-    named = f"{claim.record} beside it names it" if claim else "it is named"
+    recorded = recorded_shards(folder or ".").get(name)
+    named = f"{recorded.record} beside it names it" if recorded else "it is named"
     more = f" (and {len(lost) - 1:,} more: {_list(lost[1:])})" if len(lost) > 1 else ""
     dropping = f"say that it is gone for good with `dattrain data index {_set_beside(lost[0], where)} --drop`"
     # What only a list or a brace pattern names stays named, whatever a catalogue says.
-    known = claim or where or os.path.islink(lost[0])
+    known = recorded or where or os.path.islink(lost[0])
     return f"{lost[0]}: is missing{more}, though {named}; fetch or pack it again, or " + (
         dropping if known else "name the others alone"
     )
@@ -135,13 +137,13 @@ def no_index_message(bare: Sequence[str]) -> str:
     return f"{bare[0]}: has no index ({os.path.basename(index_path(bare[0]))}){more}; {way}"
 
 
-def disagreement(path: str, samples: int, claim: Claim | None) -> str | None:
+def disagreement(path: str, samples: int, recorded: ShardRecord | None) -> str | None:
     """What to tell the user of a shard whose index has another number of samples than a record says."""
-    if claim is None or claim.samples == samples:
+    if recorded is None or recorded.samples == samples:
         return None
-    record = os.path.join(os.path.dirname(path), claim.record)
+    record = os.path.join(os.path.dirname(path), recorded.record)
     return (
-        f"{path}: its index has {samples:,} samples, {claim.record} beside it says {claim.samples:,}; fetch or pack it "
+        f"{path}: its index has {samples:,} samples, {recorded.record} beside it says {recorded.samples:,}; fetch or pack it "
         f"again, or remove {record} if it is out of date"
     )
 

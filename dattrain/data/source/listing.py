@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dattrain.data.source.download import Refused, Transfer
-from dattrain.data.source.index import CATALOGUE, Entry, ShardIndex, index_path, parse_catalogue
+from dattrain.data.source.index import CATALOGUE, CatalogueEntry, ShardIndex, index_path, parse_catalogue
 from dattrain.data.source.inventory import HUB_INFO, parse_hub_info
 from dattrain.data.source.shards import brace_expand, check_one_split
 from dattrain.errors import UserError
@@ -178,12 +178,12 @@ class Catalogues:
 
     def __init__(self, transfer: Transfer) -> None:
         self.transfer = transfer
-        self._ours: dict[str, dict[str, Entry]] = {}
+        self._ours: dict[str, dict[str, CatalogueEntry]] = {}
         self._hub: dict[str, dict[str, int]] = {}
         self._lists: dict[str, str] = {}
         self._refused: Refused | None = None
 
-    def ours(self, folder: str, query: str = "") -> dict[str, Entry]:
+    def ours(self, folder: str, query: str = "") -> dict[str, CatalogueEntry]:
         """Our catalogue of a folder, local or remote, whose name ends with a slash or is empty; empty where there is none."""
         if folder not in self._ours:
             self._ours[folder] = self._parsed(with_query(folder + CATALOGUE, query), parse_catalogue) or {}
@@ -199,7 +199,7 @@ class Catalogues:
         """These shards are those of a list, beside which a catalogue may lie too: a signed URL opens one file alone."""
         self._lists.update(dict.fromkeys(urls, name))
 
-    def entries(self, urls: Sequence[str]) -> list[Entry]:
+    def entries(self, urls: Sequence[str]) -> list[CatalogueEntry]:
         """One entry per shard.
 
         Raises:
@@ -214,7 +214,7 @@ class Catalogues:
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(self._entry, urls))
 
-    def _entry(self, url: str) -> Entry:
+    def _entry(self, url: str) -> CatalogueEntry:
         folder, name = _place(url)
         entry = self._ours[folder].get(name)
         if entry is None and name in self._hub.get(folder, {}):
@@ -223,7 +223,7 @@ class Catalogues:
             entry = self._ours[_place(self._lists[url])[0]].get(name)
         if entry is None:
             index = self._parsed(index_url(url), lambda data, name: ShardIndex.from_bytes(data, name))
-            entry = None if index is None else Entry.of(index)
+            entry = None if index is None else CatalogueEntry.of(index)
         if entry is None:
             why = f". What was asked for there was refused: {self._refused}" if self._refused else ""
             raise UserError(
@@ -240,14 +240,14 @@ class Catalogues:
             )
         return entry
 
-    def _by_hub(self, url: str, samples: int) -> Entry:
+    def _by_hub(self, url: str, samples: int) -> CatalogueEntry:
         try:
             size = self.transfer.size(url)
         except FileNotFoundError:
             raise UserError(f"{url}: there is no such shard, though {HUB_INFO} names it") from None
         if size is None:
             raise UserError(f"{url}: its server does not say how many bytes it has")
-        return Entry(samples, size, "")
+        return CatalogueEntry(samples, size, "")
 
     def _parsed(self, name: str, parse: Callable[[bytes, str], T]) -> T | None:
         """The content of a local or remote file; None where there is none, or where we may not look.

@@ -110,7 +110,7 @@ class RemoteSource:
         self.urls = tuple(urls)
         self.cache = cache
         self.transfer = transfer
-        self._ahead = _Ahead(self)
+        self._prefetcher = _Prefetcher(self)
         self._reset()
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
@@ -185,14 +185,14 @@ class RemoteSource:
             assert fd is not None
             os.close(fd)
 
-    def ahead(self, shards: Sequence[int]) -> None:
-        """See ``Source.ahead``."""
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """See ``Source.prefetch``."""
         self._after_fork()
-        self._ahead.want(shards)
+        self._prefetcher.want(shards)
 
     def close(self) -> None:
         """End the background work and let go of the files; what is in the cache stays."""
-        self._ahead.close()
+        self._prefetcher.close()
         with self._lock:
             self._open.clear()
 
@@ -265,7 +265,7 @@ class RemoteSource:
         if self._owner != os.getpid():
             # The parent's threads are not here, and may have held a lock when it forked.
             self._reset()
-            self._ahead = _Ahead(self)
+            self._prefetcher = _Prefetcher(self)
 
 
 class _File:
@@ -283,7 +283,7 @@ class _File:
         return os.fstat(self.fd).st_nlink == 0
 
 
-class _Ahead:
+class _Prefetcher:
     """Fetches wanted shards in the background, in the order of need, as far as they fit beside each other."""
 
     def __init__(self, source: RemoteSource) -> None:
@@ -345,7 +345,7 @@ class _Ahead:
                 fd = self.source.fetch(shard, wait=False, keep=[self.source.name(s) for s in keep])
             except Exception as error:
                 # Whoever reads the shard meets the same error, in a place where it can be raised.
-                log.warning("fetching ahead: %s", mask(str(error)))
+                log.warning("prefetching: %s", mask(str(error)))
                 continue
             if fd is not None:
                 os.close(fd)

@@ -48,8 +48,8 @@ class Dataset(Protocol):
     """Those of the set's own labels that have samples; None where all have, or nothing says."""
     notes: Sequence[str]
     """What was left out, or looks odd: one line each, for whoever opened the set to print."""
-    fetches: bool
-    """Whether ``ahead`` does anything."""
+    prefetches: bool
+    """Whether ``prefetch`` does anything."""
 
     def key(self, shard: int, sample: int) -> str:
         """``shard:key`` of a sample."""
@@ -68,8 +68,8 @@ class Dataset(Protocol):
         from now on. ``classes`` stays."""
         ...
 
-    def ahead(self, shards: Sequence[int]) -> None:
-        """Hint: shards read next."""
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Take the hint that these shards are read next."""
         ...
 
     def close(self) -> None:

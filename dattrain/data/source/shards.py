@@ -25,7 +25,7 @@ from dattrain.data.decode.images import is_image_name
 from dattrain.data.source import inventory, tar
 from dattrain.data.source.files import listing, open_file
 from dattrain.data.source.folders import OTHER_SPLITS
-from dattrain.data.source.index import Entry, ShardIndex, index_path, read_catalogue, read_index
+from dattrain.data.source.index import CatalogueEntry, ShardIndex, index_path, read_catalogue, read_index
 from dattrain.errors import UserError
 from dattrain.urls import mask, plain
 
@@ -49,7 +49,7 @@ class Shards:
     max_labels: NDArray[np.int64]
 
     @classmethod
-    def build(cls, paths: Sequence[str], entries: Sequence[Entry]) -> Shards:
+    def build(cls, paths: Sequence[str], entries: Sequence[CatalogueEntry]) -> Shards:
         """From one catalogue entry per path."""
         return cls(
             tuple(paths),
@@ -77,8 +77,8 @@ class Source(Protocol):
         Raises UserError, both of them."""
         ...
 
-    def ahead(self, shards: Sequence[int]) -> None:
-        """Hint: the shards that will be read next, in the order of need. Called in the rank's main process."""
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Take the hint that these shards will be read next, in the order of need; called in the rank's main process."""
         ...
 
     def close(self) -> None:
@@ -132,7 +132,7 @@ class LocalSource:
         """See ``Source.peek``."""
         return self.index(shard), partial(self.read, shard)
 
-    def ahead(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> None:
         """Nothing: the file system reads ahead by itself."""
 
     def close(self) -> None:
@@ -235,7 +235,9 @@ def holds_shards(folder: str) -> bool:
         return True
     if any(is_folder for _, is_folder in found):
         return False
-    return any(tar.COMPRESSED_NAME.search(name) for name, _ in found) or bool(inventory.claims(folder))
+    return any(tar.COMPRESSED_NAME.search(name) for name, _ in found) or bool(
+        inventory.recorded_shards(folder)
+    )
 
 
 def _in_folder(folder: str) -> list[str]:
@@ -253,14 +255,14 @@ def _in_folder(folder: str) -> list[str]:
             f"{folder}: {forgotten[0]} is compressed ({len(forgotten)} such files); gunzip, unzstd or unxz it: shards must "
             "be plain .tar files, in which any image can be found"
         )
-    claimed = [
+    recorded = [
         name
-        for name in inventory.claims(folder)
+        for name in inventory.recorded_shards(folder)
         if not found or inventory.set_of(name) == inventory.set_of(found[0])
     ]
-    if not found and not claimed:
+    if not found and not recorded:
         raise UserError(f"{folder}: there are no shards (*.tar) in it")
-    return [os.path.join(folder, name) for name in sorted({*found, *claimed})]
+    return [os.path.join(folder, name) for name in sorted({*found, *recorded})]
 
 
 def _matching(pattern: str) -> list[str]:
@@ -268,7 +270,7 @@ def _matching(pattern: str) -> list[str]:
     if re.search(r"[*?\[]", folders[0]):
         folders = glob.glob(folders[0])
     base = os.path.basename(pattern)
-    return glob.glob(pattern) + [path for f in folders for path in inventory.claimed_like(f, base)]
+    return glob.glob(pattern) + [path for f in folders for path in inventory.recorded_like(f, base)]
 
 
 def _plain(compressed: str) -> str:
@@ -332,15 +334,15 @@ def open_local(paths: Sequence[str], *, problems: list[str] | None = None) -> Sh
         problem(inventory.missing_message(sorted(lost)))
     folders = {os.path.dirname(path) for path in paths}
     catalogues = {folder: read_catalogue(folder or ".") for folder in folders}
-    claims = {folder: inventory.claims(folder or ".") for folder in folders}
+    recorded = {folder: inventory.recorded_shards(folder or ".") for folder in folders}
 
-    def read(path: str) -> Entry | str:
+    def read(path: str) -> CatalogueEntry | str:
         try:
-            return Entry.of(read_index(path))
+            return CatalogueEntry.of(read_index(path))
         except UserError as error:
             return inventory.no_shard_message(path) or str(error)
 
-    known: dict[str, Entry] = {}
+    known: dict[str, CatalogueEntry] = {}
     for path in paths:
         folder, name = os.path.split(path)
         if path not in lost and name in catalogues[folder]:
@@ -350,16 +352,18 @@ def open_local(paths: Sequence[str], *, problems: list[str] | None = None) -> Sh
     if bare := [indexes[index] for index in inventory.missing(list(indexes))]:
         problem(inventory.no_index_message(bare))
         lost.update(bare)
-    entries: dict[str, Entry | str] = {path: entry for path, entry in known.items() if path not in lost}
+    entries: dict[str, CatalogueEntry | str] = {
+        path: entry for path, entry in known.items() if path not in lost
+    }
     unknown = [path for path in paths if path not in lost and path not in entries]
     with ThreadPoolExecutor(16) as pool:
         entries.update(zip(unknown, pool.map(read, unknown)))
-    good: list[tuple[str, Entry]] = []
+    good: list[tuple[str, CatalogueEntry]] = []
     for path in paths:
         entry = entries.get(path)
-        if isinstance(entry, Entry):
+        if isinstance(entry, CatalogueEntry):
             folder, name = os.path.split(path)
-            entry = inventory.disagreement(path, entry.samples, claims[folder].get(name)) or entry
+            entry = inventory.disagreement(path, entry.samples, recorded[folder].get(name)) or entry
         if isinstance(entry, str):
             problem(entry)
         elif entry is not None and entry.samples:

@@ -16,7 +16,7 @@ from dattrain.bench.data_images import Images
 from dattrain.bench.data_pipelines import Pipelines, wait_share
 from dattrain.bench.jpegs import write_folder
 from dattrain.cli import bench_data as verb
-from dattrain.data.prepare.pack import Options, pack
+from dattrain.data.prepare.pack import PackOptions, pack
 from dattrain.data.prepare.sources import ArrayDataset
 
 
@@ -64,7 +64,11 @@ def test_a_whole_run(tmp_path, capsys):
 def test_the_step_has_an_output_for_every_class(tmp_path, monkeypatch):
     """Of shards with bare numbers, however large: the head, the targets and the check of labels are of one size."""
     image = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3)).astype(np.uint8)
-    pack(ArrayDataset("arrays", image, np.array([0, 3, 1500, 2])), tmp_path / "shards", Options(per_shard=4))
+    pack(
+        ArrayDataset("arrays", image, np.array([0, 3, 1500, 2])),
+        tmp_path / "shards",
+        PackOptions(per_shard=4),
+    )
     made = Images(tmp_path, str(tmp_path / "shards"), 4, 1.0, 32.0, 32.0, made=False)
     found = Pipelines(made, workers=1, batch=2, size=32, device=torch.device("cpu"))
     assert found.config(workers=1).model.num_classes == 1501

@@ -134,7 +134,7 @@ def test_the_parts_add_up_to_the_update_and_nothing_stays_behind(group):
     assert {name: part.median for name, part in parts.items()} == ticks
     for owner in (one.session.updater, one.session.engine):
         assert not {"forward", "backward", "step"} & set(vars(owner))
-    assert type(one.session.updater.mixer).__name__ == "Mixer"
+    assert type(one.session.updater.mixer).__name__ == "MixupCutmix"
     one.close()
 
 

@@ -16,7 +16,7 @@ from dattrain.config.schema import Config
 from dattrain.data import classes, labels
 from dattrain.data.classes import Classes, decide
 from dattrain.data.factory import eval_loader, open_split, train_loader
-from dattrain.data.prepare.pack import Options, pack
+from dattrain.data.prepare.pack import PackOptions, pack
 from dattrain.data.prepare.sources import open_source
 from dattrain.data.source import remote
 from dattrain.data.source.build_index import index_shards, link_shards
@@ -63,7 +63,7 @@ def seen(loader):
 
 
 def packed(source, out, split):
-    pack(open_dataset(source), out, Options(split=split, per_shard=5))
+    pack(open_dataset(source), out, PackOptions(split=split, per_shard=5))
     return str(out / f"{split}-*.tar")
 
 
@@ -172,7 +172,7 @@ def test_a_class_folder_that_is_not_called_in_utf8(tmp_path):
     name = "caf\udce9"
     folder(tmp_path / "a", ["bee", name])
     (tmp_path / "a" / name / "twice.jpg").write_bytes((tmp_path / "a" / name / f"{name}0.jpg").read_bytes())
-    pack(open_dataset(str(tmp_path / "a")), tmp_path / "s", Options(dedup=True))
+    pack(open_dataset(str(tmp_path / "a")), tmp_path / "s", PackOptions(dedup=True))
     assert len(json.loads((tmp_path / "s" / "_duplicates.json").read_text(encoding="utf-8"))) == 1
     spec = str(tmp_path / "s" / "*.tar")
     dataset, known = open_split(config(spec, num_classes=2), "train", None, rank=0, world=1)
@@ -471,17 +471,17 @@ def test_a_glob_that_also_names_validation_shards_is_not_trained_on(tmp_path, ot
 
 def test_packing_by_a_label_set(tmp_path):
     source = folder(tmp_path / "train", [IMAGENET[3], IMAGENET[999]])
-    pack(open_dataset(source), tmp_path / "out", Options(label_set="imagenet-1k"))
+    pack(open_dataset(source), tmp_path / "out", PackOptions(label_set="imagenet-1k"))
     dataset = open_dataset(str(tmp_path / "out"))
     assert {dataset.label(0, i) for i in range(8)} == {3, 999}
     assert tuple(dataset.classes) == IMAGENET
     with pytest.raises(UserError, match="numbers its classes otherwise .* than --label-set imagenet-12k"):
-        pack(open_dataset(source), tmp_path / "out", Options(split="val", label_set="imagenet-12k"))
+        pack(open_dataset(source), tmp_path / "out", PackOptions(split="val", label_set="imagenet-12k"))
     with pytest.raises(UserError, match="'ant' is no class of --label-set imagenet-1k"):
         pack(
             open_dataset(folder(tmp_path / "ants", ["ant"])),
             tmp_path / "out2",
-            Options(label_set="imagenet-1k"),
+            PackOptions(label_set="imagenet-1k"),
         )
 
 
@@ -520,4 +520,4 @@ def test_a_list_of_numbers_beside_a_split_whose_classes_are_called_by_numbers(tm
     packed(source, tmp_path / "out", "train")
     (tmp_path / "list.txt").write_text("a/1/10.jpg 1\na/2/20.jpg 2\n")
     with pytest.raises(UserError, match="called 1, 2, 10, which are not their numbers"):
-        pack(open_source(str(tmp_path / "list.txt")), tmp_path / "out", Options(split="val"))
+        pack(open_source(str(tmp_path / "list.txt")), tmp_path / "out", PackOptions(split="val"))

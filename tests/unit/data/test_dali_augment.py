@@ -38,11 +38,11 @@ def photos(count: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(out)
 
 
-def plan_of(count: int, **settings) -> plan.Plan:
+def plan_of(count: int, **settings) -> plan.AugmentPlan:
     return plan.draw(Augment(crop_scale=(1, 1), hflip=0, **settings), 5, np.arange(count), SIZE)
 
 
-def by_pillow(images: torch.Tensor, plan: plan.Plan) -> torch.Tensor:
+def by_pillow(images: torch.Tensor, plan: plan.AugmentPlan) -> torch.Tensor:
     """Through the CPU decoder's own function, with a crop of everything."""
     out = torch.empty_like(images)
     whole = replace(

@@ -16,7 +16,7 @@ import torch
 import warm
 
 from dattrain.config.schema import Augment, Config
-from dattrain.data.augment.mixup import Mixer
+from dattrain.data.augment.mixup import MixupCutmix
 from dattrain.data.classes import Classes
 from dattrain.data.factory import eval_loader, train_loader
 from dattrain.data.feed import TrainFeed
@@ -153,7 +153,7 @@ def test_a_mix_group_reaches_over_micro_batches_and_ranks(make_shards, decoder):
     def mixed(micro: int, world: int) -> list[torch.Tensor]:
         cfg = config(folder, decoder=decoder, on_bad="skip", train={"micro_batch": micro})
         cfg = cfg.model_copy(update={"augment": Augment(mix_group=12)})
-        mixer = Mixer(cfg.augment, 10)
+        mixer = MixupCutmix(cfg.augment, 10)
         batches = run_of(cfg, world=world, updates=3)
         assert all(len(b) == micro == len(b.keys) == len(b.weight) for b in batches)
         beyond = {len(b.images) - micro for b in batches}

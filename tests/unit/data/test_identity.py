@@ -4,7 +4,7 @@ import pytest
 
 from dattrain.data import identity
 from dattrain.data.source.folders import FolderDataset
-from dattrain.data.source.index import Entry
+from dattrain.data.source.index import CatalogueEntry
 from dattrain.data.source.shards import Shards
 
 NAMES = [f"train-{n:04d}.tar" for n in range(6)]
@@ -14,7 +14,7 @@ def shards(names=NAMES, folder="/data/", counts=None, sizes=None, contents=None)
     counts = counts or [64] * len(names)
     sizes = sizes or [1024 + n for n in range(len(names))]
     contents = contents or [f"{n:x}" for n in range(len(names))]
-    return Shards.build([folder + name for name in names], list(map(Entry, counts, sizes, contents)))
+    return Shards.build([folder + name for name in names], list(map(CatalogueEntry, counts, sizes, contents)))
 
 
 def of(**changes):

@@ -9,7 +9,7 @@ from host_waits import fake_cuda
 from timm.data.mixup import Mixup, mixup_target
 
 from dattrain.config.schema import Augment
-from dattrain.data.augment.mixup import Mixer, Normalize, hashed_normal
+from dattrain.data.augment.mixup import MixupCutmix, Normalize, hashed_normal
 from dattrain.data.augment.plan import draw
 from dattrain.data.batch import Batch
 
@@ -37,12 +37,12 @@ OFF = Augment(erase_prob=0, mixup=0, cutmix=0, label_smoothing=0)
 
 def test_normalisation():
     b = batch(OFF)
-    images, targets, weight = Mixer(OFF, 5)(b)
+    images, targets, weight = MixupCutmix(OFF, 5)(b)
     mean, std = torch.tensor(OFF.mean).view(3, 1, 1), torch.tensor(OFF.std).view(3, 1, 1)
     torch.testing.assert_close(images, (b.images / 255 - mean) / std, atol=2e-6, rtol=1e-5)
     assert images.is_contiguous() and weight is b.weight
     assert torch.equal(targets, torch.nn.functional.one_hot(b.labels, 5).float())
-    half, _, _ = Mixer(OFF, 5)(b, torch.bfloat16)
+    half, _, _ = MixupCutmix(OFF, 5)(b, torch.bfloat16)
     assert torch.equal(half, images.bfloat16())
     floats = replace(b, images=images.bfloat16())
     assert torch.equal(Normalize(OFF)(floats.images), images.bfloat16().float()), "floats come normalised"
@@ -52,8 +52,8 @@ def test_mixup_and_smoothing_are_timms():
     """Pair mode of timm's Mixup on the same weights."""
     config = replace_config(OFF, mixup=0.8, label_smoothing=0.1)
     b = batch(config)
-    images, targets, _ = Mixer(config, 7)(b)
-    plain, _, _ = Mixer(OFF, 7)(replace(b, plan=None))
+    images, targets, _ = MixupCutmix(config, 7)(b)
+    plain, _, _ = MixupCutmix(OFF, 7)(replace(b, plan=None))
     plan = draw(config, 0, np.arange(100, 108), SIZE)
     for j, lam in enumerate(plan.mix[::2].tolist()):
         i, k = 2 * j, 2 * j + 1
@@ -68,9 +68,9 @@ def test_cutmix_is_timms(monkeypatch):
     """timm's own pair mixing, made to draw our boxes and weights."""
     config = replace_config(OFF, cutmix=1.0)
     b = batch(config)
-    images, _, _ = Mixer(config, 5)(b)
+    images, _, _ = MixupCutmix(config, 5)(b)
     plan = b.plan
-    plain = Mixer(OFF, 5)(replace(b, plan=None))[0]
+    plain = MixupCutmix(OFF, 5)(replace(b, plan=None))[0]
     timm_mix = Mixup(mixup_alpha=0, cutmix_alpha=1.0, mode="pair", num_classes=5)
     boxes = iter([(t, t + h, l, l + w) for t, l, h, w in plan.mix_box[::2].tolist()])
     lams = iter(plan.mix[::2].tolist())
@@ -95,8 +95,8 @@ def test_a_group_is_timms_batch_mode(on, monkeypatch):
     """timm's Mixup on each group as its batch, made to draw our weights and boxes."""
     config = replace_config(OFF, mix_group=8, label_smoothing=0.1, **on)
     b = batch(config, 32)
-    images, targets, _ = Mixer(config, 7)(b)
-    plain = Mixer(OFF, 7)(replace(b, plan=None))[0]
+    images, targets, _ = MixupCutmix(config, 7)(b)
+    plain = MixupCutmix(OFF, 7)(replace(b, plan=None))[0]
     kinds = set()
     for start in range(0, 32, 8):
         lam, (t, l, h, w) = float(b.plan.mix[start]), b.plan.mix_box[start].tolist()
@@ -117,8 +117,8 @@ def test_a_group_is_timms_batch_mode(on, monkeypatch):
 def test_erasing_fills_its_box_with_normal_noise_and_nothing_else():
     config = replace_config(OFF, erase_prob=1.0)
     b = batch(config, 64)
-    images = Mixer(config, 5)(b)[0]
-    plain = Mixer(OFF, 5)(replace(b, plan=None))[0]
+    images = MixupCutmix(config, 5)(b)[0]
+    plain = MixupCutmix(OFF, 5)(replace(b, plan=None))[0]
     inside = torch.zeros(64, *SIZE, dtype=torch.bool)
     for i, (t, l, h, w) in enumerate(b.plan.erase.tolist()):
         inside[i, t : t + h, l : l + w] = True
@@ -128,7 +128,7 @@ def test_erasing_fills_its_box_with_normal_noise_and_nothing_else():
     assert len(noise) > 20_000
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02 and abs((noise**3).mean()) < 0.1
     assert len(noise.unique()) > 0.98 * len(noise)
-    constant = Mixer(replace_config(config, erase_mode="const"), 5)
+    constant = MixupCutmix(replace_config(config, erase_mode="const"), 5)
     b = replace(b, plan=draw(replace_config(config, erase_mode="const"), 0, np.arange(100, 164), SIZE))
     assert (constant(b)[0][mask] == 0).all()
 
@@ -145,7 +145,7 @@ def test_a_pair_looks_the_same_in_any_batch():
     """What a rank makes of a pair does not depend on what else is in its micro-batch."""
     config = Augment()
     whole = batch(config, 8)
-    images, targets, _ = Mixer(config, 5)(whole)
+    images, targets, _ = MixupCutmix(config, 5)(whole)
     part = replace(
         whole,
         images=whole.images[4:6],
@@ -154,19 +154,19 @@ def test_a_pair_looks_the_same_in_any_batch():
         keys=whole.keys[4:6],
         plan=draw(config, 0, [104, 105], SIZE),
     )
-    some, some_targets, _ = Mixer(config, 5)(part)
+    some, some_targets, _ = MixupCutmix(config, 5)(part)
     assert torch.equal(some, images[4:6]) and torch.equal(some_targets, targets[4:6])
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_odd_and_empty_batches_without_mixing(n):
-    images, targets, _ = Mixer(OFF, 5)(batch(OFF, n))
+    images, targets, _ = MixupCutmix(OFF, 5)(batch(OFF, n))
     assert images.shape == (n, 3, *SIZE) and targets.shape == (n, 5)
 
 
 def test_the_mixer_moves_no_global_generator():
     state = torch.get_rng_state()
-    Mixer(Augment(), 5)(batch(Augment()))
+    MixupCutmix(Augment(), 5)(batch(Augment()))
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -176,7 +176,7 @@ def test_mixing_never_waits_for_the_device():
     with fake_cuda() as waits:
         images = torch.empty(8, 3, *SIZE, dtype=torch.uint8, device="cuda")
         labels, weight = torch.empty(8, dtype=torch.int64, device="cuda"), torch.empty(8, device="cuda")
-        Mixer(config, 5)(replace(b, images=images, labels=labels, weight=weight))
+        MixupCutmix(config, 5)(replace(b, images=images, labels=labels, weight=weight))
     assert b.plan.mix_box.any() and not waits.found, waits.report()
 
 

@@ -61,7 +61,7 @@ def test_hint_covers_what_is_read(order, seen, world):
     """Every shard of a rank's batch is in its hint, so a cache that follows the hints never misses."""
     for rank in range(world):
         read = set(order.locate(order.rank_positions(seen, 16, rank, world))[0].tolist())
-        assert read <= set(order.shards_ahead(seen, 16, rank, world))
+        assert read <= set(order.shards_to_prefetch(seen, 16, rank, world))
 
 
 def test_a_rank_reads_the_shards_of_its_lanes():

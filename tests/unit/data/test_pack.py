@@ -19,7 +19,7 @@ from pictures import encode, write_tar
 from PIL import Image
 
 from dattrain.data.decode import images
-from dattrain.data.prepare.pack import Options, pack
+from dattrain.data.prepare.pack import PackOptions, pack
 from dattrain.data.prepare.sources import open_source
 from dattrain.data.source.build_index import build, index_shards
 from dattrain.data.source.dataset import open_dataset
@@ -71,7 +71,7 @@ def originals(root: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_a_folder_is_packed_whole_and_unchanged(folder, tmp_path):
     out = tmp_path / "out"
-    (manifest,) = pack(open_source(str(folder)), out, Options(per_shard=7), jobs=2)
+    (manifest,) = pack(open_source(str(folder)), out, PackOptions(per_shard=7), jobs=2)
     was, found = originals(folder), contents(out)
     assert {n: (label, data) for n, (label, data) in found.items() if not n.endswith("gif")} == {
         n: v for n, v in was.items() if not n.endswith("gif")
@@ -94,7 +94,7 @@ def test_the_layout_is_the_hubs(folder, tmp_path):
     from webdataset import WebDataset
 
     out = tmp_path / "out"
-    pack(open_source(str(folder)), out, Options(per_shard=7, holdout=6))
+    pack(open_source(str(folder)), out, PackOptions(per_shard=7, holdout=6))
     info = json.loads((out / "_info.json").read_text())["splits"]
     assert {k: v["num_samples"] for k, v in info.items()} == {"train": 19, "val": 6}
     assert info["val"] == {
@@ -115,7 +115,7 @@ def test_the_layout_is_the_hubs(folder, tmp_path):
 
 def test_equal_settings_give_equal_bytes_and_seeds_shuffle(folder, tmp_path):
     def packed(name: str, jobs: int, **options) -> list[bytes]:
-        pack(open_source(str(folder)), tmp_path / name, Options(per_shard=9, **options), jobs=jobs)
+        pack(open_source(str(folder)), tmp_path / name, PackOptions(per_shard=9, **options), jobs=jobs)
         return [p.read_bytes() for p in sorted((tmp_path / name).glob("*.tar"))]
 
     assert packed("a", 1) == packed("b", 3) != packed("c", 1, seed=1)
@@ -130,7 +130,7 @@ def test_equal_settings_give_equal_bytes_and_seeds_shuffle(folder, tmp_path):
 
 def test_resize_and_encode_anew(folder, tmp_path):
     out = tmp_path / "out"
-    pack(open_source(str(folder)), out, Options(resize=64, format="webp", quality=80))
+    pack(open_source(str(folder)), out, PackOptions(resize=64, format="webp", quality=80))
     for name, (_, data) in contents(out).items():
         image = Image.open(io.BytesIO(data))
         was = Image.open(folder / name)
@@ -138,7 +138,7 @@ def test_resize_and_encode_anew(folder, tmp_path):
         scale = min(image.size) / min(was.size)
         assert abs(max(image.size) - max(was.size) * scale) <= 0.5
     # Small images of the right format are left as they are.
-    pack(open_source(str(folder)), tmp_path / "two", Options(resize=100))
+    pack(open_source(str(folder)), tmp_path / "two", PackOptions(resize=100))
     two = contents(tmp_path / "two")
     for name, (_, data) in originals(folder).items():
         if min(Image.open(io.BytesIO(data)).size) <= 100:
@@ -147,7 +147,7 @@ def test_resize_and_encode_anew(folder, tmp_path):
 
 def test_duplicates_are_left_out_on_request(folder, tmp_path):
     """The same twelve photographs are in each class, so only the first of each stays."""
-    (manifest,) = pack(open_source(str(folder)), tmp_path / "out", Options(dedup=True), jobs=2)
+    (manifest,) = pack(open_source(str(folder)), tmp_path / "out", PackOptions(dedup=True), jobs=2)
     blobs = [data for _, data in contents(tmp_path / "out").values()]
     unique = {data for _, data in originals(folder).values()}
     assert len(blobs) == len(set(blobs)) == len(unique) == manifest["samples"]
@@ -175,10 +175,10 @@ def test_lists_arrays_and_shards_are_sources_too(folder, tmp_path, jpegs):
     write_idx(tmp_path / "t-images-idx3-ubyte.gz", images[:, 0])
     write_idx(tmp_path / "t-labels-idx1-ubyte.gz", np.arange(5, dtype=np.uint8))
     out = tmp_path / "idx"
-    pack(open_source(str(tmp_path / "t-images-idx3-ubyte.gz")), out, Options(split="s"))
+    pack(open_source(str(tmp_path / "t-images-idx3-ubyte.gz")), out, PackOptions(split="s"))
     for number, (label, data) in contents(out, "s").items():
         assert label == int(number) and (np.asarray(Image.open(io.BytesIO(data))) == images[label, 0]).all()
-    pack(open_source(str(out)), tmp_path / "again", Options(per_shard=2, seed=3))
+    pack(open_source(str(out)), tmp_path / "again", PackOptions(per_shard=2, seed=3))
     assert sorted(v for v in contents(tmp_path / "again").values()) == sorted(contents(out, "s").values())
 
 
@@ -271,8 +271,8 @@ def test_bad_images_stop_packing_or_are_left_out_by_name(folder, tmp_path, jpegs
     (folder / "n03" / "text.jpg").write_bytes(b"no image at all")
     source = open_source(str(folder))
     with pytest.raises(UserError, match=r"images/n0./(torn.JPEG|nothing.png|text.jpg).*--on-bad skip"):
-        pack(source, tmp_path / "a", Options(per_shard=5))
-    (manifest,) = pack(source, tmp_path / "b", Options(per_shard=5, skip_bad=True), jobs=2)
+        pack(source, tmp_path / "a", PackOptions(per_shard=5))
+    (manifest,) = pack(source, tmp_path / "b", PackOptions(per_shard=5, skip_bad=True), jobs=2)
     assert {os.path.basename(b["key"]) for b in manifest["bad"]} == {"torn.JPEG", "nothing.png", "text.jpg"}
     assert manifest["samples"] == 25 and set(contents(tmp_path / "b")) == set(originals(folder)) - {
         "n01/torn.JPEG",
@@ -280,36 +280,36 @@ def test_bad_images_stop_packing_or_are_left_out_by_name(folder, tmp_path, jpegs
         "n03/text.jpg",
     }
     # Packing again finds everything done, and says the same.
-    assert pack(source, tmp_path / "b", Options(per_shard=5, skip_bad=True)) == [manifest]
+    assert pack(source, tmp_path / "b", PackOptions(per_shard=5, skip_bad=True)) == [manifest]
 
 
 def test_what_is_there_is_not_mixed_with_something_else(folder, tmp_path):
     out = tmp_path / "out"
-    pack(open_source(str(folder)), out, Options(per_shard=7))
+    pack(open_source(str(folder)), out, PackOptions(per_shard=7))
     with pytest.raises(UserError, match=r"another packing of 'train': seed \(0 then, 1 now\)"):
-        pack(open_source(str(folder)), out, Options(per_shard=7, seed=1))
+        pack(open_source(str(folder)), out, PackOptions(per_shard=7, seed=1))
     (folder / "n01" / "new.JPEG").write_bytes((folder / "n01" / "n01.v1_1.JPEG").read_bytes())
     with pytest.raises(UserError, match="another packing .* content"):
-        pack(open_source(str(folder)), out, Options(per_shard=7))
-    pack(open_source(str(folder)), out, Options(per_shard=7, split="more"))
+        pack(open_source(str(folder)), out, PackOptions(per_shard=7))
+    pack(open_source(str(folder)), out, PackOptions(per_shard=7, split="more"))
     assert len(json.loads((out / "_info.json").read_text())["splits"]) == 2
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "train-0003.tar").write_bytes(b"someone's")
     with pytest.raises(UserError, match=r"train-0003.tar: is there already"):
-        pack(open_source(str(folder)), tmp_path / "foreign", Options())
+        pack(open_source(str(folder)), tmp_path / "foreign", PackOptions())
     assert (tmp_path / "foreign" / "train-0003.tar").read_bytes() == b"someone's"
     with pytest.raises(UserError, match="holdout of 99 of 26"):
-        pack(open_source(str(folder)), tmp_path / "h", Options(holdout=99))
+        pack(open_source(str(folder)), tmp_path / "h", PackOptions(holdout=99))
 
 
 def test_nothing_is_packed_over_itself(folder, tmp_path):
     source = open_source(str(folder))
     with pytest.raises(UserError, match="a holdout that is called 'train' like the rest would overwrite it"):
-        pack(source, tmp_path / "out", Options(holdout=3, holdout_split="train"))
+        pack(source, tmp_path / "out", PackOptions(holdout=3, holdout_split="train"))
     (tmp_path / "link").symlink_to(folder)
     for out in (folder, folder / "out", tmp_path / "link" / "n01"):
         with pytest.raises(UserError, match="lies among the class folders of"):
-            pack(source, out, Options())
+            pack(source, out, PackOptions())
     assert not (folder / "out").exists()
 
 
@@ -319,7 +319,7 @@ def test_two_packings_do_not_meet(folder, tmp_path, monkeypatch):
         fcntl.flock(lock, fcntl.LOCK_EX)
         monkeypatch.setattr(time, "sleep", lambda _: None)
         with pytest.raises(UserError, match="another packing is at work there"):
-            pack(open_source(str(folder)), tmp_path / "out", Options())
+            pack(open_source(str(folder)), tmp_path / "out", PackOptions())
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 4])
@@ -336,10 +336,10 @@ def test_a_full_disk_is_one_message(folder, tmp_path, monkeypatch, calls):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
-        pack(open_source(str(folder)), tmp_path / "out", Options(per_shard=7))
+        pack(open_source(str(folder)), tmp_path / "out", PackOptions(per_shard=7))
     monkeypatch.undo()
     assert not list((tmp_path / "out").glob(".*.part"))
-    pack(open_source(str(folder)), tmp_path / "out", Options(per_shard=7))
+    pack(open_source(str(folder)), tmp_path / "out", PackOptions(per_shard=7))
     assert set(contents(tmp_path / "out")) == set(originals(folder))
 
 
@@ -349,7 +349,7 @@ def kill_and_resume(source: Path, out: Path, kills: int, expected: dict, *, wind
     Returns how often it was at work when it was killed.
     """
     rng = random.Random(str(out))
-    options = Options(per_shard=40, dedup=True)
+    options = PackOptions(per_shard=40, dedup=True)
     hits = 0
     for _ in range(kills):
         process = multiprocessing.get_context("fork").Process(
@@ -430,7 +430,7 @@ def test_foreign_fields_stay(tmp_path, jpegs, order):
     """Wherever the .json stands among a sample's members; a packing's own label and size go before."""
     path = str(hub_shard(tmp_path / "h.tar", jpegs, order=order))
     index_shards([path])
-    pack(open_source(path), tmp_path / "out", Options())
+    pack(open_source(path), tmp_path / "out", PackOptions())
     with tarfile.open(tmp_path / "out" / "train-0000.tar") as file:
         infos = {m.name.partition("-")[2]: json.load(file.extractfile(m)) for m in file if "json" in m.name}
     for i in range(4):
@@ -451,15 +451,15 @@ def test_labels_of_another_field(tmp_path, jpegs):
     path = str(hub_shard(tmp_path / "h.tar", jpegs))
     index_shards([path])
     with pytest.raises(UserError, match=r"'k4' at offset \d+: its .json has no integer field 'label_12k'"):
-        pack(open_source(path, label="label_12k"), tmp_path / "a", Options(label="label_12k"))
-    out, options = tmp_path / "out", Options(label="label_12k", skip_bad=True)
+        pack(open_source(path, label="label_12k"), tmp_path / "a", PackOptions(label="label_12k"))
+    out, options = tmp_path / "out", PackOptions(label="label_12k", skip_bad=True)
     (manifest,) = pack(open_source(path, label="label_12k"), out, options)
     dataset = open_dataset(str(out))
     assert sorted(dataset.label(0, i) for i in range(4)) == [100, 101, 102, 103] and len(manifest["bad"]) == 1
     with pytest.raises(UserError, match="label"):
-        pack(open_source(path), out, Options())
+        pack(open_source(path), out, PackOptions())
     with pytest.raises(UserError, match="has no integer field 'note', but note 'ü'"):
-        pack(open_source(path, label="note"), tmp_path / "b", Options(label="note"))
+        pack(open_source(path, label="note"), tmp_path / "b", PackOptions(label="note"))
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4), np.uint8), labels=np.zeros(2, np.int64))
     with pytest.raises(UserError, match="--label x: .*a.npz holds no shards"):
         open_source(str(tmp_path / "a.npz"), label="x")

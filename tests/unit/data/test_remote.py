@@ -133,7 +133,7 @@ def test_fifty_faults_lose_and_double_nothing(tmp_path, loops):
             server.faults.insert(min(at, len(server.faults)), "corrupt")
         turns = 0
         while server.faults:
-            dataset.ahead(draw.sample(range(8), 3))
+            dataset.prefetch(draw.sample(range(8), 3))
             check_all(dataset, content, None)
             turns += 1
         assert sum(n for fault, n in server.injected.items() if fault != "none") == loops
@@ -205,14 +205,14 @@ def test_a_source_that_cannot_be_reached(tmp_path):
         opened(url, tmp_path / "cache", transfer=quick(attempts=2))
 
 
-def test_ahead_fetches_in_the_background_within_the_bound(tmp_path):
+def test_prefetch_reads_in_the_background_within_the_bound(tmp_path):
     write_shards(tmp_path / "set", shards=6, samples=20)
     largest = max(p.stat().st_size for p in (tmp_path / "set").glob("*.tar"))
     limit = int(3.5 * largest)
     with serving(tmp_path / "set") as server, watched(tmp_path / "cache", limit):
         dataset = opened(server.url, tmp_path / "cache", limit=limit)
         source = dataset.source
-        dataset.ahead([4, 1, 5, 0])
+        dataset.prefetch([4, 1, 5, 0])
         deadline = time.monotonic() + 20
         while not all(source.name(s) in source.cache for s in (4, 1, 5)):
             assert time.monotonic() < deadline
@@ -223,7 +223,7 @@ def test_ahead_fetches_in_the_background_within_the_bound(tmp_path):
         before = sum(server.served.values())
         source.read(4, 0, 512), source.read(1, 0, 512)
         assert sum(server.served.values()) == before
-        dataset.ahead([0, 4, 1])
+        dataset.prefetch([0, 4, 1])
         while source.name(0) not in source.cache:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -301,7 +301,7 @@ def test_a_forked_worker_reads_while_the_parent_fetches(tmp_path):
     with serving(tmp_path / "set") as server:
         server.delay = 0.005
         dataset = opened(server.url, tmp_path / "cache")
-        dataset.ahead([0, 1, 2, 3])
+        dataset.prefetch([0, 1, 2, 3])
         time.sleep(0.1)
 
         def work() -> None:

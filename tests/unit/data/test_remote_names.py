@@ -324,7 +324,7 @@ def shards(tmp_path, jpegs):
     return folder
 
 
-def test_fetching_ahead_shows_no_secrets(tmp_path, content, caplog):
+def test_prefetching_shows_no_secrets(tmp_path, content, caplog):
     with answering(lambda asked: file(tmp_path / "set", asked)) as (url, _):
         dataset = opened(f"{url}/set-{{0000..0002}}.tar?sig=hunter2", tmp_path / "cache")
 
@@ -332,7 +332,7 @@ def test_fetching_ahead_shows_no_secrets(tmp_path, content, caplog):
             raise Refused(f"{url}: may not be read")
 
         dataset.source.transfer.download = refuse
-        dataset.ahead([0])
+        dataset.prefetch([0])
         deadline = time.monotonic() + 10
         while not caplog.records and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -12,7 +12,7 @@ import pytest
 
 from dattrain.data.order import Order
 from dattrain.data.source import tar
-from dattrain.data.source.index import Entry, ShardIndex, index_path, write_catalogue
+from dattrain.data.source.index import CatalogueEntry, ShardIndex, index_path, write_catalogue
 
 SHARDS, SAMPLES, CLASSES = 8192, 14_200_000, 21_841
 LANES, WORLD, RANK, BATCH = 64, 256, 37, 4096
@@ -69,7 +69,10 @@ def simulated(request, tmp_path_factory, photo) -> tuple[Path, Order, list[int]]
         Path(index_path(str(folder / name))).touch()
     write_catalogue(
         folder,
-        {n: Entry(c, c * stride + 1024, "0" * 64, CLASSES - 1) for n, c in zip(names, counts.tolist())},
+        {
+            n: CatalogueEntry(c, c * stride + 1024, "0" * 64, CLASSES - 1)
+            for n, c in zip(names, counts.tolist())
+        },
     )
     order = Order(counts, seed=0, lanes=LANES)
     starts = [0, SAMPLES // 2 // BATCH * BATCH]
@@ -118,5 +121,5 @@ def test_a_rank_opens_few_shards(simulated):
     for seen in starts:
         positions = order.rank_positions(seen, BATCH, RANK, WORLD)
         assert len(set(order.lane(positions).tolist())) == 1
-        ahead = order.shards_ahead(seen, BATCH, RANK, WORLD)
+        ahead = order.shards_to_prefetch(seen, BATCH, RANK, WORLD)
         assert len(ahead) <= 2 * (4 + 2)

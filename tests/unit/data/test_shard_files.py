@@ -17,7 +17,7 @@ from dattrain.data.source.build_index import build, index_shards
 from dattrain.data.source.dataset import BadSample, ShardDataset, open_dataset
 from dattrain.data.source.index import (
     NO_LABEL,
-    Entry,
+    CatalogueEntry,
     ShardIndex,
     index_path,
     read_catalogue,
@@ -266,7 +266,7 @@ def test_a_damaged_catalogue_is_named_and_made_anew(make_shards):
         open_dataset(str(folder))
     index_shards(expand(str(folder / "train-{0000..0001}.tar")), force=True)
     assert open_dataset(str(folder)).counts.tolist() == [3, 4]
-    write_catalogue(folder, {"x.tar": Entry(1, 1536, "", 3)})
+    write_catalogue(folder, {"x.tar": CatalogueEntry(1, 1536, "", 3)})
     assert json.loads((folder / "_catalogue.json").read_text())["shards"]["x.tar"]["max_label"] == 3
 
 

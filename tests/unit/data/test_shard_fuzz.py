@@ -22,7 +22,7 @@ from PIL import Image
 
 from dattrain.cli import main as cli
 from dattrain.data.order import Order
-from dattrain.data.prepare.pack import Options, pack
+from dattrain.data.prepare.pack import PackOptions, pack
 from dattrain.data.prepare.sources import open_source
 from dattrain.data.prepare.stats import measure
 from dattrain.data.prepare.verify import verify
@@ -127,7 +127,7 @@ def count(folder: Path) -> None:
 
 
 def repack(folder: Path) -> None:
-    pack(open_source(str(folder / "t-*.tar")), folder / "out", Options(skip_bad=True))
+    pack(open_source(str(folder / "t-*.tar")), folder / "out", PackOptions(skip_bad=True))
 
 
 def classes(folder: Path) -> None:
@@ -345,7 +345,7 @@ def test_names_that_are_no_utf8_go_through_packing_and_are_shown(tmp_path, monke
             with open(os.path.join(os.fsencode(tmp_path), b"in", name, file), "wb") as image:
                 image.write(picture)
     for source, out in (("in", "out"), ("out", "again")):
-        pack(open_source(str(tmp_path / source)), tmp_path / out, Options(dedup=True))
+        pack(open_source(str(tmp_path / source)), tmp_path / out, PackOptions(dedup=True))
         found = open_dataset(str(tmp_path / out))
         assert found.classes == ["two", "\udcff\udce9"] and found.counts.sum() == 1
         json.loads((tmp_path / out / "_duplicates.json").read_bytes())
@@ -378,6 +378,6 @@ def test_what_is_not_damaged_passes(whole, tmp_path):
     assert isinstance(
         ShardIndex.from_bytes(Path(index_path(str(folder / "t-0000.tar"))).read_bytes(), "x"), ShardIndex
     )
-    (manifest,) = pack(open_source(str(folder / "t-*.tar")), folder / "out", Options(skip_bad=True))
+    (manifest,) = pack(open_source(str(folder / "t-*.tar")), folder / "out", PackOptions(skip_bad=True))
     assert manifest["samples"] == 10
     assert int(open_source(str(folder / "n*.tar")).counts.sum()) == 2

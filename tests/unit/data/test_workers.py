@@ -17,11 +17,11 @@ import torch
 from torch._C import _error_if_any_worker_fails
 
 from dattrain.config.schema import Config
-from dattrain.data.board import Board, note
 from dattrain.data.classes import Classes
 from dattrain.data.decode.cpu import CpuDecoder
 from dattrain.data.factory import eval_loader, train_loader
 from dattrain.data.fork import kept
+from dattrain.data.worker_progress import ProgressTable, note
 from dattrain.data.workers import Workers
 from dattrain.errors import STALLED, UserError
 
@@ -258,13 +258,13 @@ def test_the_loaders_end_within_the_watchdogs_patience(make_shards, monkeypatch,
 
 
 def test_the_end_of_a_long_path_is_kept(monkeypatch):
-    board = Board(2)
-    monkeypatch.setattr("dattrain.data.board._mine", (board, 1))
-    board.begin(7)
+    progress = ProgressTable(2)
+    monkeypatch.setattr("dattrain.data.worker_progress._own_row", (progress, 1))
+    progress.begin(7)
     note("é" * 1000 + "/last.tar")
-    row = board.row(1)
+    row = progress.row(1)
     assert (row.number, row.busy) == (7, True) and row.where.endswith("é/last.tar") and len(row.where) < 300
-    assert board.row(0).where == "" and board.row(0).number == -1
+    assert progress.row(0).where == "" and progress.row(0).number == -1
 
 
 def test_workers_of_another_library_forked_beside_ours(tmp_path):

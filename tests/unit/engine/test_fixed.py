@@ -8,7 +8,7 @@ from dattrain.config.load import dump, loads
 from dattrain.data import identity
 from dattrain.data.classes import Classes
 from dattrain.data.classes import write as write_classes
-from dattrain.data.source.index import Entry
+from dattrain.data.source.index import CatalogueEntry
 from dattrain.data.source.shards import Shards
 from dattrain.engine import resume_rules
 from dattrain.errors import ConfigError, UserError
@@ -21,7 +21,7 @@ CLASSES = Classes(3, ("ant", "bee", "cow"), "data.train=/data/train")
 
 def parts(*counts):
     names = [f"/data/train-{n}.tar" for n in range(len(counts))]
-    return identity.of_shards(Shards.build(names, [Entry(count, 9 * count, "") for count in counts]))
+    return identity.of_shards(Shards.build(names, [CatalogueEntry(count, 9 * count, "") for count in counts]))
 
 
 def checkpoint(run, step, meta):

@@ -21,7 +21,7 @@ from dattrain.cli import main as cli
 from dattrain.config.load import dump
 from dattrain.config.schema import Config
 from dattrain.data import labels
-from dattrain.data.prepare.pack import Options, pack
+from dattrain.data.prepare.pack import PackOptions, pack
 from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import UserError
 from dattrain.evaluation import inference, metrics, probe, test_sets
@@ -71,7 +71,7 @@ def test_a_bad_image_is_an_error_or_left_out_as_asked(tmp_path, weights_file, ca
 
 
 def test_remote_shards_are_evaluated_through_a_cache(tmp_path, weights_file, val_folder, capsys):
-    pack(open_dataset(str(val_folder)), tmp_path / "shards", Options(split="val"))
+    pack(open_dataset(str(val_folder)), tmp_path / "shards", PackOptions(split="val"))
     handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "shards")
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -11,7 +11,7 @@ import pytest
 
 from dattrain.config.load import loads
 from dattrain.data.classes import Classes
-from dattrain.data.source.index import Entry, write_catalogue
+from dattrain.data.source.index import CatalogueEntry, write_catalogue
 from dattrain.engine import resume_rules
 from dattrain.errors import ConfigError, UserError
 from dattrain.state.format.checkpoint import Manifest
@@ -116,7 +116,7 @@ def test_a_run_is_continued_as_its_newest_checkpoint_was_trained_and_not_as_its_
     for name in ("a-0.tar", "a-1.tar"):
         (shards / name).write_bytes(bytes(1024))
         (shards / name).with_suffix(".index.npz").touch()
-    entries = {name: Entry(2, 1024, "") for name in ("a-0.tar", "a-1.tar")}
+    entries = {name: CatalogueEntry(2, 1024, "") for name in ("a-0.tar", "a-1.tar")}
     write_catalogue(shards, entries)
     text = "train: {global_batch: 64, micro_batch: 8}\ndata: {train: shards}\n"
     run = _run_folder(home, text)
@@ -141,7 +141,7 @@ def test_a_run_is_continued_as_its_newest_checkpoint_was_trained_and_not_as_its_
     ):
         continued()
     (run / "config.yaml").write_text(text)
-    write_catalogue(shards, {**entries, "a-1.tar": Entry(2, 1536, "")})
+    write_catalogue(shards, {**entries, "a-1.tar": CatalogueEntry(2, 1536, "")})
     with pytest.raises(UserError, match=r"data.train=shards: .*now as many with other sizes"):
         continued()
     shards.rename(home / "elsewhere")  # as on a host that does not see the data: the job's start does

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 _HEAD = struct.Struct("=qd?H")
 _ROW = 512
-_mine: tuple[Board, int] | None = None
+_own_row: tuple[ProgressTable, int] | None = None
 
 
 @dataclass(frozen=True)
-class Row:
+class WorkerProgress:
     """Of one worker: the last task, whether it is done, seconds since it was begun or done, and where in it."""
 
     number: int
@@ -22,7 +22,7 @@ class Row:
     where: str
 
 
-class Board:
+class ProgressTable:
     """Rows of ``workers`` processes, which must be forked after this is made. Each writes its own, the parent reads."""
 
     def __init__(self, workers: int) -> None:
@@ -32,25 +32,25 @@ class Board:
 
     def join(self, worker: int) -> None:
         """This process is that worker from now on: ``note`` writes its row."""
-        global _mine
-        _mine = self, worker
+        global _own_row
+        _own_row = self, worker
 
     def begin(self, number: int) -> None:
         """This worker begins a task."""
-        if _mine is not None:
-            self._write(_mine[1], number, True)
+        if _own_row is not None:
+            self._write(_own_row[1], number, True)
 
     def end(self, number: int) -> None:
         """This worker is done with a task."""
-        if _mine is not None:
-            self._write(_mine[1], number, False)
+        if _own_row is not None:
+            self._write(_own_row[1], number, False)
 
-    def row(self, worker: int) -> Row:
+    def row(self, worker: int) -> WorkerProgress:
         """What a worker wrote last."""
         at = worker * _ROW
         number, since, busy, length = _HEAD.unpack_from(self._memory, at)
         text = self._memory[at + _HEAD.size : at + _HEAD.size + length].decode(errors="replace")
-        return Row(number, busy, time.monotonic() - since, text)
+        return WorkerProgress(number, busy, time.monotonic() - since, text)
 
     def _write(self, worker: int, number: int, busy: bool) -> None:
         # CLOCK_MONOTONIC is one clock for all processes of a machine.
@@ -66,5 +66,5 @@ class Board:
 
 def note(text: str) -> None:
     """Say which file or sample this worker turns to; nothing in a process that is no worker."""
-    if _mine is not None:
-        _mine[0]._note(_mine[1], text)
+    if _own_row is not None:
+        _own_row[0]._note(_own_row[1], text)

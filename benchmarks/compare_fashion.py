@@ -26,7 +26,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dattrain.data.prepare.sources import read_idx
+from dattrain.data.prepare.arrays import read_idx
 from dattrain.models import create
 
 SIZE, CLASSES, BATCH, LR, WEIGHT_DECAY, DROP_PATH, CLIP, SHIFT = 64, 10, 128, 1e-3, 0.05, 0.05, 5.0, 4

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dattrain.data.prepare.sources import read_idx
+from dattrain.data.prepare.arrays import read_idx
 from dattrain.evaluation import inference
 from dattrain.models import create, surgery
 from dattrain.models.dat import DAT

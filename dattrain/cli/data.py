@@ -13,7 +13,7 @@ from dattrain.errors import UserError
 from dattrain.urls import mask
 
 if TYPE_CHECKING:
-    from dattrain.data.source.build_index import IndexedShard
+    from dattrain.data.prepare.index_shards import IndexedShard
     from dattrain.data.source.dataset import Dataset
     from dattrain.data.source.index import LeftOut
 
@@ -190,8 +190,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
+    from dattrain.data.prepare.index_shards import index_shards, link_shards
     from dattrain.data.source import inventory
-    from dattrain.data.source.build_index import index_shards, link_shards
     from dattrain.data.source.listing import is_remote
     from dattrain.data.source.shards import expand
 

@@ -39,7 +39,7 @@ def train_loader(
     device: torch.device,
     img_size: int | tuple[int, int],
 ) -> TrainLoader:
-    """The training loader of one rank, going on at ``samples_seen``; its workers start at once.
+    """The training loader of one rank, from ``samples_seen`` on; its workers start at once.
 
     Raises:
         ConfigError: no ``data.train``; labels that do not fit the head; a batch that does not divide.

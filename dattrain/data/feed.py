@@ -88,7 +88,7 @@ class TrainFeed:
 class EvalFeed:
     """The batches of one rank over a whole set: it takes ``range(rank, n, world)``.
 
-    All ranks have the same number of batches, so that they can meet after each; the last ones may be shorter or empty.
+    All ranks have the same number of batches, so that they can reduce together after each; the last ones may be shorter or empty.
     """
 
     counts: NDArray[np.int64]
@@ -107,8 +107,8 @@ class EvalFeed:
 
     def request(self, number: int) -> BatchRequest:
         """Batch ``number``."""
-        mine = range(self.rank, int(self.counts.sum()), self.world)
-        positions = np.asarray(mine[number * self.batch : (number + 1) * self.batch], dtype=np.int64)
+        own = range(self.rank, int(self.counts.sum()), self.world)
+        positions = np.asarray(own[number * self.batch : (number + 1) * self.batch], dtype=np.int64)
         ends = np.cumsum(self.counts)
         shards = np.searchsorted(ends, positions, side="right")
         return BatchRequest(positions, shards, positions - (ends - self.counts)[shards], None)
@@ -126,7 +126,7 @@ def fetch(
 
     Args:
         num_classes: labels must be below it.
-        skip_bad: note a bad sample and go on, else raise.
+        skip_bad: note a bad sample and read the others, else raise.
         check: called with the bytes of each image; raises ``images.BadImage`` where they cannot be used.
 
     Raises:

@@ -2,7 +2,7 @@
 
 Why fork: a worker is there in milliseconds, where a spawned one imports torch for seconds; it needs nothing pickled, so
 a task may be any closure over an open data set; the tables of 14 million samples are held once for all; and a script
-or notebook needs no main guard. Only the forking thread goes on in the child, however, and the objects of all others are
+or notebook needs no main guard. Only the forking thread lives on in the child, however, and the objects of all others are
 there too: a DALI pipeline whose finaliser waits for threads that are not, a CUDA tensor, a TensorBoard writer, a file
 system with its event loop. None of them may be finalised there, so
 
@@ -86,18 +86,23 @@ def forking() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Every object has one reference more in here; in a child that is forked in here it has it for ever, as this frame stays
-    on the child's stack. For workers of other libraries this alone keeps their parent's objects from being finalised."""
-    held = gc.get_objects()
+    """Hold one reference more to every object, and for ever in a child that is forked in here.
+
+    There this frame stays on the stack. For workers of other libraries this alone keeps their parent's objects from being
+    finalised.
+    """
+    objects = gc.get_objects()
     try:
         yield
     finally:
-        del held
+        del objects
 
 
 def settle() -> None:
-    """In the child, first of all: what it inherited is left alone, signals are the parent's business, and it is gone when
-    the parent is."""
+    """Settle a child, first of all.
+
+    What it inherited is left alone, signals are the parent's business, and it is gone when the parent is.
+    """
     gc.freeze()
     gc.enable()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, see prctl(2)
@@ -118,8 +123,11 @@ def settle() -> None:
 
 @contextlib.contextmanager
 def _child_handler_kept() -> Iterator[None]:
-    """Take back the SIGCHLD handler that torch installs: it raises wherever the trainer happens to be, in the middle
-    of a checkpoint too. A dead worker is noticed all the same, when its result is waited for."""
+    """Take back the SIGCHLD handler that torch installs.
+
+    It raises wherever the trainer happens to be, in the middle of a checkpoint too. A dead worker is noticed all the
+    same, when its result is waited for.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -62,8 +62,10 @@ def of_shards(shards: Shards) -> list[Part]:
 
 
 def of_stream(urls: Sequence[str], samples: int) -> list[Part]:
-    """The identity of a stream of shards, whose content nobody has counted: ``samples`` is what the recipe says. Commands
-    (``pipe:``) may hold a new key each day, and are counted alone."""
+    """The identity of a stream of shards, whose content nobody has counted: ``samples`` is what the recipe says.
+
+    Commands (``pipe:``) may hold a new key each day, and are counted alone.
+    """
     known = not any(url.startswith("pipe:") for url in urls)
     return [_part("stream", len(urls), samples, names=_digest(_names(urls)) if known else None)]
 

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -192,8 +193,8 @@ def _winter21(folder: str | None) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=4)
-def _timm(subset: str):
-    from timm.data import ImageNetInfo
+def _timm(subset: str) -> Any:
+    from timm.data.imagenet_info import ImageNetInfo
 
     return ImageNetInfo(subset)
 

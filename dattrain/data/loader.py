@@ -168,6 +168,7 @@ class DevicePrefetcher:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> Batch:
+        """The batch on the device; on CUDA its copies may still be on their way, which the current stream waits for."""
         if self._stream is None:
             return batch.to(self.device)
         current = torch.cuda.current_stream(self.device)

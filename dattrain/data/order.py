@@ -146,8 +146,11 @@ class Order:
 def _permute(
     value: NDArray[np.int64], size: NDArray[np.int64], keys: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
-    """A keyed permutation of [0, size), elementwise: a Feistel network on the next power of four, with cycle walking
-    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002)."""
+    """A keyed permutation of [0, size), elementwise.
+
+    A Feistel network on the next power of four, with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite
+    domains", 2002).
+    """
     bits = np.ceil(np.log2(np.maximum(size, 2))).astype(np.uint64)
     half = (bits + np.uint64(1)) >> np.uint64(1)
     mask = (np.uint64(1) << half) - np.uint64(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-def stage(arrays: Sequence[NDArray], device: torch.device) -> list[torch.Tensor]:
+def stage(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
     """Tensors of the arrays' shapes and dtypes on ``device``; on the CPU they share the arrays' memory.
 
     On CUDA all arrays go through one page-locked buffer, new for each call, and one copy on the current stream. torch's

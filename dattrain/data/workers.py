@@ -47,7 +47,7 @@ class _Failure:
         self.message, self.exit_code = str(error), error.exit_code
 
 
-class _Task(TorchDataset):
+class _Task(TorchDataset[Any]):
     def __init__(self, function: Callable[[int], Any], progress: ProgressTable) -> None:
         self.function = function
         self.progress = progress
@@ -147,7 +147,7 @@ class Workers(Generic[T]):
         waited, reminded = Stopwatch(2 * _LOOK_S), 0.0
         while True:
             try:
-                result = next(self._pool.iterator)
+                result: T | _Failure = next(self._pool.iterator)
                 break
             except (RuntimeError, OSError, EOFError) as error:
                 if not _timed_out(error):
@@ -255,8 +255,10 @@ class _Pool:
 
 @contextlib.contextmanager
 def _deaths_unheard() -> Iterator[None]:
-    """Keep torch's handler of SIGCHLD, where any DataLoader of this process has installed one, from raising an error for a worker
-    that we end ourselves."""
+    """Keep torch's handler of SIGCHLD from raising an error for a worker that we end ourselves.
+
+    Any DataLoader of this process may have installed it.
+    """
     before = signal.getsignal(signal.SIGCHLD)
     # Handlers run in the main thread, and can be changed there alone; what is no function of Python's raises nothing.
     if threading.current_thread() is not threading.main_thread() or not callable(before):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dattrain.data.prepare.sources import read_idx
+from dattrain.data.prepare.arrays import read_idx
 from dattrain.models.dat import DAT
 from dattrain.pretrained import preprocess
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg

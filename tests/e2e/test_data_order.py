@@ -15,8 +15,8 @@ from PIL import Image
 
 from dattrain.config.schema import Config
 from dattrain.data.factory import train_loader
+from dattrain.data.prepare.index_shards import index_shards
 from dattrain.data.source import tar
-from dattrain.data.source.build_index import index_shards
 
 GLOBAL, MICRO, SAMPLES = 16, 4, 253
 

@@ -13,7 +13,7 @@ import torch
 
 import dattrain.models  # noqa: F401 (registers the variants)
 from dattrain.cli import main as cli
-from dattrain.data.prepare.sources import read_idx
+from dattrain.data.prepare.arrays import read_idx
 
 CLASSES, SIZE = 10, 64
 

@@ -84,9 +84,11 @@ def resize_window(
 
 
 def _reach(side: int, low: float, high: float, length: int, support: int) -> tuple[float, float, slice]:
-    """The whole pixels of a side that a filter reads which makes ``length`` pixels of the stretch ``low`` to ``high``; and that
-    stretch, counted from the first of them (Pillow keeps it in single precision, and chooses by the shape of what it gets
-    along which side it works first)."""
+    """The stretch ``low`` to ``high`` of a side, counted from the first pixel that a filter reads for it, and those pixels.
+
+    The filter makes ``length`` pixels of the stretch. Pillow keeps it in single precision, and chooses by the shape of what it
+    gets along which side it works first.
+    """
     reach = support * max((high - low) / length, 1.0) + 1
     first, last = max(0, math.floor(low - reach)), min(side, math.ceil(high + reach))
     return low - first, min(high, last) - first, slice(first, last)

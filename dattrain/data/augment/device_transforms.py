@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,9 +47,9 @@ class Work:
     """
 
     steps: list[tuple[Function, int, tuple[int, ...]]] = field(default_factory=list)
-    arrays: list[NDArray] = field(default_factory=list)
+    arrays: list[NDArray[Any]] = field(default_factory=list)
 
-    def add(self, function: Function, index: NDArray[np.int64], *arguments: NDArray) -> None:
+    def add(self, function: Function, index: NDArray[np.int64], *arguments: NDArray[Any]) -> None:
         """Append a step."""
         first = len(self.arrays)
         self.arrays += [index, *arguments]
@@ -95,7 +96,9 @@ def _layer(
     """One operation (or none) on each image."""
     affine = partial(_affine, plan.interpolation)
     fill = np.asarray(plan.fill, dtype=np.uint8)
-    groups: tuple[tuple[frozenset[Op], Function, Callable[[NDArray, NDArray], tuple[NDArray, ...]]], ...] = (
+    groups: tuple[
+        tuple[frozenset[Op], Function, Callable[[NDArray[Any], NDArray[Any]], tuple[NDArray[Any], ...]]], ...
+    ] = (
         (_TABLES, _look_up, lambda o, a: (_tables(o, a),)),
         (frozenset({Op.AUTO_CONTRAST}), _autocontrast, lambda o, a: ()),
         (frozenset({Op.EQUALIZE}), _equalize, lambda o, a: ()),

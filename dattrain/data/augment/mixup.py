@@ -52,8 +52,10 @@ class MixupCutmix:
 
 
 class Normalize:
-    """uint8 images to zero mean and unit deviation, B x 3 x H x W float32 contiguous; float images pass, already
-    normalised by their decoder."""
+    """uint8 images to zero mean and unit deviation, B x 3 x H x W float32 contiguous.
+
+    Float images pass, already normalised by their decoder.
+    """
 
     def __init__(self, augment: Augment) -> None:
         mean, std = torch.tensor(augment.mean), torch.tensor(augment.std)
@@ -61,6 +63,7 @@ class Normalize:
         self._shift = (-mean / std).view(3, 1, 1)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalise a batch; a new tensor."""
         if images.dtype != torch.uint8:
             return images.to(torch.float32, memory_format=torch.contiguous_format)
         if self._scale.device != images.device:

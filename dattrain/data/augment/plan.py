@@ -73,7 +73,8 @@ class AugmentPlan:
     @cached_property
     def recoloured(self) -> NDArray[np.bool_]:
         """B bool: whether any operation or jitter falls on a sample."""
-        return (self.ops >= 0).any(1) | (self.jitter != 1).any(1)
+        found: NDArray[np.bool_] = (self.ops >= 0).any(1) | (self.jitter != 1).any(1)
+        return found
 
     def without_mixing(self, bad: NDArray[np.bool_]) -> AugmentPlan:
         """The plan with those unmixed that are bad or have a bad partner, whose pixels must not enter a good one.

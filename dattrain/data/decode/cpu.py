@@ -73,8 +73,10 @@ class CpuDecoder:
         return batch if slot is None else replace(batch, slot=slot)
 
     def _empty(self, images: int) -> tuple[torch.Tensor, tuple[int, int] | None]:
-        """Uninitialised pixels, B x H x W x 3 uint8, and which slot of which buffer they are; in a worker, they are in
-        shared memory, and go to the trainer without a copy."""
+        """Uninitialised pixels, B x H x W x 3 uint8, and which slot of which buffer they are.
+
+        In a worker, they are in shared memory, and go to the trainer without a copy.
+        """
         shape = (images, *self.size, 3)
         count = int(np.prod(shape))
         worker = torch.utils.data.get_worker_info()

@@ -273,8 +273,10 @@ class DaliDecoder:
     def _geometry(
         self, encoded: Encoded, sizes: list[tuple[int, int]], here: NDArray[np.bool_]
     ) -> tuple[NDArray[Any], ...]:
-        """Per image: crop (top, left), (height, width) and flip; or in evaluation the crop's edges, (top, left) and
-        (bottom, right), in pixels of the file."""
+        """The crops of images, in pixels of the file.
+
+        In training (top, left), (height, width) and flip of each; in evaluation its edges, (top, left) and (bottom, right).
+        """
         plan = encoded.request.plan
         if plan is None:
             t = self.transform

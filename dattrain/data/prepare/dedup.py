@@ -39,7 +39,7 @@ def find_duplicates(source: Dataset, folder: Path, *, jobs: int = 1) -> NDArray[
             hashes[number * _CHUNK : number * _CHUNK + len(found)] = found
     _, first, back = np.unique(hashes.view("V16").reshape(-1), return_index=True, return_inverse=True)
     original = first[back.reshape(-1)]
-    repeated = original != np.arange(total)
+    repeated: NDArray[np.bool_] = original != np.arange(total)
     rows = []
     for item in np.flatnonzero(repeated).tolist():
         a, b = locate(source, item), locate(source, int(original[item]))

@@ -16,7 +16,7 @@ from dattrain.data.source.files import read_file
 from dattrain.data.source.folders import FolderDataset
 from dattrain.data.source.index import NO_LABEL, ShardIndex
 from dattrain.data.source.manifest import Named, class_names
-from dattrain.data.source.sample import BadSample, Dataset, Numbered, Sample
+from dattrain.data.source.sample import BadSample, BaseDataset, Dataset, Sample
 from dattrain.data.source.shards import (
     LocalSource,
     Shards,
@@ -33,7 +33,7 @@ from dattrain.urls import mask, parts, split_query
 _BLOCK = 512
 
 
-class ShardDataset(Numbered):
+class ShardDataset(BaseDataset):
     """Tar shards. Indexes are read when first needed, and ``max_indexes`` of them are kept."""
 
     def __init__(

@@ -12,9 +12,10 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dattrain.data.source import http, server_errors
+from dattrain.data.source.filesystems import FileSystems, inside, is_http, url_like
 from dattrain.data.source.hosts import HOSTS, Hosts
 from dattrain.data.source.http import NoRanges, Wrong
 from dattrain.errors import UserError
@@ -23,16 +24,6 @@ from dattrain.urls import mask, server, split_query
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-EXTRA = {
-    "s3": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "hf": "huggingface-hub",
-}
-"""What each kind of source needs besides fsspec: the extra ``dattrain[remote]`` has them all."""
 
 _MIB = 2**20
 _SMALLEST_BLOCK = 256 * 1024
@@ -66,8 +57,10 @@ class _File:
         self._version: dict[str, str] = {}
 
     def version(self, headers: Mapping[str, str]) -> None:
-        """Raise _Changed where each validator (RFC 9110, 8.8) of an answer is another than that of the block before; mirrors
-        behind one name may have ETags of their own."""
+        """Raise _Changed where each validator (RFC 9110, 8.8) of an answer is another than that of the block before.
+
+        Mirrors behind one name may have ETags of their own.
+        """
         found = {name: headers[name] for name in ("ETag", "Last-Modified") if name in headers}
         both = found.keys() & self._version.keys()
         if both and all(found[name] != self._version[name] for name in both):
@@ -117,8 +110,7 @@ class Transfer:
         self.longest_pause = longest_pause
         self.block = block
         self.hosts = hosts
-        self._systems: dict[str, Any] = {}
-        self._owner = os.getpid()
+        self._systems = FileSystems(timeout)
 
     def read(self, url: str) -> bytes:
         """A whole small file. Raises FileNotFoundError where there is none, UserError where it cannot be read."""
@@ -140,7 +132,7 @@ class Transfer:
 
     def listing(self, url: str) -> dict[str, int | None]:
         """Names and sizes of the files right in a folder. Raises UserError."""
-        found = self._retry(url, lambda: self._system(url).ls(_inside(url), detail=True))
+        found = self._retry(url, lambda: self._systems.open(url).ls(inside(url), detail=True))
         return {
             os.path.basename(entry["name"].rstrip("/")): entry.get("size")
             for entry in found
@@ -150,10 +142,11 @@ class Transfer:
     def glob(self, url: str) -> list[str]:
         """URLs that match a pattern of ``*``, ``?`` and ``[]``, sorted; none where it cannot be listed. Raises UserError."""
         # In HTTP fsspec takes a ? for the begin of a query string, and would part [!/] at its slash.
-        pattern = url.replace("?", "[!?]") if _http(url) else _inside(url)
+        pattern = url.replace("?", "[!?]") if is_http(url) else inside(url)
         try:
             return sorted(
-                _like(url, path) for path in self._retry(url, lambda: self._system(url).glob(pattern))
+                url_like(url, path)
+                for path in self._retry(url, lambda: self._systems.open(url).glob(pattern))
             )
         except FileNotFoundError:
             return []
@@ -163,12 +156,14 @@ class Transfer:
         return self._retry(url, lambda: self._size(url))
 
     def _size(self, url: str) -> int | None:
-        system = self._system(url)
-        if not _http(url):
-            return system.info(_inside(url)).get("size")
+        system = self._systems.open(url)
+        if not is_http(url):
+            size: int | None = system.info(inside(url)).get("size")
+            return size
         from fsspec.asyn import sync
 
-        return sync(system.loop, http.size, system, url, self.timeout)
+        size = sync(system.loop, http.size, system, url, self.timeout)
+        return size
 
     def download(self, url: str, fd: int, size: int, sha256: str = "") -> None:
         """Write a file of ``size`` bytes to a descriptor and compare its checksum where one is known.
@@ -278,15 +273,18 @@ class Transfer:
         version: Callable[[Mapping[str, str]], object] | None = None,
     ) -> bytes | None:
         """Bytes of a file; None where the server sent it all, and ``whole`` took it."""
-        system = self._system(url)
-        path = _inside(url)
+        system = self._systems.open(url)
+        path = inside(url)
         if not system.async_impl:
-            return system.cat_file(path, start=start, end=end)
+            found: bytes | None = system.cat_file(path, start=start, end=end)
+            return found
         from fsspec.asyn import sync
 
-        if _http(url):
-            return sync(system.loop, http.get, system, url, start, end, self.timeout, whole, version)
-        return sync(system.loop, system._cat_file, path, start=start, end=end, timeout=self.timeout)
+        if is_http(url):
+            found = sync(system.loop, http.get, system, url, start, end, self.timeout, whole, version)
+        else:
+            found = sync(system.loop, system._cat_file, path, start=start, end=end, timeout=self.timeout)
+        return found
 
     def _retry(self, url: str, call: Callable[[], T]) -> T:
         """What ``call`` returns, once it does.
@@ -299,7 +297,7 @@ class Transfer:
         pause, attempt, renewed = self.pause, 0, False
         while True:
             self.hosts.wait(server(url))
-            used = self._systems.get(_scheme(url))
+            used = self._systems.opened(url)
             try:
                 return call()
             except (UserError, _DiskError):
@@ -308,13 +306,13 @@ class Transfer:
                 status, reason = server_errors.status(error), server_errors.reason(error)
                 if status == 404:
                     raise FileNotFoundError(mask(url)) from None
-                if status in _FINAL or (_http(url) and isinstance(error, ValueError)):
+                if status in _FINAL or (is_http(url) and isinstance(error, ValueError)):
                     raise Refused(f"{url}: may not be read ({reason}){_spelling(url, error)}") from None
                 if status in _DENIED or _EXPIRED.search(reason):
-                    if renewed or _http(url):  # whose credentials are in the URL
+                    if renewed or is_http(url):  # whose credentials are in the URL
                         raise Refused(f"{url}: may not be read ({reason}){_advice(url)}") from None
                     renewed = True
-                    self._forget(url, used)
+                    self._systems.forget(url, used)
                     log.info("%s: %s; reading the credentials anew", mask(url), reason)
                     continue
                 attempt += 1
@@ -335,72 +333,15 @@ class Transfer:
                     self.hosts.sleep(pause * self.hosts.jitter.uniform(0.7, 1.3))
                 pause = min(self.longest_pause, 2 * pause)
 
-    def _forget(self, url: str, system: Any) -> None:
-        """Open a file system anew when it is next used, unless another thread has done so since ``system`` was taken."""
-        if system is None or self._systems.get(_scheme(url)) is system:
-            self._systems.pop(_scheme(url), None)
-
-    def _system(self, url: str) -> Any:
-        if self._owner != os.getpid():
-            # Sockets and the thread of the event loop stayed in the parent.
-            self._systems, self._owner = {}, os.getpid()
-        scheme = _scheme(url)
-        system = self._systems.get(scheme)
-        if system is None:
-            import fsspec
-
-            options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-            if _http(url):
-                # HTTPS_PROXY, NO_PROXY and .netrc, which the other kinds of source heed by themselves.
-                options["client_kwargs"] = {"trust_env": True}
-            if scheme == "s3":
-                # Attempts are counted here alone, not multiplied by botocore's.
-                options["config_kwargs"] = {
-                    "retries": {"max_attempts": 0},
-                    "connect_timeout": self.timeout,
-                    "read_timeout": self.timeout,
-                }
-            try:
-                system = fsspec.filesystem(scheme, **options)
-            except (ImportError, ValueError, TypeError) as error:
-                needs = EXTRA.get(scheme)
-                hint = f"; install {needs} (pip install dattrain[remote])" if needs else ""
-                raise UserError(f"{url}: cannot be opened ({error}){hint}") from error
-            if scheme == "s3":
-                system.retries = 1
-            # Another thread may have opened one meanwhile.
-            system = self._systems.setdefault(scheme, system)
-        return system
-
 
 def _advice(url: str) -> str:
-    if not _http(url):
-        return "; its credentials were read anew and did not help: renew them, and go on with the run"
+    if not is_http(url):
+        return "; its credentials were read anew and did not help: renew them, and resume the run"
     return (
-        "; where its signature has expired, give a new URL and go on with the run"
-        if split_query(url)[1]
-        else ""
+        "; where its signature has expired, give a new URL and resume the run" if split_query(url)[1] else ""
     )
 
 
 def _spelling(url: str, error: Exception) -> str:
     odd = isinstance(error, ValueError) and "@" in url
     return "; in a user's name or password / ? # [ ] are written %2F %3F %23 %5B %5D" if odd else ""
-
-
-def _scheme(url: str) -> str:
-    return url.partition("://")[0]
-
-
-def _http(url: str) -> bool:
-    return _scheme(url) in ("http", "https")
-
-
-def _inside(url: str) -> str:
-    """A URL as its file system wants it: without the scheme, but for HTTP, whose paths are URLs."""
-    return url if _http(url) else url.partition("://")[2]
-
-
-def _like(pattern: str, path: str) -> str:
-    scheme = pattern.partition("://")[0]
-    return path if "://" in path else f"{scheme}://{path.lstrip('/')}"

@@ -16,7 +16,7 @@ from dattrain.data.source import tar
 from dattrain.data.source.class_tars import ClassTars
 from dattrain.data.source.dataset import ShardDataset
 from dattrain.data.source.index import NO_LABEL, ShardIndex
-from dattrain.data.source.sample import BadSample, Dataset, Numbered, Sample
+from dattrain.data.source.sample import BadSample, BaseDataset, Dataset, Sample
 from dattrain.data.source.shards import LocalSource
 from dattrain.errors import UserError
 
@@ -92,7 +92,7 @@ def said_by_samples(dataset: Dataset) -> list[tuple[str, int, str]]:
     return found
 
 
-class Relabelled(Numbered):
+class Relabelled(BaseDataset):
     """Shards whose labels stand in another field of ``.json``. A sample without it has no label."""
 
     def __init__(self, source: Dataset, field: str) -> None:

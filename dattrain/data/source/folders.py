@@ -10,18 +10,17 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b, sha256
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dattrain.data.classes import few, order
 from dattrain.data.decode.images import is_image_name
-from dattrain.data.source import files
 from dattrain.data.source.files import listing
-from dattrain.data.source.sample import BadSample, Numbered, Sample
-from dattrain.data.worker_progress import note
+from dattrain.data.source.image_files import ImageFiles
 from dattrain.errors import UserError
 
 _HIDDEN = frozenset({"@eaDir", "__MACOSX", "lost+found"})
@@ -30,9 +29,8 @@ _TRAINING = frozenset({"train", "training"})
 OTHER_SPLITS = frozenset({"val", "valid", "validation", "dev", "test", "testing"})
 
 
-class FolderDataset(Numbered):
-    """``root/<class>/**/<image>``: one file per image; labels number the class folders, sorted (by value where all are
-    numbers).
+class FolderDataset(ImageFiles):
+    """A folder ``root/<class>/**/<image>``; labels number the class folders, sorted (by value where all are numbers).
 
     The files are one shard in a fixed scrambled order (by a hash of the name), since the order's windows would
     otherwise keep classes together; random access costs a folder nothing. Each directory is read once, whatever links
@@ -45,11 +43,8 @@ class FolderDataset(Numbered):
     """
 
     def __init__(self, root: str) -> None:
-        self.name = root
-        self.root = Path(root)
-        self.prefetches = False
         classes = self.classes = class_folders(root)
-        walk = _Walk(self.root, classes)
+        walk = _Walk(Path(root), classes)
         names, ends, labels, keys = bytearray(), array("q", [0]), array("i"), array("Q")
         for label, folder in enumerate(classes):
             found = len(labels)
@@ -60,46 +55,28 @@ class FolderDataset(Numbered):
                 labels.append(label)
                 keys.append(_scrambled(encoded))
             if len(labels) == found:
-                raise UserError(f"{self.root / folder}: a class folder without images{walk.why(folder)}")
+                raise UserError(f"{Path(root) / folder}: a class folder without images{walk.why(folder)}")
         if not labels:
             raise UserError(f"{root}: has neither tar shards nor class folders with images")
         # One string of all names: a list of 14 million would take gigabytes, and be copied in every worker by its counts.
         self._names = bytes(names)
         self._ends = np.frombuffer(ends, dtype=np.int64)
         place = np.argsort(np.frombuffer(keys, dtype=np.uint64), kind="stable")
-        self._place = _by_name(place, np.frombuffer(keys, dtype=np.uint64), self._file)
+        self._place = _by_name(place, np.frombuffer(keys, dtype=np.uint64), self._walked)
+        super().__init__(root, Path(root), np.frombuffer(labels, dtype=np.int32)[self._place])
         self.digest = sha256(np.frombuffer(keys, dtype="<u8")[self._place].tobytes()).hexdigest()
-        self._labels = np.frombuffer(labels, dtype=np.int32)
-        self.counts = np.asarray([len(labels)], dtype=np.int64)
-        self.max_label = len(classes) - 1
         self.notes = walk.notes()
 
-    def key(self, shard: int, sample: int) -> str:
-        """See ``Dataset.key``; the path below the root."""
-        return f"{self.root.name}:{self._file(int(self._place[sample]))}"
-
-    def label(self, shard: int, sample: int) -> int:
-        """See ``Dataset.label``."""
-        return self._number(int(self._labels[self._place[sample]]), self.name)
-
-    def read(self, shard: int, sample: int) -> Sample:
-        """See ``Dataset.read``."""
-        path = self.root / self._file(int(self._place[sample]))
-        note(str(path))
-        return Sample(self.key(shard, sample), str(path), self.label(shard, sample), read_file(path))
+    def file(self, sample: int) -> str:
+        """See ``ImageFiles.file``."""
+        return self._walked(int(self._place[sample]))
 
     def covers(self, place: Path) -> bool:
         """Whether files in that folder would be read as this set's, or as another set in its place."""
         place, root = place.resolve(), self.root.resolve()
         return place == root or (root in place.parents and not _hidden(place.relative_to(root).parts[0]))
 
-    def prefetch(self, shards: Sequence[int]) -> None:
-        """Nothing to fetch."""
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-    def _file(self, number: int) -> str:
+    def _walked(self, number: int) -> str:
         """Path below the root of a file, by its number in the order of the walk."""
         return os.fsdecode(self._names[self._ends[number] : self._ends[number + 1]])
 
@@ -139,21 +116,8 @@ def class_folders(root: str | os.PathLike[str]) -> list[str]:
     return names
 
 
-def read_file(path: Path, origin: str = "") -> bytes:
-    """The bytes of an image file. Raises BadSample; ``origin`` is added to the name there."""
-    try:
-        data = files.read_file(path)
-    except OSError as error:
-        if path.is_symlink() and not path.exists():
-            raise BadSample(f"{path}{origin}: a link to {os.readlink(path)}, which is not there") from error
-        raise BadSample(f"{path}{origin}: cannot be read ({error.strerror})") from error
-    if not data:
-        raise BadSample(f"{path}{origin}: the image has zero bytes")
-    return data
-
-
 class _Walk:
-    """Lists the image files of class folders, each directory once, and counts what it passes over."""
+    """Lists the image files of class folders, each directory once, and counts what it leaves out."""
 
     def __init__(self, root: Path, classes: Sequence[str]) -> None:
         self.root = root
@@ -163,7 +127,7 @@ class _Walk:
         self._example: dict[str, str] = {}
         for entry in listing(root):
             if is_image_name(entry.name) and not entry.is_dir():
-                self._leave("image beside the class folders", entry.name)
+                self._leave_out("image beside the class folders", entry.name)
 
     def files(self, folder: str) -> Iterator[str]:
         """Paths below the root of the images of one class folder."""
@@ -176,9 +140,9 @@ class _Walk:
                     link = entry.is_symlink()
                     real = os.path.realpath(entry.path) if link else os.path.join(real_parent, entry.name)
                     if _hidden(entry.name):
-                        self._leave("hidden folder", name)
+                        self._leave_out("hidden folder", name)
                     elif self._is_elsewhere(real) if link else real in self._seen:
-                        self._leave("link to a folder that is read elsewhere", name)
+                        self._leave_out("link to a folder that is read elsewhere", name)
                     else:
                         if link:
                             self._seen.add(real)
@@ -187,12 +151,12 @@ class _Walk:
                     continue
                 elif not is_image_name(entry.name):
                     extension = os.path.splitext(entry.name)[1].lower()
-                    self._leave(f"{extension} file" if extension else "file without extension", name)
+                    self._leave_out(f"{extension} file" if extension else "file without extension", name)
                 elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
                     # A link to nothing is a bad sample: it is met when it is read, like any file that is damaged.
                     yield name
                 else:
-                    self._leave("pipe, socket or device", name)
+                    self._leave_out("pipe, socket or device", name)
 
     def why(self, folder: str) -> str:
         """What there is instead of images."""
@@ -214,7 +178,7 @@ class _Walk:
         holds_root = self._real_root.startswith(real.rstrip(os.sep) + os.sep)
         return holds_root or real in self._seen or any(real.startswith(seen + os.sep) for seen in self._seen)
 
-    def _leave(self, what: str, name: str) -> None:
+    def _leave_out(self, what: str, name: str) -> None:
         self._left[what] += 1
         self._example.setdefault(what, name)
 
@@ -228,7 +192,9 @@ def _scrambled(name: bytes) -> int:
     return int.from_bytes(blake2b(name, digest_size=8).digest(), "big")
 
 
-def _by_name(place: np.ndarray, keys: np.ndarray, file) -> np.ndarray:
+def _by_name(
+    place: NDArray[np.intp], keys: NDArray[np.uint64], file: Callable[[int], str]
+) -> NDArray[np.intp]:
     """``place`` with files of equal keys in the order of their names, which no walk decides."""
     sorted_keys = keys[place]
     for i in np.flatnonzero(sorted_keys[1:] == sorted_keys[:-1]).tolist():

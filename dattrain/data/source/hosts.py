@@ -1,5 +1,8 @@
-"""What servers asked of us: to be left alone for a while. Facts of the machine at the other end, so one table serves every
-``Transfer`` of a process, all its threads, and the workers that are forked from it."""
+"""What servers asked of us: to be left alone for a while.
+
+Facts of the machine at the other end, so one table serves every ``Transfer`` of a process, all its threads, and the
+workers that are forked from it.
+"""
 
 from __future__ import annotations
 

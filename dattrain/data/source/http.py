@@ -1,5 +1,7 @@
-"""HTTP on fsspec's sessions, where its own calls do not do: a range is asked for without holding more than the range in
-memory, a server that knows no ranges is written to a file as it comes, and a failed HEAD says why it failed.
+"""HTTP on fsspec's sessions, where fsspec's own calls do not do.
+
+A range is asked for without holding more than the range in memory, a server that knows no
+ranges is written to a file as it comes, and a failed HEAD says why it failed.
 
 Everything here runs on fsspec's event loop. A status of 400 and above is aiohttp's ``ClientResponseError``.
 """
@@ -53,7 +55,8 @@ async def get(
     async with session.get(_address(system, url), headers=headers, timeout=_patience(timeout)) as answer:
         answer.raise_for_status()
         if start is None or end is None:
-            return await answer.read()
+            content: bytes = await answer.read()
+            return content
         if answer.status == 206:
             began_at = re.match(r"\s*bytes\s+(\d+)", answer.headers.get("Content-Range", ""))
             if began_at and int(began_at[1]) != start:

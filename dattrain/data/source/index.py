@@ -326,8 +326,10 @@ def read_json(path: Path) -> Any:
 
 
 def to_json(content: Any, indent: int | None = None) -> bytes:
-    """JSON in UTF-8 for any reader; file names that are no UTF-8 (surrogates in Python) come as escapes and are read back as they
-    were."""
+    """JSON in UTF-8 for any reader.
+
+    File names that are no UTF-8 (surrogates in Python) come as escapes and are read back as they were.
+    """
     text = json.dumps(content, indent=indent, ensure_ascii=False)
     try:
         return text.encode()

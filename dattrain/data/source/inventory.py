@@ -161,8 +161,10 @@ def class_tar(path: str) -> bool:
 
 
 def no_shard_message(path: str) -> str | None:
-    """What to tell the user who would take for a shard what is none: no file, compressed, a tar of a class, a list or array
-    of images; else None."""
+    """What to tell the user who takes something else for a shard; None where it may be one.
+
+    That is no file, a compressed one, a tar of a class, or a list or array of images.
+    """
     if re.search(r"\.(csv|tsv|lst|list|npz|idx3?|gz)$|ubyte$", path) and not tar.COMPRESSED_NAME.search(path):
         return f"{path}: is no tar; make shards of such a list or array with `dattrain data pack {path} OUT`"
     if tar.COMPRESSED_NAME.search(path):

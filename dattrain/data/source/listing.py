@@ -100,7 +100,7 @@ def _expand(spec: str, transfer: Transfer, catalogues: Catalogues) -> list[str]:
 
 
 def _looked_up(pattern: str, transfer: Transfer, catalogues: Catalogues) -> list[str]:
-    """What a wildcard names; a shard that the catalogue has and the server lacks is not passed over.
+    """What a wildcard names; a shard that the catalogue has and the server lacks is not skipped.
 
     Raises:
         UserError: there is nothing like it, or less than the catalogue has.

@@ -79,7 +79,7 @@ def open_remote(
     return shards, RemoteSource(shards, urls, Cache(cache_dir, int(cache_gb * 1e9)), transfer)
 
 
-def _verify(shards: Shards, urls: Sequence[str], mine: range, transfer: Transfer) -> None:
+def _verify(shards: Shards, urls: Sequence[str], own: range, transfer: Transfer) -> None:
     def check(i: int) -> None:
         try:
             size = transfer.size(urls[i])
@@ -92,7 +92,7 @@ def _verify(shards: Shards, urls: Sequence[str], mine: range, transfer: Transfer
             check_size(shards.paths[i], size, int(shards.sizes[i]))
 
     with ThreadPoolExecutor(16) as pool:
-        for _ in pool.map(check, mine):
+        for _ in pool.map(check, own):
             pass
 
 
@@ -138,11 +138,11 @@ class RemoteSource:
         if self.shards.sizes[shard] <= _SMALL or self.name(shard) in self.cache:
             return self.index(shard), partial(self.read, shard)
         path, size, index = self.shards.paths[shard], int(self.shards.sizes[shard]), self._index_beside(shard)
-        begin, held = 0, b""
+        begin, cached = 0, b""
 
         def part(offset: int, length: int) -> bytes:
-            nonlocal begin, held
-            if not begin <= offset <= offset + length <= begin + len(held):
+            nonlocal begin, cached
+            if not begin <= offset <= offset + length <= begin + len(cached):
                 try:
                     found = self.transfer.part(
                         self.urls[shard], offset, min(offset + max(length, _PEEK), size)
@@ -153,8 +153,8 @@ class RemoteSource:
                     raise UserError(
                         f"{path}: its server does not send {length} bytes from offset {offset} on"
                     )
-                begin, held = offset, found
-            return held[offset - begin : offset - begin + length]
+                begin, cached = offset, found
+            return cached[offset - begin : offset - begin + length]
 
         return None if index is None else (index, part)
 

@@ -64,8 +64,11 @@ class Dataset(Protocol):
         ...
 
     def renumber(self, numbers: NDArray[np.int64]) -> None:
-        """Give the set's labels the class numbers of a network (``Classes.numbers``; ``NO_LABEL`` for labels without samples): ``label`` and ``read`` tell these
-        from now on. ``classes`` stays."""
+        """Give the set's labels the class numbers of a network, which ``label`` and ``read`` return from now on.
+
+        ``numbers`` are those of ``Classes.numbers``, and ``NO_LABEL`` for labels without samples.
+        ``classes`` stays.
+        """
         ...
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -77,14 +80,21 @@ class Dataset(Protocol):
         ...
 
 
-class Numbered:
-    """``renumber`` of a ``Dataset``, for those who keep labels of their own."""
+class BaseDataset:
+    """What most data sets share: class numbers for labels of their own, and nothing to prefetch or to close."""
 
     max_label: int = NO_LABEL
     classes: Sequence[str] | None = None
     used: Collection[int] | None = None
     notes: Sequence[str] = ()
+    prefetches: bool = False
     _numbers: NDArray[np.int64] | None = None
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """See ``Dataset.prefetch``."""
+
+    def close(self) -> None:
+        """See ``Dataset.close``."""
 
     def renumber(self, numbers: NDArray[np.int64]) -> None:
         """See ``Dataset.renumber``."""

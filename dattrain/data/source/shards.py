@@ -64,8 +64,10 @@ class Source(Protocol):
     """Delivers bytes of the shards of a set, by shard number. Calls may come from several threads."""
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset``. Raises UserError when the shard is gone, shorter, or of another size
-        than its index says."""
+        """``length`` bytes from ``offset``.
+
+        Raises UserError when the shard is gone, shorter, or of another size than its index says.
+        """
         ...
 
     def index(self, shard: int) -> ShardIndex:
@@ -74,7 +76,9 @@ class Source(Protocol):
 
     def peek(self, shard: int) -> tuple[ShardIndex, Callable[[int, int], bytes]] | None:
         """The shard's index, and ``read`` of it for a few bytes; None where these would cost a large shard's transfer.
-        Raises UserError, both of them."""
+
+        Raises UserError, both of them.
+        """
         ...
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -298,8 +302,10 @@ def check_one_split(folder: str, names: Sequence[str]) -> None:
 
 
 def check_train_glob(pattern: str, paths: Sequence[str]) -> None:
-    """Raise UserError where one glob pattern of training shards also names those of another split; ``::`` and lists say what
-    they mean."""
+    """Raise UserError where one glob pattern of training shards also names those of another split.
+
+    ``::`` and lists say what they mean.
+    """
     if "::" in pattern.replace("://", "") or not re.search(r"[*?\[]", pattern):
         return
     sets = sorted({inventory.set_of(os.path.basename(plain(path))) for path in paths})
@@ -381,7 +387,7 @@ def verify_sizes(shards: Shards, *, rank: int = 0, world: int = 1) -> None:
     def check(shard: int) -> None:
         check_local_size(shards.paths[shard], int(shards.sizes[shard]))
 
-    mine = range(rank, len(shards.paths), world)
-    with ThreadPoolExecutor(min(16, max(1, len(mine) // 64))) as pool:
-        for _ in pool.map(check, mine, chunksize=64):
+    own = range(rank, len(shards.paths), world)
+    with ThreadPoolExecutor(min(16, max(1, len(own) // 64))) as pool:
+        for _ in pool.map(check, own, chunksize=64):
             pass

@@ -11,7 +11,7 @@ from hypothesis import settings
 from pictures import encode, write_tar
 from PIL import Image
 
-from dattrain.data.source.build_index import index_shards
+from dattrain.data.prepare.index_shards import index_shards
 
 # Other processes share the cores; a slow example is no failure.
 settings.register_profile("data", deadline=None)

@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from dattrain.data.prepare.index_shards import index_shards
 from dattrain.data.source import tar
-from dattrain.data.source.build_index import index_shards
 
 FAULTS = ("refuse", "cut", "short", "long", "corrupt", "slow", "error", "whole")
 

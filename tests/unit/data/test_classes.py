@@ -16,10 +16,10 @@ from dattrain.config.schema import Config
 from dattrain.data import classes, labels
 from dattrain.data.classes import Classes, decide
 from dattrain.data.factory import eval_loader, open_split, train_loader
+from dattrain.data.prepare.index_shards import index_shards, link_shards
 from dattrain.data.prepare.pack import PackOptions, pack
 from dattrain.data.prepare.sources import open_source
 from dattrain.data.source import remote
-from dattrain.data.source.build_index import index_shards, link_shards
 from dattrain.data.source.dataset import open_dataset
 from dattrain.data.source.download import Refused
 from dattrain.data.source.fields import said_by_samples

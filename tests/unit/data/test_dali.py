@@ -21,7 +21,7 @@ from dattrain.data.decode.dali_pipeline import device_of, fits, train_pipeline
 from dattrain.data.decode.dali_probe import versions
 from dattrain.data.feed import EvalFeed, TrainFeed, fetch
 from dattrain.data.order import Order
-from dattrain.data.source.build_index import index_shards
+from dattrain.data.prepare.index_shards import index_shards
 from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import UserError
 

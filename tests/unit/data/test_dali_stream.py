@@ -15,7 +15,7 @@ from dattrain.config.schema import Augment, Data
 from dattrain.data.decode import dali
 from dattrain.data.feed import TrainFeed, fetch
 from dattrain.data.order import Order
-from dattrain.data.source.build_index import index_shards
+from dattrain.data.prepare.index_shards import index_shards
 from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import UserError
 

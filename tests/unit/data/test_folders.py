@@ -215,7 +215,7 @@ def test_a_table_of_more_columns_is_no_list(tmp_path, header):
 
 def test_what_a_source_passes_over_is_told(tmp_path):
     assert open_source(made(tmp_path, b"#0.jpg,3\n1.jpg,3\n")).notes == (
-        f"{tmp_path / 'list.csv'}: 1 lines that begin with # passed over",
+        f"{tmp_path / 'list.csv'}: 1 lines that begin with # skipped",
     )
     images, numbers = np.zeros((2, 8, 8), np.uint8), np.arange(2)
     np.savez(tmp_path / "m.npz", x_train=images, y_train=numbers, x_test=images, y_test=numbers)

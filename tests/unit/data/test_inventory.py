@@ -14,8 +14,8 @@ import pytest
 from pictures import write_tar
 
 from dattrain.cli.main import main
+from dattrain.data.prepare.index_shards import index_shards, link_shards
 from dattrain.data.source import inventory
-from dattrain.data.source.build_index import index_shards, link_shards
 from dattrain.data.source.dataset import open_dataset
 from dattrain.data.source.index import read_catalogue
 from dattrain.data.source.shards import expand

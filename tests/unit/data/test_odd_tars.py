@@ -14,8 +14,9 @@ from pictures import encode, write_tar
 from PIL import Image
 
 from dattrain.cli.main import main
+from dattrain.data.prepare.index_shards import index_shards
 from dattrain.data.source import tar
-from dattrain.data.source.build_index import build, index_shards
+from dattrain.data.source.build_index import build
 from dattrain.data.source.dataset import BadSample, open_dataset
 from dattrain.errors import UserError
 

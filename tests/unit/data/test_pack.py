@@ -19,9 +19,10 @@ from pictures import encode, write_tar
 from PIL import Image
 
 from dattrain.data.decode import images
+from dattrain.data.prepare.index_shards import index_shards
 from dattrain.data.prepare.pack import PackOptions, pack
 from dattrain.data.prepare.sources import open_source
-from dattrain.data.source.build_index import build, index_shards
+from dattrain.data.source.build_index import build
 from dattrain.data.source.dataset import open_dataset
 from dattrain.data.source.index import read_index
 from dattrain.errors import UserError

@@ -314,7 +314,7 @@ class TestVerbs:
 def shards(tmp_path, jpegs):
     from pictures import write_tar
 
-    from dattrain.data.source.build_index import index_shards
+    from dattrain.data.prepare.index_shards import index_shards
 
     folder = tmp_path / "images"
     folder.mkdir()

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from pictures import write_tar
 
+from dattrain.data.prepare.index_shards import index_shards
 from dattrain.data.source import tar
-from dattrain.data.source.build_index import build, index_shards
+from dattrain.data.source.build_index import build
 from dattrain.data.source.dataset import BadSample, ShardDataset, open_dataset
 from dattrain.data.source.index import (
     NO_LABEL,

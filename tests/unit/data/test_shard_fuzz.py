@@ -22,12 +22,12 @@ from PIL import Image
 
 from dattrain.cli import main as cli
 from dattrain.data.order import Order
+from dattrain.data.prepare.index_shards import index_shards
 from dattrain.data.prepare.pack import PackOptions, pack
 from dattrain.data.prepare.sources import open_source
 from dattrain.data.prepare.stats import measure
 from dattrain.data.prepare.verify import verify
 from dattrain.data.source import tar
-from dattrain.data.source.build_index import index_shards
 from dattrain.data.source.dataset import BadSample, Dataset, open_dataset
 from dattrain.data.source.folders import FolderDataset
 from dattrain.data.source.index import ShardIndex, index_path

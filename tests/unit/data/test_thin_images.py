@@ -18,7 +18,7 @@ from dattrain.data.augment.plan import draw, eval_geometry
 from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
 from dattrain.data.decode.images import decode
 from dattrain.data.feed import EvalFeed, fetch
-from dattrain.data.source.build_index import index_shards
+from dattrain.data.prepare.index_shards import index_shards
 from dattrain.data.source.dataset import open_dataset
 from dattrain.pretrained import preprocess
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg

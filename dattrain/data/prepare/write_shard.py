@@ -1,0 +1,212 @@
+"""Writing one shard of a packing: its samples encoded, its tar and index published."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dattrain.data.decode import images
+from dattrain.data.source import tar
+from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, locate
+from dattrain.data.source.fields import fields
+from dattrain.data.source.index import (
+    CatalogueEntry,
+    ShardIndex,
+    read_index,
+    read_json,
+    to_json,
+    write_atomically,
+    write_index,
+)
+from dattrain.data.worker_progress import note
+from dattrain.errors import UserError
+
+_AS_THEY_ARE = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How to pack.
+
+    Attributes:
+        split: prefix of the shards' names.
+        holdout: samples, drawn by the seed, that go to ``holdout_split`` instead.
+        per_shard: samples per shard, at most.
+        seed: of the permutation; None keeps the source's order.
+        resize: pixels of the shorter side of larger images; None keeps them.
+        format: ``jpg``, ``png`` or ``webp`` to encode anew; None keeps what need not be changed.
+        quality: of jpg and webp.
+        check: decode every image, else read its header alone.
+        dedup: keep the first of the samples with equal bytes.
+        label: field of the source's ``.json`` that its labels were taken from, as the source was opened; None is its own.
+        skip_bad: leave out and name what cannot be used, else stop.
+        label_set: one of ``data.labels``, whose numbers the source's synsets take; None numbers its classes as the split
+            that is in the folder already does, else in their order.
+    """
+
+    split: str = "train"
+    holdout: int = 0
+    holdout_split: str = "val"
+    per_shard: int = 4096
+    seed: int | None = 0
+    resize: int | None = None
+    format: str | None = None
+    quality: int = 92
+    check: bool = True
+    dedup: bool = False
+    skip_bad: bool = False
+    label_set: str | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class PackedShard:
+    """What became of one shard: its catalogue entry, class histogram, and the samples that were left out."""
+
+    name: str
+    entry: CatalogueEntry
+    histogram: dict[int, int]
+    bad: list[tuple[str, str]]
+
+
+class ShardWriter:
+    """Writes shards; lives in each process."""
+
+    def __init__(
+        self, source: Dataset, folder: Path, options: PackOptions, classes: Sequence[str] | None
+    ) -> None:
+        self.source = source
+        self.folder = folder
+        self.options = options
+        self.classes = None if classes is None else list(classes)
+
+    def write(self, name: str, items: NDArray[np.int64]) -> PackedShard:
+        """Write one shard aside, then publish its index and itself, in that order."""
+        note(name)
+        path = self.folder / name
+        aside = self.folder / f".{name}.{os.getpid()}.part"
+        offsets, lengths, labels, keys, bad = [], [], [], [], []
+        digest = sha256()
+        try:
+            with open(aside, "wb") as file:
+
+                def put(data: bytes) -> None:
+                    digest.update(data)
+                    file.write(data)
+
+                for item in items.tolist():
+                    try:
+                        label, key, extension, data, info = self._encode(item)
+                    except BadSample as error:
+                        bad.append((self.source.key(*locate(self.source, item)), str(error)))
+                        if not self.options.skip_bad:
+                            raise UserError(
+                                f"{error}; remove it, or pack with --on-bad skip to leave out and name such samples"
+                            ) from error
+                        continue
+                    offsets.append(file.tell() + tar.BLOCK)
+                    lengths.append(len(data))
+                    labels.append(label)
+                    keys.append(key)
+                    meta = to_json(info)
+                    for suffix, content in ((extension, data), ("cls", b"%d" % label), ("json", meta)):
+                        put(tar.header(f"{key}.{suffix}", len(content)))
+                        put(content)
+                        put(tar.padding(len(content)))
+                put(tar.END)
+                file.flush()
+                os.fsync(file.fileno())
+                size = file.tell()
+            index = ShardIndex.build(offsets, lengths, labels, keys, size=size, sha256=digest.hexdigest())
+            # A tar without index could be taken for a foreign shard; an index without tar says nothing.
+            if bad:
+                write_atomically(self.folder / f".{name}.bad", json.dumps(bad).encode())
+            write_index(str(path), index)
+            os.replace(aside, path)
+            _sync(self.folder)
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); what is published stays"
+            ) from error
+        finally:
+            aside.unlink(missing_ok=True)
+        return self._describe(name, index, bad)
+
+    def done(self, name: str) -> PackedShard | None:
+        """The shard if it is published."""
+        path = self.folder / name
+        try:
+            index = read_index(str(path))
+            if path.stat().st_size != index.size:
+                return None
+            note = self.folder / f".{name}.bad"
+            bad = read_json(note) or []
+            return self._describe(name, index, [(key, reason) for key, reason in bad])
+        except (FileNotFoundError, ValueError, TypeError):  # UserError is a ValueError
+            return None
+
+    def _describe(self, name: str, index: ShardIndex, bad: list[tuple[str, str]]) -> PackedShard:
+        labels, counts = np.unique(index.labels, return_counts=True)
+        return PackedShard(name, CatalogueEntry.of(index), dict(zip(labels.tolist(), counts.tolist())), bad)
+
+    def _encode(self, item: int) -> tuple[int, str, str, bytes, dict[str, Any]]:
+        """Label, key, extension, bytes and ``.json`` of one sample. Raises BadSample."""
+        options = self.options
+        sample = self.source.read(*locate(self.source, item))
+        if sample.label == NO_LABEL:
+            raise BadSample(f"{sample.where}: has no label")
+        data = sample.data
+        try:
+            height, width = images.size(data)
+            kind = _AS_THEY_ARE.get(images.sniff(data))
+            wanted = options.format or kind or "png"
+            if wanted != kind or (options.resize is not None and min(height, width) > options.resize):
+                data, height, width = _encode_anew(data, options, wanted)
+            elif options.check:
+                images.decode(data)
+        except images.BadImage as error:
+            raise BadSample(f"{sample.where}: {error}") from error
+        name = sample.key.partition(":")[2]
+        # What the source's own .json says stays, but where it is about what this packing decides.
+        info = {"filename": name, **fields(self.source, *locate(self.source, item))}
+        info.update({"label": sample.label, "height": height, "width": width})
+        if self.classes:
+            info["class"] = self.classes[sample.label]
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.splitext(os.path.basename(name))[0])[:64]
+        key = f"{item:08d}" if stem == str(item) else f"{item:08d}-{stem}"
+        return sample.label, key, wanted, data, info
+
+
+def _encode_anew(data: bytes, options: PackOptions, kind: str) -> tuple[bytes, int, int]:
+    """Bytes, height and width of the image in another format, with its shorter side reduced to ``options.resize``."""
+    image = images.decode_pillow(data)
+    if options.resize is not None and min(image.size) > options.resize:
+        scale = options.resize / min(image.size)
+        new = tuple(max(options.resize, round(side * scale)) for side in image.size)
+        image = image.resize((new[0], new[1]), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    if kind == "png":
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}[kind], quality=options.quality)
+    return buffer.getvalue(), image.height, image.width
+
+
+def _sync(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -13,7 +13,7 @@ from dattrain.config.schema import Config
 from dattrain.data import identity
 from dattrain.data.classes import Classes, absent, bare_numbers, canonical, decide, few, hold
 from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
-from dattrain.data.feed import Encoded, EvalFeed, TrainFeed, fetch
+from dattrain.data.feed import Encoded, EvalFeed, RankShare, TrainFeed, fetch
 from dattrain.data.loader import Decoder, EvalLoader, TrainLoader
 from dattrain.data.order import Order
 from dattrain.data.shared_buffer import SharedBatchBuffer
@@ -21,7 +21,7 @@ from dattrain.data.source.dataset import Dataset, ShardDataset, open_dataset
 from dattrain.data.source.fields import said_by_samples
 from dattrain.data.source.index import NO_LABEL
 from dattrain.data.source.shards import check_train_glob
-from dattrain.data.stream import Slots, WebStream, stream_classes
+from dattrain.data.stream import WebStream, stream_classes
 from dattrain.data.workers import Workers
 from dattrain.errors import ConfigError
 
@@ -48,10 +48,9 @@ def train_loader(
     train = config.train
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     accumulation(config, world)
+    share = RankShare(train.global_batch, train.micro_batch, rank, world, samples_seen)
     if config.data.reader == "webdataset":
-        return _webdataset_loader(
-            config, rank=rank, world=world, samples_seen=samples_seen, device=device, size=size
-        )
+        return _webdataset_loader(config, share, device=device, size=size)
     dataset, classes = open_split(config, "train", None, rank=rank, world=world)
     order = Order(
         dataset.counts,
@@ -61,17 +60,7 @@ def train_loader(
         shuffle=config.data.shuffle,
     )
     check_samples(config, order.samples)
-    feed = TrainFeed(
-        order,
-        config.augment,
-        train.seed,
-        size,
-        train.global_batch,
-        train.micro_batch,
-        rank,
-        world,
-        samples_seen,
-    )
+    feed = TrainFeed(order, config.augment, train.seed, size, share)
     decoder = _decoder(config, dataset, feed, size=size, device=device)
     return TrainLoader(
         decoder,
@@ -192,17 +181,15 @@ class Prefetch:
 
     def __call__(self, served: int) -> None:
         """Hint, where an update of the right number begins."""
-        feed = self._feed
-        update, rest = divmod(served, feed.global_batch // feed.world // feed.micro_batch)
-        if rest == 0 and update % _UPDATES_PER_PREFETCH == 0:
-            seen = feed.samples_seen + update * feed.global_batch
-            self._dataset.prefetch(
-                feed.order.shards_to_prefetch(seen, feed.global_batch, feed.rank, feed.world)
-            )
+        share, order = self._feed.share, self._feed.order
+        if served % (share.accumulation * _UPDATES_PER_PREFETCH) == 0:
+            seen, _ = share.place(served)
+            shards = order.shards_to_prefetch(seen, share.global_batch, share.rank, share.world)
+            self._dataset.prefetch(shards)
 
 
 def _webdataset_loader(
-    config: Config, *, rank: int, world: int, samples_seen: int, device: torch.device, size: tuple[int, int]
+    config: Config, share: RankShare, *, device: torch.device, size: tuple[int, int]
 ) -> TrainLoader:
     data = config.data
     if data.train is None:
@@ -218,8 +205,7 @@ def _webdataset_loader(
         "data.reader=webdataset is not exact: shards are drawn with replacement, so samples are missed and doubled, and "
         "a resumed run does not see what an uninterrupted one would have seen; data.reader=index is exact"
     )
-    slots = Slots(config.train.global_batch, config.train.micro_batch, rank, world, samples_seen)
-    stream = WebStream(config, slots, size)
+    stream = WebStream(config, share, size)
     workers = Workers(
         CpuDecoder(stream.read, size=size, skip_bad=data.on_bad == "skip"),
         count=None,

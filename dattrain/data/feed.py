@@ -53,14 +53,13 @@ class Encoded:
     bad: dict[int, str]
 
 
-@dataclass
-class TrainFeed:
-    """Micro-batches of one rank, for ever, from ``samples_seen`` on."""
+@dataclass(frozen=True)
+class RankShare:
+    """The part of each global batch that one rank takes, in micro-batches, from ``samples_seen`` on.
 
-    order: Order
-    augment: Augment
-    seed: int
-    size: tuple[int, int]
+    ``micro_batch * world`` divides ``global_batch`` (``config.derive.accumulation`` says so, or how).
+    """
+
     global_batch: int
     micro_batch: int
     rank: int
@@ -68,17 +67,38 @@ class TrainFeed:
     samples_seen: int
 
     @property
+    def accumulation(self) -> int:
+        """Micro-batches per update."""
+        return self.global_batch // self.world // self.micro_batch
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Samples seen before the update of micro-batch ``number``, and the slot of the global batch that it begins at."""
+        update, part = divmod(number, self.accumulation)
+        first = (self.rank * self.accumulation + part) * self.micro_batch
+        return self.samples_seen + update * self.global_batch, first
+
+
+@dataclass
+class TrainFeed:
+    """Micro-batches of one rank, for ever."""
+
+    order: Order
+    augment: Augment
+    seed: int
+    size: tuple[int, int]
+    share: RankShare
+
+    @property
     def most(self) -> int:
         """Images of the largest micro-batch, with the partners that lie outside of it."""
-        return self.micro_batch if self.micro_batch % self.augment.group == 0 else 2 * self.micro_batch
+        count = self.share.micro_batch
+        return count if count % self.augment.group == 0 else 2 * count
 
     def request(self, number: int) -> BatchRequest:
         """Micro-batch ``number`` since ``samples_seen``."""
-        share = self.global_batch // self.world
-        update, part = divmod(number, share // self.micro_batch)
-        slots = self.order.batch_positions(self.samples_seen + update * self.global_batch, self.global_batch)
-        start = self.rank * share + part * self.micro_batch
-        positions, groups = mates(slots, start, start + self.micro_batch, self.augment.group)
+        seen, start = self.share.place(number)
+        slots = self.order.batch_positions(seen, self.share.global_batch)
+        positions, groups = mates(slots, start, start + self.share.micro_batch, self.augment.group)
         shards, samples = self.order.locate(positions)
         plan = draw(self.augment, self.seed, positions, self.size, groups)
         return BatchRequest(positions, shards, samples, plan)

@@ -9,18 +9,16 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dattrain.config.schema import Config
 from dattrain.data.augment.plan import draw
 from dattrain.data.classes import Classes, decide
 from dattrain.data.decode.images import IMAGE_EXTENSIONS
-from dattrain.data.feed import BatchRequest, Encoded, bad_sample_message
+from dattrain.data.feed import BatchRequest, Encoded, RankShare, bad_sample_message
 from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
 from dattrain.data.source.files import read_file
 from dattrain.data.source.manifest import class_names
@@ -32,24 +30,6 @@ from dattrain.urls import mask, plain
 log = logging.getLogger(__name__)
 
 _SHUFFLE_BUFFER = 1000
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Global positions of a rank's micro-batches: consecutive ones, since the order is not ours."""
-
-    global_batch: int
-    micro_batch: int
-    rank: int
-    world: int
-    samples_seen: int
-
-    def positions(self, number: int) -> NDArray[np.int64]:
-        """Of micro-batch ``number`` since ``samples_seen``."""
-        share = self.global_batch // self.world
-        update, part = divmod(number, share // self.micro_batch)
-        start = self.samples_seen + update * self.global_batch + self.rank * share + part * self.micro_batch
-        return np.arange(start, start + self.micro_batch, dtype=np.int64)
 
 
 def stream_classes(config: Config) -> Classes:
@@ -75,10 +55,10 @@ class WebStream:
     Each worker process of each rank draws its own shards; the draws depend on the seed and on where the run is.
     """
 
-    def __init__(self, config: Config, slots: Slots, size: tuple[int, int]) -> None:
+    def __init__(self, config: Config, share: RankShare, size: tuple[int, int]) -> None:
         assert config.data.train is not None
         self.config = config
-        self.slots = slots
+        self.share = share
         self.size = size
         self.urls = [url for part in config.data.train.split("::") for url in brace_expand(part)]
         self._samples: Iterator[dict[str, Any]] | None = None
@@ -92,8 +72,9 @@ class WebStream:
         """
         if self._samples is None:
             self._samples = self._stream()
-        positions = self.slots.positions(number)
-        n = len(positions)
+        n = self.share.micro_batch
+        # Consecutive ones: the order of samples is not ours.
+        positions = np.arange(n, dtype=np.int64) + sum(self.share.place(number))
         skip_bad = self.config.data.on_bad == "skip"
         content: list[bytes | None] = [None] * n
         labels, keys, bad = np.zeros(n, dtype=np.int64), [""] * n, {}
@@ -139,9 +120,9 @@ class WebStream:
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         draws = random.Random(
-            f"{self.config.train.seed} {self.slots.samples_seen} {self.slots.rank} {worker}"
+            f"{self.config.train.seed} {self.share.samples_seen} {self.share.rank} {worker}"
         )
-        place, places = self.slots.rank * workers + worker, self.slots.world * workers
+        place, places = self.share.rank * workers + worker, self.share.world * workers
         shuffle = self.config.data.shuffle
 
         def shards() -> Iterator[dict[str, str]]:

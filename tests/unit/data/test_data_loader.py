@@ -19,7 +19,7 @@ from dattrain.config.schema import Augment, Config
 from dattrain.data.augment.mixup import MixupCutmix
 from dattrain.data.classes import Classes
 from dattrain.data.factory import eval_loader, train_loader
-from dattrain.data.feed import TrainFeed
+from dattrain.data.feed import RankShare, TrainFeed
 from dattrain.data.order import Order
 from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import ConfigError, UserError
@@ -105,7 +105,7 @@ def test_many_steps_resumed_at_many_places(make_shards, steps, places):
         out = []
         order = Order(dataset.counts, seed=cfg.train.seed, lanes=8, window=2)
         feeds = [
-            TrainFeed(order, cfg.augment, cfg.train.seed, (32, 32), 24, 6, rank, world, 24 * start)
+            TrainFeed(order, cfg.augment, cfg.train.seed, (32, 32), RankShare(24, 6, rank, world, 24 * start))
             for rank in range(world)
         ]
         for update in range(stop - start):

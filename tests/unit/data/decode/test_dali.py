@@ -19,7 +19,7 @@ from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
 from dattrain.data.decode.dali import DaliDecoder
 from dattrain.data.decode.dali_pipeline import device_of, fits, train_pipeline
 from dattrain.data.decode.dali_probe import versions
-from dattrain.data.feed import EvalFeed, TrainFeed, fetch
+from dattrain.data.feed import EvalFeed, RankShare, TrainFeed, fetch
 from dattrain.data.order import Order
 from dattrain.data.prepare.index_shards import index_shards
 from dattrain.data.source.dataset import open_dataset
@@ -48,7 +48,7 @@ def shards(folder, files: list[bytes], per_shard: int = 8):
 
 def train_feed(dataset, augment=PLAIN, size=(224, 224), batch=8, samples_seen=0) -> TrainFeed:
     order = Order(dataset.counts, seed=3, lanes=2, window=2)
-    return TrainFeed(order, augment, 3, size, batch, batch, 0, 1, samples_seen)
+    return TrainFeed(order, augment, 3, size, RankShare(batch, batch, 0, 1, samples_seen))
 
 
 def both(dataset, feed, size, *, skip_bad=False, transform=None, interpolation="bicubic", count=None, **data):

@@ -13,7 +13,7 @@ from pictures import write_tar
 
 from dattrain.config.schema import Augment, Data
 from dattrain.data.decode import dali
-from dattrain.data.feed import TrainFeed, fetch
+from dattrain.data.feed import RankShare, TrainFeed, fetch
 from dattrain.data.order import Order
 from dattrain.data.prepare.index_shards import index_shards
 from dattrain.data.source.dataset import open_dataset
@@ -78,7 +78,7 @@ def decoder(folder, encodings, recorded, monkeypatch, bad=()):
     index_shards([str(folder / "train-0000.tar")])
     dataset = open_dataset(str(folder))
     order = Order(dataset.counts, seed=3, lanes=1, window=2)
-    feed = TrainFeed(order, Augment(color_jitter=0.2), 3, SIZE, BATCH, BATCH, 0, 1, 0)
+    feed = TrainFeed(order, Augment(color_jitter=0.2), 3, SIZE, RankShare(BATCH, BATCH, 0, 1, 0))
 
     class Pipeline:
         runs = 0

@@ -179,7 +179,7 @@ def bare_numbers(classes: Classes, said: Sequence[tuple[str, int, str]], what: s
             f"{what}: its samples name their classes ({key} is {name!r}, label {label}), and nothing beside the shards names all: "
             f"labels are taken as bare numbers. Restore {_MANIFEST}"
         ]
-    hold(classes, said, what)
+    check_sampled_names(classes, said, what)
     all_numbers = all(map(is_number, classes.names))
     if any(map(is_number, classes.names)) and not (
         all_numbers and [int(name) for name in classes.names] == list(range(classes.count))
@@ -196,7 +196,7 @@ def bare_numbers(classes: Classes, said: Sequence[tuple[str, int, str]], what: s
     ]
 
 
-def hold(classes: Classes, said: Sequence[tuple[str, int, str]], what: str) -> None:
+def check_sampled_names(classes: Classes, said: Sequence[tuple[str, int, str]], what: str) -> None:
     """Hold labels against what samples say of themselves; arguments as for ``bare_numbers``.
 
     Raises:

@@ -11,14 +11,14 @@ import torch
 from dattrain.config.derive import accumulation, check_samples
 from dattrain.config.schema import Config
 from dattrain.data import identity
-from dattrain.data.classes import Classes, absent, bare_numbers, canonical, decide, few, hold
+from dattrain.data.classes import Classes, absent, bare_numbers, canonical, check_sampled_names, decide, few
 from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
 from dattrain.data.feed import Encoded, EvalFeed, RankShare, TrainFeed, fetch
 from dattrain.data.loader import Decoder, EvalLoader, TrainLoader
 from dattrain.data.order import Order
 from dattrain.data.shared_buffer import SharedBatchBuffer
 from dattrain.data.source.dataset import Dataset, ShardDataset, open_dataset
-from dattrain.data.source.fields import said_by_samples
+from dattrain.data.source.fields import sampled_class_names
 from dattrain.data.source.index import NO_LABEL
 from dattrain.data.source.shards import check_train_glob
 from dattrain.data.stream import WebStream, stream_classes
@@ -121,7 +121,7 @@ def open_split(
     try:
         if split == "train" and isinstance(dataset, ShardDataset):
             check_train_glob(spec, dataset.shards.paths)
-        classes, notes = number(config, split, dataset, classes)
+        classes, notes = assign_class_numbers(config, split, dataset, classes)
     except BaseException:
         dataset.close()
         raise
@@ -131,7 +131,7 @@ def open_split(
     return dataset, classes
 
 
-def number(
+def assign_class_numbers(
     config: Config, split: str, dataset: Dataset, classes: Classes | None
 ) -> tuple[Classes, list[str]]:
     """Give a set the class numbers of the network; returns the network's classes, and what to tell of them.
@@ -151,7 +151,7 @@ def number(
         classes = decide(dataset.classes, num_classes, data.labels, what)
     if dataset.classes is not None:
         own = Classes(len(dataset.classes), tuple(dataset.classes), "the manifest beside it")
-        hold(own, said_by_samples(dataset), what)
+        check_sampled_names(own, sampled_class_names(dataset), what)
         used = range(len(dataset.classes)) if dataset.used is None else sorted(dataset.used)
         table = np.full(len(dataset.classes), NO_LABEL, dtype=np.int64)
         table[list(used)] = numbers = classes.numbers([dataset.classes[label] for label in used], what)
@@ -161,7 +161,7 @@ def number(
                 f"{what}: has images of {len(numbers)} of {classes.count} classes; none of {few(missing)}"
             )
     else:
-        said = said_by_samples(dataset)
+        said = sampled_class_names(dataset)
         notes += bare_numbers(classes, said, what)
         if decides and not classes.names:
             classes = replace(classes, said=frozenset((label, canonical(name)) for _, label, name in said))

@@ -71,7 +71,7 @@ def of_stream(urls: Sequence[str], samples: int) -> list[Part]:
 
 
 def difference(then: Sequence[Part], now: Sequence[Part]) -> str | None:
-    """In which way two sets differ, as ``what there was, now what there is``; None where what is known of both is equal."""
+    """What differs between two sets, as ``what there was, now what there is``; None where what is known of both is equal."""
     if [part.get("set") for part in then] != [part.get("set") for part in now]:
         return f"{_list(then)}, now {_list(now)}"
     for a, b in zip(then, now, strict=True):

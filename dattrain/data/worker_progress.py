@@ -14,7 +14,7 @@ _own_row: tuple[ProgressTable, int] | None = None
 
 @dataclass(frozen=True)
 class WorkerProgress:
-    """Of one worker: the last task, whether it is done, seconds since it was begun or done, and where in it."""
+    """What one worker is at: the last task, whether it is done, seconds since it was begun or done, and where in it."""
 
     number: int
     busy: bool

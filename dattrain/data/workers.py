@@ -277,7 +277,7 @@ def _timed_out(error: BaseException) -> bool:
 
 
 def _state(pid: int) -> str:
-    """Of a process as the kernel sees it: ``T (stopped)``, ``D (disk sleep)``."""
+    """The state of a process as the kernel sees it: ``T (stopped)``, ``D (disk sleep)``."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("State:"):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dattrain.config.derive import derive
 from dattrain.config.schema import Config
-from dattrain.data.factory import number
+from dattrain.data.factory import assign_class_numbers
 from dattrain.data.source.dataset import ShardDataset, open_dataset
 from dattrain.data.source.listing import is_remote
 from dattrain.data.source.sample import Dataset
@@ -165,7 +165,7 @@ def _data(config: Config, given: int | None) -> tuple[int, str, float, str]:
                 raise
         else:
             try:
-                number(config, "train", dataset, None)
+                assign_class_numbers(config, "train", dataset, None)
                 samples, size = _count(dataset)
             finally:
                 dataset.close()

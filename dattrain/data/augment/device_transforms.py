@@ -3,7 +3,7 @@
 DALI's own versions of these operations interpolate and round in other ways than Pillow, by which timm defines them. So
 the DALI decoder hands its crops to this module. Which operation falls on which image stands in the plan, so all that the
 operations need (indices, tables, factors, matrices) is computed on the host beforehand (``prepare``); it goes to the device
-in one copy (``staging.stage``), and what runs there (``carry_out``) neither copies from the host nor waits for the device.
+in one copy (``to_device.stage``), and what runs there (``carry_out``) neither copies from the host nor waits for the device.
 Arithmetic follows Pillow's C code: integers where it has integers, single or double precision where it has those,
 truncation where it truncates.
 """

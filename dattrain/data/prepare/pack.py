@@ -34,7 +34,7 @@ from dattrain.data.source.index import (
     write_atomically,
     write_catalogue,
 )
-from dattrain.data.source.manifest import agree
+from dattrain.data.source.manifest import classes_to_pack
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
 
@@ -74,7 +74,7 @@ def pack(
         for leftover in folder.glob(".*.part"):
             leftover.unlink()
         own = {options.split, options.holdout_split} if options.holdout else {options.split}
-        classes = agree(folder, source, own, options.label_set)
+        classes = classes_to_pack(folder, source, own, options.label_set)
         _same_settings(folder, source, options)
         writer = ShardWriter(source, folder, options, classes)
         items = np.arange(total, dtype=np.int64)

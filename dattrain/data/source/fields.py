@@ -69,7 +69,7 @@ def _fields(
     return {}
 
 
-def said_by_samples(dataset: Dataset) -> list[tuple[str, int, str]]:
+def sampled_class_names(dataset: Dataset) -> list[tuple[str, int, str]]:
     """(key, label, class) of some samples of shards whose ``.json`` names their class, as ``data pack`` writes it.
 
     Four samples of four shards are looked at, and two of two of remote ones: opening a set stays a matter of its catalogue.

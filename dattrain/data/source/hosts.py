@@ -75,4 +75,4 @@ def _place(server: str) -> int:
 
 
 HOSTS = Hosts()
-"""Of this process and those forked from it."""
+"""The table of this process and those forked from it."""

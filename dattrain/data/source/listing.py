@@ -285,7 +285,7 @@ def _place(url: str) -> tuple[str, str]:
 
 
 def index_url(url: str) -> str:
-    """Of the index beside a shard."""
+    """The URL of the index beside a shard."""
     path, query = split_query(url)
     return with_query(index_path(path), query)
 

@@ -119,7 +119,7 @@ def copy_manifests(out: str) -> None:
         write_atomically(target, to_json(copy, indent=1))
 
 
-def agree(
+def classes_to_pack(
     folder: Path, source: Dataset, splits: Collection[str], label_set: str | None
 ) -> Sequence[str] | None:
     """Give a source the class numbers that a packing into ``folder`` takes: a class has one number there.

@@ -20,7 +20,7 @@ def status(error: BaseException) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """In a few words, for a message."""
+    """What went wrong in a few words, for a message."""
     found = _answer(error)[0]
     said = getattr(error, "message", None) if found else None
     text = " ".join(mask(said if isinstance(said, str) else str(error)).split())[:200]

@@ -171,7 +171,7 @@ def check_size(path: str, found: int, expected: int) -> None:
 
 
 def check_local_size(path: str, expected: int) -> None:
-    """As ``check_size`` for a file; raises UserError where there is none, too."""
+    """Check a file's size as ``check_size`` does; raises UserError where there is none, too."""
     try:
         size = os.stat(path).st_size
     except OSError as error:

@@ -125,7 +125,10 @@ def scan(
 def walk(
     path: str, read: Callable[[int, int], bytes], *, start: int, end: int, unterminated: bool = False
 ) -> Iterator[Member]:
-    """As ``scan``, of the bytes from ``start`` to ``end`` that ``read(offset, length)`` gives; ``path`` is for messages."""
+    """Scan the bytes from ``start`` to ``end`` that ``read(offset, length)`` gives, as ``scan`` does a file.
+
+    ``path`` is for messages.
+    """
     at = start
     long_name: bytes | None = None
     long_link: bytes | None = None

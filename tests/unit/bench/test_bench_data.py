@@ -16,8 +16,8 @@ from dattrain.bench.data_images import Images
 from dattrain.bench.data_pipelines import Pipelines, wait_share
 from dattrain.bench.jpegs import write_folder
 from dattrain.cli import bench_data as verb
-from dattrain.data.prepare.pack import PackOptions, pack
 from dattrain.data.prepare.arrays import ArrayDataset
+from dattrain.data.prepare.pack import PackOptions, pack
 
 
 def test_images_are_like_imagenets(tmp_path):

@@ -22,7 +22,7 @@ from dattrain.data.prepare.sources import open_source
 from dattrain.data.source import remote
 from dattrain.data.source.dataset import open_dataset
 from dattrain.data.source.download import Refused
-from dattrain.data.source.fields import said_by_samples
+from dattrain.data.source.fields import sampled_class_names
 from dattrain.data.source.manifest import class_names
 from dattrain.errors import ConfigError, UserError
 
@@ -177,7 +177,7 @@ def test_a_class_folder_that_is_not_called_in_utf8(tmp_path):
     spec = str(tmp_path / "s" / "*.tar")
     dataset, known = open_split(config(spec, num_classes=2), "train", None, rank=0, world=1)
     assert known.names == ("bee", name)
-    assert {said for _, _, said in said_by_samples(dataset)} == set(known.names)
+    assert {said for _, _, said in sampled_class_names(dataset)} == set(known.names)
     json.loads(Path(spec).parent.joinpath("_train.manifest.json").read_text(encoding="utf-8"))
 
 

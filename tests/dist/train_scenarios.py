@@ -17,6 +17,7 @@ from torch import nn
 from dattrain.config.load import load
 from dattrain.engine import optim, zero
 from dattrain.engine import step as stepping
+from dattrain.engine import trainer
 from dattrain.engine.trainer import train
 from dattrain.errors import UserError
 from dattrain.runtime import environment
@@ -29,11 +30,16 @@ RUN: list[Path] = []
 def disturbed(at: dict[int, str]) -> Iterator[None]:
     """At the 1-based update of ``at``: ``nan`` (images of the last rank), ``USR2`` (to the last rank), ``stop`` (the file)."""
     plain = stepping.Updater.__call__
-    seen = {"step": 0}
+    open_loader = trainer.train_loader
+    seen = {"start": 0, "step": 0}
+
+    def opened(config, **where):
+        seen["start"] = where["samples_seen"] // 32
+        return open_loader(config, **where)
 
     def call(self, loader, lr):
         # The position tells the update, also after a resume.
-        what = at.get(loader.feed.samples_seen // 32 + seen["step"] + 1)
+        what = at.get(seen["start"] + seen["step"] + 1)
         seen["step"] += 1
         mine = dist.get_rank() == dist.get_world_size() - 1
         if what == "USR2" and mine:
@@ -53,11 +59,11 @@ def disturbed(at: dict[int, str]) -> Iterator[None]:
         finally:
             self.forward = forward
 
-    stepping.Updater.__call__ = call
+    stepping.Updater.__call__, trainer.train_loader = call, opened
     try:
         yield
     finally:
-        stepping.Updater.__call__ = plain
+        stepping.Updater.__call__, trainer.train_loader = plain, open_loader
 
 
 def attempt(

@@ -57,7 +57,7 @@ def both(dataset, feed, size, *, skip_bad=False, transform=None, interpolation="
 
     dali = DaliDecoder(
         read,
-        batch=feed.micro_batch if isinstance(feed, TrainFeed) else feed.batch,
+        batch=feed.share.micro_batch if isinstance(feed, TrainFeed) else feed.batch,
         size=size,
         skip_bad=skip_bad,
         interpolation=interpolation,

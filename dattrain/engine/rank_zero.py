@@ -15,7 +15,7 @@ from dattrain.runtime.environment import Env
 from dattrain.runtime.owner import Owner
 from dattrain.runtime.signals import Preemption, Request
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.manifest import Manifest
 
 
 class Claim:
@@ -76,9 +76,9 @@ def newest_checkpoint(root: Path, *, read_all: bool = False) -> tuple[Path, Mani
     held: list[Any] = [None]
     if dist.get_rank() == 0:
         found = checkpoint.find(root, level="checksum" if read_all else "size")
-        held[0] = (found.folder, found.manifest, found.passed_over)
+        held[0] = (found.folder, found.manifest, found.skipped)
     dist.broadcast_object_list(held, src=0)
     folder, manifest, passed = held[0]
     if folder is None and passed:
-        raise UserError(checkpoint.none_whole(root, passed))
+        raise UserError(checkpoint.none_complete(root, passed))
     return None if folder is None else (folder, manifest)

@@ -31,7 +31,7 @@ from dattrain.engine.reporter import Reporter
 from dattrain.engine.session import Session, Size, as_pair, carry, open_session, size_at
 from dattrain.engine.step import COMPUTE, Update, seed_all
 from dattrain.engine.step_status import Edge, Stragglers, agree
-from dattrain.errors import UserError
+from dattrain.errors import REQUEUE, UserError
 from dattrain.models.flops import count_call
 from dattrain.observe.profile import Profiler
 from dattrain.runtime import environment, preflight
@@ -39,9 +39,9 @@ from dattrain.runtime import logging as logs
 from dattrain.runtime.environment import Env
 from dattrain.runtime.health import Verdict, Verdicts, Watchdog
 from dattrain.runtime.owner import Owner
-from dattrain.runtime.signals import REQUEUE, Preemption, Request
+from dattrain.runtime.signals import Preemption, Request
 from dattrain.state.checkpointer import Checkpointer
-from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0; ``preempt.REQUEUE`` for a preempted one, which wants to be started again."""
+        """0; ``errors.REQUEUE`` for a preempted one, which wants to be started again."""
         return REQUEUE if self.status == "preempted" else 0
 
 
@@ -303,7 +303,7 @@ class Trainer:
         try:
             metrics = self._evaluate_once("")
             if self.session.ema is not None and self.config.eval.ema:
-                self.checkpointer.settle()  # a skipped update has not waited for the save before it
+                self.checkpointer.wait_for_staging()  # a skipped update has not waited for the save before it
                 with self.session.ema.applied():
                     metrics |= self._evaluate_once("ema_")
         except evaluation.Interrupted:

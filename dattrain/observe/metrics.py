@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dattrain.runtime.files import reason
+from dattrain.files import reason, write_atomically
 
 Row = Mapping[str, Any]
 
@@ -118,12 +118,13 @@ def rewind(path: Path, step: int) -> tuple[list[dict[str, Any]], list[dict[str, 
     kept = [row for row in rows if row.get("step", 0) <= step]
     replaced = [row for row in rows if row.get("step", 0) > step]
     if replaced:
-        _write(path.with_name(REPLACED), "a", _text(replaced))
+        with open(path.with_name(REPLACED), "a", encoding="utf-8") as file:
+            file.write(_text(replaced))
+            file.flush()
+            os.fsync(file.fileno())
     text = _text(kept)
     if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != text:
-        aside = path.with_name(f".{path.name}")
-        _write(aside, "w", text)
-        os.replace(aside, path)
+        write_atomically(path, text, durable=True)
     return kept, replaced
 
 
@@ -151,13 +152,6 @@ def _tell(run_dir: Path, step: int, replaced: Sequence[Row]) -> None:
 
 def _text(rows: Sequence[Row]) -> str:
     return "".join(json.dumps(row, separators=(", ", ": ")) + "\n" for row in rows)
-
-
-def _write(path: Path, mode: str, text: str) -> None:
-    with open(path, mode, encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def last(rows: Iterable[Row], key: str) -> Row | None:

@@ -24,7 +24,7 @@ from typing import IO
 
 from dattrain.clock import Stopwatch
 from dattrain.errors import STALLED
-from dattrain.runtime.files import reason
+from dattrain.files import reason, write_atomically
 
 _NOTICE_S = 10.0
 """Between noticing a stall and ending the process: the other ranks need it to notice, and to dump their stacks."""
@@ -177,9 +177,7 @@ class Watchdog:
         if other is None:
             with contextlib.suppress(OSError):
                 self._marker.parent.mkdir(parents=True, exist_ok=True)
-                aside = self._marker.with_name(f".stalled.{self._rank}")
-                aside.write_text(json.dumps(me))
-                os.replace(aside, self._marker)
+                write_atomically(self._marker, json.dumps(me))
         first = me if other is None else other
         reason = (
             f"stalled: rank {first['rank']} on {first['host']} was silent for {first['silent_s']} s in "

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dattrain.errors import UserError
+from dattrain.files import Failed, doing, reason, sync
 from dattrain.runtime.environment import MEET, Env
-from dattrain.runtime.files import Failed, doing, reason, sync
 
 _ELEMENTS = 1 << 20
 

@@ -14,9 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-REQUEUE = 75
-"""Exit code of a process that saved because it was preempted and wants to be started again (EX_TEMPFAIL)."""
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """A library that takes SIGUSR1 for itself (NCCL may) installs a handler over ours."""
 STOP_FILE = "stop"

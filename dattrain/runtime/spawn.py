@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dattrain.runtime.signals import REQUEUE
+from dattrain.errors import REQUEUE
 from dattrain.urls import mask
 
 REPORT = "DATTRAIN_REPORT"

@@ -1,4 +1,4 @@
-"""One task at a time on another thread, the host memory that it reads from, and the copy that fills it."""
+"""One task at a time on another thread, the host memory that it reads from, and the copy that fills it (staging)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from dattrain.state import partition
 
 
-class OneInFlight:
-    """Runs one callable at a time on a daemon thread. Its failure is kept until somebody asks, never lost."""
+class BackgroundTask:
+    """Runs one callable at a time on a daemon thread. Its failure is kept until ``wait`` raises it, never lost."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -23,13 +23,8 @@ class OneInFlight:
         self._failure: BaseException | None = None
 
     @property
-    def running(self) -> bool:
-        """Whether the last task has not ended yet."""
-        return self._thread is not None and self._thread.is_alive()
-
-    @property
     def failed(self) -> bool:
-        """Whether a task has failed and nobody has been told yet."""
+        """Whether a task has failed, and ``wait`` has not raised that yet."""
         return self._failure is not None
 
     def start(self, task: Callable[[], None]) -> None:
@@ -45,19 +40,14 @@ class OneInFlight:
         self._thread = threading.Thread(target=run, name=self._name, daemon=True)
         self._thread.start()
 
-    def poll(self) -> None:
-        """Raise the failure of a task that has ended, once."""
-        if not self.running:
-            failure, self._failure = self._failure, None
-            if failure is not None:
-                raise failure
-
     def wait(self) -> None:
-        """Wait for the task, then ``poll``."""
+        """Wait for the task; raise its failure, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.poll()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
 
 class HostBuffer:
@@ -122,11 +112,11 @@ class Copy:
         return self.at + 4 * self.numel
 
 
-class SideCopy:
+class StagingCopy:
     """Copies of live state into ``host`` beside the pass that only reads that state.
 
     Made where the state is as it shall be saved, ``run`` on another thread (on CUDA by a stream of its own, so that neither
-    kernels nor the host wait), and ``fence`` called by whoever is about to change the state.
+    kernels nor the host wait), and ``wait`` called by whoever is about to change the state.
     """
 
     def __init__(self, host: Tensor, copies: Sequence[Copy]) -> None:
@@ -159,8 +149,8 @@ class SideCopy:
             target = self._host[copy.at : copy.end].view(torch.float32)
             target.copy_(partition.read(copy.source, copy.first, copy.numel), non_blocking=True)
 
-    def fence(self) -> None:
-        """What this thread does next to the sources comes after the copy: the host waits for it, on CUDA the stream alone."""
+    def wait(self) -> None:
+        """Order what this thread does next to the sources after the copy: the host waits for it, on CUDA the stream alone."""
         self._issued.wait()
         if self._stream is not None:
             torch.cuda.current_stream().wait_event(self._done)

@@ -16,8 +16,8 @@ from torch import Tensor
 from dattrain.errors import Damaged, UserError
 from dattrain.state import load
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest
-from dattrain.state.format.prefetch import Span, read_ahead
+from dattrain.state.format.manifest import Manifest
+from dattrain.state.format.prefetch import Span, prefetch
 from dattrain.state.format.rank_file import Pieces
 
 GROUP = 512 << 20
@@ -92,7 +92,7 @@ def _whole(
         return spans
 
     files = [(folder / name, digest) for name, digest in manifest.files.items()]
-    with read_ahead(files, choose, verify=verify) as found:
+    with prefetch(files, choose, verify=verify) as found:
         for _, parts in found:
             for (name, start), at, data in parts:
                 first = start + at // 4

@@ -20,25 +20,12 @@ from torch import Tensor
 from dattrain.errors import Damaged, UserError
 from dattrain.runtime import collectives
 from dattrain.state import partition
-from dattrain.state.format.checkpoint import Manifest, Parameter, shard_name
-from dattrain.state.format.prefetch import Span, read_ahead
+from dattrain.state.dtypes import DTYPES
+from dattrain.state.format.manifest import Manifest, Parameter, rank_file_name
+from dattrain.state.format.prefetch import Span, prefetch
 from dattrain.state.format.rank_file import Digest, Piece, Pieces, Reader
 from dattrain.state.partition import MOMENTS, Fragment, LocalState
 from dattrain.state.relay import relay
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {v: k for k, v in _DTYPES.items()}
 
 
 def check_fits(
@@ -231,10 +218,10 @@ def load(
         wanted = Wanted(local, manifest, states, ema)
         if local.rank == 0:
             buffers.update(read_buffers(files, tuple(local.buffers()), verify=verify))
-        own = shard_name(local.rank)
+        own = rank_file_name(local.rank)
         if own in manifest.files and _cut_alike(local, manifest):
             file = (folder / own, manifest.files[own])
-            with read_ahead([file], wanted.in_one_file, verify=verify) as found:
+            with prefetch([file], wanted.in_one_file, verify=verify) as found:
                 for _, parts in found:
                     for part in parts:
                         wanted.put(*part)
@@ -298,8 +285,8 @@ def read_buffers(
             for name in left:
                 for piece, begin in reader.pieces().get(("buffer", name), ())[:1]:
                     data = reader.read(begin, piece.nbytes)
-                    flat = torch.frombuffer(data, dtype=_DTYPES[piece.dtype]) if data else torch.empty(0)
-                    found[name] = flat.to(_DTYPES[piece.dtype]).reshape(piece.shape or ())
+                    flat = torch.frombuffer(data, dtype=DTYPES[piece.dtype]) if data else torch.empty(0)
+                    found[name] = flat.to(DTYPES[piece.dtype]).reshape(piece.shape or ())
     for name in names:
         if name not in found:
             raise Damaged(f"buffer {name} is there 0 times")

@@ -16,7 +16,7 @@ import torch
 
 from dattrain.errors import Damaged
 from dattrain.runtime import collectives
-from dattrain.state.format.prefetch import Part, Span, read_ahead
+from dattrain.state.format.prefetch import Part, Span, prefetch
 from dattrain.state.format.rank_file import CHUNK, Digest, Pieces
 
 
@@ -55,7 +55,7 @@ def relay(
         return spans
 
     wire = _Wire()
-    with read_ahead(mine, choose, verify=verify) as found:
+    with prefetch(mine, choose, verify=verify) as found:
         sender = _Sender(found)
         for reader in readers:
             count = int.from_bytes(wire.send(8, reader, sender.count), "little")

@@ -20,9 +20,9 @@ from dattrain.state.convert import dcp_store
 from dattrain.state.convert.dcp_store import Store
 from dattrain.state.convert.deepspeed_read import name_states
 from dattrain.state.convert.offline import Source
-from dattrain.state.format.checkpoint import Parameter
+from dattrain.state.dtypes import DTYPE_NAMES
+from dattrain.state.format.manifest import Parameter
 from dattrain.state.format.rank_file import Piece
-from dattrain.state.load import DTYPE_NAMES
 from dattrain.state.partition import MOMENTS
 
 PART = 1 << 28

@@ -29,7 +29,7 @@ from dattrain.errors import UserError
 from dattrain.state import gather
 from dattrain.state.convert.dcp_store import METADATA
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.manifest import Manifest
 
 _FILE = "__0_0.distcp"
 _MOMENTS: tuple[gather.State, ...] = ("exp_avg", "exp_avg_sq")

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dattrain.errors import UserError
 from dattrain.state.convert.offline import Source
-from dattrain.state.format.checkpoint import Parameter
+from dattrain.state.dtypes import DTYPE_NAMES
+from dattrain.state.format.manifest import Parameter
 from dattrain.state.format.rank_file import Piece
-from dattrain.state.load import DTYPE_NAMES
 from dattrain.state.partition import MOMENTS
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")

@@ -12,7 +12,7 @@ import torch
 from dattrain.errors import UserError
 from dattrain.state import gather
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.manifest import Manifest
 
 _STATES: tuple[tuple[str, gather.State], ...] = (
     ("fp32", "param"),

@@ -27,7 +27,7 @@ Part = tuple[Any, int, memoryview]
 
 
 @contextmanager
-def read_ahead(
+def prefetch(
     files: Sequence[tuple[Path, Digest]],
     choose: Callable[[Pieces], Sequence[Span]],
     *,

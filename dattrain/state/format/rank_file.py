@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dattrain.errors import Damaged
-from dattrain.runtime.files import doing
+from dattrain.files import doing
 
 BLOCK = 1 << 20
 """Bytes under one checksum."""

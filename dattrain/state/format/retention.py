@@ -1,4 +1,4 @@
-"""Which checkpoints to keep. ``doomed`` is a pure function; ``prune`` acts on it."""
+"""Which checkpoints to keep. ``to_remove`` is a pure function; ``prune`` acts on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dattrain.errors import Damaged
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Entry
+from dattrain.state.format.checkpoint import CheckpointInfo
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Policy:
             raise ValueError(f"keep_every_epochs={self.keep_every_epochs} must be positive")
 
 
-def kept(entries: Sequence[Entry], policy: Policy) -> dict[str, str]:
+def kept(entries: Sequence[CheckpointInfo], policy: Policy) -> dict[str, str]:
     """The whole checkpoints among ``entries`` (oldest first) that ``policy`` keeps: name to reason.
 
     Those that are not whole are neither kept nor removed by any rule: they may be evidence, and count for nothing.
@@ -63,7 +63,7 @@ def kept(entries: Sequence[Entry], policy: Policy) -> dict[str, str]:
     return reasons
 
 
-def doomed(entries: Sequence[Entry], policy: Policy) -> list[Entry]:
+def to_remove(entries: Sequence[CheckpointInfo], policy: Policy) -> list[CheckpointInfo]:
     """The whole checkpoints that ``policy`` does not keep, oldest first; never the newest whole one."""
     keep = kept(entries, policy)
     return [e for e in entries if e.manifest is not None and e.folder.name not in keep]
@@ -96,9 +96,9 @@ def prune(root: Path, policy: Policy, damaged: Collection[str] = ()) -> list[str
     ``damaged`` are names of those that have their sizes, but were found not to be whole by whoever read them.
     """
     gone = []
-    found = checkpoint.entries(root)
+    found = checkpoint.list_all(root)
     found = [replace(e, manifest=None) if e.folder.name in damaged else e for e in found]
-    for entry in doomed(found, policy):
+    for entry in to_remove(found, policy):
         try:
             checkpoint.remove(entry.folder)
         except OSError as error:

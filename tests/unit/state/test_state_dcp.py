@@ -28,7 +28,7 @@ from dattrain.state import gather
 from dattrain.state.convert import dcp_read, dcp_store, dcp_write, offline
 from dattrain.state.convert.dcp_store import Chunk
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.manifest import Manifest, Parameter
 from dattrain.state.format.rank_file import Piece
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

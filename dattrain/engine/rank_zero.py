@@ -68,7 +68,7 @@ def random_word() -> str:
 
 
 def newest_checkpoint(root: Path, *, read_all: bool = False) -> tuple[Path, Manifest] | None:
-    """The newest whole checkpoint under ``root``, as rank 0 finds it: judged by sizes, or by reading it (``read_all``).
+    """The newest complete checkpoint under ``root``, as rank 0 finds it: judged by sizes, or by reading it (``read_all``).
 
     Raises:
         UserError: there are checkpoints, and none is whole.

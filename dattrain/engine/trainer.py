@@ -61,7 +61,7 @@ class Outcome:
 
 
 def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
-    """Train ``config`` in ``run_dir``, going on where its newest whole checkpoint is. Every rank of the job calls it.
+    """Train ``config`` in ``run_dir``, going on where its newest complete checkpoint is. Every rank of the job calls it.
 
     Joins the process group (and leaves it) unless the caller has done so. Signals that preempt are caught meanwhile and
     the handlers before restored; the caller requeues (``Outcome.status``). The run folder is this job's alone until it returns.

@@ -61,7 +61,7 @@ class Checkpointer:
         description: for the manifests.
         background: whether ``save`` returns before the state is copied and written.
         verify: whether loading checks checksums (sizes are always checked).
-        patience: seconds that rank 0 waits for the other ranks' shards before it gives a save up.
+        patience: seconds that rank 0 waits for the other ranks' files before it gives a save up.
         owner: on rank 0 of a training, its hold on the run folder: nothing is published or removed once that is lost, and then
             ``failed`` says so. Without one, what a killed process left is removed only if no other process has the folder.
     """
@@ -92,7 +92,7 @@ class Checkpointer:
         self._writer = Writer(self.root, self.rank, self.world, patience, self._confirm)
         self._task = BackgroundTask("checkpoint")
         self.buffer = HostBuffer(pinned=torch.cuda.is_available())
-        """Where the state lies while it is written: after a save, the bytes of this rank's shard."""
+        """Where the state lies while it is written: after a save, the bytes of this rank's file."""
         self._copy: StagingCopy | None = None
         self._hooked: weakref.WeakSet[Any] = weakref.WeakSet()
         self._saves = 0
@@ -191,7 +191,7 @@ class Checkpointer:
             self._owner.confirm()
 
     def prepare(self, engine: Any, ema: list[Tensor] | None) -> None:
-        """Take the host memory that saves will need (bytes of the shard) before the first step, not in the first save."""
+        """Take the host memory that saves will need (the bytes of the rank file) before the first step, not in the first save."""
         local = LocalState(engine)
         states = ("param", *MOMENTS, *(() if ema is None else ("ema",)))
         self.buffer.take(lay_out(local, states)[0].size).zero_()
@@ -247,7 +247,7 @@ class Checkpointer:
         local = LocalState(engine)
         skip: dict[str, str] = {}
         while True:
-            # One rank looks: a thousand that read the manifest and ask for every shard's size are a load of their own.
+            # One rank looks: a thousand that read the manifest and ask for every file's size are a load of their own.
             found = collectives.from_first(functools.partial(self._choose, folder, skip))
             self.skipped = found.skipped
             if found.folder is None or found.manifest is None:

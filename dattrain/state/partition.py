@@ -39,7 +39,7 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements ``[start, start + numel)`` of the flattened parameter ``name`` (full shape ``shape``), held by this rank.
+    """Elements ``[start, start + numel)`` of the flattened parameter ``name`` (full shape ``shape``), on this rank.
 
     Its master weights are ``masters[flat][offset : offset + numel]``, flattened; moments and averages lie at the same place
     of tensors like that master. ``flat`` is -1 for a frozen parameter, which has weights alone. ``saved`` is the part,

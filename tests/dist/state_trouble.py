@@ -128,7 +128,7 @@ def all_damaged(run: Path) -> None:
     dist.barrier()
     message = told(lambda: keeper.resume(engine, None))
     assert (
-        "holds no whole checkpoint: step_00000001 (rank_00000.safetensors" in message
+        "holds no complete checkpoint: step_00000001 (rank_00000.safetensors" in message
         and "Nothing was changed" in message
     )
     assert path.exists()
@@ -268,7 +268,7 @@ def one_rank_cannot_write(run: Path) -> None:
     if dist.get_rank() == 1:
         os.write = real
     assert "step 2 could not be written" in message and "No space left on device" in message, message
-    assert "the last whole checkpoint is step_00000001" in message
+    assert "the last complete checkpoint is step_00000001" in message
     dist.barrier()
     if dist.get_rank() == 0:
         assert sorted(p.name for p in keeper.root.iterdir() if not p.name.startswith(".new")) == [
@@ -292,7 +292,7 @@ def the_next_step_hears_of_it(run: Path) -> None:
     keeper.save(engine, None, META)
     while not keeper.failed:
         time.sleep(0.01)
-    assert "Input/output error; there is no whole checkpoint yet" in told(keeper.wait)
+    assert "Input/output error; there is no complete checkpoint yet" in told(keeper.wait)
     keeper.wait()
     rank_file.write = real
     dist.barrier()

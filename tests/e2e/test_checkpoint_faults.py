@@ -73,7 +73,7 @@ def test_a_full_disk_stops_a_save_with_a_message_and_costs_nothing(small_disk, t
     assert full.returncode == 1, full.stderr[-3000:]
     message = full.stderr.splitlines()[-1]
     assert "could not be written to" in message and "No space left on device" in message
-    assert "the last whole checkpoint is step_0000000" in message and "make room" in message
+    assert "the last complete checkpoint is step_0000000" in message and "make room" in message
     from dattrain.state.format import checkpoint
 
     root = small_disk / "run" / "checkpoints"

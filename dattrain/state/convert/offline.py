@@ -24,7 +24,7 @@ from dattrain.state.partition import MOMENTS
 
 @dataclass
 class Source:
-    """Another program's checkpoint as found: what a manifest needs, and functions that read its tensors shard by shard."""
+    """Another program's checkpoint as found: what a manifest needs, and functions that read its tensors, one rank file's at a time."""
 
     stage: int
     step: int
@@ -45,7 +45,7 @@ class Source:
 def write_checkpoint(
     root: Path, manifest: Manifest, parts: Iterable[Callable[[], Mapping[Piece, Tensor]]]
 ) -> Path:
-    """Publish a checkpoint whose rank ``r`` shard holds what ``parts[r]()`` returns; returns its folder.
+    """Publish a checkpoint whose file of rank ``r`` holds what ``parts[r]()`` returns; returns its folder.
 
     One part is in memory at a time, beside its image of the file. ``manifest.files`` and ``manifest.world`` are filled in.
 
@@ -60,14 +60,14 @@ def write_checkpoint(
         files: dict[str, Digest] = {}
         for rank, part in enumerate(parts):
             name = rank_file_name(rank)
-            files[name] = _write_shard(folder / name, part(), buffer)
+            files[name] = _write_rank_file(folder / name, part(), buffer)
         return checkpoint.publish(folder, dataclasses.replace(manifest, files=files, world=len(files)))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _write_shard(path: Path, tensors: Mapping[Piece, Tensor], buffer: HostBuffer) -> Digest:
+def _write_rank_file(path: Path, tensors: Mapping[Piece, Tensor], buffer: HostBuffer) -> Digest:
     layout = rank_file.layout(tensors)
     host = buffer.take(layout.size)
     image = image_of(host)

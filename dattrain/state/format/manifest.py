@@ -21,13 +21,13 @@ from dattrain.state.format.rank_file import Digest, open_regular
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_SHARD = re.compile(r"rank_\d{5,}\.safetensors")
+_RANK_FILE = re.compile(r"rank_\d{5,}\.safetensors")
 _LIMIT = 1 << 30
 """Bytes; what is larger is no manifest."""
 
 
 def rank_file_name(rank: int) -> str:
-    """Name of the shard that ``rank`` writes."""
+    """Name of the file that ``rank`` writes."""
     return f"rank_{rank:05d}.safetensors"
 
 
@@ -58,7 +58,7 @@ class Manifest:
     stage: int
     precision: str
     states: tuple[str, ...]
-    """States that the shards hold for each trainable parameter: ``param``, ``exp_avg``, ``exp_avg_sq``, perhaps ``ema``."""
+    """States that the rank files hold for each trainable parameter: ``param``, ``exp_avg``, ``exp_avg_sq``, perhaps ``ema``."""
     parameters: Mapping[str, Parameter]
     buffers: tuple[str, ...] = ()
     files: Mapping[str, Digest] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shards."""
+        """Bytes of all rank files."""
         return sum(f.size for f in self.files.values())
 
     @property
@@ -126,7 +126,7 @@ class Manifest:
             }
             files = {}
             for name, entry in body["files"].items():
-                if not _SHARD.fullmatch(name):
+                if not _RANK_FILE.fullmatch(name):
                     raise Damaged(f"{MANIFEST}: names the file {name!r}, which no checkpoint has")
                 files[name] = Digest.from_json(entry)
             if not files:

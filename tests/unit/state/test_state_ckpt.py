@@ -89,7 +89,7 @@ def test_prune_makes_room_on_a_full_disk(run_dir, monkeypatch, capsys):
     assert "removed step_00000001" in capsys.readouterr().out
 
 
-def test_prune_removes_none_for_the_sake_of_one_that_is_not_whole(run_dir, capsys):
+def test_prune_removes_none_for_the_sake_of_one_that_is_not_complete(run_dir, capsys):
     path = run_dir / "checkpoints" / "step_00000004" / "rank_00000.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

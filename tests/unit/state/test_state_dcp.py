@@ -421,11 +421,11 @@ def test_what_is_missing_or_cut_short_is_named(copied, capsys):
     data, listed = out / "__0_0.distcp", out / ".metadata"
     size, metadata = data.stat().st_size, listed.read_bytes()
     os.truncate(data, size - 100)
-    refused(out, run, capsys, f"is not whole: __0_0.distcp has {size - 100} bytes of at least {size}")
+    refused(out, run, capsys, f"is incomplete: __0_0.distcp has {size - 100} bytes of at least {size}")
     data.unlink()
-    unread(out, "is not whole: __0_0.distcp is missing")
+    unread(out, "is incomplete: __0_0.distcp is missing")
     os.mkfifo(data)
-    unread(out, "is not whole: __0_0.distcp is missing")
+    unread(out, "is incomplete: __0_0.distcp is missing")
     for cut in range(0, len(metadata), len(metadata) // 20):
         listed.write_bytes(metadata[:cut])
         unread(out, ".metadata: is not as torch writes it")
@@ -463,9 +463,9 @@ def test_chunks_must_cover_a_tensor_once(tmp_path):
     whole = store(((0, 0), (2, 1)), ((0, 1), (1, 2)), ((1, 1), (1, 2))).tensor("w")
     assert whole.tolist() == [[0, 1, 1], [0, 2, 2]]
     for boxes, words in (
-        ([((0, 0), (2, 1)), ((0, 2), (2, 1))], "is not there as a whole"),
+        ([((0, 0), (2, 1)), ((0, 2), (2, 1))], "is not there in full"),
         ([((0, 0), (2, 2)), ((0, 1), (2, 2))], "overlap"),
-        ([], "is not there as a whole"),
+        ([], "is not there in full"),
     ):
         with pytest.raises(UserError, match=words):
             store(*boxes).tensor("w")

@@ -255,7 +255,7 @@ class Group:
             heard[-1] = heard.get(-1, -1) + 1
             return self._told[heard[-1]] if heard[-1] < len(self._told) else {}
 
-        def gather(value: Any) -> list[Any]:
+        def all_gather(value: Any) -> list[Any]:
             nonlocal gathers
             gathers += 1
             if mode == "alone":
@@ -266,7 +266,7 @@ class Group:
                 raise _Stop
             return self._gathered if gathers == 1 else [value] * self.world
 
-        def share(data: Tensor, source: int) -> None:
+        def broadcast_tensor(data: Tensor, source: int) -> None:
             held = data.numpy()
             if mode == "send" and source == rank:
                 self.sent[rank].append(held.tobytes() if held.any() else len(held))
@@ -278,8 +278,8 @@ class Group:
                 held[:] = 0 if isinstance(message, int) else np.frombuffer(message, np.uint8)
 
         with (
-            mock.patch.multiple(collectives, broadcast=broadcast, gather=gather),
-            mock.patch.object(collectives, "share", share, create=True),
+            mock.patch.multiple(collectives, broadcast=broadcast, all_gather=all_gather),
+            mock.patch.object(collectives, "broadcast_tensor", broadcast_tensor, create=True),
             mock.patch.object(collectives, "rank_and_world", lambda: (rank, self.world)),
             mock.patch.object(checkpointer, "LocalState", lambda engine: engine),
             counted() as count,

@@ -256,12 +256,12 @@ def _prune(args: argparse.Namespace) -> int:
         return _remove(args, root, policy)
     run = root.parent if root.name == "checkpoints" else root
     try:
-        hold = owner.take(run, "pruned")
+        hold = owner.acquire(run, "pruned")
     except UserError as e:
         if not isinstance(e.__cause__, OSError) or e.__cause__.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         # Whoever wants room must not need some; nor can another training begin there.
-        owner.refuse_if_held(run)
+        owner.refuse_if_in_use(run)
         return _remove(args, root, policy)
     with hold:
         return _remove(args, root, policy)

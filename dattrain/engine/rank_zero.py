@@ -13,7 +13,7 @@ from dattrain.errors import UserError
 from dattrain.runtime import owner
 from dattrain.runtime.environment import Env
 from dattrain.runtime.owner import Owner
-from dattrain.runtime.signals import Preemption, Request
+from dattrain.runtime.signals import Preemption, StopRequest
 from dattrain.state.format import checkpoint
 from dattrain.state.format.manifest import Manifest
 
@@ -28,8 +28,8 @@ class Claim:
         if env.rank != 0:
             return
         try:
-            self.owner = owner.take(
-                run_dir, give_up=lambda: preemption.request(look_for_file=False) == Request.STOP
+            self.owner = owner.acquire(
+                run_dir, give_up=lambda: preemption.request(look_for_file=False) == StopRequest.STOP
             )
         except UserError as error:
             if env.world == 1:

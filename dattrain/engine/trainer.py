@@ -39,7 +39,7 @@ from dattrain.runtime import logging as logs
 from dattrain.runtime.environment import Env
 from dattrain.runtime.health import Verdict, Verdicts, Watchdog
 from dattrain.runtime.owner import Owner
-from dattrain.runtime.signals import Preemption, Request
+from dattrain.runtime.signals import Preemption, StopRequest
 from dattrain.state.checkpointer import Checkpointer
 from dattrain.state.format.manifest import Manifest
 
@@ -285,19 +285,19 @@ class Trainer:
         # Without this a restart would meet the same batches again.
         self.save(background=False)
 
-    def leave(self, request: Request) -> Outcome:
+    def leave(self, request: StopRequest) -> Outcome:
         """Save, and say how it ended."""
         self.save(background=False)
         if self.rank == 0:
             self.preemption.clear_stop_file()
-        return self._end("stopped" if request == Request.STOP else "preempted")
+        return self._end("stopped" if request == StopRequest.STOP else "preempted")
 
     # Between updates ----------------------------------------------------------------------------------------------
 
-    def evaluate(self) -> Request:
+    def evaluate(self) -> StopRequest:
         """Evaluate weights and averages; returns a request that cut it short."""
         if self.config.data.val is None or self._evaluated == self.step:
-            return Request.NONE
+            return StopRequest.NONE
         begin = time.perf_counter()
         self.watchdog.beat("evaluating")
         try:
@@ -308,12 +308,12 @@ class Trainer:
                     metrics |= self._evaluate_once("ema_")
         except evaluation.Interrupted:
             log.info("evaluation left: asked to end")
-            return Request.STOP if self.preemption.request() == Request.STOP else Request.PREEMPT
+            return StopRequest.STOP if self.preemption.request() == StopRequest.STOP else StopRequest.PREEMPT
         self._evaluated, self._metrics = self.step, metrics
         self.reporter.evaluation(metrics, self.step, self.samples_seen, time.perf_counter() - begin)
         self.watchdog.beat("evaluated")
         self.watchdog.pauses()  # left out already
-        return Request.NONE
+        return StopRequest.NONE
 
     def _evaluate_once(self, prefix: str) -> dict[str, float]:
         found = evaluation.evaluate(

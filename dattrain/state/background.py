@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +60,11 @@ class HostBuffer:
         self._unpin: Callable[[], object] = lambda: None
 
     def take(self, size: int) -> Tensor:
-        """The first ``size`` bytes, uint8, 1-D. What an earlier ``take`` returned is overwritten by writing here, and where
-        that was smaller it is no longer pinned: no copy to it may be under way."""
+        """The first ``size`` bytes, uint8, 1-D.
+
+        What an earlier ``take`` returned is overwritten by writing here, and where that was smaller it is no longer pinned:
+        no copy to it may be under way.
+        """
         if self._bytes.numel() < size:
             # Let the old one go before its successor comes.
             self._unpin()
@@ -81,20 +85,26 @@ class HostBuffer:
 
 
 def pin(host: Tensor) -> int:
-    """Page-lock the memory of ``host``, no more than it has: torch's allocator of pinned memory rounds up to a power of two and
-    gives nothing back. Returns the address, for ``unpin``.
+    """Page-lock the memory of ``host``; returns the address, for ``unpin``.
+
+    No more than it has: torch's allocator of pinned memory rounds up to a power of two and gives nothing back.
 
     Raises:
         torch.cuda.CudaError: the driver refuses.
     """
     address = host.data_ptr()
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, host.numel(), 0))
+    torch.cuda.check_error(_cudart().cudaHostRegister(address, host.numel(), 0))
     return address
 
 
 def unpin(address: int) -> None:
     """Undo ``pin``; the memory must still be there."""
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
+    torch.cuda.check_error(_cudart().cudaHostUnregister(address))
+
+
+def _cudart() -> Any:
+    runtime: Any = torch.cuda.cudart
+    return runtime()
 
 
 @dataclass(frozen=True)
@@ -122,9 +132,10 @@ class StagingCopy:
     def __init__(self, host: Tensor, copies: Sequence[Copy]) -> None:
         self._host, self._copies = host, copies
         self._issued = threading.Event()
-        self._stream: torch.cuda.Stream | None = None
+        self._stream: Any = None
         if torch.cuda.is_available():
-            self._stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
+            cuda: Any = torch.cuda
+            self._stream, self._done = cuda.Stream(), cuda.Event()
             self._stream.wait_stream(torch.cuda.current_stream())
 
     @torch.no_grad()

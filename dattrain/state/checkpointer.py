@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dattrain.errors import Damaged, UserError
 from dattrain.runtime import collectives
-from dattrain.runtime.owner import Owner, look
+from dattrain.runtime.owner import Owner, current_owner
 from dattrain.state import load
 from dattrain.state.background import BackgroundTask, HostBuffer, StagingCopy
 from dattrain.state.format import checkpoint, retention
@@ -99,7 +99,7 @@ class Checkpointer:
         token = ""
         if self.rank == 0:
             self.root.mkdir(parents=True, exist_ok=True)
-            free = owner is not None or look(self.root.parent) is None
+            free = owner is not None or current_owner(self.root.parent) is None
             for name in checkpoint.recover(self.root) if free else ():
                 log.info("removed %s, left by a process that was killed", name)
             token = secrets.token_hex(4)
@@ -107,7 +107,7 @@ class Checkpointer:
 
     @classmethod
     def from_config(cls, run: Path, config: Config, owner: Owner | None = None) -> Checkpointer:
-        """As the recipe says."""
+        """A checkpointer as the recipe says."""
         c = config.checkpoint
         policy = Policy(c.keep_last, c.keep_every_epochs, c.keep_best, c.metric)
         return cls(run, policy, describe(config), background=c.background, verify=c.verify, owner=owner)
@@ -116,8 +116,10 @@ class Checkpointer:
 
     @property
     def failed(self) -> bool:
-        """Whether a background save has failed on this rank, or another process has taken the run folder: for the ranks to
-        agree on before ``wait`` raises."""
+        """Whether a background save has failed on this rank, or another process has taken the run folder.
+
+        For the ranks to agree on before ``wait`` raises.
+        """
         return self._task.failed or (self._owner is not None and self._owner.lost)
 
     def save(
@@ -171,8 +173,11 @@ class Checkpointer:
                 self._hooked.add(optimizer)
 
     def wait(self) -> None:
-        """Return when the last save is published; collective: if it failed on any rank, or another process has taken the run
-        folder, this raises on every rank."""
+        """Return when the last save is published. Collective.
+
+        Raises:
+            UserError: it failed on any rank, or another process has taken the run folder; on every rank.
+        """
         failure: BaseException | None = None
         try:
             with contextlib.suppress(OSError):  # the next save will tell
@@ -180,7 +185,9 @@ class Checkpointer:
             self._task.wait()
         except Exception as e:
             failure = e
-        messages = [m for m in collectives.gather(None if failure is None else str(failure)) if m is not None]
+        messages = [
+            m for m in collectives.all_gather(None if failure is None else str(failure)) if m is not None
+        ]
         if failure is not None:
             raise failure
         if messages:

@@ -165,7 +165,7 @@ def _run(piece: Piece) -> tuple[int, int]:
 
 
 def _within(spans: Sequence[Span], begin: int, end: int) -> Iterator[tuple[Span, int, int]]:
-    """Of ``spans``, ordered and disjoint, those that reach into ``[begin, end)``, each with its part in there."""
+    """Those of ``spans``, ordered and disjoint, that reach into ``[begin, end)``, each with its part in there."""
     for span in itertools.islice(spans, bisect.bisect_right(spans, begin, key=lambda s: s.end), None):
         if span.begin >= end:
             return

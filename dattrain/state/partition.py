@@ -189,7 +189,8 @@ class LocalState:
     def _state_of(self, key: Tensor) -> dict[str, Any]:
         for optimizer in self.optimizers:
             if key in optimizer.state:
-                return optimizer.state[key]
+                state: dict[str, Any] = optimizer.state[key]
+                return state
         return {}
 
     # Reading and writing
@@ -333,7 +334,7 @@ def _running(sizes: list[int]) -> list[int]:
 
 
 def _shares(sizes: list[int], rank: int, world: int) -> list[tuple[int, int]]:
-    """For tensors of ``sizes`` laid end to end and cut into ``world`` equal parts: what of each tensor is ``rank``'s."""
+    """What of each tensor is ``rank``'s, of tensors of ``sizes`` laid end to end and cut into ``world`` equal parts."""
     total = sum(sizes)
     first, last = total * rank // world, total * (rank + 1) // world
     return [

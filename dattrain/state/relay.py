@@ -86,7 +86,7 @@ class _Sender:
         view[:] = len(self._rows).to_bytes(8, "little")
 
     def table(self, view: memoryview) -> None:
-        """Its table."""
+        """The table of its pieces."""
         view[:] = np.array(self._rows, np.int64).tobytes()
 
     def data(self, view: memoryview) -> None:

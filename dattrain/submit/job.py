@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from dattrain.errors import UserError
 from dattrain.files import write_atomically
-from dattrain.runtime.owner import Held
+from dattrain.runtime.owner import InUse
 from dattrain.submit.history import attempt_folder
 from dattrain.urls import mask
 
@@ -72,7 +72,7 @@ class Job:
             "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
             "error": str(error) if isinstance(error, UserError) else mask("".join(lines).strip())[-2000:],
             "user_error": isinstance(error, UserError),
-            "held": isinstance(error, Held),
+            "held": isinstance(error, InUse),
             "time": time.time(),
         }
         _publish(self._folder() / f"rank_{_rank():05d}.json", report)

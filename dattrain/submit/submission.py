@@ -205,7 +205,7 @@ def check_run(run: Path, loaded: Loaded) -> None:
     if not known and run.is_dir() and any(run.iterdir()):
         raise ConfigError(f"{run} is not empty and not a run folder; choose another --run")
     _refuse_second_job(run)
-    owner.refuse_if_held(run)
+    owner.refuse_if_in_use(run)
 
 
 def _refuse_second_job(run: Path) -> None:
@@ -226,7 +226,7 @@ def reserved(stages: Sequence[Stage]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for stage in stages:
-            stack.enter_context(owner.take(stage.placement(None).folder.parent, "submitted"))
+            stack.enter_context(owner.acquire(stage.placement(None).folder.parent, "submitted"))
             for run in stage.runs:
                 _refuse_second_job(run)
         yield

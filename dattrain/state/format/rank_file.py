@@ -68,7 +68,7 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """Its name in the safetensors file."""
+        """The tensor's name in the safetensors file."""
         return f"{self.state}/{self.start}/{self.name}"
 
     @property
@@ -135,7 +135,7 @@ class Digest:
         return self.blocks[8 * index : 8 * index + 8]
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a manifest."""
+        """The digest as a manifest has it."""
         return {"size": self.size, "header": self.header, "crc32_per_mib": self.blocks}
 
     @classmethod

@@ -82,7 +82,7 @@ def test_prune_makes_room_on_a_full_disk(run_dir, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with owner.take(run_dir):
+    with owner.acquire(run_dir):
         monkeypatch.setattr("dattrain.runtime.claims._write", full)
         assert main(["ckpt", "prune", str(run_dir)]) == 1
     assert main(["ckpt", "prune", str(run_dir)]) == 0

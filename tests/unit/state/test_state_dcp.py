@@ -484,7 +484,7 @@ def test_another_model_and_another_optimizer(tmp_path, capsys):
     sgd = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9)
     update(net, sgd, 0)
     dcp.save(_nested(net, sgd), checkpoint_id=tmp_path / "sgd")
-    with pytest.raises(UserError, match="only Adam's state can be gone on with"):
+    with pytest.raises(UserError, match="only from Adam's state can training resume"):
         read_in(tmp_path / "sgd", net, tmp_path / "x")
 
 

@@ -80,27 +80,27 @@ def _save(keeper, step):
 
 
 def test_once_another_has_the_run_folder_nothing_is_published_or_removed(tmp_path):
-    with owner.take(tmp_path, beat_s=60) as mine:
+    with owner.acquire(tmp_path, heartbeat_s=60) as mine:
         keeper = Checkpointer(tmp_path, Policy(1), owner=mine)
         _save(keeper, 1)
         assert not keeper.failed
         # As it is when another has waited for this process in vain; it would not have kept the first of the two.
-        seen = claims.succession(mine.path)
-        successor = dataclasses.replace(claims.myself(tmp_path), pid=7, host="other")
-        assert claims.succeed(mine.path, seen, successor)
+        seen = claims.claim_chain(mine.path)
+        successor = dataclasses.replace(claims.own_record(tmp_path), pid=7, host="other")
+        assert claims.take_over(mine.path, seen, successor)
         _save(Checkpointer(tmp_path, Policy(2), owner=None), 2)
         with pytest.raises(UserError, match="step 3 could not be written.*process 7 on other.*has taken"):
             _save(keeper, 3)
         assert sorted(p.name for p in keeper.root.iterdir()) == ["step_00000001", "step_00000002"]
         assert keeper.failed
-        with pytest.raises(owner.Held, match="process 7 on other.*has taken this run folder over"):
+        with pytest.raises(owner.InUse, match="process 7 on other.*has taken this run folder over"):
             keeper.wait()
 
 
 def test_what_a_living_one_writes_is_not_cleared(tmp_path):
     writes = tmp_path / "checkpoints" / ".new-abc-1-step_00000003"
     writes.mkdir(parents=True)
-    with owner.take(tmp_path) as mine:
+    with owner.acquire(tmp_path) as mine:
         Checkpointer(tmp_path)
         assert writes.exists()
         Checkpointer(tmp_path, owner=mine)

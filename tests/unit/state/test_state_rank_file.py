@@ -126,7 +126,7 @@ def test_reading_ahead_reads_every_block_once_and_in_pieces_of_at_most_one(tmp_p
     )
     cuts = [0, 10, BLOCK - 3, BLOCK + 9, 2 * BLOCK, len(data[0]) - 1, len(data[0])]
     chosen = [Span(a, b, (a, b)) for a, b in itertools.pairwise(cuts)]
-    with prefetch(files, lambda _: [*chosen[::-1], Span(17, 17, "empty")], ahead=2) as found:
+    with prefetch(files, lambda _: [*chosen[::-1], Span(17, 17, "empty")], depth=2) as found:
         for number, (spans, parts) in enumerate(found):
             assert spans == chosen
             out: dict[tuple[int, int], bytearray] = {}
@@ -152,7 +152,7 @@ def test_reading_ahead_ends_its_thread_when_the_consumer_stops(tmp_path):
 
     digest = write_shard(tmp_path / "x", sample())
     before = threading.active_count()
-    with prefetch([(tmp_path / "x", digest)], lambda _: [Span(0, digest.size, 0)], ahead=1) as found:
+    with prefetch([(tmp_path / "x", digest)], lambda _: [Span(0, digest.size, 0)], depth=1) as found:
         next(found)
     assert threading.active_count() == before
 

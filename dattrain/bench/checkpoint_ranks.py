@@ -141,8 +141,8 @@ def save_rounds(job: Job, engine: Any) -> dict[str, Any]:
     keeper.prepare(engine, None)
     keeper.save(engine, None, {"step": 0, "samples_seen": 0}, background=False)
     peak = memory("VmHWM")
-    manifest = checkpoint.read_manifest(keeper.root / checkpoint.folder_name(0))
-    size = manifest.files[checkpoint.shard_name(rank)].size
+    manifest = read_manifest(keeper.root / checkpoint.folder_name(0))
+    size = manifest.files[rank_file_name(rank)].size
     scratch = Path(job.folder) / f"bare_{rank}"
     bare = keeper.buffer.take(size)
     result: dict[str, Any] = {

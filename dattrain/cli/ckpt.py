@@ -270,8 +270,8 @@ def _prune(args: argparse.Namespace) -> int:
 def _remove(args: argparse.Namespace, root: Path, policy: Policy) -> int:
     from dattrain.state.format import checkpoint, retention
 
-    found = retention.confirmed(checkpoint.entries(root), policy)
-    gone = retention.doomed(found, policy)
+    found = retention.confirmed(checkpoint.list_all(root), policy)
+    gone = retention.to_remove(found, policy)
     if args.damaged:
         damaged = [e for e in found if e.manifest is None and not e.pinned]
         if damaged and len(damaged) == len(found):

@@ -69,10 +69,10 @@ def to_remove(entries: Sequence[CheckpointInfo], policy: Policy) -> list[Checkpo
     return [e for e in entries if e.manifest is not None and e.folder.name not in keep]
 
 
-def confirmed(found: list[Entry], policy: Policy) -> list[Entry]:
+def confirmed(found: list[CheckpointInfo], policy: Policy) -> list[CheckpointInfo]:
     """``found``, where those that are kept as the last ones have been read: others are removed because these are there."""
     read: set[str] = set()
-    while doomed(found, policy):
+    while to_remove(found, policy):
         reasons = kept(found, policy)
         last = [
             i

@@ -104,7 +104,7 @@ def test_prune_renames_before_it_deletes(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["step_00000003"]
 
 
-def test_one_that_was_passed_over_takes_no_place_from_what_was_saved_after_it(tmp_path):
+def test_one_that_was_skipped_takes_no_place_from_what_was_saved_after_it(tmp_path):
     for step in (1, 2, 9):
         make(tmp_path, step)
     assert retention.prune(tmp_path, Policy(1), {"step_00000009"}) == ["step_00000001"]

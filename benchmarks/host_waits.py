@@ -27,7 +27,7 @@ from dattrain.engine.session import Session, open_session
 from dattrain.engine.step_status import agree
 from dattrain.models import zoo
 from dattrain.runtime import environment
-from dattrain.runtime.signals import Request
+from dattrain.runtime.signals import StopRequest
 from tests.host_waits import fake_cuda, faked, on_the_cpu
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def update(stage: int) -> Counter[str]:
     """Of one update and the agreement after it."""
     with updates(stage) as (_, contender), on_the_cpu() as waits:
         done = contender()
-        agree(done, request=Request.NONE, save_failed=False, bad_samples=0, device=CPU)
+        agree(done, request=StopRequest.NONE, save_failed=False, bad_samples=0, device=CPU)
         assert done.applied
     return Counter({place: n for place, n in waits.found.items() if NOT_ON_CUDA not in place})
 

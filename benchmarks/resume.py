@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from dattrain.models import zoo
-from dattrain.state.format import checkpoint, retention
+from dattrain.state.format import retention
+from dattrain.state.format.manifest import MANIFEST, read_manifest
 from tests.many_ranks import Group, Local, counted, write
 
 LAYOUTS = ["64:2>64:2", "64:2>32:2", "64:2>64:3", "256:2>256:2", "256:3>256:3", "256:2>128:2", "256:2>256:3"]
@@ -71,8 +72,8 @@ def measure(run: Path, before: tuple[int, int], after: tuple[int, int], *, alone
         "saved by": before,
         "resumed by": after,
         "checkpoint bytes": size,
-        "manifest bytes": (folder / checkpoint.MANIFEST).stat().st_size,
-        "header bytes": sum(d.header for d in checkpoint.read_manifest(folder).files.values()),
+        "manifest bytes": (folder / MANIFEST).stat().st_size,
+        "header bytes": sum(d.header for d in read_manifest(folder).files.values()),
         "own state bytes": own,
         "ranks run": len(counts),
         "opens, rank 0": counts[0].opens,

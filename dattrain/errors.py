@@ -1,4 +1,4 @@
-"""Exceptions with a meaning of their own: what the user can put right, and files that are not what was written."""
+"""Exceptions with a meaning of their own: what the user can put right, and files that are not what was written; and exit codes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dattrain.urls import mask
 
 STALLED = 70
 """Exit code of a process that ended itself because a rank or a data worker stalled (EX_SOFTWARE)."""
+REQUEUE = 75
+"""Exit code of a process, or of a job's script, that saved because it was preempted and wants to be started again (EX_TEMPFAIL)."""
 
 
 class UserError(ValueError):

@@ -34,8 +34,11 @@ _BETWEEN = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.\-]*://)")
 
 
 def mask(text: str) -> str:
-    """The text with ``***`` for the user and password of every URL in it, for its query string, parameters (``;``) and fragment
-    (``#``), and for what headers with credentials and curl's user say. Whatever is printed or written for people goes through here."""
+    """The text with ``***`` for every secret of a URL. Whatever is printed or written for people goes through here.
+
+    Secrets are a URL's user and password, query string, parameters (``;``) and fragment (``#``), and what headers with
+    credentials and curl's user say.
+    """
     text = _CURL.sub(r"\1***", _HEADER.sub(r"\1***", text))
     if ":/" not in text:
         return text

@@ -24,7 +24,7 @@ from torch import Tensor
 from dattrain.runtime import collectives
 from dattrain.state import checkpointer
 from dattrain.state.format import checkpoint, rank_file
-from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.manifest import MANIFEST, Manifest, Parameter, rank_file_name, read_manifest
 from dattrain.state.format.rank_file import Piece
 from dattrain.state.partition import Fragment
 
@@ -110,7 +110,7 @@ def write(
 ) -> Path:
     """A checkpoint of step 7 as ``world`` ranks under ``stage`` would have saved it; returns its folder."""
     root = run / "checkpoints"
-    folder = checkpoint.aside(root, 7, "many")
+    folder = checkpoint.temporary_folder(root, 7, "many")
     folder.mkdir(parents=True)
     files = {}
     for rank in range(world):
@@ -134,7 +134,7 @@ def write(
                 values = value(piece.state, piece.name, piece.start, piece.numel).numpy()
                 image[at : at + piece.nbytes] = values.view(np.uint8)
                 used = max(used, at + piece.nbytes)
-        name = checkpoint.shard_name(rank)
+        name = rank_file_name(rank)
         with open(folder / name, "wb") as file:
             file.write(image[:used].data)
             file.truncate(layout.size)
@@ -192,11 +192,11 @@ def counted() -> Iterator[Count]:
 
     def whole(folder: Path) -> Manifest:
         # The manifest is read by Python's own file object.
-        count.nbytes += (folder / checkpoint.MANIFEST).stat().st_size
+        count.nbytes += (folder / MANIFEST).stat().st_size
         count.reads += 1
         return real_manifest(folder)
 
-    real_manifest = checkpoint.read_manifest
+    real_manifest = read_manifest
     with (
         mock.patch.object(os, "open", opened),
         mock.patch.object(os, "preadv", read),
@@ -255,7 +255,7 @@ class Group:
             heard[-1] = heard.get(-1, -1) + 1
             return self._told[heard[-1]] if heard[-1] < len(self._told) else {}
 
-        def gather(value: Any) -> list[Any]:
+        def all_gather(value: Any) -> list[Any]:
             nonlocal gathers
             gathers += 1
             if mode == "alone":
@@ -266,7 +266,7 @@ class Group:
                 raise _Stop
             return self._gathered if gathers == 1 else [value] * self.world
 
-        def share(data: Tensor, source: int) -> None:
+        def broadcast_tensor(data: Tensor, source: int) -> None:
             held = data.numpy()
             if mode == "send" and source == rank:
                 self.sent[rank].append(held.tobytes() if held.any() else len(held))
@@ -278,8 +278,8 @@ class Group:
                 held[:] = 0 if isinstance(message, int) else np.frombuffer(message, np.uint8)
 
         with (
-            mock.patch.multiple(collectives, broadcast=broadcast, gather=gather),
-            mock.patch.object(collectives, "share", share, create=True),
+            mock.patch.multiple(collectives, broadcast=broadcast, all_gather=all_gather),
+            mock.patch.object(collectives, "broadcast_tensor", broadcast_tensor, create=True),
             mock.patch.object(collectives, "rank_and_world", lambda: (rank, self.world)),
             mock.patch.object(checkpointer, "LocalState", lambda engine: engine),
             counted() as count,

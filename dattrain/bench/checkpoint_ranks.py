@@ -26,6 +26,7 @@ from dattrain.state import load
 from dattrain.state.background import image_of
 from dattrain.state.checkpointer import Checkpointer
 from dattrain.state.format import checkpoint, rank_file
+from dattrain.state.format.manifest import rank_file_name, read_manifest
 from dattrain.state.format.retention import Policy
 from dattrain.state.partition import MOMENTS, LocalState
 
@@ -140,8 +141,8 @@ def save_rounds(job: Job, engine: Any) -> dict[str, Any]:
     keeper.prepare(engine, None)
     keeper.save(engine, None, {"step": 0, "samples_seen": 0}, background=False)
     peak = memory("VmHWM")
-    manifest = checkpoint.read_manifest(keeper.root / checkpoint.folder_name(0))
-    size = manifest.files[checkpoint.shard_name(rank)].size
+    manifest = read_manifest(keeper.root / checkpoint.folder_name(0))
+    size = manifest.files[rank_file_name(rank)].size
     scratch = Path(job.folder) / f"bare_{rank}"
     bare = keeper.buffer.take(size)
     result: dict[str, Any] = {
@@ -205,21 +206,21 @@ def _save_beside(
     The waits are the call's own and that before the optimizer's step.
     """
     waits: list[tuple[float, float]] = []
-    settle = keeper.settle
+    wait_for_staging = keeper.wait_for_staging
 
     def waited(call: Callable[[], object]) -> None:
         begin, cpu = time.perf_counter(), time.thread_time()
         call()
         waits.append((time.perf_counter() - begin, time.thread_time() - cpu))
 
-    keeper.settle = lambda: waited(settle)  # type: ignore[method-assign]
+    keeper.wait_for_staging = lambda: waited(wait_for_staging)  # type: ignore[method-assign]
 
     def both() -> None:
         waited(partial(save, background=True))
         update()
 
     took = timed(both)
-    keeper.settle = settle  # type: ignore[method-assign]
+    keeper.wait_for_staging = wait_for_staging  # type: ignore[method-assign]
     keeper.wait()
     return sum(w for w, _ in waits), sum(c for _, c in waits), took
 

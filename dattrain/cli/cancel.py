@@ -44,8 +44,8 @@ def _explain(folder: Path) -> str:
     from dattrain.runtime import owner
     from dattrain.submit import history
 
-    found = owner.look(folder)
-    if found is not None and found[1] == "lives":
+    found = owner.current_owner(folder)
+    if found is not None and found[1] == "alive":
         return f"; it is {found[0].purpose} by {found[0].who()}: dattrain stop {folder} has it save and end"
     origin = history.origin(folder)
     return f" ({origin})" if origin else ""

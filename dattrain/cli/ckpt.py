@@ -15,7 +15,7 @@ from dattrain.errors import UserError
 
 if TYPE_CHECKING:
     from dattrain.config.schema import Config
-    from dattrain.state.format.checkpoint import Entry
+    from dattrain.state.format.checkpoint import CheckpointInfo
     from dattrain.state.format.retention import Policy
 
 
@@ -85,7 +85,7 @@ def _ls(args: argparse.Namespace) -> int:
     root = _root(args.run_dir)
     config = _recipe(root)
     metric = args.metric or (config.checkpoint.metric if config else "top1")
-    found = checkpoint.entries(root)
+    found = checkpoint.list_all(root)
     kept = retention.kept(found, _policy(config))
     rows = [_row(entry, metric, kept.get(entry.folder.name, "")) for entry in found]
     if args.json:
@@ -114,7 +114,7 @@ def _ls(args: argparse.Namespace) -> int:
     return 0
 
 
-def _row(entry: Entry, metric: str, kept: str) -> dict[str, Any]:
+def _row(entry: CheckpointInfo, metric: str, kept: str) -> dict[str, Any]:
     m = entry.manifest
     return {
         "step": entry.step,
@@ -183,13 +183,14 @@ def _inspect(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from dattrain.errors import Damaged
     from dattrain.state.format import checkpoint
+    from dattrain.state.format.manifest import MANIFEST
 
     path = Path(args.path)
-    if (path / checkpoint.MANIFEST).exists() or path.name.startswith("step_"):
+    if (path / MANIFEST).exists() or path.name.startswith("step_"):
         folders = [path]
     else:
         root = _root(args.path)
-        folders = [entry.folder for entry in checkpoint.entries(root)]
+        folders = [entry.folder for entry in checkpoint.list_all(root)]
         if not folders:
             raise UserError(f"{root} holds no checkpoint")
     bad = 0
@@ -255,12 +256,12 @@ def _prune(args: argparse.Namespace) -> int:
         return _remove(args, root, policy)
     run = root.parent if root.name == "checkpoints" else root
     try:
-        hold = owner.take(run, "pruned")
+        hold = owner.acquire(run, "pruned")
     except UserError as e:
         if not isinstance(e.__cause__, OSError) or e.__cause__.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         # Whoever wants room must not need some; nor can another training begin there.
-        owner.refuse_if_held(run)
+        owner.refuse_if_in_use(run)
         return _remove(args, root, policy)
     with hold:
         return _remove(args, root, policy)
@@ -269,13 +270,13 @@ def _prune(args: argparse.Namespace) -> int:
 def _remove(args: argparse.Namespace, root: Path, policy: Policy) -> int:
     from dattrain.state.format import checkpoint, retention
 
-    found = retention.confirmed(checkpoint.entries(root), policy)
-    gone = retention.doomed(found, policy)
+    found = retention.confirmed(checkpoint.list_all(root), policy)
+    gone = retention.to_remove(found, policy)
     if args.damaged:
         damaged = [e for e in found if e.manifest is None and not e.pinned]
         if damaged and len(damaged) == len(found):
             raise UserError(
-                f"{checkpoint.none_whole(root, [(e.folder.name, e.reason) for e in damaged])}; they may be all there is"
+                f"{checkpoint.none_complete(root, [(e.folder.name, e.reason) for e in damaged])}; they may be all there is"
             )
         gone = sorted([*gone, *damaged], key=lambda e: e.step)
     for entry in gone:

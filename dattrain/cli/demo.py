@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dattrain.errors import UserError
-from dattrain.runtime.owner import refuse_if_held
+from dattrain.runtime.owner import refuse_if_in_use
 
 MADE = frozenset({"shards", "pretrain", "finetune", "pretrain-eval.json", "finetune-eval.json", "demo.png"})
 
@@ -86,7 +86,7 @@ def clear(out: Path) -> None:
             f"{', ...' if len(other) > 4 else ''}); choose one that is empty or not there"
         )
     for name in ("pretrain", "finetune"):
-        refuse_if_held(out / name)
+        refuse_if_in_use(out / name)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from dattrain.data import labels
 from dattrain.errors import ConfigError, UserError
+from dattrain.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -213,11 +213,8 @@ def check_sampled_names(classes: Classes, said: Sequence[tuple[str, int, str]], 
 
 def write(run_dir: Path, classes: Classes) -> None:
     """Note the classes of a run in its folder."""
-    path = run_dir / FILE
-    aside = path.with_name(f".{FILE}.{os.getpid()}")
-    aside.write_text(json.dumps(list(classes.names), ensure_ascii=False, indent=0) + "\n", encoding="utf-8",
-                     errors="surrogateescape")  # fmt: skip
-    os.replace(aside, path)
+    text = json.dumps(list(classes.names), ensure_ascii=False, indent=0) + "\n"
+    write_atomically(run_dir / FILE, text.encode(errors="surrogateescape"))
 
 
 def read(run_dir: Path) -> tuple[str, ...] | None:

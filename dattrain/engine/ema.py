@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dattrain.state.partition import LocalState, averaged, lerp_ema
+from dattrain.state.partition import LocalState
 
 
 class Ema:
@@ -22,15 +23,47 @@ class Ema:
         self.decay = decay
         self._engine = engine
         self._masters = LocalState(engine)
-        self.tensors: list[Tensor] = self._masters.new_ema()
+        self.tensors: list[Tensor] = new_average(self._masters.masters)
         """One average per local fp32 master, in ``LocalState.masters``' order: what a checkpoint saves and restores."""
 
     def update(self) -> None:
         """Call once per applied update."""
-        lerp_ema(self.tensors, self._masters.masters, self.decay)
+        update_average(self.tensors, self._masters.masters, self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within it the module computes with the averages; afterwards the weights are what they were, bit for bit."""
         with averaged(self._engine, self.tensors):
             yield
+
+
+def new_average(masters: list[Tensor]) -> list[Tensor]:
+    """An average that starts at ``masters``: one tensor like each."""
+    return [m.detach().clone(memory_format=torch.preserve_format) for m in masters]
+
+
+@torch.no_grad()
+def update_average(average: list[Tensor], masters: list[Tensor], decay: float) -> None:
+    """``average = decay * average + (1 - decay) * masters``, in place, local, in few kernels. Elementwise, so exact under sharding."""
+    torch._foreach_lerp_(average, [m.detach() for m in masters], 1.0 - decay)
+
+
+@contextmanager
+def averaged(engine: Any, average: list[Tensor]) -> Iterator[None]:
+    """Within it the module computes with the averaged weights. Collective on entry and exit; needs one more master at a time."""
+    state = LocalState(engine)
+
+    @torch.no_grad()
+    def swap() -> None:
+        state.begin_write()
+        for master, mean in zip(state.masters, average, strict=True):
+            weights = master.detach().clone()
+            master.data.copy_(mean)
+            mean.copy_(weights)
+        state.refresh()
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()

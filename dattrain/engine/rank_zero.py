@@ -13,9 +13,9 @@ from dattrain.errors import UserError
 from dattrain.runtime import owner
 from dattrain.runtime.environment import Env
 from dattrain.runtime.owner import Owner
-from dattrain.runtime.signals import Preemption, Request
+from dattrain.runtime.signals import Preemption, StopRequest
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.manifest import Manifest
 
 
 class Claim:
@@ -28,8 +28,8 @@ class Claim:
         if env.rank != 0:
             return
         try:
-            self.owner = owner.take(
-                run_dir, give_up=lambda: preemption.request(look_for_file=False) == Request.STOP
+            self.owner = owner.acquire(
+                run_dir, give_up=lambda: preemption.request(look_for_file=False) == StopRequest.STOP
             )
         except UserError as error:
             if env.world == 1:
@@ -68,7 +68,7 @@ def random_word() -> str:
 
 
 def newest_checkpoint(root: Path, *, read_all: bool = False) -> tuple[Path, Manifest] | None:
-    """The newest whole checkpoint under ``root``, as rank 0 finds it: judged by sizes, or by reading it (``read_all``).
+    """The newest complete checkpoint under ``root``, as rank 0 finds it: judged by sizes, or by reading it (``read_all``).
 
     Raises:
         UserError: there are checkpoints, and none is whole.
@@ -76,9 +76,9 @@ def newest_checkpoint(root: Path, *, read_all: bool = False) -> tuple[Path, Mani
     held: list[Any] = [None]
     if dist.get_rank() == 0:
         found = checkpoint.find(root, level="checksum" if read_all else "size")
-        held[0] = (found.folder, found.manifest, found.passed_over)
+        held[0] = (found.folder, found.manifest, found.skipped)
     dist.broadcast_object_list(held, src=0)
     folder, manifest, passed = held[0]
     if folder is None and passed:
-        raise UserError(checkpoint.none_whole(root, passed))
+        raise UserError(checkpoint.none_complete(root, passed))
     return None if folder is None else (folder, manifest)

@@ -24,7 +24,7 @@ from dattrain.data.classes import Classes
 from dattrain.data.identity import Part
 from dattrain.data.source.shards import expand, holds_shards, open_local
 from dattrain.errors import ConfigError, Damaged, UserError
-from dattrain.state.format import checkpoint
+from dattrain.state.format.manifest import read_manifest
 
 META = "fixed"
 CONFIG = "config.yaml"
@@ -71,7 +71,7 @@ def newest(run: Path) -> tuple[str, Mapping[str, Any]] | None:
     )
     for folder in folders:
         try:
-            return folder.name, checkpoint.read_manifest(folder).meta
+            return folder.name, read_manifest(folder).meta
         except (Damaged, OSError):
             continue
     return (folders[0].name, {}) if folders else None

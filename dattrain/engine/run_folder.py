@@ -20,6 +20,7 @@ from dattrain.data.classes import Classes
 from dattrain.data.classes import write as write_classes
 from dattrain.engine.resume_rules import CONFIG
 from dattrain.errors import UserError
+from dattrain.files import write_atomically
 from dattrain.runtime.environment import Env
 from dattrain.state.checkpointer import versions
 from dattrain.urls import mask
@@ -101,8 +102,5 @@ def _note_start(path: Path, env: Env, device_name: str) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all; for its owner alone where it holds the secrets of a URL, which going on needs."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.touch(0o666 if mask(text) == text else 0o600)
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    """Atomically; for the user alone to read where it holds the secrets of a URL, which a resume needs."""
+    write_atomically(path, text, private=mask(text) != text)

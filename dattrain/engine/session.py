@@ -32,7 +32,7 @@ from dattrain.models.dat import DAT
 from dattrain.runtime import collectives
 from dattrain.state import gather, partition
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.manifest import Manifest
 from dattrain.state.partition import MOMENTS, LocalState
 
 Size = int | tuple[int, int]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dattrain.data.to_device import to_device
 from dattrain.engine.step import Update
-from dattrain.runtime.signals import Request
+from dattrain.runtime.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Edge:
     """Mean over the samples of the global batch; NaN where it was not finite on some rank."""
     finite: bool
     """Whether loss was finite on all ranks."""
-    request: Request
+    request: StopRequest
     save_failed: bool
     """Whether a background save has failed somewhere."""
     bad_samples: int
@@ -29,7 +29,7 @@ class Edge:
 
 
 def agree(
-    update: Update, *, request: Request, save_failed: bool, bad_samples: int, device: torch.device
+    update: Update, *, request: StopRequest, save_failed: bool, bad_samples: int, device: torch.device
 ) -> Edge:
     """Sum over ranks. Collective. A flag that is up on one rank is up for all."""
     finite = math.isfinite(update.loss_sum)
@@ -37,15 +37,15 @@ def agree(
         update.loss_sum if finite else 0.0,
         update.weight,
         0.0 if finite else 1.0,
-        1.0 if request == Request.PREEMPT else 0.0,
-        1.0 if request == Request.STOP else 0.0,
+        1.0 if request == StopRequest.PREEMPT else 0.0,
+        1.0 if request == StopRequest.STOP else 0.0,
         1.0 if save_failed else 0.0,
         float(bad_samples),
     ]
     told = to_device(torch.tensor(mine, dtype=torch.float64), device)
     dist.all_reduce(told)
     loss, weight, broken, preempt, stop, failed, bad = told.tolist()
-    wanted = Request.STOP if stop else Request.PREEMPT if preempt else Request.NONE
+    wanted = StopRequest.STOP if stop else StopRequest.PREEMPT if preempt else StopRequest.NONE
     mean = math.nan if broken else loss / max(weight, 1.0)
     return Edge(mean, not broken, wanted, failed > 0, int(bad))
 

@@ -31,7 +31,7 @@ from dattrain.engine.reporter import Reporter
 from dattrain.engine.session import Session, Size, as_pair, carry, open_session, size_at
 from dattrain.engine.step import COMPUTE, Update, seed_all
 from dattrain.engine.step_status import Edge, Stragglers, agree
-from dattrain.errors import UserError
+from dattrain.errors import REQUEUE, UserError
 from dattrain.models.flops import count_call
 from dattrain.observe.profile import Profiler
 from dattrain.runtime import environment, preflight
@@ -39,9 +39,9 @@ from dattrain.runtime import logging as logs
 from dattrain.runtime.environment import Env
 from dattrain.runtime.health import Verdict, Verdicts, Watchdog
 from dattrain.runtime.owner import Owner
-from dattrain.runtime.signals import REQUEUE, Preemption, Request
+from dattrain.runtime.signals import Preemption, StopRequest
 from dattrain.state.checkpointer import Checkpointer
-from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +56,12 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0; ``preempt.REQUEUE`` for a preempted one, which wants to be started again."""
+        """0; ``errors.REQUEUE`` for a preempted one, which wants to be started again."""
         return REQUEUE if self.status == "preempted" else 0
 
 
 def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
-    """Train ``config`` in ``run_dir``, going on where its newest whole checkpoint is. Every rank of the job calls it.
+    """Train ``config`` in ``run_dir``, going on where its newest complete checkpoint is. Every rank of the job calls it.
 
     Joins the process group (and leaves it) unless the caller has done so. Signals that preempt are caught meanwhile and
     the handlers before restored; the caller requeues (``Outcome.status``). The run folder is this job's alone until it returns.
@@ -285,35 +285,35 @@ class Trainer:
         # Without this a restart would meet the same batches again.
         self.save(background=False)
 
-    def leave(self, request: Request) -> Outcome:
+    def leave(self, request: StopRequest) -> Outcome:
         """Save, and say how it ended."""
         self.save(background=False)
         if self.rank == 0:
             self.preemption.clear_stop_file()
-        return self._end("stopped" if request == Request.STOP else "preempted")
+        return self._end("stopped" if request == StopRequest.STOP else "preempted")
 
     # Between updates ----------------------------------------------------------------------------------------------
 
-    def evaluate(self) -> Request:
+    def evaluate(self) -> StopRequest:
         """Evaluate weights and averages; returns a request that cut it short."""
         if self.config.data.val is None or self._evaluated == self.step:
-            return Request.NONE
+            return StopRequest.NONE
         begin = time.perf_counter()
         self.watchdog.beat("evaluating")
         try:
             metrics = self._evaluate_once("")
             if self.session.ema is not None and self.config.eval.ema:
-                self.checkpointer.settle()  # a skipped update has not waited for the save before it
+                self.checkpointer.wait_for_staging()  # a skipped update has not waited for the save before it
                 with self.session.ema.applied():
                     metrics |= self._evaluate_once("ema_")
         except evaluation.Interrupted:
             log.info("evaluation left: asked to end")
-            return Request.STOP if self.preemption.request() == Request.STOP else Request.PREEMPT
+            return StopRequest.STOP if self.preemption.request() == StopRequest.STOP else StopRequest.PREEMPT
         self._evaluated, self._metrics = self.step, metrics
         self.reporter.evaluation(metrics, self.step, self.samples_seen, time.perf_counter() - begin)
         self.watchdog.beat("evaluated")
         self.watchdog.pauses()  # left out already
-        return Request.NONE
+        return StopRequest.NONE
 
     def _evaluate_once(self, prefix: str) -> dict[str, float]:
         found = evaluation.evaluate(

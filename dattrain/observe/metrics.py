@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dattrain.runtime.files import reason
+from dattrain.files import reason, write_atomically
 
 Row = Mapping[str, Any]
 
@@ -39,12 +39,14 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """Writes rows, each flushed at once. A disk that takes none for a while ends no training: they follow when it does, and
-    whether it is to go on without is for the next save to tell. TensorBoard's sink is given up where it fails.
+    """Writes rows, each flushed at once.
+
+    A disk that takes none for a while ends no training: they follow when it does, and whether training can do without is
+    decided by the next save. TensorBoard's sink is given up where it fails.
 
     Args:
         run_dir: the run folder.
-        step: the update that training goes on from. Rows of later ones (a killed process trained further than its last
+        step: the update that training resumes from. Rows of later ones (a killed process trained further than its last
             checkpoint, or checkpoints were lost) are moved to ``metrics.replaced.jsonl``, so the curve is that of an
             undisturbed run; where it starts over, the TensorBoard folder is renamed too.
         tensorboard: write the TensorBoard sink as well.
@@ -57,7 +59,7 @@ class Metrics:
         self.path = run_dir / FILE
         self.rows, replaced = rewind(self.path, step)
         if replaced:
-            _tell(run_dir, step, replaced)
+            _report_replaced(run_dir, step, replaced)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._failing = False
         self._writer: Any = None
@@ -74,7 +76,7 @@ class Metrics:
             self._failing = False
         except OSError as error:
             if not self._failing:
-                log.warning("%s cannot be written (%s); training goes on", self.path, reason(error))
+                log.warning("%s cannot be written (%s); training continues", self.path, reason(error))
             self._failing = True
 
     def scalars(self, prefix: str, row: Row, step: int) -> None:
@@ -112,27 +114,30 @@ class Metrics:
 
 
 def rewind(path: Path, step: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Move every row after ``step`` to ``REPLACED`` and drop what is not a whole line; returns the rows kept and those moved.
-    Atomic: a process killed in between leaves a row in both files, never in none."""
+    """Move every row after ``step`` to ``REPLACED`` and drop lines cut short; returns the rows kept and those moved.
+
+    Atomic: a process killed in between leaves a row in both files, never in none.
+    """
     rows = read(path.parent)
     kept = [row for row in rows if row.get("step", 0) <= step]
     replaced = [row for row in rows if row.get("step", 0) > step]
     if replaced:
-        _write(path.with_name(REPLACED), "a", _text(replaced))
+        with open(path.with_name(REPLACED), "a", encoding="utf-8") as file:
+            file.write(_text(replaced))
+            file.flush()
+            os.fsync(file.fileno())
     text = _text(kept)
     if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != text:
-        aside = path.with_name(f".{path.name}")
-        _write(aside, "w", text)
-        os.replace(aside, path)
+        write_atomically(path, text, durable=True)
     return kept, replaced
 
 
-def _tell(run_dir: Path, step: int, replaced: Sequence[Row]) -> None:
+def _report_replaced(run_dir: Path, step: int, replaced: Sequence[Row]) -> None:
     """Say which rows were moved; where training starts over, give TensorBoard's folder another name."""
     first, last = (pick(row["step"] for row in replaced) for pick in (min, max))
     if step:
         log.info(
-            "going on from step %d: the rows of steps %d to %d in %s are moved to %s",
+            "resuming from step %d: the rows of steps %d to %d in %s are moved to %s",
             step, first, last, FILE, REPLACED,
         )  # fmt: skip
         return
@@ -151,13 +156,6 @@ def _tell(run_dir: Path, step: int, replaced: Sequence[Row]) -> None:
 
 def _text(rows: Sequence[Row]) -> str:
     return "".join(json.dumps(row, separators=(", ", ": ")) + "\n" for row in rows)
-
-
-def _write(path: Path, mode: str, text: str) -> None:
-    with open(path, mode, encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def last(rows: Iterable[Row], key: str) -> Row | None:

@@ -1,7 +1,6 @@
-"""Profiling of a few updates: a trace for Perfetto, a table per module against the device's measured ceilings, and on CUDA a
-snapshot of the memory.
+"""Profiling of a few updates: a trace, a table per module, and on CUDA a snapshot of the memory.
 
-Modules are timed by hooks that open a named range, so the table comes out of the same trace. A backward range runs from the
+The trace is for Perfetto; the table holds each module against the device's measured ceilings. Modules are timed by hooks that open a named range, so the table comes out of the same trace. A backward range runs from the
 gradient of a module's output to that of its input.
 """
 
@@ -12,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -69,7 +68,7 @@ class Profiler:
             torch.cuda.memory._record_memory_history(max_entries=200_000)
         self._ceilings = roofline.measure(self._device, self._dtype)
         self._hooks = watch(model, self._work)
-        self._profile = profile(activities=activities)
+        self._profile = cast(Any, profile(activities=activities))
         self._profile.__enter__()
 
     def finish(self) -> None:
@@ -86,7 +85,8 @@ class Profiler:
         text = table(self._profile.key_averages(), self._work, self._ceilings)
         (self._folder / f"rank_{self._rank}.modules.txt").write_text(text, encoding="utf-8")
         if self._device.type == "cuda":
-            torch.cuda.memory._dump_snapshot(str(self._folder / f"rank_{self._rank}.memory.pickle"))
+            dump: Any = torch.cuda.memory._dump_snapshot
+            dump(str(self._folder / f"rank_{self._rank}.memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
         self._profile, self._hooks = None, []
         log.info("profile written to %s", self._folder)
@@ -106,7 +106,7 @@ def _ranges(name: str, module: nn.Module, work: Work) -> list[Any]:
 
     def enter(prefix: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            range_ = record_function(prefix + name)
+            range_ = cast(Any, record_function(prefix + name))
             range_.__enter__()
             opened[prefix].append(range_)
 
@@ -132,8 +132,11 @@ def _ranges(name: str, module: nn.Module, work: Work) -> list[Any]:
 
 
 def table(averages: Any, work: Work, ceilings: Ceilings) -> str:
-    """Per module: calls and milliseconds forward and backward, on the host and (where there is one) on the device; FLOPs and
-    bytes of the forward passes, and the least time for them as a share of the time that they took."""
+    """Lines per module: calls, milliseconds, FLOPs, bytes and the share of the roofline.
+
+    Milliseconds are forward and backward, on the host and (where there is one) on the device; FLOPs and bytes are those of
+    the forward passes; the share is the least time for them over the time that they took.
+    """
     rows: dict[str, dict[str, Any]] = defaultdict(lambda: {FORWARD: None, BACKWARD: None})
     for event in averages:
         for prefix in (FORWARD, BACKWARD):

@@ -61,7 +61,7 @@ def train_flops_per_image(build: Callable[[], nn.Module], shape: tuple[int, int,
         image = torch.empty(1, *shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image)
-    return 3.0 * counter.get_total_flops()
+    return 3.0 * float(counter.get_total_flops())
 
 
 class Meter:
@@ -119,8 +119,7 @@ def memory_gb(device: torch.device) -> float:
 
 def duration(seconds: float) -> str:
     """``2d 03:04``, ``3:04:05`` or ``4:05``."""
-    whole = round(seconds)
-    minutes, s = divmod(whole, 60)
+    minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)
     if days:

@@ -14,8 +14,8 @@ from dattrain.pretrained.recipe_model import network
 from dattrain.pretrained.weights import METADATA_KEY, cfg_of_checkpoint, config_of
 from dattrain.state import gather
 from dattrain.state.convert import dcp_write, offline
-from dattrain.state.format.checkpoint import Manifest
-from dattrain.state.load import DTYPE_NAMES
+from dattrain.state.dtypes import DTYPE_NAMES
+from dattrain.state.format.manifest import Manifest
 
 
 def export_dcp(folder: Path, manifest: Manifest, out: Path) -> Path:

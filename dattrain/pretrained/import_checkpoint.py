@@ -20,7 +20,7 @@ from dattrain.state.checkpointer import describe
 from dattrain.state.convert import dcp_read, dcp_store, deepspeed_read, offline
 from dattrain.state.convert.offline import Source
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.manifest import Manifest, Parameter
 from dattrain.state.load import check_fits
 
 
@@ -88,7 +88,7 @@ def import_checkpoint(
         saved_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
     try:
-        with owner.take(run_dir, "imported into"):
+        with owner.acquire(run_dir, "imported into"):
             folder = offline.write_checkpoint(root, manifest, source.parts)
     except OSError as e:
         raise UserError(f"{root}: the checkpoint could not be written: {e.strerror or e}") from e

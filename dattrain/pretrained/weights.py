@@ -7,7 +7,6 @@ Nothing is ever unpickled here; the authors' ``.pth`` files come in by ``dattrai
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -22,11 +21,13 @@ from dattrain.config.schema import Config
 from dattrain.data.classes import read as read_classes
 from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import UserError
+from dattrain.files import replacing
 from dattrain.models.dat import DAT
 from dattrain.models.surgery import adopt_tables
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, as_pair, build, cfg_of_recipe, differences
 from dattrain.state import gather
 from dattrain.state.format import checkpoint
+from dattrain.state.format.manifest import Manifest, read_manifest
 
 METADATA_KEY = "dattrain"
 
@@ -81,19 +82,15 @@ def save(
         UserError: the file cannot be written, or does not hold ``model``.
     """
     path = Path(path)
-    tmp_path = path.with_name(f".{path.name}.part")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, tmp_path, {METADATA_KEY: cfg.to_json(), "format": "pt"})
-        if model is not None:
-            _check_same(path, tmp_path, model)
-        tmp_path.replace(path)
+        with replacing(path) as part:
+            save_file(tensors, part, {METADATA_KEY: cfg.to_json(), "format": "pt"})
+            if model is not None:
+                _check_same(path, part, model)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            tmp_path.unlink(missing_ok=True)
 
 
 def _check_same(path: Path, tmp_path: Path, model: DAT) -> None:
@@ -127,7 +124,7 @@ def run_of(folder: Path) -> Path | None:
     return next((p for p in (folder, *folder.absolute().parents[:2]) if (p / "config.yaml").is_file()), None)
 
 
-def cfg_of_checkpoint(folder: Path, manifest: checkpoint.Manifest, *, ema: bool) -> PretrainedCfg | None:
+def cfg_of_checkpoint(folder: Path, manifest: Manifest, *, ema: bool) -> PretrainedCfg | None:
     """The pretrained config of the weights in a checkpoint folder; None where no run folder around it has a ``config.yaml``.
 
     With progressive resizing it says the size that the tensors are laid out for, whichever phase that is.
@@ -162,7 +159,7 @@ def class_names(run: Path, config: Config) -> tuple[str, ...]:
 
 def _from_checkpoint(path: Path, ema: bool | None) -> tuple[DAT, PretrainedCfg]:
     folder = checkpoint.locate(path)
-    manifest = checkpoint.read_manifest(folder)
+    manifest = read_manifest(folder)
     if ema is None:
         ema = "ema" in manifest.states
     cfg = cfg_of_checkpoint(folder, manifest, ema=ema)

@@ -1,4 +1,4 @@
-"""A file that says who has a folder, taken and passed on so that one process alone gets it; on whatever file system.
+"""A file that says who has a folder, created and handed over so that one process alone gets it; on whatever file system.
 
 All that changes it is ``create`` (a hard link, or where there are none an exclusive creation: never a file lock, which network
 file systems often lack) and renames. The file that holds token D is replaced, or removed by D itself, by nobody but the holder of
@@ -27,7 +27,7 @@ from dattrain.runtime import process
 from dattrain.urls import mask
 
 _TOKEN = re.compile(r"\w{1,64}", re.ASCII)
-"""It becomes part of a file's name."""
+"""What a token looks like; it becomes part of a file's name."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ class Record:
     """What is done to the folder, as a participle: ``trained``."""
     host: str = ""
     boot: str = ""
-    """Of the host's kernel since it booted; empty where there is none to be had."""
+    """The host's boot id; empty where there is none to be had."""
     namespace: str = ""
-    """Within which ``pid`` counts; containers on one host have one each."""
+    """The namespace that ``pid`` counts in; containers on one host have one each."""
     pid: int = 0
     started: str = ""
-    """Of the process, in clock ticks since the boot."""
+    """The process's start, in clock ticks since the boot."""
     job: str = ""
-    """Slurm's, as squeue shows it."""
+    """Slurm's job id, as squeue shows it."""
     restart: int = 0
     """How often Slurm has requeued the job."""
     folder: str = ""
-    """Absolute, without links, as the owner sees it."""
+    """The absolute path, without links, as the owner sees it."""
     inode: int = 0
-    """Of this very file: a copy of it has another."""
+    """This file's own: a copy of it has another."""
     since: str = ""
     command: str = ""
 
@@ -68,8 +68,8 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A record as it lies on the disk. ``touched`` differs after every beat."""
+class StoredRecord:
+    """A record as it lies on the disk. ``touched`` differs after every heartbeat."""
 
     path: Path
     record: Record
@@ -77,7 +77,7 @@ class Seen:
     touched: int
 
 
-def myself(folder: Path, purpose: str = "") -> Record:
+def own_record(folder: Path, purpose: str = "") -> Record:
     """A new record for this process."""
     environ = os.environ
     array = environ.get("SLURM_ARRAY_JOB_ID")
@@ -86,8 +86,8 @@ def myself(folder: Path, purpose: str = "") -> Record:
         token=secrets.token_hex(8),
         purpose=purpose,
         host=socket.gethostname(),
-        boot=process.boot(),
-        namespace=process.namespace(),
+        boot=process.boot_id(),
+        namespace=process.pid_namespace(),
         pid=os.getpid(),
         started=process.start_time(os.getpid()) or "",
         job=f"{array}_{environ.get('SLURM_ARRAY_TASK_ID')}" if array else environ.get("SLURM_JOB_ID", ""),
@@ -100,21 +100,21 @@ def myself(folder: Path, purpose: str = "") -> Record:
 
 def create(path: Path, record: Record) -> bool:
     """Put ``record`` at ``path``, unless something is there; returns whether it was put."""
-    aside = path.with_name(f".{path.name}.{record.token}")
+    tmp_path = path.with_name(f".{path.name}.{record.token}")
     try:
-        with open(aside, "w", encoding="utf-8") as file:
+        with open(tmp_path, "w", encoding="utf-8") as file:
             _write(file.fileno(), record)
         try:
-            os.link(aside, path)
+            os.link(tmp_path, path)
             return True
         except FileExistsError:
             # NFS asks again where the answer was lost.
-            return os.stat(aside).st_nlink > 1
+            return os.stat(tmp_path).st_nlink > 1
         except OSError:
-            if os.stat(aside).st_nlink > 1:
+            if os.stat(tmp_path).st_nlink > 1:
                 return True
     finally:
-        aside.unlink(missing_ok=True)
+        tmp_path.unlink(missing_ok=True)
     # Without hard links: as safe, but for a moment it is there and empty.
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -135,7 +135,7 @@ def _write(descriptor: int, record: Record) -> None:
     os.fsync(descriptor)
 
 
-def read(path: Path) -> Seen | None:
+def read(path: Path) -> StoredRecord | None:
     """What is at ``path``, None if nothing is. Where that is no record, its token is empty."""
     record = Record("")
     try:
@@ -149,7 +149,7 @@ def read(path: Path) -> Seen | None:
         if not path.is_symlink():
             return None
         status = os.lstat(path)  # to nothing: the name is taken all the same
-    return Seen(path, record, status.st_ino, status.st_mtime_ns)
+    return StoredRecord(path, record, status.st_ino, status.st_mtime_ns)
 
 
 def parse(text: bytes) -> Record | None:
@@ -175,10 +175,10 @@ def claim_on(path: Path, token: str) -> Path:
     return path.with_name(f".{path.name}.after-{token or 'unreadable'}")
 
 
-def succession(path: Path) -> list[Seen]:
+def claim_chain(path: Path) -> list[StoredRecord]:
     """The file, the claim on its owner, the claim on that one's holder, ...: the last one has the right to it."""
 
-    def following() -> Iterator[Seen]:
+    def following() -> Iterator[StoredRecord]:
         at, known = path, set()
         while (seen := read(at)) is not None and at not in known:
             known.add(at)
@@ -188,20 +188,20 @@ def succession(path: Path) -> list[Seen]:
     return list(following())
 
 
-def succeed(path: Path, chain: list[Seen], mine: Record) -> bool:
+def take_over(path: Path, chain: list[StoredRecord], own: Record) -> bool:
     """Take the place of the last of ``chain``, which is dead; returns False where another was faster."""
     claim = claim_on(path, chain[-1].record.token)
-    if not create(claim, mine):
+    if not create(claim, own):
         return False
     for seen in reversed(chain):
         # Whose place it is may have changed before the claim was ours; from then on it cannot.
         now = read(seen.path)
         if now is None or now.record.token != seen.record.token:
-            if holds(claim, mine):
+            if holds(claim, own):
                 claim.unlink(missing_ok=True)
             break
         with contextlib.suppress(FileNotFoundError):
             # Not there where an earlier holder of this claim, not dead after all, has just renamed it: by name, so it is ours.
             os.replace(claim, seen.path)
         claim = seen.path
-    return holds(path, mine)
+    return holds(path, own)

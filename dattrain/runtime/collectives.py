@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Of the default process group; (0, 1) without one."""
+    """(rank, world size) of the default process group; (0, 1) without one."""
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized():
@@ -28,12 +28,12 @@ def broadcast(value: Any, source: int = 0) -> Any:
 
     if rank_and_world()[1] == 1:
         return value
-    held = [value]
-    dist.broadcast_object_list(held, src=source)
-    return held[0]
+    obj_list = [value]
+    dist.broadcast_object_list(obj_list, src=source)
+    return obj_list[0]
 
 
-def share(data: Tensor, source: int) -> None:
+def broadcast_tensor(data: Tensor, source: int) -> None:
     """Fill ``data``, contiguous and in host memory, with that of rank ``source``. Collective."""
     import torch.distributed as dist
 
@@ -41,19 +41,19 @@ def share(data: Tensor, source: int) -> None:
         dist.broadcast(data, src=source)
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """Every rank's ``value``, by rank. Collective."""
     import torch.distributed as dist
 
     world = rank_and_world()[1]
     if world == 1:
         return [value]
-    held: list[Any] = [None] * world
-    dist.all_gather_object(held, value)
-    return held
+    obj_list: list[Any] = [None] * world
+    dist.all_gather_object(obj_list, value)
+    return obj_list
 
 
-# What one rank cannot do, none goes on with.
+# What fails on one rank ends on all.
 
 
 def together(action: Callable[[], T]) -> list[T]:
@@ -63,14 +63,16 @@ def together(action: Callable[[], T]) -> list[T]:
         Damaged: some rank's action did; on every rank, in the words of the first.
         UserError: another rank's action raised something else. What this rank's own raised is raised as it is.
     """
-    value, failure = _tried(action)
-    told = gather((value, _told(failure)))
+    value, failure = _attempt(action)
+    gathered = all_gather((value, _description(failure)))
     if failure is not None and not isinstance(failure, Damaged):
         raise failure
-    bad = [why for _, why in told if why is not None]
-    for why in sorted(bad, key=lambda w: w[0]):  # damage can be got over: it comes last
-        _refuse(why)
-    return [theirs for theirs, _ in told]
+    bad = [why for _, why in gathered if why is not None]
+    for why in sorted(
+        bad, key=lambda w: w[0]
+    ):  # a damaged file may have an older one behind it: it comes last
+        _raise(why)
+    return [each for each, _ in gathered]
 
 
 def from_first(action: Callable[[], T]) -> T:
@@ -80,14 +82,14 @@ def from_first(action: Callable[[], T]) -> T:
 
 def from_rank(source: int, action: Callable[[], T]) -> T:
     """What ``action`` gives on rank ``source``, which alone runs it. Collective. Raises as ``together``, on every rank."""
-    mine = rank_and_world()[0] == source
-    value, failure = _tried(action) if mine else (None, None)
-    value, why = broadcast((value, _told(failure)), source)
+    value, failure = _attempt(action) if rank_and_world()[0] == source else (None, None)
+    result: T
+    result, why = broadcast((value, _description(failure)), source)
     if failure is not None:
         raise failure
     if why is not None:
-        _refuse(why)
-    return value
+        _raise(why)
+    return result
 
 
 def tensors_from_first(produce: Callable[[], Iterable[tuple[str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:
@@ -112,29 +114,29 @@ def tensors_from_first(produce: Callable[[], Iterable[tuple[str, Tensor]]]) -> I
         tensor = found[1].detach().cpu().contiguous()
         return found[0], tensor.dtype, tuple(tensor.shape)
 
-    while (told := from_first(step)) is not None:
-        name, dtype, shape = told
+    while (header := from_first(step)) is not None:
+        name, dtype, shape = header
         if rank:
             tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel():
-            share(tensor.reshape(-1).view(torch.uint8), 0)
+            broadcast_tensor(tensor.reshape(-1).view(torch.uint8), 0)
         yield name, tensor
 
 
-def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return action(), None
     except Exception as e:
         return None, e
 
 
-def _told(failure: Exception | None) -> tuple[bool, str] | None:
+def _description(failure: Exception | None) -> tuple[bool, str] | None:
     """A failure for other ranks: whether it is damage, and the words."""
     if failure is None or isinstance(failure, (Damaged, UserError)):
         return None if failure is None else (isinstance(failure, Damaged), str(failure))
     return False, f"rank {rank_and_world()[0]}: {type(failure).__name__}: {failure}"
 
 
-def _refuse(why: tuple[bool, str]) -> NoReturn:
+def _raise(why: tuple[bool, str]) -> NoReturn:
     damaged, text = why
     raise Damaged(text) if damaged else UserError(text)

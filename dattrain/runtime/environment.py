@@ -1,7 +1,7 @@
 """Who am I: rank, world, device and rendezvous, resolved once, for torchrun, our launcher, submitit, srun and plain python.
 
 ``resolve`` is pure (a mapping of environment variables in, an ``Env`` out); ``connect``, ``disconnect`` and ``process_group`` have the effects.
-Not here: spawning local ranks (``launch``), checking that the nodes can talk to each other (``preflight``).
+Not here: spawning local ranks (``spawn``), checking that the nodes can reach each other (``preflight``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 """torchrun's, of a rank."""
 _FILES = 1 << 20
 """Open files at most: some containers allow a billion, and there are programs that close each number one by one."""
-MEET = (
+RENDEZVOUS_HINT = (
     "Where nodes do not reach each other by that name, set rendezvous_suffix in the cluster's profile, or MASTER_ADDR (and "
     "MASTER_PORT) in the environment of the ranks"
 )
@@ -52,7 +52,7 @@ class Env:
     """Processes on this node; 0 where the launcher does not say."""
     master_addr: str
     master_port: int
-    """0 when there is nobody to meet."""
+    """0 in a world of one."""
     launcher: Launcher
     host: str
 
@@ -64,7 +64,7 @@ def resolve(environ: Mapping[str, str], host: str | None = None) -> Env:
     executor, a Slurm step (srun, submitit), nothing. A batch script that runs python without srun is one process, however
     many tasks were allocated.
 
-    The ranks of a Slurm step meet at ``MASTER_ADDR`` as given; else at the step's first node, by its name in Slurm, or where
+    The rendezvous of a Slurm step's ranks is ``MASTER_ADDR`` as given; else at the step's first node, by its name in Slurm, or where
     ``DATTRAIN_RENDEZVOUS_SUFFIX`` is set (a profile's ``rendezvous_suffix``) by its short name and that.
 
     Raises:
@@ -121,7 +121,7 @@ def resolve(environ: Mapping[str, str], host: str | None = None) -> Env:
         return Env(0, 0, 1, 1, "127.0.0.1", 0, "single", host)
     if env.world > 1 and env.master_port == 0:
         raise UserError(
-            "MASTER_PORT=0 is no port where ranks could meet; torchrun: give --standalone, or a --master-port"
+            "MASTER_PORT=0 is no port for a rendezvous; torchrun: give --standalone, or a --master-port"
         )
     if not 0 <= env.rank < env.world:
         raise UserError(
@@ -237,9 +237,11 @@ def configure(
 
 
 def _cache_on_the_node() -> None:
-    """Triton's cache in the temporary folder, unless ``TRITON_CACHE_DIR`` says where it is: by default it is at home, often a
-    network's, to which all ranks of all nodes would write the same kernels at once. It holds libraries that are loaded, so a
-    folder that another user made is not taken."""
+    """Put Triton's cache into the temporary folder, unless ``TRITON_CACHE_DIR`` says where it is.
+
+    By default it is at home, often on a network, to which all ranks of all nodes would write the same kernels at once. It
+    holds libraries that are loaded, so a folder that another user made is not taken.
+    """
     if "TRITON_CACHE_DIR" in os.environ:
         return
     folder = Path(tempfile.gettempdir()) / f"dattrain-triton-{os.getuid()}"
@@ -258,8 +260,10 @@ def device_name(device: torch.device) -> str:
 
 
 def raise_open_files() -> None:
-    """Raise this process's soft limit of open files to the hard one: gloo opens up to three sockets for each other rank, and
-    the usual soft limit of 1,024 is reached at 341 ranks. What is started from here inherits it."""
+    """Raise this process's soft limit of open files to the hard one; what is started from here inherits it.
+
+    gloo opens up to three sockets for each other rank, and the usual soft limit of 1,024 is reached at 341 ranks.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -268,11 +272,10 @@ def raise_open_files() -> None:
 
 
 def connect(env: Env, device: torch.device, timeout_s: float = 1800.0) -> None:
-    """Join the process group (gloo on CPU; NCCL with gloo for CPU tensors on CUDA), set torchrun's variables, and raise the
-    limit of open files.
+    """Join the process group: gloo on CPU; NCCL with gloo for CPU tensors on CUDA.
 
-    One process needs no network at all. Libraries that look for ``RANK`` and friends find them afterwards. For a process
-    that ends as a rank; ``process_group`` for one that goes on.
+    Sets torchrun's variables, for libraries that look for ``RANK`` and friends, and raises the limit of open files. One
+    process needs no network at all. For a process that ends as a rank; ``process_group`` for one that does something else after.
 
     Raises:
         UserError: the master cannot be reached, or its port is taken.
@@ -294,7 +297,9 @@ def connect(env: Env, device: torch.device, timeout_s: float = 1800.0) -> None:
     else:
         backend = "gloo"
     if env.world == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+        from torch._C._distributed_c10d import HashStore
+
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=limit)
         return
     try:
         dist.init_process_group(
@@ -307,8 +312,8 @@ def connect(env: Env, device: torch.device, timeout_s: float = 1800.0) -> None:
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{env.host}: rank {env.rank} of {env.world} cannot meet the others at {env.master_addr}:{env.master_port}: "
-            f"{str(error).splitlines()[0]}. {MEET}"
+            f"{env.host}: rank {env.rank} of {env.world} cannot reach the others at {env.master_addr}:{env.master_port}: "
+            f"{str(error).splitlines()[0]}. {RENDEZVOUS_HINT}"
         ) from error
 
 
@@ -326,8 +331,10 @@ def disconnect() -> None:
 def process_group(
     env: Env, device: torch.device, timeout_s: float = 1800.0, *, disconnect: Callable[[], None] = disconnect
 ) -> Iterator[None]:
-    """``connect`` for a block, unless this process is in a group already; its variables are then what they were before, or
-    whatever is started later from here would take itself for a rank.
+    """``connect`` for a block, unless this process is in a group already.
+
+    Afterwards the environment's variables are what they were before, or whatever is started later from here would take
+    itself for a rank.
 
     After a failure a group of several is left alone: the others may be waiting in it, and leaving would wait for them.
 

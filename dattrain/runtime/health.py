@@ -24,12 +24,12 @@ from typing import IO
 
 from dattrain.clock import Stopwatch
 from dattrain.errors import STALLED
-from dattrain.runtime.files import reason
+from dattrain.files import reason, write_atomically
 
-_NOTICE_S = 10.0
+_GRACE_S = 10.0
 """Between noticing a stall and ending the process: the other ranks need it to notice, and to dump their stacks."""
 
-_LOOK_S = 5.0
+_TICK_S = 5.0
 """Most that one look at the clock counts as silence. The thread looks every second; what is much later, it was kept from."""
 
 log = logging.getLogger(__name__)
@@ -76,11 +76,11 @@ class Verdicts:
         return Verdict.ROLL_BACK
 
     def state(self) -> dict[str, int]:
-        """For a checkpoint's meta."""
+        """The counters, for a checkpoint's meta."""
         return {"in_a_row": self.in_a_row, "rollbacks": self.rollbacks, "total": self.total}
 
     def restore(self, state: dict[str, int]) -> None:
-        """From a checkpoint's meta."""
+        """Take the counters of a checkpoint's meta."""
         self.in_a_row, self.rollbacks, self.total = state["in_a_row"], state["rollbacks"], state["total"]
 
 
@@ -88,7 +88,7 @@ class Watchdog:
     """Ends the job when this rank has not beaten for ``limit_s`` seconds, after every rank has written down its stacks.
 
     Time in which this process did not run at all (a suspended job, SIGSTOP, a laptop's lid) is nobody's silence: each look at the
-    clock counts no more than ``_LOOK_S``. A call into C that keeps the GIL for ever stops the thread that looks; a process of
+    clock counts no more than ``_TICK_S``. A call into C that keeps the GIL for ever stops the thread that looks; a process of
     its own, a few MB of bare Python, watches for that, and counts neither while it is stopped nor while this process is.
 
     Args:
@@ -106,7 +106,7 @@ class Watchdog:
         rank: int,
         host: str,
         exit: Callable[[int], object] = os._exit,
-        notice_s: float = _NOTICE_S,
+        notice_s: float = _GRACE_S,
     ) -> None:
         self.limit_s, self.notice_s = limit_s, notice_s
         self.attempt: str | None = None
@@ -114,7 +114,7 @@ class Watchdog:
         self._marker = run_dir / "logs" / "stalled.json"
         self._file, self._rank, self._host, self._exit = file, rank, host, exit
         self._place = "starting"
-        self._silence = Stopwatch(_LOOK_S)
+        self._silence = Stopwatch(_TICK_S)
         self._helper: subprocess.Popen[bytes] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -124,7 +124,7 @@ class Watchdog:
         self._thread.start()
         limit = self.limit_s * 1.5 + 2 * self.notice_s + grace_s
         self._helper = _start_helper(
-            limit, self._marker, self._me(limit) | {"place": "a call that keeps the GIL"}
+            limit, self._marker, self._status(limit) | {"place": "a call that keeps the GIL"}
         )
         return self
 
@@ -166,20 +166,18 @@ class Watchdog:
                 return found if found.get("rank") != self._rank else None
         return None
 
-    def _me(self, silent: float) -> dict[str, object]:
+    def _status(self, silent: float) -> dict[str, object]:
         return {
             "rank": self._rank, "host": self._host, "place": self._place, "silent_s": round(silent, 1),
             "attempt": self.attempt,
         }  # fmt: skip
 
     def _dump(self, silent: float, other: dict[str, object] | None) -> None:
-        me = self._me(silent)
+        me = self._status(silent)
         if other is None:
             with contextlib.suppress(OSError):
                 self._marker.parent.mkdir(parents=True, exist_ok=True)
-                aside = self._marker.with_name(f".stalled.{self._rank}")
-                aside.write_text(json.dumps(me))
-                os.replace(aside, self._marker)
+                write_atomically(self._marker, json.dumps(me))
         first = me if other is None else other
         reason = (
             f"stalled: rank {first['rank']} on {first['host']} was silent for {first['silent_s']} s in "
@@ -236,10 +234,10 @@ for which it needs no GIL."""
 
 def _start_helper(limit_s: float, marker: Path, me: dict[str, object]) -> subprocess.Popen[bytes] | None:
     # What Slurm sends to all processes of a step, and Ctrl-C, must not end it: it inherits the mask.
-    told = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, told)
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
-        words = [str(os.getpid()), str(limit_s), str(_LOOK_S), str(marker), json.dumps(me)]
+        words = [str(os.getpid()), str(limit_s), str(_TICK_S), str(marker), json.dumps(me)]
         helper = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _HELPER, *words],
             stdin=subprocess.PIPE,

@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from dattrain.urls import mask
 
@@ -17,7 +17,13 @@ _FORMAT = "%(asctime)s %(levelname).1s {who} %(name)s: %(message)s"
 _CONSOLE = "%(message)s"
 
 
-class Console(logging.StreamHandler):
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[IO[str]]
+else:  # Python 3.10 has no such subscript
+    _StreamHandler = logging.StreamHandler
+
+
+class Console(_StreamHandler):
     """Log records and, on a terminal, one live line below them that is rewritten in place."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
@@ -100,7 +106,7 @@ class RankLog:
         if self.console is not None:
             self.console.clear()
         for handler in self._handlers:
-            with contextlib.suppress(OSError):  # a full disk: what ended the run is to be told, not this
+            with contextlib.suppress(OSError):  # a full disk: what ended the run is to be said, not this
                 handler.flush()
             root.removeHandler(handler)
         self._handlers = []
@@ -129,6 +135,6 @@ def setup(run_dir: Path, rank: int, world: int, host: str) -> RankLog:
 
 
 def _only_ours_or_warnings(record: logging.LogRecord) -> bool:
-    """And not what whoever raised it will say (``extra={"console": False}``)."""
+    """Whether the console shows a record; not what whoever raised it will say (``extra={"console": False}``)."""
     ours = record.name.startswith("dattrain") or record.levelno >= logging.WARNING
     return ours and getattr(record, "console", True)

@@ -3,7 +3,7 @@
 ``owner.json`` in the folder says who has it: a token, and the process, host and job behind it. It needs no file locks, which
 network file systems often lack: it is taken by a hard link (or an exclusive creation), and its owner touches it every few
 seconds. Whoever finds one asks whether its owner lives: by the process itself on the same machine, else by watching
-for ``SILENCE_S`` of its own clock whether the file is touched. Clocks of two machines are never compared.
+for ``TIMEOUT_S`` of its own clock whether the file is touched. Clocks of two machines are never compared.
 
 Only the file decides. An owner that was silent for so long that another took its place (suspended, cut off from its disk)
 finds the other's token there and must not write again: ``Owner.confirm`` before whatever another's work could be lost to.
@@ -26,12 +26,12 @@ from typing import Literal
 
 from dattrain.errors import UserError
 from dattrain.runtime import claims, process
-from dattrain.runtime.claims import Record, Seen
+from dattrain.runtime.claims import Record, StoredRecord
 
 NAME = "owner.json"
-BEAT_S = 5.0
+HEARTBEAT_S = 5.0
 """Seconds between two touches of the file by its owner."""
-SILENCE_S = 30.0
+TIMEOUT_S = 30.0
 """Seconds without a touch after which an owner that cannot be seen otherwise is dead."""
 TRAINED = "trained"
 """The purpose of a training."""
@@ -39,60 +39,62 @@ TRAINED = "trained"
 log = logging.getLogger(__name__)
 
 
-class Held(UserError):
+class InUse(UserError):
     """Another process has the folder."""
 
 
-Standing = Literal["lives", "gone", "unknown"]
+Liveness = Literal["alive", "dead", "unknown"]
 
 
-def judge(seen: Seen, here: Record) -> Standing:
-    """What this process (``here``) can tell of an owner without waiting. A file that was copied along with its folder
-    owns nothing; an attempt of a job that Slurm has requeued is over, wherever its processes may still run.
+def liveness(seen: StoredRecord, here: Record) -> Liveness:
+    """What this process (``here``) can tell of an owner without waiting.
+
+    A file that was copied along with its folder owns nothing; an attempt of a job that Slurm has requeued is over, wherever
+    its processes may still run.
     """
     record = seen.record
     if record.inode not in (0, seen.inode) and not _same(record.folder, here.folder):
-        return "gone"
+        return "dead"
     if record.job and record.job == here.job and record.restart < here.restart:
-        return "gone"
+        return "dead"
     if not record.is_of(here):
         return "unknown"
     started = process.start_time(record.pid)
     if started != record.started:
-        return "unknown" if started is None and process.hidden(record.pid) else "gone"
+        return "unknown" if started is None and process.hidden(record.pid) else "dead"
     # Killed, it may take a while to give back a large memory. It touches nothing any more, so that ends by itself.
-    return "unknown" if process.dying(record.pid) else "lives"
+    return "unknown" if process.dying(record.pid) else "alive"
 
 
-def look(folder: Path) -> tuple[Record, Standing] | None:
+def current_owner(folder: Path) -> tuple[Record, Liveness] | None:
     """Who has ``folder``, as far as can be told without waiting; None where nobody has. Writes nothing.
 
     Raises:
         UserError: the file cannot be read.
     """
     chain = _chain(folder)
-    standing = judge(chain[-1], claims.myself(folder)) if chain else "gone"
-    return None if standing == "gone" else (chain[-1].record, standing)
+    state = liveness(chain[-1], claims.own_record(folder)) if chain else "dead"
+    return None if state == "dead" else (chain[-1].record, state)
 
 
-def refuse_if_held(folder: Path, patience_s: float = 2 * BEAT_S) -> None:
+def refuse_if_in_use(folder: Path, patience_s: float = 2 * HEARTBEAT_S) -> None:
     """Return where nobody is seen to own ``folder``. Writes nothing; waits ``patience_s`` at most, and only for an owner elsewhere.
 
     Raises:
-        Held: naming the owner.
+        InUse: naming the owner.
         UserError: the file cannot be read.
     """
-    here, watch = claims.myself(folder), _Watch(patience_s)
+    here, watch = claims.own_record(folder), _HeartbeatWatch(patience_s)
     while chain := _chain(folder):
-        standing = judge(chain[-1], here)
-        if standing == "lives" or (standing == "unknown" and watch.touched(chain[-1])):
-            raise held(folder, chain[-1].record, here)
-        if standing == "gone" or watch.over:
+        state = liveness(chain[-1], here)
+        if state == "alive" or (state == "unknown" and watch.touched(chain[-1])):
+            raise in_use(folder, chain[-1].record, here)
+        if state == "dead" or watch.over:
             return
         time.sleep(watch.pause_s)
 
 
-def held(folder: Path, record: Record, here: Record) -> Held:
+def in_use(folder: Path, record: Record, here: Record) -> InUse:
     """The error that says so, to ``here``."""
     text = f"{folder} is being {record.purpose or 'written'} by {record.who()}"
     if record.purpose == TRAINED:
@@ -103,49 +105,53 @@ def held(folder: Path, record: Record, here: Record) -> Held:
     else:
         text += "; wait for it"
     if record.is_of(here) and process.suspended(record.pid):
-        text += f". It is suspended: let it go on (kill -CONT {record.pid}) or end it (kill -9 {record.pid})"
-    return Held(text)
+        text += (
+            f". It is suspended: let it continue (kill -CONT {record.pid}) or end it (kill -9 {record.pid})"
+        )
+    return InUse(text)
 
 
-def take(
+def acquire(
     folder: Path,
     purpose: str = TRAINED,
     *,
-    beat_s: float = BEAT_S,
-    silence_s: float = SILENCE_S,
+    heartbeat_s: float = HEARTBEAT_S,
+    timeout_s: float = TIMEOUT_S,
     give_up: Callable[[], bool] = lambda: False,
 ) -> Owner:
-    """Become the owner of ``folder``, which is made where it is not there. Returns at once where nobody has it, or a dead
-    process of this machine; else after ``silence_s`` at most. ``give_up`` is asked meanwhile.
+    """Become the owner of ``folder``, which is made where it is not there.
+
+    Returns at once where nobody has it, or a dead process of this machine; else after ``timeout_s`` at most. ``give_up`` is
+    asked meanwhile.
 
     Raises:
-        Held: somebody else has it, and lives.
+        InUse: somebody else has it, and lives.
         KeyboardInterrupt: ``give_up`` said so.
         UserError: the folder cannot be written.
     """
-    path, watch = folder / NAME, _Watch(silence_s, pause_s=min(1.0, beat_s / 4))
+    path, watch = folder / NAME, _HeartbeatWatch(timeout_s, pause_s=min(1.0, heartbeat_s / 4))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        mine = claims.myself(folder, purpose)
+        own = claims.own_record(folder, purpose)
         while True:
             chain, pause_s = _chain(folder), 0.02
             if not chain:
-                if claims.create(path, mine):
+                if claims.create(path, own):
                     break
             else:
                 last = chain[-1]
-                standing = judge(last, mine)
-                if standing == "lives" or (standing == "unknown" and watch.touched(last)):
-                    raise held(folder, last.record, mine)
-                if standing == "gone" or watch.over:
-                    if claims.succeed(path, chain, mine):
+                state = liveness(last, own)
+                if state == "alive" or (state == "unknown" and watch.touched(last)):
+                    raise in_use(folder, last.record, own)
+                if state == "dead" or watch.over:
+                    if claims.take_over(path, chain, own):
                         break
                 else:
                     pause_s = watch.pause_s
                     if watch.first:
                         log.warning(
                             "waiting up to %.0f s: %s had %s, and may live",
-                            silence_s,
+                            timeout_s,
                             last.record.who(),
                             folder,
                         )
@@ -154,15 +160,15 @@ def take(
             time.sleep(pause_s)
     except OSError as error:
         raise UserError(f"{folder}: the run folder cannot be written: {error.strerror or error}") from error
-    return Owner(path, mine, beat_s, silence_s)
+    return Owner(path, own, heartbeat_s, timeout_s)
 
 
 class Owner:
-    """This process's hold on a folder, from ``take`` to ``release``. A thread keeps touching the file."""
+    """This process's hold on a folder, from ``acquire`` to ``release``. A thread keeps touching the file."""
 
-    def __init__(self, path: Path, record: Record, beat_s: float, silence_s: float) -> None:
+    def __init__(self, path: Path, record: Record, heartbeat_s: float, timeout_s: float) -> None:
         self.path, self.record = path, record
-        self._beat_s, self._silence_s = beat_s, silence_s
+        self._heartbeat_s, self._timeout_s = heartbeat_s, timeout_s
         self._successor: Record | None = None
         self._released = False
         self._confirmed = _clock()
@@ -174,7 +180,7 @@ class Owner:
     @property
     def lost(self) -> bool:
         """Whether another has the folder by now. Costs nothing unless this process was silent for long."""
-        if _clock() - self._confirmed > self._silence_s / 2:
+        if _clock() - self._confirmed > self._timeout_s / 2:
             with contextlib.suppress(OSError):
                 self._look()
         return self._successor is not None
@@ -183,23 +189,23 @@ class Owner:
         """Return if the folder is still this process's, by the file itself.
 
         Raises:
-            Held: another has it, or it was released.
+            InUse: another has it, or it was released.
             OSError: the file cannot be read.
         """
         self._look()
         if self._successor is not None and not self._successor.pid and not self.path.parent.is_dir():
-            raise Held(
-                f"{self.path.parent} has not been there for more than {self._silence_s:.0f} s: it was moved or removed, or its disk "
+            raise InUse(
+                f"{self.path.parent} has not been there for more than {self._timeout_s:.0f} s: it was moved or removed, or its disk "
                 "is gone; this process ends, and writes nothing more there"
             )
         if self._successor is not None:
-            raise Held(
+            raise InUse(
                 f"{self.path.parent}: {self._successor.who()} has taken this run folder over, since process {self.record.pid} on "
-                f"{self.record.host} was silent for more than {self._silence_s:.0f} s (suspended, or cut off from its disk); "
+                f"{self.record.host} was silent for more than {self._timeout_s:.0f} s (suspended, or cut off from its disk); "
                 "this process ends, and writes nothing more there"
             )
         if self._released:
-            raise Held(
+            raise InUse(
                 f"{self.path.parent}: this process has let go of the run folder, and writes nothing more there"
             )
 
@@ -210,7 +216,7 @@ class Owner:
         self._released = True
         self._stop.set()
         # Beside a hung disk the thread may not answer; it is a daemon's.
-        self._thread.join(timeout=self._silence_s)
+        self._thread.join(timeout=self._timeout_s)
         with contextlib.suppress(OSError):
             claim = claims.claim_on(self.path, self.record.token)
             try:
@@ -229,7 +235,7 @@ class Owner:
         self.release()
 
     def _beat(self) -> None:
-        while not self._stop.wait(self._beat_s) and self._successor is None:
+        while not self._stop.wait(self._heartbeat_s) and self._successor is None:
             with contextlib.suppress(OSError):
                 self._look()
 
@@ -243,7 +249,7 @@ class Owner:
                     # To open it is what makes NFS ask the server for the file that has this name now.
                     descriptor = os.open(self.path, os.O_RDONLY)
                 except FileNotFoundError:
-                    if _clock() - self._confirmed > self._silence_s:
+                    if _clock() - self._confirmed > self._timeout_s:
                         self._successor = Record("")  # one that has come and gone
                         return
                     if claims.create(self.path, self.record):
@@ -263,23 +269,23 @@ class Owner:
                     self._successor = found
                     return
                 time.sleep(0.05)  # created, not yet written
-            chain = claims.succession(self.path)
-            known = _clock() - self._confirmed <= self._silence_s and [s.record.token for s in chain] == [""]
-            if not (known and claims.succeed(self.path, chain, self.record)):
+            chain = claims.claim_chain(self.path)
+            known = _clock() - self._confirmed <= self._timeout_s and [s.record.token for s in chain] == [""]
+            if not (known and claims.take_over(self.path, chain, self.record)):
                 raise OSError(f"{self.path} cannot be read")
 
 
-class _Watch:
+class _HeartbeatWatch:
     """Watches one file for touches, by this process's own clock and eyes: time in which it did not look counts for little."""
 
     def __init__(self, limit_s: float, pause_s: float = 0.5) -> None:
         self.limit_s, self.pause_s = limit_s, pause_s
         self.first = self.over = False
         """Whether the last look was the first at this owner; whether it has been silent for the limit."""
-        self._last: Seen | None = None
+        self._last: StoredRecord | None = None
         self._silent = self._looked = 0.0
 
-    def touched(self, seen: Seen) -> bool:
+    def touched(self, seen: StoredRecord) -> bool:
         """Whether its owner has touched it since the last look."""
         now, last = time.monotonic(), self._last
         if last is None or (last.path, last.record.token) != (seen.path, seen.record.token):
@@ -292,9 +298,9 @@ class _Watch:
         return False
 
 
-def _chain(folder: Path) -> list[Seen]:
+def _chain(folder: Path) -> list[StoredRecord]:
     try:
-        return claims.succession(folder / NAME)
+        return claims.claim_chain(folder / NAME)
     except OSError as error:
         raise UserError(
             f"{folder / NAME}: cannot be read, and so not who has the folder: {error.strerror or error}"

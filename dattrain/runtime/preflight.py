@@ -1,4 +1,4 @@
-"""Before a job begins: can its processes meet, reduce, and save into one folder? What fails names the node.
+"""Before a job begins: can its processes reach each other, reduce, and save into one folder? What fails names the node.
 
 ``reach`` works before there is a process group; ``check`` within one. ``doctor`` and the job's start call both.
 """
@@ -12,13 +12,13 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dattrain.errors import UserError
-from dattrain.runtime.environment import MEET, Env
-from dattrain.runtime.files import Failed, doing, reason, sync
+from dattrain.files import Failed, doing, reason, sync
+from dattrain.runtime.environment import RENDEZVOUS_HINT, Env
 
 _ELEMENTS = 1 << 20
 
@@ -26,23 +26,23 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Report:
+class PreflightResult:
     """What the checks found, the same on every rank."""
 
     world: int
     hosts: list[str]
     """Distinct host names in order of rank."""
     devices: int
-    """Devices per process's view; the same everywhere."""
+    """CUDA devices that each process sees; the same everywhere."""
     all_reduce_ms: float
     """Median time to reduce 4 MiB."""
     all_reduce_gb_s: float
     """4 MiB over that time."""
     folder_ms: float
-    """From the rename of a folder on one rank to its sight on all."""
+    """Time from the rename of a folder on one rank until all see it."""
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Lines for people."""
         if self.world == 1:
             return [
                 f"one process on {self.hosts[0]}, {self.devices} CUDA devices visible; the run folder takes what a save does: "
@@ -75,7 +75,7 @@ def reach(env: Env, timeout_s: float = 60.0) -> None:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{env.host}: the host of rank 0, {env.master_addr!r}, does not resolve ({error.strerror}); "
-                    f"check /etc/hosts or DNS on this node. {MEET}"
+                    f"check /etc/hosts or DNS on this node. {RENDEZVOUS_HINT}"
                 ) from error
             time.sleep(0.5)
     # torchrun's agent holds the port already.
@@ -91,9 +91,10 @@ def reach(env: Env, timeout_s: float = 60.0) -> None:
             ) from error
 
 
-def check(env: Env, folder: Path, timeout_s: float = 60.0) -> Report:
-    """Within the process group: gather, reduce, and do what a save does in ``folder/checkpoints``. Collective. Leaves nothing there,
-    but an empty ``checkpoints`` where that failed.
+def check(env: Env, folder: Path, timeout_s: float = 60.0) -> PreflightResult:
+    """Gather, reduce, and do what a save does in ``folder/checkpoints``, within the process group. Collective.
+
+    Leaves nothing there, but an empty ``checkpoints`` where that failed.
 
     Raises:
         UserError: on every rank, naming each node on which something failed.
@@ -103,14 +104,14 @@ def check(env: Env, folder: Path, timeout_s: float = 60.0) -> Report:
 
     world = dist.get_world_size()
     cuda = torch.cuda.is_available()
-    mine: dict[str, Any] = {"host": env.host, "devices": torch.cuda.device_count() if cuda else 0}
+    local: dict[str, Any] = {"host": env.host, "devices": torch.cuda.device_count() if cuda else 0}
     views: list[Any] = [None] * world
-    dist.all_gather_object(views, mine)
+    dist.all_gather_object(views, local)
     hosts = list(dict.fromkeys(view["host"] for view in views))
     counts = {view["host"]: view["devices"] for view in views}
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{host}: {count}" for host, count in counts.items())
-        raise UserError(f"the nodes do not see the same number of devices ({told})")
+        counted = ", ".join(f"{host}: {count}" for host, count in counts.items())
+        raise UserError(f"the nodes do not see the same number of devices ({counted})")
     problems: list[str] = []
     seconds = _all_reduce(
         torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), problems
@@ -124,7 +125,7 @@ def check(env: Env, folder: Path, timeout_s: float = 60.0) -> Report:
     times = torch.tensor([seconds, seen], dtype=torch.float64)
     dist.all_reduce(times := times.to("cuda") if cuda else times, op=dist.ReduceOp.MAX)
     slowest, latest = times.tolist()
-    return Report(
+    return PreflightResult(
         world=world,
         hosts=hosts,
         devices=next(iter(counts.values())),
@@ -157,31 +158,34 @@ def _all_reduce(device: Any, problems: list[str]) -> float:
 
 
 def _save(folder: Path, env: Env, problems: list[str], timeout_s: float) -> float:
-    """Do in ``folder/checkpoints`` what a save does: each node writes and syncs a file in a folder, which rank 0 syncs, renames
-    and removes; every rank must see it under its new name. Seconds until this one did. Collective."""
+    """Do in ``folder/checkpoints`` what a save does; returns the seconds until this rank saw it. Collective.
+
+    Each node writes and syncs a file in a folder, which rank 0 syncs, renames and removes; every rank must see it under its
+    new name.
+    """
     import torch.distributed as dist
 
     rank = dist.get_rank()
     root = folder / "checkpoints"
     token = _from_first_rank(secrets.token_hex(8))
-    # Names that ``state.checkpoint.recover`` clears away, should we be killed here.
-    aside, published = root / f".new-preflight-{token}", root / f".gone-preflight-{token}"
+    # Names that ``state.format.checkpoint.recover`` removes, should this process be killed here.
+    staging, published = root / f".new-preflight-{token}", root / f".gone-preflight-{token}"
     made = False
     if rank == 0:
         with _noted(folder, problems), doing("folders cannot be made"):
             made = not root.exists()
             root.mkdir(parents=True, exist_ok=True)
-            aside.mkdir()
+            staging.mkdir()
     if _from_first_rank(not problems) and env.local_rank == 0:
         with _noted(root, problems):
-            _write(aside, f"rank_{rank:05d}", token)
+            _write(staging, f"rank_{rank:05d}", token)
     dist.barrier()
     if rank == 0 and not problems:
         with _noted(root, problems):
             with doing("folders cannot be synced (fsync)"):
-                sync(aside)
+                sync(staging)
             with doing("folders cannot be renamed"):
-                os.rename(aside, published)
+                os.rename(staging, published)
             with doing("folders cannot be synced (fsync)"):
                 sync(root)
     begin = time.perf_counter()
@@ -190,7 +194,7 @@ def _save(folder: Path, env: Env, problems: list[str], timeout_s: float) -> floa
     seconds = time.perf_counter() - begin
     dist.barrier()
     if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         if published.exists():
             with _noted(root, problems), doing("folders cannot be removed"):
                 shutil.rmtree(published)
@@ -240,11 +244,6 @@ def _noted(place: Path, problems: list[str]) -> Iterator[None]:
 def _from_first_rank(value: T) -> T:
     import torch.distributed as dist
 
-    held = [value]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
-
-
-def as_json(report: Report) -> dict[str, Any]:
-    """For logs."""
-    return asdict(report)
+    obj_list = [value]
+    dist.broadcast_object_list(obj_list, src=0)
+    return obj_list[0]

@@ -7,13 +7,13 @@ import signal
 from pathlib import Path
 
 
-def boot() -> str:
-    """Of the kernel since it booted; empty where there is none to be had."""
+def boot_id() -> str:
+    """The kernel's id of this boot; empty where there is none to be had."""
     return _text("/proc/sys/kernel/random/boot_id")
 
 
-def namespace() -> str:
-    """Within which this process's number counts: containers have one each. Empty where there is none to be had."""
+def pid_namespace() -> str:
+    """The namespace that this process's number counts in (containers have one each); empty where there is none to be had."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -21,8 +21,10 @@ def namespace() -> str:
 
 
 def start_time(pid: int) -> str | None:
-    """Start of a process in clock ticks after boot, which with its number names it; None if there is none, or it is a zombie, with
-    all of its threads: one that is in a call of the file system ends later than the first."""
+    """Start of a process in clock ticks after boot, which with its number names it; None if there is no such process.
+
+    Nor of a zombie, once all of its threads have ended: one that is in a call of the file system ends later than the first.
+    """
     found = _stat(pid)
     return None if found is None or (found[0] in "ZX" and int(found[17]) <= 1) else found[19]
 

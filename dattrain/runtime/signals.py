@@ -1,7 +1,7 @@
-"""Signals only set a flag; at a step's edge all ranks agree on it. The stop file does the same by hand.
+"""Signals only set a flag; at a step boundary all ranks agree on it. The stop file does the same by hand.
 
-A handler that saved by itself could not: the save is collective, and a signal may reach one rank only (submitit tells
-rank 0 alone). So the handler remembers, the trainer's per-step all-reduce spreads the word, and all ranks save together.
+A handler could not save by itself: all ranks have to, and a signal may reach one rank only (submitit signals rank 0
+alone). So the handler remembers, the trainer's all-reduce of each step tells the others, and all ranks save together.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-REQUEUE = 75
-"""Exit code of a process that saved because it was preempted and wants to be started again (EX_TEMPFAIL)."""
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """A library that takes SIGUSR1 for itself (NCCL may) installs a handler over ours."""
 STOP_FILE = "stop"
 
 
-class Request(IntEnum):
+class StopRequest(IntEnum):
     """What was asked for; the larger one wins when ranks disagree."""
 
     NONE = 0
@@ -70,16 +67,16 @@ class Preemption:
         if callable(handler) and handler is not signal.default_int_handler:
             handler(signum, None)
 
-    def request(self, look_for_file: bool = True) -> Request:
+    def request(self, look_for_file: bool = True) -> StopRequest:
         """What this rank has been asked for. One rank is enough to look for the stop file."""
         if self._interrupted:
-            return Request.STOP
+            return StopRequest.STOP
         if look_for_file and self._stop_file is not None and self._stop_file.exists():
-            return Request.STOP
-        return Request.NONE if self.received is None else Request.PREEMPT
+            return StopRequest.STOP
+        return StopRequest.NONE if self.received is None else StopRequest.PREEMPT
 
     def clear_stop_file(self) -> None:
-        """Remove the stop file, so that the next start goes on."""
+        """Remove the stop file, so that the next start trains."""
         if self._stop_file is not None:
             self._stop_file.unlink(missing_ok=True)
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dattrain.runtime.signals import REQUEUE
+from dattrain.errors import REQUEUE
 from dattrain.urls import mask
 
 REPORT = "DATTRAIN_REPORT"
@@ -109,7 +109,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def report(text: str) -> None:
-    """In a rank: why it ends. Ranks that fail for one reason say it once, through their launcher; others print it."""
+    """Say why this rank ends. Ranks that fail for one reason say it once, through their launcher; others print it."""
     text = mask(text)
     if REPORT in os.environ:
         Path(os.environ[REPORT]).write_text(text, encoding="utf-8")
@@ -129,10 +129,10 @@ def free_port() -> int:
     """A TCP port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def _die_with_parent() -> None:
-    """In the child: have Linux kill it when the launcher dies, however it dies. Elsewhere the ranks outlive a SIGKILL."""
+    """Have Linux kill this child when the launcher dies, however it dies. Elsewhere the ranks outlive a SIGKILL."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)

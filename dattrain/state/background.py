@@ -1,4 +1,4 @@
-"""One task at a time on another thread, the host memory that it reads from, and the copy that fills it."""
+"""One task at a time on another thread, the host memory that it reads from, and the copy that fills it (staging)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from torch import Tensor
 from dattrain.state import partition
 
 
-class OneInFlight:
-    """Runs one callable at a time on a daemon thread. Its failure is kept until somebody asks, never lost."""
+class BackgroundTask:
+    """Runs one callable at a time on a daemon thread. Its failure is kept until ``wait`` raises it, never lost."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -23,13 +24,8 @@ class OneInFlight:
         self._failure: BaseException | None = None
 
     @property
-    def running(self) -> bool:
-        """Whether the last task has not ended yet."""
-        return self._thread is not None and self._thread.is_alive()
-
-    @property
     def failed(self) -> bool:
-        """Whether a task has failed and nobody has been told yet."""
+        """Whether a task has failed, and ``wait`` has not raised that yet."""
         return self._failure is not None
 
     def start(self, task: Callable[[], None]) -> None:
@@ -45,19 +41,14 @@ class OneInFlight:
         self._thread = threading.Thread(target=run, name=self._name, daemon=True)
         self._thread.start()
 
-    def poll(self) -> None:
-        """Raise the failure of a task that has ended, once."""
-        if not self.running:
-            failure, self._failure = self._failure, None
-            if failure is not None:
-                raise failure
-
     def wait(self) -> None:
-        """Wait for the task, then ``poll``."""
+        """Wait for the task; raise its failure, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.poll()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
 
 class HostBuffer:
@@ -69,8 +60,11 @@ class HostBuffer:
         self._unpin: Callable[[], object] = lambda: None
 
     def take(self, size: int) -> Tensor:
-        """The first ``size`` bytes, uint8, 1-D. What an earlier ``take`` returned is overwritten by writing here, and where
-        that was smaller it is no longer pinned: no copy to it may be under way."""
+        """The first ``size`` bytes, uint8, 1-D.
+
+        What an earlier ``take`` returned is overwritten by writing here, and where that was smaller it is no longer pinned:
+        no copy to it may be under way.
+        """
         if self._bytes.numel() < size:
             # Let the old one go before its successor comes.
             self._unpin()
@@ -91,20 +85,26 @@ class HostBuffer:
 
 
 def pin(host: Tensor) -> int:
-    """Page-lock the memory of ``host``, no more than it has: torch's allocator of pinned memory rounds up to a power of two and
-    gives nothing back. Returns the address, for ``unpin``.
+    """Page-lock the memory of ``host``; returns the address, for ``unpin``.
+
+    No more than it has: torch's allocator of pinned memory rounds up to a power of two and gives nothing back.
 
     Raises:
         torch.cuda.CudaError: the driver refuses.
     """
     address = host.data_ptr()
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, host.numel(), 0))
+    torch.cuda.check_error(_cudart().cudaHostRegister(address, host.numel(), 0))
     return address
 
 
 def unpin(address: int) -> None:
     """Undo ``pin``; the memory must still be there."""
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
+    torch.cuda.check_error(_cudart().cudaHostUnregister(address))
+
+
+def _cudart() -> Any:
+    runtime: Any = torch.cuda.cudart
+    return runtime()
 
 
 @dataclass(frozen=True)
@@ -122,19 +122,20 @@ class Copy:
         return self.at + 4 * self.numel
 
 
-class SideCopy:
+class StagingCopy:
     """Copies of live state into ``host`` beside the pass that only reads that state.
 
     Made where the state is as it shall be saved, ``run`` on another thread (on CUDA by a stream of its own, so that neither
-    kernels nor the host wait), and ``fence`` called by whoever is about to change the state.
+    kernels nor the host wait), and ``wait`` called by whoever is about to change the state.
     """
 
     def __init__(self, host: Tensor, copies: Sequence[Copy]) -> None:
         self._host, self._copies = host, copies
         self._issued = threading.Event()
-        self._stream: torch.cuda.Stream | None = None
+        self._stream: Any = None
         if torch.cuda.is_available():
-            self._stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
+            cuda: Any = torch.cuda
+            self._stream, self._done = cuda.Stream(), cuda.Event()
             self._stream.wait_stream(torch.cuda.current_stream())
 
     @torch.no_grad()
@@ -159,8 +160,8 @@ class SideCopy:
             target = self._host[copy.at : copy.end].view(torch.float32)
             target.copy_(partition.read(copy.source, copy.first, copy.numel), non_blocking=True)
 
-    def fence(self) -> None:
-        """What this thread does next to the sources comes after the copy: the host waits for it, on CUDA the stream alone."""
+    def wait(self) -> None:
+        """Order what this thread does next to the sources after the copy: the host waits for it, on CUDA the stream alone."""
         self._issued.wait()
         if self._stream is not None:
             torch.cuda.current_stream().wait_event(self._done)

@@ -1,7 +1,7 @@
-"""Whole tensors out of a checkpoint, one after another: for evaluation, prediction, export and fine-tuning.
+"""Full tensors out of a checkpoint, one after another: for evaluation, prediction, export and fine-tuning.
 
 Needs neither the ranks that wrote it nor DeepSpeed. Tensors come in groups of at most ``GROUP`` bytes (or one that is larger):
-for each the shards are opened one after another, and no more than one at a time, however many there are.
+for each the rank files are opened one after another, and no more than one at a time, however many there are.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from dattrain.errors import Damaged, UserError
 from dattrain.state import load
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest
-from dattrain.state.format.prefetch import Span, read_ahead
+from dattrain.state.format.manifest import Manifest
+from dattrain.state.format.prefetch import Span, prefetch
 from dattrain.state.format.rank_file import Pieces
 
 GROUP = 512 << 20
-"""Bytes of tensors that are put together in one pass over the shards."""
+"""Bytes of tensors that are put together in one pass over the rank files."""
 State = Literal["param", "exp_avg", "exp_avg_sq", "ema"]
 
 
@@ -31,13 +31,13 @@ def iter_tensors(
     """(name, tensor) for every parameter in the model's order: fp32, on the host, of the parameter's shape.
 
     Args:
-        folder: a checkpoint (``step_...``), or a run folder, which means its newest whole one.
+        folder: a checkpoint (``step_...``), or a run folder, which means its newest complete one.
         state: what to gather. ``ema`` takes the weights of frozen parameters, which do not move; moments leave them out.
         verify: whether to check checksums of what is read.
         names: read these alone.
 
     Raises:
-        UserError: there is no whole checkpoint, it holds no such state, or it turns out to be damaged on the way.
+        UserError: there is no complete checkpoint, it holds no such state, or it turns out to be damaged on the way.
     """
     folder = checkpoint.locate(Path(folder))
     try:
@@ -51,7 +51,7 @@ def iter_tensors(
             if (wanted is None or name in wanted) and (parameter.trainable or state in ("param", "ema"))
         }
         for group in _groups(manifest, sources):
-            yield from _whole(folder, manifest, {(sources[name], name) for name in group}, verify=verify)
+            yield from _full(folder, manifest, {(sources[name], name) for name in group}, verify=verify)
     except Damaged as e:
         raise UserError(f"{folder} is damaged: {e}") from e
 
@@ -70,10 +70,10 @@ def _groups(manifest: Manifest, names: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _whole(
+def _full(
     folder: Path, manifest: Manifest, wanted: set[tuple[str, str]], *, verify: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every (state, name) that is ``wanted``, in the model's order: one pass over the shards."""
+    """(name, tensor) of every (state, name) that is ``wanted``, in the model's order: one pass over the rank files."""
     state_of = {name: state for state, name in wanted}
     tensors = {name: torch.empty(p.numel) for name, p in manifest.parameters.items() if name in state_of}
     runs: dict[str, list[tuple[int, int]]] = {name: [] for name in tensors}
@@ -92,7 +92,7 @@ def _whole(
         return spans
 
     files = [(folder / name, digest) for name, digest in manifest.files.items()]
-    with read_ahead(files, choose, verify=verify) as found:
+    with prefetch(files, choose, verify=verify) as found:
         for _, parts in found:
             for (name, start), at, data in parts:
                 first = start + at // 4

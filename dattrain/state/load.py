@@ -1,7 +1,7 @@
 """Load a checkpoint into an engine of any world size and ZeRO stage, by the overlap of fragments.
 
-Nothing is converted and nothing is gathered. A rank takes from its own shard whatever that covers: on the ranks and the stage
-that saved, everything, and nobody opens another's. What is still missing anywhere after that, each shard's one reader sends to
+Nothing is converted and nothing is gathered. A rank takes from its own file whatever that covers: on the ranks and the stage
+that saved, everything, and nobody opens another's. What is still missing anywhere after that, each file's one reader sends to
 all (``relay``), and each copies the overlap with its own fragments where it belongs. So a file is read by one rank, or by two.
 """
 
@@ -20,25 +20,12 @@ from torch import Tensor
 from dattrain.errors import Damaged, UserError
 from dattrain.runtime import collectives
 from dattrain.state import partition
-from dattrain.state.format.checkpoint import Manifest, Parameter, shard_name
-from dattrain.state.format.prefetch import Span, read_ahead
+from dattrain.state.dtypes import DTYPES
+from dattrain.state.format.manifest import Manifest, Parameter, rank_file_name
+from dattrain.state.format.prefetch import Span, prefetch
 from dattrain.state.format.rank_file import Digest, Piece, Pieces, Reader
 from dattrain.state.partition import MOMENTS, Fragment, LocalState
 from dattrain.state.relay import relay
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {v: k for k, v in _DTYPES.items()}
 
 
 def check_fits(
@@ -106,7 +93,7 @@ class Wanted:
         """Forget what is full; bool by number: whether something of it is not."""
         left = {n: [t for t in targets if not t.full] for n, targets in self._targets.items()}
         self._targets = {n: targets for n, targets in left.items() if targets}
-        # The range of elements that is missing of each number: most pieces are told apart by it alone.
+        # The range of elements that is missing of each number: it alone decides for most pieces.
         self._low = np.full(len(self.numbers), np.iinfo(np.int64).max)
         self._high = np.zeros(len(self.numbers), np.int64)
         for number, targets in self._targets.items():
@@ -146,13 +133,13 @@ class Wanted:
 
 
 class _Target:
-    """A fragment's tensor of one state, and which of its elements have come."""
+    """A fragment's tensor of one state, and which of its elements were received."""
 
     def __init__(self, state: str, fragment: Fragment, tensor: Tensor) -> None:
         self.state, self.name, self.shape = state, fragment.name, fragment.shape
         self.start, self.end = fragment.start, fragment.start + fragment.numel
         self._tensor, self._offset = tensor, fragment.offset
-        self._come: list[tuple[int, int]] = []  # runs of elements, neighbours joined as they come
+        self._received: list[tuple[int, int]] = []  # runs of elements, neighbours joined
 
     def cut(self, start: int, end: int) -> tuple[int, int] | None:
         """The part of elements ``[start, end)`` that lies in here."""
@@ -163,14 +150,14 @@ class _Target:
         """Write fp32 ``values``, the elements from ``first`` on."""
         partition.write(self._tensor, self._offset + first - self.start, values)
         last = first + values.numel()
-        if self._come and self._come[-1][1] == first:
-            first = self._come.pop()[0]
-        self._come.append((first, last))
+        if self._received and self._received[-1][1] == first:
+            first = self._received.pop()[0]
+        self._received.append((first, last))
 
     @property
     def full(self) -> bool:
-        """Whether every element has come exactly once."""
-        return exactly(self.start, self.end, self._come)
+        """Whether every element was received exactly once."""
+        return exactly(self.start, self.end, self._received)
 
 
 def _run(piece: Piece) -> tuple[int, int]:
@@ -178,7 +165,7 @@ def _run(piece: Piece) -> tuple[int, int]:
 
 
 def _within(spans: Sequence[Span], begin: int, end: int) -> Iterator[tuple[Span, int, int]]:
-    """Of ``spans``, ordered and disjoint, those that reach into ``[begin, end)``, each with its part in there."""
+    """Those of ``spans``, ordered and disjoint, that reach into ``[begin, end)``, each with its part in there."""
     for span in itertools.islice(spans, bisect.bisect_right(spans, begin, key=lambda s: s.end), None):
         if span.begin >= end:
             return
@@ -231,10 +218,10 @@ def load(
         wanted = Wanted(local, manifest, states, ema)
         if local.rank == 0:
             buffers.update(read_buffers(files, tuple(local.buffers()), verify=verify))
-        own = shard_name(local.rank)
-        if own in manifest.files and _cut_alike(local, manifest):
+        own = rank_file_name(local.rank)
+        if own in manifest.files and _same_partition(local, manifest):
             file = (folder / own, manifest.files[own])
-            with read_ahead([file], wanted.in_one_file, verify=verify) as found:
+            with prefetch([file], wanted.in_one_file, verify=verify) as found:
                 for _, parts in found:
                     for part in parts:
                         wanted.put(*part)
@@ -255,7 +242,7 @@ def load(
                             wanted.put(span.tag, lo - span.begin, data[lo - begin : hi - begin])
                 except Exception as e:
                     failure = e
-    held = collectives.broadcast(buffers)
+    loaded = collectives.broadcast(buffers)
 
     def finish() -> None:
         if failure is not None:
@@ -265,7 +252,7 @@ def load(
             for average, master in zip(ema, local.masters):
                 average.copy_(master.detach())
         for name, buffer in local.buffers().items():
-            value = held[name]
+            value = loaded[name]
             if value.numel() != math.prod(buffer.shape):
                 raise Damaged(f"buffer {name} has {value.numel()} elements, not {buffer.numel()}")
             buffer.copy_(value.reshape(buffer.shape))
@@ -274,8 +261,8 @@ def load(
     collectives.together(finish)
 
 
-def _cut_alike(local: LocalState, manifest: Manifest) -> bool:
-    """Whether this rank's own shard is likely to hold what it wants. Stages 1 and 2 cut alike; 0 saves shares of what all hold."""
+def _same_partition(local: LocalState, manifest: Manifest) -> bool:
+    """Whether this rank's own file is likely to hold what it wants. Stages 1 and 2 cut alike; 0 saves shares of what all have."""
     kinds = (0, 1, 1, 2)
     return (
         local.stage > 0
@@ -288,18 +275,18 @@ def _cut_alike(local: LocalState, manifest: Manifest) -> bool:
 def read_buffers(
     files: Sequence[tuple[Path, Digest]], names: Sequence[str], *, verify: bool
 ) -> dict[str, Tensor]:
-    """Buffers, whole, on the host. They are in the first file, which rank 0 wrote, or in a later one. Raises Damaged."""
+    """Buffers by name, on the host. They are in the first file, which rank 0 wrote, or in a later one. Raises Damaged."""
     found: dict[str, Tensor] = {}
     for path, digest in files:
-        left = [n for n in names if n not in found]
-        if not left:
+        missing = [n for n in names if n not in found]
+        if not missing:
             break
         with Reader(path, digest, verify=verify) as reader:
-            for name in left:
+            for name in missing:
                 for piece, begin in reader.pieces().get(("buffer", name), ())[:1]:
                     data = reader.read(begin, piece.nbytes)
-                    flat = torch.frombuffer(data, dtype=_DTYPES[piece.dtype]) if data else torch.empty(0)
-                    found[name] = flat.to(_DTYPES[piece.dtype]).reshape(piece.shape or ())
+                    flat = torch.frombuffer(data, dtype=DTYPES[piece.dtype]) if data else torch.empty(0)
+                    found[name] = flat.to(DTYPES[piece.dtype]).reshape(piece.shape or ())
     for name in names:
         if name not in found:
             raise Damaged(f"buffer {name} is there 0 times")

@@ -14,15 +14,14 @@ Tested against DeepSpeed 0.19.8. Attributes used that are not its public interfa
   ``update_lp_params``.
 - stage 3: ``ds_id``, ``ds_shape``, ``ds_numel``, ``ds_tensor`` of parameters; ``grad_position``, ``get_param_id``,
   ``fp32_partitioned_groups_flat``, ``fp16_partitioned_groups_flat``, ``_unflatten_partitioned_parameters``,
-  ``checkpoint_event_prologue``/``epilogue``, ``backup_optimizer``, ``ds_persist``, ``comm_dtype``, ``ipg_buckets``.
+  ``checkpoint_event_prologue``/``epilogue``, ``backup_optimizer``.
 - all: ``engine.basic_optimizer``, ``engine.optimizer.loss_scaler``, the engine's step counters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,17 +30,16 @@ from torch import Tensor
 
 from dattrain.errors import UserError
 from dattrain.runtime.collectives import rank_and_world
-from dattrain.state.format.checkpoint import Parameter
+from dattrain.state.format.manifest import Parameter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STATES = ("param", *MOMENTS, "ema")
 MINIMUM_VERSION = (0, 19, 8)
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements ``[start, start + numel)`` of the flattened parameter ``name`` (full shape ``shape``), held by this rank.
+    """Elements ``[start, start + numel)`` of the flattened parameter ``name`` (full shape ``shape``), on this rank.
 
     Its master weights are ``masters[flat][offset : offset + numel]``, flattened; moments and averages lie at the same place
     of tensors like that master. ``flat`` is -1 for a frozen parameter, which has weights alone. ``saved`` is the part,
@@ -191,7 +189,8 @@ class LocalState:
     def _state_of(self, key: Tensor) -> dict[str, Any]:
         for optimizer in self.optimizers:
             if key in optimizer.state:
-                return optimizer.state[key]
+                state: dict[str, Any] = optimizer.state[key]
+                return state
         return {}
 
     # Reading and writing
@@ -296,59 +295,6 @@ class LocalState:
             found.append({k: v for k, v in plain.items() if _is_plain(v)})
         return found
 
-    # Averages
-
-    def new_ema(self) -> list[Tensor]:
-        """An average that starts at the current masters: one tensor like each of ``masters``."""
-        return [m.detach().clone(memory_format=torch.preserve_format) for m in self.masters]
-
-
-@torch.no_grad()
-def lerp_ema(ema: list[Tensor], masters: list[Tensor], decay: float) -> None:
-    """``ema = decay * ema + (1 - decay) * masters``, in place, local, in few kernels. Elementwise, so exact under sharding."""
-    torch._foreach_lerp_(ema, [m.detach() for m in masters], 1.0 - decay)
-
-
-@contextmanager
-def averaged(engine: Any, ema: list[Tensor]) -> Iterator[None]:
-    """Within it the module computes with the averaged weights. Collective on entry and exit; needs one more master at a time."""
-    state = LocalState(engine)
-
-    @torch.no_grad()
-    def swap() -> None:
-        state.begin_write()
-        for master, average in zip(state.masters, ema, strict=True):
-            held = master.detach().clone()
-            master.data.copy_(average)
-            average.copy_(held)
-        state.refresh()
-
-    swap()
-    try:
-        yield
-    finally:
-        swap()
-
-
-def steady_gathers(engine: Any) -> None:
-    """Make ZeRO-3 under autocast gather a parameter in the same dtype every time; call it once, right after initialisation.
-
-    DeepSpeed gathers weights of convolutions and linear layers in bf16. Small ones it keeps gathered, and then some paths
-    give it the bf16 value and others the fp32 one: those of the first update of a process re-gather in bf16, later ones do
-    not. With accumulation, a resumed run would differ from the one never stopped. So the small ones are gathered, and their
-    gradients reduced, in fp32, like the norms' (0.19.8, ``PartitionedParameterCoordinator.release_sub_module``).
-    """
-    if int(engine.zero_optimization_stage()) != 3:
-        return
-    for parameter in engine.module.parameters():
-        if getattr(parameter, "ds_persist", False) and hasattr(parameter, "comm_dtype"):
-            if torch.float32 not in engine.optimizer.ipg_buckets:
-                raise UserError(
-                    "zero.stage=3 with precision bf16 and no fp32 layer cannot resume exactly; "
-                    "set zero.extra.stage3_param_persistence_threshold: 0"
-                )
-            del parameter.comm_dtype
-
 
 def read(tensor: Tensor, offset: int, numel: int) -> Tensor:
     """``numel`` elements from ``offset`` of the flattened ``tensor``: a view where its memory allows, else a copy."""
@@ -388,7 +334,7 @@ def _running(sizes: list[int]) -> list[int]:
 
 
 def _shares(sizes: list[int], rank: int, world: int) -> list[tuple[int, int]]:
-    """For tensors of ``sizes`` laid end to end and cut into ``world`` equal parts: what of each tensor is ``rank``'s."""
+    """What of each tensor is ``rank``'s, of tensors of ``sizes`` laid end to end and cut into ``world`` equal parts."""
     total = sum(sizes)
     first, last = total * rank // world, total * (rank + 1) // world
     return [

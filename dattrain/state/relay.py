@@ -1,8 +1,8 @@
-"""The shards of a checkpoint sent from their one reader to every rank.
+"""The rank files of a checkpoint, each sent from its one reader to every rank.
 
 Where all ranks want something of all files (another world, another stage), a thousand of them opening a thousand files each is
 what a file system does not survive. Here each file is opened and read once, by one rank, checked there, and broadcast; the
-readers are spread over the ranks and read ahead all at the same time. The price is that each rank receives the whole of
+readers are spread over the ranks and prefetch all at the same time. The price is that each rank receives all of
 what is wanted anywhere, one piece of at most ``CHUNK`` bytes after another.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from dattrain.errors import Damaged
 from dattrain.runtime import collectives
-from dattrain.state.format.prefetch import Part, Span, read_ahead
+from dattrain.state.format.prefetch import Part, Span, prefetch
 from dattrain.state.format.rank_file import CHUNK, Digest, Pieces
 
 
@@ -42,7 +42,7 @@ def relay(
     """
     rank, world = collectives.rank_and_world()
     readers = [i * world // len(files) for i in range(len(files))]
-    mine = [file for file, reader in zip(files, readers) if reader == rank]
+    local_files = [file for file, reader in zip(files, readers) if reader == rank]
 
     def choose(pieces: Pieces) -> list[Span]:
         spans = []
@@ -54,18 +54,20 @@ def relay(
                 spans.append(Span(begin, begin + piece.nbytes, (number, piece.start, piece.numel)))
         return spans
 
-    wire = _Wire()
-    with read_ahead(mine, choose, verify=verify) as found:
+    channel = _Channel()
+    with prefetch(local_files, choose, verify=verify) as found:
         sender = _Sender(found)
         for reader in readers:
-            count = int.from_bytes(wire.send(8, reader, sender.count), "little")
-            table = np.frombuffer(bytes(wire.send(24 * count, reader, sender.table)), np.int64).reshape(-1, 3)
-            yield table, _chunks(wire, reader, 4 * int(table[:, 2].sum()), sender)
+            count = int.from_bytes(channel.send(8, reader, sender.count), "little")
+            table = np.frombuffer(bytes(channel.send(24 * count, reader, sender.table)), np.int64).reshape(
+                -1, 3
+            )
+            yield table, _chunks(channel, reader, 4 * int(table[:, 2].sum()), sender)
 
 
-def _chunks(wire: _Wire, reader: int, size: int, sender: _Sender) -> Iterator[tuple[int, memoryview]]:
+def _chunks(channel: _Channel, reader: int, size: int, sender: _Sender) -> Iterator[tuple[int, memoryview]]:
     for begin in range(0, size, CHUNK):
-        yield begin, wire.send(min(CHUNK, size - begin), reader, sender.data)
+        yield begin, channel.send(min(CHUNK, size - begin), reader, sender.data)
 
 
 class _Sender:
@@ -78,13 +80,13 @@ class _Sender:
         self._rest = memoryview(b"")
 
     def count(self, view: memoryview) -> None:
-        """Go on to the next file: the number of its pieces."""
+        """Advance to the next file: the number of its pieces."""
         spans, self._parts = next(self._found)
         self._rows = [span.tag for span in spans]
         view[:] = len(self._rows).to_bytes(8, "little")
 
     def table(self, view: memoryview) -> None:
-        """Its table."""
+        """The table of its pieces."""
         view[:] = np.array(self._rows, np.int64).tobytes()
 
     def data(self, view: memoryview) -> None:
@@ -98,7 +100,7 @@ class _Sender:
             self._rest, at = self._rest[count:], at + count
 
 
-class _Wire:
+class _Channel:
     """Messages whose size every rank knows, each with a byte that says whether its sender failed; one buffer for all."""
 
     def __init__(self) -> None:
@@ -120,7 +122,7 @@ class _Wire:
                 fill(view[:size])
             except Exception as e:
                 failure, view[size] = e, 1
-        collectives.share(message, source)
+        collectives.broadcast_tensor(message, source)
         if view[size]:
             collectives.from_rank(source, lambda: _raise(failure))
         return view[:size]

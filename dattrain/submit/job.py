@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dattrain.errors import UserError
-from dattrain.runtime.owner import Held
+from dattrain.files import write_atomically
+from dattrain.runtime.owner import InUse
 from dattrain.submit.history import attempt_folder
 from dattrain.urls import mask
 
@@ -71,7 +72,7 @@ class Job:
             "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
             "error": str(error) if isinstance(error, UserError) else mask("".join(lines).strip())[-2000:],
             "user_error": isinstance(error, UserError),
-            "held": isinstance(error, Held),
+            "held": isinstance(error, InUse),
             "time": time.time(),
         }
         _publish(self._folder() / f"rank_{_rank():05d}.json", report)
@@ -103,9 +104,7 @@ def _rank() -> int:
 
 def _publish(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, json.dumps(content))
 
 
 def _train(run: Path) -> dict[str, Any]:

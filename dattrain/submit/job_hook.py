@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any, Sequence  # noqa: UP035 (Python 3.8 runs this file)
 
+from dattrain.errors import REQUEUE
+from dattrain.files import write_atomically
 from dattrain.submit import command, job_state
 from dattrain.submit.history import (
     CRASHES,
@@ -43,7 +45,7 @@ from dattrain.submit.history import (
 )
 
 # Exit statuses of a batch script. Slurm shows them; afterok and afternotok see zero or not.
-DONE, STOPPED, AGAIN, BROKEN = 0, 3, 75, 1
+DONE, STOPPED, AGAIN, BROKEN = 0, 3, REQUEUE, 1
 
 SUBMISSION_S = 60.0
 """Seconds that a job waits for word of its submission; submitit waits as long for its pickle."""
@@ -282,9 +284,7 @@ def _queue_next(
     if follower is None:
         _warn(run, job, "no follow-up: " + why)
         return None
-    aside = folder / f".{follower}.tmp"
-    aside.write_bytes(work)
-    aside.replace(folder / f"{follower}_submitted.pkl")
+    write_atomically(folder / f"{follower}_submitted.pkl", work)
     script.replace(folder / f"{follower}_submission.sh")
     record(run, "submit", job=follower, by="follow-up", after=job, dependency=dependency)
     for child in _waiting_jobs(spec):

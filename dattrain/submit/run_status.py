@@ -83,8 +83,8 @@ def report(run: Path, states: Mapping[str, JobState], *, local_alive: bool = Fal
 
 def _by_hand(run: Path, state: str, why: str) -> tuple[str, str]:
     """The same for a run that a process trains without a job of ours, or whose jobs are another folder's."""
-    found = owner.look(run)
-    if found is not None and found[1] == "lives" and found[0].purpose == owner.TRAINED:
+    found = owner.current_owner(run)
+    if found is not None and found[1] == "alive" and found[0].purpose == owner.TRAINED:
         return "running", f"trained by {found[0].who()}"
     told = [why, history.origin(run)]
     jobs = [e["job"] for e in history.history(run) if e["event"] == "submit"]

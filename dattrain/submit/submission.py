@@ -20,6 +20,7 @@ from dattrain.config.derive import check_source, derive
 from dattrain.config.load import Loaded, dump
 from dattrain.engine import resume_rules
 from dattrain.errors import ConfigError, UserError
+from dattrain.files import write_atomically
 from dattrain.runtime import owner
 from dattrain.submit import command, history, host, queue, run_status, shell, slurm, snapshot
 from dattrain.submit.cluster import Profile
@@ -204,7 +205,7 @@ def check_run(run: Path, loaded: Loaded) -> None:
     if not known and run.is_dir() and any(run.iterdir()):
         raise ConfigError(f"{run} is not empty and not a run folder; choose another --run")
     _refuse_second_job(run)
-    owner.refuse_if_held(run)
+    owner.refuse_if_in_use(run)
 
 
 def _refuse_second_job(run: Path) -> None:
@@ -225,7 +226,7 @@ def reserved(stages: Sequence[Stage]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for stage in stages:
-            stack.enter_context(owner.take(stage.placement(None).folder.parent, "submitted"))
+            stack.enter_context(owner.acquire(stage.placement(None).folder.parent, "submitted"))
             for run in stage.runs:
                 _refuse_second_job(run)
         yield
@@ -373,7 +374,4 @@ def add_dependents(run: Path, waiting: Sequence[Path]) -> None:
 
 def write(path: Path, text: str) -> None:
     """Write a small file at once: a reader sees the old one or the new one. What holds the secrets of a URL is its owner's."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.touch(0o666 if mask(text) == text else 0o600)
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, text, private=mask(text) != text)

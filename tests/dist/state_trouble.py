@@ -14,13 +14,15 @@ import torch
 import torch.distributed as dist
 from state_worker import Job, build, finish, start_distributed, train_step
 
+from dattrain.engine.ema import averaged, new_average, update_average
 from dattrain.errors import UserError
 from dattrain.runtime import collectives
 from dattrain.state import partition
 from dattrain.state.format import checkpoint, rank_file
-from dattrain.state.background import SideCopy
+from dattrain.state.format.manifest import read_manifest, rank_file_name
+from dattrain.state.background import StagingCopy
 from dattrain.state.checkpointer import Checkpointer
-from dattrain.state.partition import MOMENTS, LocalState, averaged, lerp_ema, read
+from dattrain.state.partition import MOMENTS, LocalState, read
 from dattrain.state.format.retention import Policy
 
 META = {"step": 1, "samples_seen": 12}
@@ -45,8 +47,8 @@ def damaged_on_one_rank(run: Path) -> None:
         keeper.save(engine, None, {"step": step, "samples_seen": step * 12}, background=False)
     if dist.get_rank() == 0:
         folder = keeper.root / checkpoint.folder_name(2)
-        manifest = checkpoint.read_manifest(folder)
-        path = folder / checkpoint.shard_name(1)
+        manifest = read_manifest(folder)
+        path = folder / rank_file_name(1)
         with rank_file.Reader(path, manifest.files[path.name]) as reader:
             at = reader.pieces()[("exp_avg", "out.weight")][0][1]
         data = bytearray(path.read_bytes())
@@ -59,8 +61,8 @@ def damaged_on_one_rank(run: Path) -> None:
         meta = keeper.resume(again, None)
         assert meta is not None and meta["step"] == 1
         assert (
-            keeper.passed_over[0][0] == "step_00000002"
-            and "rank_00001.safetensors: bytes 0-" in keeper.passed_over[0][1]
+            keeper.skipped[0][0] == "step_00000002"
+            and "rank_00001.safetensors: bytes 0-" in keeper.skipped[0][1]
         )
     assert keeper.resumed_from == keeper.root / checkpoint.folder_name(1)
     assert LocalState(again).scalars()["global_steps"] == 1
@@ -120,13 +122,13 @@ def all_damaged(run: Path) -> None:
     keeper = Checkpointer(run)
     assert keeper.resume(engine, None) is None
     keeper.save(engine, None, META, background=False)
-    path = keeper.root / checkpoint.folder_name(1) / checkpoint.shard_name(0)
+    path = keeper.root / checkpoint.folder_name(1) / rank_file_name(0)
     if dist.get_rank() == 0:
         path.write_bytes(path.read_bytes()[:-1])
     dist.barrier()
     message = told(lambda: keeper.resume(engine, None))
     assert (
-        "holds no whole checkpoint: step_00000001 (rank_00000.safetensors" in message
+        "holds no complete checkpoint: step_00000001 (rank_00000.safetensors" in message
         and "Nothing was changed" in message
     )
     assert path.exists()
@@ -150,18 +152,18 @@ def another_model(run: Path) -> None:
 
 def copied_beside_the_pass(run: Path) -> None:
     """A copy that is late: ``save`` does not wait for it, the optimizer's step does, and what is saved is from before it."""
-    issue, fence = SideCopy._issue, SideCopy.fence
+    issue, wait = StagingCopy._issue, StagingCopy.wait
     for stage in (0, 1, 2, 3):
         job = Job(str(run / str(stage)), "", stage=stage)
         engine = build(job)
         train_step(engine, job, 0)
-        ema = LocalState(engine).new_ema()
+        ema = new_average(LocalState(engine).masters)
         before = _state(engine)
         reached = threading.Event()
         keeper = Checkpointer(Path(job.run))
         with (
-            mock.patch.object(SideCopy, "_issue", lambda copy: reached.wait(60) and issue(copy)),
-            mock.patch.object(SideCopy, "fence", lambda copy: reached.set() or fence(copy)),
+            mock.patch.object(StagingCopy, "_issue", lambda copy: reached.wait(60) and issue(copy)),
+            mock.patch.object(StagingCopy, "wait", lambda copy: reached.set() or wait(copy)),
         ):
             keeper.save(engine, ema, META, background=True)
             assert not reached.is_set()
@@ -170,7 +172,7 @@ def copied_beside_the_pass(run: Path) -> None:
             keeper.wait()
         assert not all(map(torch.equal, before, _state(engine)))
         again = build(job)
-        keeper.resume(again, LocalState(again).new_ema())
+        keeper.resume(again, new_average(LocalState(again).masters))
         assert all(map(torch.equal, before, _state(again)))
 
 
@@ -193,12 +195,12 @@ def ema_on_and_off(run: Path) -> None:
     train_step(engine, job, 0)
     keeper.save(engine, None, META, background=False)
     again = build(job)
-    ema = LocalState(again).new_ema()
+    ema = new_average(LocalState(again).masters)
     keeper.resume(again, ema)
     masters = LocalState(again).masters
     assert all(torch.equal(a, m) for a, m in zip(ema, masters))
     train_step(again, job, 1)
-    lerp_ema(ema, LocalState(again).masters, 0.5)
+    update_average(ema, LocalState(again).masters, 0.5)
     keeper.save(again, ema, {"step": 2, "samples_seen": 24}, background=False)
     assert keeper.resume(engine, None)["step"] == 2  # type: ignore[index]
 
@@ -212,7 +214,7 @@ def ema_against_unsharded(run: Path) -> None:
         job = Job(str(run / str(stage)), "", stage=stage)
         engine = build(job)
         keeper = Checkpointer(Path(job.run))
-        ema = LocalState(engine).new_ema()
+        ema = new_average(LocalState(engine).masters)
         reference = None
         for step in range(3):
             keeper.save(engine, ema, {"step": step, "samples_seen": 0}, background=False)
@@ -231,7 +233,7 @@ def ema_against_unsharded(run: Path) -> None:
             assert all(torch.equal(reference[n], averages[n]) for n in reference), stage
             dist.barrier()
             train_step(engine, job, step)
-            lerp_ema(ema, LocalState(engine).masters, 0.9)
+            update_average(ema, LocalState(engine).masters, 0.9)
         engine.eval()
         images, _ = batch(0, GLOBAL_BATCH)
         with torch.no_grad():
@@ -266,7 +268,7 @@ def one_rank_cannot_write(run: Path) -> None:
     if dist.get_rank() == 1:
         os.write = real
     assert "step 2 could not be written" in message and "No space left on device" in message, message
-    assert "the last whole checkpoint is step_00000001" in message
+    assert "the last complete checkpoint is step_00000001" in message
     dist.barrier()
     if dist.get_rank() == 0:
         assert sorted(p.name for p in keeper.root.iterdir() if not p.name.startswith(".new")) == [
@@ -275,7 +277,7 @@ def one_rank_cannot_write(run: Path) -> None:
 
 
 def the_next_step_hears_of_it(run: Path) -> None:
-    """A background failure is raised by the next poll, once, and the next save works again."""
+    """A background failure is raised by the next ``wait``, once, and the next save works again."""
     import time
 
     job = Job(str(run), "", stage=0)
@@ -288,11 +290,10 @@ def the_next_step_hears_of_it(run: Path) -> None:
 
     rank_file.write = fail  # type: ignore[assignment]
     keeper.save(engine, None, META)
-    while keeper.saving:
+    while not keeper.failed:
         time.sleep(0.01)
-    assert keeper.failed
-    assert "Input/output error; there is no whole checkpoint yet" in told(keeper.poll)
-    keeper.poll()
+    assert "Input/output error; there is no complete checkpoint yet" in told(keeper.wait)
+    keeper.wait()
     rank_file.write = real
     dist.barrier()
     keeper.save(engine, None, META, background=False)
@@ -316,7 +317,7 @@ def a_blocking_save_after_a_failure(run: Path) -> None:
     assert "step 1 could not be written" in message and "Input/output error" in message
     rank_file.write = real
     keeper.save(engine, None, {"step": 2, "samples_seen": 24}, background=False)
-    assert [e.step for e in checkpoint.entries(keeper.root)] == [2]
+    assert [e.step for e in checkpoint.list_all(keeper.root)] == [2]
 
 
 def a_silent_rank(run: Path) -> None:
@@ -336,7 +337,6 @@ def rollback(run: Path) -> None:
     job = Job(str(run), "", stage=2, precision="fp16")
     engine = build(job)
     keeper = Checkpointer(run)
-    assert "no checkpoint to roll back to" in told(lambda: keeper.rollback(engine, None))
     train_step(engine, job, 0)
     keeper.save(engine, None, META)
     saved = LocalState(engine).scalars()
@@ -344,7 +344,8 @@ def rollback(run: Path) -> None:
     for step in (1, 2, 3):
         train_step(engine, job, step)
     assert LocalState(engine).scalars() != saved
-    assert keeper.rollback(engine, None) == META
+    keeper.wait()
+    assert keeper.resume(engine, None) == META
     assert LocalState(engine).scalars() == saved
     assert all(torch.equal(a, b) for a, b in zip(masters, LocalState(engine).masters))
 

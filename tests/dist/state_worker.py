@@ -104,8 +104,6 @@ def build(job: Job) -> Any:
     """An engine with two groups of other learning rates and decays, the second without decay."""
     import deepspeed
 
-    from dattrain.state.partition import steady_gathers
-
     torch.manual_seed(7)
     model = Net(job.width, job.remat)
     if job.frozen:
@@ -126,7 +124,8 @@ def build(job: Job) -> Any:
         "zero_allow_untested_optimizer": True,
     }
     if job.precision == "bf16":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # Without the empty list, as engine/zero.py has it too, ZeRO-3 gathers weights in bf16 at some times and fp32 at others.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     elif job.precision == "bf16-pure":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -135,7 +134,6 @@ def build(job: Job) -> Any:
         config["fp16"] = {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 2, "hysteresis": 1}
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    steady_gathers(engine)
     if job.channels_last:
         engine.module.to(
             memory_format=torch.channels_last
@@ -165,11 +163,12 @@ def train_step(engine: Any, job: Job, step: int) -> float:
 def run(job: Job) -> dict[str, Any]:
     """Train from where the run stands until ``job.until``; saves at the steps asked for and at the end."""
     from dattrain.state.checkpointer import Checkpointer, Description
-    from dattrain.state.partition import LocalState, lerp_ema
+    from dattrain.engine.ema import new_average, update_average
+    from dattrain.state.partition import LocalState
     from dattrain.state.format.retention import Policy
 
     engine = build(job)
-    ema = LocalState(engine).new_ema() if job.ema else None
+    ema = new_average(LocalState(engine).masters) if job.ema else None
     keeper = Checkpointer(
         Path(job.run),
         Policy(job.keep_last),
@@ -187,8 +186,7 @@ def run(job: Job) -> dict[str, Any]:
         losses.append(train_step(engine, job, step))
         step += 1
         if ema is not None:
-            lerp_ema(ema, LocalState(engine).masters, job.ema)
-        keeper.poll()
+            update_average(ema, LocalState(engine).masters, job.ema)
         if step in job.save_at:
             keeper.save(engine, ema, {"step": step, "samples_seen": step * GLOBAL_BATCH, "epoch": step / 8})
             saved = step
@@ -199,7 +197,7 @@ def run(job: Job) -> dict[str, Any]:
     result = {
         "losses": losses,
         "resumed_at": resumed_at,
-        "passed_over": list(keeper.passed_over),
+        "skipped": list(keeper.skipped),
         "scalars": local.scalars(),
         "groups": [{k: g[k] for k in ("lr", "weight_decay")} for g in local.groups()],
     }

@@ -11,6 +11,7 @@ from state_ranks import assert_same, run, states
 from state_worker import Job
 
 from dattrain.state.format import checkpoint
+from dattrain.state.format.manifest import read_manifest
 
 CHAIN = [(1, 1), (4, 3), (2, 2), (3, 0), (1, 3)]
 """(world, stage), one after another: ranks 1 -> 4 -> 2 -> 3 -> 1, stages 1 -> 3 -> 2 -> 0 -> 3."""
@@ -43,12 +44,12 @@ def chain(tmp: Path, **fields: object) -> None:
         assert [r["resumed_at"] for r in results] == [step] * len(jobs)
         if i:
             # Loaded here and saved here, it is the same checkpoint in other pieces.
-            assert checkpoint.read_manifest(reload / "checkpoints" / folder).world == world
+            assert read_manifest(reload / "checkpoints" / folder).world == world
             assert_same(states(elastic, step), states(reload, step))
         assert [g["lr"] for g in results[-1]["groups"]] == [3e-3, 1e-3]
         assert [g["weight_decay"] for g in results[-1]["groups"]] == [0.05, 0.0]
         losses += results[-1]["losses"]
-        manifest = checkpoint.read_manifest(elastic / "checkpoints" / checkpoint.folder_name(step + 2))
+        manifest = read_manifest(elastic / "checkpoints" / checkpoint.folder_name(step + 2))
         assert {p.opt_step for p in manifest.parameters.values()} == {step + 2}, "Adam's step is counted once"
         assert manifest.engine["global_steps"] == step + 2
     worst = max(abs(a - b) / a for a, b in zip(undisturbed["losses"], losses))

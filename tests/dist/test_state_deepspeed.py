@@ -17,7 +17,7 @@ from state_worker import Job
 from dattrain.errors import UserError
 from dattrain.state.convert import deepspeed_read, deepspeed_write, offline
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.manifest import Manifest, read_manifest
 from dattrain.state.convert.deepspeed_read import name_states
 
 MODES = {
@@ -105,7 +105,7 @@ def test_ours_written_out_is_loaded_by_deepspeed(saved, tmp_path):
                     {k: v for k, v in expected.items() if "buffer" not in k},
                     {k: v for k, v in got.items() if "buffer" not in k},
                 )
-                manifest = checkpoint.read_manifest(
+                manifest = read_manifest(
                     tmp_path / f"{n}-{stage}-{world}" / "checkpoints" / "step_00000002"
                 )
                 assert {p.opt_step for p in manifest.parameters.values()} == {2}
@@ -160,7 +160,7 @@ def test_what_is_missing_is_named(saved, tmp_path):
     lost.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=f"{lost.name}: cannot be read"):
         imported(deepspeed_read.read(tmp_path / "theirs"), tmp_path / "run")
-    assert not any(checkpoint.entries(tmp_path / "run" / "checkpoints"))
+    assert not any(checkpoint.list_all(tmp_path / "run" / "checkpoints"))
 
 
 def test_numbered_states_get_the_only_names_that_fit():

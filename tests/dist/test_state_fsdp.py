@@ -12,7 +12,7 @@ from dattrain.engine.optim import param_groups
 from dattrain.models import zoo
 from dattrain.state.convert import offline
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.manifest import Manifest, Parameter
 from dattrain.state.format.rank_file import Piece
 
 CONFIG = Config(name="tiny", model=Model(name="dat_atto", img_size=64, num_classes=7))

@@ -73,18 +73,18 @@ def test_a_full_disk_stops_a_save_with_a_message_and_costs_nothing(small_disk, t
     assert full.returncode == 1, full.stderr[-3000:]
     message = full.stderr.splitlines()[-1]
     assert "could not be written to" in message and "No space left on device" in message
-    assert "the last whole checkpoint is step_0000000" in message and "make room" in message
+    assert "the last complete checkpoint is step_0000000" in message and "make room" in message
     from dattrain.state.format import checkpoint
 
     root = small_disk / "run" / "checkpoints"
-    found = checkpoint.entries(root, level="checksum")
+    found = checkpoint.list_all(root, level="checksum")
     assert found and all(e.manifest for e in found)
     assert not [p.name for p in root.iterdir() if p.name.startswith(".")], (
         "what could not be finished gives its space back"
     )
     again = python(script, small_disk / "run", tmp_path / "got.json")
     assert again.returncode == 1, "still full"
-    assert [e.folder for e in checkpoint.entries(root, level="checksum") if e.manifest] == [
+    assert [e.folder for e in checkpoint.list_all(root, level="checksum") if e.manifest] == [
         e.folder for e in found
     ]
     filler.unlink()

@@ -31,6 +31,7 @@ from dattrain.data.source.index import (
 )
 from dattrain.data.worker_progress import note
 from dattrain.errors import UserError
+from dattrain.files import replacing, sync
 
 _AS_THEY_ARE = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
@@ -95,11 +96,10 @@ class ShardWriter:
         """Write one shard aside, then publish its index and itself, in that order."""
         note(name)
         path = self.folder / name
-        aside = self.folder / f".{name}.{os.getpid()}.part"
         offsets, lengths, labels, keys, bad = [], [], [], [], []
         digest = sha256()
         try:
-            with open(aside, "wb") as file:
+            with replacing(path, durable=True) as part, open(part, "wb") as file:
 
                 def put(data: bytes) -> None:
                     digest.update(data)
@@ -125,22 +125,17 @@ class ShardWriter:
                         put(content)
                         put(tar.padding(len(content)))
                 put(tar.END)
-                file.flush()
-                os.fsync(file.fileno())
                 size = file.tell()
-            index = ShardIndex.build(offsets, lengths, labels, keys, size=size, sha256=digest.hexdigest())
-            # A tar without index could be taken for a foreign shard; an index without tar says nothing.
-            if bad:
-                write_atomically(self.folder / f".{name}.bad", json.dumps(bad).encode())
-            write_index(str(path), index)
-            os.replace(aside, path)
-            _sync(self.folder)
+                index = ShardIndex.build(offsets, lengths, labels, keys, size=size, sha256=digest.hexdigest())
+                # A tar without index could be taken for a foreign shard; an index without tar says nothing.
+                if bad:
+                    write_atomically(self.folder / f".{name}.bad", json.dumps(bad).encode())
+                write_index(str(path), index)
+            sync(self.folder)
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); what is published stays"
             ) from error
-        finally:
-            aside.unlink(missing_ok=True)
         return self._describe(name, index, bad)
 
     def done(self, name: str) -> PackedShard | None:
@@ -201,12 +196,3 @@ def _encode_anew(data: bytes, options: PackOptions, kind: str) -> tuple[bytes, i
     else:
         image.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}[kind], quality=options.quality)
     return buffer.getvalue(), image.height, image.width
-
-
-def _sync(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

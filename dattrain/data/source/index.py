@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dattrain import files
 from dattrain.data.source.files import read_file
 from dattrain.data.source.tar import BLOCK
 from dattrain.errors import UserError
@@ -350,21 +351,12 @@ def write_catalogue(
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write aside, flush to the disk, rename: a reader sees the old file or the new one, whole.
+    """``dattrain.files.write_atomically``, flushed to the disk.
 
     Raises:
         UserError: the disk is full, or the folder may not be written.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        files.write_atomically(path, data, durable=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        # On a file system that may not be written, this fails too, and would hide the message above.
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)

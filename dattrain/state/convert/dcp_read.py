@@ -20,13 +20,13 @@ from dattrain.state.convert import dcp_store
 from dattrain.state.convert.dcp_store import Store
 from dattrain.state.convert.deepspeed_read import name_states
 from dattrain.state.convert.offline import Source
-from dattrain.state.format.checkpoint import Parameter
+from dattrain.state.dtypes import DTYPE_NAMES
+from dattrain.state.format.manifest import Parameter
 from dattrain.state.format.rank_file import Piece
-from dattrain.state.load import DTYPE_NAMES
 from dattrain.state.partition import MOMENTS
 
 PART = 1 << 28
-"""Elements that a shard of the import may hold before the next one is begun: 1 GiB."""
+"""Elements that a rank file of the import may hold before the next one is begun: 1 GiB."""
 _WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _EMA = re.compile(r"(?:^|[._])ema(?:[._]|$)")
 _SETTINGS = ("lr", "weight_decay", "betas", "eps", "name")
@@ -94,8 +94,8 @@ def read(
     if beside := _beside(keys, [u for u in used if u is not None], parameters):
         source.notes.append(f"left out {beside}")
     for number, portion in enumerate(_portions(source.parameters, len(source.states))):
-        held = [] if number else [n for n in buffers if n in weights]
-        source.parts.append(partial(_part, store, source, weights, averages, adam, portion, held))
+        here = [] if number else [n for n in buffers if n in weights]
+        source.parts.append(partial(_part, store, source, weights, averages, adam, portion, here))
     return source
 
 
@@ -194,16 +194,16 @@ def _adam(store: Store, keys: Mapping[str, str], shapes: Mapping[str, tuple[int,
         )
     root = roots[0]
     groups, members = _groups(store, keys, root, shapes)
-    held = {name: found for (_, name), found in fields.items()}
-    if any(name.isdecimal() for name in held):
-        held, members = _named(store, held, members, shapes)
+    by_name = {name: found for (_, name), found in fields.items()}
+    if any(name.isdecimal() for name in by_name):
+        by_name, members = _named(store, by_name, members, shapes)
     states = {}
-    for name, found in held.items():
+    for name, found in by_name.items():
         missing = [w for w in (*MOMENTS, "step") if w not in found]
         if missing:
             raise UserError(
                 f"{store.folder}: the optimizer has {', '.join(sorted(found))} of {name}, but no {missing[0]}: "
-                "only Adam's state can be gone on with"
+                "only from Adam's state can training resume"
             )
         moments = {m: found[m] for m in MOMENTS}
         for moment, key in moments.items():
@@ -221,8 +221,8 @@ def _groups(
     before = f"{root}param_groups"
     if before in keys:  # torch 2.3 and older kept a list without tensors as one object
         groups = store.value(keys[before])
-        whole = [dict(g) for g in groups] if isinstance(groups, list) else []
-        return whole, [_members(g) for g in whole]
+        listed = [dict(g) for g in groups] if isinstance(groups, list) else []
+        return listed, [_members(g) for g in listed]
     by_number: dict[int, dict[str, Any]] = {}
     by_name: dict[str, dict[str, str]] = {}
     for plain, key in keys.items():
@@ -233,8 +233,8 @@ def _groups(
             elif stem in shapes:
                 by_name.setdefault(stem, {})[what] = key
     if by_number:
-        whole = [by_number[n] for n in sorted(by_number)]
-        return whole, [_members(g) for g in whole]
+        listed = [by_number[n] for n in sorted(by_number)]
+        return listed, [_members(g) for g in listed]
     settings: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for name, found in by_name.items():
         values = {k: store.value(found[k]) for k in _SETTINGS if k in found}
@@ -247,10 +247,10 @@ def _members(group: Mapping[str, Any]) -> list[str]:
 
 
 def _named(
-    store: Store, held: dict[str, dict[str, str]], members: list[list[str]], shapes: Mapping[str, Any]
+    store: Store, by_number: dict[str, dict[str, str]], members: list[list[str]], shapes: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, str]], list[list[str]]]:
     """Names instead of the numbers that ``optimizer.state_dict()`` has. Raises UserError where shapes leave a choice."""
-    numbered = [[held.get(p) for p in group] for group in members]
+    numbered = [[by_number.get(p) for p in group] for group in members]
     if not numbered:
         raise UserError(f"{store.folder}: the optimizer's states are numbered, and its groups are missing")
     names = name_states(

@@ -1,4 +1,4 @@
-"""Open what torch.distributed.checkpoint (DCP) wrote: every tensor by its key, whole, whichever ranks wrote its chunks.
+"""Open what torch.distributed.checkpoint (DCP) wrote: every full tensor by its key, whichever ranks wrote its chunks.
 
 Two layouts are known: ``.metadata`` beside ``*.distcp`` (``FileSystemWriter``, torchtitan, FSDP), and safetensors files whose
 header says where a chunk belongs (``HuggingFaceStorageWriter``). ``.metadata`` is a pickle of a few plain classes. Here they
@@ -49,17 +49,17 @@ class Store:
     objects: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
     def shape(self, key: str) -> Shape:
-        """Of a tensor."""
+        """Shape of a tensor."""
         return self.tensors[key][0]
 
     def tensor(self, key: str) -> Tensor:
-        """A tensor, whole, on the host, in its own dtype. Memory: it and its largest chunk.
+        """The full tensor of a key, on the host, in its own dtype. Memory: it and its largest chunk.
 
         Raises:
             UserError: a chunk cannot be read, is not as announced, or the chunks do not cover the tensor exactly once.
         """
         shape, chunks = self.tensors[key]
-        whole: Tensor | None = None
+        full: Tensor | None = None
         seen = torch.zeros(shape, dtype=torch.bool)
         for chunk in chunks:
             part = chunk.read()
@@ -68,15 +68,15 @@ class Store:
             part = part.detach()
             if chunk.sizes == shape and len(chunks) == 1:
                 return part
-            whole = torch.empty(shape, dtype=part.dtype) if whole is None else whole
+            full = torch.empty(shape, dtype=part.dtype) if full is None else full
             box = tuple(slice(at, at + side) for at, side in zip(chunk.offsets, chunk.sizes))
-            if part.dtype != whole.dtype or seen[box].any():
+            if part.dtype != full.dtype or seen[box].any():
                 raise UserError(f"{self.folder}: chunks of {key} overlap or differ in dtype")
-            whole[box] = part
+            full[box] = part
             seen[box] = True
-        if whole is None or not seen.all():
-            raise UserError(f"{self.folder}: {key} of shape {shape} is not there as a whole")
-        return whole
+        if full is None or not seen.all():
+            raise UserError(f"{self.folder}: {key} of shape {shape} is not there in full")
+        return full
 
     def value(self, key: str) -> Any:
         """A number, text or list, which DCP keeps as an object or as a tensor of one element. Raises UserError."""
@@ -238,7 +238,7 @@ def _places(folder: Path, listed: Any) -> dict[tuple[str, Shape | None], tuple[P
             wrong.append(f"{name} is missing" if size < 0 else f"{name} has {size} bytes of at least {least}")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UserError(f"{folder} is not whole: {'; '.join(sorted(wrong)[:5])}{more}")
+        raise UserError(f"{folder} is incomplete: {'; '.join(sorted(wrong)[:5])}{more}")
     return places
 
 
@@ -283,7 +283,7 @@ def _from_safetensors(folder: Path) -> Store:
                     at = _shape(corners[key]["saved_offsets"]) if key in corners else (0,) * len(sides)
                     found.setdefault(key, []).append(Chunk(at, sides, partial(_slice, path, key)))
         except (SafetensorError, OSError, ValueError, TypeError, LookupError) as e:
-            raise UserError(f"{path}: not a whole safetensors file ({_first_line(e)})") from e
+            raise UserError(f"{path}: not a complete safetensors file ({_first_line(e)})") from e
     if not found:
         raise UserError(f"{folder} is no checkpoint of torch.distributed.checkpoint: it holds no {METADATA}")
     return Store(
@@ -322,7 +322,7 @@ def _shape(value: Any) -> Shape:
 def _inside(key: str, at: Shape, sides: Shape, shape: Shape) -> Shape:
     if len(at) != len(shape) or len(sides) != len(shape):
         raise ValueError(f"{key} of shape {shape} has a chunk of other dimensions")
-    if any(a + s > full for a, s, full in zip(at, sides, shape)):
+    if any(a + s > side for a, s, side in zip(at, sides, shape)):
         raise ValueError(f"{key} of shape {shape} has a chunk outside of it")
     return sides
 

@@ -26,10 +26,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dattrain.errors import UserError
+from dattrain.files import sync
 from dattrain.state import gather
 from dattrain.state.convert.dcp_store import METADATA
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.manifest import Manifest
 
 _FILE = "__0_0.distcp"
 _MOMENTS: tuple[gather.State, ...] = ("exp_avg", "exp_avg_sq")
@@ -45,8 +46,8 @@ def write(folder: Path, out: Path, groups: Sequence[Mapping[str, Any]]) -> Path:
     only we know, so that the way back is exact. One tensor is in memory at a time, and its image.
 
     Args:
-        folder: a checkpoint, or a run folder, which means its newest whole one.
-        out: does not exist yet, or is an empty folder. It has its name when it is whole.
+        folder: a checkpoint, or a run folder, which means its newest complete one.
+        out: does not exist yet, or is an empty folder. It has its name when it is complete.
         groups: of the optimizer, in order; each has ``params`` (names) and AdamW's settings, others are torch's defaults.
 
     Raises:
@@ -58,21 +59,21 @@ def write(folder: Path, out: Path, groups: Sequence[Mapping[str, Any]]) -> Path:
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there already")
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.absolute().with_name(f".{out.absolute().name}.{secrets.token_hex(4)}")
-    aside.mkdir()
+    tmp_path = out.absolute().with_name(f".{out.absolute().name}.{secrets.token_hex(4)}")
+    tmp_path.mkdir()
     try:
-        with open(aside / _FILE, "wb") as file:
+        with open(tmp_path / _FILE, "wb") as file:
             contents = _Contents(file)
             _put_all(contents, folder, manifest, groups)
             _sync(file)
-        with open(aside / METADATA, "wb") as file:
+        with open(tmp_path / METADATA, "wb") as file:
             pickle.dump(contents.metadata(), file)
             _sync(file)
-        checkpoint.sync(aside)
-        os.rename(aside, out)
-        checkpoint.sync(out.absolute().parent)
+        sync(tmp_path)
+        os.rename(tmp_path, out)
+        sync(out.absolute().parent)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)
         raise
     return out
 
@@ -96,7 +97,7 @@ def _put_all(
     for name in trained:
         step = torch.tensor(float(manifest.parameters[name].opt_step or 0))
         contents.tensor(step, ("optimizer", "state", name, "step"))
-    for number, group in enumerate(_whole_groups(groups)):
+    for number, group in enumerate(_full_groups(groups)):
         for key, value in group.items():
             flat = [] if key == "params" else group["params"]
             contents.object(
@@ -111,7 +112,7 @@ def _put_all(
     contents.tensor(torch.frombuffer(text, dtype=torch.uint8), ("train_state", "dattrain"))
 
 
-def _whole_groups(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _full_groups(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """With every setting that torch's AdamW asks a checkpoint for; how a device computes is left to the reader's."""
     usual = torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).state_dict()["param_groups"][0]
     return [{**usual, **group, "params": list(group["params"])} for group in groups]

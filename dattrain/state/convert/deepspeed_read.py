@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dattrain.errors import UserError
 from dattrain.state.convert.offline import Source
-from dattrain.state.format.checkpoint import Parameter
+from dattrain.state.dtypes import DTYPE_NAMES
+from dattrain.state.format.manifest import Parameter
 from dattrain.state.format.rank_file import Piece
-from dattrain.state.load import DTYPE_NAMES
 from dattrain.state.partition import MOMENTS
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -70,14 +70,14 @@ def read(folder: Path, *, tag: str | None = None, trust: bool = False) -> Source
         },
         parts=[],
     )
-    whole = {n: named[n] for n in buffers}
+    full = {n: named[n] for n in buffers}
     if stage == 0:
-        opt_steps = _read_replicated(source, head, shapes, whole)
+        opt_steps = _read_replicated(source, head, shapes, full)
     elif stage == 3:
-        opt_steps = _read_by_parameter(source, head, models, optimizers, world, whole, load)
+        opt_steps = _read_by_parameter(source, head, models, optimizers, world, full, load)
     else:
         frozen = {_clean(n): t for n, t in (head.get("frozen_param_fragments") or {}).items()}
-        opt_steps = _read_by_group(source, optimizers, shapes, {**whole, **frozen}, load)
+        opt_steps = _read_by_group(source, optimizers, shapes, {**full, **frozen}, load)
     source.parameters = {n: Parameter(s, n in opt_steps, opt_steps.get(n)) for n, s in shapes.items()}
     return source
 
@@ -172,7 +172,7 @@ def _pieces(state: str, name: str, start: int, values: Tensor) -> dict[Piece, Te
     return {Piece(state, name, start, flat.numel()): flat} if flat.numel() else {}
 
 
-def _whole(tensors: Mapping[str, Tensor], buffers: Sequence[str]) -> dict[Piece, Tensor]:
+def _pieces_of(tensors: Mapping[str, Tensor], buffers: Sequence[str]) -> dict[Piece, Tensor]:
     found: dict[Piece, Tensor] = {}
     for name, tensor in tensors.items():
         if name in buffers:
@@ -186,15 +186,15 @@ def _whole(tensors: Mapping[str, Tensor], buffers: Sequence[str]) -> dict[Piece,
 
 def _moments(state: Mapping[str, Any] | None, offset: int, numel: int) -> Iterator[tuple[str, Tensor]]:
     for moment in MOMENTS:
-        held = None if state is None else state.get(moment)
-        yield moment, torch.zeros(numel) if held is None else held.reshape(-1).narrow(0, offset, numel)
+        value = None if state is None else state.get(moment)
+        yield moment, torch.zeros(numel) if value is None else value.reshape(-1).narrow(0, offset, numel)
 
 
 def _read_by_group(
     source: Source,
     files: list[Path],
     shapes: Mapping[str, tuple[int, ...]],
-    whole: dict[str, Tensor],
+    full: dict[str, Tensor],
     load: Callable[[Path], Any],
 ) -> dict[str, int]:
     """Stages 1 and 2: every group is flattened, cut, and each rank's cut says which parameter lies where."""
@@ -226,7 +226,7 @@ def _read_by_group(
 
     def part(rank: int) -> dict[Piece, Tensor]:
         state = load(files[rank])["optimizer_state_dict"]
-        found = _whole(whole, source.buffers) if rank == 0 else {}
+        found = _pieces_of(full, source.buffers) if rank == 0 else {}
         for group, mapping in enumerate(state["param_slice_mappings"]):
             adam = state["base_optimizer_state"]["state"].get(group)
             master = state["single_partition_of_fp32_groups"][group]
@@ -249,7 +249,7 @@ def _read_by_parameter(
     models: list[Path],
     files: list[Path],
     world: int,
-    whole: dict[str, Tensor],
+    full: dict[str, Tensor],
     load: Callable[[Path], Any],
 ) -> dict[str, int]:
     """Stage 3: every parameter is padded to the ranks and cut; sub-groups lie one after another."""
@@ -264,7 +264,7 @@ def _read_by_parameter(
 
     def part(rank: int) -> dict[Piece, Tensor]:
         state = load(files[rank])["optimizer_state_dict"]
-        found = _whole(whole, source.buffers) if rank == 0 else {}
+        found = _pieces_of(full, source.buffers) if rank == 0 else {}
         for group, shapes in enumerate(head["param_shapes"]):
             adam = state["optimizer_state_dict"]["state"].get(group)
             offset = 0
@@ -277,8 +277,8 @@ def _read_by_parameter(
                 for moment, values in _moments(adam, offset, numel):
                     found.update(_pieces(moment, _clean(name), size * rank, values))
                 offset += size
-        mine = load(models[rank])
-        for name, fragment in (mine.get("frozen_param_fragments") or {}).items():
+        own = load(models[rank])
+        for name, fragment in (own.get("frozen_param_fragments") or {}).items():
             total, size = math.prod(head["frozen_param_shapes"][name]), fragment.numel()
             numel = max(0, min(size, total - size * rank))
             found.update(
@@ -291,9 +291,9 @@ def _read_by_parameter(
 
 
 def _read_replicated(
-    source: Source, head: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], whole: dict[str, Tensor]
+    source: Source, head: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], full: dict[str, Tensor]
 ) -> dict[str, int]:
-    """Stage 0: one file with the whole model, and the optimizer's state by number."""
+    """Stage 0: one file with the full model, and the optimizer's state by number."""
     optimizer = head.get("optimizer")
     if not optimizer:
         raise UserError(
@@ -304,18 +304,18 @@ def _read_replicated(
     names = name_states(
         shapes, [[None if s is None else tuple(s["exp_avg"].shape) for s in group] for group in numbered]
     )
-    held = {n: s for group, members in zip(numbered, names) for s, n in zip(group, members)}
+    states = {n: s for group, members in zip(numbered, names) for s, n in zip(group, members)}
     module = {_clean(n): t for n, t in head["module"].items()}
 
     def part() -> dict[Piece, Tensor]:
-        found = _whole({**{n: module[n] for n in shapes}, **whole}, source.buffers)
-        for name, state in held.items():
+        found = _pieces_of({**{n: module[n] for n in shapes}, **full}, source.buffers)
+        for name, state in states.items():
             for moment, values in _moments(state, 0, math.prod(shapes[name])):
                 found.update(_pieces(moment, name, 0, values))
         return found
 
     source.parts = [part]
-    return {n: int(s["step"]) if s else 0 for n, s in held.items()}
+    return {n: int(s["step"]) if s else 0 for n, s in states.items()}
 
 
 def name_states(

@@ -12,7 +12,7 @@ import torch
 from dattrain.errors import UserError
 from dattrain.state import gather
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.manifest import Manifest
 
 _STATES: tuple[tuple[str, gather.State], ...] = (
     ("fp32", "param"),
@@ -43,26 +43,26 @@ def write_universal(folder: Path, out: Path) -> Path:
         if "/" in name or "\0" in name or name in ("", ".", ".."):
             raise UserError(f"{folder} names a parameter {name!r}, which cannot be the name of a folder")
     out.mkdir(parents=True, exist_ok=True)
-    aside = out / f".{tag}.{secrets.token_hex(4)}"
+    tmp_path = out / f".{tag}.{secrets.token_hex(4)}"
     try:
         for key, state in _STATES:
             for name, tensor in gather.iter_tensors(folder, state):
                 if manifest.parameters[name].trainable:
-                    place = aside / "zero" / name
+                    place = tmp_path / "zero" / name
                     place.mkdir(parents=True, exist_ok=True)
                     torch.save({"param": tensor, "cat_dim": 0}, place / f"{key}.pt")
         for name, parameter in manifest.parameters.items():
             if parameter.trainable:
-                torch.save(torch.tensor(float(parameter.opt_step or 0)), aside / "zero" / name / "step.pt")
-        torch.save(_global_state(manifest, deepspeed.__version__), aside / "zero" / "optimizer_state.pt")
+                torch.save(torch.tensor(float(parameter.opt_step or 0)), tmp_path / "zero" / name / "step.pt")
+        torch.save(_global_state(manifest, deepspeed.__version__), tmp_path / "zero" / "optimizer_state.pt")
         model_states = _model_states(folder, manifest, deepspeed.__version__)
         # Stages 1, 2 look for the first name, stage 3 for the second.
         for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
-            torch.save(model_states, aside / name)
-        aside.rename(final)
+            torch.save(model_states, tmp_path / name)
+        tmp_path.rename(final)
         (out / "latest_universal").write_text(tag)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)
         raise
     return final
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -15,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dattrain.files import replacing
 from dattrain.state.background import HostBuffer, image_of
 from dattrain.state.format import checkpoint, rank_file
-from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.manifest import Manifest, Parameter, rank_file_name
 from dattrain.state.format.rank_file import Digest, Piece
 from dattrain.state.partition import MOMENTS
 
 
 @dataclass
 class Source:
-    """Another program's checkpoint as found: what a manifest needs, and functions that read its tensors shard by shard."""
+    """Another program's checkpoint as found: what a manifest needs, and functions that read its tensors, one rank file's at a time."""
 
     stage: int
     step: int
@@ -45,7 +45,7 @@ class Source:
 def write_checkpoint(
     root: Path, manifest: Manifest, parts: Iterable[Callable[[], Mapping[Piece, Tensor]]]
 ) -> Path:
-    """Publish a checkpoint whose rank ``r`` shard holds what ``parts[r]()`` returns; returns its folder.
+    """Publish a checkpoint whose file of rank ``r`` holds what ``parts[r]()`` returns; returns its folder.
 
     One part is in memory at a time, beside its image of the file. ``manifest.files`` and ``manifest.world`` are filled in.
 
@@ -53,21 +53,21 @@ def write_checkpoint(
         OSError: it could not be written; nothing is left.
     """
     root.mkdir(parents=True, exist_ok=True)
-    folder = checkpoint.aside(root, manifest.step, secrets.token_hex(4))
+    folder = checkpoint.temporary_folder(root, manifest.step, secrets.token_hex(4))
     folder.mkdir()
     try:
         buffer = HostBuffer(pinned=False)
         files: dict[str, Digest] = {}
         for rank, part in enumerate(parts):
-            name = checkpoint.shard_name(rank)
-            files[name] = _write_shard(folder / name, part(), buffer)
+            name = rank_file_name(rank)
+            files[name] = _write_rank_file(folder / name, part(), buffer)
         return checkpoint.publish(folder, dataclasses.replace(manifest, files=files, world=len(files)))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _write_shard(path: Path, tensors: Mapping[Piece, Tensor], buffer: HostBuffer) -> Digest:
+def _write_rank_file(path: Path, tensors: Mapping[Piece, Tensor], buffer: HostBuffer) -> Digest:
     layout = rank_file.layout(tensors)
     host = buffer.take(layout.size)
     image = image_of(host)
@@ -84,7 +84,7 @@ def stream_file(
     shapes: Mapping[str, tuple[str, tuple[int, ...]]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write one ordinary safetensors file, holding one tensor at a time; aside first, then renamed.
+    """Write one ordinary safetensors file, holding one tensor at a time, by ``dattrain.files.replacing``.
 
     Args:
         path: of the file.
@@ -103,27 +103,17 @@ def stream_file(
         at += size
     text = json.dumps(table, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        with open(aside, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            names = iter(shapes.items())
-            for name, tensor in tensors:
-                wanted = next(names, ("nothing", ("", ())))
-                if (name, tuple(tensor.shape)) != (wanted[0], tuple(wanted[1][1])):
-                    raise ValueError(
-                        f"{name} of shape {tuple(tensor.shape)} came where {wanted} was promised"
-                    )
-                if tensor.numel():
-                    file.write(image_of(_bytes(tensor)))
-            if next(names, None) is not None:
-                raise ValueError("fewer tensors came than were promised")
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with replacing(path, durable=True) as part, open(part, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        names = iter(shapes.items())
+        for name, tensor in tensors:
+            wanted = next(names, ("nothing", ("", ())))
+            if (name, tuple(tensor.shape)) != (wanted[0], tuple(wanted[1][1])):
+                raise ValueError(f"{name} of shape {tuple(tensor.shape)} came where {wanted} was promised")
+            if tensor.numel():
+                file.write(image_of(_bytes(tensor)))
+        if next(names, None) is not None:
+            raise ValueError("fewer tensors came than were promised")
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reading shards front to back, a thread reading and checking a few blocks before whoever consumes them."""
+"""Reading rank files front to back: a thread reads and checks a few blocks before they are consumed."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ Part = tuple[Any, int, memoryview]
 
 
 @contextmanager
-def read_ahead(
+def prefetch(
     files: Sequence[tuple[Path, Digest]],
     choose: Callable[[Pieces], Sequence[Span]],
     *,
     verify: bool = True,
-    ahead: int = 16,
+    depth: int = 16,
 ) -> Iterator[Iterator[tuple[list[Span], Iterator[Part]]]]:
     """Open each of ``files`` once, ask ``choose`` (on the thread) which bytes of it are wanted, and read those.
 
     What comes is, for every file in its turn, its spans in the file's order and an iterator over their parts, to be used up
     before the next file. A block is read once however many spans, or the header, lie in it. The thread reads from the
-    moment of entering, and ends on leaving. Memory is ``ahead`` blocks.
+    moment of entering, and ends on leaving. Memory is ``depth`` blocks.
 
     Raises (while iterating):
         Damaged: as ``Reader``; and whatever ``choose`` raises.
     """
-    ready: queue.Queue[list[Span] | bytearray | BaseException] = queue.Queue(ahead)
+    ready: queue.Queue[list[Span] | bytearray | BaseException] = queue.Queue(depth)
     stop = threading.Event()
 
     def put(item: list[Span] | bytearray | BaseException) -> None:
@@ -74,11 +74,11 @@ def read_ahead(
         return item
 
     def parts(spans: list[Span]) -> Iterator[Part]:
-        block, held = memoryview(b""), -1
+        block, current = memoryview(b""), -1
         for span in spans:
             for index in range(span.begin // BLOCK, -(-span.end // BLOCK)):
-                if index != held:
-                    block, held = memoryview(take()), index
+                if index != current:
+                    block, current = memoryview(take()), index
                 at = index * BLOCK
                 begin, end = max(span.begin, at), min(span.end, at + BLOCK)
                 yield span.tag, begin - span.begin, block[begin - at : end - at]

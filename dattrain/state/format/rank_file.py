@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dattrain.errors import Damaged
-from dattrain.runtime.files import doing
+from dattrain.files import doing
 
 BLOCK = 1 << 20
 """Bytes under one checksum."""
@@ -54,9 +54,9 @@ _DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of a shard: elements ``[start, start + numel)`` of ``state`` of the parameter (or buffer) ``name``.
+    """A tensor of a rank file: elements ``[start, start + numel)`` of ``state`` of the parameter (or buffer) ``name``.
 
-    Fragments of weights, moments and averages are flat and ``F32``; a buffer is whole, of its own dtype and shape.
+    Fragments of weights, moments and averages are flat and ``F32``; a buffer is not cut, and of its own dtype and shape.
     """
 
     state: str
@@ -68,7 +68,7 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """Its name in the safetensors file."""
+        """The tensor's name in the safetensors file."""
         return f"{self.state}/{self.start}/{self.name}"
 
     @property
@@ -86,8 +86,8 @@ class Piece:
                 numel *= int(side)
             if dtype not in _DTYPE_BYTES:
                 raise ValueError(dtype)
-            whole = tuple(int(s) for s in shape) if state == "buffer" else None
-            return cls(state, name, int(start), numel, dtype, whole)
+            own_shape = tuple(int(s) for s in shape) if state == "buffer" else None
+            return cls(state, name, int(start), numel, dtype, own_shape)
         except (ValueError, TypeError) as e:
             raise Damaged(f"holds a tensor {key!r} of dtype {dtype!r} that this format does not know") from e
 
@@ -135,7 +135,7 @@ class Digest:
         return self.blocks[8 * index : 8 * index + 8]
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a manifest."""
+        """The digest as a manifest has it."""
         return {"size": self.size, "header": self.header, "crc32_per_mib": self.blocks}
 
     @classmethod
@@ -168,7 +168,7 @@ def write(path: Path, image: memoryview, header: int, *, direct: bool = True) ->
             while position < size:
                 end = min(position + CHUNK, size)
                 if unbuffered and (position % PAGE or end - position < PAGE):
-                    unbuffered = _buffered(fd)  # what is left is no whole page
+                    unbuffered = _buffered(fd)  # what is left is less than a page
                 if unbuffered:
                     end -= (end - position) % PAGE
                 try:
@@ -218,11 +218,11 @@ def _create(path: Path, direct: bool) -> tuple[int, bool]:
 
 
 Pieces = dict[tuple[str, str], list[tuple[Piece, int]]]
-"""What a shard holds of each (state, name): pieces, and the absolute byte where each begins."""
+"""What a rank file holds of each (state, name): pieces, and the absolute byte where each begins."""
 
 
 class Reader:
-    """Reads byte ranges of one shard, checking every block that it touches; keeps the last blocks it read.
+    """Reads byte ranges of one rank file, checking every block that it touches; keeps the last blocks it read.
 
     Raises Damaged, naming the file, for whatever is not as it was written. Not thread-safe.
     """
@@ -332,7 +332,7 @@ def _require(path: Path, status: os.stat_result, size: int) -> None:
 
 
 def read_block(fd: int, path: Path, digest: Digest, index: int, *, verify: bool = True) -> bytearray:
-    """Block ``index`` of an open shard, checked against its checksum. Raises Damaged."""
+    """Block ``index`` of an open rank file, checked against its checksum. Raises Damaged."""
     begin = index * BLOCK
     block = bytearray(min(BLOCK, digest.size - begin))
     view, done = memoryview(block), 0

@@ -1,4 +1,4 @@
-"""Which checkpoints to keep. ``doomed`` is a pure function; ``prune`` acts on it."""
+"""Which checkpoints to keep. ``to_remove`` is a pure function; ``prune`` acts on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dattrain.errors import Damaged
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Entry
+from dattrain.state.format.checkpoint import CheckpointInfo
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,20 @@ class Policy:
             raise ValueError(f"keep_every_epochs={self.keep_every_epochs} must be positive")
 
 
-def kept(entries: Sequence[Entry], policy: Policy) -> dict[str, str]:
-    """The whole checkpoints among ``entries`` (oldest first) that ``policy`` keeps: name to reason.
+def kept(entries: Sequence[CheckpointInfo], policy: Policy) -> dict[str, str]:
+    """The complete checkpoints among ``entries`` (oldest first) that ``policy`` keeps: name to reason.
 
-    Those that are not whole are neither kept nor removed by any rule: they may be evidence, and count for nothing.
+    Those that are not complete are neither kept nor removed by any rule: they may be evidence, and count for nothing.
     """
-    whole = [(e, e.manifest) for e in entries if e.manifest is not None]
-    reasons: dict[str, str] = {e.folder.name: "pinned" for e, _ in whole if e.pinned}
-    free = [(e, m) for e, m in whole if not e.pinned]
-    # The newest whole one stays even if keep_last were to count pinned ones only.
-    for entry, _ in [*free[-policy.keep_last :], *whole[-1:]]:
+    complete = [(e, e.manifest) for e in entries if e.manifest is not None]
+    reasons: dict[str, str] = {e.folder.name: "pinned" for e, _ in complete if e.pinned}
+    free = [(e, m) for e, m in complete if not e.pinned]
+    # The newest complete one stays even if keep_last were to count pinned ones only.
+    for entry, _ in [*free[-policy.keep_last :], *complete[-1:]]:
         reasons.setdefault(entry.folder.name, "last")
     if policy.keep_every_epochs is not None:
         seen: set[int] = set()
-        for entry, manifest in whole:
+        for entry, manifest in complete:
             epoch = manifest.meta.get("epoch")
             if not isinstance(epoch, (int, float)) or not math.isfinite(epoch):
                 continue
@@ -55,7 +55,7 @@ def kept(entries: Sequence[Entry], policy: Policy) -> dict[str, str]:
             if period >= 1 and period not in seen:
                 seen.add(period)
                 reasons.setdefault(entry.folder.name, f"every {policy.keep_every_epochs:g} epochs")
-    scored = [(m.metric(policy.metric), e) for e, m in whole]
+    scored = [(m.metric(policy.metric), e) for e, m in complete]
     sign = 1.0 if "loss" in policy.metric else -1.0
     best = sorted(((sign * v, -e.step, e) for v, e in scored if v is not None), key=lambda t: t[:2])
     for _, _, entry in best[: policy.keep_best]:
@@ -63,16 +63,16 @@ def kept(entries: Sequence[Entry], policy: Policy) -> dict[str, str]:
     return reasons
 
 
-def doomed(entries: Sequence[Entry], policy: Policy) -> list[Entry]:
-    """The whole checkpoints that ``policy`` does not keep, oldest first; never the newest whole one."""
+def to_remove(entries: Sequence[CheckpointInfo], policy: Policy) -> list[CheckpointInfo]:
+    """The complete checkpoints that ``policy`` does not keep, oldest first; never the newest complete one."""
     keep = kept(entries, policy)
     return [e for e in entries if e.manifest is not None and e.folder.name not in keep]
 
 
-def confirmed(found: list[Entry], policy: Policy) -> list[Entry]:
+def confirmed(found: list[CheckpointInfo], policy: Policy) -> list[CheckpointInfo]:
     """``found``, where those that are kept as the last ones have been read: others are removed because these are there."""
     read: set[str] = set()
-    while doomed(found, policy):
+    while to_remove(found, policy):
         reasons = kept(found, policy)
         last = [
             i
@@ -93,12 +93,12 @@ def confirmed(found: list[Entry], policy: Policy) -> list[Entry]:
 def prune(root: Path, policy: Policy, damaged: Collection[str] = ()) -> list[str]:
     """Remove what ``policy`` does not keep; returns the names. Each vanishes by a rename before it is deleted.
 
-    ``damaged`` are names of those that have their sizes, but were found not to be whole by whoever read them.
+    ``damaged`` are names of those that have their sizes, but were found damaged by whoever read them.
     """
     gone = []
-    found = checkpoint.entries(root)
+    found = checkpoint.list_all(root)
     found = [replace(e, manifest=None) if e.folder.name in damaged else e for e in found]
-    for entry in doomed(found, policy):
+    for entry in to_remove(found, policy):
         try:
             checkpoint.remove(entry.folder)
         except OSError as error:

@@ -12,7 +12,7 @@ from dattrain.data.source.index import CatalogueEntry
 from dattrain.data.source.shards import Shards
 from dattrain.engine import resume_rules
 from dattrain.errors import ConfigError, UserError
-from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.manifest import Manifest
 from dattrain.state.format.rank_file import Digest
 
 RECIPE = "model: {img_size: [64, 96], overrides: {offsets: false}}\ndata: {train: /data/train}\n"

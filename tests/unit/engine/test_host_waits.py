@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dattrain.engine.step import Update
 from dattrain.engine.step_status import agree
-from dattrain.runtime.signals import Request
+from dattrain.runtime.signals import StopRequest
 
 ROOT = Path(__file__).parents[3]
 
@@ -49,6 +49,6 @@ def test_what_ranks_tell_each_other_is_copied_without_waiting(monkeypatch):
     mine = Update(1.0, 2.0, applied=True, grad_norm=1.0, data_wait_s=0.0, own_s=0.0, keys=[])
     with fake_cuda() as waits:
         cuda = torch.device("cuda")
-        agree(mine, request=Request.NONE, save_failed=False, bad_samples=0, device=cuda)
+        agree(mine, request=StopRequest.NONE, save_failed=False, bad_samples=0, device=cuda)
     assert len(summed) == 1 and summed[0].device.type == "cuda"
     assert not waits.found, waits.report()

@@ -82,7 +82,9 @@ def test_a_disk_that_takes_no_rows_for_a_while_ends_no_training(tmp_path, caplog
     metrics.write({"step": 4})
     metrics.close()
     assert [row["step"] for row in read(tmp_path)] == [1, 2, 3, 4]
-    assert caplog.messages == [f"{metrics.path} cannot be written (EFBIG: File too large); training goes on"]
+    assert caplog.messages == [
+        f"{metrics.path} cannot be written (EFBIG: File too large); training continues"
+    ]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

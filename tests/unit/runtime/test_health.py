@@ -114,7 +114,7 @@ CHILD = """
 import faulthandler, pathlib, sys, threading, time
 from dattrain.runtime import health
 folder = pathlib.Path(sys.argv[1])
-health._LOOK_S = 0.3
+health._TICK_S = 0.3
 file = open(folder / "rank_0.log", "a", buffering=1)
 faulthandler.enable(file)
 dog = health.Watchdog(0.6, folder, file, 0, "node0", notice_s=0.0)

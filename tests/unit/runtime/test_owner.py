@@ -21,7 +21,7 @@ import pytest
 
 from dattrain.errors import UserError
 from dattrain.runtime import claims, owner, process
-from dattrain.runtime.owner import Held
+from dattrain.runtime.owner import InUse
 
 BEAT_S, SILENCE_S = 0.05, 0.8
 CONTENDER = f"""
@@ -31,10 +31,10 @@ from dattrain.runtime import owner, process
 
 folder, machine, silence = sys.argv[1:]
 if machine:
-    process.boot = lambda: machine
+    process.boot_id = lambda: machine
 try:
-    mine = owner.take(Path(folder), beat_s={BEAT_S}, silence_s=float(silence))
-except owner.Held as error:
+    mine = owner.acquire(Path(folder), heartbeat_s={BEAT_S}, timeout_s=float(silence))
+except owner.InUse as error:
     sys.exit(f"held: {{error}}")
 print("taken", flush=True)
 for line in sys.stdin:
@@ -43,17 +43,17 @@ for line in sys.stdin:
     try:
         mine.confirm()
         print("mine", mine.lost, flush=True)
-    except owner.Held as error:
+    except owner.InUse as error:
         print("lost", mine.lost, error, flush=True)
 """
 
 
 class Contender:
-    """A process that wants a folder. What asks for ``silence_s`` of an hour must not wait for it."""
+    """A process that wants a folder. What asks for ``timeout_s`` of an hour must not wait for it."""
 
-    def __init__(self, folder: Path, machine: str = "", silence_s: float = 3600) -> None:
+    def __init__(self, folder: Path, machine: str = "", timeout_s: float = 3600) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CONTENDER, str(folder), machine, str(silence_s)],
+            [sys.executable, "-c", CONTENDER, str(folder), machine, str(timeout_s)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "SLURM_JOB_ID": "45"},
         )  # fmt: skip
@@ -92,12 +92,12 @@ def start() -> Iterator[Callable[..., Contender]]:
 
 
 def take(folder: Path, **keywords: Any) -> owner.Owner:
-    return owner.take(folder, **{"beat_s": BEAT_S, "silence_s": 3600, **keywords})
+    return owner.acquire(folder, **{"heartbeat_s": BEAT_S, "timeout_s": 3600, **keywords})
 
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch, machine: str = "another") -> None:
     """From here on this process is one of another machine."""
-    monkeypatch.setattr("dattrain.runtime.process.boot", lambda: machine)
+    monkeypatch.setattr("dattrain.runtime.process.boot_id", lambda: machine)
 
 
 def files(folder: Path) -> list[str]:
@@ -106,7 +106,7 @@ def files(folder: Path) -> list[str]:
 
 def test_a_second_one_is_refused_with_who_has_it_and_then_has_it(tmp_path, start):
     first = start(tmp_path)
-    with pytest.raises(Held) as refused:
+    with pytest.raises(InUse) as refused:
         take(tmp_path)
     said = str(refused.value)
     assert f"{tmp_path} is being trained by process {first.process.pid} on " in said
@@ -116,7 +116,7 @@ def test_a_second_one_is_refused_with_who_has_it_and_then_has_it(tmp_path, start
     assert files(tmp_path) == []
     with take(tmp_path) as mine:
         mine.confirm()
-        with pytest.raises(Held):
+        with pytest.raises(InUse):
             take(tmp_path)  # twice at once in one process
     with take(tmp_path):  # and twice in turn
         pass
@@ -126,7 +126,7 @@ def test_a_second_one_is_refused_with_who_has_it_and_then_has_it(tmp_path, start
 def test_a_killed_one_is_followed_at_once_on_its_machine(tmp_path, start):
     start(tmp_path).end()
     assert files(tmp_path) == ["owner.json"]
-    assert owner.look(tmp_path) is None
+    assert owner.current_owner(tmp_path) is None
     with take(tmp_path) as mine:
         mine.confirm()
         assert files(tmp_path) == ["owner.json"]
@@ -146,15 +146,15 @@ def test_a_number_that_another_process_has_now_is_no_owner(tmp_path, start):
 def test_elsewhere_only_silence_tells(tmp_path, start, monkeypatch, caplog):
     first = start(tmp_path)
     elsewhere(monkeypatch)
-    with pytest.raises(Held, match=f"process {first.process.pid}"):
+    with pytest.raises(InUse, match=f"process {first.process.pid}"):
         take(tmp_path)
-    with pytest.raises(Held):
-        owner.refuse_if_held(tmp_path)
+    with pytest.raises(InUse):
+        owner.refuse_if_in_use(tmp_path)
     caplog.clear()
     first.end()
     begin = time.monotonic()
-    owner.refuse_if_held(tmp_path, patience_s=0.1)
-    with take(tmp_path, silence_s=SILENCE_S):
+    owner.refuse_if_in_use(tmp_path, patience_s=0.1)
+    with take(tmp_path, timeout_s=SILENCE_S):
         assert time.monotonic() - begin >= SILENCE_S
     (line,) = caplog.messages
     assert f"waiting up to 1 s: process {first.process.pid} on " in line and str(tmp_path) in line
@@ -171,13 +171,13 @@ def test_a_suspended_one_is_named_on_its_machine(tmp_path, start):
     first = start(tmp_path)
     first.process.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, first.process.pid, os.WSTOPPED | os.WNOWAIT)
-    with pytest.raises(Held, match=f"suspended: let it go on .kill -CONT {first.process.pid}"):
+    with pytest.raises(InUse, match=f"suspended: let it continue .kill -CONT {first.process.pid}"):
         take(tmp_path)
 
 
 @pytest.mark.parametrize("successor_ended", [False, True])
 def test_a_suspended_one_that_was_followed_writes_no_more(tmp_path, start, successor_ended):
-    first = start(tmp_path, silence_s=SILENCE_S)
+    first = start(tmp_path, timeout_s=SILENCE_S)
     first.process.send_signal(signal.SIGSTOP)
     second = start(tmp_path, "another", SILENCE_S)
     assert second.first == "taken"
@@ -197,12 +197,12 @@ def test_a_suspended_one_that_was_followed_writes_no_more(tmp_path, start, succe
 def test_a_copy_has_no_owner_and_a_moved_folder_still_has(tmp_path, start):
     first = start(tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    assert owner.look(tmp_path / "copy") is None
+    assert owner.current_owner(tmp_path / "copy") is None
     with take(tmp_path / "copy") as mine:
         mine.confirm()
         assert first.ask() == "mine False"
     (tmp_path / "run").rename(tmp_path / "moved")
-    with pytest.raises(Held, match=f"process {first.process.pid}"):
+    with pytest.raises(InUse, match=f"process {first.process.pid}"):
         take(tmp_path / "moved")
     (tmp_path / "run").symlink_to("moved")
     assert first.ask() == "mine False"
@@ -216,7 +216,7 @@ def test_what_slurm_has_requeued_follows_itself(tmp_path, start, monkeypatch):
     elsewhere(monkeypatch)
     monkeypatch.setenv("SLURM_JOB_ID", "46")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    with pytest.raises(Held):
+    with pytest.raises(InUse):
         take(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "45")
     with take(tmp_path):
@@ -235,20 +235,20 @@ EDITS = [
 
 def test_what_is_no_record_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "45")
-    record = asdict(claims.myself(tmp_path))
+    record = asdict(claims.own_record(tmp_path))
     texts = ["", "[" * 100_000, *(json.dumps(record | edit) for edit in EDITS)]
     for text in texts:
         assert claims.parse(text.encode()) is None
     assert claims.parse(json.dumps(record | {"new": 1}).encode()) == claims.Record(**record)
     (tmp_path / "owner.json").write_text(texts[2])
-    with take(tmp_path, silence_s=0.1) as mine:
+    with take(tmp_path, timeout_s=0.1) as mine:
         mine.confirm()
     (tmp_path / "owner.json").symlink_to("nowhere")
-    with take(tmp_path, silence_s=0.1) as mine:
+    with take(tmp_path, timeout_s=0.1) as mine:
         mine.confirm()
     assert files(tmp_path) == []
     (tmp_path / "owner.json").mkdir()
-    for asked in (owner.look, owner.refuse_if_held, take):
+    for asked in (owner.current_owner, owner.refuse_if_in_use, take):
         with pytest.raises(UserError, match=r"owner\.json: cannot be read, .*: Is a directory"):
             asked(tmp_path)
 
@@ -256,9 +256,9 @@ def test_what_is_no_record_is_waited_for(tmp_path, monkeypatch):
 def test_a_process_that_proc_hides_may_live(tmp_path, start, monkeypatch):
     start(tmp_path)
     monkeypatch.setattr("dattrain.runtime.process._stat", lambda _: None)
-    assert owner.look(tmp_path) is None  # it is ours, so it would be shown
+    assert owner.current_owner(tmp_path) is None  # it is ours, so it would be shown
     monkeypatch.setattr("os.kill", _not_ours)
-    with pytest.raises(Held):
+    with pytest.raises(InUse):
         take(tmp_path)
 
 
@@ -282,11 +282,11 @@ def _full(*_: Any) -> None:
 
 
 def test_a_folder_that_is_gone_is_said(tmp_path, caplog):
-    with take(tmp_path / "run", silence_s=0.2) as mine:
+    with take(tmp_path / "run", timeout_s=0.2) as mine:
         (tmp_path / "run").rename(tmp_path / "moved")
         while not mine.lost:
             time.sleep(0.01)
-        with pytest.raises(Held, match="run has not been there for more than 0 s: it was moved or removed"):
+        with pytest.raises(InUse, match="run has not been there for more than 0 s: it was moved or removed"):
             mine.confirm()
     with take(tmp_path / "other") as mine:
         (tmp_path / "other").rename(tmp_path / "away")
@@ -328,7 +328,7 @@ def test_of_many_one_follows_a_dead_one(tmp_path, links, monkeypatch):
     if not links:
         monkeypatch.setattr("os.link", _not_ours)
     path = tmp_path / "owner.json"
-    dead = replace(claims.myself(tmp_path, "trained"), pid=1 << 30)
+    dead = replace(claims.own_record(tmp_path, "trained"), pid=1 << 30)
     for _ in range(10):
         assert claims.create(path, dead)
         won: list[owner.Owner] = []
@@ -336,8 +336,8 @@ def test_of_many_one_follows_a_dead_one(tmp_path, links, monkeypatch):
 
         def contend(won: list[owner.Owner] = won, gate: threading.Barrier = gate) -> None:
             gate.wait()
-            with contextlib.suppress(Held):
-                won.append(take(tmp_path, beat_s=60))
+            with contextlib.suppress(InUse):
+                won.append(take(tmp_path, heartbeat_s=60))
 
         threads = [threading.Thread(target=contend) for _ in range(6)]
         for thread in threads:
@@ -365,8 +365,8 @@ def test_a_link_whose_answer_was_lost_counts(tmp_path, monkeypatch):
 @pytest.mark.parametrize("at", ["create", "read", "replace", "holds"])
 def test_one_that_is_suspended_while_it_follows_is_followed_itself(tmp_path, at, turn, monkeypatch):
     path = tmp_path / "owner.json"
-    slow, fast = claims.myself(tmp_path), claims.myself(tmp_path)
-    assert claims.create(path, replace(claims.myself(tmp_path), pid=1 << 30))
+    slow, fast = claims.own_record(tmp_path), claims.own_record(tmp_path)
+    assert claims.create(path, replace(claims.own_record(tmp_path), pid=1 << 30))
     where = os if at == "replace" else claims
     step = getattr(where, at)
 
@@ -374,15 +374,15 @@ def test_one_that_is_suspended_while_it_follows_is_followed_itself(tmp_path, at,
         """The first of these steps, with all that the other one does before or after it."""
         monkeypatch.setattr(where, at, step)
         if turn == "before":
-            claims.succeed(path, claims.succession(path), fast)
+            claims.take_over(path, claims.claim_chain(path), fast)
         done = step(*arguments)
         if turn == "after":
-            claims.succeed(path, claims.succession(path), fast)
+            claims.take_over(path, claims.claim_chain(path), fast)
         return done
 
-    chain = claims.succession(path)
+    chain = claims.claim_chain(path)
     monkeypatch.setattr(where, at, suspended)
-    slow_won = claims.succeed(path, chain, slow)
+    slow_won = claims.take_over(path, chain, slow)
     # Which of the two does not matter; but one has it, and the other does not believe that it has.
     assert claims.holds(path, slow) != claims.holds(path, fast)
     last_look = (at, turn) == ("holds", "after")  # what comes later, ``confirm`` finds

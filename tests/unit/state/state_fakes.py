@@ -9,7 +9,7 @@ import torch
 
 from dattrain.state.background import HostBuffer, image_of
 from dattrain.state.format import checkpoint, rank_file
-from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.manifest import Manifest, Parameter, rank_file_name
 from dattrain.state.format.rank_file import Piece
 
 SHAPES = {"stem.weight": (40, 3, 7, 7), "stem.bias": (40,), "head.weight": (1000, 300), "head.bias": (11,)}
@@ -37,7 +37,7 @@ def write_shard(path: Path, tensors: dict[Piece, torch.Tensor]) -> rank_file.Dig
 def make(root: Path, step: int = 1, world: int = 2, seed: int = 0, **fields: object) -> Path:
     """A published checkpoint of ``world`` shards, every tensor cut in ``world`` uneven pieces; returns its folder."""
     tensors = values(seed)
-    folder = checkpoint.aside(root, step, "test")
+    folder = checkpoint.temporary_folder(root, step, "test")
     folder.mkdir(parents=True)
     files = {}
     for rank in range(world):
@@ -50,7 +50,7 @@ def make(root: Path, step: int = 1, world: int = 2, seed: int = 0, **fields: obj
         if rank == 0:
             mine[Piece("buffer", "calls", 0, 1, "I64", ())] = torch.tensor(step)
             mine[Piece("buffer", "mask", 0, 3, "BOOL", (3,))] = torch.tensor([True, False, True])
-        name = checkpoint.shard_name(rank)
+        name = rank_file_name(rank)
         files[name] = write_shard(folder / name, mine)
     manifest = Manifest(
         step=step,

@@ -7,23 +7,23 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from dattrain.state.background import Copy, HostBuffer, OneInFlight, SideCopy, image_of
+from dattrain.state.background import BackgroundTask, Copy, HostBuffer, StagingCopy, image_of
 from dattrain.state.format.rank_file import PAGE
-from dattrain.state.partition import _shares, lerp_ema, read, write
+from dattrain.state.partition import _shares, read, write
 
 
-def test_a_failure_is_told_once_and_never_lost():
-    task = OneInFlight("t")
+def test_a_failure_is_raised_once_and_never_lost():
+    task = BackgroundTask("t")
 
     def fail():
         raise OSError("disk")
 
     task.start(fail)
     task._thread.join()
-    assert task.failed and not task.running
+    assert task.failed
     with pytest.raises(OSError):
-        task.poll()
-    task.poll()
+        task.wait()
+    task.wait()
     assert not task.failed
     task.start(fail)
     with pytest.raises(OSError):
@@ -33,10 +33,8 @@ def test_a_failure_is_told_once_and_never_lost():
 
 
 def test_one_in_flight():
-    task, gate, order = OneInFlight("t"), threading.Event(), []
+    task, gate, order = BackgroundTask("t"), threading.Event(), []
     task.start(lambda: (gate.wait(5), order.append(1)))
-    task.poll()
-    assert task.running
     threading.Timer(0.05, gate.set).start()
     task.start(lambda: order.append(2))
     task.wait()
@@ -87,14 +85,14 @@ def test_a_pinned_buffer_pins_what_was_asked_for_and_gives_it_back(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_side_copy_holds_what_was_there_before_the_fence(device):
+def test_a_side_copy_holds_what_was_there_before_the_wait(device):
     state = torch.arange(1 << 22, dtype=torch.float32, device=device)
     host = HostBuffer(pinned=device == "cuda").take(4 * (state.numel() - 3) + 8)
     assert host.is_pinned() == (device == "cuda")
     expected = state[3:].cpu().clone()
-    copy, task = SideCopy(host, [Copy(state, 3, state.numel() - 3, at=8)]), OneInFlight("t")
+    copy, task = StagingCopy(host, [Copy(state, 3, state.numel() - 3, at=8)]), BackgroundTask("t")
     task.start(copy.run)
-    copy.fence()
+    copy.wait()
     state.zero_()
     task.wait()
     assert torch.equal(host[8:].view(torch.float32), expected)
@@ -129,8 +127,8 @@ def test_a_side_copy_touches_no_device_but_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda d: setattr(current, "index", d.index))
     monkeypatch.setattr(torch.cuda, "stream", stream)
     host = torch.zeros(8, dtype=torch.uint8)
-    task = OneInFlight("t")
-    task.start(SideCopy(host, [Copy(torch.ones(2), 0, 2, at=0)]).run)
+    task = BackgroundTask("t")
+    task.start(StagingCopy(host, [Copy(torch.ones(2), 0, 2, at=0)]).run)
     task.wait()
     assert touched == {3}
     assert host.view(torch.float32).tolist() == [1, 1]
@@ -138,11 +136,11 @@ def test_a_side_copy_touches_no_device_but_its_own(monkeypatch):
 
 def test_a_side_copy_that_fails_holds_nobody_up():
     copy, task = (
-        SideCopy(torch.empty(4, dtype=torch.uint8), [Copy(torch.ones(3), 0, 3, at=0)]),
-        OneInFlight("t"),
+        StagingCopy(torch.empty(4, dtype=torch.uint8), [Copy(torch.ones(3), 0, 3, at=0)]),
+        BackgroundTask("t"),
     )
     task.start(copy.run)
-    copy.fence()
+    copy.wait()
     with pytest.raises(RuntimeError):
         task.wait()
 
@@ -173,14 +171,3 @@ def test_channels_last_weights_are_read_and_written_in_logical_order():
     write(weight, 5, torch.tensor([50.0, 60.0]))
     expected[0, 1, 0, 1], expected[0, 1, 1, 0] = 50.0, 60.0
     assert torch.equal(weight, expected) and weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_lerp_is_elementwise_so_shards_equal_the_whole():
-    g = torch.Generator().manual_seed(0)
-    whole, target = torch.randn(1001, generator=g), torch.randn(1001, generator=g)
-    parts = [t.clone() for t in whole.split([3, 500, 498])]
-    reference = [whole.clone()]
-    for _ in range(5):
-        lerp_ema(reference, [target], 0.999)
-        lerp_ema(parts, list(target.split([3, 500, 498])), 0.999)
-    assert torch.equal(torch.cat(parts), reference[0])

@@ -17,8 +17,8 @@ from state_fakes import make, values
 
 from dattrain.errors import Damaged, UserError
 from dattrain.state import gather
-from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format import checkpoint, manifest
+from dattrain.state.format.manifest import Manifest, Parameter, read_manifest
 from dattrain.state.format.rank_file import BLOCK, Digest
 
 
@@ -97,7 +97,7 @@ def test_a_manifest_cannot_name_a_file_outside_its_folder(name):
 
 
 def test_a_manifest_of_a_later_format_says_so(monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr(manifest, "FORMAT", 2)
     text = simple().render()
     monkeypatch.undo()
     with pytest.raises(Damaged, match="format 2"):
@@ -110,18 +110,18 @@ def test_entries_and_find(tmp_path):
     (tmp_path / "step_00000002" / "pinned").touch()
     (tmp_path / "step_x").mkdir()
     (tmp_path / "notes.txt").write_text("")
-    found = checkpoint.entries(tmp_path)
+    found = checkpoint.list_all(tmp_path)
     assert [(e.step, e.pinned) for e in found] == [(1, False), (2, True), (30, False)]
     newest = checkpoint.find(tmp_path)
-    assert newest.folder == tmp_path / "step_00000030" and newest.passed_over == ()
+    assert newest.folder == tmp_path / "step_00000030" and newest.skipped == ()
     assert newest.manifest.samples_seen == 300
     skipped = checkpoint.find(tmp_path, skip={"step_00000030": "bad block"})
-    assert skipped.folder.name == "step_00000002" and skipped.passed_over == (("step_00000030", "bad block"),)
+    assert skipped.folder.name == "step_00000002" and skipped.skipped == (("step_00000030", "bad block"),)
 
 
 def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
     make(tmp_path, 1).rename(tmp_path / "step_00000009")
-    assert "is of step 1" in checkpoint.entries(tmp_path)[0].reason
+    assert "is of step 1" in checkpoint.list_all(tmp_path)[0].reason
 
 
 def damage(folder: Path):
@@ -151,7 +151,7 @@ def test_every_file_damaged_one_at_a_time_is_noticed_and_the_one_before_is_used(
             path.write_bytes(how(whole))
         found = checkpoint.find(tmp_path, level="checksum")
         assert found.folder is not None and found.folder.name == "step_00000001", what
-        assert found.passed_over[0][0] == "step_00000002" and path.name in found.passed_over[0][1], what
+        assert found.skipped[0][0] == "step_00000002" and path.name in found.skipped[0][1], what
         if "flipped" not in what or path.name == "manifest.json":
             assert checkpoint.find(tmp_path).folder.name == "step_00000001", f"sizes alone tell: {what}"
         path.write_bytes(whole)
@@ -175,7 +175,7 @@ def test_locate(tmp_path):
     with pytest.raises(UserError, match="rank_00001.safetensors: missing"):
         checkpoint.locate(folder)
     with pytest.raises(
-        UserError, match=r"holds no whole checkpoint: step_00000004 \(rank_00001.*Nothing was changed"
+        UserError, match=r"holds no complete checkpoint: step_00000004 \(rank_00001.*Nothing was changed"
     ):
         checkpoint.locate(run)
 
@@ -198,7 +198,7 @@ def test_a_hostile_pickle_in_any_place_is_never_run(tmp_path):
             for read in (
                 checkpoint.check,
                 checkpoint.verify,
-                checkpoint.read_manifest,
+                read_manifest,
                 gather.load_tensors,
                 gather.load_buffers,
             ):
@@ -248,7 +248,7 @@ def test_death_at_any_file_operation_of_a_publish_leaves_a_whole_checkpoint(tmp_
     monkeypatch.undo()
     checkpoint.recover(tmp_path)
     found = checkpoint.find(tmp_path, level="checksum")
-    assert found.folder is not None and found.passed_over == ()
+    assert found.folder is not None and found.skipped == ()
     got = gather.load_tensors(found.folder)["head.weight"]
     assert any(torch.equal(got, values(s)["param/head.weight"]) for s in (0, 1))
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000005"]
@@ -294,7 +294,7 @@ def test_gather_refuses_by_name(tmp_path):
 
 def test_a_missing_fragment_is_noticed_even_if_all_checksums_fit(tmp_path):
     folder = make(tmp_path, 1, world=3)
-    manifest = checkpoint.read_manifest(folder)
+    manifest = read_manifest(folder)
     files = {n: d for n, d in manifest.files.items() if n != "rank_00001.safetensors"}
     (folder / "manifest.json").write_bytes(dataclasses.replace(manifest, files=files).render())
     with pytest.raises(UserError, match="do not cover its 5880 elements exactly once"):
@@ -309,7 +309,7 @@ def test_a_missing_fragment_is_noticed_even_if_all_checksums_fit(tmp_path):
     ],
 )
 def test_a_save_that_fails_says_at_which_operation(tmp_path, monkeypatch, call, code, told):
-    folder = checkpoint.aside(tmp_path, 3, "a")
+    folder = checkpoint.temporary_folder(tmp_path, 3, "a")
     folder.mkdir()
 
     def refused(*_):
@@ -319,14 +319,3 @@ def test_a_save_that_fails_says_at_which_operation(tmp_path, monkeypatch, call, 
     with pytest.raises(OSError) as error:
         checkpoint.publish(folder, simple())
     assert str(error.value).startswith(told) and error.value.errno == code
-
-
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
-def test_a_folder_whose_entries_may_be_lost_is_an_error(tmp_path, monkeypatch, code):
-    def refused(_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", refused)
-    with pytest.raises(OSError) as error:
-        checkpoint.sync(tmp_path)
-    assert error.value.errno == code

@@ -21,7 +21,7 @@ from dattrain.models import zoo
 from dattrain.runtime import owner
 from dattrain.state.convert import offline
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.manifest import Manifest, Parameter
 from dattrain.state.format.rank_file import Piece
 
 
@@ -61,7 +61,7 @@ def test_inspect(run_dir, capsys):
     assert main(["ckpt", "inspect", str(run_dir / "checkpoints" / "step_00000002")]) == 0
     assert "samples_seen: 20" in capsys.readouterr().out
     assert main(["ckpt", "inspect", str(run_dir / "checkpoints" / "step_00000003")]) == 1
-    assert "is not a whole checkpoint: rank_00001.safetensors" in capsys.readouterr().err
+    assert "is not a complete checkpoint: rank_00001.safetensors" in capsys.readouterr().err
 
 
 def test_verify(run_dir, capsys):
@@ -82,27 +82,27 @@ def test_prune_makes_room_on_a_full_disk(run_dir, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with owner.take(run_dir):
+    with owner.acquire(run_dir):
         monkeypatch.setattr("dattrain.runtime.claims._write", full)
         assert main(["ckpt", "prune", str(run_dir)]) == 1
     assert main(["ckpt", "prune", str(run_dir)]) == 0
     assert "removed step_00000001" in capsys.readouterr().out
 
 
-def test_prune_removes_none_for_the_sake_of_one_that_is_not_whole(run_dir, capsys):
+def test_prune_removes_none_for_the_sake_of_one_that_is_not_complete(run_dir, capsys):
     path = run_dir / "checkpoints" / "step_00000004" / "rank_00000.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     assert main(["ckpt", "prune", str(run_dir)]) == 0
-    assert [e.step for e in checkpoint.entries(run_dir / "checkpoints")] == [2, 3, 4]
+    assert [e.step for e in checkpoint.list_all(run_dir / "checkpoints")] == [2, 3, 4]
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "kept step_00000002 (last)" and "(damaged: rank_00000" in lines[3]
 
 
 def test_prune_pin_and_damaged(run_dir, capsys):
     def left():
-        return [e.step for e in checkpoint.entries(run_dir / "checkpoints")]
+        return [e.step for e in checkpoint.list_all(run_dir / "checkpoints")]
 
     assert main(["ckpt", "prune", str(run_dir), "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "would remove step_00000001" and left() == [1, 2, 3, 4]

@@ -28,7 +28,7 @@ from dattrain.state import gather
 from dattrain.state.convert import dcp_read, dcp_store, dcp_write, offline
 from dattrain.state.convert.dcp_store import Chunk
 from dattrain.state.format import checkpoint
-from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.manifest import Manifest, Parameter
 from dattrain.state.format.rank_file import Piece
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -421,11 +421,11 @@ def test_what_is_missing_or_cut_short_is_named(copied, capsys):
     data, listed = out / "__0_0.distcp", out / ".metadata"
     size, metadata = data.stat().st_size, listed.read_bytes()
     os.truncate(data, size - 100)
-    refused(out, run, capsys, f"is not whole: __0_0.distcp has {size - 100} bytes of at least {size}")
+    refused(out, run, capsys, f"is incomplete: __0_0.distcp has {size - 100} bytes of at least {size}")
     data.unlink()
-    unread(out, "is not whole: __0_0.distcp is missing")
+    unread(out, "is incomplete: __0_0.distcp is missing")
     os.mkfifo(data)
-    unread(out, "is not whole: __0_0.distcp is missing")
+    unread(out, "is incomplete: __0_0.distcp is missing")
     for cut in range(0, len(metadata), len(metadata) // 20):
         listed.write_bytes(metadata[:cut])
         unread(out, ".metadata: is not as torch writes it")
@@ -463,9 +463,9 @@ def test_chunks_must_cover_a_tensor_once(tmp_path):
     whole = store(((0, 0), (2, 1)), ((0, 1), (1, 2)), ((1, 1), (1, 2))).tensor("w")
     assert whole.tolist() == [[0, 1, 1], [0, 2, 2]]
     for boxes, words in (
-        ([((0, 0), (2, 1)), ((0, 2), (2, 1))], "is not there as a whole"),
+        ([((0, 0), (2, 1)), ((0, 2), (2, 1))], "is not there in full"),
         ([((0, 0), (2, 2)), ((0, 1), (2, 2))], "overlap"),
-        ([], "is not there as a whole"),
+        ([], "is not there in full"),
     ):
         with pytest.raises(UserError, match=words):
             store(*boxes).tensor("w")
@@ -484,7 +484,7 @@ def test_another_model_and_another_optimizer(tmp_path, capsys):
     sgd = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9)
     update(net, sgd, 0)
     dcp.save(_nested(net, sgd), checkpoint_id=tmp_path / "sgd")
-    with pytest.raises(UserError, match="only Adam's state can be gone on with"):
+    with pytest.raises(UserError, match="only from Adam's state can training resume"):
         read_in(tmp_path / "sgd", net, tmp_path / "x")
 
 

@@ -16,9 +16,10 @@ from dattrain.runtime import claims, owner
 from dattrain.state import partition
 from dattrain.state.checkpointer import Checkpointer, describe
 from dattrain.state.format import checkpoint, rank_file, retention
-from dattrain.state.format.checkpoint import Manifest, Parameter
+from dattrain.state.format.manifest import Manifest, Parameter
 from dattrain.state.format.rank_file import Piece
 from dattrain.state.format.retention import Policy
+from dattrain.state.writer import Staged
 
 
 @pytest.mark.parametrize(
@@ -72,32 +73,34 @@ def _save(keeper, step):
     image[: len(layout.header)] = layout.header
     manifest = Manifest(step, step, 1, 0, "fp32", ("param",), {"w": Parameter((4,))})
     keeper._write(
-        checkpoint.aside(keeper.root, step, f"{keeper._token}-{step}"), manifest, layout, image, _Copied()
+        checkpoint.temporary_folder(keeper.root, step, f"{keeper._token}-{step}"),
+        manifest,
+        Staged(layout, image, _Copied()),
     )
 
 
 def test_once_another_has_the_run_folder_nothing_is_published_or_removed(tmp_path):
-    with owner.take(tmp_path, beat_s=60) as mine:
+    with owner.acquire(tmp_path, heartbeat_s=60) as mine:
         keeper = Checkpointer(tmp_path, Policy(1), owner=mine)
         _save(keeper, 1)
         assert not keeper.failed
         # As it is when another has waited for this process in vain; it would not have kept the first of the two.
-        seen = claims.succession(mine.path)
-        successor = dataclasses.replace(claims.myself(tmp_path), pid=7, host="other")
-        assert claims.succeed(mine.path, seen, successor)
+        seen = claims.claim_chain(mine.path)
+        successor = dataclasses.replace(claims.own_record(tmp_path), pid=7, host="other")
+        assert claims.take_over(mine.path, seen, successor)
         _save(Checkpointer(tmp_path, Policy(2), owner=None), 2)
         with pytest.raises(UserError, match="step 3 could not be written.*process 7 on other.*has taken"):
             _save(keeper, 3)
         assert sorted(p.name for p in keeper.root.iterdir()) == ["step_00000001", "step_00000002"]
         assert keeper.failed
-        with pytest.raises(owner.Held, match="process 7 on other.*has taken this run folder over"):
+        with pytest.raises(owner.InUse, match="process 7 on other.*has taken this run folder over"):
             keeper.wait()
 
 
 def test_what_a_living_one_writes_is_not_cleared(tmp_path):
     writes = tmp_path / "checkpoints" / ".new-abc-1-step_00000003"
     writes.mkdir(parents=True)
-    with owner.take(tmp_path) as mine:
+    with owner.acquire(tmp_path) as mine:
         Checkpointer(tmp_path)
         assert writes.exists()
         Checkpointer(tmp_path, owner=mine)
@@ -106,7 +109,7 @@ def test_what_a_living_one_writes_is_not_cleared(tmp_path):
 
 def test_a_recovery_takes_the_name_before_the_files(tmp_path, monkeypatch):
     """So a save that goes on after its process was taken for dead publishes all of it, or nothing."""
-    folder = checkpoint.aside(tmp_path, 3, "abc")
+    folder = checkpoint.temporary_folder(tmp_path, 3, "abc")
     folder.mkdir()
     deleted = []
     monkeypatch.setattr(shutil, "rmtree", lambda path, **_: path.exists() and deleted.append(path.name))
@@ -117,7 +120,7 @@ def test_a_recovery_takes_the_name_before_the_files(tmp_path, monkeypatch):
 def test_a_checkpoint_that_was_removed_by_hand_does_not_end_the_run(tmp_path, monkeypatch):
     make(tmp_path, 1)
     make(tmp_path, 2)
-    entries = checkpoint.entries(tmp_path)
+    entries = checkpoint.list_all(tmp_path)
     shutil.rmtree(tmp_path / "step_00000001")
-    monkeypatch.setattr(checkpoint, "entries", lambda root: entries)
+    monkeypatch.setattr(checkpoint, "list_all", lambda root: entries)
     assert retention.prune(tmp_path, Policy(1)) == []

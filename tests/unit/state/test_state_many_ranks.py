@@ -14,6 +14,7 @@ from state_fakes import write_shard
 from dattrain.errors import UserError
 from dattrain.state import checkpointer, gather
 from dattrain.state.format import checkpoint, retention
+from dattrain.state.format.manifest import MANIFEST, rank_file_name, read_manifest
 from dattrain.state.format.rank_file import Piece
 
 SHAPES = {"stem.weight": (48, 3, 4, 4), "stem.bias": (48,), "odd": (7,), "fc.weight": (300, 501), "scale": ()}
@@ -40,7 +41,7 @@ def test_on_the_same_ranks_a_rank_opens_its_own_shard(tmp_path, stage):
     counts, size, sent = resumed(tmp_path, (64, stage), (64, stage))
     assert sent == 0
     for rank, count in enumerate(counts[1:], 1):
-        assert count.names == [checkpoint.shard_name(rank)]
+        assert count.names == [rank_file_name(rank)]
     assert counts[0].opens <= 3, counts[0].names
     assert sum(c.nbytes for c in counts) <= 1.1 * size
 
@@ -53,9 +54,9 @@ def test_on_the_same_ranks_a_rank_opens_its_own_shard(tmp_path, stage):
 def test_on_another_layout_a_shard_is_opened_once_in_all(tmp_path, before, after):
     counts, size, sent = resumed(tmp_path, before, after)
     assert sent == 3 * before[0], "the number of pieces, the table and the data of each shard"
-    names = [name for count in counts for name in count.names if name != checkpoint.MANIFEST]
+    names = [name for count in counts for name in count.names if name != MANIFEST]
     # Rank 0 reads the buffers, wherever the rest of that shard goes.
-    assert sorted(names) == sorted([checkpoint.shard_name(r) for r in range(before[0])] + names[:1])
+    assert sorted(names) == sorted([rank_file_name(r) for r in range(before[0])] + names[:1])
     assert sum(c.nbytes for c in counts) <= 1.2 * size
 
 
@@ -64,34 +65,34 @@ def test_looking_for_checkpoints_opens_manifests_alone(tmp_path):
     for look in (checkpoint.find, lambda root: retention.prune(root, retention.Policy())):
         with counted() as count:
             look(tmp_path / "checkpoints")
-        assert count.names == [checkpoint.MANIFEST]
+        assert count.names == [MANIFEST]
 
 
 def replaced(folder, files):
     """Make ``files`` those of the checkpoint."""
-    manifest = checkpoint.read_manifest(folder)
-    (folder / checkpoint.MANIFEST).write_bytes(dataclasses.replace(manifest, files=files).render())
+    manifest = read_manifest(folder)
+    (folder / MANIFEST).write_bytes(dataclasses.replace(manifest, files=files).render())
 
 
 def hole(folder):
-    files = dict(checkpoint.read_manifest(folder).files)
-    del files[checkpoint.shard_name(1)]
+    files = dict(read_manifest(folder).files)
+    del files[rank_file_name(1)]
     replaced(folder, files)
 
 
 def overlap(folder):
-    files = dict(checkpoint.read_manifest(folder).files)
-    shutil.copy(folder / checkpoint.shard_name(1), folder / checkpoint.shard_name(3))
-    replaced(folder, {**files, checkpoint.shard_name(3): files[checkpoint.shard_name(1)]})
+    files = dict(read_manifest(folder).files)
+    shutil.copy(folder / rank_file_name(1), folder / rank_file_name(3))
+    replaced(folder, {**files, rank_file_name(3): files[rank_file_name(1)]})
 
 
 def overlap_in_one_file(folder):
     pieces = {Piece("param", n, 0, 1): torch.zeros(1) for n in SHAPES if n != "odd"}
     pieces |= {Piece("param", "odd", at, n): torch.zeros(n) for at, n in ((0, 5), (3, 4))}
     pieces[Piece("buffer", "calls", 0, 1, "I64", ())] = torch.tensor(7)
-    (folder / checkpoint.shard_name(0)).unlink()
-    digest = write_shard(folder / checkpoint.shard_name(0), pieces)
-    replaced(folder, {checkpoint.shard_name(0): digest})
+    (folder / rank_file_name(0)).unlink()
+    digest = write_shard(folder / rank_file_name(0), pieces)
+    replaced(folder, {rank_file_name(0): digest})
 
 
 @pytest.mark.parametrize("world, harm", [(3, hole), (3, overlap), (1, overlap_in_one_file)])

@@ -158,7 +158,7 @@ def test_a_run_that_is_trained_by_hand_is_not_submitted_and_status_says_who_trai
     cluster: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = copied(run)
-    with owner.take(copy):
+    with owner.acquire(copy):
         with pytest.raises(UserError, match=f"is being trained by process {os.getpid()} on "):
             request.run(Request(str(copy), cluster="./c.yaml"))
         one = run_status.report(copy, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import subprocess
@@ -238,7 +239,10 @@ def test_the_bookkeeper_needs_the_standard_library_alone(tmp_path: Path) -> None
     shutil.copytree(
         package / "submit", tmp_path / "dattrain" / "submit", ignore=shutil.ignore_patterns("__pycache__")
     )
-    shutil.copy(package / "__init__.py", tmp_path / "dattrain")
+    for module in ("__init__", "errors", "files", "urls"):
+        text = (package / f"{module}.py").read_text()
+        ast.parse(text, feature_version=(3, 8))
+        (tmp_path / "dattrain" / f"{module}.py").write_text(text)
     (tmp_path / "run" / "submit").mkdir(parents=True)
     (tmp_path / "run" / "submit" / "spec.json").write_text(json.dumps({"retries": 3, "requeue": "scontrol"}))
     history.record(tmp_path / "run", "submit", job="5", by="user")

@@ -14,7 +14,7 @@ from dattrain.data.classes import Classes
 from dattrain.data.source.index import CatalogueEntry, write_catalogue
 from dattrain.engine import resume_rules
 from dattrain.errors import ConfigError, UserError
-from dattrain.state.format.checkpoint import Manifest
+from dattrain.state.format.manifest import Manifest
 from dattrain.state.format.rank_file import Digest
 from dattrain.submit import request, submission
 from dattrain.submit.request import Request

@@ -178,17 +178,17 @@ def read_only(make_shards, monkeypatch):
         path.unlink()
     (folder / "_train.manifest.json").write_text(manifest({"train-0000.tar": 3, "train-0001.tar": 4}))
     (folder / "_info.json").write_text(hub_info({"train-0000.tar": 3, "val-0000.tar": 2}))
-    real_open, access = open, os.access
+    real_open, access = os.open, os.access
 
-    def refused(path, mode="r", *args, **kwargs):
-        if isinstance(path, (str, Path)) and "w" in mode and Path(path).parent == folder:
+    def refused(path, flags, *args, **kwargs):
+        if flags & os.O_CREAT and Path(path).parent == folder:
             raise OSError(30, "Read-only file system")
-        return real_open(path, mode, *args, **kwargs)
+        return real_open(path, flags, *args, **kwargs)
 
     def unlink(self: Path, missing_ok: bool = False) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("builtins.open", refused)
+    monkeypatch.setattr(os, "open", refused)
     monkeypatch.setattr(Path, "unlink", unlink)
     monkeypatch.setattr(os, "access", lambda p, m: Path(p) != folder and access(p, m))
     return folder

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from dattrain.runtime.signals import Preemption, Request
+from dattrain.runtime.signals import Preemption, StopRequest
 
 
 @pytest.fixture
@@ -15,23 +15,23 @@ def preemption(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_only_sets_a_flag(preemption, signum):
-    assert preemption.request() is Request.NONE
+    assert preemption.request() is StopRequest.NONE
     os.kill(os.getpid(), signum)
-    assert preemption.request() is Request.PREEMPT and preemption.received == signum
+    assert preemption.request() is StopRequest.PREEMPT and preemption.received == signum
 
 
 def test_the_stop_file_stops_and_is_cleared(preemption, tmp_path):
     (tmp_path / "stop").touch()
-    assert preemption.request() is Request.STOP
-    assert preemption.request(look_for_file=False) is Request.NONE
+    assert preemption.request() is StopRequest.STOP
+    assert preemption.request(look_for_file=False) is StopRequest.NONE
     preemption.clear_stop_file()
-    assert preemption.request() is Request.NONE
+    assert preemption.request() is StopRequest.NONE
     preemption.clear_stop_file()
 
 
 def test_the_first_ctrl_c_stops_at_the_edge_and_the_second_at_once(preemption):
     os.kill(os.getpid(), signal.SIGINT)
-    assert preemption.request() is Request.STOP
+    assert preemption.request() is StopRequest.STOP
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
 

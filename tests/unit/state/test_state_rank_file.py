@@ -14,7 +14,7 @@ from state_fakes import write_shard
 
 from dattrain.errors import Damaged
 from dattrain.state.format import rank_file
-from dattrain.state.format.prefetch import Span, read_ahead
+from dattrain.state.format.prefetch import Span, prefetch
 from dattrain.state.format.rank_file import BLOCK, Piece, Reader, layout
 
 
@@ -109,7 +109,7 @@ def test_reader_ranges(tmp_path):
 
 def read_spans(files, *spans, **options):
     """(tag, offset, bytes) of the same ``spans`` of every file."""
-    with read_ahead(files, lambda _: spans, **options) as found:
+    with prefetch(files, lambda _: spans, **options) as found:
         return [(tag, offset, bytes(part)) for _, parts in found for tag, offset, part in parts]
 
 
@@ -126,7 +126,7 @@ def test_reading_ahead_reads_every_block_once_and_in_pieces_of_at_most_one(tmp_p
     )
     cuts = [0, 10, BLOCK - 3, BLOCK + 9, 2 * BLOCK, len(data[0]) - 1, len(data[0])]
     chosen = [Span(a, b, (a, b)) for a, b in itertools.pairwise(cuts)]
-    with read_ahead(files, lambda _: [*chosen[::-1], Span(17, 17, "empty")], ahead=2) as found:
+    with prefetch(files, lambda _: [*chosen[::-1], Span(17, 17, "empty")], depth=2) as found:
         for number, (spans, parts) in enumerate(found):
             assert spans == chosen
             out: dict[tuple[int, int], bytearray] = {}
@@ -141,7 +141,7 @@ def test_reading_ahead_reads_every_block_once_and_in_pieces_of_at_most_one(tmp_p
 def test_a_file_that_is_not_used_up_does_not_shift_the_next(tmp_path):
     files = [(tmp_path / f"x{i}", write_shard(tmp_path / f"x{i}", sample(i))) for i in range(2)]
     size = files[0][1].size
-    with read_ahead(files, lambda _: [Span(0, size, 0)]) as found:
+    with prefetch(files, lambda _: [Span(0, size, 0)]) as found:
         next(next(found)[1])
         _, parts = next(found)
         assert b"".join(p for _, _, p in parts) == files[1][0].read_bytes()
@@ -152,7 +152,7 @@ def test_reading_ahead_ends_its_thread_when_the_consumer_stops(tmp_path):
 
     digest = write_shard(tmp_path / "x", sample())
     before = threading.active_count()
-    with read_ahead([(tmp_path / "x", digest)], lambda _: [Span(0, digest.size, 0)], ahead=1) as found:
+    with prefetch([(tmp_path / "x", digest)], lambda _: [Span(0, digest.size, 0)], depth=1) as found:
         next(found)
     assert threading.active_count() == before
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dattrain.runtime.signals import REQUEUE
+from dattrain.errors import REQUEUE
 from dattrain.runtime.spawn import launch
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dattrain.ops import sampling, transforms
-from dattrain.ops.deformable_attention.coordinates import QueryGrid, query_coordinates
+from dattrain.ops.deformable_attention.coordinates import Geometry, QueryGrid, query_coordinates
 
 
 def sampled_bias(bias_table: Tensor, positions: Tensor, height: int, width: int, grid: QueryGrid) -> Tensor:
@@ -44,14 +44,12 @@ def deform_attention(
     v: Tensor,
     positions: Tensor,
     bias_table: Tensor | None,
-    height: int,
-    width: int,
-    grid: QueryGrid,
-    scale: float,
+    geometry: Geometry,
 ) -> Tensor:
     """softmax(scale * q k^T + bias) v as q, logits and softmax in the dtype of ``positions``; differentiable by torch."""
     accumulate = positions.dtype
-    logits = (q.to(accumulate) @ k.to(accumulate).transpose(-2, -1)) * scale
+    logits = (q.to(accumulate) @ k.to(accumulate).transpose(-2, -1)) * geometry.scale
     if bias_table is not None:
-        logits = logits + sampled_bias(bias_table.to(accumulate), positions, height, width, grid)
+        table = bias_table.to(accumulate)
+        logits = logits + sampled_bias(table, positions, geometry.height, geometry.width, geometry.grid)
     return (torch.softmax(logits, dim=-1) @ v.to(accumulate)).to(q.dtype)

@@ -25,7 +25,7 @@ def recompute(function: Callable[..., Any], *args: Any, random: bool = False) ->
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
 
 
-def as_computed(x: Tensor) -> Tensor:
+def to_autocast_dtype(x: Tensor) -> Tensor:
     """x in the dtype that autocast gives matrix products, if it is on: cast before a map is moved, not after."""
     device = x.device.type
     if x.dtype != torch.float32 or x.is_meta or not torch.is_autocast_enabled(device):
@@ -102,7 +102,7 @@ class DepthwiseConv(MapConv):
     def forward(self, x: Tensor) -> Tensor:
         """B x H x W x (groups * channels) -> B x ceil(H / stride) x ceil(W / stride) x (groups * channels)."""
         assert self.bias is not None
-        return ops.depthwise_conv(as_computed(x), self.weight, self.bias, self.stride[0])
+        return ops.depthwise_conv(to_autocast_dtype(x), self.weight, self.bias, self.stride[0])
 
 
 class Interior(nn.Module):
@@ -163,7 +163,8 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.in_chans, self.only_size)
         x = F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        out: Tensor = self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return out
 
 
 class Downsample(nn.Module):
@@ -175,7 +176,8 @@ class Downsample(nn.Module):
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        out: Tensor = self.norm(self.conv(x))
+        return out
 
 
 class Mlp(Interior):
@@ -189,12 +191,14 @@ class Mlp(Interior):
         self.drop = nn.Dropout(drop)
 
     def _tail(self, hidden: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(hidden))))
+        out: Tensor = self.drop(self.fc2(self.drop(self.act(hidden))))
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
         if self.checkpoint_interior and hidden.requires_grad:
-            return recompute(self._tail, hidden, random=self.drop.p > 0)
+            out: Tensor = recompute(self._tail, hidden, random=self.drop.p > 0)
+            return out
         return self._tail(hidden)
 
 
@@ -244,12 +248,12 @@ class Stage(nn.Module):
         for index, block in enumerate(self.blocks):
             columns = None if scale is None else scale[:, 2 * index : 2 * index + 2]
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = recompute(block, x, columns, random=draws(block))
+                x = recompute(block, x, columns, random=has_dropout(block))
             else:
                 x = block(x, columns)
         return x
 
 
-def draws(module: nn.Module) -> bool:
+def has_dropout(module: nn.Module) -> bool:
     """Whether dropout below ``module`` draws random numbers, whose generator a checkpoint must then restore."""
     return any(isinstance(child, nn.Dropout) and child.p > 0 for child in module.modules())

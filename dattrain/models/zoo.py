@@ -14,11 +14,11 @@ from torch import nn
 
 from dattrain.errors import UserError
 from dattrain.models import surgery
+from dattrain.models.arguments import Size
 from dattrain.models.blocks import PatchEmbed, Stage
 from dattrain.models.dat import DAT
 from dattrain.models.datpp import ConvStem
 from dattrain.models.init import Init
-from dattrain.models.settings import Size
 
 DATPP: dict[str, Any] = {
     "blocks": ("ND", "ND" * 2, "ND" * 9, "DD"),
@@ -196,7 +196,7 @@ def _build(
             DAT,
             name,
             pretrained,
-            pretrained_filter_fn=surgery.for_model,
+            pretrained_filter_fn=surgery.checkpoint_filter_fn,
             feature_cfg={"out_indices": out_indices, "feature_cls": "getter", "flatten_sequential": True},
             **{**arguments, **kwargs},
         )

@@ -33,7 +33,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> 
         and resolve(x, None) == "native"
     ):
         wide = torch.promote_types(x.dtype, torch.float32)
-        return _depthwise(x, weight.to(wide), bias.to(wide), stride)
+        out: Tensor = _depthwise(x, weight.to(wide), bias.to(wide), stride)
+        return out
     return _conv2d(x, weight, bias, stride)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -68,7 +69,7 @@ def gradients(
 
 
 def register_autograd(
-    operator: torch.library.CustomOpDef,
+    operator: CustomOpDef,
     backward: Callable[..., tuple[Tensor, ...]],
     plain: Callable[..., Tensor],
     tensors: int,

@@ -29,7 +29,8 @@ def window_attention(qkv: Tensor, bias: Tensor, mask: Tensor | None, heads: int)
     """
     if qkv.dtype in bindings.SUFFIXES and resolve(qkv, None) == "native":
         wide = torch.promote_types(qkv.dtype, torch.float32)
-        return _windows(qkv, bias.to(wide), None if mask is None else mask.to(wide), heads)[0]
+        out: Tensor = _windows(qkv, bias.to(wide), None if mask is None else mask.to(wide), heads)[0]
+        return out
     return _plain(qkv, bias, mask, heads)
 
 
@@ -57,7 +58,8 @@ def _equations(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if bias is not None:
         logits = logits + bias
-    return logits.softmax(-1).to(v.dtype) @ v
+    out: Tensor = logits.softmax(-1).to(v.dtype) @ v
+    return out
 
 
 def _plain(

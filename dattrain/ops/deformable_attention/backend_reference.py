@@ -35,7 +35,8 @@ def sampled_bias(bias_table: Tensor, positions: Tensor, height: int, width: int,
     # Bilinear, zeros outside, corners aligned. F.grid_sample on CUDA is cuDNN's, whose gradient has no fixed order of
     # summation and does not say so under use_deterministic_algorithms; this one raises there.
     bias = torch.ops.aten.grid_sampler_2d(tables, places, 0, 0, True)
-    return bias.view(batch, heads, height * width, keys)
+    out: Tensor = bias.view(batch, heads, height * width, keys)
+    return out
 
 
 def deform_attention(

@@ -33,11 +33,11 @@ class _Block(NamedTuple):
     bias: BlockBias | None
 
     def of_queries(self, x: Tensor) -> Tensor:
-        """c x heads x queries x d, a view."""
+        """A view: c x heads x queries x d."""
         return x[self.images, self.heads, self.queries]
 
     def of_keys(self, x: Tensor) -> Tensor:
-        """c x heads x Ns x d, a view."""
+        """A view: c x heads x Ns x d."""
         return x[self.images, self.heads]
 
 
@@ -107,7 +107,7 @@ def backward(
 
 
 def _softmax(block: _Block, keys: Tensor, queries: Tensor, scale: float, scratch: _Scratch) -> Tensor:
-    """c x Ns x heads x queries."""
+    """Weights of the block, c x Ns x heads x queries."""
     images, heads, length, _ = queries.shape
     shape = (images, keys.shape[2], heads, length)
     scores = (

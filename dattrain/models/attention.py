@@ -49,7 +49,6 @@ def shift_mask(
     Returns:
         windows x area x area, fp32.
     """
-
     # Only windows at the bottom and at the right hold tokens from both sides of the map: the last ``by`` were first.
     rows, columns = (
         torch.arange(size, device=device) >= size - by for size, by in zip((height, width), shift)
@@ -129,8 +128,8 @@ class WindowAttention(Interior):
         """Attention within each window and the output projection; qkv is B x windows x area x 3C."""
         bias = relative_bias(self.bias_table, *self.window)
         out = ops.window_attention(qkv, bias, mask, self.heads)
-        out: Tensor = self.drop(self.proj(out))
-        return out
+        projected: Tensor = self.drop(self.proj(out))
+        return projected
 
     def _shift_mask(self, height: int, width: int, device: torch.device) -> Tensor:
         # Made anew at every call, a few kernels on little memory: one that is kept must belong to no mode, trace, thread
@@ -174,5 +173,5 @@ class SpatialReductionAttention(Interior):
         query = q.view(batch, height * width, self.heads, -1).transpose(1, 2)
         k, v = kv.view(batch, -1, 2, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         out = ops.biased_attention(query, k, v, None)
-        out: Tensor = self.drop(self.proj(out.transpose(1, 2).reshape(batch, height, width, dim)))
-        return out
+        projected: Tensor = self.drop(self.proj(out.transpose(1, 2).reshape(batch, height, width, dim)))
+        return projected

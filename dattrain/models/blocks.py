@@ -26,7 +26,7 @@ def recompute(function: Callable[..., Any], *args: Any, random: bool = False) ->
 
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
-    """x in the dtype that autocast gives matrix products, if it is on: cast before a map is moved, not after."""
+    """Cast x to the dtype that autocast gives matrix products, if it is on: before a map is moved, not after."""
     device = x.device.type
     if x.dtype != torch.float32 or x.is_meta or not torch.is_autocast_enabled(device):
         return x
@@ -87,6 +87,7 @@ class MapConv(nn.Module):
         nn.Conv2d.reset_parameters(self)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
+        """What ``print`` shows of it."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"groups={self.groups}, bias={self.bias is not None}"
@@ -161,6 +162,7 @@ class PatchEmbed(nn.Module):
         self.in_chans = in_chans
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map of a batch of images."""
         check_images(x, self.in_chans, self.only_size)
         x = F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size))
         out: Tensor = self.norm(self.proj(x).permute(0, 2, 3, 1))
@@ -176,6 +178,7 @@ class Downsample(nn.Module):
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """B x H x W x dim -> B x ceil(H / 2) x ceil(W / 2) x out_dim."""
         out: Tensor = self.norm(self.conv(x))
         return out
 
@@ -195,6 +198,7 @@ class Mlp(Interior):
         return out
 
     def forward(self, x: Tensor) -> Tensor:
+        """B x H x W x dim to the same."""
         hidden = self.fc1(x)
         if self.checkpoint_interior and hidden.requires_grad:
             out: Tensor = recompute(self._tail, hidden, random=self.drop.p > 0)

@@ -39,6 +39,7 @@ class ConvStem(nn.Module):
         self.in_chans = in_chans
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map of a batch of images."""
         check_images(x, self.in_chans, self.only_size)
         x = self.conv1(x).permute(0, 2, 3, 1)
         out: Tensor = self.norm2(conv_map(self.conv2, self.act(self.norm1(x))))
@@ -54,6 +55,7 @@ class ConvDownsample(nn.Module):
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """B x H x W x dim -> B x ceil(H / 2) x ceil(W / 2) x out_dim."""
         out: Tensor = self.norm(conv_map(self.conv, x))
         return out
 
@@ -79,6 +81,7 @@ class ConvMlp(Interior):
         return out
 
     def forward(self, x: Tensor) -> Tensor:
+        """B x H x W x dim to the same."""
         hidden = self.fc1(x)
         if self.checkpoint_interior and hidden.requires_grad:
             out: Tensor = recompute(self._tail, hidden, random=self.drop.p > 0)
@@ -120,5 +123,5 @@ class NeighborhoodAttention(Interior):
         batch, height, width, _ = qkv.shape
         q, k, v = qkv.view(batch, height, width, 3, self.heads, -1).permute(3, 0, 4, 1, 2, 5)
         out = neighborhood_attention(q, k, v, self.bias_table, kernel_size=self.kernel)
-        out: Tensor = self.drop(self.proj(out.permute(0, 2, 3, 1, 4).reshape(batch, height, width, -1)))
-        return out
+        projected: Tensor = self.drop(self.proj(out.permute(0, 2, 3, 1, 4).reshape(batch, height, width, -1)))
+        return projected

@@ -74,6 +74,7 @@ class Fp32Linear(nn.Linear):
     """Linear layer in fp32 (fp64 for fp64 input) whatever autocast or the weights' dtype say."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Any float dtype in, fp32 (or fp64) out."""
         wide = torch.promote_types(x.dtype, torch.float32)
         with _no_autocast(x):
             return F.linear(
@@ -234,8 +235,8 @@ class DeformableAttention(Interior):
         out = self._attend(query, k, v, positions, height, width).transpose(1, 2).reshape(q.shape)
         if self.position_conv is not None:
             out = out + self.position_conv(q)
-        out: Tensor = self.drop(self.proj(out))
-        return out
+        projected: Tensor = self.drop(self.proj(out))
+        return projected
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, height: int, width: int) -> Tensor:
         table, on_grid = self.bias_table, self.on_grid(height, width)

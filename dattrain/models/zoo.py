@@ -182,7 +182,7 @@ def _build(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """timm's constructor of a variant; ``device`` and ``dtype`` are those of ``timm.create_model``."""
+    """Build a variant for timm; ``device`` and ``dtype`` are those of ``timm.create_model``."""
     arguments = VARIANTS[name]
     out_indices = kwargs.pop("out_indices", tuple(range(len(arguments["dims"]))))
     given = kwargs.get("pretrained_cfg")

@@ -44,11 +44,11 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
         )
     computes = positions.dtype == torch.promote_types(x.dtype, torch.float32)
     chosen = dispatch.resolve(x, None)
-    if computes and chosen == "native" and x.dtype in bindings.SUFFIXES:
-        out: Tensor = _sample(x, positions, chosen)
-        return out
     # Under torch.compile the question cannot be traced (it runs a compiler); the operator meets the answer.
-    if computes and chosen == "triton" and (torch.compiler.is_compiling() or dispatch.compiles(x.device)):
+    if computes and (
+        (chosen == "native" and x.dtype in bindings.SUFFIXES)
+        or (chosen == "triton" and (torch.compiler.is_compiling() or dispatch.compiles(x.device)))
+    ):
         out: Tensor = _sample(x, positions, chosen)
         return out
     # grid_sample has no forward mode.

@@ -128,7 +128,7 @@ def open_session(
 # Fine-tuning ------------------------------------------------------------------------------------------------------
 
 
-def initialise(model: DAT, config: Config, classes: Classes | None = None) -> surgery.Report:
+def initialise(model: DAT, config: Config, classes: Classes | None = None) -> surgery.LoadReport:
     """Load the weights that ``init`` names into ``model``; prints the fate of every tensor.
 
     Raises:

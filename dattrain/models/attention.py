@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dattrain import ops
-from dattrain.models.blocks import Interior, PatchConv, as_computed, recompute
+from dattrain.models.blocks import Interior, PatchConv, recompute, to_autocast_dtype
 from dattrain.models.init import init_table
+from dattrain.ops import transforms
 
 Shift = Literal["ceil", "floor"]
 
@@ -48,7 +49,6 @@ def shift_mask(
     Returns:
         windows x area x area, fp32.
     """
-
     # Only windows at the bottom and at the right hold tokens from both sides of the map: the last ``by`` were first.
     rows, columns = (
         torch.arange(size, device=device) >= size - by for size, by in zip((height, width), shift)
@@ -100,8 +100,8 @@ class WindowAttention(Interior):
         """B x H x W x C to the same."""
         _, height, width, _ = x.shape
         (wh, ww), (sh, sw) = self.window, self.shift_size
-        x = as_computed(x)
-        if height % wh or width % ww or torch.jit.is_tracing():  # other sizes of a trace may need it
+        x = to_autocast_dtype(x)
+        if height % wh or width % ww or transforms.tracing():  # other sizes of a trace may need it
             x = F.pad(x, (0, 0, 0, -width % ww, 0, -height % wh))
         if sh or sw:
             x = x.roll((-sh, -sw), (1, 2))
@@ -128,7 +128,8 @@ class WindowAttention(Interior):
         """Attention within each window and the output projection; qkv is B x windows x area x 3C."""
         bias = relative_bias(self.bias_table, *self.window)
         out = ops.window_attention(qkv, bias, mask, self.heads)
-        return self.drop(self.proj(out))
+        projected: Tensor = self.drop(self.proj(out))
+        return projected
 
     def _shift_mask(self, height: int, width: int, device: torch.device) -> Tensor:
         # Made anew at every call, a few kernels on little memory: one that is kept must belong to no mode, trace, thread
@@ -163,7 +164,8 @@ class SpatialReductionAttention(Interior):
         """B x H x W x C to the same."""
         q, kv = self.q(x), self.kv(self.norm(self.reduce(x)))
         if self.checkpoint_interior and q.requires_grad:
-            return recompute(self._interior, q, kv, random=self.drop.p > 0)
+            out: Tensor = recompute(self._interior, q, kv, random=self.drop.p > 0)
+            return out
         return self._interior(q, kv)
 
     def _interior(self, q: Tensor, kv: Tensor) -> Tensor:
@@ -171,4 +173,5 @@ class SpatialReductionAttention(Interior):
         query = q.view(batch, height * width, self.heads, -1).transpose(1, 2)
         k, v = kv.view(batch, -1, 2, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         out = ops.biased_attention(query, k, v, None)
-        return self.drop(self.proj(out.transpose(1, 2).reshape(batch, height, width, dim)))
+        projected: Tensor = self.drop(self.proj(out.transpose(1, 2).reshape(batch, height, width, dim)))
+        return projected

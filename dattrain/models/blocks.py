@@ -25,8 +25,8 @@ def recompute(function: Callable[..., Any], *args: Any, random: bool = False) ->
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
 
 
-def as_computed(x: Tensor) -> Tensor:
-    """x in the dtype that autocast gives matrix products, if it is on: cast before a map is moved, not after."""
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    """Cast x to the dtype that autocast gives matrix products, if it is on: before a map is moved, not after."""
     device = x.device.type
     if x.dtype != torch.float32 or x.is_meta or not torch.is_autocast_enabled(device):
         return x
@@ -87,6 +87,7 @@ class MapConv(nn.Module):
         nn.Conv2d.reset_parameters(self)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
+        """What ``print`` shows of it."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"groups={self.groups}, bias={self.bias is not None}"
@@ -102,7 +103,7 @@ class DepthwiseConv(MapConv):
     def forward(self, x: Tensor) -> Tensor:
         """B x H x W x (groups * channels) -> B x ceil(H / stride) x ceil(W / stride) x (groups * channels)."""
         assert self.bias is not None
-        return ops.depthwise_conv(as_computed(x), self.weight, self.bias, self.stride[0])
+        return ops.depthwise_conv(to_autocast_dtype(x), self.weight, self.bias, self.stride[0])
 
 
 class Interior(nn.Module):
@@ -161,9 +162,11 @@ class PatchEmbed(nn.Module):
         self.in_chans = in_chans
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map of a batch of images."""
         check_images(x, self.in_chans, self.only_size)
         x = F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        out: Tensor = self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return out
 
 
 class Downsample(nn.Module):
@@ -175,7 +178,9 @@ class Downsample(nn.Module):
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        """B x H x W x dim -> B x ceil(H / 2) x ceil(W / 2) x out_dim."""
+        out: Tensor = self.norm(self.conv(x))
+        return out
 
 
 class Mlp(Interior):
@@ -189,12 +194,15 @@ class Mlp(Interior):
         self.drop = nn.Dropout(drop)
 
     def _tail(self, hidden: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(hidden))))
+        out: Tensor = self.drop(self.fc2(self.drop(self.act(hidden))))
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
+        """B x H x W x dim to the same."""
         hidden = self.fc1(x)
         if self.checkpoint_interior and hidden.requires_grad:
-            return recompute(self._tail, hidden, random=self.drop.p > 0)
+            out: Tensor = recompute(self._tail, hidden, random=self.drop.p > 0)
+            return out
         return self._tail(hidden)
 
 
@@ -244,12 +252,12 @@ class Stage(nn.Module):
         for index, block in enumerate(self.blocks):
             columns = None if scale is None else scale[:, 2 * index : 2 * index + 2]
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = recompute(block, x, columns, random=draws(block))
+                x = recompute(block, x, columns, random=has_dropout(block))
             else:
                 x = block(x, columns)
         return x
 
 
-def draws(module: nn.Module) -> bool:
+def has_dropout(module: nn.Module) -> bool:
     """Whether dropout below ``module`` draws random numbers, whose generator a checkpoint must then restore."""
     return any(isinstance(child, nn.Dropout) and child.p > 0 for child in module.modules())

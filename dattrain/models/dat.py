@@ -9,25 +9,12 @@ from collections.abc import Sequence
 from math import ceil
 
 import torch
-from timm.layers import ClassifierHead
+from timm.layers.classifier import ClassifierHead
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from dattrain.errors import UserError
-from dattrain.models.attention import Shift, SpatialReductionAttention, WindowAttention
-from dattrain.models.blocks import Block, Downsample, Mlp, PatchEmbed, Stage, draws, recompute
-from dattrain.models.datpp import ConvDownsample, ConvMlp, ConvStem, LocalPerception, NeighborhoodAttention
-from dattrain.models.deformable import (
-    Conventions,
-    DeformableAttention,
-    OffsetRange,
-    Position,
-    QueryGrid,
-    Reference,
-)
-from dattrain.models.init import Init, init_weights
-from dattrain.models.protocol import TimmProtocol
-from dattrain.models.settings import (
+from dattrain.models.arguments import (
     MlpKind,
     Size,
     StemKind,
@@ -41,6 +28,19 @@ from dattrain.models.settings import (
     pair,
     per_stage,
 )
+from dattrain.models.attention import Shift, SpatialReductionAttention, WindowAttention
+from dattrain.models.blocks import Block, Downsample, Mlp, PatchEmbed, Stage, has_dropout, recompute
+from dattrain.models.datpp import ConvDownsample, ConvMlp, ConvStem, LocalPerception, NeighborhoodAttention
+from dattrain.models.deformable import (
+    Conventions,
+    DeformableAttention,
+    OffsetRange,
+    Position,
+    Reference,
+)
+from dattrain.models.init import Init, init_weights
+from dattrain.models.protocol import TimmProtocol
+from dattrain.ops.deformable_attention.coordinates import QueryGrid
 
 
 class DAT(TimmProtocol):
@@ -260,7 +260,7 @@ class DAT(TimmProtocol):
             columns = None if scale is None else scale[:, first : first + 2 * depth]
             first += 2 * depth
             if self.checkpoint_stages and torch.is_grad_enabled():
-                x = recompute(stage, x, columns, random=draws(stage))
+                x = recompute(stage, x, columns, random=has_dropout(stage))
             else:
                 x = stage(x, columns)
             maps.append(x)
@@ -268,11 +268,13 @@ class DAT(TimmProtocol):
 
     def forward_features(self, x: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
         """Normalised map of the last stage: B x 3 x H x W -> B x H/32 x W/32 x C."""
-        return self.norm(self._run_stages(x, drop_path_noise, len(self.stages))[-1])
+        out: Tensor = self.norm(self._run_stages(x, drop_path_noise, len(self.stages))[-1])
+        return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooled features (``pre_logits``) or logits of a map of ``forward_features``."""
-        return self.head(x, pre_logits=pre_logits)
+        out: Tensor = self.head(x, pre_logits=pre_logits)
+        return out
 
     def forward(self, x: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
         """Logits.

@@ -16,7 +16,8 @@ from dattrain.ops.neighborhood import neighborhood_attention
 
 def conv_map(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution on a B x H x W x C map: the permuted view is channels-last memory, so nothing is copied."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    out: Tensor = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return out
 
 
 class ConvStem(nn.Module):
@@ -38,9 +39,11 @@ class ConvStem(nn.Module):
         self.in_chans = in_chans
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map of a batch of images."""
         check_images(x, self.in_chans, self.only_size)
         x = self.conv1(x).permute(0, 2, 3, 1)
-        return self.norm2(conv_map(self.conv2, self.act(self.norm1(x))))
+        out: Tensor = self.norm2(conv_map(self.conv2, self.act(self.norm1(x))))
+        return out
 
 
 class ConvDownsample(nn.Module):
@@ -52,7 +55,9 @@ class ConvDownsample(nn.Module):
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(conv_map(self.conv, x))
+        """B x H x W x dim -> B x ceil(H / 2) x ceil(W / 2) x out_dim."""
+        out: Tensor = self.norm(conv_map(self.conv, x))
+        return out
 
 
 class LocalPerception(DepthwiseConv):
@@ -72,12 +77,15 @@ class ConvMlp(Interior):
 
     def _tail(self, hidden: Tensor) -> Tensor:
         hidden = self.drop(hidden)
-        return self.drop(self.fc2(self.act(hidden + self.dwconv(hidden))))
+        out: Tensor = self.drop(self.fc2(self.act(hidden + self.dwconv(hidden))))
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
+        """B x H x W x dim to the same."""
         hidden = self.fc1(x)
         if self.checkpoint_interior and hidden.requires_grad:
-            return recompute(self._tail, hidden, random=self.drop.p > 0)
+            out: Tensor = recompute(self._tail, hidden, random=self.drop.p > 0)
+            return out
         return self._tail(hidden)
 
 
@@ -107,11 +115,13 @@ class NeighborhoodAttention(Interior):
         """B x H x W x C to the same."""
         qkv = self.qkv(x)
         if self.checkpoint_interior and qkv.requires_grad:
-            return recompute(self._interior, qkv, random=self.drop.p > 0)
+            out: Tensor = recompute(self._interior, qkv, random=self.drop.p > 0)
+            return out
         return self._interior(qkv)
 
     def _interior(self, qkv: Tensor) -> Tensor:
         batch, height, width, _ = qkv.shape
         q, k, v = qkv.view(batch, height, width, 3, self.heads, -1).permute(3, 0, 4, 1, 2, 5)
         out = neighborhood_attention(q, k, v, self.bias_table, kernel_size=self.kernel)
-        return self.drop(self.proj(out.permute(0, 2, 3, 1, 4).reshape(batch, height, width, -1)))
+        projected: Tensor = self.drop(self.proj(out.permute(0, 2, 3, 1, 4).reshape(batch, height, width, -1)))
+        return projected

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from dattrain import ops
 from dattrain.models.attention import relative_bias
-from dattrain.models.blocks import DepthwiseConv, Interior, as_computed, recompute
+from dattrain.models.blocks import DepthwiseConv, Interior, recompute, to_autocast_dtype
 from dattrain.models.init import init_table
 from dattrain.models.resize import resize_fixed_table
-from dattrain.ops.deformable_attention.coordinates import steps
+from dattrain.ops.deformable_attention.coordinates import QueryGrid, steps
 
 Reference = Literal["center", "corner", "shifted"]
-QueryGrid = Literal["center", "corner"]
 Position = Literal["none", "relative", "fixed", "dwconv"]
 OffsetRange = float | Literal["free", "tanh", "clamp"]
 
@@ -71,10 +70,11 @@ class SharedDepthwiseConv(DepthwiseConv):
     """That of the offset network, shared by the groups, and of the position embedding ``dwconv``."""
 
 
-class WideLinear(nn.Linear):
+class Fp32Linear(nn.Linear):
     """Linear layer in fp32 (fp64 for fp64 input) whatever autocast or the weights' dtype say."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Any float dtype in, fp32 (or fp64) out."""
         wide = torch.promote_types(x.dtype, torch.float32)
         with _no_autocast(x):
             return F.linear(
@@ -96,7 +96,7 @@ class OffsetNetwork(nn.Module):
         self.conv = SharedDepthwiseConv(dim // groups, kernel, stride)
         self.norm = nn.LayerNorm(dim // groups)
         self.act = nn.GELU()
-        self.proj = WideLinear(dim // groups, 2, bias=False)
+        self.proj = Fp32Linear(dim // groups, 2, bias=False)
 
     def reference(self, height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Reference points for a height x width map of queries: Hk x Wk x 2."""
@@ -108,7 +108,8 @@ class OffsetNetwork(nn.Module):
         """What the network itself gives for B x H x W x C: B x groups x Hk x Wk x 2, not limited yet."""
         features = self.conv(q)
         features = features.reshape(*features.shape[:3], self.groups, -1)
-        return self.proj(self.act(self.norm(features))).permute(0, 3, 1, 2, 4)
+        out: Tensor = self.proj(self.act(self.norm(features))).permute(0, 3, 1, 2, 4)
+        return out
 
     def forward(self, q: Tensor) -> Tensor:
         """Positions of the keys.
@@ -213,7 +214,7 @@ class DeformableAttention(Interior):
     def forward(self, x: Tensor) -> Tensor:
         """B x H x W x C to the same."""
         _, height, width, _ = x.shape
-        x = as_computed(x)
+        x = to_autocast_dtype(x)
         q = self.q(x)
         if not self.conventions.offsets and torch.is_grad_enabled():
             # DDP waits for a gradient of every parameter: the network that is not run gets zeros, through one pixel.
@@ -222,7 +223,8 @@ class DeformableAttention(Interior):
         sampled = x.flatten(1, 2) if self.on_grid(height, width) else ops.sample(x, positions)
         kv = self.kv(sampled)
         if self.checkpoint_interior and q.requires_grad:
-            return recompute(self._interior, q, kv, positions, random=self.drop.p > 0)
+            out: Tensor = recompute(self._interior, q, kv, positions, random=self.drop.p > 0)
+            return out
         return self._interior(q, kv, positions)
 
     def _interior(self, q: Tensor, kv: Tensor, positions: Tensor) -> Tensor:
@@ -233,7 +235,8 @@ class DeformableAttention(Interior):
         out = self._attend(query, k, v, positions, height, width).transpose(1, 2).reshape(q.shape)
         if self.position_conv is not None:
             out = out + self.position_conv(q)
-        return self.drop(self.proj(out))
+        projected: Tensor = self.drop(self.proj(out))
+        return projected
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, height: int, width: int) -> Tensor:
         table, on_grid = self.bias_table, self.on_grid(height, width)

@@ -33,7 +33,7 @@ def flops(model: nn.Module, img_size: int | tuple[int, int], in_chans: int = 3) 
 def by_module(model: nn.Module, img_size: int | tuple[int, int], in_chans: int = 3) -> dict[str, int]:
     """FLOPs of one image by module name; an attention's own entry is its core, without its projections."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    twin = deepcopy(model).to("meta").eval()
+    meta_model = deepcopy(model).to("meta").eval()
     counts: dict[str, int] = {}
 
     def hook(name: str) -> Any:
@@ -42,11 +42,11 @@ def by_module(model: nn.Module, img_size: int | tuple[int, int], in_chans: int =
 
         return count
 
-    for name, module in twin.named_modules():
+    for name, module in meta_model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, MapConv, nn.LayerNorm)) or hasattr(module, "core_flops"):
             module.register_forward_hook(hook(name))
     with torch.no_grad():
-        twin(torch.empty(1, in_chans, height, width, device="meta"))
+        meta_model(torch.empty(1, in_chans, height, width, device="meta"))
     return counts
 
 

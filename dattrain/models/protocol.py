@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from timm.layers import ClassifierHead
+from timm.layers.classifier import ClassifierHead
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from dattrain.errors import UserError
+from dattrain.models.arguments import Size, WindowSize, check_choices, check_window_size, pair, per_stage
 from dattrain.models.attention import WindowAttention
 from dattrain.models.blocks import Interior, PatchEmbed, Stage
 from dattrain.models.datpp import ConvStem
 from dattrain.models.deformable import DeformableAttention
 from dattrain.models.init import Init, init_weights
 from dattrain.models.resize import resize_fixed_table, resize_table
-from dattrain.models.settings import Size, WindowSize, check_choices, check_window_size, pair, per_stage
 
-Remat = Literal["stage", "block", "selective"]
+CheckpointMode = Literal["stage", "block", "selective"]
 
 
 class TimmProtocol(nn.Module):
@@ -67,14 +67,14 @@ class TimmProtocol(nn.Module):
             self.reset_classifier(0, "")
         return wanted
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
     def no_weight_decay(self) -> set[str]:
         """Names of position biases; norms and biases are 1-D and excluded by that."""
         return {
             name for name, _ in self.named_parameters() if "bias_table" in name or "position_conv" in name
         }
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group parameters into layers: stages, or blocks."""
         blocks = (
@@ -108,8 +108,8 @@ class TimmProtocol(nn.Module):
         block = int(parts[3]) if parts[2] == "blocks" else 0
         return sum(self.depths[: int(parts[1])]) + block + 1
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True, mode: Remat = "block") -> None:
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def set_grad_checkpointing(self, enable: bool = True, mode: CheckpointMode = "block") -> None:
         """Recompute activations in the backward pass, with torch's non-reentrant checkpoint.
 
         Args:
@@ -117,7 +117,7 @@ class TimmProtocol(nn.Module):
             mode: ``stage`` recomputes whole stages (least memory), ``block`` blocks, ``selective`` only the interiors
                 between two matrix products: windows, scores and weighted sums of attention, and the MLP's activation.
         """
-        check_choices(mode=(mode, Remat))
+        check_choices(mode=(mode, CheckpointMode))
         self.checkpoint_stages = enable and mode == "stage"
         for module in self.modules():
             if isinstance(module, Stage):
@@ -125,10 +125,11 @@ class TimmProtocol(nn.Module):
             elif isinstance(module, Interior):
                 module.checkpoint_interior = enable and mode == "selective"
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
     def get_classifier(self) -> nn.Module:
         """The classifier: linear layer, or identity without classes."""
-        return self.head.fc
+        classifier: nn.Module = self.head.fc
+        return classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head for ``num_classes`` (0: none), drawn as ``init`` says."""

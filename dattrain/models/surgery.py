@@ -1,8 +1,11 @@
-"""Weights into another model: the authors' names, another resolution, another head. Every tensor is accounted for."""
+"""Weights into a model of another resolution or with another head. Every tensor is accounted for.
+
+The authors' checkpoints are read and written in ``authors.convert``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any, Literal, get_args
@@ -11,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from dattrain.errors import UserError
-from dattrain.models import authors, datpp_authors, recognise
+from dattrain.models.authors import convert
+from dattrain.models.authors.names import some
 from dattrain.models.dat import DAT
 from dattrain.models.deformable import DeformableAttention
 from dattrain.models.resize import resize_fixed_table, resize_table
 
-Fate = Literal["kept", "resized", "new", "dropped"]
+Status = Literal["kept", "resized", "new", "dropped"]
 Head = Literal["keep", "new", "map"]
 BiasTable = Literal["resize", "sample"]
 
@@ -24,89 +28,54 @@ HEAD = ("head.fc.weight", "head.fc.bias")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorStatus:
     """What became of one tensor; ``detail`` says from what, or why."""
 
     name: str
-    fate: Fate
+    status: Status
     detail: str = ""
 
 
 @dataclass
-class Report:
+class LoadReport:
     """What became of every tensor of the source and of the model, each name once."""
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[TensorStatus] = field(default_factory=list)
 
-    def add(self, name: str, fate: Fate, detail: str = "") -> None:
-        self.entries.append(Entry(name, fate, detail))
+    def add(self, name: str, status: Status, detail: str = "") -> None:
+        """Append one tensor."""
+        self.entries.append(TensorStatus(name, status, detail))
 
-    def names(self, fate: Fate) -> list[str]:
-        """Names of the tensors with this fate."""
-        return [entry.name for entry in self.entries if entry.fate == fate]
+    def names(self, status: Status) -> list[str]:
+        """Names of the tensors with this status."""
+        return [entry.name for entry in self.entries if entry.status == status]
 
     def __str__(self) -> str:
         """A line of counts, then one line per tensor that was not simply kept."""
-        counts = ", ".join(f"{len(self.names(fate))} {fate}" for fate in get_args(Fate))
-        notable = [entry for entry in self.entries if entry.fate != "kept" or entry.detail]
+        counts = ", ".join(f"{len(self.names(status))} {status}" for status in get_args(Status))
+        notable = [entry for entry in self.entries if entry.status != "kept" or entry.detail]
         width = max((len(entry.name) for entry in notable), default=0)
         return "\n".join(
             [f"{len(self.entries)} tensors: {counts}"]
-            + [f"  {entry.fate:8} {entry.name:{width}}  {entry.detail}".rstrip() for entry in notable]
+            + [f"  {entry.status:8} {entry.name:{width}}  {entry.detail}".rstrip() for entry in notable]
         )
 
 
-def from_authors(state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> DAT:
-    """Build the model that a checkpoint of the authors holds (CVPR code or DAT++), with its weights.
-
-    Args:
-        state_dict: their tensors by name, or a mapping that holds them under ``model``.
-        config: their MODEL.DAT mapping; inferred from names and shapes when None.
-
-    Returns:
-        The model in evaluation mode, on the CPU, in the dtype of the tensors.
-
-    Raises:
-        UserError: tensors missing, left over or misshapen; a setting that is not built here.
-    """
-    state = _unwrap(state_dict)
-    with torch.device("meta"):
-        model = DAT(**_recognised(state, config))
-    stated, model.window_size = model.windows(model.img_size), None
-    if model.windows(model.img_size) != stated:
-        model.window_size = tuple(stated)
-    model.load_state_dict(authors.read_all(state, model), strict=True, assign=True)
-    return model.requires_grad_(True).eval()
-
-
-def to_authors(model: DAT) -> dict[str, Tensor]:
-    """The state dict that the authors' code loads strictly: their names, order, shapes and buffers; on the CPU.
-
-    Raises:
-        UserError: a tensor of ours has no counterpart there (a block or a setting of ours alone).
-    """
-    return authors.write_all(model)
-
-
-def for_model(state: Mapping[str, Any], model: DAT) -> dict[str, Tensor]:
-    """Tensors of ours or of the authors, with tables at ``model``'s size: timm's filter of pretrained weights.
+def checkpoint_filter_fn(state: Mapping[str, Any], model: DAT) -> dict[str, Tensor]:
+    """Tensors of ours or of the authors, with tables at ``model``'s size: what timm filters pretrained weights by.
 
     With another head, or for features, timm leaves what has no counterpart as it was drawn, so that it is refused here.
 
     Raises:
         UserError: tensors of another network: some beside the head are missing, or have no place.
     """
-    tensors = _unwrap(state)
-    if "patch_proj.0.weight" in tensors:
-        with torch.device("meta"):
-            source = DAT(**_recognised(tensors, None))
-        tensors = authors.read_all(tensors, source)
+    tensors = convert.our_tensors(state)
     sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
     lacking = [name for name in sizes if name not in tensors and name not in HEAD]
     left = [name for name in tensors if name not in sizes and name not in HEAD]
     if lacking or left:
         raise UserError(
-            f"not the weights of this model: they lack {_some(lacking)}, and have {_some(left)} that it has no place for"
+            f"not the weights of this model: they lack {some(lacking)}, and have {some(left)} that it has no place for"
         )
     positions = _deformable_tables(model)
     return {
@@ -125,7 +94,7 @@ def resize_for(
     bias_table: BiasTable = "resize",
     head: Head = "keep",
     class_map: Sequence[int] | Any | None = None,
-) -> Report:
+) -> LoadReport:
     """Load weights of the same architecture at another resolution, or with another head, into ``model``.
 
     Window tables are resized bicubically, since the window itself changes. Offsets need nothing: their range is stated
@@ -150,7 +119,7 @@ def resize_for(
             raise UserError(
                 f"init.{name}={choice!r} is not known; choose one of {', '.join(get_args(literal))}"
             )
-    report, left = Report(), dict(tensors)
+    report, left = LoadReport(), dict(tensors)
     positions = _deformable_tables(model)
     updates: list[tuple[nn.Parameter, Tensor]] = []
     adopted: list[tuple[DeformableAttention, Tensor]] = []
@@ -177,13 +146,13 @@ def resize_for(
             updates.append((parameter, _resized(name, source, parameter.shape, module)))
             report.add(name, "resized", f"{_shape(source)} -> {_shape(parameter)}, bicubic")
     if missing:
-        raise UserError(f"the source lacks {_some(missing)}")
+        raise UserError(f"the source lacks {some(missing)}")
     if head == "new":
         _new_head(model, left, report)
     elif head == "map":
         updates += _mapped_head(model, left, class_map, report)
     if left:
-        raise UserError(f"the source has tensors that the model has no place for: {_some(left)}")
+        raise UserError(f"the source has tensors that the model has no place for: {some(left)}")
     # Nothing is written before everything has been found to fit.
     for parameter, value in updates:
         parameter.copy_(value)
@@ -196,7 +165,7 @@ def adopt_tables(model: DAT, shapes: Mapping[str, Sequence[int]]) -> None:
     """Give deformable tables the shapes that they have in a checkpoint (after ``bias_table="sample"``), values undefined.
 
     Args:
-        shapes: of parameters by our names; others than deformable tables are passed over.
+        shapes: of parameters by our names; others than deformable tables are skipped.
     """
     for name, module in _deformable_tables(model).items():
         table = module.bias_table
@@ -205,7 +174,7 @@ def adopt_tables(model: DAT, shapes: Mapping[str, Sequence[int]]) -> None:
             _adopt(module, table.detach().new_zeros(tuple(shapes[name])))
 
 
-def _new_head(model: DAT, left: dict[str, Tensor], report: Report) -> None:
+def _new_head(model: DAT, left: dict[str, Tensor], report: LoadReport) -> None:
     parameters = _head(model)
     for name in HEAD:
         source = left.pop(name, None)
@@ -217,7 +186,7 @@ def _new_head(model: DAT, left: dict[str, Tensor], report: Report) -> None:
 
 
 def _mapped_head(
-    model: DAT, left: dict[str, Tensor], class_map: Any, report: Report
+    model: DAT, left: dict[str, Tensor], class_map: Any, report: LoadReport
 ) -> list[tuple[nn.Parameter, Tensor]]:
     parameters = _head(model)
     sources = {name: left.pop(name) for name in HEAD if name in left}
@@ -239,7 +208,7 @@ def _mapped_head(
         )
         if fresh:
             report.add(
-                f"{name}[{_some(fresh)}]", "new", f"no counterpart in the source; drawn as init={model.init}"
+                f"{name}[{some(fresh)}]", "new", f"no counterpart in the source; drawn as init={model.init}"
             )
     return updates
 
@@ -291,48 +260,9 @@ def _resized(name: str, source: Tensor, shape: torch.Size, module: DeformableAtt
     return resize_fixed_table(source, old, module.map_sizes(module.size))
 
 
-def _recognised(state: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments of ``DAT``."""
-    code = datpp_authors if recognise.is_datpp(state) else recognise
-    if config is None:
-        arguments = code.from_tensors(state)
-    else:
-        try:
-            arguments = code.from_config(config)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"not a whole MODEL.DAT configuration of the authors ({type(error).__name__}: {error})"
-            ) from error
-    try:
-        arguments["in_chans"] = state["patch_proj.0.weight"].shape[1]
-        arguments["num_classes"] = recognise.classes(state)
-    except KeyError as error:
-        raise UserError(f"not a checkpoint of the authors: {error} is missing") from error
-    return arguments
-
-
-def _unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    for key in ("model", "state_dict"):
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
-    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if strange or not state:
-        raise UserError(f"expected tensors by name; {_some(strange)} is not a tensor")
-    return dict(state)
-
-
 def _shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape))
 
 
 def _sizes(source: Tensor, parameter: Tensor) -> str:
     return f"{tuple(source.shape)} in the source, {tuple(parameter.shape)} in the model"
-
-
-def _some(names: Iterable[Any]) -> str:
-    listed = [str(name) for name in names]
-    return (
-        ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
-        if listed
-        else "nothing"
-    )

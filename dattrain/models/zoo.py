@@ -14,11 +14,11 @@ from torch import nn
 
 from dattrain.errors import UserError
 from dattrain.models import surgery
+from dattrain.models.arguments import Size
 from dattrain.models.blocks import PatchEmbed, Stage
 from dattrain.models.dat import DAT
 from dattrain.models.datpp import ConvStem
 from dattrain.models.init import Init
-from dattrain.models.settings import Size
 
 DATPP: dict[str, Any] = {
     "blocks": ("ND", "ND" * 2, "ND" * 9, "DD"),
@@ -182,7 +182,7 @@ def _build(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """timm's constructor of a variant; ``device`` and ``dtype`` are those of ``timm.create_model``."""
+    """Build a variant for timm; ``device`` and ``dtype`` are those of ``timm.create_model``."""
     arguments = VARIANTS[name]
     out_indices = kwargs.pop("out_indices", tuple(range(len(arguments["dims"]))))
     given = kwargs.get("pretrained_cfg")
@@ -196,7 +196,7 @@ def _build(
             DAT,
             name,
             pretrained,
-            pretrained_filter_fn=surgery.for_model,
+            pretrained_filter_fn=surgery.checkpoint_filter_fn,
             feature_cfg={"out_indices": out_indices, "feature_cls": "getter", "flatten_sequential": True},
             **{**arguments, **kwargs},
         )

@@ -1,8 +1,12 @@
-"""The core of deformable attention, and what feeds it: functions with backends behind them.
+"""Operators that torch does not have, each a differentiable function with backends behind it.
 
-``deform_attention``, ``sample``, ``depthwise_conv`` and ``window_attention`` are differentiable torch functions; ``use_backend`` and the environment variable
-``DATTRAIN_ATTENTION`` override the automatic choice that ``backends`` explains. Projections, offsets and everything else
-of the layer are in ``dattrain.models``.
+``deform_attention`` (in ``deformable_attention``), ``sample``, ``depthwise_conv``, ``window_attention`` and
+``biased_attention`` are imported from here, as are ``backends`` and ``use_backend``; ``dispatch`` chooses the backend, and the
+environment variable ``DATTRAIN_ATTENTION`` overrides it. ``neighborhood`` is plain torch, imported from its file.
+``cpp`` is the CPU's library, ``triton_*`` are the GPU's kernels, ``transforms`` the derivatives beyond the first.
+
+Projections, offsets and everything else of a layer are in ``dattrain.models``. Nothing here imports the rest of the package
+but ``errors``.
 """
 
 from dattrain.ops.deformable_attention.api import deform_attention

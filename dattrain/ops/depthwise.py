@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dattrain.ops import native, native_maps, transforms
+from dattrain.ops import transforms
+from dattrain.ops.cpp import bindings, build
 from dattrain.ops.dispatch import resolve
 
 
@@ -26,13 +27,14 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> 
         B x ceil(H / stride) x ceil(W / stride) x (groups * c), in the dtype of ``x``.
     """
     if (
-        x.dtype in native_maps.SUFFIXES
-        and weight.shape[-1] in native_maps.KERNELS
+        x.dtype in bindings.SUFFIXES
+        and weight.shape[-1] in bindings.KERNELS
         and weight.shape[-2] == weight.shape[-1]
         and resolve(x, None) == "native"
     ):
         wide = torch.promote_types(x.dtype, torch.float32)
-        return _depthwise(x, weight.to(wide), bias.to(wide), stride)
+        out: Tensor = _depthwise(x, weight.to(wide), bias.to(wide), stride)
+        return out
     return _conv2d(x, weight, bias, stride)
 
 
@@ -80,8 +82,8 @@ def _conv2d_backward(
 # Where the library is not there, a graph that was made where it is (exported, or on the meta device) runs all the same.
 @torch.library.custom_op("dattrain::depthwise_conv", mutates_args=())
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
-    if native.status()[0]:
-        return native_maps.depthwise(x, weight, bias, stride)
+    if build.status()[0]:
+        return bindings.depthwise(x, weight, bias, stride)
     with torch.autocast("cpu", enabled=False):
         return _conv2d(x, weight, bias, stride).contiguous()
 
@@ -96,8 +98,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
 def _depthwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if native.status()[0]:
-        return native_maps.depthwise_backward(grad, x, weight, bias, stride)
+    if build.status()[0]:
+        return bindings.depthwise_backward(grad, x, weight, bias, stride)
     return _conv2d_backward(grad, x, weight, bias, stride)
 
 
@@ -106,23 +108,18 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> tup
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.stride = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    again = transforms.gradients(lambda x, weight, bias: _conv2d(x, weight, bias, ctx.stride), inputs, grad)
-    return (*(again or _depthwise_backward(grad, *inputs, ctx.stride)), None)
-
-
-_depthwise.register_autograd(_backward, setup_context=_setup_context)
+transforms.register_autograd(_depthwise, _depthwise_backward, _conv2d, tensors=3)
 
 
 @register_flop_formula(torch.ops.dattrain.depthwise_conv)
 def _flops(
-    x: Any, weight: Any, bias: Any, stride: int, *args: Any, out_shape: Any = None, **kwargs: Any
+    x: torch.Size,
+    weight: torch.Size,
+    bias: torch.Size,
+    stride: int,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
 ) -> int:
     """A multiply-accumulate per output and tap."""
     batch, height, width, channels = x
@@ -131,7 +128,14 @@ def _flops(
 
 @register_flop_formula(torch.ops.dattrain.depthwise_conv_backward)
 def _flops_backward(
-    grad: Any, x: Any, weight: Any, bias: Any, stride: int, *args: Any, out_shape: Any = None, **kwargs: Any
+    grad: torch.Size,
+    x: torch.Size,
+    weight: torch.Size,
+    bias: torch.Size,
+    stride: int,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
 ) -> int:
     """One for the map's gradient, one for the kernels'."""
     return 2 * _flops(x, weight, bias, stride)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dattrain.errors import UserError
-from dattrain.ops import native, transforms
+from dattrain.ops import transforms
+from dattrain.ops.cpp import build
 
 Backend = Literal["reference", "torch", "native", "triton"]
 ENVIRONMENT_VARIABLE = "DATTRAIN_ATTENTION"
@@ -41,7 +42,7 @@ def backends() -> list[BackendStatus]:
         BackendStatus(
             "torch", True, "plain torch on any device; the default where neither of the next two runs"
         ),
-        BackendStatus("native", *native.status()),
+        BackendStatus("native", *build.status()),
         BackendStatus("triton", *_triton_usable()),
     ]
 
@@ -72,7 +73,7 @@ def resolve(q: Tensor, asked: str | None, head_dim: int = 0) -> Backend:
     Raises:
         UserError: if the backend asked for is unknown, cannot run here, or not for this device, dtype or head dim.
     """
-    if transforms.under_way() or torch.jit.is_tracing():
+    if transforms.under_way() or transforms.tracing():
         return "reference"
     named, source = (
         (asked, "backend")
@@ -115,14 +116,14 @@ def _checked(name: str, source: str, index: int | None = None) -> Backend:
         raise UserError(f"{source}={name} is no attention backend; there are {', '.join(get_args(Backend))}")
     # Under torch.compile the question cannot be traced (it may run a compiler); the operator meets the answer.
     if name in ("native", "triton") and not torch.compiler.is_compiling():
-        usable, why = native.status() if name == "native" else _triton_usable(index)
+        usable, why = build.status() if name == "native" else _triton_usable(index)
         if not usable:
             raise UserError(f"{source}={name} cannot run here: {why}")
     return cast(Backend, name)
 
 
 def _native_usable() -> bool:
-    return native.status()[0]
+    return build.status()[0]
 
 
 # For torch.compile the answer is a constant: torch.compiler.assume_constant_result, which would load the compiler here.

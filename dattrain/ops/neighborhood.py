@@ -65,8 +65,9 @@ _kept: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
 
 def _tiles(size: int, kernel_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How an axis is cut into tiles of ``kernel_size`` queries: keys of each tile (tiles x reach), and the table's index of
-    each query and key (tiles x kernel_size x reach), both int64.
+    """How an axis is cut into tiles of ``kernel_size`` queries.
+
+    Keys of each tile (tiles x reach), and the table's index of each query and key (tiles x kernel_size x reach), both int64.
 
     A tile reads reach = min(2 kernel_size - 1, size) consecutive keys, which hold the windows of all its queries; the index
     is -1 where a key is outside the query's window. Queries past the end of the axis repeat the last one.

@@ -7,13 +7,12 @@ to cuDNN, whose gradient of the map is made by atomic adds and, unlike torch's o
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dattrain.ops import dispatch, native, native_maps, transforms
+from dattrain.ops import dispatch, transforms
+from dattrain.ops.cpp import bindings, build
 
 
 def sample(x: Tensor, positions: Tensor) -> Tensor:
@@ -45,11 +44,13 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
         )
     computes = positions.dtype == torch.promote_types(x.dtype, torch.float32)
     chosen = dispatch.resolve(x, None)
-    if computes and chosen == "native" and x.dtype in native_maps.SUFFIXES:
-        return _sample(x, positions, chosen)
     # Under torch.compile the question cannot be traced (it runs a compiler); the operator meets the answer.
-    if computes and chosen == "triton" and (torch.compiler.is_compiling() or dispatch.compiles(x.device)):
-        return _sample(x, positions, chosen)
+    if computes and (
+        (chosen == "native" and x.dtype in bindings.SUFFIXES)
+        or (chosen == "triton" and (torch.compiler.is_compiling() or dispatch.compiles(x.device)))
+    ):
+        out: Tensor = _sample(x, positions, chosen)
+        return out
     # grid_sample has no forward mode.
     return gather(x, positions) if x.is_cuda or transforms.under_way() else _grid_sample(x, positions)
 
@@ -112,12 +113,12 @@ def gather(x: Tensor, positions: Tensor) -> Tensor:
 @torch.library.custom_op("dattrain::sample", mutates_args=())
 def _sample(x: Tensor, positions: Tensor, backend: str) -> Tensor:
     if backend == "native":
-        return (native_maps.sample if native.status()[0] else _grid_sample)(x, positions).contiguous()
+        return (bindings.sample if build.status()[0] else _grid_sample)(x, positions).contiguous()
     if not dispatch.compiles(x.device):
         return gather(x, positions)
-    from dattrain.ops import triton_maps
+    from dattrain.ops import triton_sampling
 
-    return triton_maps.sample(x, positions)
+    return triton_sampling.sample(x, positions)
 
 
 @_sample.register_fake
@@ -127,12 +128,12 @@ def _(x: Tensor, positions: Tensor, backend: str) -> Tensor:
 
 @torch.library.custom_op("dattrain::sample_backward", mutates_args=())
 def _sample_backward(grad: Tensor, x: Tensor, positions: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    if backend == "native" and native.status()[0]:
-        return native_maps.sample_backward(grad, x, positions)
+    if backend == "native" and build.status()[0]:
+        return bindings.sample_backward(grad, x, positions)
     if backend == "triton" and dispatch.compiles(x.device):
-        from dattrain.ops import triton_maps
+        from dattrain.ops import triton_sampling
 
-        return triton_maps.sample_backward(grad, x, positions)
+        return triton_sampling.sample_backward(grad, x, positions)
     return _grid_sample_backward(grad, x, positions)
 
 
@@ -141,15 +142,6 @@ def _(grad: Tensor, x: Tensor, positions: Tensor, backend: str) -> tuple[Tensor,
     return x.new_empty(x.shape), positions.new_empty(positions.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, positions, ctx.backend = inputs
-    ctx.save_for_backward(x, positions)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    again = transforms.gradients(gather, inputs, grad)
-    return (*(again or _sample_backward(grad, *inputs, ctx.backend)), None)
-
-
-_sample.register_autograd(_backward, setup_context=_setup_context)
+transforms.register_autograd(
+    _sample, _sample_backward, lambda x, positions, _: gather(x, positions), tensors=2
+)

@@ -7,11 +7,15 @@ torch leaves the tangent of such an operator out without a word and refuses the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
 
 
 def under_way() -> bool:
@@ -26,6 +30,11 @@ def _transformed() -> bool:
 
 # For torch.compile a constant, asked where it traces: traced into, the answer would always be yes.
 _transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def tracing() -> bool:
+    """Whether ``torch.jit.trace`` is recording."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def ordinary() -> bool:
@@ -59,3 +68,36 @@ def gradients(
         wanted = [x for x in views if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(function(*views), wanted, grad, create_graph=differentiable))
     return tuple(next(found) if x is not None and x.requires_grad else None for x in views)
+
+
+def register_autograd(
+    operator: CustomOpDef,
+    backward: Callable[..., tuple[Tensor, ...]],
+    plain: Callable[..., Tensor],
+    tensors: int,
+) -> None:
+    """Give an operator its gradient: ``backward``, or ``plain`` differentiated by torch where ``gradients`` has to.
+
+    Args:
+        operator: whose first ``tensors`` arguments are tensors or None, the others settings. A tuple that it returns is kept
+            for backward; the gradient of its first entry alone is used.
+        backward: takes the result's gradient, the tensors, the tuple that the operator returned if it did, and the settings;
+            gives one gradient for each of the first tensors, of which those of None are not looked at.
+        plain: the operator's (first) result in plain torch, from the same arguments.
+        tensors: how many of the arguments are tensors.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.settings = inputs[tensors:]
+        ctx.save_for_backward(*inputs[:tensors], *(output if isinstance(output, tuple) else ()))
+
+    def run(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        saved, settings = ctx.saved_tensors, ctx.settings
+        inputs = saved[:tensors]
+        grads = gradients(lambda *again: plain(*again, *settings), inputs, grad)
+        if grads is None:
+            made = backward(grad, *saved, *settings)
+            grads = tuple(None if x is None else each for x, each in zip(inputs, made))
+        return (*grads, *[None] * (tensors + len(settings) - len(grads)))
+
+    operator.register_autograd(run, setup_context=setup_context)

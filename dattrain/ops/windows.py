@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dattrain.ops import native, native_maps, transforms
+from dattrain.ops import transforms
+from dattrain.ops.cpp import bindings, build
 from dattrain.ops.dispatch import resolve
 
 
@@ -26,9 +27,10 @@ def window_attention(qkv: Tensor, bias: Tensor, mask: Tensor | None, heads: int)
     Returns:
         B x windows x area x C, in the dtype of ``qkv``.
     """
-    if qkv.dtype in native_maps.SUFFIXES and resolve(qkv, None) == "native":
+    if qkv.dtype in bindings.SUFFIXES and resolve(qkv, None) == "native":
         wide = torch.promote_types(qkv.dtype, torch.float32)
-        return _windows(qkv, bias.to(wide), None if mask is None else mask.to(wide), heads)[0]
+        out: Tensor = _windows(qkv, bias.to(wide), None if mask is None else mask.to(wide), heads)[0]
+        return out
     return _plain(qkv, bias, mask, heads)
 
 
@@ -56,7 +58,8 @@ def _equations(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if bias is not None:
         logits = logits + bias
-    return logits.softmax(-1).to(v.dtype) @ v
+    out: Tensor = logits.softmax(-1).to(v.dtype) @ v
+    return out
 
 
 def _plain(
@@ -106,8 +109,8 @@ def _plain_backward(
 # The log-sum-exp is a second result because the library's backward needs it; without the library nobody fills or reads it.
 @torch.library.custom_op("dattrain::window_attention", mutates_args=())
 def _windows(qkv: Tensor, bias: Tensor, mask: Optional[Tensor], heads: int) -> tuple[Tensor, Tensor]:  # noqa: UP045
-    if native.status()[0]:
-        return native_maps.windows(qkv, bias, mask, heads)
+    if build.status()[0]:
+        return bindings.windows(qkv, bias, mask, heads)
     with torch.autocast("cpu", enabled=False):
         out = _plain(qkv, bias, mask, heads).contiguous()
     return out, bias.new_empty(*qkv.shape[:2], heads, qkv.shape[2])
@@ -129,8 +132,8 @@ def _windows_backward(
     lse: Tensor,
     heads: int,
 ) -> tuple[Tensor, Tensor]:
-    if native.status()[0]:
-        return native_maps.windows_backward(grad, qkv, bias, mask, out, lse, heads)
+    if build.status()[0]:
+        return bindings.windows_backward(grad, qkv, bias, mask, out, lse, heads)
     with torch.autocast("cpu", enabled=False):
         return _plain_backward(grad, qkv, bias, mask, heads)
 
@@ -142,31 +145,24 @@ def _(
     return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, bias, mask, ctx.heads = inputs
-    ctx.save_for_backward(qkv, bias, mask, *output)
-
-
-def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    qkv, bias, mask, out, lse = ctx.saved_tensors
-    again = transforms.gradients(
-        lambda qkv, bias: _plain(qkv, bias, mask, ctx.heads, _equations), (qkv, bias), grad
-    )
-    grads = again or _windows_backward(grad, qkv, bias, mask, out, lse, ctx.heads)
-    return (*grads, None, None)
-
-
-_windows.register_autograd(_backward, setup_context=_setup_context)
+transforms.register_autograd(
+    _windows,
+    _windows_backward,
+    lambda qkv, bias, mask, heads: _plain(qkv, bias, mask, heads, _equations),
+    tensors=3,
+)
 
 
 @register_flop_formula(torch.ops.dattrain.window_attention)
-def _flops(qkv: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _flops(qkv: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Two products of queries and keys, as torch counts scaled_dot_product_attention."""
     batch, windows, area, channels = qkv
     return 4 * batch * windows * area * area * (channels // 3)
 
 
 @register_flop_formula(torch.ops.dattrain.window_attention_backward)
-def _flops_backward(grad: Any, qkv: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _flops_backward(
+    grad: torch.Size, qkv: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
     """Five products, one of them recomputed."""
     return 5 * _flops(qkv) // 2

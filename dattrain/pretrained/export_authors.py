@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from dattrain.errors import UserError
+from dattrain.models.authors.convert import from_authors, to_authors
 from dattrain.models.dat import DAT
-from dattrain.models.surgery import from_authors, to_authors
 from dattrain.pretrained import import_authors
 from dattrain.pretrained.exported import EXACT, Exported
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg

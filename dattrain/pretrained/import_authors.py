@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dattrain.data.labels import infer
 from dattrain.errors import UserError
+from dattrain.models.authors.convert import from_authors, to_authors
 from dattrain.models.dat import DAT
-from dattrain.models.surgery import from_authors, to_authors
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, cfg_of_model
 
 _STATES = ("model", "state_dict", "module", "model_ema", "state_dict_ema", "ema")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dattrain.ops.deformable_attention import backend_reference, torch_op
-from dattrain.ops.deformable_attention.coordinates import QueryGrid
+from dattrain.ops.deformable_attention.coordinates import Geometry, QueryGrid
 from dattrain.ops.dispatch import Backend, resolve
 
 
@@ -65,10 +65,10 @@ def deform_attention(
     chosen = resolve(q, backend, q.shape[-1])
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
-            return backend_reference.deform_attention(
-                q, k, v, positions, table, height, width, query_grid, scale
-            )
-    return torch_op.attention(q, k, v, positions, table, height, width, query_grid, scale, chosen)[0]
+            geometry = Geometry(height, width, query_grid, scale)
+            return backend_reference.deform_attention(q, k, v, positions, table, geometry)
+    out: Tensor = torch_op.attention(q, k, v, positions, table, height, width, query_grid, scale, chosen)[0]
+    return out
 
 
 def _check(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dattrain.ops import sampling, transforms
-from dattrain.ops.deformable_attention.coordinates import QueryGrid, query_coordinates
+from dattrain.ops.deformable_attention.coordinates import Geometry, QueryGrid, query_coordinates
 
 
 def sampled_bias(bias_table: Tensor, positions: Tensor, height: int, width: int, grid: QueryGrid) -> Tensor:
@@ -35,7 +35,8 @@ def sampled_bias(bias_table: Tensor, positions: Tensor, height: int, width: int,
     # Bilinear, zeros outside, corners aligned. F.grid_sample on CUDA is cuDNN's, whose gradient has no fixed order of
     # summation and does not say so under use_deterministic_algorithms; this one raises there.
     bias = torch.ops.aten.grid_sampler_2d(tables, places, 0, 0, True)
-    return bias.view(batch, heads, height * width, keys)
+    out: Tensor = bias.view(batch, heads, height * width, keys)
+    return out
 
 
 def deform_attention(
@@ -44,14 +45,12 @@ def deform_attention(
     v: Tensor,
     positions: Tensor,
     bias_table: Tensor | None,
-    height: int,
-    width: int,
-    grid: QueryGrid,
-    scale: float,
+    geometry: Geometry,
 ) -> Tensor:
     """softmax(scale * q k^T + bias) v as q, logits and softmax in the dtype of ``positions``; differentiable by torch."""
     accumulate = positions.dtype
-    logits = (q.to(accumulate) @ k.to(accumulate).transpose(-2, -1)) * scale
+    logits = (q.to(accumulate) @ k.to(accumulate).transpose(-2, -1)) * geometry.scale
     if bias_table is not None:
-        logits = logits + sampled_bias(bias_table.to(accumulate), positions, height, width, grid)
+        table = bias_table.to(accumulate)
+        logits = logits + sampled_bias(table, positions, geometry.height, geometry.width, geometry.grid)
     return (torch.softmax(logits, dim=-1) @ v.to(accumulate)).to(q.dtype)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dattrain.ops.deformable_attention.coordinates import QueryGrid
+from dattrain.ops.deformable_attention.coordinates import Geometry
 from dattrain.ops.deformable_attention.layout import tokens_like
 from dattrain.ops.deformable_attention.torch_bias import BlockBias, bias_builder
 
@@ -33,11 +33,11 @@ class _Block(NamedTuple):
     bias: BlockBias | None
 
     def of_queries(self, x: Tensor) -> Tensor:
-        """c x heads x queries x d, a view."""
+        """A view: c x heads x queries x d."""
         return x[self.images, self.heads, self.queries]
 
     def of_keys(self, x: Tensor) -> Tensor:
-        """c x heads x Ns x d, a view."""
+        """A view: c x heads x Ns x d."""
         return x[self.images, self.heads]
 
 
@@ -61,18 +61,15 @@ def forward(
     v: Tensor,
     positions: Tensor,
     table: Tensor | None,
-    height: int,
-    width: int,
-    grid: QueryGrid,
-    scale: float,
+    geometry: Geometry,
 ) -> Tensor:
     """softmax(scale * q k^T + bias) v; arguments as ``dattrain.ops.deform_attention``, table in positions' dtype."""
     out = tokens_like(q)
     dtype = positions.dtype
     scratch = _Scratch(positions)
-    for block in _blocks(q, positions, table, height, width, grid):
+    for block in _blocks(q, positions, table, geometry):
         keys, queries = block.of_keys(k).to(dtype), block.of_queries(q).to(dtype)
-        weights = _softmax(block, keys, queries, scale, scratch)
+        weights = _softmax(block, keys, queries, geometry.scale, scratch)
         _over_keys(weights, block.of_keys(v).to(dtype), block.of_queries(out))
     return out
 
@@ -85,10 +82,7 @@ def backward(
     positions: Tensor,
     table: Tensor | None,
     out: Tensor,
-    height: int,
-    width: int,
-    grid: QueryGrid,
-    scale: float,
+    geometry: Geometry,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v (in their dtype), positions and table (in theirs)."""
     dtype, device = positions.dtype, q.device
@@ -96,24 +90,24 @@ def backward(
     grad_positions = torch.zeros(positions.shape, dtype=dtype, device=device)
     grad_table = None if table is None else torch.zeros(table.shape, dtype=dtype, device=device)
     scratch = _Scratch(positions)
-    for block in _blocks(q, positions, table, height, width, grid, grad_table):
+    for block in _blocks(q, positions, table, geometry, grad_table):
         keys, values = block.of_keys(k).to(dtype), block.of_keys(v).to(dtype)
         queries, grads = block.of_queries(q).to(dtype), block.of_queries(grad_out).to(dtype)
-        weights = _softmax(block, keys, queries, scale, scratch)
+        weights = _softmax(block, keys, queries, geometry.scale, scratch)
         # Row sums of weights * grad_weights, from the output alone (Dao et al. 2022, appendix B.2).
         delta = (grads * block.of_queries(out).to(dtype)).sum(-1)
         _over_queries(weights, grads, block.of_keys(grad_v), 1.0)
         grad_scores = _products(values, grads, 1.0, scratch.get("scores", *weights.shape), add=False)
         grad_scores.sub_(delta.unsqueeze(1)).mul_(weights)
-        _over_queries(grad_scores, queries, block.of_keys(grad_k), scale)
-        _over_keys(grad_scores, keys, block.of_queries(grad_q), scale)
+        _over_queries(grad_scores, queries, block.of_keys(grad_k), geometry.scale)
+        _over_keys(grad_scores, keys, block.of_queries(grad_q), geometry.scale)
         if block.bias is not None:
             grad_positions[block.images, block.group] += block.bias.backward(grad_scores)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_positions, grad_table
 
 
 def _softmax(block: _Block, keys: Tensor, queries: Tensor, scale: float, scratch: _Scratch) -> Tensor:
-    """c x Ns x heads x queries."""
+    """Weights of the block, c x Ns x heads x queries."""
     images, heads, length, _ = queries.shape
     shape = (images, keys.shape[2], heads, length)
     scores = (
@@ -148,13 +142,12 @@ def _blocks(
     q: Tensor,
     positions: Tensor,
     table: Tensor | None,
-    height: int,
-    width: int,
-    grid: QueryGrid,
+    geometry: Geometry,
     grad_table: Tensor | None = None,
 ) -> Iterator[_Block]:
     """All blocks in turn. After a group's last block its share of the table's gradient is added to ``grad_table``."""
     batch, heads = q.shape[:2]
+    height, width = geometry.height, geometry.width
     groups, keys = positions.shape[1:3]
     per_group = heads // groups
     row_bytes = per_group * keys * width * positions.element_size()
@@ -168,7 +161,7 @@ def _blocks(
             builder = None
             if table is not None:
                 builder = bias_builder(
-                    table[group_heads], positions[:, group], height, width, slice(first, last), grid
+                    table[group_heads], positions[:, group], height, width, slice(first, last), geometry.grid
                 )
             for image in range(0, batch, images):
                 chunk = slice(image, min(image + images, batch))

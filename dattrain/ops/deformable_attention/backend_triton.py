@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from dattrain.ops.deformable_attention import triton_kernels as kernels
-from dattrain.ops.deformable_attention.coordinates import QueryGrid
+from dattrain.ops.deformable_attention.coordinates import Geometry
 from dattrain.ops.deformable_attention.triton_planes import Bias
 from dattrain.ops.precision import products_of
 
@@ -30,10 +30,7 @@ def forward(
     v: Tensor,
     positions: Tensor,
     table: Tensor | None,
-    height: int,
-    width: int,
-    grid: QueryGrid,
-    scale: float,
+    geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:
     """Output (as q, laid out B x queries x heads x d in memory) and log-sum-exp (B x heads x queries, fp32)."""
     batch, heads, queries, dim = q.shape
@@ -43,12 +40,12 @@ def forward(
         return q.new_empty(batch, queries, heads, dim).transpose(1, 2), lse
     q, k, v = (_padded(x) for x in (q, k, v))
     out = q.new_empty(batch, queries, heads, q.shape[-1]).transpose(1, 2)
-    bias = Bias.of(positions, table, q, height, width, grid)
-    tiles = forward_tiles(q, width)
-    kernels.forward_kernel[(batch * heads, tiles.patches(height, width))](
+    bias = Bias.of(positions, table, q, geometry)
+    tiles = forward_tiles(q, geometry.width)
+    kernels.forward_kernel[(batch * heads, tiles.patches(geometry))](
         q, k, v, bias.starts, bias.planes, out, lse, heads, groups, keys,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *bias.step, scale,
-        H=height, W=width, D=q.shape[-1], TAIL=tiles.tail(keys), **tiles.launch(), **bias.constants, **_precision(q),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *bias.step, geometry.scale,
+        H=geometry.height, W=geometry.width, D=q.shape[-1], TAIL=tiles.tail(keys), **tiles.launch(), **bias.constants, **_precision(q),
     )  # fmt: skip
     return _narrowed(out, dim), lse
 
@@ -62,10 +59,7 @@ def backward(
     table: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    height: int,
-    width: int,
-    grid: QueryGrid,
-    scale: float,
+    geometry: Geometry,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v (laid out B x length x heads x d in memory), positions and table."""
     batch, heads, queries, dim = q.shape
@@ -80,21 +74,19 @@ def backward(
         q.new_empty(batch, length, heads, q.shape[-1]).transpose(1, 2) for length in (queries, keys, keys)
     )
     grad_starts = positions.new_empty(batch, heads, keys, 2)
-    bias = Bias.of(positions, table, q, height, width, grid)
-    tiles = backward_tiles(q, width)
-    bytes_per_image = heads * keys * tiles.places(height, width) * q.element_size()
+    bias = Bias.of(positions, table, q, geometry)
+    tiles = backward_tiles(q, geometry.width)
+    bytes_per_image = heads * keys * tiles.places(geometry) * q.element_size()
     some = max(1, SCORES_BYTES // bytes_per_image)
     for first in range(0, batch, some):
         images = slice(first, first + some)
         grad_logits = _scores_gradient(
             grad_out[images], q[images], k[images], v[images], out[images], lse[images], grad_k[images], grad_v[images],
-            grad_starts[images], bias.of_images(images), tiles, height, width, scale,
+            grad_starts[images], bias.of_images(images), tiles, geometry,
         )  # fmt: skip
-        _query_gradient(grad_logits, k[images], grad_q[images], tiles, height, width, scale)
+        _query_gradient(grad_logits, k[images], grad_q[images], tiles, geometry)
         if grad_table is not None:
-            grad_table += _table_gradient(
-                grad_logits, bias.of_images(images), grad_table, tiles, height, width
-            )
+            grad_table += _table_gradient(grad_logits, bias.of_images(images), grad_table, tiles, geometry)
     if table is not None:
         grad_positions = grad_starts.view(batch, groups, heads // groups, keys, 2).sum(2)
     grad_q, grad_k, grad_v = (_narrowed(x, dim) for x in (grad_q, grad_k, grad_v))
@@ -121,15 +113,13 @@ def _scores_gradient(
     grad_starts: Tensor,
     bias: Bias,
     tiles: Tiles,
-    height: int,
-    width: int,
-    scale: float,
+    geometry: Geometry,
 ) -> Tensor:
     """B x heads x keys x places in the dtype of q; ``grad_k``, ``grad_v`` and ``grad_starts`` are filled."""
     batch, heads, queries, dim = q.shape
     keys, groups = k.shape[2], bias.starts.shape[1]
     delta = torch.empty_like(lse)
-    grad_logits = q.new_empty(batch, heads, keys, tiles.places(height, width))
+    grad_logits = q.new_empty(batch, heads, keys, tiles.places(geometry))
     kernels.delta_kernel[(batch * heads, triton.cdiv(queries, 64))](
         grad_out, out, delta, heads, queries, *grad_out.stride()[:3], *out.stride()[:3], D=dim, BLOCK=64
     )
@@ -137,20 +127,18 @@ def _scores_gradient(
         kernels.backward_kernel[(batch * heads, count)](
             grad_out, q, k, v, bias.starts, bias.planes, lse, delta, grad_k, grad_v, grad_starts, grad_logits,
             heads, groups, keys, first, *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *grad_k.stride()[:3], *grad_v.stride()[:3], *bias.step, *bias.slope, scale, H=height, W=width, D=dim,
+            *grad_k.stride()[:3], *grad_v.stride()[:3], *bias.step, *bias.slope, geometry.scale, H=geometry.height, W=geometry.width, D=dim,
             MASKED=first + count * block > keys, **tiles.launch(block), **bias.constants, **_precision(q),
         )  # fmt: skip
     return grad_logits
 
 
-def _query_gradient(
-    grad_logits: Tensor, k: Tensor, grad_q: Tensor, tiles: Tiles, height: int, width: int, scale: float
-) -> None:
+def _query_gradient(grad_logits: Tensor, k: Tensor, grad_q: Tensor, tiles: Tiles, geometry: Geometry) -> None:
     batch, heads, keys, places = grad_logits.shape
     some = math.gcd(places, QUERY_TILE)  # no place past the last
     tiles = tiles._replace(BLOCK_K=32 if k.shape[-1] < 32 else 64)
     kernels.query_gradient_kernel[(batch * heads, places // some)](
-        grad_logits, k, grad_q, heads, keys, *k.stride()[:3], *grad_q.stride()[:3], scale, H=height, W=width,
+        grad_logits, k, grad_q, heads, keys, *k.stride()[:3], *grad_q.stride()[:3], geometry.scale, H=geometry.height, W=geometry.width,
         D=k.shape[-1], PLACES=places, BLOCK_Q=some, BLOCK_K=tiles.BLOCK_K, TAIL=tiles.tail(keys), **tiles.patch,
         num_warps=2, num_stages=1, **_precision(k),
     )  # fmt: skip
@@ -161,14 +149,13 @@ def _table_gradient(
     bias: Bias,
     table: Tensor,
     tiles: Tiles,
-    height: int,
-    width: int,
+    geometry: Geometry,
 ) -> Tensor:
     """As ``table`` (heads x Th x Tw, fp32)."""
     batch, heads, keys, places = grad_logits.shape
     groups = bias.starts.shape[1]
     half = grad_logits.element_size() == 2
-    rows, columns = (min(64 if half else 32, _power(n)) for n in (height, width))
+    rows, columns = (min(64 if half else 32, _power(n)) for n in (geometry.height, geometry.width))
     tile_y, tile_x = (min(64 if half else 32, _power(n)) for n in table.shape[1:])
     parts = triton.cdiv(table.shape[1], tile_y) * triton.cdiv(table.shape[2], tile_x)
     # As many heads as share positions and fit into registers.
@@ -179,7 +166,7 @@ def _table_gradient(
     partial = table.new_empty(splits, *table.shape)
     kernels.table_gradient_kernel[(splits, heads // together, parts)](
         grad_logits, bias.starts, partial, batch, heads, groups, keys, triton.cdiv(batch * keys, splits), *bias.step,
-        *bias.offset, *table.shape[1:], H=height, W=width, PLACES=places, ROWS=rows, COLUMNS=columns, TILE_Y=tile_y,
+        *bias.offset, *table.shape[1:], H=geometry.height, W=geometry.width, PLACES=places, ROWS=rows, COLUMNS=columns, TILE_Y=tile_y,
         TILE_X=tile_x, TOGETHER=together, num_warps=2 if max(tile_y, tile_x) <= 32 else 4, num_stages=1,
         PRECISION="tf32x3", **tiles.patch,
     )  # fmt: skip
@@ -195,13 +182,13 @@ class Tiles(NamedTuple):
     BLOCK_K: int
     num_warps: int
 
-    def patches(self, height: int, width: int) -> int:
+    def patches(self, geometry: Geometry) -> int:
         """How many cover a map."""
-        return triton.cdiv(height, self.R * self.S) * triton.cdiv(width, self.C)
+        return int(triton.cdiv(geometry.height, self.R * self.S) * triton.cdiv(geometry.width, self.C))
 
-    def places(self, height: int, width: int) -> int:
+    def places(self, geometry: Geometry) -> int:
         """Queries in them, those past the map included."""
-        return self.patches(height, width) * self.R * self.C * self.S
+        return self.patches(geometry) * self.R * self.C * self.S
 
     @property
     def patch(self) -> dict[str, int]:
@@ -245,7 +232,7 @@ def _patch(width: int) -> tuple[int, int]:
 
 def _power(n: int) -> int:
     """The least power of two that a matrix product takes."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, int(triton.next_power_of_2(n)))
 
 
 def _padded(x: Tensor) -> Tensor:

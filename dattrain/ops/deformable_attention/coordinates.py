@@ -6,12 +6,29 @@ one axis that is ``table_index[k, i] = start[k] + i * step``: keys times (height
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 QueryGrid = Literal["center", "corner"]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What a call of the attention core knows beside its tensors.
+
+    Attributes:
+        height, width: rows and columns of the queries' map.
+        grid: where its queries lie, see ``query_coordinates``.
+        scale: multiplies q k^T.
+    """
+
+    height: int
+    width: int
+    grid: QueryGrid
+    scale: float
 
 
 def query_coordinates(size: int, grid: QueryGrid, *, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -27,8 +44,10 @@ def query_coordinates(size: int, grid: QueryGrid, *, device: torch.device, dtype
 
 
 def steps(size: Any) -> int:
-    """From the first to the last of ``size`` pixels, and 1 for a single one. Under ``torch.jit.trace`` sizes are tensors, of
-    which Python's ``max`` would take one for good."""
+    """Steps from the first to the last of ``size`` pixels, and 1 for a single one.
+
+    Under ``torch.jit.trace`` sizes are tensors, of which Python's ``max`` would take one for good.
+    """
     return (size - 1).clamp(min=1) if isinstance(size, Tensor) else max(size - 1, 1)  # type: ignore[return-value]
 
 

@@ -29,7 +29,7 @@ class BlockBias(Protocol):
     """Bias of one block: c images, the heads of a group, some query rows."""
 
     def forward(self, into: Tensor) -> Tensor:
-        """c x Ns x heads x queries; in ``into`` or in fresh memory."""
+        """Bias, c x Ns x heads x queries; in ``into`` or in fresh memory."""
         ...
 
     def backward(self, grad: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class Windows:
         return self.counts[0] * self.counts[1]
 
     def windows(self) -> Tensor:
-        """count x (heads * height * width): every window in range."""
+        """Every window in range, count x (heads * height * width)."""
         if self._windows is None:
             (y0, y1), (x0, x1) = self.y_range, self.x_range
             padded = _crop(self._table, y0, y1 + 1 + self.height, x0, x1 + 1 + self.width)
@@ -138,6 +138,7 @@ class Windows:
         return self._windows
 
     def block(self, positions: Tensor) -> _WindowsBlock:
+        """What an image and its keys need, for positions c x Ns x 2."""
         return _WindowsBlock(self, positions)
 
     def accumulate(self, gradient: Tensor) -> None:
@@ -145,6 +146,7 @@ class Windows:
         self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
 
     def table_gradient(self) -> Tensor:
+        """Sum over the blocks so far, heads x Th x Tw."""
         full = self._table.new_zeros(self.shape)
         if self._gradient is None:
             return full
@@ -204,6 +206,7 @@ class Rows:
         self._gradient: Tensor | None = None
 
     def starts_x(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Column where each key's window starts, clamped and rounded down, and exactly."""
         start = self.x.start(positions)
         floor, _ = _floor(start, -self.length, self.shape[2])
         return floor, start
@@ -214,7 +217,7 @@ class Rows:
         return self.table_rows * self.starts
 
     def windows(self) -> Tensor:
-        """(heads * count) x length: every table row (two rows of zeros around) from every start."""
+        """Every table row, with two rows of zeros around, from every start, (heads * count) x length."""
         if self._windows is None:
             x0, x1 = self.x_range
             padded = _crop(self._table, -2, self.shape[1] + 2, x0, x1 + self.length)
@@ -222,12 +225,15 @@ class Rows:
         return self._windows
 
     def block(self, positions: Tensor) -> _RowsBlock:
+        """What an image and its keys need, for positions c x Ns x 2."""
         return _RowsBlock(self, positions)
 
     def accumulate(self, gradient: Tensor) -> None:
+        """Add a block's gradient of the row windows."""
         self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
 
     def table_gradient(self) -> Tensor:
+        """Sum over the blocks so far, heads x Th x Tw."""
         full = self._table.new_zeros(self.shape)
         if self._gradient is None:
             return full

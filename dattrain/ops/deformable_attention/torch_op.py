@@ -1,8 +1,8 @@
 """The core as torch operators, ``torch.ops.dattrain.deform_attention`` and its ``_backward``.
 
 As operators with shapes for fake tensors and a backward of their own they pass through torch.compile, torch.export,
-activation checkpointing and DeepSpeed whole. For backward q, k, v, positions, table, output and (Triton) the
-log-sum-exp are kept: nothing of size queries x keys.
+activation checkpointing and DeepSpeed as one node each. Operators take plain arguments; a ``Geometry`` is made of them
+here. For backward q, k, v, positions, table, output and (not ``torch``) the log-sum-exp are kept: nothing of size queries x keys.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dattrain.ops import dispatch, native, transforms
-from dattrain.ops.deformable_attention import backend_reference, backend_torch
-from dattrain.ops.deformable_attention.coordinates import QueryGrid
+from dattrain.ops import dispatch, transforms
+from dattrain.ops.deformable_attention import backend_native, backend_reference, backend_torch
+from dattrain.ops.deformable_attention.coordinates import Geometry, QueryGrid
 from dattrain.ops.deformable_attention.layout import tokens_like
 
 
@@ -36,34 +36,29 @@ def attention(
 
     Arguments are those of ``dattrain.ops.deform_attention`` after its checks; ``table`` has the dtype of positions.
     """
+    geometry = Geometry(height, width, _grid(grid), scale)
     if backend == "triton" and dispatch.compiles(q.device):
         from dattrain.ops.deformable_attention import backend_triton
 
         with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors are on
-            return backend_triton.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
-    if backend == "native" and _native(height, width, table, grid, scale):
-        return native.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
-    lse = positions.new_empty((0,) if backend == "torch" else q.shape[:3])
+            return backend_triton.forward(q, k, v, positions, table, geometry)
+    if backend == "native" and backend_native.supports(table, geometry):
+        return backend_native.forward(q, k, v, positions, table, geometry)
     with torch.autocast(q.device.type, enabled=False):
-        out = backend_torch.forward(q, k, v, positions, table, height, width, _grid(grid), scale)
-    return out, lse
+        out = backend_torch.forward(q, k, v, positions, table, geometry)
+    return out, _new_lse(q, positions, backend)
 
 
 @attention.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor | None,
-    height: int,
-    width: int,
-    grid: str,
-    scale: float,
-    backend: str,
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor]:
-    lse = positions.new_empty((0,) if backend == "torch" else q.shape[:3])
-    return tokens_like(q), lse
+    return tokens_like(q), _new_lse(q, positions, settings[-1])
+
+
+def _new_lse(q: Tensor, positions: Tensor, backend: str) -> Tensor:
+    """Uninitialised, or empty: ``torch`` keeps none, and where it runs instead of another, nobody reads it."""
+    return positions.new_empty((0,) if backend == "torch" else q.shape[:3])
 
 
 @torch.library.custom_op("dattrain::deform_attention_backward", mutates_args=())
@@ -83,40 +78,24 @@ def attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, positions and table (empty where there is no table)."""
+    geometry = Geometry(height, width, _grid(grid), scale)
+    inputs = grad_out, q, k, v, positions, table, out
     if backend == "triton" and dispatch.compiles(q.device):
         from dattrain.ops.deformable_attention import backend_triton
 
         with torch.cuda.device_of(q):
-            grads = backend_triton.backward(
-                grad_out, q, k, v, positions, table, out, lse, height, width, _grid(grid), scale
-            )
-    elif backend == "native" and _native(height, width, table, grid, scale):
-        grads = native.backward(
-            grad_out, q, k, v, positions, table, out, lse, height, width, _grid(grid), scale
-        )
+            grads = backend_triton.backward(*inputs, lse, geometry)
+    elif backend == "native" and backend_native.supports(table, geometry):
+        grads = backend_native.backward(*inputs, lse, geometry)
     else:
         with torch.autocast(q.device.type, enabled=False):
-            grads = backend_torch.backward(
-                grad_out, q, k, v, positions, table, out, height, width, _grid(grid), scale
-            )
+            grads = backend_torch.backward(*inputs, geometry)
     return (*grads[:4], positions.new_empty(0) if grads[4] is None else grads[4])
 
 
 @attention_backward.register_fake
 def _(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    height: int,
-    width: int,
-    grid: str,
-    scale: float,
-    backend: str,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         tokens_like(q),
@@ -127,47 +106,39 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, positions, table, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, positions, table, *output)
+def _equations(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    height: int,
+    width: int,
+    grid: str,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    geometry = Geometry(height, width, _grid(grid), scale)
+    return backend_reference.deform_attention(q, k, v, positions, table, geometry)
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, positions, table, out, lse = ctx.saved_tensors
-    height, width, grid, scale, _ = ctx.settings
-    again = transforms.gradients(
-        lambda q, k, v, positions, table: backend_reference.deform_attention(
-            q, k, v, positions, table, height, width, _grid(grid), scale
-        ),
-        (q, k, v, positions, table),
-        grad_out,
-    )
-    if again is not None:
-        return (*again, None, None, None, None, None)
-    *grads, grad_table = attention_backward(grad_out, q, k, v, positions, table, out, lse, *ctx.settings)
-    return (*grads, None if table is None else grad_table, None, None, None, None, None)
-
-
-attention.register_autograd(_backward, setup_context=_setup_context)
+transforms.register_autograd(attention, attention_backward, _equations, tensors=5)
 
 
 @register_flop_formula(torch.ops.dattrain.deform_attention)
-def _flops(q: Any, k: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _flops(q: torch.Size, k: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Two products of queries and keys, as torch counts scaled_dot_product_attention; sampling the bias is not counted."""
     batch, heads, queries, dim = q
     return 4 * batch * heads * queries * k[2] * dim
 
 
 @register_flop_formula(torch.ops.dattrain.deform_attention_backward)
-def _flops_backward(grad_out: Any, q: Any, k: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _flops_backward(
+    grad_out: torch.Size, q: torch.Size, k: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
     """Five products, one of them recomputed."""
     batch, heads, queries, dim = q
     return 10 * batch * heads * queries * k[2] * dim
-
-
-def _native(height: int, width: int, table: Tensor | None, grid: str, scale: float) -> bool:
-    """Whether the native library takes this; if not, the blocks of plain torch do."""
-    return native.status()[0] and native.supports(height, width, table, _grid(grid), scale)
 
 
 def _grid(name: str) -> QueryGrid:

@@ -1,4 +1,4 @@
-"""The ``triton`` backend's kernels: attention whose bias is sampled inside the score loop (``triton_attention`` launches them).
+"""The ``triton`` backend's kernels: attention whose bias is sampled inside the score loop (``backend_triton`` launches them).
 
 What makes a score cheap, in the order of effect (counted in machine instructions: docs/benchmarks/kernels-ahead-of-time.md):
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dattrain.ops.deformable_attention.coordinates import QueryGrid, start_and_step
+from dattrain.ops.deformable_attention.coordinates import Geometry, QueryGrid, start_and_step
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 EDGE = 2.0**-16
@@ -38,9 +38,7 @@ class Bias(NamedTuple):
         return self._replace(starts=self.starts[images])
 
     @classmethod
-    def of(
-        cls, positions: Tensor, table: Tensor | None, q: Tensor, height: int, width: int, grid: QueryGrid
-    ) -> Bias:
+    def of(cls, positions: Tensor, table: Tensor | None, q: Tensor, geometry: Geometry) -> Bias:
         """Two small kernels; nothing where there is no table."""
         half = q.element_size() == 2
         if table is None:
@@ -48,7 +46,7 @@ class Bias(NamedTuple):
             return cls(positions, positions, (0.0, 0.0), (0.0, 0.0), (0.0, 0.0), constants)
         positions, table = positions.contiguous(), table.contiguous()
         heads, *sizes = table.shape
-        y, x = (_Axis.of(n, size, grid) for n, size in zip((height, width), sizes))
+        y, x = (_Axis.of(n, size, geometry.grid) for n, size in zip((geometry.height, geometry.width), sizes))
         broken = sizes[0] + 2 * y.pad
         rows, pitch = broken + y.pad, sizes[1] + 2 * x.pad
         starts = positions.new_empty(positions.shape[:3], dtype=torch.int64)

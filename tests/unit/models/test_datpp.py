@@ -16,7 +16,8 @@ import torch
 from host_waits import fake_cuda, faked
 
 from dattrain.errors import UserError
-from dattrain.models import create, flops, surgery, zoo
+from dattrain.models import create, flops, zoo
+from dattrain.models.authors import convert
 from dattrain.models.deformable import OffsetNetwork
 
 ASSETS = Path(__file__).parents[2] / "assets/models"
@@ -50,17 +51,17 @@ def relative(ours, theirs):
 
 def test_logits_and_every_gradient_are_the_authors(vector):
     state = state_of(vector)
-    model = surgery.from_authors(state, json.loads(str(vector["config"])))
+    model = convert.from_authors(state, json.loads(str(vector["config"])))
     image = torch.from_numpy(vector["input"]).double().requires_grad_()
     logits = model(image)
     assert relative(logits, vector["logits"]) < 1e-9
     (logits * torch.from_numpy(vector["cotangent"])).sum().backward()
     assert relative(image.grad, vector["grad_input"]) < 1e-9
     # Our gradients under their names: export of a model that holds gradients as weights.
-    gradients = surgery.from_authors(state, json.loads(str(vector["config"])))
+    gradients = convert.from_authors(state, json.loads(str(vector["config"])))
     for name, parameter in model.named_parameters():
         gradients.get_parameter(name).data = parameter.grad
-    ours = surgery.to_authors(gradients)
+    ours = convert.to_authors(gradients)
     theirs = {n.removeprefix("grad/"): v for n, v in vector.items() if n.startswith("grad/")}
     assert len(theirs) == 33
     for name, gradient in theirs.items():
@@ -68,7 +69,7 @@ def test_logits_and_every_gradient_are_the_authors(vector):
 
 
 def test_positions_are_clamped_reference_plus_offset(vector):
-    model = surgery.from_authors(state_of(vector), json.loads(str(vector["config"])))
+    model = convert.from_authors(state_of(vector), json.loads(str(vector["config"])))
     seen = []
     for module in model.modules():
         if isinstance(module, OffsetNetwork):
@@ -87,7 +88,7 @@ def test_positions_are_clamped_reference_plus_offset(vector):
 
 def test_the_round_trip_through_our_names_is_the_identity(vector):
     state = state_of(vector)
-    back = surgery.to_authors(surgery.from_authors(state, json.loads(str(vector["config"]))))
+    back = convert.to_authors(convert.from_authors(state, json.loads(str(vector["config"]))))
     assert list(back) == list(state)
     assert all(torch.equal(back[name], state[name]) for name in state)
 
@@ -96,7 +97,7 @@ def test_the_round_trip_through_our_names_is_the_identity(vector):
 def test_released_files_are_recognised_by_their_keys(size):
     keys = keys_of(f"dat_pp_{size}")
     state = {name: torch.empty(shape, device="meta") for name, shape in keys.items()}
-    model = surgery.from_authors(state)
+    model = convert.from_authors(state)
     assert zoo.variant_of(model) == f"dat_pp_{size}"
     with torch.device("meta"):
         ours = create(f"dat_pp_{size}", num_classes=1000, img_size=224)
@@ -147,10 +148,10 @@ def test_flops_of_the_variants(size, img_size, giga):
 def test_the_intermediate_model_without_convolutions_is_recognised():
     keys = keys_of("dat_p")
     state = {name: torch.empty(shape, device="meta") for name, shape in keys.items()}
-    model = surgery.from_authors(state)
+    model = convert.from_authors(state)
     assert (model.stem, model.mlp, model.local_perception) == ("patch", "linear", False)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == 22.773
-    assert list(surgery.to_authors(model.to_empty(device="cpu"))) == list(keys)
+    assert list(convert.to_authors(model.to_empty(device="cpu"))) == list(keys)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_the_intermediate_model_without_convolutions_is_recognised():
 def test_settings_that_are_not_built_are_named(vector, setting, value):
     config = {**json.loads(str(vector["config"])), setting: value}
     with pytest.raises(UserError, match=setting):
-        surgery.from_authors(state_of(vector), config)
+        convert.from_authors(state_of(vector), config)
 
 
 @pytest.mark.parametrize("size", [(96, 64), (70, 101), (32, 32)])
@@ -187,7 +188,7 @@ def test_settings_that_do_not_fit_are_refused(arguments, message):
 
 
 def test_a_forward_pass_never_waits_for_the_device(vector):
-    model = surgery.from_authors(state_of(vector), json.loads(str(vector["config"])))
+    model = convert.from_authors(state_of(vector), json.loads(str(vector["config"])))
     images = vector["input"].shape
     with fake_cuda() as waits:
         faked(model)(torch.empty(*images, dtype=torch.float64, device="cuda"))

@@ -14,6 +14,7 @@ from torch import Tensor
 from dattrain.errors import UserError
 from dattrain.models import create, surgery, variant_of
 from dattrain.models.attention import WindowAttention
+from dattrain.models.authors import convert
 from dattrain.models.dat import DAT
 from dattrain.models.deformable import DeformableAttention
 from dattrain.models.resize import resize_fixed_table, resize_table
@@ -43,7 +44,7 @@ def tensors(model: DAT) -> dict[str, Tensor]:
 def test_names_shapes_and_order_are_the_authors(released):
     name = released.removesuffix("_384")
     model = create(name, num_classes=1000, img_size=RELEASED[released])
-    ours = [f"{key}\t{tuple(t.shape)}\t{str(t.dtype)[6:]}" for key, t in surgery.to_authors(model).items()]
+    ours = [f"{key}\t{tuple(t.shape)}\t{str(t.dtype)[6:]}" for key, t in convert.to_authors(model).items()]
     assert ours == (ASSETS / f"keys_{released}.txt").read_text().splitlines()
 
 
@@ -54,8 +55,8 @@ def test_variant_is_told_from_the_keys(released):
         key, shape, dtype = line.split("\t")
         if "relative_position_index" not in key and "attn_mask" not in key:
             state[key] = torch.empty(literal_eval(shape), dtype=getattr(torch, dtype))
-    full = {**state, **{k: t for k, t in surgery.to_authors(_create(released)).items() if k not in state}}
-    model = surgery.from_authors({"model": full})
+    full = {**state, **{k: t for k, t in convert.to_authors(_create(released)).items() if k not in state}}
+    model = convert.from_authors({"model": full})
     assert variant_of(model) == released.removesuffix("_384")
     assert model.img_size == (RELEASED[released],) * 2
     assert model.window_size is None, "windows that follow the image size stay derived"
@@ -68,20 +69,20 @@ def _create(released: str) -> DAT:
 
 def test_file_without_buffers_is_read_by_configuration():
     model = atto(blocks=("LS", "LS", "LD", "LD"))
-    state = {k: t for k, t in surgery.to_authors(model).items() if "index" not in k and "mask" not in k}
+    state = {k: t for k, t in convert.to_authors(model).items() if "index" not in k and "mask" not in k}
     config = {
         "img_size": 64, "dims": [32, 64, 128, 256], "depths": [2, 2, 2, 2], "stage_spec": [["L", "S"], ["L", "S"], ["L", "D"], ["L", "D"]],
         "heads": [2, 4, 8, 16], "groups": [-1, -1, 2, 4], "strides": [-1, -1, 1, 1], "window_sizes": [4, 4, 4, 2],
         "use_pes": [False, False, True, True], "offset_range_factor": [-1, -1, 2, 2],
     }  # fmt: skip
-    back = surgery.from_authors(state, config)
+    back = convert.from_authors(state, config)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(back(images), model(images))
 
 
 def test_what_is_refused_of_the_authors():
-    state = surgery.to_authors(atto(blocks=("LS", "LS", "LD", "LD")))
+    state = convert.to_authors(atto(blocks=("LS", "LS", "LD", "LD")))
     cases = [
         (
             {k: t for k, t in state.items() if k != "cls_norm.norm.bias"},
@@ -99,14 +100,14 @@ def test_what_is_refused_of_the_authors():
     ]
     for wrong, message in cases:
         with pytest.raises(UserError, match=message):
-            surgery.from_authors(wrong)
+            convert.from_authors(wrong)
     with pytest.raises(UserError, match="SpatialReductionAttention .* has no counterpart"):
-        surgery.to_authors(atto(blocks=("P", "S", "LD", "D")))
+        convert.to_authors(atto(blocks=("P", "S", "LD", "D")))
 
 
 def test_timm_loads_a_file_of_the_authors(tmp_path):
     source = create("dat_tiny", num_classes=1000, img_size=96, dims=(24, 48, 96, 192)).eval()
-    torch.save({"model": surgery.to_authors(source)}, tmp_path / "dat_tiny.pth")
+    torch.save({"model": convert.to_authors(source)}, tmp_path / "dat_tiny.pth")
     arguments = {
         "pretrained": True, "dims": (24, 48, 96, 192), "pretrained_cfg_overlay": {"file": str(tmp_path / "dat_tiny.pth")},
     }  # fmt: skip
@@ -241,9 +242,9 @@ def test_rows_of_the_head_are_picked_by_the_map():
         assert torch.equal(head[row], expected)
         expected = drawn["head.fc.bias"][row] if wanted is None else source.head.fc.bias[wanted]
         assert torch.equal(bias[row], expected)
-    fates = {entry.name: (entry.fate, entry.detail) for entry in report.entries}
-    assert fates["head.fc.weight"] == ("kept", "3 of 4 rows picked out of 10 classes")
-    assert fates["head.fc.weight[1]"] == ("new", "no counterpart in the source; drawn as init=paper")
+    statuses = {entry.name: (entry.status, entry.detail) for entry in report.entries}
+    assert statuses["head.fc.weight"] == ("kept", "3 of 4 rows picked out of 10 classes")
+    assert statuses["head.fc.weight[1]"] == ("new", "no counterpart in the source; drawn as init=paper")
     assert "head.fc.bias[1]" in str(report)
 
 

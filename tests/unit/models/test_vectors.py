@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dattrain.models import authors, surgery
+from dattrain.models.authors import convert, names
 from dattrain.models.dat import DAT
 
 ASSET = Path(__file__).parents[2] / "assets/models/dat_cvpr_small.npz"
@@ -34,7 +34,7 @@ def tensors(vectors: dict[str, np.ndarray], kind: str) -> dict[str, Tensor]:
 def run(request, vectors) -> tuple[DAT, dict[str, Tensor], Tensor, Tensor]:
     """Model, positions by module name, logits and input after a backward pass."""
     config = json.loads(str(vectors["config"])) if request.param == "config" else None
-    model = surgery.from_authors(tensors(vectors, "state"), config).double()
+    model = convert.from_authors(tensors(vectors, "state"), config).double()
     positions: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if name.endswith("attn.offset"):
@@ -66,7 +66,7 @@ def test_every_gradient(run, vectors):
     model, *_ = run
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     theirs = {}
-    for link in authors.links(model, "", ""):
+    for link in names.links(model, "", ""):
         if link.ours is not None:
             theirs.update(zip(link.theirs, link.write(ours[link.ours])))
     expected = tensors(vectors, "grad")
@@ -77,7 +77,7 @@ def test_every_gradient(run, vectors):
 
 def test_round_trip_is_the_identity(vectors):
     state = tensors(vectors, "state")
-    back = surgery.to_authors(surgery.from_authors(state))
+    back = convert.to_authors(convert.from_authors(state))
     assert list(back) == list(state)
     for name, tensor in state.items():
         assert torch.equal(back[name], tensor), name

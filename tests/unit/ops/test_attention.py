@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dattrain import ops
 from dattrain.errors import UserError
-from dattrain.ops import native
-from dattrain.ops.deformable_attention import backend_torch, torch_op
+from dattrain.ops.cpp import build
+from dattrain.ops.deformable_attention import backend_native, backend_torch, torch_op
+from dattrain.ops.deformable_attention.coordinates import Geometry
 
-needs_native = pytest.mark.skipif(not native.status()[0], reason="no C++ compiler")
+needs_native = pytest.mark.skipif(not build.status()[0], reason="no C++ compiler")
 BACKENDS = ["torch", pytest.param("native", marks=needs_native)]
 NAMES = ("q", "k", "v", "positions", "table")
 
@@ -91,7 +92,7 @@ def test_native_values_and_all_gradients_equal_the_equations(case: Case) -> None
 @pytest.mark.parametrize("width", [15, 16, 17, 33])
 def test_native_rows_that_do_not_fill_vectors_and_maps_of_several_blocks(width: int) -> None:
     table = (79, 2 * width - 1)
-    assert native.supports(40, width, torch.zeros(1, *table), "center", 1.0)
+    assert backend_native.supports(torch.zeros(1, *table), Geometry(40, width, "center", 1.0))
     assert_same(
         Case(batch=1, heads=1, groups=1, height=40, width=width, keys=150, table=table, dim=5), "native"
     )
@@ -335,14 +336,14 @@ def test_without_a_compiler_plain_torch_runs_and_asking_for_native_says_why(
     inputs = small.inputs()
     expected, expected_grads = run(small, inputs, "torch")
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    for cached in (native.status, native._compiled):
+    for cached in (build.status, build._compiled):
         cached.cache_clear()
     try:
         out, grads = run(small, inputs, None)
         with pytest.raises(UserError, match="native cannot run here.*no/such/compiler"):
             run(small, inputs, "native")
     finally:
-        for cached in (native.status, native._compiled):
+        for cached in (build.status, build._compiled):
             cached.cache_clear()
     for a, b in zip((out, *grads), (expected, *expected_grads)):
         assert torch.equal(a, b)

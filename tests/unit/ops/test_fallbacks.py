@@ -11,17 +11,18 @@ import torch
 from torch import nn
 
 from dattrain.models import VARIANTS, create
-from dattrain.ops import depthwise, dispatch, native, sampling, windows
+from dattrain.ops import depthwise, dispatch, sampling, windows
+from dattrain.ops.cpp import build
 from dattrain.ops.deformable_attention import api, torch_op
 
 WIDE = torch.float64
-NEEDS_NATIVE = pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
+NEEDS_NATIVE = pytest.mark.skipif(not build.status()[0], reason=build.status()[1])
 
 
 @pytest.fixture
 def asked_anew():
     """The library is looked for again, within the test and after it."""
-    cached = (native.status, native._compiled)
+    cached = (build.status, build._compiled)
     for function in cached:
         function.cache_clear()
     yield
@@ -35,7 +36,7 @@ def no_library(asked_anew, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("CXX", "/bin/false")
     monkeypatch.setenv("HOME", "/dev/null")
-    assert not native.status()[0]
+    assert not build.status()[0]
 
 
 def leaf(*shape: int) -> torch.Tensor:
@@ -115,13 +116,13 @@ class TestWhereTheLibraryIsKept:
     @pytest.fixture(autouse=True)
     def _copied(self, asked_anew, monkeypatch, tmp_path):
         """Compiling is copying; the machine's folder for temporary files is the test's."""
-        if not native.status()[0]:
-            pytest.skip(native.status()[1])
-        file = native._compiled()[1]
+        if not build.status()[0]:
+            pytest.skip(build.status()[1])
+        file = build._compiled()[1]
         self.name = file.name
-        for function in (native.status, native._compiled):
+        for function in (build.status, build._compiled):
             function.cache_clear()
-        monkeypatch.setattr(native, "_compile", lambda compiler, arch, path: shutil.copy(file, path))
+        monkeypatch.setattr(build, "_compile", lambda compiler, arch, path: shutil.copy(file, path))
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
@@ -130,26 +131,26 @@ class TestWhereTheLibraryIsKept:
             raise RuntimeError("Could not determine home directory.")
 
         monkeypatch.setattr(Path, "home", home)
-        runs, why = native.status()
+        runs, why = build.status()
         assert runs and str(tmp_path) in why
         (folder,) = tmp_path.iterdir()
         assert folder.stat().st_mode & 0o777 == 0o700
 
     def test_a_home_that_cannot_be_written(self, monkeypatch, tmp_path):
         monkeypatch.setenv("HOME", "/dev/null")
-        assert native.status()[0] and str(tmp_path) in native.status()[1]
+        assert build.status()[0] and str(tmp_path) in build.status()[1]
 
     def test_a_cache_whose_files_cannot_be_loaded(self, monkeypatch, tmp_path):
         cache = tmp_path / "cache"
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         (cache / "dattrain").mkdir(parents=True)
         (cache / "dattrain" / self.name).write_bytes(b"cut short")
-        assert native.status()[0] and str(cache) not in native.status()[1]
+        assert build.status()[0] and str(cache) not in build.status()[1]
 
     def test_a_folder_that_others_can_write_is_not_loaded_from(self, monkeypatch, tmp_path):
         monkeypatch.setenv("HOME", "/dev/null")
-        native._own_temporary().chmod(0o777)
-        runs, why = native.status()
+        build._own_temporary().chmod(0o777)
+        runs, why = build.status()
         assert not runs and "not this user's alone" in why
         assert dispatch.resolve(torch.zeros(1), None) == "torch"
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dattrain import ops
-from dattrain.ops import native
+from dattrain.ops.cpp import build
 
-NEEDS_NATIVE = pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
+NEEDS_NATIVE = pytest.mark.skipif(not build.status()[0], reason=build.status()[1])
 
 
 MAPS = {

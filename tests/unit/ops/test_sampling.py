@@ -15,14 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dattrain import ops
 from dattrain.models.deformable import Conventions, DeformableAttention
-from dattrain.ops import dispatch, native, sampling
+from dattrain.ops import dispatch, sampling
+from dattrain.ops.cpp import build
 
 COMPILED = """
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
-from dattrain.ops import triton_maps
+from dattrain.ops import triton_sampling
 
 class Driver:
     def __init__(self, capability): self.capability = capability
@@ -36,8 +37,8 @@ for capability in (80, 90):
     driver.set_active(Driver(capability))
     for dtype in (torch.bfloat16, torch.float32):
         x, positions, grad = torch.zeros(2, 14, 14, 384, dtype=dtype), torch.zeros(2, 3, 196, 2), torch.zeros(2, 196, 384, dtype=dtype)
-        triton_maps.sample(x, positions)
-        triton_maps.sample_backward(grad, x, positions)
+        triton_sampling.sample(x, positions)
+        triton_sampling.sample_backward(grad, x, positions)
 assert len(made) == 12 and all(kernel.asm["cubin"] and kernel.metadata.shared <= 48 * 1024 for kernel in made)
 print("compiled")
 """
@@ -62,8 +63,8 @@ def test_kernels_compile_to_machine_code_as_they_are_launched() -> None:
 def test_the_operator_has_its_gradients_without_a_compiler(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(native, "status", lambda: (False, "no C++ compiler"))
-    monkeypatch.setattr(native, "library", None)
+    monkeypatch.setattr(build, "status", lambda: (False, "no C++ compiler"))
+    monkeypatch.setattr(build, "library", None)
     inputs = CASES[name].inputs(dtype)
     for a, b in zip(results(ops.sample, *inputs), exact(*inputs)):
         assert a.shape == b.shape and relative_error(a, b) < BOUNDS[dtype]

@@ -15,7 +15,8 @@ from PIL import Image
 
 from dattrain.cli import main as cli
 from dattrain.errors import UserError
-from dattrain.models import create, surgery
+from dattrain.models import create
+from dattrain.models.authors import convert
 from dattrain.pretrained import export, export_authors, export_graph, export_timm, import_authors, weights
 from dattrain.pretrained.exported import GRAPH, Exported
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, cfg_of_model
@@ -62,7 +63,7 @@ def test_weights_come_back_bit_for_bit(tmp_path, capsys, request, which, to):
     if to == "authors":
         state, *_ = import_authors.load(out.with_suffix(".pth"))
         assert any("conv_offset" in name for name in state)
-        back = surgery.from_authors(state, import_authors.read_config(out.with_suffix(".yaml")))
+        back = convert.from_authors(state, import_authors.read_config(out.with_suffix(".yaml")))
     elif to == "timm":
         back = timm.create_model(f"local-dir:{out}", pretrained=True)
         features = timm.create_model(f"local-dir:{out}", pretrained=True, features_only=True)

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from dattrain.cli import main as cli
 from dattrain.errors import UserError
-from dattrain.models import create, surgery
+from dattrain.models import create
+from dattrain.models.authors import convert
 from dattrain.pretrained import export, import_authors, weights
 from dattrain.pretrained.pretrained_cfg import cfg_of_model
 
@@ -92,7 +93,7 @@ def test_the_variant_is_told_from_the_keys_alone(tmp_path, variant, size):
     torch.manual_seed(0)
     model = create(variant, num_classes=1000, img_size=size)
     file, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
-    torch.save({"model": surgery.to_authors(model)}, file)
+    torch.save({"model": convert.to_authors(model)}, file)
     _, cfg, origin = import_authors.read(file)
     assert (cfg.name, cfg.img_size, dict(cfg.overrides or {})) == (variant, (size, size), {})
     assert cfg.labels == "imagenet-1k" and "inferred" in origin
@@ -167,9 +168,9 @@ def test_weights_that_are_no_numbers_and_half_a_configuration_are_named(tmp_path
         (config, "cls_head.bias holds numbers that are not finite"),
         (
             {"stage_spec": config["stage_spec"]},
-            "not a whole MODEL.DAT configuration of the authors (KeyError",
+            "not a complete MODEL.DAT configuration of the authors (KeyError",
         ),
-        ({**config, "heads": 3}, "not a whole MODEL.DAT configuration of the authors (TypeError"),
+        ({**config, "heads": 3}, "not a complete MODEL.DAT configuration of the authors (TypeError"),
     ):
         yaml.write_text(json.dumps({"MODEL": {"DAT": broken}}))
         assert cli.main(["import", str(file), "--config", str(yaml)]) == 1
@@ -188,7 +189,7 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys):
 
 def authors_state(classes: int = 3) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    return surgery.to_authors(create("dat_atto", num_classes=classes, img_size=64))
+    return convert.to_authors(create("dat_atto", num_classes=classes, img_size=64))
 
 
 WRAPPED = {
@@ -233,7 +234,7 @@ def test_two_models_in_one_file_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_file_without_head_gives_a_model_without_one(tmp_path, capsys, dense):
     model = create("dat_atto", num_classes=5, img_size=64, blocks=("LS", "L", "LD", "LD"))
-    state = surgery.to_authors(model)
+    state = convert.to_authors(model)
     headless = {n: t for n, t in state.items() if not n.startswith("cls_head")}
     if dense:
         headless = {n: t for n, t in headless.items() if not n.startswith("cls_norm")}

@@ -1,16 +1,16 @@
 """The names of the authors' code (LeapLabTHU/DAT) beside ours, tensor by tensor.
 
 A ``Link`` joins one of our tensors to one or more of theirs; ``links`` lists those of a module, in the order in which their
-state dict holds them. Modules of DAT++ register theirs in their own file.
+state dict holds them. Modules of DAT++ register theirs in ``names_datpp``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 from math import isqrt
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -210,9 +210,7 @@ def read_all(state: Mapping[str, Tensor], model: DAT) -> dict[str, Tensor]:
                 )
             ours[link.ours] = tensor
     if missing or left:
-        raise UserError(
-            f"not a checkpoint of this model: missing {_some(missing)}; left over {_some(list(left))}"
-        )
+        raise UserError(f"not a checkpoint of this model: missing {some(missing)}; left over {some(left)}")
     return ours
 
 
@@ -225,16 +223,15 @@ def write_all(model: DAT) -> dict[str, Tensor]:
         for name, tensor in zip(link.theirs, link.write(source)):
             theirs[name] = tensor.cpu().contiguous()
     if state:
-        raise UserError(f"these tensors have no counterpart in the authors' code: {_some(list(state))}")
+        raise UserError(f"these tensors have no counterpart in the authors' code: {some(state)}")
     order: dict[str, list[str]] = {}
     for name in theirs:
         order.setdefault(name.rpartition(".")[0], []).append(name)
     return {name: theirs[name] for names in order.values() for name in names}
 
 
-def _some(names: list[str]) -> str:
-    return (
-        ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        if names
-        else "nothing"
-    )
+def some(names: Iterable[Any]) -> str:
+    """The first eight, for a message, and how many more there are."""
+    listed = [str(name) for name in names]
+    more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+    return ", ".join(listed[:8]) + more if listed else "nothing"

@@ -4,7 +4,7 @@
 // Bias of a key: along x, every table row it needs is blended with three weights per query column (two of them nonzero;
 // three because the step between columns is at most one cell, so the first tap is column or column - 1 from the start).
 // Along y, two blended rows make a row of the bias; a vector of columns goes down all rows, the two blended rows of the
-// moment in registers. Compiled by dattrain/ops/native.py; loaded with ctypes.
+// moment in registers. Compiled by dattrain/ops/cpp/build.py; called by deformable_attention/backend_native.py.
 
 #include "native.h"
 

@@ -1,9 +1,9 @@
-"""Which model a checkpoint of the authors holds: from their configuration, or from the names and shapes of its tensors."""
+"""Which DAT a checkpoint of the authors' CVPR code holds: from their configuration, or from its tensors' names and shapes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isqrt
 from typing import Any
 
@@ -30,46 +30,83 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a setting that this package does not build, by name.
     """
-    blocks = ["".join(kinds) for kinds in config["stage_spec"]]
-    if [len(kinds) for kinds in blocks] != list(config["depths"]):
-        raise UserError(f"stage_spec={config['stage_spec']} does not have depths={config['depths']} blocks")
+    blocks = blocks_of(config)
     _refuse(config, dim_stem=config["dims"][0], use_conv_patches=False, attn_drop_rate=0.0)
     _refuse(config, use_dwc_mlps=[False] * len(blocks))
     deformable = [stage for stage, kinds in enumerate(blocks) if "D" in kinds]
 
     def common(name: str, default: Any) -> Any:
-        values = [config.get(name, [default] * len(blocks))[stage] for stage in deformable] or [default]
-        if len(set(values)) > 1:
-            raise UserError(
-                f"{name}={config[name]} differs between stages with deformable attention; one value is needed"
-            )
-        return values[0]
+        return one_value(config, name, default, deformable)
 
-    position = "relative"
-    if not common("use_pes", True):
-        position = "none"
-    elif common("dwc_pes", False):
-        position = "dwconv"
-    elif common("fixed_pes", False):
-        position = "fixed"
+    return {
+        **shared_arguments(config, blocks),
+        "sr_ratios": at_least_one(config.get("sr_ratios", (-1,) * len(blocks))),
+        "window_size": tuple((side, side) for side in config["window_sizes"]),
+        "offsets": not common("no_offs", False),
+        "offset_range": offset_range(common("offset_range_factor", 2), negative="tanh"),
+        "position": position(config, deformable, default=True),
+    }
+
+
+def blocks_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Letters of the blocks of each stage.
+
+    Raises:
+        UserError: they are not as many as the depths.
+    """
+    blocks = tuple("".join(kinds) for kinds in config["stage_spec"])
+    if [len(kinds) for kinds in blocks] != list(config["depths"]):
+        raise UserError(f"stage_spec={config['stage_spec']} does not have depths={config['depths']} blocks")
+    return blocks
+
+
+def shared_arguments(config: Mapping[str, Any], blocks: tuple[str, ...]) -> dict[str, Any]:
+    """Arguments that both of their codes state alike."""
     return {
         "img_size": config["img_size"],
         "patch_size": config.get("patch_size", 4),
         "num_classes": config.get("num_classes", 1000),
         "mlp_ratio": config.get("expansion", 4),
         "dims": tuple(config["dims"]),
-        "blocks": tuple(blocks),
+        "blocks": blocks,
         "heads": tuple(config["heads"]),
-        "groups": tuple(max(each, 1) for each in config["groups"]),
-        "strides": tuple(max(each, 1) for each in config["strides"]),
-        "sr_ratios": tuple(max(each, 1) for each in config.get("sr_ratios", (-1,) * len(blocks))),
-        "window_size": tuple((side, side) for side in config["window_sizes"]),
-        "offsets": not common("no_offs", False),
-        "offset_range": offset_range(common("offset_range_factor", 2), negative="tanh"),
-        "position": position,
+        "groups": at_least_one(config["groups"]),
+        "strides": at_least_one(config["strides"]),
         "proj_drop_rate": config.get("drop_rate", 0.0),
         "drop_path_rate": config.get("drop_path_rate", 0.0),
     }
+
+
+def at_least_one(values: Iterable[int]) -> tuple[int, ...]:
+    """Their -1 of stages that have no use for a setting is our 1."""
+    return tuple(max(each, 1) for each in values)
+
+
+def per_stage(value: Any, stages: int) -> list[Any]:
+    """A list as it is; else the value of every stage."""
+    return list(value) if isinstance(value, (list, tuple)) else [value] * stages
+
+
+def one_value(config: Mapping[str, Any], name: str, default: Any, stages: Sequence[int]) -> Any:
+    """What a setting is in all of ``stages``.
+
+    Raises:
+        UserError: it differs between them.
+    """
+    every = per_stage(config.get(name, default), len(config["depths"]))
+    values = [every[stage] for stage in stages] or [default]
+    if len(set(values)) > 1:
+        raise UserError(f"{name}={config[name]} differs between stages; one value is needed")
+    return values[0]
+
+
+def position(config: Mapping[str, Any], deformable: Sequence[int], *, default: bool) -> str:
+    """Kind of position bias of the deformable stages; ``default`` is whether there is one where nothing is said."""
+    if not one_value(config, "use_pes", default, deformable):
+        return "none"
+    if one_value(config, "dwc_pes", False, deformable):
+        return "dwconv"
+    return "fixed" if one_value(config, "fixed_pes", False, deformable) else "relative"
 
 
 def offset_range(factor: float, negative: OffsetRange) -> OffsetRange:
@@ -87,22 +124,10 @@ def from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         UserError: these are not tensors of such a model.
     """
-    try:
-        return _from_tensors(state)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"not a checkpoint of the authors' DAT ({type(error).__name__}: {error}); "
-            f"its {len(state)} tensors begin with {', '.join(list(state)[:3])}"
-        ) from error
-
-
-def _from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
     patch = state["patch_proj.0.weight"]
     count = 1 + max(int(found[1]) for name in state if (found := re.match(r"stages\.(\d+)\.", name)))
     blocks, heads, groups, windows, kernels, dims = [], [], [], [], [], []
-    position, side = "none", 0
+    kind, side = "none", 0
     for stage in range(count):
         prefix = f"stages.{stage}.attns."
         depth = 1 + max(int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix))
@@ -122,7 +147,7 @@ def _from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
                 channels, _, kernel, _ = state[f"{name}.conv_offset.0.weight"].shape
                 stage_groups = dim // channels
             if f"{name}.rpe_table" in state:
-                position = "relative"
+                kind = "relative"
                 stage_heads, rows, columns = state[f"{name}.rpe_table"].shape
                 if rows != columns or rows % 2 == 0:
                     raise UserError(
@@ -130,7 +155,7 @@ def _from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
                     )
                 side = (rows + 1) // 2 * patch.shape[-1] * 2**stage
             elif f"{name}.rpe_table.weight" in state:
-                position = "dwconv"
+                kind = "dwconv"
         if not stage_heads or not side:
             raise UserError(
                 f"stage {stage} has no bias table that tells its heads or size: give the authors' configuration"
@@ -153,7 +178,7 @@ def _from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "strides": (4, 2, 1, 1)[:count],
         "offset_kernels": tuple(kernels),
         "window_size": tuple((side, side) for side in windows),
-        "position": position,
+        "position": kind,
     }
 
 

@@ -1,57 +1,18 @@
-"""DAT++ in the authors' names: importing this registers its modules with ``authors.links``.
-
-Also which DAT++ a checkpoint of theirs holds, from their configuration or from names and shapes, as ``recognise`` does for
-the CVPR code.
-"""
+"""Which DAT++ a checkpoint of the authors holds, as ``architecture`` does for the CVPR code."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from dattrain.errors import UserError
-from dattrain.models.authors import Link, links, only, pointwise, same
-from dattrain.models.datpp import ConvDownsample, ConvMlp, ConvStem, LocalPerception, NeighborhoodAttention
-from dattrain.models.recognise import classes, offset_range
+from dattrain.models.authors import architecture
 
 CONVENTIONS: dict[str, Any] = {"reference": "shifted", "query_grid": "corner"}
 """What the DAT++ code has fixed."""
-
-
-@links.register
-def _stem(module: ConvStem, theirs: str, ours: str) -> Iterator[Link]:
-    yield from same(f"{theirs}.0", f"{ours}.conv1")
-    yield from same(f"{theirs}.1.norm", f"{ours}.norm1")
-    yield from same(f"{theirs}.3", f"{ours}.conv2")
-    yield from same(f"{theirs}.4.norm", f"{ours}.norm2")
-
-
-@links.register
-def _downsample(module: ConvDownsample, theirs: str, ours: str) -> Iterator[Link]:
-    yield only(f"{theirs}.0.weight", f"{ours}.conv.weight")
-    yield from same(f"{theirs}.1.norm", f"{ours}.norm")
-
-
-@links.register
-def _local(module: LocalPerception, theirs: str, ours: str) -> Iterator[Link]:
-    yield from same(theirs, ours)
-
-
-@links.register
-def _mlp(module: ConvMlp, theirs: str, ours: str) -> Iterator[Link]:
-    yield from pointwise(f"{theirs}.linear1.0", f"{ours}.fc1")
-    yield from pointwise(f"{theirs}.linear2.0", f"{ours}.fc2")
-    yield from same(f"{theirs}.dwc", f"{ours}.dwconv")
-
-
-@links.register
-def _attention(module: NeighborhoodAttention, theirs: str, ours: str) -> Iterator[Link]:
-    yield only(f"{theirs}.rpb", f"{ours}.bias_table")
-    yield from same(f"{theirs}.qkv", f"{ours}.qkv")
-    yield from same(f"{theirs}.proj", f"{ours}.proj")
 
 
 def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,57 +21,34 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a setting that this package does not build, by name.
     """
-    blocks = tuple("".join(kinds) for kinds in config["stage_spec"])
+    blocks = architecture.blocks_of(config)
     stages = len(blocks)
-    if [len(kinds) for kinds in blocks] != list(config["depths"]):
-        raise UserError(f"stage_spec={config['stage_spec']} does not have depths={config['depths']} blocks")
     for name, supported in (("log_cpb", False), ("attn_drop_rate", 0.0), ("dim_stem", config["dims"][0])):
-        values = _each(config.get(name, supported), stages)
+        values = architecture.per_stage(config.get(name, supported), stages)
         if set(values) != {supported}:
             raise UserError(
                 f"{name}={config[name]} of the authors' DAT++ code is not built here; only {supported}"
             )
-    if max(_each(config.get("layer_scale_values", -1), stages)) > 0:
+    if max(architecture.per_stage(config.get("layer_scale_values", -1), stages)) > 0:
         raise UserError("layer_scale_values of the authors' DAT++ code are not built here; only -1 (off)")
     deformable = [stage for stage, kinds in enumerate(blocks) if "D" in kinds]
 
-    def common(name: str, default: Any, among: Sequence[int] = range(stages)) -> Any:
-        every = _each(config.get(name, default), stages)
-        values = [every[stage] for stage in among] or [default]
-        if len(set(values)) > 1:
-            raise UserError(f"{name}={config[name]} differs between stages; one value is needed")
-        return values[0]
+    def common(name: str, default: Any) -> Any:
+        return architecture.one_value(config, name, default, deformable)
 
-    position = "relative"
-    if not common("use_pes", False, deformable):
-        position = "none"
-    elif common("dwc_pes", False, deformable):
-        position = "dwconv"
-    elif common("fixed_pes", False, deformable):
-        position = "fixed"
     conv_stem = bool(config.get("use_conv_patches", False))
     return {
-        "img_size": config["img_size"],
-        "patch_size": config.get("patch_size", 4),
-        "num_classes": config.get("num_classes", 1000),
-        "mlp_ratio": config.get("expansion", 4),
-        "dims": tuple(config["dims"]),
-        "blocks": blocks,
-        "heads": tuple(config["heads"]),
-        "groups": tuple(max(each, 1) for each in config["groups"]),
-        "strides": tuple(max(each, 1) for each in config["strides"]),
+        **architecture.shared_arguments(config, blocks),
         "offset_kernels": tuple(config.get("ksizes", (9, 7, 5, 3))),
         "neighborhood": tuple(config.get("nat_ksizes", (3,) * stages)),
-        "sr_ratios": tuple(max(each, 1) for each in config.get("sr_ratios", (8, 4, 2, 1))),
+        "sr_ratios": architecture.at_least_one(config.get("sr_ratios", (8, 4, 2, 1))),
         "window_size": tuple((side, side) for side in config.get("window_sizes", (7,) * stages)),
         "stem": "conv" if conv_stem else "patch",
-        "mlp": "conv" if common("use_dwc_mlps", False) else "linear",
-        "local_perception": bool(common("use_lpus", False)),
-        "offsets": not common("no_offs", False, deformable),
-        "offset_range": offset_range(common("offset_range_factor", -1, deformable), negative="clamp"),
-        "position": position,
-        "proj_drop_rate": config.get("drop_rate", 0.0),
-        "drop_path_rate": config.get("drop_path_rate", 0.0),
+        "mlp": "conv" if architecture.one_value(config, "use_dwc_mlps", False, range(stages)) else "linear",
+        "local_perception": bool(architecture.one_value(config, "use_lpus", False, range(stages))),
+        "offsets": not common("no_offs", False),
+        "offset_range": architecture.offset_range(common("offset_range_factor", -1), negative="clamp"),
+        "position": architecture.position(config, deformable, default=False),
         **CONVENTIONS,
     }
 
@@ -123,18 +61,6 @@ def from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         UserError: these are not tensors of such a model.
     """
-    try:
-        return _from_tensors(state)
-    except (KeyError, IndexError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"not a checkpoint of the authors' DAT++ ({type(error).__name__}: {error}); "
-            f"its {len(state)} tensors begin with {', '.join(list(state)[:3])}"
-        ) from error
-
-
-def _from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
     stages = 1 + max(int(hit[1]) for name in state if (hit := re.match(r"stages\.(\d+)\.", name)))
     conv_stem = "patch_proj.3.weight" in state
     patch = 4 if conv_stem else state["patch_proj.0.weight"].shape[-1]
@@ -152,7 +78,7 @@ def _from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "img_size": sides.pop(),
         "patch_size": patch,
         "in_chans": state["patch_proj.0.weight"].shape[1],
-        "num_classes": classes(state),
+        "num_classes": architecture.classes(state),
         "mlp_ratio": state[f"stages.0.mlps.0.{first}.weight"].shape[0] / found[0]["dims"],
         **{
             name: tuple(each[name] for each in found)
@@ -195,7 +121,3 @@ def _stage(state: Mapping[str, Tensor], stage: int) -> dict[str, Any]:
                     f"{name}.rpe_table is {out['table']} x {columns}: give the authors' configuration"
                 )
     return out
-
-
-def _each(value: Any, stages: int) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value] * stages

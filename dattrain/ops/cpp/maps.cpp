@@ -1,6 +1,6 @@
 // Maps on CPUs, B x H x W x C in memory: bilinear sampling at points, and the depthwise convolution whose kernels groups of
 // channels share. One item is an image and a group; what an item needs lies in a padded copy in the computing type, so the
-// inner loops are over whole vectors of channels and know no borders. Called by dattrain/ops/native_maps.py.
+// inner loops are over whole vectors of channels and know no borders. Called by dattrain/ops/cpp/bindings.py.
 
 #include "native.h"
 

@@ -1,7 +1,7 @@
 // Attention within windows on CPUs, from the projection's output to the next one's input: q, k and v are read where they
 // lie in tokens x 3C, and their gradients written there. One item is a window and a head; everything of it stays in the
-// first-level cache. Scores are key-major, as in native.cpp, so the bias is kept transposed. Called by
-// dattrain/ops/windows.py.
+// first-level cache. Scores are key-major, as in attention.cpp, so the bias is kept transposed. Called by
+// dattrain/ops/cpp/bindings.py.
 
 #include "native.h"
 

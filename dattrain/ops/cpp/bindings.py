@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from dattrain.ops import native
+from dattrain.ops.cpp import build
 
 SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 KERNELS = (1, 3, 5, 7, 9)
@@ -134,9 +134,9 @@ def _run(
     if not sizes[0]:
         return
     # Kept until the call is over: a contiguous copy has no other owner.
-    held = [None if x is None else x.contiguous() for x in tensors]
-    failed = getattr(native.library(), f"dattrain_{name}_{SUFFIXES[dtype]}")(
-        (ctypes.c_void_p * len(held))(*(None if x is None else x.data_ptr() for x in held)),
+    kept = [None if x is None else x.contiguous() for x in tensors]
+    failed = getattr(build.library(), f"dattrain_{name}_{SUFFIXES[dtype]}")(
+        (ctypes.c_void_p * len(kept))(*(None if x is None else x.data_ptr() for x in kept)),
         (ctypes.c_int64 * len(sizes))(*sizes),
         *numbers,
         torch.get_num_threads(),

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dattrain.config.explain import explain
 from dattrain.config.shipped import CLUSTERS
 from dattrain.errors import ConfigError
 from dattrain.submit import shell
@@ -298,7 +299,7 @@ def load(name: str, overrides: Mapping[str, Any] | None = None) -> Profile:
     try:
         return Profile.model_validate({**raw, **(overrides or {})})
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(item, Profile, str(path)) for item in error.errors())) from None
+        raise ConfigError(explain(error, Profile, str(path))) from None
 
 
 def from_shell(profile: Profile, environ: Mapping[str, str]) -> tuple[Profile, list[str]]:
@@ -321,37 +322,7 @@ def from_shell(profile: Profile, environ: Mapping[str, str]) -> tuple[Profile, l
     try:
         made = Profile.model_validate({**profile.model_dump(exclude_unset=True), **values})
     except ValidationError as error:
-        raise ConfigError(
-            "\n".join(explain(e, Profile, "SBATCH_ variables of this shell") for e in error.errors())
-        ) from None
+        raise ConfigError(explain(error, Profile, "SBATCH_ variables of this shell")) from None
     return made, [
         f"{key}={value} comes from {variable} of this shell" for key, (variable, value) in taken.items()
     ]
-
-
-def explain(item: Any, model: type[BaseModel], place: str) -> str:
-    """One pydantic error as one line: place, key, what is wrong, what was seen; nearest name for an unknown key."""
-    loc = [str(part) for part in item["loc"]]
-    if item["type"] == "extra_forbidden":
-        names = _names(model, loc[:-1])
-        near = difflib.get_close_matches(loc[-1], names, 1, cutoff=0.5)
-        hint = (
-            f"did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"known here: {', '.join(names)}"
-        )
-        return f"{place}: unknown key {'.'.join(loc)}; {hint}"
-    message = item["msg"].removeprefix("Value error, ")
-    if not loc:
-        return f"{place}: {message}"
-    seen = "" if item["type"] == "missing" else f" (found {item['input']!r})"
-    return f"{place}: {'.'.join(loc)}: {message[0].lower()}{message[1:]}{seen}"
-
-
-def _names(model: type[BaseModel], loc: list[str]) -> list[str]:
-    for part in loc:
-        field = model.model_fields.get(part)
-        annotation = field.annotation if field else None
-        inner = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)]
-        nested = [a for a in inner if issubclass(a, BaseModel)]
-        if nested:
-            model = nested[0]
-    return [field.alias or name for name, field in model.model_fields.items()]

@@ -31,7 +31,7 @@ def dependency_on(after: str, *, ask: bool = True) -> tuple[str | None, Path | N
     if not submitted:
         raise UserError(f"--after {after}: neither a job id nor a run folder that was submitted")
     states = queue.states(run_status.jobs_of(folder)) if ask else {}
-    found = run_status.report(folder, states, local_alive=local.alive(folder))
+    found = run_status.status_of(folder, states, local_alive=local.alive(folder))
     state, why = found.state, found.why
     if state == "finished":
         return None, folder.resolve()
@@ -62,11 +62,11 @@ def _of_job(job: str) -> str | None:
     Raises:
         UserError: it ended badly, or nobody knows it.
     """
-    states = queue.tasks(job)
+    states = queue.task_states(job)
     if not states:
         raise UserError(f"--after {job}: neither squeue nor sacct nor scontrol knows a job of that id")
     for name, state in states.items():
-        if state.waiting_in_vain or (state.final and state.state != "COMPLETED"):
+        if state.never_starts or (state.final and state.state != "COMPLETED"):
             how = f"ended {state.state}" if state.final else f"is {state.state}: {state.reason}"
             raise UserError(f"--after {job}: job {name} {how}, so nothing would ever start behind it")
     return None if all(state.final for state in states.values()) else f"afterok:{job}"

@@ -27,7 +27,7 @@ from typing import Any, Callable, Dict, Sequence  # noqa: UP035 (Python 3.8 runs
 
 Event = Dict[str, Any]  # noqa: UP006
 
-TOLD = ("User defined signal 1", "User defined signal 2")
+SIGNALLED = ("User defined signal 1", "User defined signal 2")
 """srun's words for a task that a signal ended which asks for a save: it came before anybody listened."""
 
 NODE_FAILURE = "node failure"
@@ -42,19 +42,19 @@ EARLY_S = 65
 
 def history(run: str | Path) -> list[Event]:
     """Events of a run's own jobs, oldest first; a line cut off by a power cut is passed over."""
-    events, homes = _events(run)
-    foreign = [n for n, home in enumerate(homes) if home is not None and not _is(home, run)]
+    events, folders = _events(run)
+    foreign = [n for n, folder in enumerate(folders) if folder is not None and not _same_folder(folder, run)]
     if not foreign:
         return events
-    own = (n for n, home in enumerate(homes) if home is not None and n > foreign[-1])
+    own = (n for n, folder in enumerate(folders) if folder is not None and n > foreign[-1])
     return events[next(own, len(events)) :]
 
 
 def origin(run: str | Path) -> str | None:
     """The folder whose jobs a copied or moved one remembers, as words for people; None for a run that has jobs of its own."""
-    _, homes = _events(run)
-    last = next((home for home in reversed(homes) if home is not None), None)
-    if last is None or _is(last, run):
+    _, folders = _events(run)
+    last = next((folder for folder in reversed(folders) if folder is not None), None)
+    if last is None or _same_folder(last, run):
         return None
     how = "a copy of" if os.path.isdir(last) else "moved from"
     return f"{how} {last}: the jobs submitted there are not this folder's"
@@ -71,24 +71,24 @@ def _events(run: str | Path) -> tuple[list[Event], list[str | None]]:
             except ValueError:
                 continue
     # Before each submission said where it was made, only the newest could tell, by its spec.json.
-    older = "" if any(event.get("run") for event in events) else _old_home(run)
-    homes = [event.get("run", older) if event.get("event") == "submit" else None for event in events]
-    return events, homes
+    older = "" if any(event.get("run") for event in events) else _folder_of_spec(run)
+    folders = [event.get("run", older) if event.get("event") == "submit" else None for event in events]
+    return events, folders
 
 
-def _old_home(run: str | Path) -> str:
+def _folder_of_spec(run: str | Path) -> str:
     try:
         folder = Path(read_spec(run)["folder"])
     except (OSError, ValueError, KeyError, TypeError):
         return str(run)
     # RUN/submit/slurm; of an array, PARENT/submit/slurm.
-    home, here = folder.parent.parent, Path(os.path.realpath(run))
-    return str(here if _is(home, here) or _is(home, here.parent) else home)
+    folder, here = folder.parent.parent, Path(os.path.realpath(run))
+    return str(here if _same_folder(folder, here) or _same_folder(folder, here.parent) else folder)
 
 
-def _is(home: str | Path, run: str | Path) -> bool:
+def _same_folder(folder: str | Path, run: str | Path) -> bool:
     try:
-        return os.path.samefile(home, run)
+        return os.path.samefile(folder, run)
     except OSError:
         return False
 
@@ -120,7 +120,7 @@ def newest_checkpoint(run: str | Path) -> int | None:
     return max(steps, default=None)
 
 
-def culprit(stderr: str) -> tuple[str | None, str | None, int]:
+def first_failure(stderr: str) -> tuple[str | None, str | None, int]:
     """Node, cause and rank of the first task that srun saw die, from srun's messages; (None, None, 0) if there is none.
 
     srun alone sees all tasks in one order. A task that is killed makes its neighbours fail a moment later, each with an
@@ -141,7 +141,7 @@ def classify(
     stderr: str,
     reports: Sequence[Event],
     stalled: Event | None = None,
-    last_words: Callable[[int], str] = lambda rank: "",
+    last_error: Callable[[int], str] = lambda rank: "",
 ) -> tuple[str, str, str | None]:
     """What ended an attempt: (reason, detail, node).
 
@@ -154,7 +154,7 @@ def classify(
         reports: errors that ranks wrote before they died: ``{"rank", "node", "error", "user_error", "held"}``; held: another
             process has the run folder.
         stalled: what the first rank that noticed a stall wrote: ``{"rank", "host", "place", "silent_s"}``, or None.
-        last_words: last line of what a rank printed; asked where nothing better is known.
+        last_error: last line of what a rank printed; asked where nothing better is known.
     """
     state = slurm_state or ""
     at_limit = state == "TIMEOUT" or (time_s and elapsed_s >= time_s - signal_delay_s - EARLY_S)
@@ -188,8 +188,8 @@ def classify(
         # Ranks that wait for one another are silent together: the first to notice is not to blame.
         where = "rank {} on {} was silent for {} s in {!r}"
         return "stalled", where.format(*map(stalled.get, ("rank", "host", "silent_s", "place"))), None
-    node, cause, rank = culprit(stderr)
-    if cause in TOLD:
+    node, cause, rank = first_failure(stderr)
+    if cause in SIGNALLED:
         return "preempted", f"{cause}, before training had begun", None
     report = next((r for r in reports if r.get("node") == node), reports[0] if reports else None)
     taken = next((r for r in reports if r.get("held")), None)
@@ -208,7 +208,7 @@ def classify(
         cause = "out of memory (mem_gb of the profile): " + (cause or "Slurm ended the job")
     if told and report is None:
         # It died before our code could speak: Python is missing, too old, or lacks a module; srun could not start it.
-        cause = ": ".join(filter(None, (cause or f"the tasks ended with status {status}", last_words(rank))))
+        cause = ": ".join(filter(None, (cause or f"the tasks ended with status {status}", last_error(rank))))
     return "crashed", cause or f"the tasks ended with status {status}", node
 
 

@@ -77,7 +77,7 @@ def begin(run: str) -> int:
     if (
         vanished is not None
         and vanished["job"] != job
-        and job_state.shown(vanished["job"]) in ("RUNNING", "SUSPENDED")
+        and job_state.scontrol_state(vanished["job"]) in ("RUNNING", "SUSPENDED")
     ):
         _say("not started: job {} trains in this run folder".format(vanished["job"]))
         return BROKEN
@@ -102,7 +102,7 @@ def begin(run: str) -> int:
     with contextlib.suppress(OSError):
         _stalled(run).unlink()
     _say(
-        job_state.MARK[len("dattrain: ") :]
+        job_state.ATTEMPT_MARK[len("dattrain: ") :]
         + "{}: {}".format(",".join(nodes), f"from step {now}" if now is not None else "from the start")
     )
     if spec["requeue"] == "follow-up" and _next_job(run, job) is None:
@@ -134,13 +134,13 @@ def end(run: str, status: int) -> int:
     outcome = _json(folder / "outcome.json")
     reports = [r for r in map(_json, sorted(folder.glob("rank_*.json"))) if r]
     reports.sort(key=lambda r: r.get("time", 0))
-    state, by_slurm = job_state.ask(
+    state, by_slurm = job_state.query(
         os.environ["SLURM_JOB_ID"], restart, functools.partial(job_state.stderr_of, spec, job)
     )
     reason, detail, node = classify(
         status=status, outcome=outcome, slurm_state=state, elapsed_s=time.time() - started["time"],
         time_s=spec["time_s"], signal_delay_s=spec["signal_delay_s"], stderr=job_state.stderr_of(spec, job),
-        reports=reports, stalled=_json(_stalled(run)), last_words=functools.partial(job_state.last_words, spec, job),
+        reports=reports, stalled=_json(_stalled(run)), last_error=functools.partial(job_state.last_error_of_rank, spec, job),
     )  # fmt: skip
     now = newest_checkpoint(run)
     new = now is not None and now != started["checkpoint"]
@@ -192,16 +192,16 @@ def _requeue(run: str, job: str, exclude: Sequence[str]) -> bool:
         if time.monotonic() > deadline:
             break
         time.sleep(1)
-    refused = command.tell("scontrol", "requeue", job)
+    refused = command.run("scontrol", "requeue", job)
     if refused is not None:
         # Allowed to the owner of a job that was submitted with --no-requeue.
-        command.tell("scontrol", "update", "JobId=" + job, "Requeue=1")
-        refused = command.tell("scontrol", "requeue", job)
+        command.run("scontrol", "update", "JobId=" + job, "Requeue=1")
+        refused = command.run("scontrol", "requeue", job)
     if refused is not None:
         _warn(run, job, "not requeued: scontrol said: " + refused)
         return False
     if exclude:
-        command.tell("scontrol", "update", "JobId=" + job, "ExcNodeList=" + ",".join(exclude))
+        command.run("scontrol", "update", "JobId=" + job, "ExcNodeList=" + ",".join(exclude))
     # Slurm now kills this script; waiting for that keeps the job from being seen as ended.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -228,7 +228,7 @@ def guard(run: str) -> int:
             return 0
         if time.monotonic() < told[-1] + patience:
             continue
-        found = job_state.ask(
+        found = job_state.query(
             os.environ["SLURM_JOB_ID"], restart, functools.partial(job_state.stderr_of, spec, job), 0
         )
         if found.state in ("TIMEOUT", "PREEMPTED", "REQUEUED"):
@@ -290,7 +290,7 @@ def _queue_next(
     for child in _waiting_jobs(spec):
         # Queued beforehand, it is needed only if this job fails; else it alone counts.
         need = ("afterok:" + job + "?" if dependency.startswith("afternotok") else "") + "afterok:" + follower
-        if command.tell("scontrol", "update", "JobId=" + child, "Dependency=" + need) is not None:
+        if command.run("scontrol", "update", "JobId=" + child, "Dependency=" + need) is not None:
             _say(f"job {child} still waits for {job} alone: submit that stage again, with --after this run")
     return follower
 
@@ -319,15 +319,15 @@ def _next_job(run: str, job: str) -> str | None:
 def _cancel_next(run: str, job: str) -> None:
     follower = _next_job(run, job)
     if follower:
-        command.tell("scancel", follower)
+        command.run("scancel", follower)
 
 
 def _exclude_from_next(run: str, spec: dict[str, Any], job: str, nodes: Sequence[str]) -> None:
     follower = _next_job(run, job)
     if follower is None:
         return
-    if command.tell("scontrol", "update", "JobId=" + follower, "ExcNodeList=" + ",".join(nodes)) is not None:
-        command.tell("scancel", follower)
+    if command.run("scontrol", "update", "JobId=" + follower, "ExcNodeList=" + ",".join(nodes)) is not None:
+        command.run("scancel", follower)
         _queue_next(run, spec, job, "afternotok:" + job, nodes)
 
 
@@ -340,7 +340,7 @@ def _warn(run: str, job: str, text: str) -> None:
 def _what_happened(run: str, spec: dict[str, Any], attempt: Event, same: bool) -> tuple[str, str]:
     """Reason and detail of an attempt that left no word: by Slurm's, else a node failure. ``same``: Slurm started its job again."""
     job = attempt["job"]
-    state = job_state.ask_of_the_past(job, job_state.stderr_of(spec, job)).state
+    state = job_state.query_ended(job, job_state.stderr_of(spec, job)).state
     if state in ("PREEMPTED", "REQUEUED", "TIMEOUT", "OUT_OF_MEMORY") or (state == "CANCELLED" and not same):
         reason, detail, _ = classify(
             status=1, outcome=_json(attempt_folder(run, job, attempt["restart"]) / "outcome.json"), slurm_state=state,
@@ -348,7 +348,7 @@ def _what_happened(run: str, spec: dict[str, Any], attempt: Event, same: bool) -
         )  # fmt: skip
         return reason, detail
     nodes = attempt.get("nodes") or []
-    down = job_state.down(nodes)
+    down = job_state.down_nodes(nodes)
     if down:
         return NODE_FAILURE, "{} went down".format(", ".join(down))
     return (

@@ -92,10 +92,10 @@ def parameters(profile: Profile, place: Placement) -> dict[str, Any]:
         "exclusive": True if profile.exclusive else None,
         "signal_delay_s": profile.signal_delay_s,
         "dependency": place.dependency,
-        "setup": _before(profile, place),
+        "setup": _setup_lines(profile, place),
         "teardown": [
             f"DATTRAIN_STATUS=$?; trap '' {SIGNALS}",
-            f'{_bookkeeper(profile)} end "$DATTRAIN_RUN" "$DATTRAIN_STATUS"',
+            f'{_job_hook(profile)} end "$DATTRAIN_RUN" "$DATTRAIN_STATUS"',
         ],
         "srun_args": _srun(profile, place),
         "wckey": None,
@@ -135,7 +135,7 @@ def _interpreter(profile: Profile, place: Placement) -> str:
     return shlex.join(["apptainer", "exec", *gpu, *binds, *box.arguments, box.image]) + " " + inner
 
 
-def _before(profile: Profile, place: Placement) -> list[str]:
+def _setup_lines(profile: Profile, place: Placement) -> list[str]:
     """Lines before srun: the profile's own, the environment, the snapshot, and the bookkeeper's consent."""
     runs = " ".join(shlex.quote(str(run)) for run in place.runs)
     lines = [f"trap : {SIGNALS}", *profile.setup] if profile.setup else []
@@ -151,11 +151,11 @@ def _before(profile: Profile, place: Placement) -> list[str]:
         f"DATTRAIN_RUNS=({runs})",
         'export DATTRAIN_RUN="${DATTRAIN_RUNS[${SLURM_ARRAY_TASK_ID:-0}]}"',
         'export PYTHONPATH="$DATTRAIN_RUN/submit/code${PYTHONPATH:+:$PYTHONPATH}"',
-        host.guard(profile),
+        host.version_check(profile),
         # Ignored by the bookkeeper too.
         f"trap '' {SIGNALS}",
-        f'{_bookkeeper(profile)} begin "$DATTRAIN_RUN" || exit $?',
-        f'{_bookkeeper(profile)} guard "$DATTRAIN_RUN" &',
+        f'{_job_hook(profile)} begin "$DATTRAIN_RUN" || exit $?',
+        f'{_job_hook(profile)} guard "$DATTRAIN_RUN" &',
         "export DATTRAIN_GUARD=$!",
         # Deferred until srun returns, and not inherited by it: the books are closed even when the job is told to end.
         f"trap : {SIGNALS}",
@@ -163,7 +163,7 @@ def _before(profile: Profile, place: Placement) -> list[str]:
     return lines
 
 
-def _bookkeeper(profile: Profile) -> str:
+def _job_hook(profile: Profile) -> str:
     return f"{shlex.quote(host.interpreter(profile))} {ENTER} -m dattrain.submit.job_hook"
 
 

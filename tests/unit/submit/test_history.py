@@ -90,9 +90,9 @@ def test_a_stall_is_called_one_and_counts_as_a_crash() -> None:
 def test_a_task_that_could_not_speak_is_quoted() -> None:
     words = {0: "first", 2: "ModuleNotFoundError: No module named 'submitit'"}
     stderr = "srun: error: n2: tasks 2-3: Exited with exit code 1\n"
-    detail = _classify(stderr=stderr, last_words=words.__getitem__)[1]
+    detail = _classify(stderr=stderr, last_error=words.__getitem__)[1]
     assert detail == "Exited with exit code 1: ModuleNotFoundError: No module named 'submitit'"
-    assert _classify(last_words=words.__getitem__)[1] == "the tasks ended with status 1: first"
+    assert _classify(last_error=words.__getitem__)[1] == "the tasks ended with status 1: first"
     killed = (
         "slurmstepd-n2: error: Detected 1 oom_kill event in StepId=5.0.\nsrun: error: n2: task 2: Killed\n"
     )

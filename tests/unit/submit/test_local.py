@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dattrain.config.load import loads
-from dattrain.submit import history, local, submission
+from dattrain.submit import history, local, run_status, submission
 from dattrain.submit.cluster import Profile
 from dattrain.submit.submission import Stage
 
@@ -62,7 +62,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         stage = Stage("t", (run,), (loads("name: t\n"),), profile, "local", (1, 1), 10, **settings)
         submission.prepare(stage)
         (run / "submit" / "code" / "dattrain" / "engine" / "trainer.py").write_text(TRAINER)
-        submission.submit(stage)
+        submission.submit_stage(stage)
         runs.append(run)
         return run
 
@@ -99,11 +99,11 @@ def _ends(run: Path) -> list[history.Event]:
 def test_it_trains_in_the_background_and_finishes(start: Callable[..., Path]) -> None:
     run = start()
     assert local.alive(run)
-    assert submission.active(run)[1] == "RUNNING"
+    assert run_status.active_job(run)[1] == "RUNNING"
     _until(lambda: not local.alive(run))
     (end,) = _ends(run)
     assert (end["reason"], end["action"], end["checkpoint"]) == ("finished", "done", 40)
-    assert submission.active(run) == (None, "")
+    assert run_status.active_job(run) == (None, "")
 
 
 def test_a_killed_rank_takes_the_other_along_and_the_run_goes_on(start: Callable[..., Path]) -> None:

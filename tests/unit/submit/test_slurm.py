@@ -188,7 +188,7 @@ def test_everything_a_site_may_ask_for() -> None:
     )
 
 
-def test_pyxis_and_apptainer_run_the_tasks_but_not_the_bookkeeper() -> None:
+def test_pyxis_and_apptainer_run_the_tasks_but_not_the_job_hook() -> None:
     box = Container(
         runtime="pyxis", image="/i.sqsh", mounts=("/data", "/a:/b"), arguments=("--no-container-mount-home",)
     )

@@ -1,4 +1,4 @@
-"""Cluster profiles: what a cluster wants to hear, once, so that a submission names the profile and the size alone.
+"""Cluster profiles: the settings of a cluster, once, so that a submission names the profile and the size alone.
 
 A profile is a YAML file found by name in ``$XDG_CONFIG_HOME/dattrain/clusters`` (``~/.config`` by default), then among
 those shipped in ``launch/clusters``; anything with a slash or a ``.yaml`` ending is a path.
@@ -113,7 +113,7 @@ class Profile(_Section):
     python: str | None = None
     """Python of the tasks; by default the one that submits, or ``python`` in a container."""
     host_python: str | None = None
-    """Any Python >= 3.8 of the node's own; it keeps the books and requeues, with the standard library alone. By default that of
+    """Any Python >= 3.8 of the node's own; it runs the job hook, with the standard library alone. By default that of
     the tasks, or the one that submits where they run in a container."""
 
     @field_validator("time")
@@ -303,7 +303,7 @@ def load(name: str, overrides: Mapping[str, Any] | None = None) -> Profile:
 
 
 def from_shell(profile: Profile, environ: Mapping[str, str]) -> tuple[Profile, list[str]]:
-    """What the profile (and the command line) leaves open, from the shell's ``SBATCH_`` variables; and a line for each one taken.
+    """Fill what the profile (and the command line) leaves open from the shell's ``SBATCH_`` variables. Returns a line for each, too.
 
     It becomes a part of the profile, so that the script says it: a follow-up job is submitted from a node, whose shell may not
     have the variable.

@@ -1,4 +1,4 @@
-"""Slurm's commands as they are asked here. Standard library alone, Python >= 3.8, since the batch script's bookkeeper uses it too.
+"""Slurm's commands as they are asked here. Standard library alone, Python >= 3.8, since the job hook uses it too.
 
 A site puts wrappers in front of them, which print in whatever encoding, refuse with status 0, or hang; and a user has variables
 that change what they print. None of that may end a program that asks.
@@ -30,7 +30,7 @@ def output(*command: str, timeout_s: float = 90.0) -> str:
 
 
 def run(*command: str, timeout_s: float = TIMEOUT_S) -> str | None:
-    """Run a command; what it said if it failed, or that it is not there or hangs."""
+    """Run a command. Returns None, or the error: what it printed, or that it is not there or hangs."""
     try:
         done = _run(command, timeout_s)
     except (OSError, subprocess.SubprocessError) as error:
@@ -39,14 +39,14 @@ def run(*command: str, timeout_s: float = TIMEOUT_S) -> str | None:
 
 
 def test_only(script: str) -> str | None:
-    """What ``sbatch --test-only`` says against a script, which queues nothing; None where it has nothing to say."""
+    """Have ``sbatch --test-only`` look at a script, which queues nothing. Returns None, or the error."""
     command = ["sbatch", "--test-only"]
     try:
         done = _run(command, TIMEOUT_S, clean_environment(os.environ, script), script)
     except (OSError, subprocess.SubprocessError) as error:
         return _failure(command, error)
-    said = one_line(done.stderr, done.stdout) or f"sbatch --test-only ended with status {done.returncode}"
-    return None if done.returncode == 0 else said
+    message = one_line(done.stderr, done.stdout) or f"sbatch --test-only ended with status {done.returncode}"
+    return None if done.returncode == 0 else message
 
 
 def sbatch(script: Path, text: str, *options: str) -> tuple[str | None, str]:
@@ -69,7 +69,7 @@ def sbatch(script: Path, text: str, *options: str) -> tuple[str | None, str]:
 
 
 def one_line(said: str, otherwise: str = "", *, both: bool = False) -> str:
-    """What a command printed, in one line of 400 characters: of stderr, or (``both``: and) of the other stream."""
+    """Output of a command in one line of 400 characters: of stderr, or (``both``: and) of the other stream."""
     text = f"{said}\n{otherwise}" if both or not said.strip() else said
     lines = [
         re.sub(r"^((sbatch|scontrol|scancel): )?(error: |fatal: )?(allocation failure: )?", "", line.strip())

@@ -1,4 +1,4 @@
-"""The Python of the batch script, which keeps the books on a node's host: which one, and what is said where it does not do.
+"""The Python of the batch script, which runs the job hook on a node's host: which one, and the message where it does not do.
 
 RHEL and Rocky 8 have a ``python3`` of 3.6, so the default is no name to be found on a node but an interpreter that works:
 that of the tasks, which every node must have, or the submitting one where the tasks run in a container.

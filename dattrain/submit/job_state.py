@@ -1,6 +1,6 @@
-"""What Slurm does to a job, from all that tells of it: the batch script's error file, scontrol and sacct.
+"""State of a job in Slurm, from all sources: the batch script's error file, scontrol and sacct.
 
-Standard library alone, Python >= 3.8: the bookkeeper (``dattrain.submit.job_hook``) runs this on the host. A job that is being
+Standard library alone, Python >= 3.8: the job hook (``dattrain.submit.job_hook``) runs this on the host. A job that is being
 ended is COMPLETING, whatever for. Why, slurmstepd writes into the error file (``*** JOB 5 ON n1 CANCELLED AT ... DUE TO
 PREEMPTION ***``; nothing is due to anything where a user called scancel), and sacct may know it too.
 """
@@ -31,7 +31,7 @@ GRACE = "PREEMPTING"
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING")
 
 WAIT_S = 3.0
-"""How long a job may be ending without anybody's word why: slurmstepd writes while the signal is on its way."""
+"""How long a job may be ending without a known cause: slurmstepd writes while the signal is on its way."""
 
 
 TIMEOUT_S = 10.0
@@ -46,7 +46,7 @@ class JobStatus(NamedTuple):
 
 
 def state_from_stderr(stderr: str) -> str | None:
-    """State that slurmstepd's messages tell of, the last one of the job before those of its steps; None without any.
+    """State by slurmstepd's messages, the last one of the job before those of its steps; None without any.
 
     A step alone is cancelled by srun too, when a task has died: only what that is due to counts.
     """
@@ -61,7 +61,7 @@ def state_from_stderr(stderr: str) -> str | None:
 
 
 def combine(stderr: str, scontrol: str, sacct: str, restart: int) -> JobStatus:
-    """Put the three sources together. Pure.
+    """Combine the three sources. Pure.
 
     Args:
         stderr: the attempt's part of the batch script's error file.
@@ -92,7 +92,7 @@ def combine(stderr: str, scontrol: str, sacct: str, restart: int) -> JobStatus:
 
 
 def query(job: str, restart: int, stderr: Callable[[], str], wait_s: float = WAIT_S) -> JobStatus:
-    """What becomes of a job that runs, or ends just now. sacct, which may be slow, is asked only where it is needed."""
+    """Query a job that runs, or ends just now. sacct, which may be slow, is asked only where it is needed."""
     deadline = time.monotonic() + wait_s
     while True:
         shown = command.output("scontrol", "show", "job", job, timeout_s=TIMEOUT_S)
@@ -105,7 +105,7 @@ def query(job: str, restart: int, stderr: Callable[[], str], wait_s: float = WAI
 
 
 def query_ended(job: str, stderr: str) -> JobStatus:
-    """What became of an attempt that left no word; the job may have been started again since, or be forgotten."""
+    """Query an attempt without a recorded end; the job may have been started again since, or be forgotten."""
     from_stderr = state_from_stderr(stderr)
     if from_stderr is not None and from_stderr != "CANCELLED":
         return JobStatus(from_stderr)
@@ -115,13 +115,13 @@ def query_ended(job: str, stderr: str) -> JobStatus:
 
 
 def scontrol_state(job: str) -> str:
-    """scontrol's state of a job; empty where it is missing or has forgotten the job."""
+    """State of a job by scontrol; empty where it is missing or has forgotten the job."""
     match = re.search(r"JobState=(\w+)", command.output("scontrol", "show", "job", job, timeout_s=TIMEOUT_S))
     return match.group(1) if match else ""
 
 
 def sacct_state(job: str) -> str:
-    """sacct's state of a job: of the attempt that ended last. Empty where sacct is missing or knows nothing."""
+    """State of a job by sacct: of the attempt that ended last. Empty where sacct is missing or knows nothing."""
     rows = command.output(
         "sacct", "-n", "-P", "-X", "-D", "-o", "State", "-j", job, timeout_s=TIMEOUT_S
     ).split("\n")
@@ -130,7 +130,7 @@ def sacct_state(job: str) -> str:
 
 
 def stderr_of(spec: dict[str, Any], job: str) -> str:
-    """srun's and slurmstepd's messages of a job's last attempt: ``begin`` leaves a mark before each."""
+    """Messages of srun and slurmstepd in a job's last attempt: ``begin`` leaves a mark before each."""
     path = Path(spec["folder"]) / f"{job}_0_log.err"
     if not path.is_file():
         return ""
@@ -138,7 +138,7 @@ def stderr_of(spec: dict[str, Any], job: str) -> str:
 
 
 def last_error_line(text: str) -> str:
-    """The last line of an error file that tells more than that something ended; what is left of it in 400 characters."""
+    """The last line of an error file that says more than that something ended, cut to 400 characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     informative = [line for line in lines if not _NOISE.search(line)]
     return (informative or lines or [""])[-1][-400:]
@@ -162,7 +162,7 @@ def last_error_of_rank(spec: dict[str, Any], job: str, rank: int) -> str:
 
 
 def down_nodes(nodes: Sequence[str]) -> list[str]:
-    """Which of these nodes are down, as far as sinfo knows."""
+    """Nodes among these that are down, as far as sinfo knows."""
     rows = command.output(
         "sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T", timeout_s=TIMEOUT_S
     ).split("\n")

@@ -1,6 +1,6 @@
 """``--cluster local``: the same job object through submitit's local executor, under a supervisor that outlives the shell.
 
-The supervisor is to this machine what the batch script and its bookkeeper are to a cluster: it keeps the same history,
+The supervisor is to this machine what the batch script and its job hook are to a cluster: it keeps the same history,
 ends all tasks when one dies (submitit's controller would wait for the others), and starts again by the same rules.
 """
 
@@ -80,7 +80,7 @@ class _Terminated(BaseException):
 
 
 def supervise(run: Path) -> int:
-    """Run the job until it has finished, or must not go on. Returns 0 if it has finished."""
+    """Run the job until it has finished, or must not be started again. Returns 0 if it has finished."""
 
     def terminate(signum: int, frame: FrameType | None) -> None:
         raise _Terminated
@@ -148,7 +148,7 @@ def _attempt(run: Path, spec: dict[str, Any]) -> str:
 
 
 def _wait(job: Any, world: int, folder: Path) -> int:
-    """Wait for all tasks; when one dies, end the others after a moment for their own last words. 0 if all ended well."""
+    """Wait for all tasks; when one dies, end the others after a moment for their own errors. 0 if all ended well."""
     ranks: dict[int, int] = {}
     failed_at: float | None = None
     while job._process.poll() is None:
@@ -207,8 +207,8 @@ def _kill(pid: int, signum: int) -> None:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return None
 
 

@@ -1,4 +1,4 @@
-"""What Slurm says of a job: from squeue while it lives, then from sacct, else from scontrol's memory.
+"""State of jobs in Slurm: from squeue while they live, then from sacct, else from scontrol's memory.
 
 sacct may be missing or may lag, squeue forgets, scontrol forgets later: so each is asked for what the one before did not
 know. A state that only says what happened to an attempt (NODE_FAIL, REQUEUED) is never taken as final.
@@ -160,7 +160,7 @@ def exit_of(job: str) -> tuple[str, str]:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """scancel.
+    """Cancel jobs (scancel).
 
     Raises:
         UserError: scancel is missing, refuses or hangs.

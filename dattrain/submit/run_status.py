@@ -1,4 +1,4 @@
-"""What ``dattrain status`` shows of a run: its history, Slurm's word and its metrics, in a few lines. Pure but for reading files."""
+"""Status of runs, from their history, Slurm and their metrics, as ``dattrain status`` shows it. Pure but for reading files."""
 
 from __future__ import annotations
 
@@ -39,12 +39,14 @@ class RunStatus:
     restarts: tuple[str, ...]
     """Why each attempt but the last ended."""
     warnings: tuple[str, ...] = ()
-    """What keeps the run from going on by itself after this attempt."""
+    """What keeps the run from resuming by itself after this attempt."""
 
 
 def jobs_of(run: Path) -> list[str]:
-    """Jobs of a run that may still live: the newest two (a follow-up waits behind the one that runs); none where the history
-    alone has decided."""
+    """Jobs of a run that may still live: the newest two (a follow-up waits behind the one that runs).
+
+    None where the history alone has decided.
+    """
     events = history.history(run)
     if state_of(events, UNKNOWN)[0] != "unknown":
         return []
@@ -67,7 +69,7 @@ def active_job(run: Path) -> tuple[str | None, str]:
 
 
 def status_of(run: Path, states: Mapping[str, JobState], *, local_alive: bool = False) -> RunStatus:
-    """Put together what is known of one run."""
+    """Put the status of one run together."""
     events = history.history(run)
     job, slurm = _current(events, states)
     state, why = state_of(events, slurm, local_alive=local_alive)
@@ -97,19 +99,19 @@ def status_of(run: Path, states: Mapping[str, JobState], *, local_alive: bool = 
 
 
 def _without_job(run: Path, state: str, why: str) -> tuple[str, str]:
-    """The same for a run that a process trains without a job of ours, or whose jobs are another folder's."""
+    """State and reason of a run that a process trains without a job of ours, or whose jobs are another folder's."""
     found = owner.current_owner(run)
     if found is not None and found[1] == "alive" and found[0].purpose == owner.TRAINED:
         return "running", f"trained by {found[0].who()}"
-    told = [why, history.origin(run)]
+    reasons = [why, history.origin(run)]
     jobs = [e["job"] for e in history.history(run) if e["event"] == "submit"]
     if found is not None and not (found[1] == "unknown" and found[0].job in jobs):
-        told.append(f"{found[0].who()} has the folder, or had it when it died")
-    return state, "; ".join(filter(None, told))
+        reasons.append(f"{found[0].who()} has the folder, or had it when it died")
+    return state, "; ".join(filter(None, reasons))
 
 
 def state_of(events: Sequence[Event], slurm: JobState, *, local_alive: bool = False) -> tuple[str, str]:
-    """State of a run and the reason for it; of a failed run none, where the job left no word.
+    """State of a run and the reason for it; no reason for a failed run whose job recorded none.
 
     The history knows what our job decided; Slurm knows what became of it. An attempt that Slurm broke off
     (NODE_FAIL) is followed by another as long as Slurm keeps the job.
@@ -154,13 +156,13 @@ def state_of(events: Sequence[Event], slurm: JobState, *, local_alive: bool = Fa
     left = _warnings(now)
     if left:
         how = f"{last['reason']}: {last['detail']}; " if last is not None and not begun else ""
-        return "failed", f"{how}{'; '.join(left)}; submitted again, it goes on from its checkpoint"
+        return "failed", f"{how}{'; '.join(left)}; submitted again, it resumes from its checkpoint"
     if name == "TIMEOUT":
         return "failed", "reached its time limit and was killed before it had saved"
     if name == "PREEMPTED":
         return "failed", (
             "preempted, and killed before it could queue another job (requeue: follow-up has one ready); "
-            "submitted again, it goes on from its checkpoint"
+            "submitted again, it resumes from its checkpoint"
         )
     return "failed", ""
 
@@ -176,7 +178,7 @@ MEANINGS = {
 
 
 def why_failed(run: Path, job: str, slurm: JobState) -> str:
-    """Why a job failed that told its run nothing: the last line of the batch script's error file, and Slurm's own words."""
+    """Reason of a failed job that recorded none: the last line of the batch script's error file, and what Slurm says."""
     code, reason = queue.exit_of(job)
     status, _, signum = code.partition(":")
     parts = [MEANINGS.get(slurm.state, slurm.state)]
@@ -199,7 +201,7 @@ def why_failed(run: Path, job: str, slurm: JobState) -> str:
 
 
 def _warnings(events: Sequence[Event]) -> list[str]:
-    """Of the newest attempt; a later one has overcome what the bookkeeper could not."""
+    """Of the newest attempt; a later one has overcome what the job hook could not."""
     found: list[str] = []
     for event in events:
         if event["event"] in ("begin", "submit"):
@@ -263,7 +265,7 @@ def _last_step(run: Path, metrics: Mapping[str, Any]) -> int | None:
     per_epoch = metrics["samples"] / metrics["epoch"] / config.train.global_batch
     # The epoch is rounded to six digits, which is most at the start: an integer must not become the next one.
     exact = config.schedule.epochs * per_epoch
-    total = math.ceil(exact * (1 - 1e-6 / metrics["epoch"]))
+    total: int = math.ceil(exact * (1 - 1e-6 / metrics["epoch"]))
     return min(total, config.train.max_steps or total)
 
 

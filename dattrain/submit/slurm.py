@@ -35,7 +35,7 @@ TIMEOUTS = 1_000_000_000
 """submitit's ``max_num_timeout``: it counts each signal of a job shorter than ten minutes, and would end the run at three."""
 
 SIGNALS = "TERM HUP USR1 USR2"
-"""What would end the batch script's shell before the books are closed; the tasks are told by signals of their own."""
+"""What would end the batch script's shell before the end is recorded; the tasks get signals of their own."""
 
 ENTER = '"$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py"'
 """Starts a module of the snapshot; expanded by the batch script's shell, for each run of an array."""
@@ -59,12 +59,13 @@ class Placement:
 
     @property
     def nodes_text(self) -> str:
+        """``2`` or ``2-4``, as sbatch takes it."""
         low, high = self.nodes
         return str(low) if low == high else f"{low}-{high}"
 
 
 def parameters(profile: Profile, place: Placement) -> dict[str, Any]:
-    """submitit's parameters of a job; what is None is left to the cluster."""
+    """Parameters of a job for submitit; what is None is left to the cluster."""
     extra: dict[str, Any] = {}
     if place.nodes[0] != place.nodes[1]:
         extra["nodes"] = place.nodes_text
@@ -136,7 +137,7 @@ def _interpreter(profile: Profile, place: Placement) -> str:
 
 
 def _setup_lines(profile: Profile, place: Placement) -> list[str]:
-    """Lines before srun: the profile's own, the environment, the snapshot, and the bookkeeper's consent."""
+    """Lines before srun: the profile's own, the environment, the snapshot, and the job hook, which says whether the job may start."""
     runs = " ".join(shlex.quote(str(run)) for run in place.runs)
     lines = [f"trap : {SIGNALS}", *profile.setup] if profile.setup else []
     # What a site's lines, or the shell that submits, leave behind must not end the script where srun does not end with 0.
@@ -152,12 +153,12 @@ def _setup_lines(profile: Profile, place: Placement) -> list[str]:
         'export DATTRAIN_RUN="${DATTRAIN_RUNS[${SLURM_ARRAY_TASK_ID:-0}]}"',
         'export PYTHONPATH="$DATTRAIN_RUN/submit/code${PYTHONPATH:+:$PYTHONPATH}"',
         host.version_check(profile),
-        # Ignored by the bookkeeper too.
+        # Ignored by the job hook too.
         f"trap '' {SIGNALS}",
         f'{_job_hook(profile)} begin "$DATTRAIN_RUN" || exit $?',
         f'{_job_hook(profile)} guard "$DATTRAIN_RUN" &',
         "export DATTRAIN_GUARD=$!",
-        # Deferred until srun returns, and not inherited by it: the books are closed even when the job is told to end.
+        # Deferred until srun returns, and not inherited by it: the end is recorded even when the job is told to end.
         f"trap : {SIGNALS}",
     ]
     return lines

@@ -1,4 +1,4 @@
-"""The code of a run, kept: the job runs what was there when it was submitted, whatever is edited meanwhile."""
+"""The code of a run, kept in its folder: the job runs what was there when it was submitted, whatever is edited meanwhile."""
 
 from __future__ import annotations
 

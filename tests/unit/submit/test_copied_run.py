@@ -92,7 +92,7 @@ def test_it_has_no_jobs(
     assert one.why == f"{word} {run}: the jobs submitted there are not this folder's"
     with pytest.raises(UserError, match="neither a job id nor a run folder that was submitted"):
         dependency.dependency_on(str(other))
-    # It is submitted like any other, begins its own books, and its jobs are then its own.
+    # It is submitted like any other, begins its own history, and its jobs are then its own.
     assert submission.submit(SubmitRequest(str(other), cluster="./c.yaml")) == 0
     spec = history.read_spec(other)
     assert spec["folder"] == str(other / "submit" / "slurm") and spec["dependents"] == []

@@ -31,8 +31,8 @@ Outcome = namedtuple("Outcome", "status step")
 
 def train(config, run, env=None):
     rank = int(os.environ["SUBMITIT_LOCAL_GLOBALID"])
-    told = []
-    signal.signal(signal.SIGUSR2, lambda *_: told.append(1))
+    signalled = []
+    signal.signal(signal.SIGUSR2, lambda *_: signalled.append(1))
     step = max((int(p.name[5:]) for p in run.glob("checkpoints/step_*")), default=0)
     (run / f"pid_{rank}").write_text(str(os.getpid()))
     while step < 40:
@@ -40,10 +40,10 @@ def train(config, run, env=None):
         step += 1
         if rank == 0:
             (run / "step").write_text(str(step))
-        if rank == 0 and (step == 40 or told or (step % 10 == 0 and not (run / "no-saves").exists())):
+        if rank == 0 and (step == 40 or signalled or (step % 10 == 0 and not (run / "no-saves").exists())):
             (run / f"checkpoints/step_{step:08d}").mkdir(parents=True)
             (run / f"checkpoints/step_{step:08d}/manifest.json").write_text("{}")
-        if told:
+        if signalled:
             return Outcome("preempted", step)
         if (run / "raise").exists():
             raise ValueError("out of luck")
@@ -106,7 +106,7 @@ def test_it_trains_in_the_background_and_finishes(start: Callable[..., Path]) ->
     assert run_status.active_job(run) == (None, "")
 
 
-def test_a_killed_rank_takes_the_other_along_and_the_run_goes_on(start: Callable[..., Path]) -> None:
+def test_a_killed_rank_takes_the_other_along_and_the_run_resumes(start: Callable[..., Path]) -> None:
     run = start()
     _until(lambda: _step(run) > 12)
     os.kill(_pids(run)[1], signal.SIGKILL)
@@ -132,7 +132,7 @@ def test_an_error_before_any_checkpoint_ends_the_run_with_its_words(
     assert "ValueError: out of luck" in end["why"]
 
 
-def test_a_signal_to_the_tasks_saves_and_goes_on(start: Callable[..., Path]) -> None:
+def test_a_signal_to_the_tasks_saves_and_resumes(start: Callable[..., Path]) -> None:
     run = start()
     _until(lambda: _step(run) > 3)
     for pid in _pids(run):

@@ -88,7 +88,7 @@ def test_a_job_that_is_held_or_preempted_for_good_says_so() -> None:
     assert "preempted" in run_status.state_of([SUBMIT, BEGIN], JobState("PREEMPTED"))[1]
 
 
-def test_what_keeps_a_run_from_going_on_is_said_while_it_runs_and_after(tmp_path: Path) -> None:
+def test_what_keeps_a_run_from_resuming_is_said_while_it_runs_and_after(tmp_path: Path) -> None:
     events = [SUBMIT, BEGIN, WARNING]
     for event in events:
         history.record(tmp_path, **{key: value for key, value in event.items() if key != "time"})
@@ -115,7 +115,7 @@ def test_what_keeps_a_run_from_going_on_is_said_while_it_runs_and_after(tmp_path
         (None, "", "1_0_log.err is not there"),
     ],
 )
-def test_a_job_without_a_word_is_told_by_its_log_or_by_slurm(
+def test_a_job_that_recorded_nothing_is_explained_by_its_log_or_by_slurm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: str | None, shown: str, words: str
 ) -> None:
     programs, run = tmp_path / "bin", tmp_path / "run"

@@ -161,7 +161,7 @@ def test_after_a_run_that_is_over_asks_its_own_history(
     assert "--dependency" not in (site.folder / "runs/demo/submit/slurm/42_submission.sh").read_text()
 
 
-def test_after_a_run_that_goes_on_is_after_its_newest_job(site: Site) -> None:
+def test_after_a_run_that_resumes_is_after_its_newest_job(site: Site) -> None:
     site.program("squeue", "echo '7|RUNNING|None|n1'; echo '9|PENDING|Dependency|'")
     run = _run(site, SUBMIT, BEGIN)
     assert dependency.dependency_on(run) == ("afterok:7", Path(run))

@@ -14,10 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; 1 where Slurm does not answer. Cancelling twice is harmless; a run that is over is left as it is."""
     from dattrain.errors import UserError
-    from dattrain.submit import history, local, queue, request, submission
+    from dattrain.submit import history, local, queue, run_folders, run_status
 
-    for folder in request.folders_of(args.runs):
-        job, state = submission.active(folder)
+    for folder in run_folders.find(args.runs):
+        job, state = run_status.active_job(folder)
         if job is None and state == "UNKNOWN":
             raise UserError(
                 f"{folder}: Slurm does not answer, so nothing is cancelled; try again (squeue says more)"

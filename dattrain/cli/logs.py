@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from dattrain.errors import UserError
-    from dattrain.submit import submission
+    from dattrain.submit import run_status
 
     folder = Path(args.folder)
     if not folder.is_dir():
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         if time.monotonic() - asked > 10:
             # Seldom: each time is a question to Slurm's controller.
-            over, asked = submission.active(folder) == (None, ""), time.monotonic()
+            over, asked = run_status.active_job(folder) == (None, ""), time.monotonic()
         for path in files():
             with open(path, "rb") as file:
                 file.seek(at.get(path, 0))

@@ -19,16 +19,16 @@ def run(args: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from dattrain.submit import local, queue, request, run_status
+    from dattrain.submit import local, queue, run_folders, run_status
 
-    folders = request.folders_of(args.runs or ["runs"])
+    folders = run_folders.find(args.runs or ["runs"])
     if args.all:
-        folders = list(dict.fromkeys([*request.folders_of(["runs"]), *folders]))
+        folders = list(dict.fromkeys([*run_folders.find(["runs"]), *folders]))
     states = queue.states(job for folder in folders for job in run_status.jobs_of(folder))
-    reports = [run_status.report(folder, states, local_alive=local.alive(folder)) for folder in folders]
+    statuses = [run_status.status_of(folder, states, local_alive=local.alive(folder)) for folder in folders]
     if args.json:
-        for one in reports:
-            print(json.dumps({**asdict(one), "run": str(one.run)}))
+        for status in statuses:
+            print(json.dumps({**asdict(status), "run": str(status.run)}))
     else:
-        print(run_status.render(reports))
-    return 1 if any(one.state == "failed" for one in reports) else 0
+        print(run_status.render(statuses))
+    return 1 if any(status.state == "failed" for status in statuses) else 0

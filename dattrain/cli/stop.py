@@ -12,9 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0."""
-    from dattrain.submit import request
+    from dattrain.submit import run_folders
 
-    for folder in request.folders_of(args.runs):
+    for folder in run_folders.find(args.runs):
         (folder / "stop").touch()
         print(
             f"{folder}: will save and stop; continue with: dattrain submit {folder}  (or dattrain train {folder})"

@@ -43,10 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 when all is in the queue."""
-    from dattrain.submit import request
+    from dattrain.submit.plan import SubmitRequest
+    from dattrain.submit.submission import submit
 
-    return request.run(
-        request.Request(
+    return submit(
+        SubmitRequest(
             config=args.config,
             overrides=tuple(args.overrides),
             cluster=args.cluster,

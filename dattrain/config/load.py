@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from dattrain.config import shipped
+from dattrain.config.explain import explain, section
 from dattrain.config.schema import Config
 from dattrain.errors import ConfigError
 
@@ -92,7 +92,7 @@ def resolve(tree: _Tree, overrides: Sequence[str]) -> Loaded:
     try:
         config = Config.model_validate(tree.values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item, tree) for item in error.errors())) from None
+        raise ConfigError(explain(error, Config, DEFAULT, tree.places)) from None
     return Loaded(config, tree.places)
 
 
@@ -133,13 +133,13 @@ def reference() -> str:
         "Written by `dattrain config keys`; the meanings live in `dattrain/config/schema.py`.",
     ]
     for name, field in Config.model_fields.items():
-        section = _section(field.annotation)
-        if section is None:
+        part = section(field.annotation)
+        if part is None:
             continue
-        lines += ["", f"## {name}", "", " ".join((section.__doc__ or "").split()), ""]
+        lines += ["", f"## {name}", "", " ".join((part.__doc__ or "").split()), ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-        for inner, info in section.model_fields.items():
-            nested = _section(info.annotation)
+        for inner, info in part.model_fields.items():
+            nested = section(info.annotation)
             if nested and isinstance(info.default, BaseModel):
                 for leaf, sub in nested.model_fields.items():
                     lines.append(_row(f"{name}.{inner}.{leaf}", sub, nested))
@@ -279,50 +279,3 @@ def _merge_values(base: Any, over: Any) -> Any:
     if isinstance(base, dict) and isinstance(over, dict):
         return {**base, **{key: _merge_values(base.get(key), value) for key, value in over.items()}}
     return over
-
-
-def _explain(item: Any, tree: _Tree) -> str:
-    loc = [str(part) for part in item["loc"]]
-    place, key = _place(loc, tree.places)
-    if item["type"] == "extra_forbidden":
-        names = _names(loc[:-1])
-        near = difflib.get_close_matches(loc[-1], names, 1, cutoff=0.5)
-        hint = (
-            f"did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"known here: {', '.join(names)}"
-        )
-        return f"{place}: unknown key {'.'.join(loc)}; {hint}"
-    message = item["msg"].removeprefix("Value error, ")
-    if not loc:
-        named = dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_]+)+", message))
-        places = "; ".join(f"{key}: {tree.places[key]}" for key in named if key in tree.places)
-        return f"{message} ({places})" if places else message
-    seen = "" if item["type"] == "missing" else f", not {item['input']!r}"
-    return f"{place}: {key}: {message[0].lower()}{message[1:]}{seen}"
-
-
-def _place(loc: Sequence[str], places: Mapping[str, str]) -> tuple[str, str]:
-    """Place and name of the longest part of a pydantic location that the recipe set (unions add parts of their own)."""
-    for n in range(len(loc), 0, -1):
-        key = ".".join(loc[:n])
-        hits = [place for known, place in places.items() if known == key or known.startswith(key + ".")]
-        if hits:
-            return hits[-1], key
-    return DEFAULT, ".".join(loc)
-
-
-def _names(loc: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = Config
-    for part in loc:
-        fields = {field.alias or name: field for name, field in model.model_fields.items()}
-        inner = _section(fields[part].annotation) if part in fields else None
-        if inner is not None:
-            model = inner
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, types.UnionType, tuple):
-        return next((inner for inner in map(_section, get_args(annotation)) if inner), None)
-    return None

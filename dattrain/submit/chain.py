@@ -14,7 +14,7 @@ starts from. Pure but for reading files; ``dattrain.submit.submission`` submits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,9 +23,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dattrain.config import shipped
+from dattrain.config.explain import explain
 from dattrain.config.load import Loaded, load
 from dattrain.errors import ConfigError
-from dattrain.submit.cluster import explain
 
 
 class ChainStage(BaseModel):
@@ -59,9 +59,15 @@ class ChainStage(BaseModel):
         """The stage that has to end well before this one."""
         return self.evaluate or self.from_
 
+    @property
+    def size(self) -> dict[str, Any]:
+        """The stage's own size, where it has one: ``nodes``, ``gpus_per_node``, ``time``, ``retries``."""
+        own = {key: getattr(self, key) for key in ("nodes", "gpus_per_node", "time", "retries")}
+        return {key: value for key, value in own.items() if value is not None}
+
 
 class Chain(BaseModel):
-    """A named row of stages."""
+    """A named sequence of stages."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -87,7 +93,7 @@ class Chain(BaseModel):
 
 
 @dataclass(frozen=True)
-class Planned:
+class ResolvedStage:
     """A stage with its run folder and its resolved recipe."""
 
     name: str
@@ -115,53 +121,43 @@ def read(path: Path) -> Chain:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Chain.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(item, Chain, str(path)) for item in error.errors())) from None
+        raise ConfigError(explain(error, Chain, str(path))) from None
 
 
-def plan(path: Path, root: Path, overrides: Sequence[str] = ()) -> tuple[Chain, list[Planned]]:
+def resolve(chain: Chain, path: Path, root: Path, overrides: Sequence[str] = ()) -> list[ResolvedStage]:
     """Stages in order, with run folders ``root/STAGE`` and recipes that start from the run folder of the stage before.
 
-    ``overrides`` are ``stage.section.key=value``.
+    Args:
+        chain: as ``read`` from ``path``.
+        overrides: ``stage.section.key=value``.
 
     Raises:
-        ConfigError: the chain or a recipe is wrong, or an override names no stage.
+        ConfigError: a recipe is wrong, or an override names no stage.
     """
-    chain = read(path)
-    mine: dict[str, list[str]] = {name: list(stage.overrides) for name, stage in chain.stages.items()}
+    given: dict[str, list[str]] = {name: list(stage.overrides) for name, stage in chain.stages.items()}
     for override in overrides:
         name, dot, rest = override.partition(".")
-        if not dot or name not in mine:
+        if not dot or name not in given:
             raise ConfigError(
-                f"command line: {override!r}: in a chain write stage.section.key=value; stages: {', '.join(mine)}"
+                f"command line: {override!r}: in a chain write stage.section.key=value; stages: {', '.join(given)}"
             )
-        mine[name].append(rest)
-    planned: dict[str, Planned] = {}
+        given[name].append(rest)
+    resolved: dict[str, ResolvedStage] = {}
     for name, stage in chain.stages.items():
         if stage.evaluate is not None:
-            source = planned[stage.evaluate]
+            source = resolved[stage.evaluate]
             if source.stage.config is None:
                 raise ConfigError(
                     f"{path}: stages.{name}: evaluate names {stage.evaluate}, which trains nothing"
                 )
-            recipe, extra = source.stage.config, mine[stage.evaluate]
+            recipe, extra = source.stage.config, given[stage.evaluate]
         else:
             assert stage.config is not None
             recipe, extra = stage.config, []
         origin = [f"init.from={root / stage.needs}"] if stage.needs else []
         beside = path.parent / recipe
         loaded = load(
-            beside if beside.is_file() else shipped.named(recipe) or beside, [*extra, *mine[name], *origin]
+            beside if beside.is_file() else shipped.named(recipe) or beside, [*extra, *given[name], *origin]
         )
-        planned[name] = Planned(name, stage, root / name, loaded)
-    return chain, list(planned.values())
-
-
-def dependents(planned: Sequence[Planned]) -> Mapping[str, list[Path]]:
-    """Run folders that wait for each stage, directly."""
-    return {p.name: [q.run for q in planned if q.stage.needs == p.name] for p in planned}
-
-
-def settings(stage: ChainStage, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's own size over the command line's."""
-    own = {key: getattr(stage, key) for key in ("nodes", "gpus_per_node", "time", "retries")}
-    return {**given, **{key: value for key, value in own.items() if value is not None}}
+        resolved[name] = ResolvedStage(name, stage, root / name, loaded)
+    return list(resolved.values())

@@ -1,4 +1,4 @@
-"""Cluster profiles: what a cluster wants to hear, once, so that a submission names the profile and the size alone.
+"""Cluster profiles: the settings of a cluster, once, so that a submission names the profile and the size alone.
 
 A profile is a YAML file found by name in ``$XDG_CONFIG_HOME/dattrain/clusters`` (``~/.config`` by default), then among
 those shipped in ``launch/clusters``; anything with a slash or a ``.yaml`` ending is a path.
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dattrain.config.explain import explain
 from dattrain.config.shipped import CLUSTERS
 from dattrain.errors import ConfigError
 from dattrain.submit import shell
@@ -112,7 +113,7 @@ class Profile(_Section):
     python: str | None = None
     """Python of the tasks; by default the one that submits, or ``python`` in a container."""
     host_python: str | None = None
-    """Any Python >= 3.8 of the node's own; it keeps the books and requeues, with the standard library alone. By default that of
+    """Any Python >= 3.8 of the node's own; it runs the job hook, with the standard library alone. By default that of
     the tasks, or the one that submits where they run in a container."""
 
     @field_validator("time")
@@ -298,11 +299,11 @@ def load(name: str, overrides: Mapping[str, Any] | None = None) -> Profile:
     try:
         return Profile.model_validate({**raw, **(overrides or {})})
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(item, Profile, str(path)) for item in error.errors())) from None
+        raise ConfigError(explain(error, Profile, str(path))) from None
 
 
 def from_shell(profile: Profile, environ: Mapping[str, str]) -> tuple[Profile, list[str]]:
-    """What the profile (and the command line) leaves open, from the shell's ``SBATCH_`` variables; and a line for each one taken.
+    """Fill what the profile (and the command line) leaves open from the shell's ``SBATCH_`` variables. Returns a line for each, too.
 
     It becomes a part of the profile, so that the script says it: a follow-up job is submitted from a node, whose shell may not
     have the variable.
@@ -321,37 +322,7 @@ def from_shell(profile: Profile, environ: Mapping[str, str]) -> tuple[Profile, l
     try:
         made = Profile.model_validate({**profile.model_dump(exclude_unset=True), **values})
     except ValidationError as error:
-        raise ConfigError(
-            "\n".join(explain(e, Profile, "SBATCH_ variables of this shell") for e in error.errors())
-        ) from None
+        raise ConfigError(explain(error, Profile, "SBATCH_ variables of this shell")) from None
     return made, [
         f"{key}={value} comes from {variable} of this shell" for key, (variable, value) in taken.items()
     ]
-
-
-def explain(item: Any, model: type[BaseModel], place: str) -> str:
-    """One pydantic error as one line: place, key, what is wrong, what was seen; nearest name for an unknown key."""
-    loc = [str(part) for part in item["loc"]]
-    if item["type"] == "extra_forbidden":
-        names = _names(model, loc[:-1])
-        near = difflib.get_close_matches(loc[-1], names, 1, cutoff=0.5)
-        hint = (
-            f"did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"known here: {', '.join(names)}"
-        )
-        return f"{place}: unknown key {'.'.join(loc)}; {hint}"
-    message = item["msg"].removeprefix("Value error, ")
-    if not loc:
-        return f"{place}: {message}"
-    seen = "" if item["type"] == "missing" else f" (found {item['input']!r})"
-    return f"{place}: {'.'.join(loc)}: {message[0].lower()}{message[1:]}{seen}"
-
-
-def _names(model: type[BaseModel], loc: list[str]) -> list[str]:
-    for part in loc:
-        field = model.model_fields.get(part)
-        annotation = field.annotation if field else None
-        inner = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)]
-        nested = [a for a in inner if issubclass(a, BaseModel)]
-        if nested:
-            model = nested[0]
-    return [field.alias or name for name, field in model.model_fields.items()]

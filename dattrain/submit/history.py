@@ -1,13 +1,13 @@
 """The history of a run's jobs, and what follows from it: what ended an attempt, and whether there is another.
 
-Standard library alone, Python >= 3.8, since the batch script's bookkeeper (``dattrain.submit.job_hook``) runs this on the
+Standard library alone, Python >= 3.8, since the job hook (``dattrain.submit.job_hook``) runs this on the
 host. ``RUN/submit/history.jsonl`` has one line per event:
 
 - ``submit``: job, run (the folder, absolute), after (the job that it follows), by (``user`` or ``follow-up``);
 - ``begin``: job, restart (Slurm's count), nodes (names), checkpoint (step of the newest published one, or null);
-- ``end``: job, restart, reason, detail, node (the culprit of a crash), checkpoint, new (whether this attempt published
-  one), action (of ``decide``; ``over`` for one of an earlier submission that left no word), why;
-- ``warning``: job, text: what keeps the run from going on by itself, such as an sbatch that refuses;
+- ``end``: job, restart, reason, detail, node (where a crash began), checkpoint, new (whether this attempt published
+  one), action (of ``decide``; ``over`` for one of an earlier submission without a recorded end), why;
+- ``warning``: job, text: what keeps the run from resuming by itself, such as an sbatch that refuses;
 - ``cancel``: by ``dattrain cancel``.
 
 A run folder may be copied or moved, and its history with it: jobs are those of the folder that they were submitted in, and
@@ -27,8 +27,8 @@ from typing import Any, Callable, Dict, Sequence  # noqa: UP035 (Python 3.8 runs
 
 Event = Dict[str, Any]  # noqa: UP006
 
-TOLD = ("User defined signal 1", "User defined signal 2")
-"""srun's words for a task that a signal ended which asks for a save: it came before anybody listened."""
+SIGNALLED = ("User defined signal 1", "User defined signal 2")
+"""srun's messages of a task that was ended by a signal which asks for a save: it came before the handler was set."""
 
 NODE_FAILURE = "node failure"
 """A job that vanished without an end: a node went down, or Slurm took the nodes without notice."""
@@ -41,20 +41,20 @@ EARLY_S = 65
 
 
 def history(run: str | Path) -> list[Event]:
-    """Events of a run's own jobs, oldest first; a line cut off by a power cut is passed over."""
-    events, homes = _events(run)
-    foreign = [n for n, home in enumerate(homes) if home is not None and not _is(home, run)]
+    """Events of a run's own jobs, oldest first; a line cut off by a power cut is skipped."""
+    events, folders = _events(run)
+    foreign = [n for n, folder in enumerate(folders) if folder is not None and not _same_folder(folder, run)]
     if not foreign:
         return events
-    own = (n for n, home in enumerate(homes) if home is not None and n > foreign[-1])
+    own = (n for n, folder in enumerate(folders) if folder is not None and n > foreign[-1])
     return events[next(own, len(events)) :]
 
 
 def origin(run: str | Path) -> str | None:
-    """The folder whose jobs a copied or moved one remembers, as words for people; None for a run that has jobs of its own."""
-    _, homes = _events(run)
-    last = next((home for home in reversed(homes) if home is not None), None)
-    if last is None or _is(last, run):
+    """The folder whose jobs a copied or moved one remembers, as text; None for a run that has jobs of its own."""
+    _, folders = _events(run)
+    last = next((folder for folder in reversed(folders) if folder is not None), None)
+    if last is None or _same_folder(last, run):
         return None
     how = "a copy of" if os.path.isdir(last) else "moved from"
     return f"{how} {last}: the jobs submitted there are not this folder's"
@@ -71,30 +71,30 @@ def _events(run: str | Path) -> tuple[list[Event], list[str | None]]:
             except ValueError:
                 continue
     # Before each submission said where it was made, only the newest could tell, by its spec.json.
-    older = "" if any(event.get("run") for event in events) else _old_home(run)
-    homes = [event.get("run", older) if event.get("event") == "submit" else None for event in events]
-    return events, homes
+    older = "" if any(event.get("run") for event in events) else _folder_of_spec(run)
+    folders = [event.get("run", older) if event.get("event") == "submit" else None for event in events]
+    return events, folders
 
 
-def _old_home(run: str | Path) -> str:
+def _folder_of_spec(run: str | Path) -> str:
     try:
         folder = Path(read_spec(run)["folder"])
     except (OSError, ValueError, KeyError, TypeError):
         return str(run)
     # RUN/submit/slurm; of an array, PARENT/submit/slurm.
-    home, here = folder.parent.parent, Path(os.path.realpath(run))
-    return str(here if _is(home, here) or _is(home, here.parent) else home)
+    folder, here = folder.parent.parent, Path(os.path.realpath(run))
+    return str(here if _same_folder(folder, here) or _same_folder(folder, here.parent) else folder)
 
 
-def _is(home: str | Path, run: str | Path) -> bool:
+def _same_folder(folder: str | Path, run: str | Path) -> bool:
     try:
-        return os.path.samefile(home, run)
+        return os.path.samefile(folder, run)
     except OSError:
         return False
 
 
 def record(run: str | Path, event: str, **fields: Any) -> Event:
-    """Append one event, whole and flushed to the disk."""
+    """Append one event, complete and flushed to the disk."""
     path = Path(run) / "submit" / "history.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     entry = {"time": round(time.time(), 3), "event": event, **fields}
@@ -120,7 +120,7 @@ def newest_checkpoint(run: str | Path) -> int | None:
     return max(steps, default=None)
 
 
-def culprit(stderr: str) -> tuple[str | None, str | None, int]:
+def first_failure(stderr: str) -> tuple[str | None, str | None, int]:
     """Node, cause and rank of the first task that srun saw die, from srun's messages; (None, None, 0) if there is none.
 
     srun alone sees all tasks in one order. A task that is killed makes its neighbours fail a moment later, each with an
@@ -141,7 +141,7 @@ def classify(
     stderr: str,
     reports: Sequence[Event],
     stalled: Event | None = None,
-    last_words: Callable[[int], str] = lambda rank: "",
+    last_error: Callable[[int], str] = lambda rank: "",
 ) -> tuple[str, str, str | None]:
     """What ended an attempt: (reason, detail, node).
 
@@ -154,7 +154,7 @@ def classify(
         reports: errors that ranks wrote before they died: ``{"rank", "node", "error", "user_error", "held"}``; held: another
             process has the run folder.
         stalled: what the first rank that noticed a stall wrote: ``{"rank", "host", "place", "silent_s"}``, or None.
-        last_words: last line of what a rank printed; asked where nothing better is known.
+        last_error: last line of what a rank printed; asked where nothing better is known.
     """
     state = slurm_state or ""
     at_limit = state == "TIMEOUT" or (time_s and elapsed_s >= time_s - signal_delay_s - EARLY_S)
@@ -188,27 +188,27 @@ def classify(
         # Ranks that wait for one another are silent together: the first to notice is not to blame.
         where = "rank {} on {} was silent for {} s in {!r}"
         return "stalled", where.format(*map(stalled.get, ("rank", "host", "silent_s", "place"))), None
-    node, cause, rank = culprit(stderr)
-    if cause in TOLD:
+    node, cause, rank = first_failure(stderr)
+    if cause in SIGNALLED:
         return "preempted", f"{cause}, before training had begun", None
     report = next((r for r in reports if r.get("node") == node), reports[0] if reports else None)
-    taken = next((r for r in reports if r.get("held")), None)
-    if taken is not None:
-        return "refused", taken["error"], None
+    folder_taken = next((r for r in reports if r.get("held")), None)
+    if folder_taken is not None:
+        return "refused", folder_taken["error"], None
     if report is not None and report.get("user_error"):
         # All ranks met it: no node is to blame.
         return "crashed", report["error"], None
-    # A rank that was killed says nothing: the words of another rank of its node would be about the broken connection.
-    told = cause is None or cause.startswith("Exited with exit code")
-    if report is not None and told and (node is None or report.get("node") == node):
+    # A rank that was killed writes no error: that of another rank of its node would be about the broken connection.
+    exited = cause is None or cause.startswith("Exited with exit code")
+    if report is not None and exited and (node is None or report.get("node") == node):
         cause, node = report["error"], report.get("node", node)
     if state == "OUT_OF_MEMORY" or (
-        (told or cause == "Killed") and re.search(r"oom.kill", stderr, re.IGNORECASE)
+        (exited or cause == "Killed") and re.search(r"oom.kill", stderr, re.IGNORECASE)
     ):
         cause = "out of memory (mem_gb of the profile): " + (cause or "Slurm ended the job")
-    if told and report is None:
-        # It died before our code could speak: Python is missing, too old, or lacks a module; srun could not start it.
-        cause = ": ".join(filter(None, (cause or f"the tasks ended with status {status}", last_words(rank))))
+    if exited and report is None:
+        # It died before our code ran: Python is missing, too old, or lacks a module; srun could not start it.
+        cause = ": ".join(filter(None, (cause or f"the tasks ended with status {status}", last_error(rank))))
     return "crashed", cause or f"the tasks ended with status {status}", node
 
 
@@ -220,8 +220,8 @@ def decide(events: Sequence[Event], *, retries: int, checkpoint_new: bool) -> tu
         retries: crashes that are forgiven per submission by hand.
         checkpoint_new: whether the attempt published a checkpoint.
 
-    Actions: ``done``, ``stop``, ``again``. A preemption, like an administrator's requeue, is the cluster's doing and always goes on. A crash, and an
-    attempt that the time limit ended, goes on only if it left a new checkpoint: what cannot make one step in a whole job
+    Actions: ``done``, ``stop``, ``again``. A preemption, like an administrator's requeue, is the cluster's doing and the run always resumes. After a crash, or an
+    attempt that the time limit ended, it resumes only if it left a new checkpoint: what cannot make one step in a whole job
     never will.
     """
     last = events[-1]
@@ -285,7 +285,7 @@ def _past(reason: str) -> str:
 
 def read_spec(run: str | Path) -> dict[str, Any]:
     """``submit/spec.json``: what the submission fixed (see ``dattrain.submit.submission``)."""
-    return json.loads((Path(run) / "submit" / "spec.json").read_text(encoding="utf-8"))
+    return dict(json.loads((Path(run) / "submit" / "spec.json").read_text(encoding="utf-8")))
 
 
 def attempt_folder(run: str | Path, job: str, restart: int) -> Path:

@@ -1,4 +1,4 @@
-"""The Python of the batch script, which keeps the books on a node's host: which one, and what is said where it does not do.
+"""The Python of the batch script, which runs the job hook on a node's host: which one, and the message where it does not do.
 
 RHEL and Rocky 8 have a ``python3`` of 3.6, so the default is no name to be found on a node but an interpreter that works:
 that of the tasks, which every node must have, or the submitting one where the tasks run in a container.
@@ -23,7 +23,7 @@ def interpreter(profile: Profile) -> str:
     return sys.executable if inside or profile.python is None else profile.python
 
 
-def guard(profile: Profile) -> str:
+def version_check(profile: Profile) -> str:
     """A line of the batch script that ends the job in one sentence where the node's interpreter does not do.
 
     Any Python since 2.7 runs the test.
@@ -37,7 +37,7 @@ def guard(profile: Profile) -> str:
     )
 
 
-def refusal(profile: Profile) -> str | None:
+def problem(profile: Profile) -> str | None:
     """Why the profile's ``host_python`` cannot do, as far as this machine can tell; None if it can, or only the node knows.
 
     A name without a slash may mean another interpreter once the profile's ``setup`` has run (``module load python``).

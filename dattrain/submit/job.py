@@ -1,8 +1,8 @@
-"""What runs in each task of a job: a picklable callable that trains (or evaluates) a run folder and leaves word of how it went.
+"""What runs in each task of a job: a picklable callable that trains (or evaluates) a run folder and writes down how it went.
 
 submitit pickles it by reference, so a node finds this module in the snapshot (``PYTHONPATH``). Requeueing is not done
-here: a task that requeues its own job kills its neighbours while they are still closing their files. The batch script's
-bookkeeper (``dattrain.submit.job_hook``) does it once all tasks have ended.
+here: a task that requeues its own job kills its neighbours while they are still closing their files. The job hook
+(``dattrain.submit.job_hook``) does it once all tasks have ended.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class Job:
         return result
 
     def checkpoint(self) -> Any:
-        """submitit calls this in a signal handler, on rank 0 alone, when the signal comes before training has started.
+        """Write down a preemption: submitit calls this in a signal handler, on rank 0 alone, when the signal comes before training has started.
 
-        Nothing has been trained then and nothing can be saved here, so it only leaves word that the job is to go on.
-        None tells submitit not to requeue: the bookkeeper does.
+        Nothing has been trained then and nothing can be saved here, so it only writes down that the run is to resume.
+        None tells submitit not to requeue: the job hook does.
         """
         _publish(self._folder() / "outcome.json", {"status": "preempted", "step": None, "time": time.time()})
         return None
@@ -89,7 +89,7 @@ def _leave() -> None:
 
 
 def attempt() -> tuple[str, int]:
-    """Job id and restart count of this task, as the bookkeeper names them."""
+    """Job id and restart count of this task, as the job hook names them."""
     env = os.environ
     if env.get("SUBMITIT_EXECUTOR") == "local":
         return env["SUBMITIT_LOCAL_JOB_ID"], 0

@@ -1,13 +1,13 @@
-"""The bookkeeper of a run's jobs: before and after the tasks of each job, it writes down what happened and does what is next.
+"""The job hook: before and after the tasks of each job, it writes down what happened and does what is next.
 
 It runs on the host of the batch script with any Python >= 3.8 and the standard library alone, from the snapshot, so that
-neither a container nor a broken environment of the tasks can keep a run from going on::
+neither a container nor a broken environment of the tasks can keep a run from resuming::
 
     python3 enter.py -m dattrain.submit.job_hook begin RUN        # before srun; a status other than 0 ends the job there
     python3 enter.py -m dattrain.submit.job_hook guard RUN        # beside srun; requeues a job whose save outran its time limit
     python3 enter.py -m dattrain.submit.job_hook end RUN STATUS   # after srun, with its exit status; requeues, or lets the next one start
 
-What it writes and how it judges is in ``dattrain.submit.history``. Not here: the signal and the save
+What it writes and how it decides is in ``dattrain.submit.history``, how it queues the next job in ``dattrain.submit.follow_up``. Not here: the signal and the save
 (``dattrain.runtime.signals``, ``dattrain.engine.trainer``), and the first submission (``dattrain.submit.submission``).
 """
 
@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any, Sequence  # noqa: UP035 (Python 3.8 runs this file)
 
 from dattrain.errors import REQUEUE
-from dattrain.files import write_atomically
-from dattrain.submit import command, job_state
+from dattrain.submit import command, follow_up, job_state
 from dattrain.submit.history import (
     CRASHES,
     NODE_FAILURE,
@@ -51,7 +50,7 @@ SUBMISSION_S = 60.0
 """Seconds that a job waits for word of its submission; submitit waits as long for its pickle."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What reaches the whole batch script, bookkeeper included, while Slurm ends its job or a user signals it."""
+"""What reaches the whole batch script, job hook included, while Slurm ends its job or a user signals it."""
 
 
 def job_id() -> str:
@@ -61,25 +60,25 @@ def job_id() -> str:
 
 
 def begin(run: str) -> int:
-    """Close the books of an attempt that vanished, judge it, open those of this one. Returns the status to exit with."""
+    """Record the end of an attempt that vanished, and the begin of this one. Returns the exit status of the batch script; 0: may start."""
     spec, job = read_spec(run), job_id()
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     events = _submitted(run, job)
     if cancelled(events):
-        _say("not started: cancelled by dattrain cancel")
+        follow_up.say("not started: cancelled by dattrain cancel")
         return BROKEN
     if any(e.get("action") == "done" for e in since_submission(events)):
         # A job too many: queued for an attempt that Slurm then started again by itself.
-        _say("not started: the run has finished")
+        follow_up.say("not started: the run has finished")
         return BROKEN
     vanished = open_attempt(events)
     now = newest_checkpoint(run)
     if (
         vanished is not None
         and vanished["job"] != job
-        and job_state.shown(vanished["job"]) in ("RUNNING", "SUSPENDED")
+        and job_state.scontrol_state(vanished["job"]) in ("RUNNING", "SUSPENDED")
     ):
-        _say("not started: job {} trains in this run folder".format(vanished["job"]))
+        follow_up.say("not started: job {} trains in this run folder".format(vanished["job"]))
         return BROKEN
     if vanished is not None:
         reason, detail = _what_happened(run, spec, vanished, same=vanished["job"] == job)
@@ -94,19 +93,19 @@ def begin(run: str) -> int:
             node=None, checkpoint=now, new=new, action=action, why=why,
         )  # fmt: skip
         if action == "stop":
-            _say("not started again: " + why)
+            follow_up.say("not started again: " + why)
             return BROKEN
     nodes = expand(os.environ.get("SLURM_JOB_NODELIST", ""))
     record(run, "begin", job=job, restart=restart, nodes=nodes, checkpoint=now)
     attempt_folder(run, job, restart).mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):
         _stalled(run).unlink()
-    _say(
-        job_state.MARK[len("dattrain: ") :]
+    follow_up.say(
+        job_state.ATTEMPT_MARK[len("dattrain: ") :]
         + "{}: {}".format(",".join(nodes), f"from step {now}" if now is not None else "from the start")
     )
-    if spec["requeue"] == "follow-up" and _next_job(run, job) is None:
-        _queue_next(run, spec, job, "afternotok:" + job, _excluded(run, spec))
+    if spec["requeue"] == "follow-up" and follow_up.find(run, job) is None:
+        follow_up.submit(run, spec, job, "afternotok:" + job, follow_up.excluded_nodes(run, spec))
     return 0
 
 
@@ -134,13 +133,13 @@ def end(run: str, status: int) -> int:
     outcome = _json(folder / "outcome.json")
     reports = [r for r in map(_json, sorted(folder.glob("rank_*.json"))) if r]
     reports.sort(key=lambda r: r.get("time", 0))
-    state, by_slurm = job_state.ask(
+    state, by_slurm = job_state.query(
         os.environ["SLURM_JOB_ID"], restart, functools.partial(job_state.stderr_of, spec, job)
     )
     reason, detail, node = classify(
         status=status, outcome=outcome, slurm_state=state, elapsed_s=time.time() - started["time"],
         time_s=spec["time_s"], signal_delay_s=spec["signal_delay_s"], stderr=job_state.stderr_of(spec, job),
-        reports=reports, stalled=_json(_stalled(run)), last_words=functools.partial(job_state.last_words, spec, job),
+        reports=reports, stalled=_json(_stalled(run)), last_error=functools.partial(job_state.last_error_of_rank, spec, job),
     )  # fmt: skip
     now = newest_checkpoint(run)
     new = now is not None and now != started["checkpoint"]
@@ -153,21 +152,21 @@ def end(run: str, status: int) -> int:
         run, "end", job=job, restart=restart, reason=reason, detail=detail, node=node, checkpoint=now, new=new,
         action=action, why=why, **({"exclude": bad} if bad else {}),
     )  # fmt: skip
-    _say(
+    follow_up.say(
         "{}: {}; {}".format(
-            reason, detail, {"again": "goes on (" + why + ")", "done": "done"}.get(action, "ends: " + why)
+            reason, detail, {"again": "resumes (" + why + ")", "done": "done"}.get(action, "ends: " + why)
         )
     )
     if action == "done":
         return DONE
     if action == "stop":
         if spec["requeue"] == "follow-up":
-            _cancel_next(run, job)
+            follow_up.cancel(run, job)
         return STOPPED if reason == "stopped" else BROKEN
-    excluded = _excluded(run, spec)
-    if spec["requeue"] == "follow-up" and _next_job(run, job) is not None:
+    excluded = follow_up.excluded_nodes(run, spec)
+    if spec["requeue"] == "follow-up" and follow_up.find(run, job) is not None:
         if bad:
-            _exclude_from_next(run, spec, job, excluded)
+            follow_up.exclude_nodes(run, spec, job, excluded)
         return AGAIN
     if by_slurm or (reason == NODE_FAILURE and spec["requeue"] == "scontrol"):
         # Slurm requeues it by itself.
@@ -179,29 +178,29 @@ def end(run: str, status: int) -> int:
     same = spec["requeue"] == "scontrol" and reason not in CRASHES and state not in ("TIMEOUT", "PREEMPTED")
     if same and _requeue(run, job, excluded):
         return AGAIN
-    if not _queue_next(run, spec, job, "afterany:" + job, excluded) and not same:
+    if not follow_up.submit(run, spec, job, "afterany:" + job, excluded) and not same:
         _requeue(run, job, excluded)
     return AGAIN
 
 
 def _requeue(run: str, job: str, exclude: Sequence[str]) -> bool:
-    """scontrol requeue, which kills this script; returns if it is refused."""
+    """Call scontrol requeue, which kills this script; returns if it is refused."""
     # What is still said about the step that ended would be said about that of the new attempt.
     deadline = time.monotonic() + 60
     while re.search(r"\.\d+\s*$", command.output("squeue", "-h", "-s", "-j", job, "-o", "%i"), re.MULTILINE):
         if time.monotonic() > deadline:
             break
         time.sleep(1)
-    refused = command.tell("scontrol", "requeue", job)
+    refused = command.run("scontrol", "requeue", job)
     if refused is not None:
         # Allowed to the owner of a job that was submitted with --no-requeue.
-        command.tell("scontrol", "update", "JobId=" + job, "Requeue=1")
-        refused = command.tell("scontrol", "requeue", job)
+        command.run("scontrol", "update", "JobId=" + job, "Requeue=1")
+        refused = command.run("scontrol", "requeue", job)
     if refused is not None:
-        _warn(run, job, "not requeued: scontrol said: " + refused)
+        follow_up.warn(run, job, "not requeued: scontrol said: " + refused)
         return False
     if exclude:
-        command.tell("scontrol", "update", "JobId=" + job, "ExcNodeList=" + ",".join(exclude))
+        command.run("scontrol", "update", "JobId=" + job, "ExcNodeList=" + ",".join(exclude))
     # Slurm now kills this script; waiting for that keeps the job from being seen as ended.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -211,31 +210,34 @@ def _requeue(run: str, job: str, exclude: Sequence[str]) -> bool:
 
 
 def guard(run: str) -> int:
-    """Wait beside srun. A job told to end by its time limit, or preempted, has KillWait seconds; what has not saved by then goes
-    on through here, since this script and srun are killed together. ``end`` ends this process."""
-    told: list[float] = []
-    signal.signal(signal.SIGTERM, lambda *_: told.append(time.monotonic()))
+    """Wait beside srun; returns an exit status.
+
+    A job told to end by its time limit, or preempted, has KillWait seconds; what has not saved by then is
+    resumed through here, since this script and srun are killed together. ``end`` ends this process.
+    """
+    signalled: list[float] = []
+    signal.signal(signal.SIGTERM, lambda *_: signalled.append(time.monotonic()))
     # Bash reports a job that a signal has killed, and not one that ends by itself.
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
     spec, job = read_spec(run), job_id()
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    patience = max(1.0, _kill_wait() - 4)
+    save_s = max(1.0, _kill_wait() - 4)
     while True:
         time.sleep(0.5)
-        if not told:
+        if not signalled:
             continue
         if open_attempt(history(run)) is None:
             return 0
-        if time.monotonic() < told[-1] + patience:
+        if time.monotonic() < signalled[-1] + save_s:
             continue
-        found = job_state.ask(
+        found = job_state.query(
             os.environ["SLURM_JOB_ID"], restart, functools.partial(job_state.stderr_of, spec, job), 0
         )
         if found.state in ("TIMEOUT", "PREEMPTED", "REQUEUED"):
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
             return end(run, 1)
         # The beginning of a grace period, or a signal by hand: the job lives on.
-        told.clear()
+        signalled.clear()
 
 
 def _end_guard() -> None:
@@ -255,92 +257,10 @@ def _kill_wait() -> float:
     return float(match.group(1)) if match else 30.0
 
 
-def script_for_follow_up(text: str, task: int | None) -> str:
-    """The batch script of a follow-up: the same, but for a job of its own where the first was task ``task`` of an array."""
-    if task is None:
-        return text
-    lines = [line for line in text.splitlines(keepends=True) if not line.startswith("#SBATCH --array")]
-    return "".join(lines).replace("%A_%a", "%j").replace("${SLURM_ARRAY_TASK_ID:-0}", str(task))
-
-
-def _queue_next(
-    run: str, spec: dict[str, Any], job: str, dependency: str, exclude: Sequence[str]
-) -> str | None:
-    """sbatch the same script again, give submitit its pickle, and turn the jobs that wait for this one to the new one too."""
-    folder = Path(spec["folder"])
-    array, _, task = job.partition("_")
-    script = folder / f"follow_up_of_{job}.sh"
-    try:
-        original = (folder / f"{array}_submission.sh").read_text(encoding="utf-8")
-        text = script_for_follow_up(original, int(task) if task else None)
-        script.write_text(text, encoding="utf-8")
-        work = (folder / f"{job}_submitted.pkl").read_bytes()
-    except OSError as error:
-        _warn(run, job, f"no follow-up: {error.filename or folder}: {error.strerror}")
-        return None
-    options = ["--kill-on-invalid-dep=yes", "--dependency=" + dependency]
-    options += ["--exclude=" + ",".join(exclude)] if exclude else []
-    follower, why = command.sbatch(script, text, *options)
-    if follower is None:
-        _warn(run, job, "no follow-up: " + why)
-        return None
-    write_atomically(folder / f"{follower}_submitted.pkl", work)
-    script.replace(folder / f"{follower}_submission.sh")
-    record(run, "submit", job=follower, by="follow-up", after=job, dependency=dependency)
-    for child in _waiting_jobs(spec):
-        # Queued beforehand, it is needed only if this job fails; else it alone counts.
-        need = ("afterok:" + job + "?" if dependency.startswith("afternotok") else "") + "afterok:" + follower
-        if command.tell("scontrol", "update", "JobId=" + child, "Dependency=" + need) is not None:
-            _say(f"job {child} still waits for {job} alone: submit that stage again, with --after this run")
-    return follower
-
-
-def _excluded(run: str, spec: dict[str, Any]) -> list[str]:
-    """The profile's nodes to avoid, and those that failed twice since the run was submitted."""
-    found = [node for e in since_submission(history(run)) for node in e.get("exclude", [])]
-    return sorted({*expand(spec.get("exclude") or ""), *found})
-
-
-def _waiting_jobs(spec: dict[str, Any]) -> list[str]:
-    """Jobs of the chain's next stages that were queued behind this run."""
-    waiting: list[str] = []
-    for run in spec.get("dependents", []):
-        jobs = [e["job"] for e in history(run) if e["event"] == "submit"]
-        waiting += jobs[-1:]
-    return waiting
-
-
-def _next_job(run: str, job: str) -> str | None:
-    return next(
-        (e["job"] for e in reversed(history(run)) if e["event"] == "submit" and e.get("after") == job), None
-    )
-
-
-def _cancel_next(run: str, job: str) -> None:
-    follower = _next_job(run, job)
-    if follower:
-        command.tell("scancel", follower)
-
-
-def _exclude_from_next(run: str, spec: dict[str, Any], job: str, nodes: Sequence[str]) -> None:
-    follower = _next_job(run, job)
-    if follower is None:
-        return
-    if command.tell("scontrol", "update", "JobId=" + follower, "ExcNodeList=" + ",".join(nodes)) is not None:
-        command.tell("scancel", follower)
-        _queue_next(run, spec, job, "afternotok:" + job, nodes)
-
-
-def _warn(run: str, job: str, text: str) -> None:
-    """Say what keeps the run from going on, here and in ``dattrain status``."""
-    record(run, "warning", job=job, text=text)
-    _say(text)
-
-
 def _what_happened(run: str, spec: dict[str, Any], attempt: Event, same: bool) -> tuple[str, str]:
-    """Reason and detail of an attempt that left no word: by Slurm's, else a node failure. ``same``: Slurm started its job again."""
+    """Reason and detail of an attempt without a recorded end: Slurm's state, else a node failure. ``same``: Slurm started its job again."""
     job = attempt["job"]
-    state = job_state.ask_of_the_past(job, job_state.stderr_of(spec, job)).state
+    state = job_state.query_ended(job, job_state.stderr_of(spec, job)).state
     if state in ("PREEMPTED", "REQUEUED", "TIMEOUT", "OUT_OF_MEMORY") or (state == "CANCELLED" and not same):
         reason, detail, _ = classify(
             status=1, outcome=_json(attempt_folder(run, job, attempt["restart"]) / "outcome.json"), slurm_state=state,
@@ -348,7 +268,7 @@ def _what_happened(run: str, spec: dict[str, Any], attempt: Event, same: bool) -
         )  # fmt: skip
         return reason, detail
     nodes = attempt.get("nodes") or []
-    down = job_state.down(nodes)
+    down = job_state.down_nodes(nodes)
     if down:
         return NODE_FAILURE, "{} went down".format(", ".join(down))
     return (
@@ -360,19 +280,14 @@ def _what_happened(run: str, spec: dict[str, Any], attempt: Event, same: bool) -
 
 
 def _stalled(run: str) -> Path:
-    """Where the first rank that notices a stall leaves word (``dattrain.runtime.health``); of this attempt, since ``begin``
-    removes an older one."""
+    """File of the first rank that notices a stall (``dattrain.runtime.health``); of this attempt: ``begin`` removes an older one."""
     return Path(run) / "logs" / "stalled.json"
-
-
-def _say(message: str) -> None:
-    print("dattrain: " + message, file=sys.stderr, flush=True)
 
 
 def _json(path: Path) -> Event | None:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -381,7 +296,7 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) == 2 and argv[0] in ("begin", "guard"):
         return begin(argv[1]) if argv[0] == "begin" else guard(argv[1])
     if len(argv) == 3 and argv[0] == "end":
-        # What ends the job must not end its books; the programs that are started from here inherit it.
+        # What ends the job must not keep its end from being recorded; the programs that are started from here inherit it.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         return end(argv[1], int(argv[2]))
     print(__doc__, file=sys.stderr)

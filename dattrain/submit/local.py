@@ -1,6 +1,6 @@
 """``--cluster local``: the same job object through submitit's local executor, under a supervisor that outlives the shell.
 
-The supervisor is to this machine what the batch script and its bookkeeper are to a cluster: it keeps the same history,
+The supervisor is to this machine what the batch script and its job hook are to a cluster: it keeps the same history,
 ends all tasks when one dies (submitit's controller would wait for the others), and starts again by the same rules.
 """
 
@@ -75,25 +75,25 @@ def _supervisor(run: Path) -> int | None:
     return known["pid"] if same and own else None
 
 
-class _Told(BaseException):
+class _Terminated(BaseException):
     """SIGTERM or SIGINT reached the supervisor."""
 
 
 def supervise(run: Path) -> int:
-    """Run the job until it has finished, or must not go on. Returns 0 if it has finished."""
+    """Run the job until it has finished, or must not be started again. Returns 0 if it has finished."""
 
-    def told(signum: int, frame: FrameType | None) -> None:
-        raise _Told
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        raise _Terminated
 
-    signal.signal(signal.SIGTERM, told)
-    signal.signal(signal.SIGINT, told)
+    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, terminate)
     spec = history.read_spec(run)
     try:
         while True:
             action = _attempt(run, spec)
             if action != "again":
                 return 0 if action == "done" else 1
-    except _Told:
+    except _Terminated:
         return 1
 
 
@@ -118,7 +118,7 @@ def _attempt(run: Path, spec: dict[str, Any]) -> str:
     )
     try:
         status = _wait(job, spec["tasks_per_node"], history.attempt_folder(run, job.job_id, 0))
-    except _Told:
+    except _Terminated:
         _end_tasks(job, GRACE_S)
         history.record(
             run, "end", job=job.job_id, restart=0, reason="cancelled", detail="the supervisor was told to end", node=None,
@@ -131,7 +131,7 @@ def _attempt(run: Path, spec: dict[str, Any]) -> str:
     reason, detail, node = history.classify(
         status=status, outcome=_json(folder / "outcome.json"), slurm_state=None, elapsed_s=time.time() - started,
         time_s=spec["time_s"], signal_delay_s=spec["signal_delay_s"], stderr="", reports=reports,
-        stalled=_json(stalled), last_words=partial(job_state.last_words, spec, job.job_id),
+        stalled=_json(stalled), last_error=partial(job_state.last_error_of_rank, spec, job.job_id),
     )  # fmt: skip
     now = history.newest_checkpoint(run)
     new = now is not None and now != begun["checkpoint"]
@@ -148,7 +148,7 @@ def _attempt(run: Path, spec: dict[str, Any]) -> str:
 
 
 def _wait(job: Any, world: int, folder: Path) -> int:
-    """Wait for all tasks; when one dies, end the others after a moment for their own last words. 0 if all ended well."""
+    """Wait for all tasks; when one dies, end the others after a moment for their own errors. 0 if all ended well."""
     ranks: dict[int, int] = {}
     failed_at: float | None = None
     while job._process.poll() is None:
@@ -207,8 +207,8 @@ def _kill(pid: int, signum: int) -> None:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return None
 
 

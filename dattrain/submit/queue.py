@@ -1,4 +1,4 @@
-"""What Slurm says of a job: from squeue while it lives, then from sacct, else from scontrol's memory.
+"""State of jobs in Slurm: from squeue while they live, then from sacct, else from scontrol's memory.
 
 sacct may be missing or may lag, squeue forgets, scontrol forgets later: so each is asked for what the one before did not
 know. A state that only says what happened to an attempt (NODE_FAIL, REQUEUED) is never taken as final.
@@ -30,7 +30,7 @@ FINAL = frozenset(
     ]
 )
 """A preempted job that Slurm starts again is PENDING, not PREEMPTED. FORGOTTEN is ours."""
-PASSING = frozenset({"NODE_FAIL", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
+MAY_REQUEUE = frozenset({"NODE_FAIL", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
 """States after which Slurm may start the same job again."""
 
 
@@ -46,10 +46,10 @@ class JobState:
     @property
     def final(self) -> bool:
         """Whether nothing more happens to this job."""
-        return self.state in FINAL or (self.state in PASSING and self.source == "sacct")
+        return self.state in FINAL or (self.state in MAY_REQUEUE and self.source == "sacct")
 
     @property
-    def waiting_in_vain(self) -> bool:
+    def never_starts(self) -> bool:
         """Behind a job that failed, on a cluster that does not cancel such jobs."""
         return self.reason == "DependencyNeverSatisfied"
 
@@ -70,7 +70,7 @@ def states(jobs: Iterable[str]) -> dict[str, JobState]:
             "squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N", "-j", ",".join(_numbers(wanted))
         )
     )
-    found = {job: live[job] for job in wanted if job in live and live[job].state not in FINAL | PASSING}
+    found = {job: live[job] for job in wanted if job in live and live[job].state not in FINAL | MAY_REQUEUE}
     missing = [job for job in wanted if job not in found]
     if missing:
         past = parse_sacct(
@@ -84,18 +84,18 @@ def states(jobs: Iterable[str]) -> dict[str, JobState]:
             elif job in past:
                 found[job] = past[job]
             else:
-                found[job] = _shown(job)
+                found[job] = _from_scontrol(job)
     return found
 
 
-def _shown(job: str) -> JobState:
+def _from_scontrol(job: str) -> JobState:
     found = parse_scontrol(command.output("scontrol", "-o", "show", "job", job))
-    if found == UNKNOWN and "Invalid job id" in (command.tell("scontrol", "-o", "show", "job", job) or ""):
+    if found == UNKNOWN and "Invalid job id" in (command.run("scontrol", "-o", "show", "job", job) or ""):
         return FORGOTTEN
     return found
 
 
-def tasks(job: str) -> dict[str, JobState]:
+def task_states(job: str) -> dict[str, JobState]:
     """State of a job, or of each known task where it is an array; empty where no command knows it."""
     found = parse_sacct(command.output("sacct", "-n", "-P", "-X", "-o", "JobID,State,NodeList", "-j", job))
     shown = command.output("scontrol", "-o", "show", "job", job).splitlines()
@@ -104,7 +104,7 @@ def tasks(job: str) -> dict[str, JobState]:
         state = parse_scontrol(line)
         if state != UNKNOWN:
             # Pending tasks are one line: 7_[2-5%2].
-            for name in _array(f"{array[1]}_[{array[2]}]") if array else [job]:
+            for name in _task_names(f"{array[1]}_[{array[2]}]") if array else [job]:
                 found[name] = state
     live = parse_squeue(command.output("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N", "-j", job))
     found.update(live)
@@ -128,7 +128,7 @@ def parse_sacct(text: str) -> dict[str, JobState]:
         job, state, nodes = (line.strip().split("|") + [""] * 3)[:3]
         if job and state:
             nodes = "" if nodes == "None assigned" else nodes
-            for one in _array(job):
+            for one in _task_names(job):
                 found[one] = JobState(state.split()[0].rstrip("+"), "", nodes, "sacct")
     return found
 
@@ -148,7 +148,7 @@ def parse_scontrol(text: str) -> JobState:
     )
 
 
-def ending(job: str) -> tuple[str, str]:
+def exit_of(job: str) -> tuple[str, str]:
     """Exit code (``status:signal``) and reason of a job that is over, as far as scontrol or sacct know them."""
     shown = command.output("scontrol", "-o", "show", "job", job)
     code, reason = (re.search(rf"\b{key}=(\S+)", shown) for key in ("ExitCode", "Reason"))
@@ -160,20 +160,20 @@ def ending(job: str) -> tuple[str, str]:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """scancel.
+    """Cancel jobs (scancel).
 
     Raises:
         UserError: scancel is missing, refuses or hangs.
     """
     if shutil.which("scancel") is None:
         raise UserError("scancel is not on the PATH: run this on a login node of the cluster")
-    refused = command.tell("scancel", *jobs)
+    refused = command.run("scancel", *jobs)
     if refused is not None:
         raise UserError(f"scancel {' '.join(jobs)}: {refused}")
 
 
 @dataclass(frozen=True)
-class Need:
+class Requirements:
     """What a job asks of its partition, as far as it is looked at here."""
 
     partition: str | None = None
@@ -185,7 +185,7 @@ class Need:
     reservation: str | None = None
 
 
-def ask(script: str, need: Need) -> tuple[str | None, str | None]:
+def check(script: str, need: Requirements) -> tuple[str | None, str | None]:
     """Why Slurm would not take a script, or would never start it, in one line that helps; and a line on why not soon.
 
     ``sbatch --test-only`` queues nothing. It refuses what sbatch would queue while nodes are down or drained, and before a
@@ -197,23 +197,23 @@ def ask(script: str, need: Need) -> tuple[str | None, str | None]:
             "sbatch is not on the PATH: run this on a login node of the cluster, or use --cluster local",
             None,
         )
-    said = command.check(script)
+    said = command.test_only(script)
     if said is None:
-        return _too_long(need), None
+        return _over_the_limit(need), None
     if "partition" in said.lower() and need.partition is not None:
         known = sorted({name.rstrip("*") for name in command.output("sinfo", "-h", "-o", "%P").split()})
         unknown = [name for name in need.partition.split(",") if name not in known]
         if known and unknown:
             return f"partition {unknown[0]!r} does not exist here; there are: {', '.join(known)}", None
-    later = _not_now(said, need)
-    return (said, None) if later is None else (_too_long(need), later)
+    later = _why_not_now(said, need)
+    return (said, None) if later is None else (_over_the_limit(need), later)
 
 
 _OUT = re.compile(r"down|drain|fail|maint|reserved|reboot|unk|future|inval|power|\*")
 """In the states of nodes that may come back; ``*`` is no answer."""
 
 
-def _not_now(said: str, need: Need) -> str | None:
+def _why_not_now(said: str, need: Requirements) -> str | None:
     """Why the job waits, where what ``--test-only`` said is about the present; None where it is for good."""
     if need.reservation is not None and "Invalid time specified" in said:
         return f"queued, though reservation {need.reservation} has not begun"
@@ -237,7 +237,7 @@ def _not_now(said: str, need: Need) -> str | None:
     )
 
 
-def _too_long(need: Need) -> str | None:
+def _over_the_limit(need: Requirements) -> str | None:
     for line in command.output("sinfo", "-h", "-o", "%P|%l").splitlines():
         name, _, limit = line.partition("|")
         if (name.endswith("*") and need.partition is None) or name.rstrip("*") == need.partition:
@@ -254,7 +254,7 @@ def _numbers(jobs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(job.partition("_")[0] for job in jobs))
 
 
-def _array(job: str) -> list[str]:
+def _task_names(job: str) -> list[str]:
     """``7_[0-2,5%3]`` -> 7_0, 7_1, 7_2, 7_5."""
     match = re.fullmatch(r"(\d+)_\[([\d,\-]+)(?:%\d+)?\]", job)
     if match is None:

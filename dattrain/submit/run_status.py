@@ -1,4 +1,4 @@
-"""What ``dattrain status`` shows of a run: its history, Slurm's word and its metrics, in a few lines. Pure but for reading files."""
+"""Status of runs, from their history, Slurm and their metrics, as ``dattrain status`` shows it. Pure but for reading files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any
 
 from dattrain.config.load import load
 from dattrain.runtime import owner
-from dattrain.submit import history, job_state, queue
+from dattrain.submit import history, job_state, local, queue
 from dattrain.submit.history import Event
 from dattrain.submit.queue import UNKNOWN, JobState
+from dattrain.submit.run_folders import relative
 
 
 @dataclass(frozen=True)
-class Report:
+class RunStatus:
     """One run. ``state`` is ours: ``finished``, ``running``, ``waiting``, ``stopped``, ``cancelled``, ``failed``, ``unknown``."""
 
     run: Path
@@ -38,32 +39,48 @@ class Report:
     restarts: tuple[str, ...]
     """Why each attempt but the last ended."""
     warnings: tuple[str, ...] = ()
-    """What keeps the run from going on by itself after this attempt."""
+    """What keeps the run from resuming by itself after this attempt."""
 
 
 def jobs_of(run: Path) -> list[str]:
-    """Jobs of a run that may still live: the newest two (a follow-up waits behind the one that runs); none where the history
-    alone has decided."""
+    """Jobs of a run that may still live: the newest two (a follow-up waits behind the one that runs).
+
+    None where the history alone has decided.
+    """
     events = history.history(run)
-    if judge(events, UNKNOWN)[0] != "unknown":
+    if state_of(events, UNKNOWN)[0] != "unknown":
         return []
     jobs = [e["job"] for e in events if e["event"] == "submit"]
     return [job for job in jobs if not job.startswith("local")][-2:]
 
 
-def report(run: Path, states: Mapping[str, JobState], *, local_alive: bool = False) -> Report:
-    """Put together what is known of one run."""
+def active_job(run: Path) -> tuple[str | None, str]:
+    """Job of a run that is not over, and its state; None and UNKNOWN where only Slurm could tell and does not answer."""
+    jobs = [e["job"] for e in history.history(run) if e["event"] == "submit"]
+    if local.alive(run):
+        return jobs[-1] if jobs else "local", "RUNNING"
+    jobs = [job for job in jobs if not job.startswith("local")][-2:]
+    states = queue.states(jobs)
+    for job, state in states.items():
+        if not state.final and state != UNKNOWN:
+            return job, state.state
+    unknown = UNKNOWN in states.values() and state_of(history.history(run), UNKNOWN)[0] == "unknown"
+    return None, "UNKNOWN" if unknown else ""
+
+
+def status_of(run: Path, states: Mapping[str, JobState], *, local_alive: bool = False) -> RunStatus:
+    """Put the status of one run together."""
     events = history.history(run)
     job, slurm = _current(events, states)
-    state, why = judge(events, slurm, local_alive=local_alive)
+    state, why = state_of(events, slurm, local_alive=local_alive)
     if state == "failed" and not why and job is not None:
-        why = last_words(run, job, slurm)
+        why = why_failed(run, job, slurm)
     if state not in ("running", "waiting"):
-        state, why = _by_hand(run, state, why)
+        state, why = _without_job(run, state, why)
     metrics = read_metrics(run / "metrics.jsonl")
     ends = [e for e in history.since_submission(events) if e["event"] == "end" and e.get("action") == "again"]
     live = state == "running"
-    return Report(
+    return RunStatus(
         run=run,
         state=state,
         job=job,
@@ -81,20 +98,20 @@ def report(run: Path, states: Mapping[str, JobState], *, local_alive: bool = Fal
     )
 
 
-def _by_hand(run: Path, state: str, why: str) -> tuple[str, str]:
-    """The same for a run that a process trains without a job of ours, or whose jobs are another folder's."""
+def _without_job(run: Path, state: str, why: str) -> tuple[str, str]:
+    """State and reason of a run that a process trains without a job of ours, or whose jobs are another folder's."""
     found = owner.current_owner(run)
     if found is not None and found[1] == "alive" and found[0].purpose == owner.TRAINED:
         return "running", f"trained by {found[0].who()}"
-    told = [why, history.origin(run)]
+    reasons = [why, history.origin(run)]
     jobs = [e["job"] for e in history.history(run) if e["event"] == "submit"]
     if found is not None and not (found[1] == "unknown" and found[0].job in jobs):
-        told.append(f"{found[0].who()} has the folder, or had it when it died")
-    return state, "; ".join(filter(None, told))
+        reasons.append(f"{found[0].who()} has the folder, or had it when it died")
+    return state, "; ".join(filter(None, reasons))
 
 
-def judge(events: Sequence[Event], slurm: JobState, *, local_alive: bool = False) -> tuple[str, str]:
-    """State of a run and the reason for it; of a failed run none, where the job left no word.
+def state_of(events: Sequence[Event], slurm: JobState, *, local_alive: bool = False) -> tuple[str, str]:
+    """State of a run and the reason for it; no reason for a failed run whose job recorded none.
 
     The history knows what our job decided; Slurm knows what became of it. An attempt that Slurm broke off
     (NODE_FAIL) is followed by another as long as Slurm keeps the job.
@@ -120,7 +137,7 @@ def judge(events: Sequence[Event], slurm: JobState, *, local_alive: bool = False
     name = slurm.state
     if name in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"):
         return "running", "suspended by Slurm" if name in ("SUSPENDED", "STOPPED") else ""
-    if slurm.waiting_in_vain:
+    if slurm.never_starts:
         return "cancelled", "the job that it waits for did not end well"
     if name in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "REQUEUE_FED"):
         held = "held" in slurm.reason.lower()
@@ -139,18 +156,18 @@ def judge(events: Sequence[Event], slurm: JobState, *, local_alive: bool = False
     left = _warnings(now)
     if left:
         how = f"{last['reason']}: {last['detail']}; " if last is not None and not begun else ""
-        return "failed", f"{how}{'; '.join(left)}; submitted again, it goes on from its checkpoint"
+        return "failed", f"{how}{'; '.join(left)}; submitted again, it resumes from its checkpoint"
     if name == "TIMEOUT":
         return "failed", "reached its time limit and was killed before it had saved"
     if name == "PREEMPTED":
         return "failed", (
             "preempted, and killed before it could queue another job (requeue: follow-up has one ready); "
-            "submitted again, it goes on from its checkpoint"
+            "submitted again, it resumes from its checkpoint"
         )
     return "failed", ""
 
 
-WORDS = {
+MEANINGS = {
     "OUT_OF_MEMORY": "out of memory (mem_gb of the profile)",
     "BOOT_FAIL": "a node did not boot",
     "DEADLINE": "its deadline came first",
@@ -160,11 +177,11 @@ WORDS = {
 """What Slurm's states mean where the job itself could say nothing."""
 
 
-def last_words(run: Path, job: str, slurm: JobState) -> str:
-    """Why a job failed that told its run nothing: the last line of the batch script's error file, and Slurm's own words."""
-    code, reason = queue.ending(job)
+def why_failed(run: Path, job: str, slurm: JobState) -> str:
+    """Reason of a failed job that recorded none: the last line of the batch script's error file, and what Slurm says."""
+    code, reason = queue.exit_of(job)
     status, _, signum = code.partition(":")
-    parts = [WORDS.get(slurm.state, slurm.state)]
+    parts = [MEANINGS.get(slurm.state, slurm.state)]
     if signum not in ("", "0", "53"):
         parts.append(f"killed by signal {signum}")
     elif status not in ("", "0"):
@@ -176,7 +193,7 @@ def last_words(run: Path, job: str, slurm: JobState) -> str:
     except (OSError, ValueError):
         return ", ".join(parts) + "; the run folder has no submit/spec.json any more"
     log = Path(spec["folder"]) / f"{job}_0_log.err"
-    if line := job_state.last_words(spec, job, 0):
+    if line := job_state.last_error_of_rank(spec, job, 0):
         return f"{', '.join(parts)}: {line}"
     if signum == "53" or (reason == "JobLaunchFailure" and not log.exists()):
         return f"{', '.join(parts)}: Slurm could not open the job's log {log} (is the folder there, and seen by the node?)"
@@ -184,7 +201,7 @@ def last_words(run: Path, job: str, slurm: JobState) -> str:
 
 
 def _warnings(events: Sequence[Event]) -> list[str]:
-    """Of the newest attempt; a later one has overcome what the bookkeeper could not."""
+    """Of the newest attempt; a later one has overcome what the job hook could not."""
     found: list[str] = []
     for event in events:
         if event["event"] in ("begin", "submit"):
@@ -248,7 +265,7 @@ def _last_step(run: Path, metrics: Mapping[str, Any]) -> int | None:
     per_epoch = metrics["samples"] / metrics["epoch"] / config.train.global_batch
     # The epoch is rounded to six digits, which is most at the start: an integer must not become the next one.
     exact = config.schedule.epochs * per_epoch
-    total = math.ceil(exact * (1 - 1e-6 / metrics["epoch"]))
+    total: int = math.ceil(exact * (1 - 1e-6 / metrics["epoch"]))
     return min(total, config.train.max_steps or total)
 
 
@@ -259,14 +276,14 @@ def _evaluation(run: Path) -> float | None:
         return None
 
 
-def render(reports: Sequence[Report]) -> str:
+def render(statuses: Sequence[RunStatus]) -> str:
     """A line for each run, and below it its restarts and the reason of its state."""
     rows = [("RUN", "STATE", "JOB", "STEP", "IMAGES/S", "LOSS", "ETA", "TOP-1", "CHECKPOINT", "RESTARTS")]
-    for r in reports:
+    for r in statuses:
         step = "-" if r.step is None else f"{r.step}/{r.last_step}" if r.last_step else str(r.step)
         rows.append(
             (
-                _short(r.run),
+                relative(r.run),
                 r.state,
                 f"{r.job or '-'}" + (f" {r.slurm.nodes}" if r.slurm.nodes and r.state == "running" else ""),
                 step,
@@ -283,7 +300,7 @@ def render(reports: Sequence[Report]) -> str:
     for number, row in enumerate(rows):
         lines.append("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
         if number:
-            one = reports[number - 1]
+            one = statuses[number - 1]
             lines += [f"    {one.state}: {one.why}"] if one.why else []
             lines += [f"    warning: {text}" for text in one.warnings]
             lines += [f"    restart {n}: {text}" for n, text in enumerate(one.restarts, 1)]
@@ -299,10 +316,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h {mins:02d}m"
     return f"{mins}m {secs:02d}s" if mins else f"{secs}s"
-
-
-def _short(path: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

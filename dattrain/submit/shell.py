@@ -1,5 +1,6 @@
-"""What a submission takes along from the shell (or the job) that it is made in. Standard library alone, Python >= 3.8, since
-the batch script's bookkeeper uses it too.
+"""What a submission takes along from the shell (or the job) that it is made in.
+
+Standard library alone, Python >= 3.8, since the job hook uses it too.
 
 sbatch reads options from its command line, then from ``SBATCH_`` variables, then from the script's ``#SBATCH`` lines: so a
 variable of the shell overrides the script. Here the script holds, which says what the profile and the command line said; what

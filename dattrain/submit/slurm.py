@@ -35,7 +35,7 @@ TIMEOUTS = 1_000_000_000
 """submitit's ``max_num_timeout``: it counts each signal of a job shorter than ten minutes, and would end the run at three."""
 
 SIGNALS = "TERM HUP USR1 USR2"
-"""What would end the batch script's shell before the books are closed; the tasks are told by signals of their own."""
+"""What would end the batch script's shell before the end is recorded; the tasks get signals of their own."""
 
 ENTER = '"$DATTRAIN_RUN/submit/code/dattrain/submit/enter.py"'
 """Starts a module of the snapshot; expanded by the batch script's shell, for each run of an array."""
@@ -59,12 +59,13 @@ class Placement:
 
     @property
     def nodes_text(self) -> str:
+        """``2`` or ``2-4``, as sbatch takes it."""
         low, high = self.nodes
         return str(low) if low == high else f"{low}-{high}"
 
 
 def parameters(profile: Profile, place: Placement) -> dict[str, Any]:
-    """submitit's parameters of a job; what is None is left to the cluster."""
+    """Parameters of a job for submitit; what is None is left to the cluster."""
     extra: dict[str, Any] = {}
     if place.nodes[0] != place.nodes[1]:
         extra["nodes"] = place.nodes_text
@@ -92,10 +93,10 @@ def parameters(profile: Profile, place: Placement) -> dict[str, Any]:
         "exclusive": True if profile.exclusive else None,
         "signal_delay_s": profile.signal_delay_s,
         "dependency": place.dependency,
-        "setup": _before(profile, place),
+        "setup": _setup_lines(profile, place),
         "teardown": [
             f"DATTRAIN_STATUS=$?; trap '' {SIGNALS}",
-            f'{_bookkeeper(profile)} end "$DATTRAIN_RUN" "$DATTRAIN_STATUS"',
+            f'{_job_hook(profile)} end "$DATTRAIN_RUN" "$DATTRAIN_STATUS"',
         ],
         "srun_args": _srun(profile, place),
         "wckey": None,
@@ -135,8 +136,8 @@ def _interpreter(profile: Profile, place: Placement) -> str:
     return shlex.join(["apptainer", "exec", *gpu, *binds, *box.arguments, box.image]) + " " + inner
 
 
-def _before(profile: Profile, place: Placement) -> list[str]:
-    """Lines before srun: the profile's own, the environment, the snapshot, and the bookkeeper's consent."""
+def _setup_lines(profile: Profile, place: Placement) -> list[str]:
+    """Lines before srun: the profile's own, the environment, the snapshot, and the job hook, which says whether the job may start."""
     runs = " ".join(shlex.quote(str(run)) for run in place.runs)
     lines = [f"trap : {SIGNALS}", *profile.setup] if profile.setup else []
     # What a site's lines, or the shell that submits, leave behind must not end the script where srun does not end with 0.
@@ -151,19 +152,19 @@ def _before(profile: Profile, place: Placement) -> list[str]:
         f"DATTRAIN_RUNS=({runs})",
         'export DATTRAIN_RUN="${DATTRAIN_RUNS[${SLURM_ARRAY_TASK_ID:-0}]}"',
         'export PYTHONPATH="$DATTRAIN_RUN/submit/code${PYTHONPATH:+:$PYTHONPATH}"',
-        host.guard(profile),
-        # Ignored by the bookkeeper too.
+        host.version_check(profile),
+        # Ignored by the job hook too.
         f"trap '' {SIGNALS}",
-        f'{_bookkeeper(profile)} begin "$DATTRAIN_RUN" || exit $?',
-        f'{_bookkeeper(profile)} guard "$DATTRAIN_RUN" &',
+        f'{_job_hook(profile)} begin "$DATTRAIN_RUN" || exit $?',
+        f'{_job_hook(profile)} guard "$DATTRAIN_RUN" &',
         "export DATTRAIN_GUARD=$!",
-        # Deferred until srun returns, and not inherited by it: the books are closed even when the job is told to end.
+        # Deferred until srun returns, and not inherited by it: the end is recorded even when the job is told to end.
         f"trap : {SIGNALS}",
     ]
     return lines
 
 
-def _bookkeeper(profile: Profile) -> str:
+def _job_hook(profile: Profile) -> str:
     return f"{shlex.quote(host.interpreter(profile))} {ENTER} -m dattrain.submit.job_hook"
 
 

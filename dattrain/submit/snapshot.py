@@ -1,4 +1,4 @@
-"""The code of a run, set aside: the job runs what was there when it was submitted, whatever is edited meanwhile."""
+"""The code of a run, kept in its folder: the job runs what was there when it was submitted, whatever is edited meanwhile."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def source_root() -> Path:
     return Path(dattrain.__file__).resolve().parents[1]
 
 
-def take(run: Path) -> Path:
+def create(run: Path) -> Path:
     """Copy the package to ``run/submit/code``, write ``run/code.json`` and ``run/code.diff``; returns the copy.
 
-    The copy is made aside and renamed, so a job that starts meanwhile sees the old one or the new one.
+    The copy is made beside it and renamed, so a job that starts meanwhile sees the old one or the new one.
     """
     target = run / "submit" / "code"
-    aside = target.with_name(f"code.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source_root() / "dattrain", aside / "dattrain", ignore=LEFT_OUT)
+    staging = target.with_name(f"code.{os.getpid()}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source_root() / "dattrain", staging / "dattrain", ignore=LEFT_OUT)
     found, diff = describe()
-    found["sha256"] = digest(aside)
+    found["sha256"] = digest(staging)
     old = target.with_name(f"code.{os.getpid()}.old")
     if target.exists():
         target.rename(old)
-    aside.rename(target)
+    staging.rename(target)
     shutil.rmtree(old, ignore_errors=True)
     (run / "code.diff").write_bytes(diff)
     (run / "code.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

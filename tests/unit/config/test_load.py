@@ -64,7 +64,7 @@ def test_scalars_mean_what_a_researcher_reads(text, value):
         ("optm.lr=1", "command line: unknown key optm; did you mean optim?"),
         ("optim.lrr=1", "did you mean optim.lr?"),
         ("optim.lr=-1", "command line: optim.lr"),
-        ("optim.lr=fast", "not 'fast'"),
+        ("optim.lr=fast", "found 'fast'"),
         ("train.micro_batch=48", "nearest divisor"),
         ("augment.mix_group=7", "multiple of 2"),
         ("augment.mix_group=768", "augment.mix_group=768 does not divide train.global_batch=1024"),

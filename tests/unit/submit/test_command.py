@@ -22,16 +22,16 @@ def _program(site: Path, name: str, text: str) -> None:
 
 
 def test_what_is_missing_refuses_or_hangs_is_said(site: Path) -> None:
-    assert command.tell("scancel-of-the-site", "5") == "scancel-of-the-site: No such file or directory"
+    assert command.run("scancel-of-the-site", "5") == "scancel-of-the-site: No such file or directory"
     _program(site, "scancel", "exec sleep 60")
-    assert command.tell("scancel", "5", timeout_s=0.2) == "scancel did not answer within 0 s"
+    assert command.run("scancel", "5", timeout_s=0.2) == "scancel did not answer within 0 s"
     assert command.output("scancel", "5", timeout_s=0.2) == ""
     _program(site, "scancel", "echo 'scancel: error: no right to do so' >&2; exit 1")
-    assert command.tell("scancel", "5") == "no right to do so"
+    assert command.run("scancel", "5") == "no right to do so"
     _program(site, "scancel", "echo 'not before noon'; exit 1")
-    assert command.tell("scancel", "5") == "not before noon", "a wrapper may say it on stdout"
+    assert command.run("scancel", "5") == "not before noon", "a wrapper may say it on stdout"
     _program(site, "scancel", "")
-    assert command.tell("scancel", "5") is None
+    assert command.run("scancel", "5") is None
 
 
 def test_a_users_views_of_slurm_do_not_change_its_answers(

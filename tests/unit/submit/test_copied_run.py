@@ -18,8 +18,8 @@ from dattrain.cli import cancel
 from dattrain.cli.main import main
 from dattrain.errors import UserError
 from dattrain.runtime import owner
-from dattrain.submit import dependency, history, local, queue, request, run_status, submission
-from dattrain.submit.request import Request
+from dattrain.submit import dependency, history, local, queue, run_status, submission
+from dattrain.submit.plan import SubmitRequest
 
 RECIPE = "name: demo\ntrain: {global_batch: 64, micro_batch: 8}\ndata: {train: shards}\n"
 
@@ -82,33 +82,33 @@ def test_it_has_no_jobs(
 ) -> None:  # fmt: skip
     if old:
         forget_where(run)
-    assert submission.active(run) == ("12", "RUNNING")
+    assert run_status.active_job(run) == ("12", "RUNNING")
     other = become(run)
     assert main(["cancel", str(other)]) == 0
     assert f"no job to cancel ({word} {run}: " in capsys.readouterr().out
     assert "scancel" not in calls(cluster)
-    one = run_status.report(other, queue.states(run_status.jobs_of(other)))
+    one = run_status.status_of(other, queue.states(run_status.jobs_of(other)))
     assert (one.state, one.job) == ("not submitted", None)
     assert one.why == f"{word} {run}: the jobs submitted there are not this folder's"
     with pytest.raises(UserError, match="neither a job id nor a run folder that was submitted"):
         dependency.dependency_on(str(other))
-    # It is submitted like any other, begins its own books, and its jobs are then its own.
-    assert request.run(Request(str(other), cluster="./c.yaml")) == 0
+    # It is submitted like any other, begins its own history, and its jobs are then its own.
+    assert submission.submit(SubmitRequest(str(other), cluster="./c.yaml")) == 0
     spec = history.read_spec(other)
     assert spec["folder"] == str(other / "submit" / "slurm") and spec["dependents"] == []
     assert [e["event"] for e in history.history(other)] == ["submit"]
     assert history.open_attempt(history.history(other)) is None
     assert history.origin(other) is None
     assert run_status.jobs_of(other) == ["13"]
-    assert submission.active(other)[0] is None  # not what job 12 does
+    assert run_status.active_job(other)[0] is None  # not what job 12 does
     if become is copied:
-        assert submission.active(run) == ("12", "RUNNING")
+        assert run_status.active_job(run) == ("12", "RUNNING")
 
 
 def test_a_link_to_a_run_is_the_run(cluster: Path, run: Path) -> None:
     new = moved(run)
     run.symlink_to(new)
-    assert submission.active(run) == submission.active(new) == ("12", "RUNNING")
+    assert run_status.active_job(run) == run_status.active_job(new) == ("12", "RUNNING")
     assert history.origin(new) is None
 
 
@@ -138,7 +138,7 @@ def test_of_two_submissions_at_once_one_is_refused(cluster: Path, capsys: pytest
 
     def submit() -> None:
         try:
-            request.run(Request("r.yaml", cluster="./c.yaml", folder=str(cluster / "new")))
+            submission.submit(SubmitRequest("r.yaml", cluster="./c.yaml", folder=str(cluster / "new")))
         except UserError as error:
             said.append(str(error))
 
@@ -160,13 +160,13 @@ def test_a_run_that_is_trained_by_hand_is_not_submitted_and_status_says_who_trai
     copy = copied(run)
     with owner.acquire(copy):
         with pytest.raises(UserError, match=f"is being trained by process {os.getpid()} on "):
-            request.run(Request(str(copy), cluster="./c.yaml"))
-        one = run_status.report(copy, {})
+            submission.submit(SubmitRequest(str(copy), cluster="./c.yaml"))
+        one = run_status.status_of(copy, {})
         assert one.state == "running" and one.why.startswith(f"trained by process {os.getpid()} on ")
         main(["cancel", str(copy)])
         assert f"trained by process {os.getpid()} on " in capsys.readouterr().out
     assert "sbatch" not in calls(cluster)
-    assert run_status.report(copy, {}).state == "not submitted"
+    assert run_status.status_of(copy, {}).state == "not submitted"
 
 
 def test_cancel_of_a_run_that_slurm_does_not_answer_for_says_so(cluster: Path, run: Path) -> None:

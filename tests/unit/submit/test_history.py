@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import dattrain
 from dattrain.submit import history
-from dattrain.submit.job_hook import script_for_follow_up
+from dattrain.submit.follow_up import script_of
 
 
 def _classify(**changes: Any) -> tuple[str, str, str | None]:
@@ -51,7 +51,7 @@ def test_the_same_save_is_a_preemption_or_the_time_limit_by_the_clock() -> None:
 
 
 @pytest.mark.parametrize("state", ["PREEMPTED", "REQUEUED"])
-def test_what_slurm_takes_away_goes_on_whether_it_was_saved_or_not(state: str) -> None:
+def test_what_slurm_takes_away_resumes_whether_it_was_saved_or_not(state: str) -> None:
     saved = {"status": "preempted", "step": 5}
     assert _classify(outcome=saved, slurm_state=state) == (state.lower(), "saved at step 5", None)
     reason, detail, _ = _classify(slurm_state=state, stderr="srun: error: n1: task 0: Killed\n")
@@ -90,16 +90,16 @@ def test_a_stall_is_called_one_and_counts_as_a_crash() -> None:
 def test_a_task_that_could_not_speak_is_quoted() -> None:
     words = {0: "first", 2: "ModuleNotFoundError: No module named 'submitit'"}
     stderr = "srun: error: n2: tasks 2-3: Exited with exit code 1\n"
-    detail = _classify(stderr=stderr, last_words=words.__getitem__)[1]
+    detail = _classify(stderr=stderr, last_error=words.__getitem__)[1]
     assert detail == "Exited with exit code 1: ModuleNotFoundError: No module named 'submitit'"
-    assert _classify(last_words=words.__getitem__)[1] == "the tasks ended with status 1: first"
+    assert _classify(last_error=words.__getitem__)[1] == "the tasks ended with status 1: first"
     killed = (
         "slurmstepd-n2: error: Detected 1 oom_kill event in StepId=5.0.\nsrun: error: n2: task 2: Killed\n"
     )
     assert _classify(stderr=killed)[1].startswith("out of memory")
 
 
-def test_the_culprit_is_the_first_task_that_srun_saw_die() -> None:
+def test_the_first_failure_is_the_first_task_that_srun_saw_die() -> None:
     stderr = (
         "srun: error: n3: task 5: Killed\n"
         "Traceback ... connection closed by peer\n"
@@ -112,7 +112,7 @@ def test_the_culprit_is_the_first_task_that_srun_saw_die() -> None:
     assert _classify(stderr=stderr, reports=reports) == ("crashed", "Killed", "n3")
 
 
-def test_the_error_of_the_culprits_node_is_shown_if_it_could_speak() -> None:
+def test_the_error_of_the_node_that_failed_first_is_shown_if_it_wrote_one() -> None:
     stderr = "srun: error: n3: task 5: Exited with exit code 1\nsrun: error: n1: tasks 0-1: Exited with exit code 1\n"
     reports = [
         {"rank": 0, "node": "n1", "error": "connection closed by peer"},
@@ -230,11 +230,11 @@ def test_node_lists(text: str, names: list[str]) -> None:
 
 def test_the_follow_up_of_an_arrays_task_is_a_job_of_its_own() -> None:
     text = '#SBATCH --array=0-2%3\n#SBATCH --output=/f/%A_%a_0.out\nX="${R[${SLURM_ARRAY_TASK_ID:-0}]}"\n'
-    assert script_for_follow_up(text, 2) == '#SBATCH --output=/f/%j_0.out\nX="${R[2]}"\n'
-    assert script_for_follow_up(text, None) == text
+    assert script_of(text, 2) == '#SBATCH --output=/f/%j_0.out\nX="${R[2]}"\n'
+    assert script_of(text, None) == text
 
 
-def test_the_bookkeeper_needs_the_standard_library_alone(tmp_path: Path) -> None:
+def test_the_job_hook_needs_the_standard_library_alone(tmp_path: Path) -> None:
     package = Path(dattrain.__file__).parent
     shutil.copytree(
         package / "submit", tmp_path / "dattrain" / "submit", ignore=shutil.ignore_patterns("__pycache__")

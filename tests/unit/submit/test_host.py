@@ -39,7 +39,7 @@ def test_the_default_is_a_python_that_works() -> None:
     # What the tasks have in their container, the host has not.
     assert host.interpreter(Profile(python="/opt/python", container=box)) == sys.executable
     assert host.interpreter(Profile(python="/env/python", host_python="python3.9")) == "python3.9"
-    assert host.refusal(Profile()) is None
+    assert host.problem(Profile()) is None
 
 
 def test_a_wrong_one_is_refused_before_the_job_with_key_and_value(tmp_path: Path, python36: str) -> None:
@@ -50,13 +50,13 @@ def test_a_wrong_one_is_refused_before_the_job_with_key_and_value(tmp_path: Path
         ("python9", "host_python: python9 cannot be run"),
         (_program(tmp_path / "true", "exit 0"), "is not a Python that works (exit status 0)"),
     ):
-        said = host.refusal(Profile(host_python=python))
+        said = host.problem(Profile(host_python=python))
         assert said is not None and words in said and f"leave it out to take {sys.executable}" in said
-    assert host.refusal(Profile(host_python=sys.executable)) is None
+    assert host.problem(Profile(host_python=sys.executable)) is None
 
 
 def test_what_setup_may_change_is_left_to_the_node() -> None:
-    assert host.refusal(Profile(host_python="python9", setup=("module load python",))) is None
+    assert host.problem(Profile(host_python="python9", setup=("module load python",))) is None
 
 
 def test_the_node_says_it_in_one_sentence(tmp_path: Path, python36: str) -> None:
@@ -71,7 +71,7 @@ def test_the_node_says_it_in_one_sentence(tmp_path: Path, python36: str) -> None
         str(shim): "pyenv: python3.9: command not found)",
     }
     for python, seen in seen_of.items():
-        script = f"set -eu\n{host.guard(Profile(host_python=python))}\necho went on"
+        script = f"set -eu\n{host.version_check(Profile(host_python=python))}\necho went on"
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.count("\n") == 1
@@ -80,7 +80,9 @@ def test_the_node_says_it_in_one_sentence(tmp_path: Path, python36: str) -> None
         )
         assert "set host_python in the profile" in done.stderr
     done = subprocess.run(
-        ["bash", "-c", f"set -eu\n{host.guard(Profile())}\necho went on"], capture_output=True, text=True
+        ["bash", "-c", f"set -eu\n{host.version_check(Profile())}\necho went on"],
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
 

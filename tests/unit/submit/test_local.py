@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dattrain.config.load import loads
-from dattrain.submit import history, local, submission
+from dattrain.submit import history, local, run_status, submission
 from dattrain.submit.cluster import Profile
 from dattrain.submit.submission import Stage
 
@@ -31,8 +31,8 @@ Outcome = namedtuple("Outcome", "status step")
 
 def train(config, run, env=None):
     rank = int(os.environ["SUBMITIT_LOCAL_GLOBALID"])
-    told = []
-    signal.signal(signal.SIGUSR2, lambda *_: told.append(1))
+    signalled = []
+    signal.signal(signal.SIGUSR2, lambda *_: signalled.append(1))
     step = max((int(p.name[5:]) for p in run.glob("checkpoints/step_*")), default=0)
     (run / f"pid_{rank}").write_text(str(os.getpid()))
     while step < 40:
@@ -40,10 +40,10 @@ def train(config, run, env=None):
         step += 1
         if rank == 0:
             (run / "step").write_text(str(step))
-        if rank == 0 and (step == 40 or told or (step % 10 == 0 and not (run / "no-saves").exists())):
+        if rank == 0 and (step == 40 or signalled or (step % 10 == 0 and not (run / "no-saves").exists())):
             (run / f"checkpoints/step_{step:08d}").mkdir(parents=True)
             (run / f"checkpoints/step_{step:08d}/manifest.json").write_text("{}")
-        if told:
+        if signalled:
             return Outcome("preempted", step)
         if (run / "raise").exists():
             raise ValueError("out of luck")
@@ -62,7 +62,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         stage = Stage("t", (run,), (loads("name: t\n"),), profile, "local", (1, 1), 10, **settings)
         submission.prepare(stage)
         (run / "submit" / "code" / "dattrain" / "engine" / "trainer.py").write_text(TRAINER)
-        submission.submit(stage)
+        submission.submit_stage(stage)
         runs.append(run)
         return run
 
@@ -99,14 +99,14 @@ def _ends(run: Path) -> list[history.Event]:
 def test_it_trains_in_the_background_and_finishes(start: Callable[..., Path]) -> None:
     run = start()
     assert local.alive(run)
-    assert submission.active(run)[1] == "RUNNING"
+    assert run_status.active_job(run)[1] == "RUNNING"
     _until(lambda: not local.alive(run))
     (end,) = _ends(run)
     assert (end["reason"], end["action"], end["checkpoint"]) == ("finished", "done", 40)
-    assert submission.active(run) == (None, "")
+    assert run_status.active_job(run) == (None, "")
 
 
-def test_a_killed_rank_takes_the_other_along_and_the_run_goes_on(start: Callable[..., Path]) -> None:
+def test_a_killed_rank_takes_the_other_along_and_the_run_resumes(start: Callable[..., Path]) -> None:
     run = start()
     _until(lambda: _step(run) > 12)
     os.kill(_pids(run)[1], signal.SIGKILL)
@@ -132,7 +132,7 @@ def test_an_error_before_any_checkpoint_ends_the_run_with_its_words(
     assert "ValueError: out of luck" in end["why"]
 
 
-def test_a_signal_to_the_tasks_saves_and_goes_on(start: Callable[..., Path]) -> None:
+def test_a_signal_to_the_tasks_saves_and_resumes(start: Callable[..., Path]) -> None:
     run = start()
     _until(lambda: _step(run) > 3)
     for pid in _pids(run):

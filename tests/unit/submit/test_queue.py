@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dattrain.submit import queue
-from dattrain.submit.queue import JobState, Need
+from dattrain.submit.queue import JobState, Requirements
 
 SCONTROL = (
     "JobId=12 JobName=demo UserId=root(0) Priority=4294901748 JobState=NODE_FAIL Reason=NodeDown Dependency=(null) "
@@ -65,24 +65,24 @@ def test_sacct_is_believed_once_squeue_has_forgotten(bin_folder: Path) -> None:
 def test_without_slurm_everything_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     assert queue.states(["1"])["1"] == queue.UNKNOWN
-    assert "sbatch is not on the PATH" in str(queue.ask("#!/bin/bash", Need())[0])
-    assert queue.tasks("1") == {}
+    assert "sbatch is not on the PATH" in str(queue.check("#!/bin/bash", Requirements())[0])
+    assert queue.task_states("1") == {}
 
 
 def test_an_unknown_partition_lists_the_known(bin_folder: Path) -> None:
     _program(bin_folder, "sbatch", "echo 'sbatch: error: invalid partition specified: gpuu' >&2; exit 1")
     _program(bin_folder, "sinfo", "echo 'main*'; echo gpu")
     for asked in ("gpuu", "main,gpuu"):
-        why, _ = queue.ask("x", Need(asked))
+        why, _ = queue.check("x", Requirements(asked))
         assert why == "partition 'gpuu' does not exist here; there are: gpu, main"
 
 
 def test_a_time_that_the_partition_does_not_allow(bin_folder: Path) -> None:
     _program(bin_folder, "sbatch", "exit 0")
     _program(bin_folder, "sinfo", "echo 'main*|1:00:00'; echo 'gpu|infinite'")
-    assert queue.ask("x", Need(minutes=60)) == (None, None)
-    assert queue.ask("x", Need("gpu", minutes=6000)) == (None, None)
-    assert "allows 1:00:00" in str(queue.ask("x", Need(minutes=61))[0])
+    assert queue.check("x", Requirements(minutes=60)) == (None, None)
+    assert queue.check("x", Requirements("gpu", minutes=6000)) == (None, None)
+    assert "allows 1:00:00" in str(queue.check("x", Requirements(minutes=61))[0])
 
 
 UNAVAILABLE = "allocation failure: Requested node configuration is not available"
@@ -92,38 +92,43 @@ NODES = ["main*|n1|4|drained", "main*|n2|4|down*", "main*|n3|4|idle", "main*|n4|
 @pytest.mark.parametrize(
     ("need", "nodes", "why", "note"),
     [
-        (Need(nodes=4, cpus=4), NODES, None, "not available now: n1 (drained), n2 (down*)"),
-        (Need("main,urgent", nodes=5), NODES, None, "n1 (drained)"),
-        (Need(nodes=5), NODES, "node configuration", None),  # more nodes than there are
-        (Need(nodes=2, cpus=8), NODES, "node configuration", None),  # more cores than all but one have
-        (Need("urgent", nodes=1, cpus=999), NODES, "node configuration", None),
+        (Requirements(nodes=4, cpus=4), NODES, None, "not available now: n1 (drained), n2 (down*)"),
+        (Requirements("main,urgent", nodes=5), NODES, None, "n1 (drained)"),
+        (Requirements(nodes=5), NODES, "node configuration", None),  # more nodes than there are
         (
-            Need("urgent"),
+            Requirements(nodes=2, cpus=8),
+            NODES,
+            "node configuration",
+            None,
+        ),  # more cores than all but one have
+        (Requirements("urgent", nodes=1, cpus=999), NODES, "node configuration", None),
+        (
+            Requirements("urgent"),
             NODES,
             "node configuration",
             None,
         ),  # nothing is wrong with its nodes: a device, or memory
-        (Need(), [], "node configuration", None),
-        (Need(nodes=6), [f"main*|n{n}|4|drained" for n in range(6)], None, "n3 (drained) and 2 more"),
+        (Requirements(), [], "node configuration", None),
+        (Requirements(nodes=6), [f"main*|n{n}|4|drained" for n in range(6)], None, "n3 (drained) and 2 more"),
     ],
 )
 def test_what_the_partition_could_run_is_queued_as_sbatch_would(
-    bin_folder: Path, need: Need, nodes: list[str], why: str | None, note: str | None
+    bin_folder: Path, need: Requirements, nodes: list[str], why: str | None, note: str | None
 ) -> None:
     _program(bin_folder, "sbatch", f"echo '{UNAVAILABLE}' >&2; exit 1")
     _program(bin_folder, "sinfo", 'case "$*" in *-N*) cat <<E\n' + "\n".join(nodes) + "\nE\n;; esac")
-    found = queue.ask("x", need)
+    found = queue.check("x", need)
     assert (found[0] is None, found[1] is None) == (why is None, note is None)
     assert (why or "") in str(found[0]) and (note or "") in str(found[1])
 
 
 def test_a_reservation_that_has_not_begun_is_waited_for(bin_folder: Path) -> None:
     _program(bin_folder, "sbatch", "echo 'allocation failure: Invalid time specified' >&2; exit 1")
-    assert queue.ask("x", Need(reservation="friday")) == (
+    assert queue.check("x", Requirements(reservation="friday")) == (
         None,
         "queued, though reservation friday has not begun",
     )
-    assert queue.ask("x", Need())[0] == "Invalid time specified"
+    assert queue.check("x", Requirements())[0] == "Invalid time specified"
 
 
 def test_the_check_sees_what_the_submission_sees(bin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +136,7 @@ def test_the_check_sees_what_the_submission_sees(bin_folder: Path, monkeypatch: 
     monkeypatch.setenv("SBATCH_PARTITION", "urgent")
     monkeypatch.setenv("SBATCH_WCKEY", "key")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
-    assert queue.ask("#SBATCH --partition=main\n", Need("main")) == (None, None)
+    assert queue.check("#SBATCH --partition=main\n", Requirements("main")) == (None, None)
     seen = (bin_folder / "seen").read_text()
     assert "SBATCH_WCKEY=key" in seen and "SBATCH_PARTITION" not in seen and "SLURM_JOB_ID" not in seen
 
@@ -143,9 +148,9 @@ def test_an_array_is_known_by_its_tasks(bin_folder: Path) -> None:
     )
     _program(bin_folder, "scontrol", f"echo '{pending}'")
     _program(bin_folder, "sacct", "echo '7_0|FAILED|n1'")
-    found = {name: state.state for name, state in queue.tasks("7").items()}
+    found = {name: state.state for name, state in queue.task_states("7").items()}
     assert found == {"7_0": "FAILED", "7_1": "RUNNING", "7_2": "PENDING", "7_3": "PENDING"}
-    assert list(queue.tasks("7_1")) == ["7_1"]
+    assert list(queue.task_states("7_1")) == ["7_1"]
 
 
 def test_a_job_that_the_controller_has_forgotten_is_over_and_one_without_an_answer_is_unknown(

@@ -188,7 +188,7 @@ def test_everything_a_site_may_ask_for() -> None:
     )
 
 
-def test_pyxis_and_apptainer_run_the_tasks_but_not_the_bookkeeper() -> None:
+def test_pyxis_and_apptainer_run_the_tasks_but_not_the_job_hook() -> None:
     box = Container(
         runtime="pyxis", image="/i.sqsh", mounts=("/data", "/a:/b"), arguments=("--no-container-mount-home",)
     )
@@ -221,16 +221,16 @@ def replace_box(box: Container, **changes: object) -> Container:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("told", ["", "kill -USR1 $PPID; kill -TERM $PPID; kill -USR2 $PPID; "])
-def test_the_books_are_closed_whatever_the_sites_lines_leave_behind_and_whoever_signals_the_shell(
+def test_the_end_is_recorded_whatever_the_sites_lines_leave_behind_and_whoever_signals_the_shell(
     tmp_path: Path, setup: tuple[str, ...], told: str
 ) -> None:
-    for name, text in (("srun", f"{told}exit 137"), ("books", f'echo "$@" >> {tmp_path}/calls')):
+    for name, text in (("srun", f"{told}exit 137"), ("hook", f'echo "$@" >> {tmp_path}/calls')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    profile = Profile(host_python=str(tmp_path / "books"), setup=setup)
+    profile = Profile(host_python=str(tmp_path / "hook"), setup=setup)
     text = slurm.script(profile, PLACE)
     done = subprocess.run(["bash"], input=text, text=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
-    assert done.returncode == 0  # of the bookkeeper
+    assert done.returncode == 0  # of the job hook
     deadline = time.monotonic() + 60
     while "guard" not in (tmp_path / "calls").read_text() and time.monotonic() < deadline:
         time.sleep(0.02)  # it runs beside the script

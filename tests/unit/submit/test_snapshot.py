@@ -35,14 +35,14 @@ def _git(root: Path, *arguments: str) -> None:
 def test_outside_of_git_the_copy_and_its_checksum_are_the_record(source: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "submit").mkdir(parents=True)
-    code = snapshot.take(run)
+    code = snapshot.create(run)
     found = json.loads((run / "code.json").read_text())
     assert (found["revision"], found["dirty"], found["diff"]) == (None, None, None)
     assert not list(code.rglob("*.pyc"))
     assert found["sha256"] == snapshot.digest(code)
     (source / "dattrain" / "__init__.py").write_text("VALUE = 2\n")
     assert (code / "dattrain" / "__init__.py").read_text() == "VALUE = 1\n"
-    snapshot.take(run)
+    snapshot.create(run)
     assert (code / "dattrain" / "__init__.py").read_text() == "VALUE = 2\n"
     assert json.loads((run / "code.json").read_text())["sha256"] != found["sha256"]
     assert [p.name for p in (run / "submit").iterdir()] == ["code"]
@@ -76,7 +76,7 @@ def test_a_task_imports_the_snapshot_and_neither_the_working_folder_nor_what_is_
 ) -> None:
     run, checkout = tmp_path / "run", tmp_path / "checkout"
     (run / "submit").mkdir(parents=True)
-    code = snapshot.take(run)
+    code = snapshot.create(run)
     (checkout / "dattrain").mkdir(parents=True)
     (checkout / "dattrain" / "__init__.py").write_text("raise RuntimeError('the code of the working folder')")
     shown = subprocess.check_output(

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from dattrain.errors import UserError
-from dattrain.submit import dependency, history, request
-from dattrain.submit.request import Request
+from dattrain.submit import dependency, history, submission
+from dattrain.submit.plan import SubmitRequest
 
-ASKED = Request("r.yaml", cluster="./c.yaml")
+ASKED = SubmitRequest("r.yaml", cluster="./c.yaml")
 
 
 class Site:
@@ -56,14 +56,14 @@ def test_a_banner_of_the_site_is_not_the_job(site: Site) -> None:
         "sbatch",
         'case "$1" in --test-only) exit 0;; esac; echo "Welcome, job 1"; echo "> job 7 verified"; echo 42; echo "job 9"',
     )
-    assert request.run(ASKED) == 0
+    assert submission.submit(ASKED) == 0
     run = site.folder / "runs" / "demo"
     assert [e["job"] for e in history.history(run)] == ["42"]
     named = {path.name for path in (run / "submit" / "slurm").iterdir() if not path.name.startswith(".")}
     assert named == {"42_submission.sh", "42_submitted.pkl"}
     site.program("sbatch", 'case "$1" in --test-only) exit 0;; esac; echo "Welcome, job 1"')
     with pytest.raises(UserError, match="sbatch gave no job id .*see squeue.* Welcome, job 1"):
-        request.run(replace(ASKED, folder="runs/other"))
+        submission.submit(replace(ASKED, folder="runs/other"))
 
 
 def test_the_shell_fills_what_the_profile_leaves_open(
@@ -74,7 +74,7 @@ def test_the_shell_fills_what_the_profile_leaves_open(
         "RANK": "0", "WORLD_SIZE": "1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    assert request.run(ASKED) == 0
+    assert submission.submit(ASKED) == 0
     said = capsys.readouterr().err.splitlines()
     assert said == [
         "dattrain submit: account=proj2 comes from SBATCH_ACCOUNT of this shell",
@@ -91,7 +91,7 @@ def test_the_shell_fills_what_the_profile_leaves_open(
         line for line in seen.splitlines() if line.startswith(("SBATCH_PART", "SLURM_", "RANK", "MASTER"))
     ]
     assert os.environ["SLURM_JOB_ID"] == "5" and os.environ["SBATCH_PARTITION"] == "urgent"
-    request.run(replace(ASKED, dry_run=True, partition="big"))
+    submission.submit(replace(ASKED, dry_run=True, partition="big"))
     shown = capsys.readouterr()
     assert "#SBATCH --account=proj2" in shown.out and "the job says --partition=big" in shown.err
 
@@ -102,7 +102,7 @@ def test_a_python_that_is_too_old_for_the_batch_script_is_refused(site: Site) ->
     with pytest.raises(
         UserError, match=r"profile ./c.yaml: host_python: .*python36 is Python 3.6.8; it must be"
     ):
-        request.run(ASKED)
+        submission.submit(ASKED)
     assert not (site.folder / "runs").exists()
 
 
@@ -115,15 +115,15 @@ def test_nodes_that_are_drained_are_said_and_waited_for(
         "esac; echo 42",
     )
     site.program("sinfo", 'case "$*" in *-N*) echo "main*|n1|4|drained";; esac')
-    assert request.run(ASKED) == 0
+    assert submission.submit(ASKED) == 0
     assert "queued, though some nodes are not available now: n1 (drained)" in capsys.readouterr().err
     with pytest.raises(UserError, match="Requested node configuration is not available"):
-        request.run(replace(ASKED, folder="runs/large", nodes="2"))
+        submission.submit(replace(ASKED, folder="runs/large", nodes="2"))
     assert not (site.folder / "runs" / "large").exists()
 
 
 def test_an_array_runs_some_at_a_time(site: Site) -> None:
-    assert request.run(replace(ASKED, array="optim.lr=1e-3,5e-4,1e-4", array_parallel=2)) == 0
+    assert submission.submit(replace(ASKED, array="optim.lr=1e-3,5e-4,1e-4", array_parallel=2)) == 0
     script = (site.folder / "runs/demo/submit/slurm/42_submission.sh").read_text()
     assert "#SBATCH --array=0-2%2\n" in script
 
@@ -153,15 +153,15 @@ def test_after_a_run_that_is_over_asks_its_own_history(
 ) -> None:
     run = _run(site, SUBMIT, BEGIN, {**END, "action": "stop"})
     with pytest.raises(UserError, match=rf"(?s)not ended well .*failed: no such file.*dattrain submit {run}"):
-        request.run(replace(ASKED, after=run))
+        submission.submit(replace(ASKED, after=run))
     assert not (site.folder / "runs" / "demo").exists()
     _run(site, SUBMIT, BEGIN, {**END, "action": "done", "reason": "finished"})
-    assert request.run(replace(ASKED, after=run)) == 0
+    assert submission.submit(replace(ASKED, after=run)) == 0
     assert "has ended well already, so nothing is waited for" in capsys.readouterr().err
     assert "--dependency" not in (site.folder / "runs/demo/submit/slurm/42_submission.sh").read_text()
 
 
-def test_after_a_run_that_goes_on_is_after_its_newest_job(site: Site) -> None:
+def test_after_a_run_that_resumes_is_after_its_newest_job(site: Site) -> None:
     site.program("squeue", "echo '7|RUNNING|None|n1'; echo '9|PENDING|Dependency|'")
     run = _run(site, SUBMIT, BEGIN)
     assert dependency.dependency_on(run) == ("afterok:7", Path(run))
@@ -214,7 +214,7 @@ def test_after_a_job_is_after_what_slurm_knows(
 
 
 def test_the_default_python_of_the_batch_script_is_the_one_that_submits(site: Site) -> None:
-    request.run(ASKED)
+    submission.submit(ASKED)
     script = (site.folder / "runs/demo/submit/slurm/42_submission.sh").read_text()
     assert f'\n{sys.executable} "$DATTRAIN_RUN' in script
 
@@ -234,10 +234,10 @@ def test_a_chain_that_slurm_takes_a_part_of_says_what_is_queued_and_how_the_rest
         UserError,
         match="b: not submitted: sbatch said: QOSMaxSubmit.*dattrain submit runs/two/b --after runs/two/a",
     ):
-        request.run(replace(ASKED, config="chain.yaml"))
+        submission.submit(replace(ASKED, config="chain.yaml"))
     assert "a: job 42" in capsys.readouterr().out
     assert not [e for e in history.history(site.folder / "runs/two/b") if e["event"] == "submit"]
     site.program("squeue", "echo '42|PENDING|None|'")
     site.program("sbatch", 'case "$1" in --test-only) exit 0;; esac; echo 43')
-    assert request.run(replace(ASKED, config="runs/two/b", after="runs/two/a")) == 0
+    assert submission.submit(replace(ASKED, config="runs/two/b", after="runs/two/a")) == 0
     assert history.history(site.folder / "runs/two/b")[-1]["dependency"] == "afterok:42"

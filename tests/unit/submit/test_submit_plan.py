@@ -16,8 +16,8 @@ from dattrain.engine import resume_rules
 from dattrain.errors import ConfigError, UserError
 from dattrain.state.format.manifest import Manifest
 from dattrain.state.format.rank_file import Digest
-from dattrain.submit import request, submission
-from dattrain.submit.request import Request
+from dattrain.submit import checks, plan, run_folders, submission
+from dattrain.submit.plan import SubmitRequest
 
 
 @pytest.fixture
@@ -33,35 +33,35 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-ASKED = Request("r.yaml", cluster="./c.yaml")
+ASKED = SubmitRequest("r.yaml", cluster="./c.yaml")
 
 
 def test_a_recipe_becomes_one_run_named_after_it(home: Path) -> None:
-    (stage,) = request.plan(ASKED).stages
+    (stage,) = plan.plan(ASKED).stages
     assert stage.runs == (home / "runs" / "demo",)
     assert stage.minutes == 1440
-    assert stage.placement(None).folder == home / "runs" / "demo" / "submit" / "slurm"
+    assert stage.placement().folder == home / "runs" / "demo" / "submit" / "slurm"
 
 
 def test_an_array_is_a_run_for_each_value_with_commas_kept_in_brackets(home: Path) -> None:
-    (stage,) = request.plan(replace(ASKED, array="optim.betas=[0.9,0.99],[0.9,0.999]")).stages
+    (stage,) = plan.plan(replace(ASKED, array="optim.betas=[0.9,0.99],[0.9,0.999]")).stages
     assert [run.name for run in stage.runs] == ["optim.betas=_0.9_0.99_", "optim.betas=_0.9_0.999_"]
     assert [loaded.config.optim.betas for loaded in stage.loaded] == [(0.9, 0.99), (0.9, 0.999)]
-    assert stage.placement(None).folder == home / "runs" / "demo" / "submit" / "slurm"
+    assert stage.placement().folder == home / "runs" / "demo" / "submit" / "slurm"
     for text, words in (
         ("optim.lr", "write key=v1,v2"),
         ("optim.lr=1e-3,1e-3", "there twice"),
         ("optim.lrr=1", "did you mean"),
     ):
         with pytest.raises(ConfigError, match=words):
-            request.plan(replace(ASKED, array=text))
+            plan.plan(replace(ASKED, array=text))
 
 
 def test_a_dry_run_prints_plan_and_script_and_writes_nothing(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(home.rglob("*"))
-    assert request.run(replace(ASKED, nodes="2", dry_run=True)) == 0
+    assert submission.submit(replace(ASKED, nodes="2", dry_run=True)) == 0
     shown = capsys.readouterr().out
     assert "64 = 4 device(s) x 8 x 2 accumulated" in shown
     assert "#SBATCH --nodes=2" in shown
@@ -72,11 +72,11 @@ def test_a_chain_shows_who_waits_for_whom(home: Path, capsys: pytest.CaptureFixt
     (home / "chain.yaml").write_text(
         "name: two\nstages:\n  a: {config: r.yaml, nodes: 2}\n  b: {config: r.yaml, from: a}\n  c: {evaluate: b}\n"
     )
-    made = request.plan(replace(ASKED, config="chain.yaml"))
+    made = plan.plan(replace(ASKED, config="chain.yaml"))
     assert made.needs == (None, 0, 1)
     assert [stage.action for stage in made.stages] == ["train", "train", "evaluate"]
     assert [stage.nodes for stage in made.stages] == [(2, 2), (1, 1), (1, 1)]
-    request.run(replace(ASKED, config="chain.yaml", dry_run=True))
+    submission.submit(replace(ASKED, config="chain.yaml", dry_run=True))
     shown = capsys.readouterr().out
     assert "two.b: 1 node(s) x 2 task(s), 1440 min a job, profile ./c.yaml, after two.a" in shown
     assert "--dependency='afterok:<job of two.a>'" in shown
@@ -91,23 +91,23 @@ def _run_folder(home: Path, text: str) -> Path:
 
 def test_a_run_folder_is_continued_with_its_own_recipe(home: Path) -> None:
     run = _run_folder(home, "name: demo\ntrain: {global_batch: 64, micro_batch: 8, seed: 3}\n")
-    (stage,) = request.plan(replace(ASKED, config=str(run), overrides=("train.micro_batch=4",))).stages
+    (stage,) = plan.plan(replace(ASKED, config=str(run), overrides=("train.micro_batch=4",))).stages
     assert stage.runs == (run,)
     assert (stage.loaded[0].config.train.seed, stage.loaded[0].config.train.micro_batch) == (3, 4)
     with pytest.raises(ConfigError, match="leave --array and --run out"):
-        request.plan(replace(ASKED, config=str(run), array="optim.lr=1,2"))
+        plan.plan(replace(ASKED, config=str(run), array="optim.lr=1,2"))
     with pytest.raises(ConfigError, match="neither a recipe nor a run folder"):
-        request.plan(replace(ASKED, config=str(home)))
+        plan.plan(replace(ASKED, config=str(home)))
 
 
 def test_checkpoints_of_another_run_are_not_continued(home: Path) -> None:
     run = _run_folder(home, "train: {global_batch: 64, micro_batch: 8, seed: 3}\n")
-    (stage,) = request.plan(ASKED).stages
-    submission.check_run(run, stage.loaded[0])
+    (stage,) = plan.plan(ASKED).stages
+    checks.check_run(run, stage.loaded[0])
     (run / "checkpoints" / "step_00000001").mkdir(parents=True)
     (run / "checkpoints" / "step_00000001" / "manifest.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"train.seed=3 \(config.yaml\), but this recipe says train.seed=0"):
-        submission.check_run(run, stage.loaded[0])
+        checks.check_run(run, stage.loaded[0])
 
 
 def test_a_run_is_continued_as_its_newest_checkpoint_was_trained_and_not_as_its_file_says(home: Path) -> None:
@@ -131,8 +131,8 @@ def test_a_run_is_continued_as_its_newest_checkpoint_was_trained_and_not_as_its_
     (run / "checkpoints" / "step_00000001" / "manifest.json").write_bytes(manifest.render())
 
     def continued() -> None:
-        (stage,) = request.plan(replace(ASKED, config=str(run))).stages
-        submission.check_run(run, stage.loaded[0])
+        (stage,) = plan.plan(replace(ASKED, config=str(run))).stages
+        checks.check_run(run, stage.loaded[0])
 
     continued()
     (run / "config.yaml").write_text(text.replace("{train: shards}", "{train: shards, lanes: 8}"))
@@ -149,21 +149,21 @@ def test_a_run_is_continued_as_its_newest_checkpoint_was_trained_and_not_as_its_
 
 
 def test_a_submission_loads_no_torch() -> None:
-    code = "import sys, dattrain.submit.request; sys.exit('torch' in sys.modules)"
+    code = "import sys, dattrain.submit.submission; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(home: Path) -> None:
     (home / "notes").mkdir()
     (home / "notes" / "a.txt").write_text("mine")
-    (stage,) = request.plan(ASKED).stages
+    (stage,) = plan.plan(ASKED).stages
     with pytest.raises(ConfigError, match="not empty and not a run folder"):
-        submission.check_run(home / "notes", stage.loaded[0])
+        checks.check_run(home / "notes", stage.loaded[0])
 
 
-def _check(changes: Request, speed: float | None = None) -> None:
-    for stage in request.plan(changes).stages:
-        submission.check(stage, speed)
+def _check(changes: SubmitRequest, speed: float | None = None) -> None:
+    for stage in plan.plan(changes).stages:
+        checks.check_stage(stage, speed)
 
 
 def test_every_number_of_nodes_in_a_range_must_divide_the_batch(home: Path) -> None:
@@ -188,7 +188,7 @@ def test_time_limits_have_room_for_a_step_and_a_save(home: Path) -> None:
 def test_a_measured_speed_is_used_when_a_run_is_continued(home: Path) -> None:
     run = _run_folder(home, "train: {global_batch: 64, micro_batch: 8}\n")
     (run / "metrics.jsonl").write_text('{"step": 1, "images_per_s": 0.5}\n')
-    assert submission.measured(run, 64) == (128.0, None)
+    assert checks.measured(run, 64) == (128.0, None)
     with pytest.raises(ConfigError, match="one step"):
         _check(replace(ASKED, config=str(run), time="3"))
 
@@ -224,9 +224,9 @@ def test_paths_that_a_shell_would_read_otherwise_are_fine(home: Path) -> None:
 
 def test_without_slurm_or_data_it_says_so_and_writes_nothing(home: Path) -> None:
     with pytest.raises(UserError, match="sbatch is not on the PATH"):
-        request.run(ASKED)
+        submission.submit(ASKED)
     with pytest.raises(ConfigError, match="data.train is not set"):
-        request.run(replace(ASKED, overrides=("data.train=null",)))
+        submission.submit(replace(ASKED, overrides=("data.train=null",)))
     assert not (home / "runs").exists()
 
 
@@ -235,8 +235,8 @@ def test_folders_of_chains_arrays_and_parents(home: Path) -> None:
         _run = home / "runs" / "array" / name
         _run.mkdir(parents=True)
         (_run / "config.yaml").write_text("")
-    assert [p.name for p in request.folders_of(["runs/array"])] == ["a", "b"]
-    assert [p.name for p in request.folders_of(["runs"])] == ["a", "b"]
-    assert [p.name for p in request.folders_of(["runs/array/a"])] == ["a"]
+    assert [p.name for p in run_folders.find(["runs/array"])] == ["a", "b"]
+    assert [p.name for p in run_folders.find(["runs"])] == ["a", "b"]
+    assert [p.name for p in run_folders.find(["runs/array/a"])] == ["a"]
     with pytest.raises(ConfigError, match="no run folder"):
-        request.folders_of(["nowhere"])
+        run_folders.find(["nowhere"])

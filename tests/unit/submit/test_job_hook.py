@@ -1,4 +1,4 @@
-"""What the bookkeeper tells Slurm, with programs that write down how they were called in place of Slurm's."""
+"""What the job hook calls of Slurm, with programs that write down how they were called in place of Slurm's."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Host:
         return [sys.executable, *module, arguments[0], str(self.run), *arguments[1:]]
 
     def watch(self, *arguments: str, job: str = "5", ignoring: bool = False) -> int:
-        """Run the bookkeeper; ``ignoring`` SIGTERM, as the batch script has it do."""
+        """Run the job hook; ``ignoring`` SIGTERM, as the batch script has it do."""
         if job not in [e["job"] for e in history.history(self.run) if e["event"] == "submit"]:
             history.record(self.run, "submit", job=job, by="follow-up")
         done = subprocess.run(
@@ -111,7 +111,7 @@ def test_where_scontrol_is_missing_a_follow_up_takes_over(host: Host) -> None:
     assert history.history(host.run)[-1]["job"] == "9"
 
 
-def test_a_crash_goes_on_as_a_new_job_without_the_node_that_failed_twice_and_the_chain_follows(
+def test_a_crash_is_followed_by_a_new_job_without_the_node_that_failed_twice_and_the_chain_follows(
     host: Host,
 ) -> None:
     for attempt in (1, 2):
@@ -169,7 +169,7 @@ def test_a_cancelled_run_is_not_requeued_though_it_was_saved(host: Host) -> None
     assert not [call for call in host.calls() if "requeue" in call]
 
 
-def test_a_job_beside_the_one_that_trains_leaves_its_books_alone(host: Host) -> None:
+def test_a_job_beside_the_one_that_trains_leaves_its_history_alone(host: Host) -> None:
     host.watch("begin")
     host.program("scontrol", "echo JobState=RUNNING")
     assert host.watch("begin", job="7") == 1
@@ -178,7 +178,7 @@ def test_a_job_beside_the_one_that_trains_leaves_its_books_alone(host: Host) -> 
     assert host.watch("begin", job="7") == 0
 
 
-def test_an_attempt_that_slurm_has_replaced_does_not_close_the_books_of_the_new_one(host: Host) -> None:
+def test_an_attempt_that_slurm_has_replaced_does_not_record_the_end_of_the_new_one(host: Host) -> None:
     host.watch("begin")
     host.watch("begin", job="7")
     before = history.history(host.run)
@@ -235,7 +235,7 @@ def test_preempted_by_cancelling_a_new_job_takes_over_and_none_that_waits_is_can
 ) -> None:
     host = Host(tmp_path, requeue)
     host.program("scontrol", _shown("COMPLETING"))
-    host.program("sbatch", "kill -TERM $PPID; echo 9")  # the bookkeeper is told to end while it is at it
+    host.program("sbatch", "kill -TERM $PPID; echo 9")  # the job hook gets SIGTERM while it is at it
     host.program("scancel", "")
     assert host.watch("begin", ignoring=True) == 0
     if saved:
@@ -281,7 +281,7 @@ def test_where_sbatch_is_refused_a_crashed_job_is_requeued_once_its_step_is_gone
 
 
 @pytest.mark.parametrize("requeue", ["scontrol", "follow-up"])
-def test_a_run_that_cannot_go_on_says_what_slurm_said(tmp_path: Path, requeue: str) -> None:
+def test_a_run_that_cannot_resume_says_what_slurm_said(tmp_path: Path, requeue: str) -> None:
     host = Host(tmp_path, requeue)
     host.program("sbatch", REFUSES)
     host.program("scontrol", _shown("RUNNING", requeue="echo 'disabled for job 5' >&2; exit 1"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dattrain.submit import job_state
-from dattrain.submit.job_state import Fate
+from dattrain.submit.job_state import JobStatus
 
 JOB = "slurmstepd-n1: error: *** JOB 5 ON n1 CANCELLED AT 2026-11-27T06:17:06{} ***\n"
 STEP = "slurmstepd-n1: error: *** STEP 5.0 ON n1 CANCELLED AT 2026-11-27T06:17:06{} ***\n"
@@ -33,34 +33,34 @@ SHOWN = (
     ],
 )
 def test_slurmstepd_says_why_a_job_is_ended(stderr: str, state: str | None) -> None:
-    assert job_state.banner(stderr) == state
+    assert job_state.state_from_stderr(stderr) == state
 
 
 @pytest.mark.parametrize(
     ("stderr", "shown", "accounted", "restart", "found"),
     [
         # PreemptMode=CANCEL without grace: nothing will start this job again.
-        (JOB.format(" DUE TO PREEMPTION"), SHOWN.format("COMPLETING", "None", 0, "2026"), "", 0, Fate("PREEMPTED")),
+        (JOB.format(" DUE TO PREEMPTION"), SHOWN.format("COMPLETING", "None", 0, "2026"), "", 0, JobStatus("PREEMPTED")),
         # PreemptMode=REQUEUE, and an administrator's requeue: Slurm has counted on already.
-        (JOB.format(" DUE TO PREEMPTION"), SHOWN.format("COMPLETING", "None", 1, "None"), "", 0, Fate("PREEMPTED", True)),
-        ("", SHOWN.format("COMPLETING", "None", 1, "None"), "", 0, Fate("REQUEUED", True)),
-        ("", SHOWN.format("RUNNING", "None", 1, "None"), "", 1, Fate("RUNNING")),
+        (JOB.format(" DUE TO PREEMPTION"), SHOWN.format("COMPLETING", "None", 1, "None"), "", 0, JobStatus("PREEMPTED", True)),
+        ("", SHOWN.format("COMPLETING", "None", 1, "None"), "", 0, JobStatus("REQUEUED", True)),
+        ("", SHOWN.format("RUNNING", "None", 1, "None"), "", 1, JobStatus("RUNNING")),
         # No error file (a site's own --error): sacct, else scontrol.
-        ("", SHOWN.format("COMPLETING", "None", 0, "None"), "PREEMPTED", 0, Fate("PREEMPTED")),
-        ("", SHOWN.format("COMPLETING", "None", 0, "2026"), "", 0, Fate("PREEMPTED")),
-        ("", SHOWN.format("RUNNING", "None", 0, "2026"), "", 0, Fate("PREEMPTING")),
-        ("", SHOWN.format("COMPLETING", "None", 0, "None"), "", 0, Fate("COMPLETING")),
-        (JOB.format(""), SHOWN.format("COMPLETING", "None", 0, "2026"), "CANCELLED", 0, Fate("CANCELLED")),
-        (JOB.format(""), SHOWN.format("COMPLETING", "None", 0, "2026"), "", 0, Fate("CANCELLED")),
-        ("", SHOWN.format("COMPLETING", "TimeLimit", 0, "None"), "", 0, Fate("TIMEOUT")),
-        ("", SHOWN.format("COMPLETING", "NodeDown", 0, "None"), "", 0, Fate("NODE_FAIL")),
-        ("", "", "", 0, Fate(None)),
+        ("", SHOWN.format("COMPLETING", "None", 0, "None"), "PREEMPTED", 0, JobStatus("PREEMPTED")),
+        ("", SHOWN.format("COMPLETING", "None", 0, "2026"), "", 0, JobStatus("PREEMPTED")),
+        ("", SHOWN.format("RUNNING", "None", 0, "2026"), "", 0, JobStatus("PREEMPTING")),
+        ("", SHOWN.format("COMPLETING", "None", 0, "None"), "", 0, JobStatus("COMPLETING")),
+        (JOB.format(""), SHOWN.format("COMPLETING", "None", 0, "2026"), "CANCELLED", 0, JobStatus("CANCELLED")),
+        (JOB.format(""), SHOWN.format("COMPLETING", "None", 0, "2026"), "", 0, JobStatus("CANCELLED")),
+        ("", SHOWN.format("COMPLETING", "TimeLimit", 0, "None"), "", 0, JobStatus("TIMEOUT")),
+        ("", SHOWN.format("COMPLETING", "NodeDown", 0, "None"), "", 0, JobStatus("NODE_FAIL")),
+        ("", "", "", 0, JobStatus(None)),
     ],
 )  # fmt: skip
 def test_the_sources_are_put_together(
-    stderr: str, shown: str, accounted: str, restart: int, found: Fate
+    stderr: str, shown: str, accounted: str, restart: int, found: JobStatus
 ) -> None:
-    assert job_state.resolve(stderr, shown, accounted, restart) == found
+    assert job_state.combine(stderr, shown, accounted, restart) == found
 
 
 @pytest.mark.parametrize(
@@ -80,4 +80,4 @@ def test_the_sources_are_put_together(
     ],
 )  # fmt: skip
 def test_the_last_line_that_tells_something(text: str, line: str) -> None:
-    assert job_state.last_line(text) == line
+    assert job_state.last_error_line(text) == line

@@ -59,7 +59,7 @@ def _end(action: str, reason: str) -> history.Event:
     ],
 )
 def test_states(events: list[history.Event], slurm: JobState, state: str) -> None:
-    assert run_status.judge(events, slurm)[0] == state
+    assert run_status.state_of(events, slurm)[0] == state
 
 
 def test_a_report_names_step_speed_and_the_reason_of_each_restart(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_report_names_step_speed_and_the_reason_of_each_restart(tmp_path: Path
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 6, "loss": 2.5, "images_per_s": 100.0}\n{"step": 7, "lo'
     )
-    one = run_status.report(tmp_path, {"1": JobState("RUNNING", "", "n2")})
+    one = run_status.status_of(tmp_path, {"1": JobState("RUNNING", "", "n2")})
     shown = run_status.render([one])
     assert one.state == "running"
     assert (one.step, one.loss, one.images_per_s) == (6, 2.5, 100.0)
@@ -83,21 +83,23 @@ def test_a_report_names_step_speed_and_the_reason_of_each_restart(tmp_path: Path
 
 def test_a_job_that_is_held_or_preempted_for_good_says_so() -> None:
     events = [SUBMIT, BEGIN, _end("again", "requeued")]
-    assert "held (JobHeldUser)" in run_status.judge(events, JobState("PENDING", "JobHeldUser"))[1]
-    assert "held" in run_status.judge(events, JobState("PENDING", "job requeued in held state"))[1]
-    assert "preempted" in run_status.judge([SUBMIT, BEGIN], JobState("PREEMPTED"))[1]
+    assert "held (JobHeldUser)" in run_status.state_of(events, JobState("PENDING", "JobHeldUser"))[1]
+    assert "held" in run_status.state_of(events, JobState("PENDING", "job requeued in held state"))[1]
+    assert "preempted" in run_status.state_of([SUBMIT, BEGIN], JobState("PREEMPTED"))[1]
 
 
-def test_what_keeps_a_run_from_going_on_is_said_while_it_runs_and_after(tmp_path: Path) -> None:
+def test_what_keeps_a_run_from_resuming_is_said_while_it_runs_and_after(tmp_path: Path) -> None:
     events = [SUBMIT, BEGIN, WARNING]
     for event in events:
         history.record(tmp_path, **{key: value for key, value in event.items() if key != "time"})
-    one = run_status.report(tmp_path, {"1": JobState("RUNNING")})
+    one = run_status.status_of(tmp_path, {"1": JobState("RUNNING")})
     assert "    warning: no follow-up: sbatch said: no" in run_status.render([one]).splitlines()
-    assert "sbatch said: no" in run_status.judge([*events, _end("again", "crashed")], JobState("FAILED"))[1]
+    assert (
+        "sbatch said: no" in run_status.state_of([*events, _end("again", "crashed")], JobState("FAILED"))[1]
+    )
     # A later attempt has overcome it.
     history.record(tmp_path, "begin", job="1", restart=1, nodes=["n1"], checkpoint=None)
-    assert run_status.report(tmp_path, {"1": JobState("RUNNING")}).warnings == ()
+    assert run_status.status_of(tmp_path, {"1": JobState("RUNNING")}).warnings == ()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_what_keeps_a_run_from_going_on_is_said_while_it_runs_and_after(tmp_path
         (None, "", "1_0_log.err is not there"),
     ],
 )
-def test_a_job_without_a_word_is_told_by_its_log_or_by_slurm(
+def test_a_job_that_recorded_nothing_is_explained_by_its_log_or_by_slurm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: str | None, shown: str, words: str
 ) -> None:
     programs, run = tmp_path / "bin", tmp_path / "run"
@@ -125,7 +127,7 @@ def test_a_job_without_a_word_is_told_by_its_log_or_by_slurm(
     (run / "submit" / "spec.json").write_text(json.dumps({"folder": str(tmp_path)}))
     if log is not None:
         (tmp_path / "1_0_log.err").write_text(log)
-    one = run_status.report(run, {"1": JobState("FAILED")})
+    one = run_status.status_of(run, {"1": JobState("FAILED")})
     assert one.state == "failed"
     assert words in one.why
 
@@ -149,7 +151,7 @@ def test_a_waiting_follow_up_does_not_hide_the_job_that_runs(tmp_path: Path) -> 
     history.record(tmp_path, "submit", job="1", by="user")
     history.record(tmp_path, "begin", job="1", restart=0, nodes=["n1"], checkpoint=None)
     history.record(tmp_path, "submit", job="2", by="follow-up", after="1")
-    one = run_status.report(tmp_path, {"1": JobState("RUNNING"), "2": JobState("PENDING", "Dependency")})
+    one = run_status.status_of(tmp_path, {"1": JobState("RUNNING"), "2": JobState("PENDING", "Dependency")})
     assert (one.job, one.state) == ("1", "running")
 
 
@@ -171,4 +173,4 @@ def test_the_last_step_is_the_same_from_the_first_on(
     )
     row = {"step": step, "samples": 32 * step, "epoch": round(step / 12, 6)}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    assert run_status.report(tmp_path, {}).last_step == last
+    assert run_status.status_of(tmp_path, {}).last_step == last

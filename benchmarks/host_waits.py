@@ -24,7 +24,7 @@ from dattrain.data.augment.mixup import MixupCutmix
 from dattrain.data.augment.plan import draw
 from dattrain.data.batch import Batch
 from dattrain.engine.session import Session, open_session
-from dattrain.engine.step_status import agree
+from dattrain.engine.step_status import reduce_status
 from dattrain.models import zoo
 from dattrain.runtime import environment
 from dattrain.runtime.signals import StopRequest
@@ -55,7 +55,7 @@ def update(stage: int) -> Counter[str]:
     """Of one update and the agreement after it."""
     with updates(stage) as (_, contender), on_the_cpu() as waits:
         done = contender()
-        agree(done, request=StopRequest.NONE, save_failed=False, bad_samples=0, device=CPU)
+        reduce_status(done, request=StopRequest.NONE, save_failed=False, bad_samples=0, device=CPU)
         assert done.applied
     return Counter({place: n for place, n in waits.found.items() if NOT_ON_CUDA not in place})
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from dattrain.config.load import dump, load, loads
 from dattrain.config.run import new_folder, resolve
 from dattrain.config.schema import Config
-from dattrain.engine import trainer
+from dattrain.engine import train as training
 from dattrain.evaluation.evaluate import Options
 from dattrain.evaluation.evaluate import evaluate as evaluate_weights
 from dattrain.models.dat import DAT
@@ -114,7 +114,7 @@ def train(
         folder = folder or new_folder(config.name, os.environ)
     else:
         config, folder = resolve(Path(recipe), overrides, folder, os.environ)
-    trainer.train(config, folder)
+    training.train(config, folder)
     return Run(folder)
 
 

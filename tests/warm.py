@@ -32,7 +32,7 @@ PRELOAD = (
     "deepspeed",
     "dattrain.cli.main",
     "dattrain.data.factory",
-    "dattrain.engine.trainer",
+    "dattrain.engine.train",
     "dattrain.state.checkpointer",
     "dattrain.cli.train",
     "torch.utils.tensorboard",

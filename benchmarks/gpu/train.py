@@ -37,7 +37,7 @@ def run(job: Job) -> None:
     settings += ["train.log_every=1000", "schedule.warmup_epochs=1", "train.ema_decay=0.99"]
     if job.dry:
         settings += ["train.global_batch=4", "train.micro_batch=2", "data.workers=0"]
-        settings += ["model.img_size=32", "train.precision=fp32", "train.remat=none"]
+        settings += ["model.img_size=32", "train.precision=fp32", "train.activation_checkpointing=none"]
     killed = job.folder / "killed"
     job.figure("killed behind the save of step", kill(killed, settings))
     with patched(job.dry), environment.process_group(environment.resolve({}), pick_device(job.device)):
@@ -127,12 +127,12 @@ def train(run: Path, settings: Sequence[str]) -> None:
     """A training in this process.
 
     Raises:
-        UserError: as ``engine.trainer.train``.
+        UserError: as ``engine.train.train``.
     """
     from dattrain.config.load import load
-    from dattrain.engine import trainer
+    from dattrain.engine.train import train
 
-    trainer.train(load(RECIPE, list(settings)).config, run)
+    train(load(RECIPE, list(settings)).config, run)
 
 
 def rows(run: Path) -> list[dict]:

@@ -38,7 +38,12 @@ def parts(job: Job) -> None:
         rows = bench(
             job,
             "step",
-            [*words, *(vary or ["--vary", "train.remat=block"]), "--rounds", "1" if job.dry else "5"],
+            [
+                *words,
+                *(vary or ["--vary", "train.activation_checkpointing=block"]),
+                "--rounds",
+                "1" if job.dry else "5",
+            ],
             f"step-{micro_batch}",
         )
         report(job, rows)
@@ -57,7 +62,7 @@ def memory(job: Job) -> None:
     for model in ("dat_atto",) if job.dry else ("dat_tiny", "dat_base"):
         words = [*(TINY if job.dry else (f"model.name={model}", "train.micro_batch=128"))]
         kinds = "stage" if job.dry else "none,selective,block,stage"
-        words += ["--vary", f"train.remat={kinds}", "--rounds", "1" if job.dry else "3"]
+        words += ["--vary", f"train.activation_checkpointing={kinds}", "--rounds", "1" if job.dry else "3"]
         report(job, bench(job, "step", words, f"memory-{model}"))
 
 
@@ -82,8 +87,10 @@ def largest(job: Job) -> None:
     ]
     with environment.process_group(environment.resolve({}), device):
         for words in [TINY[:3]] if job.dry else asked:
-            for remat in ("block",) if job.dry else ("none", "block"):
-                config = step.read([*words, f"train.remat={remat}", "train.micro_batch=2"], 1)
+            for mode in ("block",) if job.dry else ("none", "block"):
+                config = step.read(
+                    [*words, f"train.activation_checkpointing={mode}", "train.micro_batch=2"], 1
+                )
                 found = search(
                     partial(fits, config, device=device),
                     first=2 if job.dry else 64,
@@ -91,7 +98,7 @@ def largest(job: Job) -> None:
                     most=4 if job.dry else 4096,
                     going=lambda: job.dry or job.left() > 10,
                 )
-                job.figure(f"{' '.join(words[:2])} {remat}", found, "images")
+                job.figure(f"{' '.join(words[:2])} {mode}", found, "images")
                 if not job.dry and job.left() < 20:
                     return
 

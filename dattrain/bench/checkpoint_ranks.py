@@ -315,4 +315,4 @@ if __name__ == "__main__":
 
         traceback.print_exc()
         code = 1
-    environment.leave(code)
+    environment.hard_exit(code)

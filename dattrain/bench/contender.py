@@ -16,7 +16,8 @@ from dattrain.config.schema import Config
 from dattrain.data.augment.plan import draw
 from dattrain.data.batch import Batch
 from dattrain.engine import compile as compiling
-from dattrain.engine.session import Session, as_pair, open_session
+from dattrain.engine.new_resolution import as_pair
+from dattrain.engine.session import Session, open_session
 from dattrain.errors import UserError
 
 BASELINE = "recipe"
@@ -68,7 +69,7 @@ class Contender:
 
     def __call__(self) -> Any:
         """Run one update; returns what the trainer gets of it."""
-        update = self.session.updater(self.batches, self.lr)
+        update = self.session.train_step(self.batches, self.lr)
         if not update.applied:
             self.skipped += 1
         elif self.session.ema is not None:
@@ -168,7 +169,7 @@ def memory(contender: Contender, before: int, device: torch.device) -> dict[str,
 def kept_bytes(contender: Contender) -> int:
     """Bytes of the storages that autograd keeps for backward, each counted once, in one more update; weights left out."""
     module = contender.session.engine.module
-    updater = contender.session.updater
+    train_step = contender.session.train_step
     kept: dict[int, int] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -183,7 +184,7 @@ def kept_bytes(contender: Contender) -> int:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             return plain(batch)
 
-    plain = updater.forward
-    with replaced(updater, forward=forward):
+    plain = train_step.forward
+    with replaced(train_step, forward=forward):
         contender()
     return sum(kept.values())

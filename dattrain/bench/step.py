@@ -153,7 +153,9 @@ def describe(config: Config) -> str:
     """The conditions of ``config`` as a case's name."""
     m, t = config.model, config.train
     size = m.img_size if isinstance(m.img_size, int) else "x".join(map(str, m.img_size))
-    more = [f"remat {t.remat}"] * (t.remat != "none") + [f"compile {t.compile}"] * (t.compile != "none")
+    recomputed = t.activation_checkpointing
+    more = [f"activation checkpointing {recomputed}"] * (recomputed != "none")
+    more += [f"compile {t.compile}"] * (t.compile != "none")
     more += ["CUDA graphs"] * t.cuda_graphs
     batch = f"B{t.micro_batch}" + (
         f" x {t.global_batch // t.micro_batch}" if t.global_batch > t.micro_batch else ""

@@ -34,7 +34,8 @@ def take_apart(
     turns: list[dict[str, float]] = []
     with ExitStack() as stack:
         for owner, names in (
-            (session.updater, {"mixer": MIXING, "forward": FORWARD}),
+            (session.train_step, {"forward": FORWARD}),
+            (session.train_step.task, {"mixer": MIXING}),
             (session.engine, {"backward": BACKWARD, "step": OPTIMIZER}),
             (session.ema, {"update": EMA}),
         ):

@@ -14,7 +14,7 @@ SUBVERBS: dict[str, tuple[str, str]] = {
     "model": ("dattrain.cli.bench_model", "whole models, training and inference, against timm's by name"),
     "step": (
         "dattrain.cli.bench_step",
-        "a whole update of a recipe: remat, compile, precision side by side, and its parts",
+        "an update of a recipe: recomputation, compile, precision side by side, and its parts",
     ),
     "data": ("dattrain.cli.bench_data", "the input pipeline: images/s of readers and decoders"),
     "checkpoint": ("dattrain.cli.bench_checkpoint", "saving, verifying and loading a run's state"),

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if env.rank == 0:
         print(f"\n{'problems: ' + ', '.join(failed) if failed else 'all well'}", flush=True)
     if env.world > 1:
-        environment.leave(1 if failed else 0)
+        environment.hard_exit(1 if failed else 0)
     return 1 if failed else 0
 
 

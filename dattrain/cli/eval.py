@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     from dattrain.evaluation import summary
     from dattrain.evaluation.evaluate import Options, evaluate
     from dattrain.pretrained.preprocess import image_size
-    from dattrain.runtime.environment import leave, pick_device, process_group, raise_open_files, resolve
+    from dattrain.runtime.environment import hard_exit, pick_device, process_group, raise_open_files, resolve
 
     options = Options(
         data=args.data,
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(summary.finite(content), indent=2) + "\n", encoding="utf-8")
     if env.world > 1:
-        leave(0)
+        hard_exit(0)
     return 0
 
 

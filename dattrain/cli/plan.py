@@ -85,7 +85,7 @@ def render(config: Config, p: dict[str, Any]) -> str:
         f"batch {t.global_batch} = {p['world']} devices x {p['micro_batch']} x {p['accumulation']} accumulated; "
         f"{p['samples_per_epoch']:,} images an epoch ({p['samples_from']}); {p['steps']:,} steps",
         "",
-        f"memory of a device, in GB (ZeRO-{config.zero.stage}, {t.precision}, remat {t.remat}, at {p['activations_img_size']} px)",
+        f"memory of a device, in GB (ZeRO-{config.zero.stage}, {t.precision}, activation checkpointing {t.activation_checkpointing}, at {p['activations_img_size']} px)",
     ]
     for name, key in (
         ("weights", "weights"), ("gradients", "gradients"), ("optimizer state", "optimizer"), ("EMA", "ema"),
@@ -94,8 +94,8 @@ def render(config: Config, p: dict[str, Any]) -> str:
         lines.append(f"  {name:<28}{b[key] / 1e9:9.2f}")
     lines += [
         f"  of {p['device_gb']:g}; the CUDA context, NCCL and the allocator's gaps come on top (1 to 2)",
-        "  activations by train.remat:  "
-        + "   ".join(f"{mode} {a['peak'] / 1e9:.2f}" for mode, a in p["activations_by_remat"].items()),
+        "  activations by train.activation_checkpointing:  "
+        + "   ".join(f"{mode} {a['peak'] / 1e9:.2f}" for mode, a in p["activations_by_mode"].items()),
         "  the rest by zero.stage:      "
         + "   ".join(f"{stage}: {total / 1e9:.2f}" for stage, total in p["states_by_stage"].items()),
         "",

@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
                 "--nproc starts ranks, but this process is one already (torchrun or srun started it)"
             )
         return spawn(args, run_dir)
-    from dattrain.engine.trainer import train
-    from dattrain.runtime.environment import leave
+    from dattrain.engine.train import train
+    from dattrain.runtime.environment import hard_exit
     from dattrain.runtime.spawn import report
 
     try:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         # Without Python's finalisation nothing else would print it.
         report(traceback.format_exc())
         code = 1
-    leave(code)
+    hard_exit(code)
 
 
 def is_rank(environ: Mapping[str, str]) -> bool:

@@ -1,5 +1,7 @@
-"""What follows from a recipe, a world size and a data set. Pure, but that ``check_source`` looks whether a file is there; computed
-and shown, never written back."""
+"""What follows from a recipe, a world size and a data set: computed and shown, never written back.
+
+Pure, but that ``check_source`` looks whether a file is there.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,9 @@ class Derived:
 
 
 def check_source(config: Config, *, waits: bool = False) -> None:
-    """Refuse a fine-tune that starts from nowhere: it would train a random network in silence, or end where its job starts. For a
-    run without checkpoints.
+    """Refuse a fine-tune that starts from nowhere; for a run without checkpoints.
+
+    It would train a random network in silence, or end where its job starts.
 
     What makes a recipe a fine-tune: ``init.required``, a head that is made from the source's (``init.head``), or a backbone that
     is not trained.

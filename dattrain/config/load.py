@@ -6,6 +6,7 @@ Pure but for reading files. The schema is in ``schema``; what follows from a con
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from dattrain.errors import ConfigError
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+RENAMED = {"train.remat": "train.activation_checkpointing"}
+"""Keys of former versions, which recipes and run folders may still have, and their names now."""
+
+log = logging.getLogger(__name__)
 
 
 class _Loader(yaml.SafeLoader):
@@ -97,7 +102,7 @@ def resolve(tree: _Tree, overrides: Sequence[str]) -> Loaded:
 
 
 def dump(config: Config) -> str:
-    """The whole config as YAML; ``loads`` gives back an equal one."""
+    """The config as YAML, every key; ``loads`` gives back an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, width=110)
 
 
@@ -227,7 +232,26 @@ def _parse(text: str, source: str) -> _Tree:
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{source}:1: a config is a mapping of sections, not a list or a single value")
     _walk(node, tree.values, "", tree.places, source)
+    _rename(tree)
     return tree
+
+
+def _rename(tree: _Tree) -> None:
+    """Give keys of ``RENAMED`` their names of now, in place; a line says so for each."""
+    for old, new in RENAMED.items():
+        if old not in tree.places:
+            continue
+        if new in tree.places:
+            raise ConfigError(
+                f"{tree.places[old]}: {old} is {new} now, which is set too ({tree.places[new]})"
+            )
+        *sections, name = old.split(".")
+        values = tree.values
+        for part in sections:
+            values = values[part]
+        values[new.rpartition(".")[2]] = values.pop(name)
+        tree.places[new] = tree.places.pop(old)
+        log.warning("%s: %s is called %s now", tree.places[new], old, new)
 
 
 def _walk(
@@ -263,7 +287,9 @@ def _nest(key: str, raw: str) -> _Tree:
     nested: Any = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
-    return _Tree(nested, {key: COMMAND_LINE})
+    tree = _Tree(nested, {key: COMMAND_LINE})
+    _rename(tree)
+    return tree
 
 
 def _merge(base: _Tree, over: _Tree) -> _Tree:

@@ -242,7 +242,7 @@ class Health(Section):
     max_bad_steps: Count = 5
     """Consecutive non-finite steps that are skipped before rolling back to the last checkpoint."""
     max_rollbacks: Annotated[int, Field(ge=0)] = 2
-    """Rollbacks after which the run stops with a bundle for debugging."""
+    """Rollbacks after which the run stops with a debug dump."""
     stall_seconds: Positive = 1800.0
     """A rank silent for longer than this dumps every rank's stack and ends the job."""
 
@@ -260,8 +260,8 @@ class Train(Section):
     """``bf16`` is autocast over fp32 weights; ``bf16-pure`` keeps bf16 weights with fp32 masters; ``fp16`` has a dynamic loss scale."""
     tf32: bool = False
     """On CUDA, matrix products and convolutions of ``precision: fp32`` by TF32 tensor cores: inputs rounded to 10 bits of mantissa."""
-    remat: Literal["none", "stage", "block", "selective"] = "none"
-    """Activation checkpointing: recompute whole stages, blocks, or the attention and MLP interiors only."""
+    activation_checkpointing: Literal["none", "stage", "block", "selective"] = "none"
+    """What is recomputed in the backward pass instead of kept: whole stages, blocks, or the attention and MLP interiors only."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """0 switches the exponential moving average off."""
     compile: Literal["none", "block", "stage"] = "none"
@@ -299,9 +299,9 @@ class Checkpoint(Section):
     keep_best: Annotated[int, Field(ge=0)] = 1
     """Best ones by ``metric`` kept."""
     metric: str = "top1"
-    """A number of the evaluation; higher is better, but for ``loss``."""
+    """A number of the evaluation (``top1``, ``top5``, ``loss``, each also ``ema_``); higher is better, but for losses."""
     background: bool = True
-    """Write while training goes on."""
+    """Write in the background of training."""
     verify: bool = True
     """Check the checksums of what is loaded."""
 
@@ -324,7 +324,7 @@ class Init(Section):
 
 
 class Config(Section):
-    """A whole recipe."""
+    """A recipe."""
 
     name: str = "run"
     """Of the run folder and the Slurm job."""
@@ -366,10 +366,11 @@ class Config(Section):
                     f"train.cuda_graphs needs zero.stage=2, not {z.stage}: stages 0 and 1 keep gradients in the graph's memory "
                     "between micro-batches, stage 3 moves the weights"
                 )
-            if t.remat == "stage" or t.remat == t.compile:
+            recomputed = t.activation_checkpointing
+            if recomputed in ("stage", t.compile):
                 raise ValueError(
-                    f"train.cuda_graphs with train.compile={t.compile} cannot recompute from outside (train.remat={t.remat}); "
-                    f"use remat none or selective{', or block' if t.compile == 'stage' else ''}"
+                    f"train.cuda_graphs with train.compile={t.compile} cannot recompute from outside "
+                    f"(train.activation_checkpointing={recomputed}); use none or selective{', or block' if t.compile == 'stage' else ''}"
                 )
         if t.global_batch % t.micro_batch:
             raise ValueError(

@@ -20,7 +20,9 @@ def apply(model: nn.Module, mode: Mode) -> None:
     """Set ``model`` (timm's protocol, with our ``mode``) to recompute whole stages, blocks, or interiors; or nothing."""
     if not hasattr(model, "set_grad_checkpointing"):
         if mode != "none":
-            raise UserError(f"train.remat={mode}, but {type(model).__name__} cannot recompute activations")
+            raise UserError(
+                f"train.activation_checkpointing={mode}, but {type(model).__name__} cannot recompute activations"
+            )
         return
     set_mode = cast("Callable[..., None]", model.set_grad_checkpointing)
     if mode == "none":

@@ -12,8 +12,9 @@ log = logging.getLogger(__name__)
 
 
 def apply(model: nn.Module, unit: Literal["none", "block", "stage"], *, graphs_on: str | None = None) -> int:
-    """Compile the blocks or stages of ``model`` in place (names stay); returns how many. Nothing is compiled before its
-    first call; if that fails all of them go on uncompiled.
+    """Compile the blocks or stages of ``model`` in place (names stay); returns how many.
+
+    Nothing is compiled before its first call; if that fails all of them run uncompiled from there on.
 
     With ``graphs_on="cuda"`` what is compiled is recorded and replayed as CUDA graphs, by inductor's graph trees: parameters
     stay where they are, and a call of ``model`` begins a generation, so that outputs and gradients from before it must not
@@ -27,7 +28,7 @@ def apply(model: nn.Module, unit: Literal["none", "block", "stage"], *, graphs_o
     # Otherwise a backward pass is compiled when it is first run, where nothing can take over any more.
     functorch.force_non_lazy_backward_lowering = True
     # A graph for each kind and shape of block, in training, in evaluation and for its last batch: some two dozen, more than
-    # torch keeps by default, beyond which it would go on uncompiled. Each image size of a run adds as many.
+    # torch keeps by default, beyond which it would run uncompiled. Each image size of a run adds as many.
     torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)
     targets = list(_units(model, unit))
     if graphs_on not in (None, "cuda"):
@@ -72,7 +73,7 @@ class _Switch:
             except _errors() as error:
                 self.failed = True
                 log.warning(
-                    "train.compile=%s: torch.compile failed (%s); training goes on uncompiled",
+                    "train.compile=%s: torch.compile failed (%s); training continues uncompiled",
                     self._unit,
                     _reason(error),
                 )
@@ -91,7 +92,8 @@ class _Generations:
         import torch
         from torch._dynamo.utils import counters
 
-        torch.compiler.cudagraph_mark_step_begin()
+        compiler: Any = torch.compiler  # untyped
+        compiler.cudagraph_mark_step_begin()
         self._calls += 1
         skipped = counters["inductor"]["cudagraph_skips"]
         if self._calls == 2 and skipped:

@@ -14,13 +14,15 @@ from dattrain.engine.step import Update
 from dattrain.state.partition import LocalState, read
 
 
-def write_bundle(run_dir: Path, step: int, engine: Any, update: Update, rank: int) -> Path:
-    """Write ``health/step_N/``: ``rank_R.json`` with the keys of each rank's samples and its loss, and from rank 0
-    ``norms.json`` with the norm and largest magnitude of every parameter and of its Adam moments. Collective.
+def write_debug_dump(run_dir: Path, step: int, engine: Any, update: Update, rank: int) -> Path:
+    """Write the folder ``health/step_N/``; returns it. Collective.
+
+    ``rank_R.json`` holds the keys of each rank's samples and its loss, ``norms.json`` (of rank 0) the norm and largest
+    magnitude of every parameter and of its Adam moments.
     """
     folder = run_dir / "health" / f"step_{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    mine = {
+    local_facts = {
         "rank": rank,
         "loss_sum": _plain(update.loss_sum),
         "finite_loss": math.isfinite(update.loss_sum),
@@ -28,7 +30,7 @@ def write_bundle(run_dir: Path, step: int, engine: Any, update: Update, rank: in
         "grad_norm": _plain(update.grad_norm),
         "keys": update.keys,
     }
-    (folder / f"rank_{rank}.json").write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+    (folder / f"rank_{rank}.json").write_text(json.dumps(local_facts, indent=1) + "\n", encoding="utf-8")
     found = norms(engine)
     if rank == 0:
         (folder / "norms.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -37,9 +39,9 @@ def write_bundle(run_dir: Path, step: int, engine: Any, update: Update, rank: in
 
 @torch.no_grad()
 def norms(engine: Any) -> dict[str, dict[str, float | int | None]]:
-    """By parameter: its norm, largest magnitude and number of non-finite elements, and the norms of its moments. Collective.
+    """The norm, largest magnitude and number of non-finite elements of each parameter, and the norms of its moments. Collective.
 
-    Of masters and moments as they are partitioned: nothing is gathered.
+    They are those of masters and moments as they are partitioned: nothing is gathered.
     """
     local = LocalState(engine)
     order = list(local.parameters)
@@ -61,9 +63,9 @@ def norms(engine: Any) -> dict[str, dict[str, float | int | None]]:
             if state == "param":
                 sums[row, 3] += (~finite).sum()
                 peaks[row] = torch.maximum(peaks[row], values.abs().max())
-    told = sums.to(_collective_device(device))
-    dist.all_reduce(told)
-    highest = peaks.to(told.device)
+    reduced = sums.to(_collective_device(device))
+    dist.all_reduce(reduced)
+    highest = peaks.to(reduced.device)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     return {
         name: {
@@ -73,7 +75,7 @@ def norms(engine: Any) -> dict[str, dict[str, float | int | None]]:
             "exp_avg_norm": math.sqrt(row[1]),
             "exp_avg_sq_norm": math.sqrt(row[2]),
         }
-        for name, row, peak in zip(order, told.tolist(), highest.tolist())
+        for name, row, peak in zip(order, reduced.tolist(), highest.tolist())
     }
 
 

@@ -27,7 +27,7 @@ class Ema:
         """One average per local fp32 master, in ``LocalState.masters``' order: what a checkpoint saves and restores."""
 
     def update(self) -> None:
-        """Call once per applied update."""
+        """Move the averages towards the weights; call once per applied update."""
         update_average(self.tensors, self._masters.masters, self.decay)
 
     @contextmanager
@@ -50,7 +50,7 @@ def update_average(average: list[Tensor], masters: list[Tensor], decay: float) -
 
 @contextmanager
 def averaged(engine: Any, average: list[Tensor]) -> Iterator[None]:
-    """Within it the module computes with the averaged weights. Collective on entry and exit; needs one more master at a time."""
+    """Make the module compute with ``average``. Collective on entry and exit; needs one more master at a time."""
     state = LocalState(engine)
 
     @torch.no_grad()

@@ -1,7 +1,4 @@
-"""Top-1, top-5 and loss over ``data.val``, each image once over all ranks.
-
-Beyond these three (per class, calibration, files per image) is ``dattrain eval``.
-"""
+"""The evaluations of a run: the task's metrics over ``data.val``, of the weights and of their averages."""
 
 from __future__ import annotations
 
@@ -10,77 +7,130 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch import Tensor
 
 from dattrain.config.schema import Config
-from dattrain.data.augment.mixup import Normalize
-from dattrain.data.loader import EvalLoader
+from dattrain.data.classes import Classes
 from dattrain.data.to_device import to_device
-from dattrain.engine.step import DTYPES
+from dattrain.engine import precision
+from dattrain.engine.session import Session
+from dattrain.runtime import collectives
+from dattrain.tasks.base import EvalLoader, Size, Task
 
 
 class Interrupted(Exception):
-    """All ranks agreed to leave the evaluation."""
+    """All ranks agreed to stop the evaluation."""
+
+
+class AllRanks:
+    """The exchanges between the ranks of the default process group; see ``dattrain.tasks.base.Ranks``."""
+
+    def sum(self, values: Tensor) -> None:
+        """Replace ``values`` by their sum over ranks. Collective."""
+        dist.all_reduce(values)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, by rank. Collective."""
+        return collectives.all_gather(value)
 
 
 @torch.no_grad()
 def evaluate(
     engine: Any,
-    loader: EvalLoader,
+    loader: EvalLoader[Any],
+    task: Task,
     config: Config,
     device: torch.device,
     *,
-    leave: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
     beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Evaluate ``engine`` (its current weights); collective. Returns top1 and top5 in percent, loss, images.
+    """Evaluate ``engine`` (its current weights): the task's metrics. Collective.
 
     Args:
-        leave: asked before each batch; if it says yes on one rank, all leave together.
+        should_stop: asked before each batch; if it says yes on one rank, all stop together.
         beat: called after each batch.
 
     Raises:
-        Interrupted: ``leave`` was true somewhere.
+        Interrupted: ``should_stop`` was true somewhere.
     """
     engine.eval()
-    normalize = Normalize(config.augment)
-    dtype = DTYPES[config.train.precision]
-    top = min(5, config.model.num_classes)
-    # correct@1, correct@5, loss, images, ranks that want to leave
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    evaluator = task.evaluator(device, precision.WEIGHTS[config.train.precision])
     try:
         for batch in loader:
-            asked = to_device(torch.tensor(float(leave())), device)
+            asked = to_device(torch.tensor(float(should_stop())), device)
             dist.all_reduce(asked)
             if asked.item() > 0:
                 raise Interrupted
-            images = normalize(batch.images).to(dtype)
-            if config.train.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            if len(batch):
-                logits = engine(images).float()
-            elif config.zero.stage == 3:
-                # The other ranks gather weights in this batch; so must this one, on an image of nothing.
-                engine(images.new_zeros(1, *images.shape[1:]))
-                continue
-            else:
-                continue
-            weight = batch.weight.double()
-            losses = F.cross_entropy(logits, batch.labels, reduction="none").double()
-            hits = logits.topk(top, dim=1).indices == batch.labels[:, None]
-            sums[0] += (hits[:, 0] * weight).sum()
-            sums[1] += (hits.any(dim=1) * weight).sum()
-            sums[2] += (losses * weight).sum()
-            sums[3] += weight.sum()
+            evaluator.update(engine, batch, lockstep=config.zero.stage == 3)
             beat()
     finally:
         engine.train()
-    dist.all_reduce(sums)
-    top1, top5, loss, images_seen, _ = sums.tolist()
-    count = max(images_seen, 1.0)
-    return {
-        "top1": 100 * top1 / count,
-        "top5": 100 * top5 / count,
-        "loss": loss / count,
-        "images": images_seen,
-    }
+    return evaluator.compute(AllRanks())
+
+
+class Evaluations:
+    """The evaluation set of a run, opened at the current image size, and the result of the last evaluation.
+
+    Attributes:
+        step: the update after which the last evaluation was, -1 before there is one.
+        metrics: its result.
+    """
+
+    def __init__(
+        self, task: Task, config: Config, classes: Classes, *, rank: int, world: int, device: torch.device
+    ) -> None:
+        self.task, self.config, self.device = task, config, device
+        self.step = -1
+        self.metrics: dict[str, float] = {}
+        self._classes, self._rank, self._world = classes, rank, world
+        self._open: tuple[Size, EvalLoader[Any]] | None = None
+
+    def loader(self, img_size: Size) -> EvalLoader[Any]:
+        """The evaluation set at ``img_size``; raises as ``Task.eval_loader``."""
+        if self._open is None or self._open[0] != img_size:
+            self.close()
+            loader = self.task.eval_loader(
+                self._classes, rank=self._rank, world=self._world, device=self.device, img_size=img_size
+            )
+            self._open = (img_size, loader)
+        return self._open[1]
+
+    def run(
+        self,
+        session: Session,
+        step: int,
+        *,
+        should_stop: Callable[[], bool],
+        beat: Callable[[], None],
+        settle: Callable[[], None],
+    ) -> dict[str, float]:
+        """Evaluate the weights, and under ``eval.ema`` their averages (``ema_`` before each name). Collective.
+
+        Args:
+            should_stop, beat: as for ``evaluate``.
+            settle: waits for a background save, before the weights are exchanged for their averages.
+
+        Raises:
+            Interrupted: ``should_stop`` was true somewhere.
+        """
+
+        def once() -> dict[str, float]:
+            return evaluate(
+                session.engine, self.loader(session.img_size), self.task, self.config, self.device,
+                should_stop=should_stop, beat=beat,
+            )  # fmt: skip
+
+        metrics = once()
+        if session.ema is not None and self.config.eval.ema:
+            settle()  # a skipped update has not waited for the save before it
+            with session.ema.applied():
+                metrics |= {f"ema_{name}": value for name, value in once().items()}
+        self.step, self.metrics = step, metrics
+        return metrics
+
+    def close(self) -> None:
+        """End the loader's workers. Not collective."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None

@@ -49,18 +49,18 @@ class AdamW(torch.optim.AdamW):
     def set_scales(self, runs: Mapping[Tensor, Sequence[Run]]) -> None:
         """Say how the tensors that ``step`` will see are cut up; elements outside every run are left as they are.
 
-        A tensor that is not named here, or all of whose runs have factor 1, is stepped whole.
+        A tensor that is not named here, or all of whose runs have factor 1, is stepped at once.
         """
         self._runs = {}
         for tensor, parts in runs.items():
             ordered = _joined(sorted(parts, key=lambda run: run.start))
-            whole = len(ordered) == 1 and ordered[0].numel == tensor.numel()
-            if not whole and tensor.dim() != 1:
+            uncut = len(ordered) == 1 and ordered[0].numel == tensor.numel()
+            if not uncut and tensor.dim() != 1:
                 raise ValueError(
                     f"runs of a tensor of shape {tuple(tensor.shape)}; only flat ones can be cut up"
                 )
             if any(run.scale != 1.0 for run in ordered):
-                # The tensor is held as well: its id must not be given to another one.
+                # The tensor is kept as well: its id must not be given to another one.
                 self._runs[id(tensor)] = (tensor, tuple(ordered))
 
     @torch.no_grad()
@@ -83,11 +83,12 @@ class AdamW(torch.optim.AdamW):
         averages: list[Tensor] = []
         squares: list[Tensor] = []
         steps: list[Tensor] = []
-        self._init_group(group, params, grads, averages, squares, [], steps)
+        init_group: Any = self._init_group  # untyped
+        init_group(group, params, grads, averages, squares, [], steps)
         by_scale: dict[float, list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]] = {}
         for p, g, m, v, step in zip(params, grads, averages, squares, steps):
-            held = self._runs.get(id(p))
-            parts = held[1] if held else (Run(0, p.numel(), 1.0),)
+            cut = self._runs.get(id(p))
+            parts = cut[1] if cut else (Run(0, p.numel(), 1.0),)
             for run in parts:
                 # The update counts a step per tensor that it is given, so each view has a counter of its own.
                 if run.numel == p.numel():
@@ -165,7 +166,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Leave the classifier alone trainable: a linear probe."""
+    """Make the classifier alone trainable: a linear probe."""
     classifier: nn.Module = model.get_classifier()  # type: ignore[operator]
     head = {id(p) for p in classifier.parameters()}
     for parameter in model.parameters():
@@ -187,8 +188,8 @@ def apply_layer_decay(optimizer: AdamW, local: LocalState, scales: Mapping[str, 
         if fragment.flat < 0:
             continue
         # Under stage 0 the optimizer steps the parameters themselves.
-        held = trainable[fragment.name] if local.stage == 0 else local.masters[fragment.flat]
-        runs.setdefault(held, []).append(Run(fragment.offset, fragment.numel, scales[fragment.name]))
+        tensor = trainable[fragment.name] if local.stage == 0 else local.masters[fragment.flat]
+        runs.setdefault(tensor, []).append(Run(fragment.offset, fragment.numel, scales[fragment.name]))
     optimizer.set_scales(runs)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from dattrain.errors import UserError
-from dattrain.runtime import owner
+from dattrain.runtime import collectives, owner
 from dattrain.runtime.environment import Env
 from dattrain.runtime.owner import Owner
 from dattrain.runtime.signals import Preemption, StopRequest
@@ -19,8 +18,10 @@ from dattrain.state.format.manifest import Manifest
 
 
 class Claim:
-    """Rank 0's attempt to become the owner of the run folder: before anything is written there, and so before the other ranks
-    can be told how it went. They may wait for it in the meantime."""
+    """Rank 0's attempt to become the owner of the run folder, before anything is written there.
+
+    So it is made before the other ranks can learn how it went; they may wait for it in the meantime.
+    """
 
     def __init__(self, run_dir: Path, env: Env, preemption: Preemption) -> None:
         self.owner: Owner | None = None
@@ -49,36 +50,33 @@ class Claim:
 
 def on_first_rank(action: Callable[[], None]) -> None:
     """Run ``action`` on rank 0; what the user can put right is raised on every rank."""
-    held: list[UserError | None] = [None]
+    failure: UserError | None = None
     if dist.get_rank() == 0:
         try:
             action()
         except UserError as error:
-            held[0] = error
-    dist.broadcast_object_list(held, src=0)
-    if held[0] is not None:
-        raise held[0]
+            failure = error
+    failure = collectives.broadcast(failure)
+    if failure is not None:
+        raise failure
 
 
 def random_word() -> str:
-    """The same on all ranks of this attempt, and in no other attempt."""
-    held: list[Any] = [secrets.token_hex(8)]
-    dist.broadcast_object_list(held, src=0)
-    return str(held[0])
+    """A word that is the same on all ranks of this attempt, and in no other attempt. Collective."""
+    return str(collectives.broadcast(secrets.token_hex(8)))
 
 
 def newest_checkpoint(root: Path, *, read_all: bool = False) -> tuple[Path, Manifest] | None:
     """The newest complete checkpoint under ``root``, as rank 0 finds it: judged by sizes, or by reading it (``read_all``).
 
     Raises:
-        UserError: there are checkpoints, and none is whole.
+        UserError: there are checkpoints, and none is complete.
     """
-    held: list[Any] = [None]
+    found = None
     if dist.get_rank() == 0:
-        found = checkpoint.find(root, level="checksum" if read_all else "size")
-        held[0] = (found.folder, found.manifest, found.skipped)
-    dist.broadcast_object_list(held, src=0)
-    folder, manifest, passed = held[0]
-    if folder is None and passed:
-        raise UserError(checkpoint.none_complete(root, passed))
+        search = checkpoint.find(root, level="checksum" if read_all else "size")
+        found = (search.folder, search.manifest, search.skipped)
+    folder, manifest, skipped = collectives.broadcast(found)
+    if folder is None and skipped:
+        raise UserError(checkpoint.none_complete(root, skipped))
     return None if folder is None else (folder, manifest)

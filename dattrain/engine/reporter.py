@@ -1,4 +1,4 @@
-"""What a training says: rows of ``metrics.jsonl`` and TensorBoard, the log line, the live line. Rank 0 speaks."""
+"""What a training reports: rows of ``metrics.jsonl`` and TensorBoard, the log line, the live line. Rank 0 writes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import torch
 from dattrain.config.derive import Derived
 from dattrain.config.schema import Config
 from dattrain.engine.step import Update
-from dattrain.engine.step_status import Edge, Slowest
+from dattrain.engine.step_status import Slowest, StepStatus
 from dattrain.errors import UserError
 from dattrain.observe.metrics import Metrics
 from dattrain.observe.throughput import Meter, duration, memory_gb, peak_flops
+from dattrain.runtime import collectives
 from dattrain.runtime.logging import Console
+from dattrain.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +27,14 @@ class Reporter:
     """Turns updates into rows and lines.
 
     Args:
-        step: the update that training goes on from; later rows of an attempt that was killed are removed.
+        step: the update that training resumes at; later rows of an attempt that was killed are removed.
         first: whether this is rank 0; the others measure but do not write.
     """
 
     def __init__(
         self,
         config: Config,
+        task: Task,
         run_dir: Path,
         derived: Derived,
         device: torch.device,
@@ -41,7 +44,7 @@ class Reporter:
         console: Console | None,
         first: bool,
     ) -> None:
-        self.config, self.derived, self.device = config, derived, device
+        self.config, self.task, self.derived, self.device = config, task, derived, device
         self.samples_per_epoch = samples_per_epoch
         self.bad_samples = 0
         self.meter = Meter()
@@ -53,9 +56,9 @@ class Reporter:
             except OSError as error:
                 raise UserError(f"{run_dir}: cannot be written: {error.strerror or error}") from error
         self._evaluated = (
-            {row["step"] for row in self._metrics.rows if "top1" in row} if self._metrics else set()
+            {row["step"] for row in self._metrics.rows if "eval_images" in row} if self._metrics else set()
         )
-        self._mfu_scale = _mfu_scale(config, derived, device)
+        self._mfu_scale = _mfu_scale(config, task, derived, device)
 
     def begin(self, step: int, last: int) -> None:
         """Say what is about to be trained."""
@@ -69,16 +72,12 @@ class Reporter:
 
     def evaluated(self, step: int) -> bool:
         """Whether the rows hold an evaluation of ``step``. Collective."""
-        import torch.distributed as dist
-
-        held = [step in self._evaluated]
-        dist.broadcast_object_list(held, src=0)
-        return held[0]
+        return bool(collectives.broadcast(step in self._evaluated))
 
     def update(
         self,
         update: Update,
-        edge: Edge,
+        status: StepStatus,
         *,
         step: int,
         samples: int,
@@ -89,7 +88,7 @@ class Reporter:
         slowest: Slowest | None,
         log_now: bool,
     ) -> None:
-        """One update."""
+        """Write the row of one update, and at ``log_now`` its line."""
         self.bad_samples = bad_samples
         self.meter.update(self.config.train.global_batch, update.data_wait_s)
         if self._metrics is None:
@@ -100,7 +99,8 @@ class Reporter:
             "step": step,
             "samples": samples,
             "epoch": round(samples / self.samples_per_epoch, 6),
-            "loss": edge.loss,
+            "loss": status.loss,
+            **status.parts,
             "lr": lr,
             "grad_norm": update.grad_norm,
             "images_per_s": round(rate, 3),
@@ -122,7 +122,7 @@ class Reporter:
             self._console.live(self._line(row, None))
 
     def evaluation(self, metrics: dict[str, float], step: int, samples: int, seconds: float) -> None:
-        """One evaluation. In rows the loss is ``eval_loss``: ``loss`` is the training loss."""
+        """Write the row and line of one evaluation. In rows the loss is ``eval_loss``: ``loss`` is the training loss."""
         self._evaluated.add(step)
         self.pause(seconds)
         if self._metrics is None:
@@ -136,10 +136,9 @@ class Reporter:
         }
         self._metrics.write(row)
         self._metrics.scalars("eval", {k: v for k, v in row.items() if k != "epoch"}, step)
-        averaged = f", EMA {metrics['ema_top1']:.2f}" if "ema_top1" in metrics else ""
         log.info(
-            "step %d: top-1 %.2f, top-5 %.2f, loss %.4f%s on %d images in %s",
-            step, metrics["top1"], metrics["top5"], metrics["loss"], averaged, metrics["images"], duration(seconds),
+            "step %d: %s on %d images in %s",
+            step, self.task.summary(metrics), metrics["images"], duration(seconds),
         )  # fmt: skip
 
     def pause(self, seconds: float) -> None:
@@ -180,18 +179,13 @@ class Reporter:
         return "  ".join(parts)
 
 
-def _mfu_scale(config: Config, derived: Derived, device: torch.device) -> float | None:
+def _mfu_scale(config: Config, task: Task, derived: Derived, device: torch.device) -> float | None:
     """MFU per image/s, None where the device's peak is not known."""
     if device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(device), config.train.precision)
     if peak is None:
         return None
-    from dattrain.engine.session import build_model
-    from dattrain.models.flops import flops
-
     # A multiply-add is two operations; backward costs twice the forward. The count is at the model's own size.
-    with torch.device("meta"):
-        model = build_model(config, config.model.img_size)
-    work = 3 * 2 * flops(model, config.model.img_size, config.model.in_chans)
+    work = 3 * 2 * task.flops(config.model.img_size)
     return work / (peak * derived.world) if math.isfinite(work) else None

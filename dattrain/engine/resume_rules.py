@@ -64,8 +64,10 @@ def record(config: Config, data: Sequence[Part], classes: Classes) -> dict[str, 
 
 
 def newest(run: Path) -> tuple[str, Mapping[str, Any]] | None:
-    """Name and ``meta`` of the newest checkpoint of a run whose manifest can be read; shards are not looked at. An empty ``meta``
-    where there are checkpoints and none can be read; None where there are none."""
+    """Name and ``meta`` of the newest checkpoint of a run whose manifest can be read; rank files are not looked at.
+
+    The ``meta`` is empty where there are checkpoints and none can be read; None where there are none.
+    """
     folders = sorted(
         run.glob("checkpoints/step_*"), key=lambda path: (len(path.name), path.name), reverse=True
     )
@@ -164,8 +166,10 @@ def check_classes(run: Path, name: str, meta: Mapping[str, Any], classes: Classe
 
 
 def look(config: Config) -> list[Part] | None:
-    """The identity of ``data.train`` where a glance at local records tells; None where it is elsewhere, or would have to be listed
-    file by file: the job's start sees it then."""
+    """The identity of ``data.train`` where a glance at local records tells.
+
+    None where it is elsewhere, or would have to be listed file by file: the job's start sees it then.
+    """
     spec = config.data.train
     if spec is None or ":/" in spec or config.data.reader == "webdataset":
         return None

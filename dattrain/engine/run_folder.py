@@ -31,10 +31,9 @@ log = logging.getLogger(__name__)
 
 
 def open_run(run_dir: Path, config: Config, classes: Classes, env: Env, device_name: str) -> None:
-    """Write ``config.yaml``, ``classes.json``, ``code.json`` with its diff, and ``env.json``. Rank 0 calls it, once the recipe
-    is known to run.
+    """Write ``config.yaml``, ``classes.json``, ``code.json`` with its diff, and ``env.json``.
 
-    A recipe that passed ``fixed.check_settings`` takes the place of the one before it: what may differ from one start to the next may stay so.
+    Rank 0 calls it, once the recipe is known to run. A recipe that passed ``resume_rules.check_settings`` takes the place of the one before it: what may differ from one start to the next may stay so.
 
     Raises:
         UserError: the folder cannot be written.
@@ -102,5 +101,5 @@ def _note_start(path: Path, env: Env, device_name: str) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Atomically; for the user alone to read where it holds the secrets of a URL, which a resume needs."""
+    """Write atomically; for the user alone to read where it holds the secrets of a URL, which a resume needs."""
     write_atomically(path, text, private=mask(text) != text)

@@ -1,4 +1,4 @@
-"""One update: micro-batches in, weights changed, and the numbers that the ranks then agree on."""
+"""One update: micro-batches in, weights changed, and the numbers that the ranks then reduce."""
 
 from __future__ import annotations
 
@@ -8,33 +8,29 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dattrain.config.schema import Config
-from dattrain.data.augment.mixup import MixupCutmix
-from dattrain.data.batch import Batch
 from dattrain.data.philox import Stream, uniform32
 from dattrain.data.to_device import to_device
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16-pure": torch.bfloat16, "fp16": torch.float16}
-"""Dtype of the network's input by ``train.precision``; under autocast (``bf16``) the layers cast by themselves."""
-COMPUTE = {**DTYPES, "bf16": torch.bfloat16}
-"""Dtype of its matrix products."""
+from dattrain.engine import precision
+from dattrain.tasks.base import Batch, Loss, Task
 
 
 class Loader(Protocol):
-    """What is needed of ``dattrain.data.loader.TrainLoader``."""
+    """What an update needs of a training loader."""
 
     @property
-    def wait_s(self) -> float: ...
+    def wait_s(self) -> float:
+        """Seconds spent waiting for data since this was last read."""
 
-    def __next__(self) -> Batch: ...
+    def __next__(self) -> Batch:
+        """The next micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Update:
     """What one rank knows after an update."""
 
     loss_sum: float
-    """Sum of weight * cross-entropy over this rank's samples; not finite if any of them was not."""
+    """Sum of weight * loss over this rank's samples; not finite if any of them was not."""
     weight: float
     """Sum of the weights of this rank's samples."""
     applied: bool
@@ -51,16 +47,19 @@ class Update:
     """Global norm before clipping; not finite where the update was skipped."""
     data_wait_s: float
     own_s: float
-    """Seconds of reading and forward passes: what this rank needs before it meets the others."""
+    """Seconds of reading and forward passes: what this rank needs before it waits for the others."""
     keys: list[str]
     """Names of this rank's samples."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Named components of ``loss_sum``, where the task has any."""
 
 
-class Updater:
+class TrainStep:
     """Runs updates on a DeepSpeed engine.
 
     Args:
         engine: of ``zero.initialize``.
+        task: whose loss it is.
         config: the recipe.
         accumulation: micro-batches per rank and update.
         drop_path: residual branches that draw noise (``model.num_drop_path``), 0 for none.
@@ -68,17 +67,15 @@ class Updater:
     """
 
     def __init__(
-        self, engine: Any, config: Config, accumulation: int, drop_path: int, device: torch.device
+        self, engine: Any, task: Task, config: Config, accumulation: int, drop_path: int, device: torch.device
     ) -> None:
         self.engine = engine
+        self.task = task
         self.accumulation = accumulation
-        self.mixer = MixupCutmix(config.augment, config.model.num_classes)
-        self._dtype = DTYPES[config.train.precision]
-        self._micro_batch = config.train.micro_batch
+        self._dtype = precision.WEIGHTS[config.train.precision]
         self._seed = config.train.seed
         self._drop_path = drop_path
         self._device = device
-        self._channels_last = config.train.channels_last
         self._stage = config.zero.stage
         self._clock: _HostClock | _CudaClock = _CudaClock() if device.type == "cuda" else _HostClock()
 
@@ -87,64 +84,62 @@ class Updater:
         engine = self.engine
         for group in engine.basic_optimizer.param_groups:
             group["lr"] = lr
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        weight_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        # Sums of loss and weight, then of the loss's parts.
+        sums = [torch.zeros((), dtype=torch.float64, device=self._device) for _ in range(2)]
+        names: list[str] = []
         keys: list[str] = []
-        told: tuple[float, float, float] | None = None
+        reduced: tuple[list[float], float] | None = None
         for micro in range(self.accumulation):
             batch = next(loader)
             keys += batch.keys
             with self._clock.running():
-                loss, total, weight = self.forward(batch)
-            engine.backward(loss)
-            loss_sum += total
-            weight_sum += weight
+                loss = self.forward(batch)
+            engine.backward(loss.value)
+            if micro == 0:
+                names = sorted(loss.parts)
+                sums += [torch.zeros_like(sums[0]) for _ in names]
+            for total, value in zip(sums, (loss.total, loss.weight, *(loss.parts[name] for name in names))):
+                total += value
             if self._stage == 0 and micro == self.accumulation - 1:
-                told = self._guard(loss_sum, weight_sum)
+                reduced = self._guard(sums)
             engine.step()
-        loss_seen, weight_seen, norm = told or _fetch(loss_sum, weight_sum, self._norm())
+        (loss_sum, weight, *parts), norm = reduced or _fetch(sums, self._norm())
         waited = loader.wait_s
         return Update(
-            loss_sum=loss_seen,
-            weight=weight_seen,
-            applied=math.isfinite(norm) if told else not self._overflowed(),
+            loss_sum=loss_sum,
+            weight=weight,
+            applied=math.isfinite(norm) if reduced else not self._overflowed(),
             grad_norm=norm,
             data_wait_s=waited,
             own_s=waited + self._clock.read(),
             keys=keys,
+            parts=dict(zip(names, parts)),
         )
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss to differentiate, sum of weight * cross-entropy in fp64, sum of weights in fp64).
+    def forward(self, batch: Batch) -> Loss:
+        """The task's loss of a micro-batch.
 
-        The first is divided by the micro-batch; accumulation and the mean over ranks, which DeepSpeed does, complete the
-        division by the global batch. If it is not finite its gradients are made so too, lest an infinite loss with finite
-        gradients be applied: the skip is then agreed by what reduces gradients, at no cost.
+        Accumulation and the mean over ranks, which DeepSpeed does, complete the division by the global batch. If the loss is
+        not finite its gradients are made so too, lest an infinite loss with finite gradients be applied: the skip is then
+        agreed on by what reduces gradients, at no cost.
         """
-        images, targets, weight = self.mixer(batch, self._dtype)
-        if self._channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        noise = {}
+        noise = None
         if self._drop_path:
             drawn = uniform32(self._seed, Stream.DROP_PATH, batch.position.numpy(), self._drop_path)
-            noise["drop_path_noise"] = to_device(drawn, self._device)
-        logits = self.engine(images, **noise)
-        losses = weight * F.cross_entropy(logits.float(), targets, reduction="none")
-        total = losses.sum()
-        loss = total / self._micro_batch
-        poison = torch.where(torch.isfinite(total.detach()), 1.0, float("nan"))
-        return loss * poison, total.detach().double(), weight.sum().double()
+            noise = to_device(drawn, self._device)
+        loss = self.task.loss(self.engine, batch, noise=noise, dtype=self._dtype)
+        nan_if_nonfinite = torch.where(torch.isfinite(loss.total), 1.0, float("nan"))
+        return replace(loss, value=loss.value * nan_if_nonfinite)
 
     @torch.no_grad()
-    def _guard(self, loss_sum: Tensor, weight_sum: Tensor) -> tuple[float, float, float]:
-        """Stage 0: the update's numbers, with the norm of the reduced gradients; if that is not finite the step is told to do
-        nothing."""
+    def _guard(self, sums: list[Tensor]) -> tuple[list[float], float]:
+        """Stage 0: the update's numbers, with the norm of the reduced gradients; if that is not finite the step does nothing."""
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else 0.0
-        told = _fetch(loss_sum, weight_sum, norm)
-        if not math.isfinite(told[2]):
+        fetched = _fetch(sums, norm)
+        if not math.isfinite(fetched[1]):
             self.engine.basic_optimizer.skip_next()
-        return told
+        return fetched
 
     def _norm(self) -> Tensor | float:
         """Stages 1-3: the norm that DeepSpeed found; NaN where it skipped the update."""
@@ -156,13 +151,12 @@ class Updater:
         return bool(getattr(self.engine.optimizer, "overflow", False))
 
 
-def _fetch(loss_sum: Tensor, weight_sum: Tensor, norm: Tensor | float) -> tuple[float, float, float]:
-    """The three as Python numbers, in one read: each would wait for the device anew."""
-    if isinstance(norm, Tensor) and norm.device == loss_sum.device:
-        loss, weight, found = torch.stack((loss_sum, weight_sum, norm.double().reshape(()))).tolist()
-        return loss, weight, found
-    loss, weight = torch.stack((loss_sum, weight_sum)).tolist()
-    return loss, weight, float(norm)  # on the host already
+def _fetch(sums: list[Tensor], norm: Tensor | float) -> tuple[list[float], float]:
+    """``sums`` and ``norm`` as Python numbers, in one read: each would wait for the device anew."""
+    if isinstance(norm, Tensor) and norm.device == sums[0].device:
+        *values, found = torch.stack((*sums, norm.double().reshape(()))).tolist()
+        return values, found
+    return torch.stack(sums).tolist(), float(norm)  # the norm is on the host already
 
 
 def seed_all(seed: int, samples_seen: int, rank: int) -> None:
@@ -195,14 +189,15 @@ class _HostClock:
 
 
 class _CudaClock:
-    """The same on the device; ``read`` waits for it, when the update's numbers were fetched and it has nothing to do."""
+    """Seconds on the device; ``read`` waits for it, when the update's numbers were fetched and it has nothing to do."""
 
     def __init__(self) -> None:
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event: Any = torch.cuda.Event  # untyped
+        begin, end = (event(enable_timing=True) for _ in range(2))
         begin.record()
         yield
         end.record()
@@ -212,4 +207,4 @@ class _CudaClock:
         marks, self._marks = self._marks, []
         for _, end in marks:
             end.synchronize()
-        return sum(begin.elapsed_time(end) for begin, end in marks) / 1e3
+        return float(sum(begin.elapsed_time(end) for begin, end in marks)) / 1e3

@@ -1,9 +1,9 @@
-"""What the ranks tell each other at a step's edge: one small all-reduce, and at log lines who was slowest."""
+"""What the ranks exchange at a step boundary: one small all-reduce, and at log lines which rank was slowest."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,8 @@ from dattrain.runtime.signals import StopRequest
 
 
 @dataclass(frozen=True)
-class Edge:
-    """The same on every rank."""
+class StepStatus:
+    """Status of an update, the same on every rank."""
 
     loss: float
     """Mean over the samples of the global batch; NaN where it was not finite on some rank."""
@@ -26,14 +26,16 @@ class Edge:
     """Whether a background save has failed somewhere."""
     bad_samples: int
     """Skipped samples over all ranks, in this process's life."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Named components of ``loss``, where the task has any; NaN where ``loss`` is."""
 
 
-def agree(
+def reduce_status(
     update: Update, *, request: StopRequest, save_failed: bool, bad_samples: int, device: torch.device
-) -> Edge:
-    """Sum over ranks. Collective. A flag that is up on one rank is up for all."""
+) -> StepStatus:
+    """Sum every rank's status. Collective. A flag that is up on one rank is up for all."""
     finite = math.isfinite(update.loss_sum)
-    mine = [
+    local = [
         update.loss_sum if finite else 0.0,
         update.weight,
         0.0 if finite else 1.0,
@@ -41,18 +43,19 @@ def agree(
         1.0 if request == StopRequest.STOP else 0.0,
         1.0 if save_failed else 0.0,
         float(bad_samples),
+        *update.parts.values(),
     ]
-    told = to_device(torch.tensor(mine, dtype=torch.float64), device)
-    dist.all_reduce(told)
-    loss, weight, broken, preempt, stop, failed, bad = told.tolist()
+    reduced = to_device(torch.tensor(local, dtype=torch.float64), device)
+    dist.all_reduce(reduced)
+    loss, weight, broken, preempt, stop, failed, bad, *parts = reduced.tolist()
     wanted = StopRequest.STOP if stop else StopRequest.PREEMPT if preempt else StopRequest.NONE
-    mean = math.nan if broken else loss / max(weight, 1.0)
-    return Edge(mean, not broken, wanted, failed > 0, int(bad))
+    mean, *means = (math.nan if broken else total / max(weight, 1.0) for total in (loss, *parts))
+    return StepStatus(mean, not broken, wanted, failed > 0, int(bad), dict(zip(update.parts, means)))
 
 
 @dataclass(frozen=True)
 class Slowest:
-    """Who kept the others waiting."""
+    """The rank that kept the others waiting."""
 
     rank: int
     host: str
@@ -74,15 +77,16 @@ class Stragglers:
         self._own += update.own_s
 
     def slowest(self) -> Slowest | None:
-        """Since the last call. Collective. None for a single rank."""
+        """The slowest rank since the last call, None for a single one. Collective."""
         own, self._own = self._own, 0.0
         if len(self._hosts) == 1:
             return None
-        told = torch.zeros(len(self._hosts), dtype=torch.float64)
-        told[dist.get_rank()] = own
-        told = to_device(told, self._device)
-        dist.all_reduce(told)
-        told = told.cpu()  # the one read
-        rank = int(told.argmax())
-        median = float(told.median())
-        return Slowest(rank, self._hosts[rank], float(told[rank]) / median - 1 if median > 0 else 0.0)
+        seconds = torch.zeros(len(self._hosts), dtype=torch.float64)
+        seconds[dist.get_rank()] = own
+        seconds = to_device(seconds, self._device)
+        dist.all_reduce(seconds)
+        seconds = seconds.cpu()  # the one read
+        rank = int(seconds.argmax())
+        median = float(seconds.median())
+        excess = float(seconds[rank]) / median - 1 if median > 0 else 0.0
+        return Slowest(rank, self._hosts[rank], excess)

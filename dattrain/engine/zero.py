@@ -23,16 +23,12 @@ from torch import nn
 
 from dattrain.config.derive import Derived
 from dattrain.config.schema import Config
+from dattrain.engine import precision
 from dattrain.errors import ConfigError
 from dattrain.runtime import environment
 
 RESERVED = {"stage", "offload_optimizer", "offload_param"}
 """Keys of ``zero_optimization`` that have a setting of their own."""
-REDUCE_BUCKET = 5_000_000
-"""Elements of a reduction bucket. A bucket travels beside the rest of backward, so there must be several: DAT-T (28.3 M) has 6 and
-DAT-B (87.9 M) 18; what is reduced after backward is at most one, 20 MB in fp32. Of 50 M, DAT-T was one bucket and DAT-B two, so
-little or nothing overlapped. Not smaller, since DAT-B's largest matrix (4096 x 1024, 4.2 M) shall fit: a larger one (a head
-of 21,841 classes) is reduced by itself."""
 REFUSED = {
     "zero_quantized_weights": "quantised weights change what is trained and cannot be checkpointed exactly",
     "zero_quantized_gradients": "quantised gradients break the equality of curves across stages",
@@ -59,11 +55,11 @@ def ds_config(config: Config, derived: Derived, *, device: str = "cuda") -> dict
         block |= {
             "contiguous_gradients": True,
             "overlap_comm": device == "cuda",
-            "reduce_bucket_size": REDUCE_BUCKET,
-            "allgather_bucket_size": 200_000_000,
+            "reduce_bucket_size": precision.REDUCE_BUCKET,
+            "allgather_bucket_size": precision.ALLGATHER_BUCKET,
         }
     if zero.stage == 3:
-        block |= {"stage3_prefetch_bucket_size": 50_000_000}
+        block |= {"stage3_prefetch_bucket_size": precision.PREFETCH_BUCKET}
     if zero.offload.optimizer is not None:
         block["offload_optimizer"] = dict(zero.offload.optimizer)
     if zero.offload.param is not None:
@@ -101,7 +97,7 @@ def _precision(config: Config) -> dict[str, Any]:
         case "bf16-pure":
             return {
                 "bf16": {"enabled": True, "check_grad_overflow": True},
-                "data_types": {"grad_accum_dtype": "fp32"},
+                "data_types": {"grad_accum_dtype": _name(precision.GRADIENTS["bf16-pure"])},
             }
         case "fp16":
             return {
@@ -114,6 +110,10 @@ def _precision(config: Config) -> dict[str, Any]:
                     "min_loss_scale": 1,
                 }
             }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -138,8 +138,10 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 def destroy_process_group() -> None:
-    """Leave the process group by way of DeepSpeed: it keeps groups of its own, with which the next training of this process
-    would fail. Safe where DeepSpeed was never set up."""
+    """Destroy the process group by way of DeepSpeed; safe where DeepSpeed was never set up.
+
+    It keeps groups of its own, with which the next training of this process would fail.
+    """
     if "deepspeed" in sys.modules:
         from deepspeed.comm import comm
 
@@ -175,7 +177,8 @@ def cpu_adam(
     """DeepSpeed's vectorised AdamW for host memory. Compiled on first use (about a minute)."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    return DeepSpeedCPUAdam(groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
+    optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
+    return optimizer
 
 
 def loss_scale(engine: Any) -> float | None:

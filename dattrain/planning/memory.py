@@ -20,10 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dattrain.config.schema import Config
 from dattrain.engine import activation_checkpointing
-from dattrain.engine.zero import REDUCE_BUCKET
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16-pure": torch.bfloat16, "fp16": torch.float16}
-"""Dtypes of weights and activations outside of autocast, by ``train.precision``."""
+from dattrain.engine.precision import GRADIENTS, REDUCE_BUCKET, STAGE_0_BUCKET, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -79,12 +76,11 @@ def states(
         offload: whether the optimizer's state is in host memory.
     """
     p, share = parameters, -(-parameters // world)
-    size = 4 if precision in ("fp32", "bf16") else 2
-    accumulated = 2 if precision == "fp16" else 4
+    size, accumulated = WEIGHTS[precision].itemsize, GRADIENTS[precision].itemsize
     average = 4 * (p if stage == 0 else share) * ema
     if stage == 0:
-        # Gradients are reduced through a flat copy of up to 5e8 elements.
-        flat = size * min(p, 500_000_000) if world > 1 else 0
+        # Gradients are reduced through a flat copy.
+        flat = size * min(p, STAGE_0_BUCKET) if world > 1 else 0
         return States(size * p, size * p, 8 * p, average, 0, flat)
     weights = size * (p if stage < 3 else share)
     gradients = accumulated * share
@@ -137,10 +133,10 @@ def _follow(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     precision = config.train.precision
-    dtype = DTYPES[precision]
+    dtype = WEIGHTS[precision]
     height, width = (size, size) if isinstance(size, int) else size
     meta_model = copy.deepcopy(model).to("meta").train()
-    activation_checkpointing.apply(meta_model, config.train.remat)
+    activation_checkpointing.apply(meta_model, config.train.activation_checkpointing)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         # cuDNN's sampling kernel has no shape function; the native one keeps the same.

@@ -13,12 +13,12 @@ from dattrain.data.factory import assign_class_numbers
 from dattrain.data.source.dataset import ShardDataset, open_dataset
 from dattrain.data.source.listing import is_remote
 from dattrain.data.source.sample import Dataset
-from dattrain.engine.session import build_model
 from dattrain.errors import ConfigError, UserError
 from dattrain.models import flops
 from dattrain.observe.metrics import read as read_metrics
 from dattrain.planning import memory
 from dattrain.submit import cluster
+from dattrain.tasks.create import create_task
 
 SAMPLES = {
     "imagenet-1k": 1_281_167,
@@ -74,14 +74,17 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
     derived = derive(config, world=world, samples_per_epoch=samples)
     sizes = [config.model.img_size, *(p.img_size for p in config.train.progressive)]
     largest = max(sizes, key=lambda s: s * s if isinstance(s, int) else s[0] * s[1])
-    model = build_model(config, config.model.img_size)
+    task = create_task(config)
+    model = task.build(config.model.img_size)
     parameters = flops.parameters(model)
-    forward = flops.flops(model, config.model.img_size, config.model.in_chans)
+    forward = task.flops(config.model.img_size)
     if largest != config.model.img_size:
-        model = build_model(config, largest)
+        model = task.build(largest)
     kept = {}
     for mode in ("none", "selective", "block", "stage"):
-        changed = config.model_copy(update={"train": config.train.model_copy(update={"remat": mode})})
+        changed = config.model_copy(
+            update={"train": config.train.model_copy(update={"activation_checkpointing": mode})}
+        )
         kept[mode] = memory.activations(
             model, changed, micro_batch=config.train.micro_batch, img_size=largest, device=resources.device
         )
@@ -93,7 +96,7 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
         )
         for stage in (0, 1, 2, 3)
     }  # fmt: skip
-    own, act = states[config.zero.stage], kept[config.train.remat]
+    own, act = states[config.zero.stage], kept[config.train.activation_checkpointing]
     saved = memory.checkpoint_bytes(parameters, ema=ema)
     save_s = saved / world / (resources.write_mb_per_s * 1e6)
     rate = resources.images_per_second or measured
@@ -104,7 +107,7 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
     problems = []
     if total > resources.device_gb * 1e9:
         problems.append(
-            f"a device needs {total / 1e9:.1f} GB and has {resources.device_gb:g}: lower train.micro_batch, or use train.remat"
+            f"a device needs {total / 1e9:.1f} GB and has {resources.device_gb:g}: lower train.micro_batch, or use train.activation_checkpointing"
         )
     if delay is not None and save_s + (step_s or 0.0) > delay:
         problems.append(
@@ -124,7 +127,7 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
             "buffers": own.buffers + own.working, "activations_kept": act.kept, "activations_peak": act.peak, "total": total,
         },
         "states_by_stage": {str(stage): s.total for stage, s in states.items()},
-        "activations_by_remat": {mode: {"kept": a.kept, "peak": a.peak} for mode, a in kept.items()},
+        "activations_by_mode": {mode: {"kept": a.kept, "peak": a.peak} for mode, a in kept.items()},
         "activations_img_size": largest,
         "checkpoint_bytes": saved,
         "save_s": save_s,

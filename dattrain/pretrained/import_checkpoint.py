@@ -15,7 +15,7 @@ from dattrain.errors import UserError
 from dattrain.models import surgery
 from dattrain.pretrained.recipe_model import network
 from dattrain.runtime import owner
-from dattrain.runtime.health import Verdicts
+from dattrain.runtime.health import NonFinitePolicy
 from dattrain.state.checkpointer import describe
 from dattrain.state.convert import dcp_read, dcp_store, deepspeed_read, offline
 from dattrain.state.convert.offline import Source
@@ -129,7 +129,7 @@ def _meta(config: Config, source: Source, samples: int) -> dict[str, Any]:
     fresh = {
         "img_size": config.model.img_size,
         "metrics": {},
-        "health": Verdicts(1, 0).state(),
+        "health": NonFinitePolicy(1, 0).state(),
         "bad_samples": 0,
     }
     return {**fresh, **source.meta, "step": source.step, "samples_seen": samples}

@@ -364,7 +364,7 @@ def process_group(
                 os.environ[name] = value
 
 
-def leave(code: int) -> NoReturn:
+def hard_exit(code: int) -> NoReturn:
     """End this process now, without Python's finalisation.
 
     A gloo thread that drops a Python tensor during finalisation aborts the process (seen with ZeRO-3), which would turn a

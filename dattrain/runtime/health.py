@@ -1,6 +1,6 @@
 """What is done about steps that are not finite and ranks that no longer answer.
 
-``Verdicts`` is pure: it counts and decides. ``Watchdog`` watches this process from a thread of its own, and from a process
+``NonFinitePolicy`` is pure: it counts and decides. ``Watchdog`` watches this process from a thread of its own, and from a process
 that needs no GIL of it. What a decision means for the weights is the trainer's.
 """
 
@@ -35,21 +35,31 @@ _TICK_S = 5.0
 log = logging.getLogger(__name__)
 
 
-class Verdict(Enum):
+class Action(Enum):
     """What follows an update."""
 
-    GOOD = "good"
+    NONE = "none"
+    """It was finite."""
     SKIP = "skip"
-    """The update was not applied; go on with the next batch."""
+    """The update was not applied; train on with the next batch."""
     ROLL_BACK = "roll back"
-    """Too many in a row: restore the last checkpoint's weights, then go on past the batch."""
+    """Too many in a row: restore the last checkpoint's weights, then train on past the batch."""
     STOP = "stop"
-    """Rolling back did not help: end, with a bundle for debugging."""
+    """Rolling back did not help: end, with a debug dump."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done about one update."""
+
+    action: Action
+    in_a_row: int
+    """Non-finite updates in a row, this one counted."""
 
 
 @dataclass
-class Verdicts:
-    """Counts non-finite updates; all ranks are given the same flags, so all reach the same verdict.
+class NonFinitePolicy:
+    """Counts non-finite updates; all ranks are given the same flags, so all come to the same decision.
 
     The counters are part of a checkpoint (``state``), so a restart does not forgive what came before it.
     """
@@ -57,23 +67,25 @@ class Verdicts:
     max_bad_steps: int
     max_rollbacks: int
     in_a_row: int = 0
+    """Non-finite updates since the last finite one or rollback."""
     rollbacks: int = 0
     total: int = 0
 
-    def judge(self, finite: bool) -> Verdict:
-        """The verdict on one update."""
+    def decide(self, finite: bool) -> Decision:
+        """Count one update; what to do about it."""
         if finite:
             self.in_a_row = 0
-            return Verdict.GOOD
+            return Decision(Action.NONE, 0)
         self.total += 1
         self.in_a_row += 1
-        if self.in_a_row < self.max_bad_steps:
-            return Verdict.SKIP
+        in_a_row = self.in_a_row
+        if in_a_row < self.max_bad_steps:
+            return Decision(Action.SKIP, in_a_row)
         self.in_a_row = 0
         if self.rollbacks >= self.max_rollbacks:
-            return Verdict.STOP
+            return Decision(Action.STOP, in_a_row)
         self.rollbacks += 1
-        return Verdict.ROLL_BACK
+        return Decision(Action.ROLL_BACK, in_a_row)
 
     def state(self) -> dict[str, int]:
         """The counters, for a checkpoint's meta."""

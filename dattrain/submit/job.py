@@ -83,9 +83,9 @@ class Job:
 
 def _leave() -> None:
     """After submitit has written the result: end without Python's finalisation, in which gloo may abort the process."""
-    from dattrain.runtime.environment import leave
+    from dattrain.runtime.environment import hard_exit
 
-    leave(0)
+    hard_exit(0)
 
 
 def attempt() -> tuple[str, int]:
@@ -109,7 +109,7 @@ def _publish(path: Path, content: dict[str, Any]) -> None:
 
 def _train(run: Path) -> dict[str, Any]:
     from dattrain.config.load import load
-    from dattrain.engine.trainer import train
+    from dattrain.engine.train import train
 
     outcome = train(load(run / "config.yaml").config, run)
     return {"status": outcome.status, "step": outcome.step}

@@ -8,7 +8,7 @@ neither a container nor a broken environment of the tasks can keep a run from re
     python3 enter.py -m dattrain.submit.job_hook end RUN STATUS   # after srun, with its exit status; requeues, or lets the next one start
 
 What it writes and how it decides is in ``dattrain.submit.history``, how it queues the next job in ``dattrain.submit.follow_up``. Not here: the signal and the save
-(``dattrain.runtime.signals``, ``dattrain.engine.trainer``), and the first submission (``dattrain.submit.submission``).
+(``dattrain.runtime.signals``, ``dattrain.engine.train``), and the first submission (``dattrain.submit.submission``).
 """
 
 from __future__ import annotations

@@ -60,4 +60,4 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         code = 1
-    environment.leave(code) if code == 0 else os._exit(code)
+    environment.hard_exit(code) if code == 0 else os._exit(code)

@@ -1,6 +1,7 @@
 """What happens on the way: preemption, the stop file, steps that are not finite, progressive resizing, evaluation, averages."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def folder(tmp_path_factory, request):
     for stage in (0, 3) if request.config.getoption("--full") else (3,):
         grow = [f"zero.stage={stage}", "train.precision=fp32", GROW, "train.max_steps=5"]
         job(f"grow-{stage}", f"grow-{stage}", grow)
-        job(f"grow-{stage}-a", f"grow-{stage}-parts", [*grow, "train.max_steps=3"])  # up to the very edge
+        job(f"grow-{stage}-a", f"grow-{stage}-parts", [*grow, "train.max_steps=3"])  # up to the very boundary
         job(f"grow-{stage}-b", f"grow-{stage}-parts", [*grow, "train.max_steps=4"])
         job(f"grow-{stage}-c", f"grow-{stage}-parts", grow)
     (folder / "plan.json").write_text(json.dumps(plan))
@@ -81,7 +82,7 @@ def test_evaluation_sees_each_image_once_and_computes_what_one_process_does(fold
     from dattrain.data.classes import Classes
     from dattrain.data.factory import eval_loader
     from dattrain.data.augment.mixup import Normalize
-    from dattrain.engine.session import build_model
+    from dattrain.tasks.create import create_task
 
     config = load(folder / "whole" / "config.yaml").config
     found = rows(folder / "whole", "top1")
@@ -93,7 +94,7 @@ def test_evaluation_sees_each_image_once_and_computes_what_one_process_does(fold
     )
     normalize = Normalize(config.augment)
     for state, prefix in (("param", ""), ("ema", "ema_")):
-        model = build_model(config, 32).eval()
+        model = create_task(config).build(32).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(held[f"{state}/{name}"])
@@ -110,10 +111,10 @@ def test_evaluation_sees_each_image_once_and_computes_what_one_process_does(fold
 
 
 def test_the_average_equals_an_unsharded_one_bit_for_bit(folder):
-    from dattrain.engine.session import build_model
+    from dattrain.tasks.create import create_task
 
     config = load(folder / "whole" / "config.yaml").config
-    average = {name: p.detach() for name, p in build_model(config, 32).named_parameters()}
+    average = {name: p.detach() for name, p in create_task(config).build(32).named_parameters()}
     for step in range(1, 6):
         held = states(folder / "whole", step)
         average = {name: torch.lerp(a, held[f"param/{name}"], 1.0 - 0.9) for name, a in average.items()}
@@ -137,22 +138,24 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(folder, stage):
     assert steps == {2}, "Adam counts applied updates alone"
 
 
-def test_after_rollbacks_the_run_stops_and_leaves_a_bundle(folder):
+def test_after_rollbacks_the_run_stops_and_leaves_a_debug_dump(folder):
     run = folder / "rollback"
     error = said(folder, "rollback")["error"]
     assert "after 1 rollbacks" in error and "step_00000007" in error
     log = (run / "logs" / "rank_0.log").read_text()
-    assert "rolling back to the weights of step 2, going on past step 4" in log
+    assert "rolling back to the weights of step 2, training on past step 4" in log
+    rows_of_bad = re.findall(r"step (\d) was not finite and was skipped \((\d) in a row\)", log)
+    assert rows_of_bad == [("3", "1"), ("4", "2"), ("6", "1"), ("7", "2")]
     # The position moved on, the weights went back.
     back, before = states(run, 4), states(run, 2)
     assert_same(back, before)
     assert [row["samples"] for row in rows(run)] == [32 * step for step in range(1, 8)]
-    bundle = run / "health" / "step_00000007"
-    sides = [json.loads((bundle / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    dump = run / "health" / "step_00000007"
+    sides = [json.loads((dump / f"rank_{rank}.json").read_text()) for rank in range(2)]
     assert [side["finite_loss"] for side in sides] == [True, False]
     keys = sides[0]["keys"] + sides[1]["keys"]
     assert len(set(keys)) == 32
-    norms = json.loads((bundle / "norms.json").read_text())
+    norms = json.loads((dump / "norms.json").read_text())
     held = states(run, 5)
     for name, row in norms.items():
         assert row["norm"] == pytest.approx(float(held[f"param/{name}"].double().norm()), rel=1e-6)
@@ -160,7 +163,7 @@ def test_after_rollbacks_the_run_stops_and_leaves_a_bundle(folder):
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.full), 3])
-def test_the_image_grows_on_the_way_and_a_resume_is_exact_at_and_after_the_edge(folder, stage):
+def test_the_image_grows_on_the_way_and_a_resume_is_exact_at_and_after_the_boundary(folder, stage):
     whole, parts = folder / f"grow-{stage}", folder / f"grow-{stage}-parts"
     assert curve(whole) == curve(parts)
     last = states(whole, 5)

@@ -55,8 +55,13 @@ def trained(tmp_path_factory, request):
             settings.append("zero.extra={reduce_bucket_size: 300}")
             jobs.append([str(path), str(folder / f"buckets-{stage}"), [*data, *settings]])
     for mode in REMAT:
-        settings = ["zero.stage=3", "train.precision=bf16", f"train.remat={mode}", "train.max_steps=2"]
-        jobs.append([str(path), str(folder / f"remat-{mode}"), [*data, *settings]])
+        settings = [
+            "zero.stage=3",
+            "train.precision=bf16",
+            f"train.activation_checkpointing={mode}",
+            "train.max_steps=2",
+        ]
+        jobs.append([str(path), str(folder / f"recompute-{mode}"), [*data, *settings]])
     print(run_jobs(folder, jobs)[0])
     return folder
 
@@ -83,7 +88,7 @@ def test_every_stage_gives_the_same_curve(trained, precision, bound):
 @pytest.mark.parametrize("mode", REMAT)
 def test_recomputed_activations_change_nothing(trained, mode):
     plain = [(row["loss"], row["grad_norm"]) for row in rows(trained / "z3-bf16-whole")][:2]
-    assert [(row["loss"], row["grad_norm"]) for row in rows(trained / f"remat-{mode}")] == plain
+    assert [(row["loss"], row["grad_norm"]) for row in rows(trained / f"recompute-{mode}")] == plain
 
 
 @pytest.mark.parametrize("stage", BUCKETS)

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,9 +17,8 @@ from torch import nn
 
 from dattrain.config.load import load
 from dattrain.engine import optim, zero
-from dattrain.engine import step as stepping
-from dattrain.engine import trainer
-from dattrain.engine.trainer import train
+from dattrain.engine.train import train
+from dattrain.engine.trainer import Trainer
 from dattrain.errors import UserError
 from dattrain.runtime import environment
 from dattrain.state.partition import LocalState, read
@@ -29,41 +29,35 @@ RUN: list[Path] = []
 @contextmanager
 def disturbed(at: dict[int, str]) -> Iterator[None]:
     """At the 1-based update of ``at``: ``nan`` (images of the last rank), ``USR2`` (to the last rank), ``stop`` (the file)."""
-    plain = stepping.Updater.__call__
-    open_loader = trainer.train_loader
-    seen = {"start": 0, "step": 0}
+    plain = Trainer.update
 
-    def opened(config, **where):
-        seen["start"] = where["samples_seen"] // 32
-        return open_loader(config, **where)
-
-    def call(self, loader, lr):
-        # The position tells the update, also after a resume.
-        what = at.get(seen["start"] + seen["step"] + 1)
-        seen["step"] += 1
-        mine = dist.get_rank() == dist.get_world_size() - 1
-        if what == "USR2" and mine:
+    def update(self):
+        what = at.get(self.step + 1)
+        disturbed_here = dist.get_rank() == dist.get_world_size() - 1
+        if what == "USR2" and disturbed_here:
             os.kill(os.getpid(), signal.SIGUSR2)
-        if what == "stop" and mine:
+        if what == "stop" and disturbed_here:
             (RUN[0] / "stop").touch()
-        forward = self.forward
-        if what == "nan" and mine:
+        train_step = self.session.train_step
+        forward = train_step.forward
+        if what == "nan" and disturbed_here:
 
             def broken(batch):
-                loss, total, weight = forward(batch)
-                return loss * float("nan"), total * float("nan"), weight
+                loss = forward(batch)
+                nan = float("nan")
+                return replace(loss, value=loss.value * nan, total=loss.total * nan)
 
-            self.forward = broken
+            train_step.forward = broken
         try:
-            return plain(self, loader, lr)
+            return plain(self)
         finally:
-            self.forward = forward
+            train_step.forward = forward
 
-    stepping.Updater.__call__, trainer.train_loader = call, opened
+    Trainer.update = update
     try:
         yield
     finally:
-        stepping.Updater.__call__, trainer.train_loader = plain, open_loader
+        Trainer.update = plain
 
 
 def attempt(
@@ -150,15 +144,15 @@ def layer_decay(folder: str) -> dict[str, object]:
         local = LocalState(engine)
         equal, elements = True, 0
         for fragment in local.fragments:
-            mine = read(local.tensor(fragment, "param"), fragment.offset, fragment.numel)
+            own = read(local.tensor(fragment, "param"), fragment.offset, fragment.numel)
             theirs = expected[fragment.name].reshape(-1)[fragment.start : fragment.start + fragment.numel]
-            equal &= torch.equal(mine, theirs)
+            equal &= torch.equal(own, theirs)
             elements += fragment.numel
-        told = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (equal, elements))
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (equal, elements))
         found[str(stage)] = {
-            "equal": all(e for e, _ in told),
-            "elements": sum(n for _, n in told),
+            "equal": all(e for e, _ in gathered),
+            "elements": sum(n for _, n in gathered),
             "groups": groups_made,
         }
         engine.destroy()
@@ -177,7 +171,7 @@ def main(plan: Path) -> None:
         result = {"attempt": attempt, "layer_decay": layer_decay}[function](*arguments)
         (plan.parent / f"{name}.{env.rank}.json").write_text(json.dumps(result))
     environment.disconnect()
-    environment.leave(0)
+    environment.hard_exit(0)
 
 
 if __name__ == "__main__":

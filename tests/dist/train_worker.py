@@ -68,7 +68,7 @@ def curve(run: Path) -> list[tuple[Any, ...]]:
 def main(plan: Path) -> None:
     """Train every job of the plan: ``[[recipe, run, [overrides]], ...]``."""
     from dattrain.config.load import load
-    from dattrain.engine.trainer import train
+    from dattrain.engine.train import train
     from dattrain.runtime import environment
 
     jobs: Sequence[Any] = json.loads(plan.read_text())
@@ -80,7 +80,7 @@ def main(plan: Path) -> None:
         outcome = train(load(path, overrides).config, Path(run))
         print(f"{run}: {outcome.status} at {outcome.step} in {time.perf_counter() - begin:.1f} s", flush=True)
     environment.disconnect()
-    environment.leave(0)
+    environment.hard_exit(0)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def main(run: Path, checkpoint: Path, folder: Path) -> None:
     assert Checkpointer.from_config(run, config).resume(session.engine, None, folder=checkpoint) is not None
     session.engine.save_checkpoint(str(folder))
     environment.disconnect()
-    environment.leave(0)
+    environment.hard_exit(0)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def run(tmp_path_factory):
         "train.ema_decay": 0.9,
         "train.global_batch": 32,
         "train.micro_batch": 32,
-        "train.remat": "none",
+        "train.activation_checkpointing": "none",
         "schedule.warmup_epochs": 0.5,
     }
     command = [f"{key}={value}" for key, value in overrides.items()]

@@ -179,7 +179,7 @@ def test_a_linear_probe_under_zero_3_with_recomputation_moves_the_head_alone(hom
         *data[:1],
         "zero.stage=3",
         "train.precision=bf16",
-        "train.remat=block",
+        "train.activation_checkpointing=block",
         "optim.freeze_backbone=true",
     ]
     done = dattrain(

@@ -62,11 +62,14 @@ def test_a_whole_run(group, tmp_path, capsys, monkeypatch):
     report = json.loads(files["json"].read_text())
     rows = {m["name"]: m for m in report["measurements"]}
     assert list(rows) == [
-        "recipe", "train.remat=selective", "train.remat=block", "train.remat=stage", "train.compile=block",
+        "recipe", "train.activation_checkpointing=selective", "train.activation_checkpointing=block", "train.activation_checkpointing=stage", "train.compile=block",
         "train.precision=bf16",
     ]  # fmt: skip
     assert {m["case"] for m in rows.values()} == {"32 px B2 fp32 ZeRO-2"} and rows["recipe"]["items"] == 2
-    kept = [rows[f"train.remat={mode}"]["extra"]["MB kept/image"] for mode in ("stage", "block", "selective")]
+    kept = [
+        rows[f"train.activation_checkpointing={mode}"]["extra"]["MB kept/image"]
+        for mode in ("stage", "block", "selective")
+    ]
     assert 0 < kept[0] < kept[1] < kept[2] < rows["recipe"]["extra"]["MB kept/image"]
     losses = {name: float(row["extra"]["first loss"]) for name, row in rows.items()}
     assert len({losses[name] for name in losses if "precision" not in name}) == 1, "the same work"
@@ -86,7 +89,7 @@ def test_an_update_is_what_the_trainer_does(group):
     session = one.session
     assert (
         session.ema is not None
-        and session.updater.accumulation == 2
+        and session.train_step.accumulation == 2
         and session.engine.zero_optimization_stage() == 2
     )
     average = [x.clone() for x in session.ema.tensors]
@@ -132,23 +135,33 @@ def test_the_parts_add_up_to_the_update_and_nothing_stays_behind(group):
         step_parts.REST: 4,
     }
     assert {name: part.median for name, part in parts.items()} == ticks
-    for owner in (one.session.updater, one.session.engine):
+    for owner in (one.session.train_step, one.session.engine):
         assert not {"forward", "backward", "step"} & set(vars(owner))
-    assert type(one.session.updater.mixer).__name__ == "MixupCutmix"
+    assert type(one.session.train_step.task.mixer).__name__ == "MixupCutmix"
     one.close()
 
 
 def test_what_is_varied(tmp_path):
-    config = bench.read([*TINY, "train.remat=block"], 4)
+    config = bench.read([*TINY, "train.activation_checkpointing=block"], 4)
     assert config.train.global_batch == 8
-    found = bench.variants(config, ["train.remat=none,block", "zero.stage=1,2,3", "train.micro_batch=4"])
-    assert list(found) == ["train.remat=none", "zero.stage=1", "zero.stage=3", "train.micro_batch=4"]
-    assert found["zero.stage=3"].zero.stage == 3 and found["zero.stage=3"].train.remat == "block"
+    found = bench.variants(
+        config, ["train.activation_checkpointing=none,block", "zero.stage=1,2,3", "train.micro_batch=4"]
+    )
+    assert list(found) == [
+        "train.activation_checkpointing=none",
+        "zero.stage=1",
+        "zero.stage=3",
+        "train.micro_batch=4",
+    ]
+    assert (
+        found["zero.stage=3"].zero.stage == 3
+        and found["zero.stage=3"].train.activation_checkpointing == "block"
+    )
     assert found["train.micro_batch=4"].train.global_batch == 8
     for wrong, message in (
-        ("train.remat", "say KEY=VALUE,VALUE"),
-        ("train.remat=no", "train.remat"),
-        ("train.ramat=none", "did you mean train.remat"),
+        ("train.activation_checkpointing", "say KEY=VALUE,VALUE"),
+        ("train.activation_checkpointing=no", "train.activation_checkpointing"),
+        ("train.activation_checkpoint=none", "did you mean train.activation_checkpointing"),
         ("train.global_batch=4", "other images"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dattrain.config.derive import derive
-from dattrain.config.load import diff, dump, load, loads, reference, show
+from dattrain.config.load import diff, dump, load, loads, origin, reference, show
 from dattrain.errors import ConfigError
 
 
@@ -108,14 +108,25 @@ def test_tf32_is_a_way_to_compute_in_fp32(recipe):
     [
         (["train.compile=none"], "needs train.compile"),
         (["train.compile=block", "zero.stage=1"], "needs zero.stage=2"),
-        (["train.compile=block", "train.remat=block"], "use remat none or selective"),
-        (["train.compile=stage", "train.remat=stage"], "or block"),
+        (["train.compile=block", "train.activation_checkpointing=block"], "use none or selective"),
+        (["train.compile=stage", "train.activation_checkpointing=stage"], "or block"),
     ],
 )
 def test_cuda_graphs_are_refused_where_their_memory_would_be_read_too_late(recipe, overrides, says):
     with pytest.raises(ConfigError, match=says):
-        load(recipe, ["zero.stage=2", "train.remat=none", *overrides, "train.cuda_graphs=true"])
-    load(recipe, ["zero.stage=2", "train.compile=stage", "train.remat=block", "train.cuda_graphs=true"])
+        load(
+            recipe,
+            ["zero.stage=2", "train.activation_checkpointing=none", *overrides, "train.cuda_graphs=true"],
+        )
+    load(
+        recipe,
+        [
+            "zero.stage=2",
+            "train.compile=stage",
+            "train.activation_checkpointing=block",
+            "train.cuda_graphs=true",
+        ],
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,3 +176,19 @@ def test_derive_names_a_micro_batch_that_divides():
 def test_the_page_of_keys_is_current():
     page = Path(__file__).parents[3] / "docs" / "keys.md"
     assert page.read_text() == reference(), "dattrain config keys > docs/keys.md"
+
+
+def test_a_renamed_key_is_read_and_a_line_names_the_new_one(tmp_path, caplog):
+    base, recipe = tmp_path / "base.yaml", tmp_path / "recipe.yaml"
+    base.write_text("train:\n  remat: block\n")
+    recipe.write_text("extends: base.yaml\ntrain: {seed: 1}\n")
+    loaded = load(recipe)
+    assert loaded.config.train.activation_checkpointing == "block"
+    assert origin(loaded, "train.activation_checkpointing") == f"{base}:2"
+    assert caplog.messages == [f"{base}:2: train.remat is called train.activation_checkpointing now"]
+    assert load(recipe, ["train.remat=stage"]).config.train.activation_checkpointing == "stage"
+    base.write_text("train:\n  remat: block\n  activation_checkpointing: none\n")
+    with pytest.raises(
+        ConfigError, match="base.yaml:2: train.remat is train.activation_checkpointing now, which is set too"
+    ):
+        load(recipe)

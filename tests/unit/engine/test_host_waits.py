@@ -12,7 +12,7 @@ from host_waits import fake_cuda
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dattrain.engine.step import Update
-from dattrain.engine.step_status import agree
+from dattrain.engine.step_status import reduce_status
 from dattrain.runtime.signals import StopRequest
 
 ROOT = Path(__file__).parents[3]
@@ -42,13 +42,13 @@ def test_an_update_is_read_once_and_agreed_on_once(update, stage):
     assert set(ours.values()) == {1}, ours
 
 
-def test_what_ranks_tell_each_other_is_copied_without_waiting(monkeypatch):
+def test_what_ranks_exchange_is_copied_without_waiting(monkeypatch):
     summed = []
     monkeypatch.setattr(dist, "all_reduce", summed.append)
     monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [0.0] * len(tensor))  # the one read
-    mine = Update(1.0, 2.0, applied=True, grad_norm=1.0, data_wait_s=0.0, own_s=0.0, keys=[])
+    local = Update(1.0, 2.0, applied=True, grad_norm=1.0, data_wait_s=0.0, own_s=0.0, keys=[])
     with fake_cuda() as waits:
         cuda = torch.device("cuda")
-        agree(mine, request=StopRequest.NONE, save_failed=False, bad_samples=0, device=cuda)
+        reduce_status(local, request=StopRequest.NONE, save_failed=False, bad_samples=0, device=cuda)
     assert len(summed) == 1 and summed[0].device.type == "cuda"
     assert not waits.found, waits.report()

@@ -11,7 +11,7 @@ from dattrain.cli import main as cli
 from dattrain.cli import plan as verb
 from dattrain.config.derive import check_source
 from dattrain.config.load import loads
-from dattrain.engine.trainer import train
+from dattrain.engine.train import train
 from dattrain.errors import ConfigError
 from dattrain.planning import plan
 

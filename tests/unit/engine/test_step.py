@@ -11,7 +11,8 @@ from torch import nn
 from dattrain.config.load import loads
 from dattrain.data.batch import Batch
 from dattrain.data.philox import Stream, uniform32
-from dattrain.engine.step import Updater, seed_all
+from dattrain.engine.step import TrainStep, seed_all
+from dattrain.tasks.classification import Classification
 
 RECIPE = "model: {num_classes: 3}\naugment: {label_smoothing: 0.0}\ntrain: {global_batch: 4, micro_batch: 4, precision: fp32}\n"
 
@@ -35,34 +36,35 @@ def batch(weight=(1, 1, 1, 1), positions=(3, 1, 8, 2)):
     )
 
 
-def updater(drop_path=0):
-    return Updater(Net(), loads(RECIPE).config, 1, drop_path, torch.device("cpu"))
+def train_step(drop_path=0, device="cpu"):
+    config = loads(RECIPE).config
+    return TrainStep(Net(), Classification(config), config, 1, drop_path, torch.device(device))
 
 
 def test_a_bad_sample_has_no_weight_and_leaves_the_divisor_alone():
     made = batch(weight=(1, 0, 1, 1))
-    loss, total, weight = updater().forward(made)
+    loss = train_step().forward(made)
     each = nn.functional.cross_entropy(made.images.mean((2, 3)), made.labels, reduction="none")
-    assert float(total) == pytest.approx(float(each[0] + each[2] + each[3]), rel=1e-6)
-    assert float(loss.detach()) == pytest.approx(float(total) / 4, rel=1e-6)
-    assert float(weight) == 3
+    assert float(loss.total) == pytest.approx(float(each[0] + each[2] + each[3]), rel=1e-6)
+    assert float(loss.value.detach()) == pytest.approx(float(loss.total) / 4, rel=1e-6)
+    assert float(loss.weight) == 3
 
 
 def test_noise_is_a_function_of_the_sample():
-    made = updater(drop_path=6)
+    made = train_step(drop_path=6)
     made.forward(batch())
     expected = uniform32(0, Stream.DROP_PATH, np.array([3, 1, 8, 2]), 6)
     assert torch.equal(made.engine.noise, torch.from_numpy(expected))
     made.forward(batch(positions=(2, 8, 1, 3)))
     assert torch.equal(made.engine.noise, torch.from_numpy(expected[::-1].copy()))
-    plain = updater()
+    plain = train_step()
     plain.forward(batch())
     assert plain.engine.noise is None
 
 
 def test_a_micro_batch_never_waits_for_the_device():
     cuda = torch.device("cuda")
-    made = Updater(Net(), loads(RECIPE).config, 1, 6, cuda)
+    made = train_step(6, cuda)
     # Positions stay on the host, and fake tensors have no values.
     host = replace(batch(), position=SimpleNamespace(numpy=lambda: np.arange(4)))
     with fake_cuda() as waits:
@@ -77,9 +79,9 @@ def test_an_infinite_loss_makes_its_gradients_not_finite_too():
     images[1, 1] = -math.inf
     images.requires_grad_()
     made = Batch(images, batch().labels, batch().weight, batch().position, list("abcd"))
-    loss, total, _ = updater().forward(made)
-    assert math.isinf(float(total))
-    loss.backward()
+    loss = train_step().forward(made)
+    assert math.isinf(float(loss.total))
+    loss.value.backward()
     # Of every sample, not of the broken one alone: each parameter's gradient must tell.
     assert not torch.isfinite(images.grad).any()
 

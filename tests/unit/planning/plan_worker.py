@@ -57,7 +57,7 @@ def main() -> None:
         Path(sys.argv[2]).write_text(json.dumps({"bytes": highest}))
     session.close()
     environment.disconnect()
-    environment.leave(0)
+    environment.hard_exit(0)
 
 
 if __name__ == "__main__":

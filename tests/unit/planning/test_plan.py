@@ -87,7 +87,7 @@ def _highest(model: torch.nn.Module, config: Config) -> int:
     + [pytest.param("fp32", mode, marks=pytest.mark.full) for mode in ("selective", "block", "stage")],
 )
 def test_activations_are_within_15_percent_of_a_measured_step(precision: str, mode: str) -> None:
-    config = _config(train={"precision": precision, "remat": mode})
+    config = _config(train={"precision": precision, "activation_checkpointing": mode})
     model = zoo.create("dat_atto", num_classes=1000, img_size=96).train()
     found = memory.activations(model, config, micro_batch=8, device="cpu")
     real = copy.deepcopy(model)
@@ -113,7 +113,7 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_recomputation() -
     kept = {
         (mode, batch): memory.activations(
             model,
-            _config(model={"img_size": 64, "num_classes": 10}, train={"remat": mode}),
+            _config(model={"img_size": 64, "num_classes": 10}, train={"activation_checkpointing": mode}),
             micro_batch=batch,
             device="cpu",
         ).kept
@@ -230,4 +230,4 @@ def test_the_verb_needs_no_device(tmp_path: Path) -> None:
         cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "activations by train.remat" in done.stdout
+    assert "activations by train.activation_checkpointing" in done.stdout

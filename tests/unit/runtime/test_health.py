@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dattrain.clock import Stopwatch
-from dattrain.runtime.health import STALLED, Verdict, Verdicts, Watchdog
+from dattrain.runtime.health import STALLED, Action, NonFinitePolicy, Watchdog
 
-G, S, R, X = Verdict.GOOD, Verdict.SKIP, Verdict.ROLL_BACK, Verdict.STOP
+G, S, R, X = Action.NONE, Action.SKIP, Action.ROLL_BACK, Action.STOP
 
 
 @pytest.mark.parametrize(
@@ -26,19 +26,19 @@ G, S, R, X = Verdict.GOOD, Verdict.SKIP, Verdict.ROLL_BACK, Verdict.STOP
         ("0001000", [S, S, R, G, S, S, R]),
     ],
 )
-def test_verdicts(finite, expected):
-    verdicts = Verdicts(max_bad_steps=3, max_rollbacks=2)
-    assert [verdicts.judge(step == "1") for step in finite] == expected
-    assert verdicts.total == finite.count("0")
+def test_what_follows_updates_that_are_not_finite(finite, expected):
+    policy = NonFinitePolicy(max_bad_steps=3, max_rollbacks=2)
+    assert [policy.decide(step == "1").action for step in finite] == expected
+    assert policy.total == finite.count("0")
 
 
 def test_a_restart_does_not_forgive():
-    verdicts = Verdicts(2, 1)
+    policy = NonFinitePolicy(2, 1)
     for _ in range(3):
-        verdicts.judge(False)
-    other = Verdicts(2, 1)
-    other.restore(json.loads(json.dumps(verdicts.state())))
-    assert other.judge(False) is X
+        policy.decide(False)
+    other = NonFinitePolicy(2, 1)
+    other.restore(json.loads(json.dumps(policy.state())))
+    assert other.decide(False).action is X
 
 
 def watch(tmp_path, rank, limit, codes):
@@ -46,11 +46,11 @@ def watch(tmp_path, rank, limit, codes):
     file = open(tmp_path / "logs" / f"rank_{rank}.log", "a", buffering=1)  # noqa: SIM115
     ended = threading.Event()
 
-    def leave(code):
+    def ended_with(code):
         codes.append((rank, code))
         ended.set()
 
-    dog = Watchdog(limit, tmp_path, file, rank, f"node{rank}", exit=leave, notice_s=0.2)
+    dog = Watchdog(limit, tmp_path, file, rank, f"node{rank}", exit=ended_with, notice_s=0.2)
     return dog, ended
 
 

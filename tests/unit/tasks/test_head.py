@@ -6,10 +6,10 @@ from dattrain.config.load import dump
 from dattrain.config.schema import Config
 from dattrain.data import classes, labels
 from dattrain.data.classes import Classes
-from dattrain.engine.session import check_same, class_map, source_classes
 from dattrain.errors import ConfigError
 from dattrain.pretrained import weights
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
+from dattrain.tasks.head import check_same, class_map, source_classes
 
 
 @pytest.fixture

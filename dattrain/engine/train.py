@@ -1,0 +1,78 @@
+"""Training as a process does it: run folder, logs, signals, process group and watchdog around a ``trainer.Trainer``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dattrain.config.schema import Config
+from dattrain.engine import zero
+from dattrain.engine.rank_zero import Claim, on_first_rank, random_word
+from dattrain.engine.trainer import Outcome, Trainer
+from dattrain.errors import UserError
+from dattrain.runtime import environment, preflight
+from dattrain.runtime import logging as logs
+from dattrain.runtime.environment import Env
+from dattrain.runtime.health import Watchdog
+from dattrain.runtime.signals import Preemption
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
+    """Train ``config`` in ``run_dir``, resuming at its newest complete checkpoint. Every rank of the job calls it.
+
+    Joins the process group (and leaves it) unless the caller has done so. Signals that preempt are caught meanwhile and
+    the handlers before restored; the caller requeues (``Outcome.status``). The run folder is this job's alone until it returns.
+
+    Raises:
+        Held: (a UserError, on every rank) another job trains in ``run_dir``, or has taken it over.
+        UserError: what the user can put right: data, settings, disk, a run that no longer yields finite steps.
+    """
+    run_dir = run_dir.absolute()
+    env = env or environment.resolve(os.environ)
+    settings = config.train
+    environment.configure(
+        threads=settings.threads, deterministic=settings.deterministic, tf32=settings.tf32, env=env
+    )
+    device = environment.pick_device(env)
+    with ExitStack() as stack:
+        preemption = Preemption(run_dir).install()
+        stack.callback(preemption.restore)
+        claim = Claim(run_dir, env, preemption)
+        stack.callback(claim.release)
+        log_file = logs.setup(run_dir, env.rank, env.world, env.host)
+        stack.callback(log_file.close)
+        health = config.train.health
+        watchdog = Watchdog(health.stall_seconds, run_dir, log_file.file, env.rank, env.host).start()
+        stack.callback(watchdog.close)
+        try:
+            alone = not dist.is_initialized()
+            if alone:
+                preflight.reach(env)
+                # Longer than the watchdog's patience: it names who is silent, a collective's timeout does not.
+                patience = max(1800.0, 2 * health.stall_seconds)
+                stack.enter_context(
+                    environment.process_group(env, device, patience, disconnect=zero.destroy_process_group)
+                )
+            on_first_rank(claim.check)
+            if alone:
+                for line in preflight.check(env, run_dir).lines():
+                    log.info("%s", line, extra={"console": False})
+            watchdog.attempt = random_word()
+            trainer = Trainer(
+                config, run_dir, env, device, preemption, watchdog, log_file.console, stack, claim.owner
+            )  # fmt: skip
+            outcome = trainer.run()
+            dist.barrier()
+        except UserError as error:
+            log.error("%s", error, extra={"console": False})
+            raise
+        except BaseException:
+            log.exception("rank %d on %s failed", env.rank, env.host, extra={"console": False})
+            raise
+    return outcome

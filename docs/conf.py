@@ -23,13 +23,20 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 suppress_warnings = ["toc.not_included"]  # pages of figures are found from theirs
 
-OUTSIDE = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])+)\]\(((?:\.\./)+)[^)\s]*\)")
+OUTSIDE = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])+)\]\(((?:\.\./)+)([^)#\s]*)[^)\s]*\)")
 
 
 def _within(app: Any, name: str, source: list[str]) -> None:
-    """A link that climbs out of docs/, which a repository page follows, becomes the text that it has."""
+    """A link that climbs out of docs/, which a repository page follows, becomes text that names the file."""
     depth = name.count("/") + 1
-    source[0] = OUTSIDE.sub(lambda m: m[1] if m[2].count("../") >= depth else m[0], source[0])
+
+    def named(link: re.Match[str]) -> str:
+        text, ups, path = link.groups()
+        if ups.count("../") < depth:
+            return link[0]
+        return f"`{path}`" if path.endswith(text.strip("`")) else f"{text} (`{path}`)"
+
+    source[0] = OUTSIDE.sub(named, source[0])
 
 
 def setup(app: Any) -> None:

@@ -71,6 +71,8 @@ def options(parser: argparse.ArgumentParser) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "Makefile", "pyproject.toml", ".ci/run"])
+@pytest.mark.parametrize(
+    "name", ["requirements.lock", "Makefile", "pyproject.toml", ".ci/run", ".github/workflows/ci.yml"]
+)
 def test_pins_name_no_registry(name):
     assert not re.search(r"https?://(?!github\.com)", (ROOT / name).read_text())

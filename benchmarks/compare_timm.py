@@ -186,7 +186,7 @@ def network(seed: int) -> nn.Module:
     return create("dat_atto", num_classes=CLASSES, img_size=SIZE, drop_path_rate=DROP_PATH)
 
 
-class Shards(Dataset):
+class Shards(Dataset[Any]):
     """Images and labels of WebDataset tars, in memory, read without our code."""
 
     def __init__(self, tars: Sequence[Path], transform: Any) -> None:

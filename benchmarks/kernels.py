@@ -193,11 +193,11 @@ def _trips(kernel: str, a: dict[str, Any]) -> int:
     """Of a kernel's loop."""
     match kernel:
         case "forward_kernel" | "query_gradient_kernel":
-            return a["n_keys"] // a["BLOCK_K"]
+            return int(a["n_keys"] // a["BLOCK_K"])
         case "backward_kernel":
-            return math.ceil(a["H"] / (a["R"] * a["S"])) * math.ceil(a["W"] / a["C"])
+            return int(math.ceil(a["H"] / (a["R"] * a["S"])) * math.ceil(a["W"] / a["C"]))
         case "table_gradient_kernel":
-            return a["per_program"]
+            return int(a["per_program"])
     return 0
 
 

@@ -38,7 +38,7 @@ class HostWaits(TorchDispatchMode):
     """Counts waits within the block. ``device`` is the type of the tensors that a wait would be for."""
 
     def __init__(self, device: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.found: Counter[str] = Counter()
         """``what path:line source`` of every wait: how often."""
@@ -144,7 +144,8 @@ def faked(model: M, device: str = "cuda") -> M:
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        return model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))  # type: ignore[no-untyped-call]
+        return model
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(before)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu import bars, runner
 from benchmarks.gpu.stages import STAGES, Stage
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(entries[stage.name]["status"] in ("failed", "missed") for stage in stages))
 
 
-def in_order(entries: dict) -> list:
+def in_order(entries: dict[str, Any]) -> list[Any]:
     """Entries in the order of the stages."""
     return [entries[stage.name] for stage in STAGES if stage.name in entries]
 

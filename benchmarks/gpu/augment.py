@@ -43,7 +43,11 @@ def run(job: Job) -> None:
     batch = pixels[: min(count, 128)]
     plan = draw(settings, 9, np.arange(len(batch)), size)
     rounds, every = 1 if job.dry else 10, np.ones(len(batch), dtype=bool)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
     carry_out(batch, plan, every)
     wait()
     begin = time.perf_counter()

@@ -51,7 +51,7 @@ def run(job: Job) -> None:
     job.figure("kinds of JPEG that were not decoded", broken)
 
 
-def child(job: Job, kind: str, count: int, environ: dict[str, str]) -> tuple[int | None, str, dict]:
+def child(job: Job, kind: str, count: int, environ: dict[str, str]) -> tuple[int | None, str, dict[str, Any]]:
     """Exit code (None: it hung), output and findings of a process that decodes ``count`` images."""
     file = job.folder / f"{kind.replace(':', '')}-{count}.json"
     file.unlink(missing_ok=True)

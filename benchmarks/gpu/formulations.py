@@ -66,7 +66,8 @@ def flex(
         below = tap(top + 1, left) * (1 - right) + tap(top + 1, left + 1) * right
         return score + above * (1 - down) + below * down
 
-    return _flex(q.is_cuda)(q, k, v, score_mod=score_mod)
+    out: Tensor = _flex(q.is_cuda)(q, k, v, score_mod=score_mod)
+    return out
 
 
 @lru_cache

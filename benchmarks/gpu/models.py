@@ -112,7 +112,8 @@ def bench(job: Job, verb: str, words: list[str], name: str) -> list[dict[str, An
     failed = [note for note in found["notes"] if "torch.compile failed" in note]
     if failed:
         raise RuntimeError(failed[0])
-    return found["measurements"]
+    measurements: list[dict[str, Any]] = found["measurements"]
+    return measurements
 
 
 def report(job: Job, rows: list[dict[str, Any]]) -> None:

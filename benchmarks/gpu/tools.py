@@ -27,7 +27,7 @@ SHAPES = {"14x14": (14, 12, 3, 32), "24x24": (24, 16, 4, 8)}
 
 
 def sanitizer(job: Job) -> None:
-    """memcheck over forward and backward of two small cases; every allocation of its own, so that overruns are seen."""
+    """Memcheck over forward and backward of two small cases; every allocation of its own, so that overruns are seen."""
     tool = required("compute-sanitizer")
     command = [
         tool,

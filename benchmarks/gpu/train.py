@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -135,7 +135,7 @@ def train(run: Path, settings: Sequence[str]) -> None:
     train(load(RECIPE, list(settings)).config, run)
 
 
-def rows(run: Path) -> list[dict]:
+def rows(run: Path) -> list[dict[str, Any]]:
     """The updates of a run."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row for row in found if "loss" in row]
@@ -153,7 +153,7 @@ def differing(a: Path, b: Path, at: int) -> int:
     return len(different)
 
 
-def states(run: Path, at: int) -> Mapping[str, tuple]:
+def states(run: Path, at: int) -> Mapping[str, tuple[Any, ...]]:
     """Shape, dtype and bytes of everything that the checkpoint of step ``at`` holds, checked against its checksums."""
     from dattrain.state import gather
     from dattrain.state.format import checkpoint

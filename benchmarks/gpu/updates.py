@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ def memory(job: Job) -> None:
         report(job, bench(job, "step", words, f"memory-{model}"))
 
 
-def report(job: Job, rows: list) -> None:
+def report(job: Job, rows: list[Any]) -> None:
     """Images/s, seconds of an ImageNet epoch on this device, memory."""
     for row in rows:
         where = f"{row['case']}, {row['name']}"

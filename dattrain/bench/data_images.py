@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dattrain.bench.jpegs import write_folder
 from dattrain.data.decode import images as formats
-from dattrain.data.prepare.pack import PackOptions, pack
+from dattrain.data.prepare.pack import pack
+from dattrain.data.prepare.write_shard import PackOptions
 from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import UserError
 

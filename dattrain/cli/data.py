@@ -114,8 +114,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from dattrain.data.prepare.pack import PackOptions, pack
+    from dattrain.data.prepare.pack import pack
     from dattrain.data.prepare.sources import open_source
+    from dattrain.data.prepare.write_shard import PackOptions
     from dattrain.data.source.dataset import ShardDataset
     from dattrain.data.source.fields import Relabelled
 

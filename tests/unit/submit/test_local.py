@@ -19,9 +19,9 @@ import pytest
 from dattrain.config.load import loads
 from dattrain.submit import history, local, run_status, submission
 from dattrain.submit.cluster import Profile
-from dattrain.submit.submission import Stage
+from dattrain.submit.plan import Stage
 
-TRAINER = """
+TRAIN = """
 import os, signal, time
 from collections import namedtuple
 from pathlib import Path
@@ -61,7 +61,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         profile = Profile(kind="local", tasks_per_node=2, time="10", environment={"OMP_NUM_THREADS": "1"})
         stage = Stage("t", (run,), (loads("name: t\n"),), profile, "local", (1, 1), 10, **settings)
         submission.prepare(stage)
-        (run / "submit" / "code" / "dattrain" / "engine" / "trainer.py").write_text(TRAINER)
+        (run / "submit" / "code" / "dattrain" / "engine" / "train.py").write_text(TRAIN)
         submission.submit_stage(stage)
         runs.append(run)
         return run

@@ -97,8 +97,8 @@ class Data(Section):
     def _reader(cls, value: object) -> object:
         if value == "dali":
             raise ValueError(
-                "data.reader=dali is gone, since its order was one of its own and resumed on as many ranks alone; "
-                "data.reader=index with data.decoder=dali reads the same shards, exactly"
+                "the reader dali is gone, which kept an order of its own; data.reader=index with data.decoder=dali reads the same "
+                "shards exactly (write that in an old run's config.yaml too, to evaluate it or to start from its weights)"
             )
         return value
 

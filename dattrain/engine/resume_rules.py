@@ -110,10 +110,12 @@ def check_settings(run: Path, config: Config, name: str, meta: Mapping[str, Any]
     key = changed[0]
     what = next(what for prefix, what in DEPENDS.items() if key.startswith(prefix))
     here = f"{path} says" if name != CONFIG and _in_file(path, key) == now[key] else "this recipe says"
+    # The reader dali is gone.
+    advice = "Choose" if then.get("data.reader") == "dali" else "Put it back, or choose"
     more = "".join(f"; {key}={then[key]}, not {now[key]}" for key in changed[1:4])
     raise ConfigError(
         f"{run} has checkpoints of {key}={then[key]} ({name}), but {here} {key}={now[key]}; {what} on it{more}"
-        f"{'; ...' if len(changed) > 4 else ''}. Put it back, or choose another --run folder (and init.from={run} to start from "
+        f"{'; ...' if len(changed) > 4 else ''}. {advice} another --run folder (and init.from={run} to start from "
         "these weights)"
     )
 

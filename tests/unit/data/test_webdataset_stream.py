@@ -89,6 +89,7 @@ class TestWebdataset:
 
 def test_the_reader_of_dali_is_gone_and_says_what_to_use():
     with pytest.raises(
-        ConfigError, match=r"data\.reader=dali is gone.*data\.reader=index with data\.decoder=dali"
+        ConfigError,
+        match=r"data\.reader: the reader dali is gone.*data\.reader=index with data\.decoder=dali",
     ):
         loads("", ["data.reader=dali"])

@@ -80,6 +80,13 @@ def test_an_edited_config_is_refused_as_the_command_line_is(run, key, was, now):
         resume_rules.check_settings(run, changed, *resume_rules.newest(run))
 
 
+def test_a_run_of_the_reader_that_is_gone_cannot_be_put_back(run):
+    config = loads(RECIPE).config
+    then = {"settings": {**resume_rules.settings(config), "data.reader": "dali"}}
+    with pytest.raises(ConfigError, match=r"of data\.reader=dali .* depends on it\. Choose another --run"):
+        resume_rules.check_settings(run, config, "step_00000020", {resume_rules.META: then})
+
+
 def test_what_may_change_may_even_where_the_file_is_gone(run):
     (run / "config.yaml").write_text("no: [yaml")
     free = ["train.max_steps=9", "optim.lr=1", "data.train=/moved", "train.micro_batch=8", "zero.stage=1"]

@@ -45,8 +45,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dattrain.config.load import loads
 from dattrain.data.augment.mixup import MixupCutmix
-from dattrain.data.augment.plan import drop_path_noise
 from dattrain.data.factory import train_loader
+from dattrain.data.philox import Stream, uniform32
 from dattrain.models import create
 
 SIZE, CLASSES, BATCH, WARMUP = 32, 10, 64, 0.2
@@ -167,7 +167,7 @@ def same_batches(shards: Path, updates: int) -> dict[str, float]:
     def batches() -> Iterable[tuple[Any, Any, dict[str, Any]]]:
         for batch in islice(loader, updates):
             images, targets, _ = mixer(batch)
-            noise = drop_path_noise(0, batch.position.numpy(), model.num_drop_path)  # type: ignore[arg-type]
+            noise = uniform32(0, Stream.DROP_PATH, batch.position.numpy(), model.num_drop_path)  # type: ignore[arg-type]
             yield images, targets, {"drop_path_noise": torch.from_numpy(noise)}
 
     found = fit(model, batches(), loader.samples_per_epoch // BATCH)

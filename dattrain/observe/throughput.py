@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 PEAK_TFLOPS = {
     "H200": 989.4,
@@ -46,22 +45,6 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 def _named(name: str, device: str) -> bool:
     padded = f" {device.replace('-', ' ')} "
     return f" {name} " in padded
-
-
-def train_flops_per_image(build: Callable[[], nn.Module], shape: tuple[int, int, int]) -> float:
-    """FLOPs (a multiply-add is two) of forward and backward for one image of ``shape``: three times the forward's.
-
-    ``build`` makes the model; it is run on torch's meta device, so nothing is computed. Recomputed activations do not
-    count, as usual for MFU.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"):
-        model = build().eval()
-        image = torch.empty(1, *shape)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image)
-    return 3.0 * float(counter.get_total_flops())
 
 
 class Meter:

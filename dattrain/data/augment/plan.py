@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dattrain.config.schema import Augment
 from dattrain.data.augment import randaugment
-from dattrain.data.philox import Stream, normal, uniform, uniform32
+from dattrain.data.philox import Stream, normal, uniform
 
 _ATTEMPTS = 10
 _ERASE_AREA = (0.02, 1 / 3)
@@ -159,11 +159,6 @@ def draw(
         mix_box=mix_box,
         mix_partner=groups.partner,
     )
-
-
-def drop_path_noise(seed: int, positions: ArrayLike, branches: int) -> NDArray[np.float32]:
-    """Uniform draws in [0, 1) that decide which residual branches a sample drops: B x branches float32."""
-    return uniform32(seed, Stream.DROP_PATH, positions, branches)
 
 
 def fill_color(config: Augment) -> tuple[int, int, int]:

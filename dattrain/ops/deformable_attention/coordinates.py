@@ -51,22 +51,6 @@ def steps(size: Any) -> int:
     return (size - 1).clamp(min=1) if isinstance(size, Tensor) else max(size - 1, 1)  # type: ignore[return-value]
 
 
-def table_indices(positions: Tensor, size: int, table_size: int, grid: QueryGrid) -> Tensor:
-    """Continuous table index of every (key, query row) along one axis.
-
-    Args:
-        positions: (..., Ns), one axis of the key positions, normalised.
-        size: queries along that axis.
-        table_size: entries of the table along that axis.
-        grid: which convention of query coordinates.
-
-    Returns:
-        (..., Ns, size), in the dtype of ``positions``; entries outside [0, table_size - 1] lie outside the table.
-    """
-    query = query_coordinates(size, grid, device=positions.device, dtype=positions.dtype)
-    return ((query - positions.unsqueeze(-1)) / 2 + 1) * ((table_size - 1) / 2)
-
-
 def start_and_step(size: int, table_size: int, grid: QueryGrid) -> tuple[float, float, float]:
     """(a, b, step) such that ``table_index[k, i] = a + b * position[k] + step * i``."""
     half = (table_size - 1) / 2

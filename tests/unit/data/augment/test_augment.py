@@ -15,7 +15,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import functional as tvf
 
 from dattrain.config.schema import Augment
-from dattrain.data.augment.plan import crop_box, draw, drop_path_noise, eval_geometry, fill_color, mates
+from dattrain.data.augment.plan import crop_box, draw, eval_geometry, fill_color, mates
 
 SIZE = (224, 192)
 
@@ -175,13 +175,6 @@ def test_color_jitter():
     plan = draw(Augment(color_jitter=0.4), 0, np.arange(6000), SIZE)
     assert 0.6 <= plan.jitter.min() < 0.61 and 1.39 < plan.jitter.max() <= 1.4
     assert len({tuple(order) for order in plan.jitter_order.tolist()}) == 6
-
-
-def test_drop_path_noise():
-    noise = drop_path_noise(3, np.arange(5000), 7)
-    assert noise.shape == (5000, 7) and noise.dtype == np.float32
-    assert abs((noise < 0.2).mean() - 0.2) < 0.01
-    np.testing.assert_array_equal(noise[17], drop_path_noise(3, [17], 7)[0])
 
 
 def test_fill_is_timms_mean_color():

@@ -31,6 +31,7 @@ from dattrain.pretrained.predict import Prediction
 from dattrain.pretrained.predict import predict as predict_with
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 from dattrain.pretrained.weights import load_model
+from dattrain.state.format.retention import lower_is_better
 
 __all__ = ["Run", "evaluate", "load_model", "predict", "train"]
 
@@ -63,7 +64,7 @@ class Run:
         metric = self.config.checkpoint.metric
         name = "eval_loss" if metric == "loss" else metric
         rows = [row for row in self.metrics if isinstance(row.get(name), (int, float))]
-        better = min if "loss" in metric else max
+        better = min if lower_is_better(metric) else max
         return better(rows, key=lambda row: row[name], default=None)
 
     def evaluate(self, **options: Any) -> dict[str, Any]:

@@ -8,12 +8,10 @@ import logging
 import os
 import platform
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import dattrain
 from dattrain.config.load import dump
 from dattrain.config.schema import Config
 from dattrain.data.classes import Classes
@@ -21,11 +19,12 @@ from dattrain.data.classes import write as write_classes
 from dattrain.engine.resume_rules import CONFIG
 from dattrain.errors import UserError
 from dattrain.files import write_atomically
+from dattrain.runtime import revision
 from dattrain.runtime.environment import Env
 from dattrain.state.checkpointer import versions
 from dattrain.urls import mask
 
-CODE, DIFF, ENVIRONMENT = "code.json", "code.diff", "env.json"
+CODE, ENVIRONMENT = "code.json", "env.json"
 
 log = logging.getLogger(__name__)
 
@@ -43,38 +42,13 @@ def open_run(run_dir: Path, config: Config, classes: Classes, env: Env, device_n
         _write(run_dir / CONFIG, dump(config))
         write_classes(run_dir, classes)
         if not (run_dir / CODE).exists():
-            code, diff = describe_code()
+            code, diff = revision.describe()
             if diff:
-                (run_dir / DIFF).write_bytes(diff)
+                (run_dir / revision.DIFF).write_bytes(diff)
             _write(run_dir / CODE, json.dumps(code, indent=2) + "\n")
         _note_start(run_dir / ENVIRONMENT, env, device_name)
     except OSError as error:
         raise UserError(f"{run_dir}: the run folder cannot be written: {error.strerror or error}") from error
-
-
-def describe_code() -> tuple[dict[str, Any], bytes]:
-    """Version, git revision and whether the checkout differs from it; and that difference. No revision outside of git."""
-    root = Path(dattrain.__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> bytes | None:
-        try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, timeout=60)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout if done.returncode == 0 else None
-
-    # site-packages within some other project's checkout is not tracked there.
-    tracked = git("ls-files", "--error-unmatch", "dattrain/__init__.py") is not None
-    head = git("rev-parse", "HEAD") if tracked else None
-    diff = (git("diff", "--binary", "HEAD", "--", "dattrain") or b"") if head else b""
-    new = (git("ls-files", "--others", "--exclude-standard", "--", "dattrain") or b"") if head else b""
-    return {
-        "version": dattrain.__version__,
-        "revision": head.decode().strip() if head else None,
-        "dirty": bool(diff or new) if head else None,
-        "diff": DIFF if diff else None,
-        "untracked": new.decode(errors="replace").splitlines(),
-    }, diff
 
 
 def _note_start(path: Path, env: Env, device_name: str) -> None:

@@ -33,6 +33,11 @@ class Policy:
             raise ValueError(f"keep_every_epochs={self.keep_every_epochs} must be positive")
 
 
+def lower_is_better(metric: str) -> bool:
+    """Whether less of ``metric`` is better: where its name has ``loss`` in it."""
+    return "loss" in metric
+
+
 def kept(entries: Sequence[CheckpointInfo], policy: Policy) -> dict[str, str]:
     """The complete checkpoints among ``entries`` (oldest first) that ``policy`` keeps: name to reason.
 
@@ -56,7 +61,7 @@ def kept(entries: Sequence[CheckpointInfo], policy: Policy) -> dict[str, str]:
                 seen.add(period)
                 reasons.setdefault(entry.folder.name, f"every {policy.keep_every_epochs:g} epochs")
     scored = [(m.metric(policy.metric), e) for e, m in complete]
-    sign = 1.0 if "loss" in policy.metric else -1.0
+    sign = 1.0 if lower_is_better(policy.metric) else -1.0
     best = sorted(((sign * v, -e.step, e) for v, e in scored if v is not None), key=lambda t: t[:2])
     for _, _, entry in best[: policy.keep_best]:
         reasons.setdefault(entry.folder.name, f"best {policy.metric}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dattrain.runtime import revision
 from dattrain.submit import snapshot
 
 
@@ -16,11 +17,11 @@ from dattrain.submit import snapshot
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small package in a folder of its own, which is not a checkout."""
     root = tmp_path / "src"
-    for package in snapshot.TRACKED:
+    for package in revision.TRACKED:
         (root / package / "__pycache__").mkdir(parents=True)
         (root / package / "__init__.py").write_text("VALUE = 1\n")
         (root / package / "__pycache__" / "x.pyc").write_text("")
-    monkeypatch.setattr(snapshot, "source_root", lambda: root)
+    monkeypatch.setattr(revision, "source_root", lambda: root)
     return root
 
 
@@ -53,13 +54,13 @@ def test_in_a_checkout_revision_diff_and_new_files_are_recorded(source: Path, tm
     _git(source, "init", "-q")
     _git(source, "add", ".")
     _git(source, "commit", "-qm", "one")
-    found, diff = snapshot.describe()
+    found, diff = revision.describe()
     assert found["dirty"] is False
     assert len(found["revision"]) == 40
     assert diff == b""
     (source / "dattrain" / "__init__.py").write_text("VALUE = 3\n")
     (source / "dattrain" / "new.py").write_text("")
-    found, diff = snapshot.describe()
+    found, diff = revision.describe()
     assert found["dirty"] is True
     assert found["untracked"] == ["dattrain/new.py"]
     assert b"+VALUE = 3" in diff
@@ -68,7 +69,7 @@ def test_in_a_checkout_revision_diff_and_new_files_are_recorded(source: Path, tm
 def test_a_checkout_around_site_packages_is_not_ours(source: Path) -> None:
     (source / ".gitignore").write_text("*\n")
     _git(source, "init", "-q")
-    assert snapshot.describe()[0]["revision"] is None
+    assert revision.describe()[0]["revision"] is None
 
 
 def test_a_task_imports_the_snapshot_and_neither_the_working_folder_nor_what_is_installed(

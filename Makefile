@@ -43,7 +43,7 @@ test-slurm: .venv/.stamp
 	$(BIN)/python -m pytest tests/slurm
 
 coverage: .venv/.stamp
-	$(BIN)/python -m pytest tests/unit $(WORKERS) --cov --cov-report=term --cov-report=xml
+	$(BIN)/python -m pytest tests/unit $(WORKERS) --cov
 
 docs: .venv/.stamp
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
@@ -67,4 +67,4 @@ lock: .venv/.stamp
 	rm -rf requirements.lock.new .venv-lock
 
 clean:
-	rm -rf .venv demo-out build site coverage.xml .coverage *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv demo-out build site .coverage *.egg-info .pytest_cache .mypy_cache .ruff_cache

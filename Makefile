@@ -12,7 +12,7 @@ help:
 	@echo "make test        lint, types, and the tests (a real Slurm too where root and apt are there)"
 	@echo "make test-full   the long matrix as well: hours"
 	@echo "make test-slurm  the tests on a real four-node Slurm alone (root, Debian or Ubuntu)"
-	@echo "make coverage    the share of lines that the unit tests run, against its floor"
+	@echo "make coverage    the share of lines and branches that the tests run, against its floor"
 	@echo "make docs        the pages as a site with search, in site/ (Python 3.11 or newer)"
 	@echo "make gpu         ask one NVIDIA GPU everything that we want to know (docs/benchmarks/gpu.md)"
 	@echo "make gpu-wheels  the packages of ours that a container with torch lacks, as wheels"
@@ -43,7 +43,7 @@ test-slurm: .venv/.stamp
 	$(BIN)/python -m pytest tests/slurm
 
 coverage: .venv/.stamp
-	$(BIN)/python -m pytest tests/unit $(WORKERS) --cov
+	$(BIN)/python -m pytest $(WORKERS) --cov
 
 docs: .venv/.stamp
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs site

@@ -22,3 +22,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module 'dattrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The Python API: what a notebook completes."""
+    return sorted(__all__)

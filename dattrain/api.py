@@ -33,6 +33,11 @@ from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 from dattrain.pretrained.weights import load_model
 from dattrain.state.format.retention import lower_is_better
 
+Images = (
+    str | Path | Image.Image | np.ndarray | Tensor | Sequence[str | Path | Image.Image | np.ndarray | Tensor]
+)
+"""One image, or several: files, PIL images, arrays or tensors."""
+
 __all__ = ["Run", "evaluate", "load_model", "predict", "train"]
 
 
@@ -73,7 +78,7 @@ class Run:
 
     def predict(
         self,
-        images: str | Path | Sequence[str | Path | Image.Image | np.ndarray | Tensor],
+        images: Images,
         *,
         topk: int = 5,
         device: str | torch.device | None = None,
@@ -110,7 +115,7 @@ def train(
     overrides = [f"{key}={_yaml(value)}" for key, value in settings.items()]
     folder = None if run is None else Path(run)
     if isinstance(recipe, (Mapping, Config)):
-        text = dump(recipe) if isinstance(recipe, Config) else yaml.safe_dump(dict(recipe))
+        text = dump(recipe) if isinstance(recipe, Config) else yaml.safe_dump(_plain(recipe))
         config = loads(text, overrides, source="the recipe").config
         folder = folder or new_folder(config.name, os.environ)
     else:
@@ -133,12 +138,13 @@ def evaluate(
         ConfigError: options that do not go together.
         UserError: weights or images that cannot be read.
     """
-    return evaluate_weights(Path(weights), Options(**options), device=device).report
+    plain = {key: _plain(value) for key, value in options.items()}
+    return evaluate_weights(Path(weights), Options(**plain), device=device).report
 
 
 def predict(
     weights: str | os.PathLike[str],
-    images: str | Path | Sequence[str | Path | Image.Image | np.ndarray | Tensor],
+    images: Images,
     *,
     topk: int = 5,
     device: str | torch.device | None = None,
@@ -147,7 +153,7 @@ def predict(
 
     Args:
         weights: a run, its folder, a checkpoint or a weights file.
-        images: a file or a folder of them, or a sequence of files, PIL images, arrays uint8 H x W x 3 or tensors uint8 3 x H x W.
+        images: a file or a folder of them; a PIL image, an array uint8 H x W x 3 or a tensor uint8 3 x H x W; or a sequence of such.
         device: None takes a GPU where there is one.
 
     Raises:
@@ -155,17 +161,27 @@ def predict(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, cfg = load_model(Path(weights), device=device)
-    many = preprocess.find([Path(images)]) if isinstance(images, (str, Path)) else images
+    many: Sequence[str | Path | Image.Image | np.ndarray | Tensor]
+    if isinstance(images, (str, Path)):
+        many = preprocess.find([Path(images)])
+    elif isinstance(images, Image.Image) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4):
+        many = [images]
+    else:
+        many = list(images)
     return predict_with(model, cfg, many, topk=topk)
 
 
 def _yaml(value: Any) -> str:
     """A value as an override spells it."""
-    plain = (
-        os.fspath(value)
-        if isinstance(value, os.PathLike)
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-    )
-    return yaml.safe_dump(plain, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    return yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with paths as text, and numpy's scalars and tuples as Python's numbers and lists, at any depth."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -194,7 +194,11 @@ def _read(path: Path, chain: tuple[Path, ...]) -> _Tree:
     if not path.is_file():
         where = f"{chain[-1]}: extends: " if chain else ""
         raise ConfigError(f"{where}{path}: no such config{_similar_file(path)}")
-    tree = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a recipe: it is no UTF-8 text") from None
+    tree = _parse(text, str(path))
     bases = tree.values.pop("extends", None)
     place = tree.places.pop("extends", str(path))
     if bases is None:
@@ -212,6 +216,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> _Tree:
 
 
 def _similar_file(path: Path) -> str:
+    if shipped.named(path, shipped.CHAINS) is not None:
+        return f"; it is a chain: dattrain submit {path}"
     names = [p.name for p in path.parent.glob("*.yaml")]
     near = difflib.get_close_matches(path.name, names, 1)
     meant = path.parent / near[0] if near else shipped.nearest(path)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dattrain.config import shipped
 from dattrain.config.load import load
 from dattrain.config.schema import Config
 from dattrain.errors import ConfigError
@@ -25,7 +26,7 @@ def resolve(
     Raises:
         ConfigError: neither a recipe nor a run folder; a run folder and another one at once.
     """
-    path = Path(recipe)
+    path = shipped.find(recipe)
     if path.is_dir():
         if not (path / "config.yaml").is_file():
             raise ConfigError(f"{path} is not a run folder: it has no config.yaml")

@@ -31,13 +31,18 @@ def named(word: str | Path, folder: Path = RECIPES) -> Path | None:
 
 
 def find(word: str | Path, folder: Path = RECIPES) -> Path:
-    """A path that is there, else the shipped file of that name, else ``word`` as a path for the caller to refuse."""
+    """A file or run folder that is there, else the shipped file of that name, else ``word`` as a path for the caller to refuse.
+
+    A folder that merely has the name of a recipe hides none.
+    """
     path = Path(word)
-    return path if path.exists() else named(path, folder) or path
+    if path.is_file() or any((path / name).is_file() for name in ("config.yaml", "chain.json")):
+        return path
+    return named(path, folder) or path
 
 
-def nearest(word: str | Path, folder: Path = RECIPES) -> str | None:
-    """The shipped name that ``word`` may have meant."""
-    known = {name.rpartition("/")[2]: name for name in names(folder)}
-    near = difflib.get_close_matches(Path(word).name.removesuffix(".yaml"), known, 1)
+def nearest(word: str | Path) -> str | None:
+    """The shipped recipe or chain that ``word`` may have meant."""
+    known = {name.rpartition("/")[2]: name for name in (*names(RECIPES), *names(CHAINS))}
+    near = difflib.get_close_matches(Path(word).name.removesuffix(".yaml").lower(), known, 1)
     return known[near[0]] if near else None

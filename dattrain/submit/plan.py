@@ -100,6 +100,7 @@ def plan(request: SubmitRequest) -> SubmissionPlan:
     path = shipped.find(request.config, shipped.CHAINS)
     if path.is_file() and chain.is_chain(path):
         return _plan_chain(request, path)
+    path = shipped.find(request.config)
     if path.is_dir() and (path / "chain.json").is_file():
         raise ConfigError(
             f"{path} is the folder of a chain: submit its file again, or one stage: {path}/STAGE"

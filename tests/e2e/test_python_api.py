@@ -14,10 +14,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 TWICE = """
 import sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
 import dattrain
+assert {"train", "Run"} <= set(dir(dattrain))
 images, out = sys.argv[1:]
 recipe = {"name": "small", "model": {"name": "dat_atto", "num_classes": 10, "img_size": 32},
-          "data": {"train": images, "val": images, "workers": 0}, "schedule": {"epochs": 2, "warmup_epochs": 0},
+          "data": {"train": Path(images), "val": images, "workers": 0}, "optim": {"lr": np.float64(1e-3)}, "schedule": {"epochs": 2, "warmup_epochs": 0},
           "train": {"global_batch": 16, "micro_batch": 16, "precision": "fp32", "threads": 1}}
 stages = [(recipe, "mapping", {}), ("demo/pretrain", "name", {"model.img_size": 32, "zero.stage": 3}), (recipe, "mapping", {})]
 for source, name, settings in stages:
@@ -26,7 +30,9 @@ for source, name, settings in stages:
     assert [row["step"] for row in run.metrics if "loss" in row] == [1, 2], run.metrics
     assert run.best["top1"] == max(row["top1"] for row in run.metrics if "top1" in row)
     assert run.config.train.max_steps == 2
-found = run.evaluate()
+found = run.evaluate(data=Path(images))
+one = np.zeros((40, 30, 3), np.uint8)
+assert len(run.predict(one)) == len(run.predict(Image.fromarray(one))) == 1 and len(run.predict(p for p in [one, one])) == 2
 assert abs(found["top1"] - run.best["top1"]) < 1e-6, (found, run.best)
 top = run.predict(images + "/bag", topk=3)
 assert len(top[0]) == 3 and top[0][0].probability >= top[0][1].probability and isinstance(top[0][0].name, str)

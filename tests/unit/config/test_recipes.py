@@ -8,6 +8,7 @@ import pytest
 from dattrain.cli import main as cli
 from dattrain.config.derive import check_source, derive
 from dattrain.config.load import diff, load
+from dattrain.config.run import resolve
 from dattrain.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -118,3 +119,17 @@ def test_a_file_here_comes_before_a_shipped_name_and_what_is_neither_is_refused(
     assert load("in1k_dat_tiny_224").config.name == "mine"
     with pytest.raises(ConfigError, match="did you mean scratch/in1k_dat_tiny_224"):
         load("in1k_dat_tny_224")
+
+
+def test_a_folder_of_that_name_hides_no_recipe_and_a_chain_is_told_from_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in1k_dat_tiny_224").mkdir()
+    assert load("in1k_dat_tiny_224").config.name == "in1k_dat_tiny_224"
+    assert resolve("in1k_dat_tiny_224", [], tmp_path / "run", {})[0].name == "in1k_dat_tiny_224"
+    with pytest.raises(ConfigError, match="it is a chain: dattrain submit in22k_to_in1k_384"):
+        load("in22k_to_in1k_384")
+    with pytest.raises(ConfigError, match="did you mean in22k_to_in1k_384"):
+        load("in22k_to_in1k_38")
+    (tmp_path / "picture.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="picture.yaml: not a recipe"):
+        load("picture.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from dattrain.data.source.sample import BadSample, BaseDataset, Sample
 from dattrain.data.worker_progress import note
 
 
-class ImageFiles(BaseDataset):
+class ImageFiles(BaseDataset, ABC):
     """One shard of image files below a folder. A subclass says by ``file`` which they are.
 
     Args:
@@ -29,9 +30,9 @@ class ImageFiles(BaseDataset):
         self.max_label = int(labels.max())
         self._labels, self._origin = labels, origin
 
+    @abstractmethod
     def file(self, sample: int) -> str:
         """Path below the root of a sample's file."""
-        raise NotImplementedError
 
     def key(self, shard: int, sample: int) -> str:
         """See ``Dataset.key``; the path below the root."""

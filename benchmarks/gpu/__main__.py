@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 runner.write(path, key, in_order(entries))
     except KeyboardInterrupt:
         interrupted = True
-        print("interrupted; what was done is kept, and the next call goes on", flush=True)
+        print("interrupted; what was done is kept, and the next call resumes", flush=True)
     shown = in_order(entries)
     text = bars.table(shown, dry=args.dry_run)
     (out / "table.txt").write_text(text, encoding="utf-8")

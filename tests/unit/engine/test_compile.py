@@ -115,25 +115,6 @@ def test_an_error_of_the_model_itself_is_not_taken_for_one_of_the_compiler(monke
         raise AssertionError("the error was swallowed")
 
 
-def test_cuda_graphs_are_asked_for_and_a_call_of_the_model_begins_a_generation(monkeypatch, caplog):
-    from torch._dynamo.utils import counters
-
-    modes, generations = [], []
-    monkeypatch.setattr(torch, "compile", lambda forward, mode, **_: modes.append(mode) or forward)
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: generations.append(1))
-    monkeypatch.setitem(counters["inductor"], "cudagraph_skips", 3)
-    x, net = torch.ones(2, 4), Net()
-    compiling.apply(net, "block", graphs_on="cuda")
-    for calls in (1, 2, 3):
-        net(x)
-        assert len(generations) == calls
-    assert modes == ["reduce-overhead"] * 4
-    assert len(caplog.records) == 1 and "3 compiled graphs run without" in caplog.text
-
-
-def test_cuda_graphs_on_another_device_are_left_out_with_one_line(monkeypatch, caplog):
-    modes = []
-    monkeypatch.setattr(torch, "compile", lambda forward, mode, **_: modes.append(mode) or forward)
+def test_cuda_graphs_on_another_device_are_left_out_with_one_line(caplog):
     compiling.apply(Net(), "stage", graphs_on="cpu")
-    assert modes == [None, None] and len(caplog.records) == 1
-    assert "train.cuda_graphs: the device is cpu" in caplog.text
+    assert len(caplog.records) == 1 and "train.cuda_graphs: the device is cpu" in caplog.text

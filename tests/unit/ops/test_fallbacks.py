@@ -13,7 +13,7 @@ from torch import nn
 from dattrain.models import VARIANTS, create
 from dattrain.ops import depthwise, dispatch, sampling, windows
 from dattrain.ops.cpp import build
-from dattrain.ops.deformable_attention import api, torch_op
+from dattrain.ops.deformable_attention import torch_op
 
 WIDE = torch.float64
 NEEDS_NATIVE = pytest.mark.skipif(not build.status()[0], reason=build.status()[1])
@@ -153,11 +153,3 @@ class TestWhereTheLibraryIsKept:
         runs, why = build.status()
         assert not runs and "not this user's alone" in why
         assert dispatch.resolve(torch.zeros(1), None) == "torch"
-
-
-def test_the_choice_is_made_before_the_operator(no_library, monkeypatch):
-    chosen = []
-    monkeypatch.setattr(api.torch_op, "attention", lambda *i: chosen.append(i[-1]) or (i[0], None))
-    q, positions = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 2)
-    api.deform_attention(q, q, q, positions, None, height=2, width=2)
-    assert chosen == ["torch"]

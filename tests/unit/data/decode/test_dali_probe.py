@@ -144,14 +144,3 @@ def test_dali_knows_every_argument_of_the_device_decoder():
     arguments = _decoding(types, device_of(0, Data()))
     assert arguments["device"] == "mixed" and arguments["affine"] is False
     assert _decoding(types, device_of(None, Data())).keys() == {"device", "output_type", "adjust_orientation"}
-
-
-def test_doctor_asks_once_for_each_kind_of_gpu(monkeypatch):
-    from dattrain.planning import machine
-
-    gpus = ["NVIDIA H100", "NVIDIA H100", "NVIDIA L4"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: gpus[index])
-    monkeypatch.setattr(dali_probe, "probe", lambda device: f"card {device.id}")
-    assert sorted(machine.dali()) == [versions(), "NVIDIA H100: card 0", "NVIDIA L4: card 2"]

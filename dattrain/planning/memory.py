@@ -135,7 +135,10 @@ def _follow(
     precision = config.train.precision
     dtype = WEIGHTS[precision]
     height, width = (size, size) if isinstance(size, int) else size
-    meta_model = copy.deepcopy(model).to("meta").train()
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
+    }
+    meta_model = copy.deepcopy(model, memo).to("meta").train()
     activation_checkpointing.apply(meta_model, config.train.activation_checkpointing)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())

@@ -18,7 +18,10 @@ README = (ROOT / "README.md").read_text()
 
 
 def run(words, **kwargs):
-    env = {**os.environ, "HOME": str(kwargs.pop("home", Path.home())), "OMP_NUM_THREADS": "1"}
+    # With the machine's cache, where the compiled library is.
+    cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    home = str(kwargs.pop("home", Path.home()))
+    env = {**os.environ, "HOME": home, "XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1"}
     start = warm.run if words[0] == sys.executable else subprocess.run
     done = start(words, cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
     assert done.returncode == 0, (

@@ -1,6 +1,6 @@
 """The demo recipe's first losses against ``tests/assets/losses/demo_pretrain.txt``, so that no change of numerics goes unseen.
 
-After a change that is meant: ``python tests/e2e/test_golden.py`` writes the file anew; say in the commit why it moved.
+After a change that is meant: ``PYTHONPATH=tests python tests/e2e/test_golden.py`` writes the file anew; say in the commit why it moved.
 """
 
 import subprocess
@@ -9,16 +9,17 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "assets" / "losses" / "demo_pretrain.txt"
 UPDATES = 4
 BOUND = 5e-3
-"""Relative. Machines differ in the order of sums, which bf16 makes visible; another recipe or order differs far more."""
+"""Relative. The file was written in bf16, which shows the order of a machine's sums; another recipe or order differs far more."""
 
 
-def dattrain(*arguments):
-    done = subprocess.run(
+def dattrain(*arguments, run=subprocess.run):
+    done = run(
         [sys.executable, "-m", "dattrain", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -30,7 +31,7 @@ def train(folder):
     import json
 
     source = ROOT / "dattrain" / "demo" / "t10k-images-idx3-ubyte.gz"
-    dattrain("data", "pack", source, folder / "shards", "--holdout", 2000, "--per-shard", 500)
+    dattrain("data", "pack", source, folder / "shards", "--holdout", 2000, "--per-shard", 500, run=warm.run)
     run = folder / "run"
     shards = f"data.train={folder}/shards/train-*.tar"
     done = dattrain(

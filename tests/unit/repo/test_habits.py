@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 
 import pytest
 import yaml
@@ -13,6 +14,13 @@ import dattrain
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 JOBS = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+
+
+def test_no_folder_of_tests_is_left_out(pytestconfig):
+    """pytest's own ``norecursedirs`` has ``dist``."""
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for folder in path.relative_to(ROOT).parts[:-1]:
+            assert not any(fnmatch(folder, pattern) for pattern in pytestconfig.getini("norecursedirs")), path
 
 
 def test_the_workflow_runs_every_python_that_is_declared():

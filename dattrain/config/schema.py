@@ -14,6 +14,9 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Size = int | tuple[int, int]
 
+RENAMED = {"train.remat": "train.activation_checkpointing"}
+"""Keys of former versions, which recipes and run folders may still have, and their names now."""
+
 
 class Section(BaseModel):
     """Base of every section: immutable, and a misspelled key is an error."""

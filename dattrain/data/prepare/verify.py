@@ -11,7 +11,7 @@ from dattrain.data.source import tar
 from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, ShardDataset
 from dattrain.data.source.files import open_file
 from dattrain.data.source.index import LeftOut
-from dattrain.data.source.shards import LocalSource, check_local_size
+from dattrain.data.source.shards import LocalSource, check_size, local_size
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
 
@@ -82,7 +82,8 @@ def _right_size(dataset: Dataset, shard: int, damaged: list[str]) -> bool:
     if not isinstance(dataset, ShardDataset) or not isinstance(dataset.source, LocalSource):
         return True
     try:
-        check_local_size(dataset.shards.paths[shard], int(dataset.shards.sizes[shard]))
+        path = dataset.shards.paths[shard]
+        check_size(path, local_size(path), int(dataset.shards.sizes[shard]))
     except UserError as error:
         damaged.append(str(error))
         return False

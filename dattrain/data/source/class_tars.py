@@ -21,7 +21,7 @@ from dattrain.data.source import inventory, tar
 from dattrain.data.source.build_index import UNREAD_PICTURES
 from dattrain.data.source.dataset import Sample, ShardDataset
 from dattrain.data.source.files import listing
-from dattrain.data.source.index import CatalogueEntry, LeftOut, ShardIndex
+from dattrain.data.source.index import CatalogueEntry, LeftOut, ShardIndex, leave_out
 from dattrain.data.source.manifest import Named
 from dattrain.data.source.shards import LocalSource, Shards, expand
 from dattrain.data.workers import Workers
@@ -140,18 +140,15 @@ def _index(class_name: str, path: str, start: int, size: int, *, label: int) -> 
                 else:
                     kind = f".{extension}" if member.readable else member.kind
                     lost = extension in UNREAD_PICTURES or not member.readable
-                    before = left_out.get(kind, LeftOut(kind, 0, member.name, lost))
-                    left_out[kind] = LeftOut(kind, before.count + 1, before.first, before.lost or lost)
+                    leave_out(left_out, kind, member.name, lost=lost)
     except UserError as error:
         raise UserError(f"{class_name}.tar in {error}" if start else str(error)) from error
-    end = os.stat(path).st_size
     return ShardIndex.build(
         offsets,
         lengths,
         [label] * len(offsets),
         keys,
-        size=end,
-        sha256="",
+        size=os.stat(path).st_size,
         linked=linked,
         left_out=left_out.values(),
     )

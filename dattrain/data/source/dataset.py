@@ -23,14 +23,14 @@ from dattrain.data.source.shards import (
     Source,
     expand,
     holds_shards,
+    local_size,
     open_local,
     verify_sizes,
 )
+from dattrain.data.source.tar import BLOCK, member_name, member_size
 from dattrain.data.worker_progress import note
 from dattrain.errors import UserError
 from dattrain.urls import mask, parts, split_query
-
-_BLOCK = 512
 
 
 class ShardDataset(BaseDataset):
@@ -82,13 +82,13 @@ class ShardDataset(BaseDataset):
         where = f"{path}: sample {key!r} at offset {offset}"
         if length == 0:
             raise BadSample(f"{where}: the image has zero bytes")
-        data = self.source.read(shard, offset - _BLOCK, length + _BLOCK)
-        if not header_fits(data[:_BLOCK], None if index.linked[sample] else key, length):
+        data = self.source.read(shard, offset - BLOCK, length + BLOCK)
+        if not header_fits(data[:BLOCK], None if index.linked[sample] else key, length):
             raise UserError(
                 f"{where}: the tar header there is not this sample's, so the shard is not the one that was indexed; "
                 "restore it, or index it anew with `dattrain data index --force`"
             )
-        return Sample(name, where, self._number(int(index.labels[sample]), where), data[_BLOCK:])
+        return Sample(name, where, self._number(int(index.labels[sample]), where), data[BLOCK:])
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard, checked against the catalogue."""
@@ -158,7 +158,7 @@ def open_dataset(
     else:
         shards = open_local(expand(spec), problems=problems)
         if verify:
-            verify_sizes(shards, rank=rank, world=world)
+            verify_sizes(shards, lambda shard: local_size(shards.paths[shard]), rank=rank, world=world)
         named = class_names(shards.paths, read_file)
         dataset = ShardDataset(spec, shards, LocalSource(shards), named=named)
     if not dataset.counts.sum() and not problems:
@@ -174,8 +174,6 @@ def locate(dataset: Dataset, item: int) -> tuple[int, int]:
 
 def header_fits(header: bytes, key: str | None, length: int) -> bool:
     """Whether a tar header is that of a member of ``length`` bytes called ``key``, ``key.*``, or anything for None."""
-    from dattrain.data.source.tar import member_name, member_size
-
     try:
         if member_size(header) != length:
             return False

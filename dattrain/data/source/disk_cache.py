@@ -109,8 +109,8 @@ class Cache:
             raise UserError(
                 f"data.cache_gb={self.limit / 1e9:g} does not hold {name}, which has {size / 1e9:g}; make it larger"
             )
-        with self._held(name, wait) as held:
-            if not held:
+        with self._locked(name, wait) as locked:
+            if not locked:
                 return None
             fd = self.open(name, size)
             if fd is not None:
@@ -152,7 +152,7 @@ class Cache:
 
     def _reserve(self, part: Path, size: int, keep: Collection[str]) -> bool:
         """Make room for ``size`` bytes and take it; False where that is not possible now."""
-        with self._held("", True):
+        with self._locked("", True):
             try:
                 part.unlink(missing_ok=True)
             except OSError as error:
@@ -195,7 +195,7 @@ class Cache:
             return True
 
     def _abandoned(self, part: str) -> bool:
-        with self._held(_of_part(part), False) as free:
+        with self._locked(_of_part(part), False) as free:
             return free
 
     def _files(self) -> Iterator[tuple[str, int, int]]:
@@ -210,7 +210,7 @@ class Cache:
                     yield entry.name, status.st_size, status.st_mtime_ns
 
     @contextmanager
-    def _held(self, name: str, wait: bool) -> Iterator[bool]:
+    def _locked(self, name: str, wait: bool) -> Iterator[bool]:
         """Hold the lock of a name ("" is the folder's); yields False where it is taken and we do not wait."""
         fd = self._lock(self._locks / (name + ".lock"))
         try:

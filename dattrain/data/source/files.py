@@ -26,6 +26,16 @@ def open_file(path: str | os.PathLike[str]) -> int:
     return fd
 
 
+class OpenFile:
+    """A descriptor that is closed when the last reader lets go."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """The content of a regular file. Raises OSError as ``open_file``."""
     with open(open_file(path), "rb") as file:

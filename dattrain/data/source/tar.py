@@ -182,7 +182,7 @@ def walk(
         at = data + -(-size // BLOCK) * BLOCK
         if extended:
             continue
-        what, place = _describe(kind, header, name, records, (data, size))
+        what, place = _describe(kind, name, records, (data, size))
         if what == HARD_LINK:
             link = _text(records.get(b"linkpath", long_link or header[157:257].split(b"\0", 1)[0]))
             if link.removeprefix("./") in files:
@@ -201,7 +201,7 @@ def walk(
 
 
 def _describe(
-    kind: bytes, header: bytes, name: str, records: dict[bytes, bytes], place: tuple[int, int]
+    kind: bytes, name: str, records: dict[bytes, bytes], place: tuple[int, int]
 ) -> tuple[str | None, tuple[int, int]]:
     """Kind of a member, None for one that holds no file's bytes by its nature; and where its bytes are."""
     if kind in _NO_MEMBER or (kind == b"\0" and name.endswith("/")):
@@ -216,7 +216,7 @@ def _describe(
 
 
 def _sparse_data(read: Callable[[int, int], bytes], header: bytes, data: int, end: int) -> int:
-    """Where the bytes of an old GNU sparse member begin: after the blocks that go on with its map of holes."""
+    """Where the bytes of an old GNU sparse member begin: after the blocks that continue its map of holes."""
     more = header[482]
     while more and data + BLOCK <= end:
         more = read(data, BLOCK)[504]

@@ -5,6 +5,7 @@ Every field that can be wrong together with another one is checked here, when th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -13,9 +14,15 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Size = int | tuple[int, int]
+"""Pixels: a side, or height and width."""
 
 RENAMED = {"train.remat": "train.activation_checkpointing"}
 """Keys of former versions, which recipes and run folders may still have, and their names now."""
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size in a recipe or in JSON."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 class Section(BaseModel):
@@ -394,7 +401,7 @@ class Config(Section):
         if self.model.in_chans != 3:
             raise ValueError(f"model.in_chans={self.model.in_chans}, but the data gives 3 (RGB, gray as RGB)")
         for size in (self.model.img_size, *(p.img_size for p in t.progressive)):
-            for side in (size,) if isinstance(size, int) else size:
+            for side in as_pair(size):
                 if side < 32 or side % 32:
                     raise ValueError(f"img_size={size} must be a multiple of 32 (the network's total stride)")
         if list(t.progressive) != sorted(t.progressive, key=lambda p: p.epoch):

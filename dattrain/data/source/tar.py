@@ -182,7 +182,7 @@ def walk(
         at = data + -(-size // BLOCK) * BLOCK
         if extended:
             continue
-        what, place = _describe(kind, name, records, (data, size))
+        what, place = _describe(kind, name, records), (data, size)
         if what == HARD_LINK:
             link = _text(records.get(b"linkpath", long_link or header[157:257].split(b"\0", 1)[0]))
             if link.removeprefix("./") in files:
@@ -200,19 +200,17 @@ def walk(
         yield member
 
 
-def _describe(
-    kind: bytes, name: str, records: dict[bytes, bytes], place: tuple[int, int]
-) -> tuple[str | None, tuple[int, int]]:
-    """Kind of a member, None for one that holds no file's bytes by its nature; and where its bytes are."""
+def _describe(kind: bytes, name: str, records: dict[bytes, bytes]) -> str | None:
+    """Kind of a member, None for one that holds no file's bytes by its nature."""
     if kind in _NO_MEMBER or (kind == b"\0" and name.endswith("/")):
-        return None, place
+        return None
     if kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in records):
-        return SPARSE, place
+        return SPARSE
     if kind == b"1":
-        return HARD_LINK, place
+        return HARD_LINK
     if kind in (b"0", b"\0", b"7"):
-        return FILE, place
-    return _KINDS.get(kind, f"member of type {_text(kind)!r}"), place
+        return FILE
+    return _KINDS.get(kind, f"member of type {_text(kind)!r}")
 
 
 def _sparse_data(read: Callable[[int, int], bytes], header: bytes, data: int, end: int) -> int:

@@ -140,7 +140,7 @@ def reference() -> str:
     lines = [
         "# Every key of a recipe",
         "",
-        "Written by `dattrain config keys`; the meanings live in `dattrain/config/schema.py`.",
+        "Written by `dattrain config keys`; the meanings live in `dattrain/config/sections.py`.",
     ]
     for name, field in Config.model_fields.items():
         part = section(field.annotation)
@@ -160,7 +160,7 @@ def reference() -> str:
 
 def _row(key: str, info: Any, section: type[BaseModel] | None) -> str:
     kind = re.sub(
-        r"typing\.|Annotated\[|dattrain\.config\.schema\.|<class '|'>|NoneType", "", str(info.annotation)
+        r"typing\.|Annotated\[|dattrain\.config\.sections\.|<class '|'>|NoneType", "", str(info.annotation)
     )
     kind = kind.replace(" | None", "").replace("|", "\\|")
     default = _scalar(info.default).replace("|", "\\|")

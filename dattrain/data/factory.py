@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from dattrain.config.derive import accumulation, check_samples
-from dattrain.config.schema import Config, as_pair
+from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.data import identity
 from dattrain.data.classes import Classes, absent, bare_numbers, canonical, check_sampled_names, decide, few
 from dattrain.data.decode.cpu import CpuDecoder, EvalTransform

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from dattrain.config.derive import check_source, derive
-from dattrain.config.schema import Config, as_pair
+from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.engine import precision, resume_rules, run_folder, schedule, zero
 from dattrain.engine.debug_dump import write_debug_dump
 from dattrain.engine.evaluate import Evaluations, Interrupted

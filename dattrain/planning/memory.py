@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dattrain.config.schema import Config, as_pair
+from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.engine import activation_checkpointing
 from dattrain.engine.precision import GRADIENTS, REDUCE_BUCKET, STAGE_0_BUCKET, WEIGHTS
 

@@ -9,7 +9,8 @@ from statistics import median
 from typing import Any, Literal
 
 from dattrain.config.derive import derive
-from dattrain.config.schema import Config, as_pair
+from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.data.factory import assign_class_numbers
 from dattrain.data.source.dataset import ShardDataset, open_dataset
 from dattrain.data.source.listing import is_remote

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from dattrain.config.schema import Config, as_pair
+from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.data import labels
 from dattrain.data.classes import Classes
 from dattrain.errors import UserError

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dattrain.config.schema import Config, as_pair
+from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.engine.optim import freeze_backbone
 from dattrain.models.dat import DAT
 from dattrain.pretrained.pretrained_cfg import build, cfg_of_recipe

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dattrain.config.load import load as load_config
-from dattrain.config.schema import Config, as_pair
+from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.data.classes import read as read_classes
 from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import UserError

@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from hashlib import sha256
 
 from dattrain.data.decode.images import IMAGE_EXTENSIONS
 from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
 from dattrain.data.source import inventory, tar
-from dattrain.data.source.files import open_file
+from dattrain.data.source.files import explained, open_file, sha256_of
 from dattrain.data.source.index import NO_LABEL, LeftOut, ShardIndex, leave_out
 from dattrain.errors import UserError
 
@@ -45,19 +44,9 @@ def build(
         UserError: an incomplete tar; a sample with two images, or a label that is no number; a member's name that is not to be
             trusted.
     """
-    try:
-        fd = open_file(path)
-        try:
-            index = _Builder(path, fd, image, label).index(unterminated)
-            digest, at = sha256(), 0
-            while checksum and (block := os.pread(fd, 1 << 20, at)):
-                digest.update(block)
-                at += len(block)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return replace(index, sha256=digest.hexdigest()) if checksum else index
+    with explained(path), open(open_file(path), "rb", buffering=0) as file:
+        index = _Builder(path, file.fileno(), image, label).index(unterminated)
+        return replace(index, sha256=sha256_of(path)) if checksum else index
 
 
 class _Builder:

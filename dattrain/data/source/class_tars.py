@@ -20,7 +20,7 @@ from dattrain.data.decode.images import IMAGE_EXTENSIONS
 from dattrain.data.source import inventory, tar
 from dattrain.data.source.build_index import UNREAD_PICTURES
 from dattrain.data.source.dataset import Sample, ShardDataset
-from dattrain.data.source.files import listing
+from dattrain.data.source.files import explained, listing
 from dattrain.data.source.index import CatalogueEntry, LeftOut, ShardIndex, leave_out
 from dattrain.data.source.manifest import Named
 from dattrain.data.source.shards import LocalSource, Shards, expand
@@ -95,10 +95,8 @@ def find(path: str) -> list[tuple[str, str, int, int]] | None:
     for file in files:
         match = inventory.SYNSET_TAR.search(file)
         if match:
-            try:
+            with explained(file):
                 tars.append((match[1], file, 0, os.stat(file).st_size))
-            except OSError as error:
-                raise UserError(f"{file}: cannot be read ({error.strerror})") from error
             continue
         for member in tar.scan(file):
             inner = inventory.SYNSET_TAR.search(member.name)

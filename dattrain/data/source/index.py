@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain import files
-from dattrain.data.source.files import read_file
+from dattrain.data.source.files import explained, read_file
 from dattrain.data.source.tar import BLOCK
 from dattrain.errors import UserError
 
@@ -359,7 +359,5 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         UserError: the disk is full, or the folder may not be written.
     """
-    try:
+    with explained(path, "written"):
         files.write_atomically(path, data, durable=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error

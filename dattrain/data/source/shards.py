@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dattrain.data.decode.images import is_image_name
 from dattrain.data.source import inventory, tar
-from dattrain.data.source.files import OpenFile, listing, open_file
+from dattrain.data.source.files import OpenFile, explained, listing, open_file
 from dattrain.data.source.folders import OTHER_SPLITS
 from dattrain.data.source.index import (
     CatalogueEntry,
@@ -147,10 +147,8 @@ class LocalSource:
             file = self._open.get(shard)
             if file is None:
                 path = self.shards.paths[shard]
-                try:
+                with explained(path, "opened"):
                     file = OpenFile(open_file(path))
-                except OSError as error:
-                    raise UserError(f"{path}: cannot be opened ({error.strerror})") from error
                 check_size(path, os.fstat(file.fd).st_size, int(self.shards.sizes[shard]))
                 self._open[shard] = file
                 if len(self._open) > self.max_open:
@@ -170,10 +168,8 @@ def check_size(path: str, found: int, expected: int) -> None:
 
 def local_size(path: str) -> int:
     """Bytes of a file. Raises UserError where there is none."""
-    try:
+    with explained(path, "opened"):
         return os.stat(path).st_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror})") from error
 
 
 def expand(pattern: str) -> list[str]:

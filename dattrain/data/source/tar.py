@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dattrain.data.source.files import open_file
+from dattrain.data.source.files import explained, open_file
 from dattrain.errors import UserError
 
 BLOCK = 512
@@ -109,17 +109,12 @@ def scan(
         UserError: the file is no tar, is cut short, has data after its end marker, or a member's name is absolute or
             climbs out with ``..``.
     """
-    try:
-        fd = open_file(path)
-        try:
-            end = os.fstat(fd).st_size if size is None else start + size
-            yield from walk(
-                path, lambda at, n: os.pread(fd, n, at), start=start, end=end, unterminated=unterminated
-            )
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with explained(path), open(open_file(path), "rb", buffering=0) as file:
+        fd = file.fileno()
+        end = os.fstat(fd).st_size if size is None else start + size
+        yield from walk(
+            path, lambda at, n: os.pread(fd, n, at), start=start, end=end, unterminated=unterminated
+        )
 
 
 def walk(

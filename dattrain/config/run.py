@@ -38,7 +38,7 @@ def resolve(
 
 
 def new_folder(name: str, environ: Mapping[str, str]) -> Path:
-    """``runs/<recipe>-<time>``, one that is not there. Several processes must be told one, so that all take the same."""
+    """``runs/<recipe>-<time>``, one that is not there. Several processes must be given one, so that all take the same."""
     if int(environ.get("WORLD_SIZE") or environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         raise ConfigError("give --run: each rank would name the run folder by its own clock")
     first = path = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

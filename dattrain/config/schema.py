@@ -30,7 +30,7 @@ class Config(Section):
     """A recipe."""
 
     name: str = "run"
-    """Of the run folder and the Slurm job."""
+    """Name of the run folder and the Slurm job."""
     description: str = ""
     """Source of the values, expected devices and hours, and whether we have run it."""
     model: Model = Model()

@@ -115,7 +115,7 @@ class Augment(Section):
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Aspect ratio of the crop, drawn log-uniformly."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Of every resize, antialiased."""
+    """Filter of every resize, antialiased."""
     hflip: Probability = 0.5
     """Probability of a horizontal flip."""
     randaugment: str | None = "rand-m9-mstd0.5-inc1"
@@ -177,9 +177,9 @@ class Optim(Section):
     lr_batch: Count = 512
     """Batch at which the rates are stated."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
+    """AdamW's decay rates of the averages of the gradient and its square."""
     eps: Positive = 1e-8
-    """Of AdamW."""
+    """AdamW's addend of the denominator."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
     """Not applied to 1-D parameters, biases and position tables."""
     clip: Annotated[float, Field(ge=0.0)] = 5.0
@@ -255,7 +255,7 @@ class Train(Section):
     """The run itself. The batch is stated globally; accumulation follows from world size and ``micro_batch``."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of weights, order and augmentation."""
+    """Seed of weights, order and augmentation."""
     global_batch: Count = 1024
     """Samples per update over all devices."""
     micro_batch: Count = 128

@@ -132,13 +132,7 @@ class EvalFeed:
         return BatchRequest(positions, shards, positions - (ends - self.counts)[shards], None)
 
 
-def fetch(
-    dataset: Dataset,
-    request: BatchRequest,
-    *,
-    num_classes: int,
-    skip_bad: bool,
-) -> Encoded:
+def fetch(dataset: Dataset, request: BatchRequest, *, num_classes: int, skip_bad: bool) -> Encoded:
     """Read the encoded images of a request.
 
     Args:

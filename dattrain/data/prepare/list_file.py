@@ -40,10 +40,7 @@ class ListDataset(ImageFiles):
         if comments:
             self.notes = (f"{path}: {comments} lines that begin with # skipped",)
         if rows and _is_header(rows[0], self.root):
-            self.notes = (
-                *self.notes,
-                f"{path}, line {rows[0][0]}: taken for column names, not for a sample",
-            )
+            self.notes = (*self.notes, f"{path}, line {rows[0][0]}: taken for column names, not for a sample")
             rows = rows[1:]
         if not rows:
             raise UserError(f"{path}: names no images")

@@ -37,14 +37,7 @@ _INDEXES_KEPT = 512
 class ShardDataset(BaseDataset):
     """Tar shards. Indexes are read when first needed, and some of them are kept."""
 
-    def __init__(
-        self,
-        name: str,
-        shards: Shards,
-        source: Source,
-        *,
-        named: Named | None = None,
-    ) -> None:
+    def __init__(self, name: str, shards: Shards, source: Source, *, named: Named | None = None) -> None:
         self.name = name
         if named is not None:
             self.classes, self.used = list(named.classes), named.used

@@ -1,6 +1,6 @@
 """A bounded folder of whole files on the local disk, shared by the processes of a node, least recently used out first.
 
-A file is there when it has its name: it is written aside, flushed to the disk and renamed. Whoever writes one holds
+A file is there when it has its name: it is written under another, flushed to the disk and renamed. Whoever writes one holds
 its lock (``flock``, which the kernel drops when a process dies), so a file is fetched once however many processes
 want it, and what a killed process left is known by its free lock and removed. Space is taken before it is filled, so
 the folder's files never exceed the bound. The folder should be on a disk of the node: ``flock`` does not reach other

@@ -274,7 +274,7 @@ def parse_catalogue(data: bytes, name: str) -> dict[str, CatalogueEntry]:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
         return {str(shard): _entry(e) for shard, e in content["shards"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except Exception as error:  # whatever is in a file that came from somewhere else
         raise UserError(
             f"{name}: not a readable catalogue ({error}); run `dattrain data index --force`"
         ) from error

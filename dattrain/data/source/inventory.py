@@ -220,7 +220,7 @@ def _manifest(content: Any) -> Iterable[tuple[str, int]]:
 def _lengths(data: bytes, name: str, read: Callable[[Any], Iterable[tuple[str, int]]]) -> dict[str, int]:
     try:
         return {os.path.basename(shard): int(count) for shard, count in read(json.loads(data))}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except Exception as error:  # whatever is in a file that came from somewhere else
         raise UserError(
             f"{name}: does not say how many samples each shard has ({type(error).__name__}: {error}); "
             "restore it, or move it away"

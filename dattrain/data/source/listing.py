@@ -247,21 +247,7 @@ class Catalogues:
         except Refused as error:
             self._refused = error
             return None
-        return None if data is None else parsed(data, name, parse)
-
-
-def parsed(data: bytes, name: str, parse: Callable[[bytes, str], T]) -> T:
-    """What ``parse`` makes of a file that came from somewhere else, whatever is in it.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return parse(data, name)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{name}: is not readable ({type(error).__name__}: {error})") from error
+        return None if data is None else parse(data, name)
 
 
 def _place(url: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from dattrain.data.source.disk_cache import Cache, Unwritable
 from dattrain.data.source.download import Refused, Transfer
 from dattrain.data.source.files import OpenFile
 from dattrain.data.source.index import ShardIndex
-from dattrain.data.source.listing import Catalogues, expand_remote, index_url, names, parsed
+from dattrain.data.source.listing import Catalogues, expand_remote, index_url, names
 from dattrain.data.source.shards import Shards, verify_sizes
 from dattrain.errors import ConfigError, UserError
 from dattrain.urls import mask
@@ -160,9 +160,9 @@ class RemoteSource:
         if fd is not None:
             # What is in the cache was good once; damaged since, it is fetched anew.
             with open(fd, "rb") as file, suppress(UserError):
-                return parsed(file.read(), url, ShardIndex.from_bytes)
+                return ShardIndex.from_bytes(file.read(), url)
         try:
-            index = parsed(self.transfer.read(url), url, ShardIndex.from_bytes)
+            index = ShardIndex.from_bytes(self.transfer.read(url), url)
         except (FileNotFoundError, Refused):
             # A bucket that may not be listed says "forbidden" of what is not there, and a signature is good for one file.
             return None

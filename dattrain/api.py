@@ -7,8 +7,9 @@ torchrun or Slurm; each may call these functions then.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dattrain.config.load import dump, load, loads
 from dattrain.config.run import new_folder, resolve
 from dattrain.config.schema import Config
 from dattrain.engine import train as training
+from dattrain.errors import ConfigError
 from dattrain.evaluation.evaluate import Options
 from dattrain.evaluation.evaluate import evaluate as evaluate_weights
 from dattrain.models.dat import DAT
@@ -112,14 +114,14 @@ def train(
         ConfigError: the recipe or a setting cannot be used.
         UserError: data, disk, or a run that yields no finite updates any more.
     """
-    overrides = [f"{key}={_yaml(value)}" for key, value in settings.items()]
+    overrides = _plain(settings)
     folder = None if run is None else Path(run)
     if isinstance(recipe, (Mapping, Config)):
         text = dump(recipe) if isinstance(recipe, Config) else yaml.safe_dump(_plain(recipe))
         config = loads(text, overrides, source="the recipe").config
         folder = folder or new_folder(config.name, os.environ)
     else:
-        config, folder = resolve(Path(recipe), overrides, folder, os.environ)
+        config, folder = resolve(os.fspath(recipe), overrides, folder, os.environ)
     training.train(config, folder)
     return Run(folder)
 
@@ -138,8 +140,12 @@ def evaluate(
         ConfigError: options that do not go together.
         UserError: weights or images that cannot be read.
     """
-    plain = {key: _plain(value) for key, value in options.items()}
-    return evaluate_weights(Path(weights), Options(**plain), device=device).report
+    known = [field.name for field in fields(Options)]
+    if unknown := [name for name in options if name not in known]:
+        near = get_close_matches(unknown[0], known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        raise ConfigError(f"evaluate has no option {unknown[0]}; {hint}")
+    return evaluate_weights(Path(weights), Options(**_plain(options)), device=device).report
 
 
 def predict(
@@ -164,16 +170,11 @@ def predict(
     many: Sequence[str | Path | Image.Image | np.ndarray | Tensor]
     if isinstance(images, (str, Path)):
         many = preprocess.find([Path(images)])
-    elif isinstance(images, Image.Image) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4):
+    elif not isinstance(images, Iterable) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4):
         many = [images]
     else:
         many = list(images)
     return predict_with(model, cfg, many, topk=topk)
-
-
-def _yaml(value: Any) -> str:
-    """A value as an override spells it."""
-    return yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
 
 
 def _plain(value: Any) -> Any:

@@ -35,6 +35,15 @@ def reason(error: OSError) -> str:
     return f"{name}: {text}" if name else text
 
 
+def readable_size(nbytes: float) -> str:
+    """``1.235 MB``: bytes for people, in powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"
+
+
 @contextlib.contextmanager
 def doing(operation: str) -> Iterator[None]:
     """Give an OSError of the block the name of what was tried; one that has a name keeps it.

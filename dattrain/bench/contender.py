@@ -13,10 +13,10 @@ import torch
 from dattrain.bench.step_parts import replaced
 from dattrain.config.derive import derive
 from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.data.augment.plan import draw
 from dattrain.data.batch import Batch
 from dattrain.engine import compile as compiling
-from dattrain.engine.new_resolution import as_pair
 from dattrain.engine.session import Session, open_session
 from dattrain.errors import UserError
 

@@ -109,9 +109,7 @@ def read(words: Sequence[str], accumulation: int) -> Config:
         ConfigError: as ``config.load.load``.
     """
     if words and ("=" not in words[0] or Path(words[0]).exists()):
-        folder = Path(words[0])
-        path = folder / "config.yaml" if (folder / "config.yaml").is_file() else folder
-        config = load(path, words[1:]).config
+        config = load(words[0], words[1:]).config
     else:
         config = loads(RECIPE, words, source="the recipe of bench step").config
     tree = config.model_dump(mode="json", by_alias=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dattrain.cli import ckpt_convert
 from dattrain.errors import UserError
+from dattrain.files import readable_size
+from dattrain.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from dattrain.config.schema import Config
@@ -109,7 +110,7 @@ def _ls(args: argparse.Namespace) -> int:
     ]
     table = [[_text(row[k]) for k in row] for row in rows]
     for row in table:
-        row[4] = _bytes(int(row[4])) if row[4] else ""
+        row[4] = readable_size(int(row[4])) if row[4] else ""
     _print_table(header, table)
     return 0
 
@@ -170,13 +171,13 @@ def _inspect(args: argparse.Namespace) -> int:
             print(f"{key}:")
             width = max(len(str(k)) for k in value)
             for k, v in value.items():
-                print(f"  {k!s:<{width}}  {_bytes(v) if key == 'files' else _text(v)}")
+                print(f"  {k!s:<{width}}  {readable_size(v) if key == 'files' else _text(v)}")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             print(f"{key}:")
             for item in value:
                 print("  " + ", ".join(f"{k}={v}" for k, v in item.items()))
         else:
-            print(f"{key}: {_bytes(value) if key == 'bytes' else _text(value)}")
+            print(f"{key}: {readable_size(value) if key == 'bytes' else _text(value)}")
     return 0
 
 
@@ -196,26 +197,14 @@ def _verify(args: argparse.Namespace) -> int:
     bad = 0
     for folder in folders:
         try:
-            manifest = checkpoint.verify(folder, _Progress(folder.name))
+            with Progress(folder.name, "bytes") as progress:
+                manifest = checkpoint.verify(folder, progress)
         except Damaged as e:
             bad += 1
             print(f"{folder.name}: DAMAGED: {e}")
         else:
-            print(f"{folder.name}: complete, {len(manifest.files)} files, {_bytes(manifest.nbytes)}")
+            print(f"{folder.name}: complete, {len(manifest.files)} files, {readable_size(manifest.nbytes)}")
     return 1 if bad else 0
-
-
-class _Progress:
-    """A line on a terminal that says how much has been read."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._read, self._shown = name, 0, 0
-
-    def __call__(self, count: int) -> None:
-        self._read += count
-        if sys.stderr.isatty() and self._read - self._shown > 64 << 20:
-            self._shown = self._read
-            print(f"\r{self._name}: {_bytes(self._read)} ", end="\r", file=sys.stderr, flush=True)
 
 
 # Keeping
@@ -332,14 +321,6 @@ def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(_text(v) for v in value)
     return str(value)
-
-
-def _bytes(count: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count = count / 1000  # type: ignore[assignment]
-    return f"{count:.4g} GB"
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -5,13 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dattrain.urls import mask
-
-if TYPE_CHECKING:
-    from dattrain.config.load import Loaded
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; ``diff`` gives 1 where something differs, as diff(1) does."""
-    from dattrain.config.load import diff, dump, reference, show
+    from dattrain.config.load import diff, dump, load, reference, show
 
     if args.action == "list":
         print(_list(), end="")
@@ -41,13 +36,13 @@ def run(args: argparse.Namespace) -> int:
         print(reference(), end="")
         return 0
     if args.action == "show":
-        loaded = _load(args.config, args.overrides)
+        loaded = load(args.config, args.overrides)
         text = dump(loaded.config).rstrip() if args.yaml else show(loaded)
         print(mask(text))
         if args.yaml and mask(text) != text:
             print("credentials in URLs are shown as ***: put them back to use this", file=sys.stderr)
         return 0
-    rows = diff(_load(args.a), _load(args.b))
+    rows = diff(load(args.a), load(args.b))
     for key, left, right in rows:
         print(mask(f"{key}\n  A: {left}\n  B: {right}"))
     return 1 if rows else 0
@@ -69,10 +64,3 @@ def _list() -> str:
     lines += ["", f"dattrain train NAME ...     the recipes: {RECIPES.resolve()}"]
     lines += [f"dattrain submit NAME ...    the chains: {CHAINS.resolve()}"]
     return "\n".join(lines) + "\n"
-
-
-def _load(path: str, overrides: list[str] | None = None) -> Loaded:
-    from dattrain.config.load import load
-
-    folder = Path(path)
-    return load(folder / "config.yaml" if (folder / "config.yaml").is_file() else folder, overrides or [])

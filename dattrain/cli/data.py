@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dattrain.errors import UserError
+from dattrain.files import readable_size
+from dattrain.runtime.progress import Progress
 from dattrain.urls import mask
 
 if TYPE_CHECKING:
@@ -144,12 +145,12 @@ def _pack(args: argparse.Namespace) -> int:
         jobs=args.jobs,
     )
     _say(source)
-    with _Progress("packing") as progress:
+    with Progress("packing") as progress:
         manifests = pack(source, args.out, options, jobs=args.jobs, progress=progress)
     for m in manifests:
         shards, bad = m["shards"], m["bad"]
         print(
-            f"{args.out}/{m['split']}-*.tar: {m['samples']:,} samples in {len(shards)} shards, {_size(m['bytes'])}, "
+            f"{args.out}/{m['split']}-*.tar: {m['samples']:,} samples in {len(shards)} shards, {readable_size(m['bytes'])}, "
             f"{len(m['histogram'])} classes"
         )
         for entry in bad:
@@ -175,7 +176,7 @@ def _verify(args: argparse.Namespace) -> int:
     problems: list[str] = []
     dataset = open_dataset(args.data, cache_dir=args.cache_dir, problems=problems)
     _say(dataset)
-    with _Progress("verifying") as progress:
+    with Progress("verifying") as progress:
         report = verify(dataset, jobs=args.jobs, num_classes=args.classes, progress=progress)
     report.damaged[:0] = problems
     for message in report.damaged:
@@ -184,7 +185,7 @@ def _verify(args: argparse.Namespace) -> int:
         print(f"bad: {key}: {reason}")
     _say_left_out(report.left_out)
     print(
-        f"{mask(args.data)}: {report.samples:,} samples, {_size(report.nbytes)} decoded; {len(report.bad)} bad samples, "
+        f"{mask(args.data)}: {report.samples:,} samples, {readable_size(report.nbytes)} decoded; {len(report.bad)} bad samples, "
         f"{len(report.damaged)} damaged shards"
     )
     return 0 if report.good else 1
@@ -204,7 +205,7 @@ def _index(args: argparse.Namespace) -> int:
     missing = inventory.missing(paths)
     if args.out:
         paths = link_shards(paths, args.out)
-    with _Progress("indexing", unit="shards") as progress:
+    with Progress("indexing", unit="shards") as progress:
         shards = index_shards(
             paths,
             jobs=args.jobs,
@@ -277,7 +278,7 @@ def _ls(args: argparse.Namespace) -> int:
             dataset.shards.paths, dataset.counts.tolist(), dataset.shards.sizes.tolist()
         ):
             print(f"{path}\t{count}\t{size}")
-        total = f", {_size(int(dataset.shards.sizes.sum()))}"
+        total = f", {readable_size(int(dataset.shards.sizes.sum()))}"
     else:
         total = _per_class(dataset)
     print(f"{int(dataset.counts.sum()):,} samples in {len(dataset.counts):,} shards{total}", file=sys.stderr)
@@ -302,7 +303,7 @@ def _stats(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: the picture is a .png, .pdf or .svg file", exit_code=2)
     dataset = open_dataset(args.data, cache_dir=args.cache_dir)
     _say(dataset)
-    with _Progress("reading headers") as progress:
+    with Progress("reading headers") as progress:
         stats = measure(dataset, limit=None if args.all else args.limit, jobs=args.jobs, progress=progress)
     print("\n".join(stats.lines()))
     if args.out:
@@ -317,48 +318,8 @@ def _say(dataset: Dataset) -> None:
         print(line, file=sys.stderr)
 
 
-class _Progress:
-    """A bar on a terminal; elsewhere a line every half minute."""
-
-    def __init__(self, what: str, unit: str = "samples") -> None:
-        self.what, self.unit = what, unit
-        self.start = self.last = time.monotonic()
-        self.first: int | None = None
-        self.terminal = sys.stderr.isatty()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        self.first = done if self.first is None else self.first
-        if not total or now - self.last < (0.1 if self.terminal else 30.0):
-            return
-        self.last = now
-        rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = f", {(total - done) / rate:,.0f} s left" if rate else ""
-        text = f"{self.what} {done:,} of {total:,} {self.unit} ({100 * done // total}%), {rate:,.0f}/s{left}"
-        if self.terminal:
-            bar = "#" * (30 * done // total)
-            print(f"\r\x1b[K[{bar:<30}] {text}", end="", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self.terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:,.1f} TiB"

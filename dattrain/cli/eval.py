@@ -12,10 +12,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dattrain.data.labels import TEST_SETS
+
 if TYPE_CHECKING:
     from dattrain.evaluation.evaluate import Evaluation
-
-TEST_SETS = ("imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c", "real")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

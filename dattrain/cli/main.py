@@ -34,10 +34,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("dattrain.cli.plan", "memory, time and data rate before anything is queued"),
     "bench": ("dattrain.cli.bench", "side-by-side measurements: attention, model, step, data, checkpoint"),
     "config": ("dattrain.cli.config", "list the recipes, show a resolved one, or the difference of two"),
-    "demo": (
-        "dattrain.cli.demo",
-        "train, fine-tune and evaluate on Fashion-MNIST, in minutes on a laptop",
-    ),
+    "demo": ("dattrain.cli.demo", "train, fine-tune and evaluate on Fashion-MNIST, in minutes on a laptop"),
     "doctor": ("dattrain.cli.doctor", "what this machine has, and whether it works"),
 }
 

@@ -56,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from dattrain.submit.history import newest_checkpoint
 
     folder = Path(args.config)
-    path = folder / "config.yaml" if (folder / "config.yaml").is_file() else folder
-    config = load(path, args.overrides).config
+    config = load(args.config, args.overrides).config
     if newest_checkpoint(folder) is None:
         check_source(config)
     resources = Resources(

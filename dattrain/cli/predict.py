@@ -45,10 +45,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.topk < 1 or args.batch < 1:
         raise UserError(f"--topk {args.topk} and --batch {args.batch} must be at least 1", exit_code=2)
-    files = preprocess.find(args.images)
     model, cfg = load_model(
         args.checkpoint, ema=args.ema, device=args.device, img_size=preprocess.image_size(args.img_size)
     )
+    files = preprocess.find(args.images)
     if not cfg.num_classes:
         raise UserError(f"{args.checkpoint}: has no classification head, so it knows no classes")
     if args.resize:

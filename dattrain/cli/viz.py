@@ -54,10 +54,14 @@ def run(args: argparse.Namespace) -> int:
 
     if not all(0 <= part <= 1 for part in args.query):
         raise UserError(f"--query {args.query[0]} {args.query[1]}: fractions of the image, from 0 to 1")
-    files = preprocess.find(args.images)
+    if args.out.suffix.lower() in (".png", ".jpg", ".pdf", ".svg", ".html") or args.out.is_file():
+        raise UserError(
+            f"--out {args.out}: must be a folder, for a picture of each image and a page of all", exit_code=2
+        )
     model, cfg = load_model(
         args.checkpoint, ema=args.ema, device=args.device, img_size=preprocess.image_size(args.img_size)
     )
+    files = preprocess.find(args.images)
     args.out.mkdir(parents=True, exist_ok=True)
     views = []
     for name, file in zip(unique_names(files), files):

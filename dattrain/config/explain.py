@@ -10,6 +10,8 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from dattrain.config.schema import RENAMED
+
 
 def explain(
     error: ValidationError, model: type[BaseModel], source: str, places: Mapping[str, str] | None = None
@@ -39,10 +41,9 @@ def _line(item: Any, model: type[BaseModel], source: str, places: Mapping[str, s
     place, key = _place(loc, source, places or {})
     if item["type"] == "extra_forbidden":
         names = _names(model, loc[:-1])
-        near = difflib.get_close_matches(loc[-1], names, 1, cutoff=0.5)
-        hint = (
-            f"did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"known here: {', '.join(names)}"
-        )
+        keys = {**{name: ".".join([*loc[:-1], name]) for name in names}, **_renamed(".".join(loc[:-1]))}
+        near = difflib.get_close_matches(loc[-1], keys, 1, cutoff=0.5)
+        hint = f"did you mean {keys[near[0]]}?" if near else f"known here: {', '.join(names)}"
         return f"{place}: unknown key {'.'.join(loc)}; {hint}"
     message = item["msg"].removeprefix("Value error, ")
     if not loc:
@@ -63,6 +64,12 @@ def _place(loc: Sequence[str], source: str, places: Mapping[str, str]) -> tuple[
         if hits:
             return hits[-1], key
     return source, ".".join(loc)
+
+
+def _renamed(section: str) -> dict[str, str]:
+    """Former names of a section's keys, to the keys of now."""
+    split = {key.rpartition("."): new for key, new in RENAMED.items()}
+    return {name: new for (prefix, _, name), new in split.items() if prefix == section}
 
 
 def _names(model: type[BaseModel], loc: Sequence[str]) -> list[str]:

@@ -18,13 +18,15 @@ from pydantic import BaseModel, ValidationError
 
 from dattrain.config import shipped
 from dattrain.config.explain import explain, section
-from dattrain.config.schema import Config
+from dattrain.config.schema import RENAMED, Config
 from dattrain.errors import ConfigError
 
-COMMAND_LINE = "command line"
+COMMAND_LINE, SETTINGS = "command line", "settings given"
+"""Places of what is given over a recipe as words (``key=value``), and as a mapping."""
 DEFAULT = "default"
-RENAMED = {"train.remat": "train.activation_checkpointing"}
-"""Keys of former versions, which recipes and run folders may still have, and their names now."""
+
+Overrides = Sequence[str] | Mapping[str, Any]
+"""What goes over a recipe: words ``section.key=value``, the value in YAML; or dotted key to value."""
 
 log = logging.getLogger(__name__)
 
@@ -69,31 +71,34 @@ class _Tree:
     places: dict[str, str]
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Load a recipe, a file or one of the shipped by its name, and apply ``overrides`` (``section.key=value``, the value in YAML).
+def load(path: str | Path, overrides: Overrides = ()) -> Loaded:
+    """Load a recipe (a file, or one of the shipped by its name) or that of a run folder, and apply ``overrides``.
 
     Raises:
         ConfigError: the file is missing or not YAML, ``extends`` runs in a circle, a key is unknown (the nearest one is
             named), or a value does not fit; the message names file and line, or "command line".
     """
-    return resolve(_read(shipped.find(path), ()), overrides)
+    found = shipped.find(path)
+    recorded = found / "config.yaml"
+    return _resolve(_read(recorded if recorded.is_file() else found, ()), overrides)
 
 
-def loads(text: str, overrides: Sequence[str] = (), *, source: str = "<text>") -> Loaded:
-    """As ``load``, from a string without ``extends`` (a run folder's resolved config, or a test)."""
-    tree = _parse(text, source)
-    if "extends" in tree.values:
-        raise ConfigError(f"{source}: extends needs a file to be relative to")
-    return resolve(tree, overrides)
+def loads(text: str, overrides: Overrides = (), *, source: str = "<text>") -> Loaded:
+    """As ``load``, from a string, whose ``extends`` begins in the current folder."""
+    return _resolve(_extend(_parse(text, source), source, Path(), ()), overrides)
 
 
-def resolve(tree: _Tree, overrides: Sequence[str]) -> Loaded:
+def _resolve(tree: _Tree, overrides: Overrides) -> Loaded:
     """Validate a raw tree after applying the overrides."""
-    for override in overrides:
-        key, sep, raw = override.partition("=")
-        if not sep or not key or key.strip() != key:
-            raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
-        tree = _merge(tree, _nest(key, raw))
+    given = _Tree({}, {})
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            given = _merge(given, _nest(key, value, SETTINGS))
+    else:
+        for override in overrides:
+            given = _merge(given, _parse_override(override))
+    _rename(given)
+    tree = _merge(tree, given)
     try:
         config = Config.model_validate(tree.values)
     except ValidationError as error:
@@ -135,7 +140,7 @@ def reference() -> str:
     lines = [
         "# Every key of a recipe",
         "",
-        "Written by `dattrain config keys`; the meanings live in `dattrain/config/schema.py`.",
+        "Written by `dattrain config keys`; the meanings live in `dattrain/config/sections.py`.",
     ]
     for name, field in Config.model_fields.items():
         part = section(field.annotation)
@@ -155,7 +160,7 @@ def reference() -> str:
 
 def _row(key: str, info: Any, section: type[BaseModel] | None) -> str:
     kind = re.sub(
-        r"typing\.|Annotated\[|dattrain\.config\.schema\.|<class '|'>|NoneType", "", str(info.annotation)
+        r"typing\.|Annotated\[|dattrain\.config\.sections\.|<class '|'>|NoneType", "", str(info.annotation)
     )
     kind = kind.replace(" | None", "").replace("|", "\\|")
     default = _scalar(info.default).replace("|", "\\|")
@@ -187,20 +192,23 @@ def _scalar(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).strip().removesuffix("...").strip()
 
 
-def _read(path: Path, chain: tuple[Path, ...]) -> _Tree:
+def _read(path: Path, chain: tuple[Path, ...], asked: str = "") -> _Tree:
     path = path.resolve() if chain else path
     if path.resolve() in chain:
         raise ConfigError(f"{path}: extends runs in a circle: {' -> '.join(str(p) for p in (*chain, path))}")
     if not path.is_file():
-        where = f"{chain[-1]}: extends: " if chain else ""
-        raise ConfigError(f"{where}{path}: no such config{_similar_file(path)}")
+        raise ConfigError(f"{asked}{path}: no such config{_similar_file(path)}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a recipe: it is no UTF-8 text") from None
-    tree = _parse(text, str(path))
+    return _extend(_parse(text, str(path)), str(path), path.parent, (*chain, path.resolve()))
+
+
+def _extend(tree: _Tree, source: str, folder: Path, chain: tuple[Path, ...]) -> _Tree:
+    """Merge a tree over those that its ``extends`` names, in ``folder`` or of the shipped."""
     bases = tree.values.pop("extends", None)
-    place = tree.places.pop("extends", str(path))
+    place = tree.places.pop("extends", source)
     if bases is None:
         return tree
     if isinstance(bases, str):
@@ -209,9 +217,9 @@ def _read(path: Path, chain: tuple[Path, ...]) -> _Tree:
         raise ConfigError(f"{place}: extends must be a file or a list of files, not {bases!r}")
     merged = _Tree({}, {})
     for base in bases:
-        beside = path.parent / base
+        beside = folder / base
         file = beside if beside.is_file() else shipped.named(base) or beside
-        merged = _merge(merged, _read(file, (*chain, path.resolve())))
+        merged = _merge(merged, _read(file, chain, f"{place}: extends: "))
     return _merge(merged, tree)
 
 
@@ -285,17 +293,28 @@ def _walk(
             places[prefix + key] = f"{source}:{line}"
 
 
-def _nest(key: str, raw: str) -> _Tree:
+def _parse_override(override: str) -> _Tree:
+    key, sep, raw = override.partition("=")
+    if not sep or not key or key.strip() != key:
+        raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
     try:
-        value = yaml.load(raw, Loader=_Loader)
+        return _nest(key, yaml.load(raw, Loader=_Loader), COMMAND_LINE)
     except yaml.YAMLError:
-        raise ConfigError(f"{COMMAND_LINE}: {key}={raw}: the value is not YAML") from None
-    nested: Any = value
+        raise ConfigError(f"{COMMAND_LINE}: {override}: the value is not YAML") from None
+
+
+def _nest(key: str, value: Any, place: str) -> _Tree:
+    """The tree of one value."""
+
+    def leaves(key: str, value: Any) -> Iterable[str]:
+        if not isinstance(value, dict) or not value:
+            return [key]
+        return (leaf for name, inner in value.items() for leaf in leaves(f"{key}.{name}", inner))
+
+    places = dict.fromkeys(leaves(key, value), place)
     for part in reversed(key.split(".")):
-        nested = {part: nested}
-    tree = _Tree(nested, {key: COMMAND_LINE})
-    _rename(tree)
-    return tree
+        value = {part: value}
+    return _Tree(value, places)
 
 
 def _merge(base: _Tree, over: _Tree) -> _Tree:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from dattrain.config import shipped
-from dattrain.config.load import load
+from dattrain.config.load import Overrides, load
 from dattrain.config.schema import Config
 from dattrain.errors import ConfigError
 
 
 def resolve(
-    recipe: str | Path, overrides: Sequence[str], run_dir: Path | None, environ: Mapping[str, str]
+    recipe: str | Path, overrides: Overrides, run_dir: Path | None, environ: Mapping[str, str]
 ) -> tuple[Config, Path]:
     """The config and the run folder that are meant.
 
     Args:
         recipe: a recipe (file, or name of a shipped one), or a run folder to resume.
-        overrides: ``section.key=value``.
+        overrides: as of ``config.load.load``.
         run_dir: the run folder; None takes that of ``recipe``, or a new one.
         environ: variables of the process, which tell whether it is one rank of several.
 
@@ -32,13 +32,13 @@ def resolve(
             raise ConfigError(f"{path} is not a run folder: it has no config.yaml")
         if run_dir is not None and run_dir.absolute() != path.absolute():
             raise ConfigError(f"{path} is a run folder already; leave out --run {run_dir}")
-        return load(path / "config.yaml", overrides).config, path
+        return load(path, overrides).config, path
     config = load(path, overrides).config
     return config, run_dir or new_folder(config.name, environ)
 
 
 def new_folder(name: str, environ: Mapping[str, str]) -> Path:
-    """``runs/<recipe>-<time>``, one that is not there. Several processes must be told one, so that all take the same."""
+    """``runs/<recipe>-<time>``, one that is not there. Several processes must be given one, so that all take the same."""
     if int(environ.get("WORLD_SIZE") or environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         raise ConfigError("give --run: each rank would name the run folder by its own clock")
     first = path = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

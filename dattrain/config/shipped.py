@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from dattrain.errors import ConfigError
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 RECIPES = _PACKAGE / "configs"
 CHAINS = _PACKAGE / "launch" / "chains"
@@ -34,7 +36,12 @@ def find(word: str | Path, folder: Path = RECIPES) -> Path:
     """A file or run folder that is there, else the shipped file of that name, else ``word`` as a path for the caller to refuse.
 
     A folder that merely has the name of a recipe hides none.
+
+    Raises:
+        ConfigError: ``word`` is empty.
     """
+    if not str(word):
+        raise ConfigError("'' names no recipe and no run folder: `dattrain config list` shows the recipes")
     path = Path(word)
     if path.is_file() or any((path / name).is_file() for name in ("config.yaml", "chain.json")):
         return path

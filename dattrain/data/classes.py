@@ -37,7 +37,7 @@ class Classes:
         count: outputs.
         names: of output 0, 1, ...: synsets, folders, or words of a list. Empty where labels are bare numbers.
         source: who decided, for messages.
-        said: (number, name) that samples of the training set told, where nothing names all.
+        said: (number, name) that samples of the training set state, where nothing names all.
 
     Raises:
         UserError: a name comes twice.
@@ -236,7 +236,7 @@ def read(run_dir: Path) -> tuple[str, ...] | None:
 
 
 def check(run_dir: Path, classes: Classes) -> None:
-    """Refuse to go on with classes that are not those a run was begun with.
+    """Refuse to resume with classes that are not those a run was begun with.
 
     Raises:
         UserError: naming the first class that differs.

@@ -10,6 +10,7 @@ import torch
 
 from dattrain.config.derive import accumulation, check_samples
 from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.data import identity
 from dattrain.data.classes import Classes, absent, bare_numbers, canonical, check_sampled_names, decide, few
 from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
@@ -46,7 +47,7 @@ def train_loader(
         UserError: nothing there, or a shard that does not fit its index.
     """
     train = config.train
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    size = as_pair(img_size)
     accumulation(config, world)
     share = RankShare(train.global_batch, train.micro_batch, rank, world, samples_seen)
     if config.data.reader == "webdataset":
@@ -93,7 +94,7 @@ def eval_loader(
         UserError: nothing there, a class that the network has not, or a shard that does not fit its index.
     """
     dataset, _ = open_split(config, "val", classes, rank=rank, world=world)
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    size = as_pair(img_size)
     feed = EvalFeed(dataset.counts, config.eval.batch, rank, world)
     transform = EvalTransform(config.eval.resize, config.eval.crop_pct, config.augment.interpolation)
 

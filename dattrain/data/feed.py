@@ -6,15 +6,13 @@ and reads the bytes. So any process can serve any micro-batch, and resuming is s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dattrain.config.schema import Augment
+from dattrain.config.sections import Augment
 from dattrain.data.augment.plan import AugmentPlan, draw, mates
-from dattrain.data.decode.images import BadImage
 from dattrain.data.order import Order
 from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset
 from dattrain.errors import UserError
@@ -134,20 +132,12 @@ class EvalFeed:
         return BatchRequest(positions, shards, positions - (ends - self.counts)[shards], None)
 
 
-def fetch(
-    dataset: Dataset,
-    request: BatchRequest,
-    *,
-    num_classes: int,
-    skip_bad: bool,
-    check: Callable[[bytes], object] | None = None,
-) -> Encoded:
+def fetch(dataset: Dataset, request: BatchRequest, *, num_classes: int, skip_bad: bool) -> Encoded:
     """Read the encoded images of a request.
 
     Args:
         num_classes: labels must be below it.
         skip_bad: note a bad sample and read the others, else raise.
-        check: called with the bytes of each image; raises ``images.BadImage`` where they cannot be used.
 
     Raises:
         UserError: a bad sample without ``skip_bad``; always for a damaged shard or a label that does not fit.
@@ -168,11 +158,6 @@ def fetch(
                     f"{sample.where}: label {sample.label}, but model.num_classes={num_classes}; "
                     "the data set and the head do not fit"
                 )
-            if check is not None:
-                try:
-                    check(sample.data)
-                except BadImage as error:
-                    raise BadSample(f"{sample.where}: {error}") from error
             data[i], labels[i] = sample.data, sample.label
         except BadSample as error:
             bad[i] = str(error)

@@ -8,6 +8,7 @@ without 2,674 classes of people); its 19,167 synsets are read from a file that w
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,8 +36,11 @@ _OTHERS = {
 }
 """Sizes that people meet and that are no set of ``data.labels``: a recipe for one of them leaves that null."""
 
+TEST_SETS = ("imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c", "real")
+"""ImageNet's other test sets, which ``dattrain.evaluation.test_sets`` reads."""
+
 SYNSETS_FILE = "synsets.txt"
-"""Beside the shards or in the image folder: one synset a line, in the order of the labels."""
+"""In the current folder: one synset a line, in the order of the labels."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,10 @@ class LabelSet:
     def __len__(self) -> int:
         return len(self.synsets)
 
-    def names(self, *, detailed: bool = False) -> list[str]:
-        """What each class is called (WordNet's lemmas), with its definition where ``detailed``."""
+    def names(self) -> list[str]:
+        """What each class is called: WordNet's lemmas."""
         info = _timm("imagenet-22k")
-        return [info.label_name_to_description(synset, detailed=detailed) for synset in self.synsets]
+        return [info.label_name_to_description(synset) for synset in self.synsets]
 
 
 @dataclass(frozen=True)
@@ -86,24 +90,23 @@ class ClassMap:
         return f"{line}; missing: {', '.join(shown)}{more}"
 
 
-def label_set(name: str, *, classes: int | None = None, folder: str | None = None) -> LabelSet:
+def label_set(name: str, *, classes: int | None = None) -> LabelSet:
     """A label set of ``data.labels``.
 
     Args:
         name: of the set.
         classes: outputs of the head; needed to tell the two releases of 21K-P apart, else fall11's.
-        folder: where ``synsets.txt`` lies, for winter21, of which timm has no list; the current folder when None.
 
     Raises:
         ConfigError: no such set, or one that cannot have ``classes`` classes.
-        UserError: winter21 without a list, or with one that is not winter21's or not sorted.
+        UserError: winter21 without ``synsets.txt`` in the current folder (timm has no list of it), or with one that is not winter21's or not sorted.
     """
     if classes is not None:
         check_head(name, classes)
     if name == "imagenet-22k-winter21":
-        return LabelSet(name, _winter21(folder))
+        return LabelSet(name, _winter21())
     if name == "imagenet-21k-p" and classes == 10450:
-        return LabelSet(name, _packaged("imagenet21k_miil_w21_synsets.txt"))
+        return LabelSet(name, packaged("imagenet21k_miil_w21_synsets.txt"))
     if name not in SIZES:
         raise ConfigError(f"data.labels={name!r} is not one of {', '.join(SIZES)}")
     subset = {"imagenet-21k-p": "imagenet-21k-miil"}.get(name, name)
@@ -174,9 +177,9 @@ def _with_words(name: str) -> str:
         return name
 
 
-def _winter21(folder: str | None) -> tuple[str, ...]:
+def _winter21() -> tuple[str, ...]:
     size = SIZES["imagenet-22k-winter21"][0]
-    path = Path(folder or ".") / SYNSETS_FILE
+    path = Path(SYNSETS_FILE)
     if not path.is_file():
         raise UserError(
             f"{path}: the names of imagenet-22k-winter21 need this file, with the release's {size:,} synsets one a "
@@ -199,10 +202,8 @@ def _timm(subset: str) -> Any:
     return ImageNetInfo(subset)
 
 
-@lru_cache(maxsize=1)
-def _packaged(file: str) -> tuple[str, ...]:
-    import pkgutil
-
+def packaged(file: str) -> tuple[str, ...]:
+    """The words of a list that timm holds. Raises UserError where it does not."""
     data = pkgutil.get_data("timm.data", f"_info/{file}")
     if data is None:
         raise UserError(f"timm does not hold {file}; install timm 1.0.20 or newer")

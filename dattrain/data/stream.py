@@ -6,7 +6,6 @@ author advises for many ranks, so samples are missed and doubled, and a resumed 
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,8 +26,6 @@ from dattrain.data.worker_progress import note
 from dattrain.errors import ConfigError, UserError
 from dattrain.urls import mask, plain
 
-log = logging.getLogger(__name__)
-
 _SHUFFLE_BUFFER = 1000
 
 
@@ -36,7 +33,7 @@ def stream_classes(config: Config) -> Classes:
     """The classes of a stream, whose labels are taken as they stand: refused where names say that they must not be."""
     data, what = config.data, f"data.train={config.data.train}"
     assert data.train is not None
-    paths = [path for part in data.train.split("::") for path in brace_expand(part)]
+    paths = _urls(data.train)
     local = [path for path in paths if "://" not in path and not path.startswith("pipe:")]
     named = class_names(local, read_file) if len(local) == len(paths) else None
     names = None if named is None else named.classes
@@ -47,6 +44,10 @@ def stream_classes(config: Config) -> Classes:
             "stand; use data.reader=index, which asks by name"
         )
     return classes
+
+
+def _urls(spec: str) -> list[str]:
+    return [url for part in spec.split("::") for url in brace_expand(part)]
 
 
 class WebStream:
@@ -60,7 +61,7 @@ class WebStream:
         self.config = config
         self.share = share
         self.size = size
-        self.urls = [url for part in config.data.train.split("::") for url in brace_expand(part)]
+        self.urls = _urls(config.data.train)
         self._samples: Iterator[dict[str, Any]] | None = None
 
     def read(self, number: int) -> Encoded:
@@ -86,11 +87,11 @@ class WebStream:
             except Exception as error:
                 raise UserError(f"data.train={self.config.data.train}: {error}") from error
             keys[i] = f"{plain(str(sample['__url__'])).rpartition('/')[2]}:{sample['__key__']}"
-            found, reason = self._image_and_label(sample)
-            if reason is None:
+            found = self._image_and_label(sample)
+            if not isinstance(found, str):
                 content[i], labels[i] = found
             else:
-                bad[i] = mask(f"{sample['__url__']}: sample {sample['__key__']!r} {reason}")
+                bad[i] = mask(f"{sample['__url__']}: sample {sample['__key__']!r} {found}")
                 if not skip_bad:
                     raise UserError(bad_sample_message(bad[i]))
         train = self.config.train
@@ -100,19 +101,20 @@ class WebStream:
             BatchRequest(positions, nowhere, nowhere, plan), content, labels, keys, list(keys), bad
         )
 
-    def _image_and_label(self, sample: Mapping[str, Any]) -> tuple[tuple[bytes, int], str | None]:
+    def _image_and_label(self, sample: Mapping[str, Any]) -> tuple[bytes, int] | str:
+        """Both of them, or what is wrong with the sample."""
         image = next((v for k, v in sample.items() if k.lower() in IMAGE_EXTENSIONS), None)
         label = _label(sample)
         if not image:
-            return (b"", 0), "has no image" if image is None else "has an image of zero bytes"
+            return "has no image" if image is None else "has an image of zero bytes"
         if label is None:
-            return (b"", 0), "has no label (no .cls member, nor a label in .json)"
+            return "has no label (no .cls member, nor a label in .json)"
         if not 0 <= label < self.config.model.num_classes:
             raise UserError(
                 f"{sample['__url__']}: sample {sample['__key__']!r}: label {label}, but "
                 f"model.num_classes={self.config.model.num_classes}; the data set and the head do not fit"
             )
-        return (image, label), None
+        return image, label
 
     def _stream(self) -> Iterator[dict[str, Any]]:
         import webdataset

@@ -43,15 +43,10 @@ def stage(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[torch.Te
     packed = np.empty(total, dtype=np.uint8)
     for array, start in zip(arrays, starts):
         packed[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    moved = pinned(packed).to(device, non_blocking=True)
+    moved = torch.from_numpy(packed).pin_memory().to(device, non_blocking=True)
     return [
         moved[start : start + array.nbytes]
         .view(torch.from_numpy(np.empty(0, array.dtype)).dtype)
         .view(array.shape)
         for array, start in zip(arrays, starts)
     ]
-
-
-def pinned(array: NDArray[np.uint8]) -> torch.Tensor:
-    """A copy in page-locked memory."""
-    return torch.from_numpy(array).pin_memory()

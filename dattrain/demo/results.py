@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from torchvision.transforms.v2.functional import normalize, resize
 
 from dattrain.data.decode.images import decode
 from dattrain.data.source.dataset import open_dataset
+from dattrain.observe import metrics
 from dattrain.pretrained.weights import load_model
 from dattrain.visualize import draw
 from dattrain.visualize.sampling_points import capture
@@ -57,7 +57,7 @@ def picture(file: Path, pretrain: Path, finetune: Path, images: np.ndarray, labe
     loss, accuracy = curves.subplots(1, 2)
     seen = 0
     for name, folder in (("pre-training, 64 x 64", pretrain), ("fine-tuning, 96 x 96", finetune)):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = metrics.read(folder)
         for axis, key, style in ((loss, "loss", "-"), (accuracy, "top1", "o-")):
             points = [(seen + row["samples"], row[key]) for row in rows if key in row]
             axis.plot(*zip(*points), style, label=name)

@@ -28,11 +28,6 @@ def size_at(config: Config, samples_seen: int, samples_per_epoch: int) -> Size:
     return size
 
 
-def as_pair(size: Any) -> tuple[int, int]:
-    """(height, width) of a size in a recipe or in JSON: one number, or two."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 @torch.no_grad()
 def resume_at_new_resolution(
     engine: Any, ema_tensors: list[Tensor] | None, task: Task, img_size: Size, folder: Path

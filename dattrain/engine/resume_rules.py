@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dattrain.config.schema import Config
 from dattrain.data import classes as class_names
 from dattrain.data import identity
 from dattrain.data.classes import Classes
+from dattrain.data.decode.images import is_image_name
 from dattrain.data.identity import Part
 from dattrain.data.source.shards import expand, holds_shards, open_local
 from dattrain.errors import ConfigError, Damaged, UserError
@@ -40,6 +42,27 @@ DEPENDS = {
 """Settings that a resumed run cannot change (a section ends in a dot), and what depends on them."""
 
 log = logging.getLogger(__name__)
+
+
+def check_folder(run: Path) -> None:
+    """Refuse to begin a run in a folder of images or shards; other files, as of a job's script, may be there.
+
+    Raises:
+        ConfigError: the folder holds them, or nothing but class folders.
+    """
+    if (run / CONFIG).is_file() or not run.is_dir():
+        return
+    entries = _some_entries(run)
+    if entries and all(entry.is_dir() for entry in entries):
+        entries = _some_entries(entries[0])
+    found = next((e for e in entries if is_image_name(e.name) or e.name.endswith(".tar")), None)
+    if found is not None:
+        raise ConfigError(f"{run} is no run folder, it holds {found.path}; choose another --run")
+
+
+def _some_entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(islice(entries, 1000))
 
 
 def settings(config: Config) -> dict[str, Any]:

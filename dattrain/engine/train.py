@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dattrain.config.schema import Config
-from dattrain.engine import zero
+from dattrain.engine import resume_rules, zero
 from dattrain.engine.rank_zero import Claim, on_first_rank, random_word
 from dattrain.engine.trainer import Outcome, Trainer
 from dattrain.errors import UserError
@@ -34,6 +34,7 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
         UserError: what the user can put right: data, settings, disk, a run that no longer yields finite steps.
     """
     run_dir = run_dir.absolute()
+    resume_rules.check_folder(run_dir)
     env = env or environment.resolve(os.environ)
     settings = config.train
     environment.configure(

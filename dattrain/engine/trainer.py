@@ -20,10 +20,11 @@ import torch.distributed as dist
 
 from dattrain.config.derive import check_source, derive
 from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.engine import precision, resume_rules, run_folder, schedule, zero
 from dattrain.engine.debug_dump import write_debug_dump
 from dattrain.engine.evaluate import Evaluations, Interrupted
-from dattrain.engine.new_resolution import as_pair, resume_at_new_resolution, size_at
+from dattrain.engine.new_resolution import resume_at_new_resolution, size_at
 from dattrain.engine.rank_zero import newest_checkpoint, on_first_rank
 from dattrain.engine.reporter import Reporter
 from dattrain.engine.session import Session, open_session

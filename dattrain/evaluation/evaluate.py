@@ -33,7 +33,7 @@ class Options:
     data: str | None = None
     """Shards or an image folder (``data.val`` of the run)."""
     test_set: str | None = None
-    """``data`` is one of ``test_sets.NAMES``, in the layout that it comes in."""
+    """``data`` is one of ``data.labels.TEST_SETS``, in the layout that it comes in."""
     img_size: int | tuple[int, int] | None = None
     """Pixels: a side, or (height, width)."""
     bias_table: Literal["resize", "sample"] = "resize"

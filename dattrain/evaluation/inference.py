@@ -5,7 +5,6 @@ What is done with the results is in ``metrics`` and ``probe``; which images and 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from dattrain.errors import UserError
 from dattrain.evaluation import metrics
 from dattrain.pretrained.preprocess import normalise
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, classes_of
+from dattrain.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -115,31 +115,28 @@ def classify(
         masked[torch.from_numpy(among).to(device)] = 0
     parts: list[metrics.Records] = []
     keys: list[tuple[int, str]] = []
-    progress = Progress(len(loader), title)
     started, forward, right, seen = time.perf_counter(), 0.0, 0, 0
-    for batch in loader:
-        good = (batch.weight > 0).nonzero().squeeze(1)
-        if len(good):
-            images, labels = batch.images[good], batch.labels[good]
-            before = now(device)
-            x = normalise(images, cfg, device) if images.dtype == torch.uint8 else images.float()
-            probabilities: Tensor | None = None
-            count = 0
-            for view in views(x, cfg.img_size):
-                logits = model(view).float()
-                p = (logits if masked is None else logits + masked).softmax(1)
-                probabilities, count = (p if probabilities is None else probabilities + p), count + 1
-            forward += now(device) - before
-            assert probabilities is not None
-            kept = metrics.record(probabilities / count, labels, batch.position[good.cpu()])
-            parts.append(kept)
-            right, seen = right + int(metrics.hits(kept, 1).sum()), seen + len(kept)
-            if keep_keys:
-                keys += [(int(batch.position[i]), batch.keys[i]) for i in good.tolist()]
-        progress(
-            f"{seen} images, top-1 {100 * right / max(seen, 1):.2f} %, {seen / (time.perf_counter() - started):.0f} images/s"
-        )
-    progress.close()
+    with Progress(title, "batches", shown=rank_and_world()[0] == 0) as progress:
+        for number, batch in enumerate(loader, 1):
+            good = (batch.weight > 0).nonzero().squeeze(1)
+            if len(good):
+                images, labels = batch.images[good], batch.labels[good]
+                before = now(device)
+                x = normalise(images, cfg, device) if images.dtype == torch.uint8 else images.float()
+                probabilities: Tensor | None = None
+                count = 0
+                for view in views(x, cfg.img_size):
+                    logits = model(view).float()
+                    p = (logits if masked is None else logits + masked).softmax(1)
+                    probabilities, count = (p if probabilities is None else probabilities + p), count + 1
+                forward += now(device) - before
+                assert probabilities is not None
+                kept = metrics.record(probabilities / count, labels, batch.position[good.cpu()])
+                parts.append(kept)
+                right, seen = right + int(metrics.hits(kept, 1).sum()), seen + len(kept)
+                if keep_keys:
+                    keys += [(int(batch.position[i]), batch.keys[i]) for i in good.tolist()]
+            progress(number, len(loader), f", top-1 {100 * right / max(seen, 1):.2f} %")
     seconds = time.perf_counter() - started
     gathered = gather((parts, keys, loader.skipped.count))
     if gathered is None:
@@ -166,23 +163,23 @@ def features(
     On ranks other than 0 both are empty. ``limit`` stops after so many images of a rank.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    progress, seen = Progress(len(loader), title), 0
-    for batch in loader:
-        good = (batch.weight > 0).nonzero().squeeze(1)
-        if len(good):
-            x = (
-                normalise(batch.images[good], cfg, device)
-                if batch.images.dtype == torch.uint8
-                else batch.images[good].float()
-            )
-            pooled = model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
-            labels = batch.labels[good].cpu()
-            parts.append((batch.position[good.cpu()], pooled.float().cpu(), labels))
-            seen += len(good)
-        progress(f"{seen} images")
-        if limit is not None and seen >= limit:
-            break
-    progress.close()
+    seen = 0
+    with Progress(title, "batches", shown=rank_and_world()[0] == 0) as progress:
+        for number, batch in enumerate(loader, 1):
+            good = (batch.weight > 0).nonzero().squeeze(1)
+            if len(good):
+                x = (
+                    normalise(batch.images[good], cfg, device)
+                    if batch.images.dtype == torch.uint8
+                    else batch.images[good].float()
+                )
+                pooled = model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
+                labels = batch.labels[good].cpu()
+                parts.append((batch.position[good.cpu()], pooled.float().cpu(), labels))
+                seen += len(good)
+            progress(number, len(loader))
+            if limit is not None and seen >= limit:
+                break
     gathered = gather(parts)
     if gathered is None:
         return torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
@@ -213,28 +210,3 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-class Progress:
-    """One line on the terminal's stderr that is written over; nothing where stderr is a file, or on ranks but 0."""
-
-    def __init__(self, steps: int, title: str) -> None:
-        self.steps, self.title, self.done, self.width = steps, title, 0, 0
-        self.shown = sys.stderr.isatty() and rank_and_world()[0] == 0
-        self.last = 0.0
-
-    def __call__(self, text: str) -> None:
-        """One step is done."""
-        self.done += 1
-        if self.shown and (time.monotonic() - self.last > 0.1 or self.done == self.steps):
-            self.last = time.monotonic()
-            line = f"{self.title} {100 * self.done / max(self.steps, 1):3.0f} %  {text}"
-            sys.stderr.write("\r" + line.ljust(self.width))
-            sys.stderr.flush()
-            self.width = len(line)
-
-    def close(self) -> None:
-        """Clear the line."""
-        if self.shown and self.width:
-            sys.stderr.write("\r" + " " * self.width + "\r")
-            sys.stderr.flush()

@@ -23,8 +23,6 @@ from dattrain.errors import UserError
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, classes_of
 from dattrain.urls import plain
 
-NAMES = ("imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c", "real")
-
 ALEXNET_ERROR = {
     "gaussian_noise": 88.6,
     "shot_noise": 89.4,
@@ -62,8 +60,8 @@ def parts(kind: str | None, path: str, cfg: PretrainedCfg) -> list[Part]:
     """
     if kind in (None, "real"):
         return [Part(kind or Path(plain(path)).name or path, path)]
-    if kind not in NAMES:
-        raise UserError(f"--labels {kind}: choose one of {', '.join(NAMES)}")
+    if kind not in labels.TEST_SETS:
+        raise UserError(f"--labels {kind}: choose one of {', '.join(labels.TEST_SETS)}")
     if not os.path.isdir(path):
         raise UserError(f"{path}: --labels {kind} needs the folder of that set")
     if kind == "imagenet-c":
@@ -78,12 +76,11 @@ def parts(kind: str | None, path: str, cfg: PretrainedCfg) -> list[Part]:
             raise UserError(f"{path}: ImageNet-V2 has the folders 0 to 999, this one {_few(found)}")
         _check_imagenet(cfg, f"{path}: ImageNet-V2")
         return [Part(kind, path)]
-    expected = list(
-        _synsets(f"imagenet_{kind[-1]}_synsets.txt") if kind != "imagenet-sketch" else _imagenet()
-    )
+    sketch = kind == "imagenet-sketch"
+    expected = list(_imagenet() if sketch else labels.packaged(f"imagenet_{kind[-1]}_synsets.txt"))
     if set(found) - set(expected):
         raise UserError(f"{path}: {_few(sorted(set(found) - set(expected)))} are no synsets of {kind}")
-    among = None if kind == "imagenet-sketch" else outputs_of(expected, cfg)
+    among = None if sketch else outputs_of(expected, cfg)
     return [Part(kind, path, among)]
 
 
@@ -161,13 +158,6 @@ def _corruptions(path: str) -> list[str]:
 
 def _folders(path: Path) -> list[Path]:
     return sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
-
-
-def _synsets(file: str) -> tuple[str, ...]:
-    data = pkgutil.get_data("timm.data", f"_info/{file}")
-    if data is None:
-        raise UserError(f"timm does not hold {file}; install timm 1.0.20 or newer")
-    return tuple(data.decode().split())
 
 
 def _imagenet() -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -26,16 +27,16 @@ log = logging.getLogger(__name__)
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of a run, oldest first; a line that a kill cut off is left out."""
     path = run_dir / FILE
+    return parse(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else []
+
+
+def parse(text: str) -> list[dict[str, Any]]:
+    """The rows of some of ``FILE``; lines that were cut short are left out."""
     rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 class Metrics:

@@ -84,7 +84,7 @@ def dali() -> list[str]:
         return ["not installed (pip install dattrain[dali]); data.decoder=cpu works without"]
     import torch
 
-    from dattrain.config.schema import Data
+    from dattrain.config.sections import Data
     from dattrain.data.decode import dali_probe
     from dattrain.data.decode.dali_pipeline import device_of
 

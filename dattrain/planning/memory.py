@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.engine import activation_checkpointing
 from dattrain.engine.precision import GRADIENTS, REDUCE_BUCKET, STAGE_0_BUCKET, WEIGHTS
 
@@ -134,7 +135,7 @@ def _follow(
 
     precision = config.train.precision
     dtype = WEIGHTS[precision]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = as_pair(size)
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     }

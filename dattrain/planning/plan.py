@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 from dattrain.config.derive import derive
 from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.data.factory import assign_class_numbers
 from dattrain.data.source.dataset import ShardDataset, open_dataset
 from dattrain.data.source.listing import is_remote
@@ -73,7 +75,7 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
     samples, samples_from, image_bytes, bytes_from = _data(config, resources.samples)
     derived = derive(config, world=world, samples_per_epoch=samples)
     sizes = [config.model.img_size, *(p.img_size for p in config.train.progressive)]
-    largest = max(sizes, key=lambda s: s * s if isinstance(s, int) else s[0] * s[1])
+    largest = max(sizes, key=lambda size: math.prod(as_pair(size)))
     task = create_task(config)
     model = task.build(config.model.img_size)
     parameters = flops.parameters(model)

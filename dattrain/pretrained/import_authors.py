@@ -101,6 +101,9 @@ def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, list[str
             return tensors, None, notes
         except SafetensorError as error:
             raise UserError(f"{file}: not a complete safetensors file ({error})") from None
+    if not head.startswith((b"PK", b"\x80")):  # what torch.save writes: a zip file, and formerly a pickle
+        hint = "; the authors' configuration goes with --config" if file.suffix in (".yaml", ".yml") else ""
+        raise UserError(f"{file}: is no .pth and no .safetensors file, it begins with {head!r}{hint}")
     try:
         harmless = [(_Ignored, name) for name in _IGNORED]
         allowed: list[Any] = [(OrderedDict, "yacs.config.CfgNode"), _Ignored, *harmless]

@@ -15,6 +15,7 @@ from dattrain.data.augment.cpu_transforms import resize_window
 from dattrain.data.augment.plan import eval_geometry
 from dattrain.data.decode import images
 from dattrain.data.decode.images import is_image_name
+from dattrain.data.source.files import read_file
 from dattrain.errors import UserError
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 
@@ -52,8 +53,10 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
 def read(path: Path) -> Tensor:
     """RGB pixels of a file, 3 x H x W uint8. Raises UserError for what is not an image."""
     try:
-        return images.decode(path.read_bytes())
-    except (images.BadImage, OSError) as error:
+        return images.decode(read_file(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except images.BadImage as error:
         raise UserError(f"{path}: {error}") from None
 
 
@@ -61,19 +64,25 @@ def as_pixels(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:
     """RGB pixels 3 x H x W uint8 of a file, a PIL image, an array (H x W or H x W x 3 uint8) or such a tensor.
 
     Raises:
-        UserError: a file that is not an image; an array or tensor of another shape or dtype.
+        UserError: a file that is not an image; an array or tensor of another shape or dtype; anything else.
     """
     if isinstance(image, (str, Path)):
         return read(Path(image))
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
-    pixels = image if isinstance(image, Tensor) else from_array(image)
-    if pixels.dtype != torch.uint8 or pixels.dim() != 3 or len(pixels) != 3:
+    if not isinstance(image, (np.ndarray, Tensor)):
+        raise UserError(f"an image that is {image!r}: give a file, a PIL image, an array or a tensor")
+    shape = tuple(image.shape)
+    if isinstance(image, np.ndarray):
+        fits = image.dtype == np.uint8 and (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3))
+    else:
+        fits = image.dtype == torch.uint8 and len(shape) == 3 and shape[0] == 3
+    if not fits or 0 in shape:
         raise UserError(
-            f"an image of shape {tuple(image.shape)} and {image.dtype}: give uint8, a tensor of 3 x H x W or an array of "
-            "H x W or H x W x 3"
+            f"an image of shape {shape} and {image.dtype}: give uint8, a tensor of 3 x H x W or an array of H x W or "
+            "H x W x 3, of one pixel at least"
         )
-    return pixels
+    return image if isinstance(image, Tensor) else from_array(image)
 
 
 def prepare(image: Tensor, cfg: PretrainedCfg, size: tuple[int, int] | None = None) -> Tensor:

@@ -7,13 +7,14 @@ tensors is in ``weights``.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 
 from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.data import labels
 from dattrain.data.classes import Classes
 from dattrain.errors import UserError
@@ -183,11 +184,6 @@ def _effective(model: DAT, key: str) -> Any:
     if isinstance(value, tuple):
         return [each if used else None for each, used in zip(value, stages)]
     return value if any(stages) else None
-
-
-def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size that is one number, or two."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _tuples(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.engine.optim import freeze_backbone
 from dattrain.models.dat import DAT
-from dattrain.pretrained.pretrained_cfg import as_pair, build, cfg_of_recipe
+from dattrain.pretrained.pretrained_cfg import build, cfg_of_recipe
 
 
 def network(config: Config, img_size: int | Sequence[int]) -> DAT:

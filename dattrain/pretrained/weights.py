@@ -18,13 +18,14 @@ from torch import Tensor
 
 from dattrain.config.load import load as load_config
 from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.data.classes import read as read_classes
 from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import UserError
 from dattrain.files import replacing
 from dattrain.models.dat import DAT
 from dattrain.models.surgery import adopt_tables
-from dattrain.pretrained.pretrained_cfg import PretrainedCfg, as_pair, build, cfg_of_recipe, differences
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg, build, cfg_of_recipe, differences
 from dattrain.state import gather
 from dattrain.state.format import checkpoint
 from dattrain.state.format.manifest import Manifest, read_manifest

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -14,6 +12,7 @@ from dattrain.config.derive import check_source, derive
 from dattrain.config.load import Loaded
 from dattrain.engine import resume_rules
 from dattrain.errors import ConfigError, UserError
+from dattrain.observe import metrics
 from dattrain.runtime import owner
 from dattrain.submit import history, host, queue, run_status, shell, slurm
 from dattrain.submit.plan import Stage
@@ -116,12 +115,9 @@ def measured(run: Path, global_batch: int) -> tuple[float | None, float | None]:
     Steps by the rate in metrics.jsonl; a save by what lies between the first and the last file of a checkpoint's folder.
     """
     step_s = save_s = None
-    path = run / "metrics.jsonl"
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-500:]:
-            with contextlib.suppress(ValueError):
-                rate = json.loads(line).get("images_per_s")
-                step_s = global_batch / rate if rate else step_s
+    for row in metrics.read(run)[-500:]:
+        rate = row.get("images_per_s")
+        step_s = global_batch / rate if rate else step_s
     for manifest in run.glob("checkpoints/step_*/manifest.json"):
         times = [file.stat().st_mtime for file in manifest.parent.iterdir()]
         save_s = max(save_s or 0.0, max(times) - min(times))

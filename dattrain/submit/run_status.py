@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from dattrain.config.load import load
+from dattrain.observe.metrics import parse as parse_rows
 from dattrain.runtime import owner
 from dattrain.submit import history, job_state, local, queue
 from dattrain.submit.history import Event
 from dattrain.submit.queue import UNKNOWN, JobState
 from dattrain.submit.run_folders import relative
+
+_TAIL_BYTES = 65536
+"""From the end of metrics.jsonl, which may be long."""
 
 
 @dataclass(frozen=True)
@@ -240,20 +244,15 @@ def _restart(end: Event) -> str:
     )
 
 
-def read_metrics(path: Path, tail_bytes: int = 65536) -> dict[str, Any]:
+def read_metrics(path: Path) -> dict[str, Any]:
     """Newest value of each metric, from the end of metrics.jsonl; empty when there is none yet."""
     found: dict[str, Any] = {}
     if path.is_file():
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - tail_bytes))
-            lines = file.read().decode(errors="replace").splitlines()
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                found.update({key: value for key, value in row.items() if value is not None})
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+        for row in parse_rows(text):
+            found.update({key: value for key, value in row.items() if value is not None})
     return found
 
 

@@ -7,7 +7,8 @@ from state_ranks import HERE, assert_same, finished, spawn, states
 
 from dattrain.cli.main import main
 from dattrain.config.load import dump
-from dattrain.config.schema import Config, Model
+from dattrain.config.schema import Config
+from dattrain.config.sections import Model
 from dattrain.engine.optim import param_groups
 from dattrain.models import zoo
 from dattrain.state.convert import offline

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dattrain.config.schema import Data
+from dattrain.config.sections import Data
 from dattrain.data.augment.device_transforms import Work, carry_out, prepare
 from dattrain.data.augment.plan import crop_box, eval_geometry, source_edges
 from dattrain.data.batch import Batch

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import re
 import signal
@@ -29,8 +28,6 @@ from PIL import Image
 
 from dattrain.data.decode.dali_pipeline import Device, require, train_pipeline
 from dattrain.errors import UserError
-
-log = logging.getLogger(__name__)
 
 _SECONDS = 180.0
 """For the child: imports from a slow file system and a CUDA context take most of it."""

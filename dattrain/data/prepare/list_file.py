@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dattrain.data.source.files import explained
 from dattrain.data.source.image_files import ImageFiles
 from dattrain.data.source.index import MAX_LABEL
 from dattrain.errors import UserError
@@ -39,10 +40,7 @@ class ListDataset(ImageFiles):
         if comments:
             self.notes = (f"{path}: {comments} lines that begin with # skipped",)
         if rows and _is_header(rows[0], self.root):
-            self.notes = (
-                *self.notes,
-                f"{path}, line {rows[0][0]}: taken for column names, not for a sample",
-            )
+            self.notes = (*self.notes, f"{path}, line {rows[0][0]}: taken for column names, not for a sample")
             rows = rows[1:]
         if not rows:
             raise UserError(f"{path}: names no images")
@@ -104,20 +102,17 @@ class ListDataset(ImageFiles):
 def _rows(path: str) -> tuple[list[tuple[int, str, str]], int]:
     """Line number, path and label of each line of a list; and how many lines are comments."""
     rows, comments = [], 0
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            for number, line in enumerate(file, 1):
-                if "\0" in line or line.startswith(_UTF16):
-                    raise UserError(
-                        f"{path}, line {number}: is UTF-16, or no text; a list must be UTF-8 (`iconv -f UTF-16 -t UTF-8`)"
-                    )
-                line = line.strip()
-                comments += line.startswith("#")
-                if not line or line.startswith("#"):
-                    continue
-                rows.append((number, *_fields(f"{path}, line {number}", line, _is_table(path))))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with explained(path), open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            if "\0" in line or line.startswith(_UTF16):
+                raise UserError(
+                    f"{path}, line {number}: is UTF-16, or no text; a list must be UTF-8 (`iconv -f UTF-16 -t UTF-8`)"
+                )
+            line = line.strip()
+            comments += line.startswith("#")
+            if not line or line.startswith("#"):
+                continue
+            rows.append((number, *_fields(f"{path}, line {number}", line, _is_table(path))))
     return rows, comments
 
 

@@ -27,13 +27,7 @@ from dattrain.data.prepare.dedup import find_duplicates
 from dattrain.data.prepare.write_shard import PackedShard, PackOptions, ShardWriter
 from dattrain.data.source.dataset import Dataset
 from dattrain.data.source.folders import FolderDataset
-from dattrain.data.source.index import (
-    read_catalogue,
-    read_json,
-    to_json,
-    write_atomically,
-    write_catalogue,
-)
+from dattrain.data.source.index import read_catalogue, read_json, to_json, write_atomically, write_catalogue
 from dattrain.data.source.manifest import classes_to_pack
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,17 +75,16 @@ def measure(
     dataset: Dataset,
     *,
     limit: int | None = 20_000,
-    seed: int = 0,
     jobs: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Stats:
-    """Count the labels of the whole set, and read the headers of ``limit`` samples drawn by ``seed`` (None: of all)."""
+    """Count the labels of the whole set, and read the headers of ``limit`` samples drawn at random (None: of all)."""
     total = int(dataset.counts.sum())
     items = np.arange(total, dtype=np.int64)
     if limit is not None and limit < total:
         # The smallest of random keys, drawn in pieces: no permutation of the whole set is held.
         keys = np.concatenate(
-            [words(seed, Stream.PACK, items[i : i + (1 << 18)], 1)[:, 0] for i in range(0, total, 1 << 18)]
+            [words(0, Stream.PACK, items[i : i + (1 << 18)], 1)[:, 0] for i in range(0, total, 1 << 18)]
         )
         items = np.sort(np.argpartition(keys, limit)[:limit])
 
@@ -120,9 +120,6 @@ def measure(
             progress(done, len(items))
     good = [row for row in rows if row[0]]
     table = np.asarray([row[1:] for row in good], dtype=np.int64).reshape(-1, 3)
-    kinds: dict[str, int] = {}
-    for row in good:
-        kinds[row[0]] = kinds.get(row[0], 0) + 1
     return Stats(
         samples=total,
         shards=len(dataset.counts),
@@ -132,7 +129,7 @@ def measure(
         heights=table[:, 0],
         widths=table[:, 1],
         nbytes=table[:, 2],
-        kinds=kinds,
+        kinds=Counter(kind for kind, *_ in good),
         unreadable=len(rows) - len(good),
     )
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from hashlib import sha256
 
 from dattrain.data.decode import images
 from dattrain.data.source import tar
 from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, ShardDataset
-from dattrain.data.source.files import open_file
+from dattrain.data.source.files import explained, sha256_of
 from dattrain.data.source.index import LeftOut
-from dattrain.data.source.shards import LocalSource, check_local_size
+from dattrain.data.source.shards import LocalSource, check_size, local_size
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
 
@@ -82,7 +81,8 @@ def _right_size(dataset: Dataset, shard: int, damaged: list[str]) -> bool:
     if not isinstance(dataset, ShardDataset) or not isinstance(dataset.source, LocalSource):
         return True
     try:
-        check_local_size(dataset.shards.paths[shard], int(dataset.shards.sizes[shard]))
+        path = dataset.shards.paths[shard]
+        check_size(path, local_size(path), int(dataset.shards.sizes[shard]))
     except UserError as error:
         damaged.append(str(error))
         return False
@@ -126,14 +126,9 @@ def _check_shard(dataset: ShardDataset, shard: int) -> None:
     index = dataset.index(shard)
     path = dataset.shards.paths[shard]
     if index.sha256:
-        digest = sha256()
-        try:
-            with open(open_file(path), "rb", buffering=0) as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        if digest.hexdigest() != index.sha256:
+        with explained(path):
+            digest = sha256_of(path)
+        if digest != index.sha256:
             raise UserError(
                 f"{path}: its SHA-256 is not that of its index; bytes were changed: fetch or pack it anew"
             )

@@ -93,7 +93,7 @@ class ShardWriter:
         self.classes = None if classes is None else list(classes)
 
     def write(self, name: str, items: NDArray[np.int64]) -> PackedShard:
-        """Write one shard aside, then publish its index and itself, in that order."""
+        """Write one shard under another name, then publish its index and itself, in that order."""
         note(name)
         path = self.folder / name
         offsets, lengths, labels, keys, bad = [], [], [], [], []

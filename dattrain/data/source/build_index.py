@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from hashlib import sha256
 
 from dattrain.data.decode.images import IMAGE_EXTENSIONS
 from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
 from dattrain.data.source import inventory, tar
-from dattrain.data.source.files import open_file
-from dattrain.data.source.index import NO_LABEL, LeftOut, ShardIndex
+from dattrain.data.source.files import explained, open_file, sha256_of
+from dattrain.data.source.index import NO_LABEL, LeftOut, ShardIndex, leave_out
 from dattrain.errors import UserError
 
 _REASONS_KEPT = 10
@@ -45,19 +44,9 @@ def build(
         UserError: an incomplete tar; a sample with two images, or a label that is no number; a member's name that is not to be
             trusted.
     """
-    try:
-        fd = open_file(path)
-        try:
-            index = _Builder(path, fd, image, label).index(unterminated)
-            digest, at = sha256(), 0
-            while checksum and (block := os.pread(fd, 1 << 20, at)):
-                digest.update(block)
-                at += len(block)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return replace(index, sha256=digest.hexdigest()) if checksum else index
+    with explained(path), open(open_file(path), "rb", buffering=0) as file:
+        index = _Builder(path, file.fileno(), image, label).index(unterminated)
+        return replace(index, sha256=sha256_of(path)) if checksum else index
 
 
 class _Builder:
@@ -102,7 +91,6 @@ class _Builder:
             labels,
             keys,
             size=os.fstat(self.fd).st_size,
-            sha256="",
             linked=linked,
             left_out=self.left_out.values(),
             why=self.why,
@@ -115,7 +103,8 @@ class _Builder:
             if os.path.basename(its) == "":
                 continue  # hidden files, as AppleDouble's
             if not extension:
-                self._leave_out("without extension" if member.readable else member.kind, member, lost=False)
+                kind = "without extension" if member.readable else member.kind
+                leave_out(self.left_out, kind, member.name, lost=False)
                 continue
             if its != key and key is not None:
                 yield key, group
@@ -144,12 +133,12 @@ class _Builder:
             extension = tar.split_name(member.name)[1].lower()
             if not member.readable:
                 read = member in candidates or extension in ("cls", "json")
-                self._leave_out(member.kind, member, lost=read)
+                leave_out(self.left_out, member.kind, member.name, lost=read)
             elif (
                 member not in images and extension not in ("cls", "json") and not self._holds_label(extension)
             ):
                 unread_picture = not images and extension.rpartition(".")[2] in UNREAD_PICTURES
-                self._leave_out(f".{extension}", member, lost=unread_picture)
+                leave_out(self.left_out, f".{extension}", member.name, lost=unread_picture)
         if not images:
             self._note(key, members)
         return images[0] if images else None
@@ -192,13 +181,6 @@ class _Builder:
             return extension == self.label.lower().lstrip(".")
         return extension == "json" or (self.label is None and extension == "cls")
 
-    def _leave_out(self, kind: str, member: tar.Member, *, lost: bool) -> None:
-        before = self.left_out.get(kind)
-        if before is None:
-            self.left_out[kind] = LeftOut(kind, 1, member.name, lost)
-        else:
-            self.left_out[kind] = replace(before, count=before.count + 1, lost=before.lost or lost)
-
     def _note(self, key: str, members: list[tar.Member], why: str | None = None) -> None:
         """Keep why a sample lacks something, of the first ones."""
         if key in self.why or len(self.why) >= _REASONS_KEPT:
@@ -213,28 +195,7 @@ class _Builder:
         self.why[key] = why
 
 
-UNREAD_PICTURES = (
-    frozenset(
-        {
-            "avif",
-            "heic",
-            "heif",
-            "jxl",
-            "jp2",
-            "j2k",
-            "jpe",
-            "jfif",
-            "pjpeg",
-            "pjp",
-            "svg",
-            "tga",
-            "ico",
-            "psd",
-            "raw",
-        }
-    )
-    - IMAGE_EXTENSIONS
-)
+UNREAD_PICTURES = frozenset(["heic", "heif", "jxl", "svg", "tga", "ico", "psd", "raw"])
 """Extensions of pictures that are not read."""
 
 
@@ -242,8 +203,7 @@ def describe(left_out: Iterable[LeftOut]) -> str:
     """``1 .avif (x.avif), 2 symbolic link (y.jpg, ...)``; the same kind of several shards is counted together."""
     kinds: dict[str, LeftOut] = {}
     for some in left_out:
-        before = kinds.get(some.kind)
-        kinds[some.kind] = replace(before, count=before.count + some.count) if before else some
+        leave_out(kinds, some.kind, some.first, lost=some.lost, count=some.count)
     return ", ".join(
         f"{some.count:,} {some.kind} ({some.first}{', ...' if some.count > 1 else ''})"
         for some in sorted(kinds.values(), key=lambda some: some.kind)

@@ -20,8 +20,8 @@ from dattrain.data.decode.images import IMAGE_EXTENSIONS
 from dattrain.data.source import inventory, tar
 from dattrain.data.source.build_index import UNREAD_PICTURES
 from dattrain.data.source.dataset import Sample, ShardDataset
-from dattrain.data.source.files import listing
-from dattrain.data.source.index import CatalogueEntry, LeftOut, ShardIndex
+from dattrain.data.source.files import explained, listing
+from dattrain.data.source.index import CatalogueEntry, LeftOut, ShardIndex, leave_out
 from dattrain.data.source.manifest import Named
 from dattrain.data.source.shards import LocalSource, Shards, expand
 from dattrain.data.workers import Workers
@@ -95,10 +95,8 @@ def find(path: str) -> list[tuple[str, str, int, int]] | None:
     for file in files:
         match = inventory.SYNSET_TAR.search(file)
         if match:
-            try:
+            with explained(file):
                 tars.append((match[1], file, 0, os.stat(file).st_size))
-            except OSError as error:
-                raise UserError(f"{file}: cannot be read ({error.strerror})") from error
             continue
         for member in tar.scan(file):
             inner = inventory.SYNSET_TAR.search(member.name)
@@ -140,18 +138,15 @@ def _index(class_name: str, path: str, start: int, size: int, *, label: int) -> 
                 else:
                     kind = f".{extension}" if member.readable else member.kind
                     lost = extension in UNREAD_PICTURES or not member.readable
-                    before = left_out.get(kind, LeftOut(kind, 0, member.name, lost))
-                    left_out[kind] = LeftOut(kind, before.count + 1, before.first, before.lost or lost)
+                    leave_out(left_out, kind, member.name, lost=lost)
     except UserError as error:
         raise UserError(f"{class_name}.tar in {error}" if start else str(error)) from error
-    end = os.stat(path).st_size
     return ShardIndex.build(
         offsets,
         lengths,
         [label] * len(offsets),
         keys,
-        size=end,
-        sha256="",
+        size=os.stat(path).st_size,
         linked=linked,
         left_out=left_out.values(),
     )

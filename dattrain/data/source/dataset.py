@@ -6,9 +6,8 @@ A data set delivers encoded bytes. Decoding, order and augmentation are elsewher
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -23,28 +22,22 @@ from dattrain.data.source.shards import (
     Source,
     expand,
     holds_shards,
+    local_size,
     open_local,
     verify_sizes,
 )
+from dattrain.data.source.tar import BLOCK, member_name, member_size
 from dattrain.data.worker_progress import note
 from dattrain.errors import UserError
 from dattrain.urls import mask, parts, split_query
 
-_BLOCK = 512
+_INDEXES_KEPT = 512
 
 
 class ShardDataset(BaseDataset):
-    """Tar shards. Indexes are read when first needed, and ``max_indexes`` of them are kept."""
+    """Tar shards. Indexes are read when first needed, and some of them are kept."""
 
-    def __init__(
-        self,
-        name: str,
-        shards: Shards,
-        source: Source,
-        *,
-        named: Named | None = None,
-        max_indexes: int = 512,
-    ) -> None:
+    def __init__(self, name: str, shards: Shards, source: Source, *, named: Named | None = None) -> None:
         self.name = name
         if named is not None:
             self.classes, self.used = list(named.classes), named.used
@@ -53,8 +46,7 @@ class ShardDataset(BaseDataset):
         self.max_label = int(shards.max_labels.max(initial=NO_LABEL))
         self.source = source
         self.prefetches = not isinstance(source, LocalSource)
-        self.max_indexes = max_indexes
-        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._index = lru_cache(_INDEXES_KEPT)(partial(_read_index, shards, source))
 
     def key(self, shard: int, sample: int) -> str:
         """See ``Dataset.key``."""
@@ -82,34 +74,17 @@ class ShardDataset(BaseDataset):
         where = f"{path}: sample {key!r} at offset {offset}"
         if length == 0:
             raise BadSample(f"{where}: the image has zero bytes")
-        data = self.source.read(shard, offset - _BLOCK, length + _BLOCK)
-        if not header_fits(data[:_BLOCK], None if index.linked[sample] else key, length):
+        data = self.source.read(shard, offset - BLOCK, length + BLOCK)
+        if not _header_fits(data[:BLOCK], None if index.linked[sample] else key, length):
             raise UserError(
                 f"{where}: the tar header there is not this sample's, so the shard is not the one that was indexed; "
                 "restore it, or index it anew with `dattrain data index --force`"
             )
-        return Sample(name, where, self._number(int(index.labels[sample]), where), data[_BLOCK:])
+        return Sample(name, where, self._number(int(index.labels[sample]), where), data[BLOCK:])
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard, checked against the catalogue."""
-        index = self._indexes.get(shard)
-        if index is None:
-            note(f"{self.shards.paths[shard]}: its index")
-            index = self.source.index(shard)
-            if len(index) != self.counts[shard] or index.size != self.shards.sizes[shard]:
-                raise UserError(
-                    f"{self.shards.paths[shard]}: its index has {len(index)} samples of {index.size} bytes, the "
-                    f"catalogue says {self.counts[shard]} of {self.shards.sizes[shard]}; "
-                    "run `dattrain data index --force`"
-                )
-            self._indexes[shard] = index
-            if len(self._indexes) > self.max_indexes:
-                self._indexes.popitem(last=False)
-        else:
-            # Threads share the table (DALI's readers), so another may just have let go of this index.
-            with suppress(KeyError):
-                self._indexes.move_to_end(shard)
-        return index
+        return self._index(shard)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """See ``Source.prefetch``."""
@@ -118,6 +93,17 @@ class ShardDataset(BaseDataset):
     def close(self) -> None:
         """See ``Source.close``."""
         self.source.close()
+
+
+def _read_index(shards: Shards, source: Source, shard: int) -> ShardIndex:
+    note(f"{shards.paths[shard]}: its index")
+    index = source.index(shard)
+    if len(index) != shards.samples[shard] or index.size != shards.sizes[shard]:
+        raise UserError(
+            f"{shards.paths[shard]}: its index has {len(index)} samples of {index.size} bytes, the catalogue says "
+            f"{shards.samples[shard]} of {shards.sizes[shard]}; run `dattrain data index --force`"
+        )
+    return index
 
 
 def open_dataset(
@@ -158,7 +144,7 @@ def open_dataset(
     else:
         shards = open_local(expand(spec), problems=problems)
         if verify:
-            verify_sizes(shards, rank=rank, world=world)
+            verify_sizes(shards, lambda shard: local_size(shards.paths[shard]), rank=rank, world=world)
         named = class_names(shards.paths, read_file)
         dataset = ShardDataset(spec, shards, LocalSource(shards), named=named)
     if not dataset.counts.sum() and not problems:
@@ -172,10 +158,8 @@ def locate(dataset: Dataset, item: int) -> tuple[int, int]:
     return shard, item - int(dataset.counts[:shard].sum())
 
 
-def header_fits(header: bytes, key: str | None, length: int) -> bool:
+def _header_fits(header: bytes, key: str | None, length: int) -> bool:
     """Whether a tar header is that of a member of ``length`` bytes called ``key``, ``key.*``, or anything for None."""
-    from dattrain.data.source.tar import member_name, member_size
-
     try:
         if member_size(header) != length:
             return False
@@ -189,5 +173,5 @@ def header_fits(header: bytes, key: str | None, length: int) -> bool:
 
 __all__ = [
     "NO_LABEL", "BadSample", "Dataset", "FolderDataset", "Sample", "ShardDataset",
-    "header_fits", "locate", "open_dataset",
+    "locate", "open_dataset",
 ]  # fmt: skip

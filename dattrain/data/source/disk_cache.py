@@ -1,6 +1,6 @@
 """A bounded folder of whole files on the local disk, shared by the processes of a node, least recently used out first.
 
-A file is there when it has its name: it is written aside, flushed to the disk and renamed. Whoever writes one holds
+A file is there when it has its name: it is written under another, flushed to the disk and renamed. Whoever writes one holds
 its lock (``flock``, which the kernel drops when a process dies), so a file is fetched once however many processes
 want it, and what a killed process left is known by its free lock and removed. Space is taken before it is filled, so
 the folder's files never exceed the bound. The folder should be on a disk of the node: ``flock`` does not reach other
@@ -109,8 +109,8 @@ class Cache:
             raise UserError(
                 f"data.cache_gb={self.limit / 1e9:g} does not hold {name}, which has {size / 1e9:g}; make it larger"
             )
-        with self._held(name, wait) as held:
-            if not held:
+        with self._locked(name, wait) as locked:
+            if not locked:
                 return None
             fd = self.open(name, size)
             if fd is not None:
@@ -152,7 +152,7 @@ class Cache:
 
     def _reserve(self, part: Path, size: int, keep: Collection[str]) -> bool:
         """Make room for ``size`` bytes and take it; False where that is not possible now."""
-        with self._held("", True):
+        with self._locked("", True):
             try:
                 part.unlink(missing_ok=True)
             except OSError as error:
@@ -195,7 +195,7 @@ class Cache:
             return True
 
     def _abandoned(self, part: str) -> bool:
-        with self._held(_of_part(part), False) as free:
+        with self._locked(_of_part(part), False) as free:
             return free
 
     def _files(self) -> Iterator[tuple[str, int, int]]:
@@ -210,7 +210,7 @@ class Cache:
                     yield entry.name, status.st_size, status.st_mtime_ns
 
     @contextmanager
-    def _held(self, name: str, wait: bool) -> Iterator[bool]:
+    def _locked(self, name: str, wait: bool) -> Iterator[bool]:
         """Hold the lock of a name ("" is the folder's); yields False where it is taken and we do not wait."""
         fd = self._lock(self._locks / (name + ".lock"))
         try:

@@ -18,6 +18,7 @@ from dattrain.data.source import http, server_errors
 from dattrain.data.source.filesystems import FileSystems, inside, is_http, url_like
 from dattrain.data.source.hosts import HOSTS, Hosts
 from dattrain.data.source.http import NoRanges, Wrong
+from dattrain.data.source.shards import check_size
 from dattrain.errors import UserError
 from dattrain.urls import mask, server, split_query
 
@@ -248,11 +249,8 @@ class Transfer:
             raise UserError(f"{url}: there is no such file") from None
         except Wrong as error:
             found = self._size_or_none(url)
-            if found is not None and found != size:
-                raise UserError(
-                    f"{url}: has {found} bytes, but its index was built for {size}; the shard was changed or cut "
-                    "short: restore it, or index it anew with `dattrain data index --force`"
-                ) from error
+            if found is not None:
+                check_size(url, found, size)
             raise UserError(
                 f"{url}: sent {error}, which does not fit its index, in {self.attempts} attempts; the server or a proxy cuts it, "
                 "or the shard was changed"

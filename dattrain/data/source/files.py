@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
 
 from dattrain.errors import UserError
 
@@ -26,16 +29,41 @@ def open_file(path: str | os.PathLike[str]) -> int:
     return fd
 
 
+class OpenFile:
+    """A descriptor that is closed when the last reader lets go."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """The content of a regular file. Raises OSError as ``open_file``."""
     with open(open_file(path), "rb") as file:
         return file.read()
 
 
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The checksum of a regular file, in hexadecimal. Raises OSError as ``open_file``."""
+    digest = sha256()
+    with open(open_file(path), "rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def explained(path: str | os.PathLike[str], done: str = "read") -> Iterator[None]:
+    """Raise UserError for an OSError of the block: ``path`` cannot be ``done``, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)}: cannot be {done} ({error.strerror})") from error
+
+
 def listing(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """What is in a folder, sorted by name. Raises UserError where that may not be seen."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"{os.fspath(folder)}: cannot be listed ({error.strerror})") from error
+    with explained(folder, "listed"), os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)

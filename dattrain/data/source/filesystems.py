@@ -89,5 +89,4 @@ def inside(url: str) -> str:
 
 def url_like(pattern: str, path: str) -> str:
     """The URL of a path that a file system found for a pattern."""
-    scheme = pattern.partition("://")[0]
-    return path if "://" in path else f"{scheme}://{path.lstrip('/')}"
+    return path if "://" in path else f"{_scheme(pattern)}://{path.lstrip('/')}"

@@ -13,7 +13,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain import files
-from dattrain.data.source.files import read_file
+from dattrain.data.source.files import explained, read_file
 from dattrain.data.source.tar import BLOCK
 from dattrain.errors import UserError
 
@@ -47,6 +47,12 @@ class LeftOut:
     count: int
     first: str
     lost: bool
+
+
+def leave_out(counted: dict[str, LeftOut], kind: str, name: str, *, lost: bool, count: int = 1) -> None:
+    """Count ``count`` more members of a kind, of which ``name`` is one."""
+    before = counted.get(kind, LeftOut(kind, 0, name, False))
+    counted[kind] = replace(before, count=before.count + count, lost=before.lost or lost)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class ShardIndex:
         keys: list[str],
         *,
         size: int,
-        sha256: str,
+        sha256: str = "",
         linked: Iterable[int] = (),
         left_out: Iterable[LeftOut] = (),
         why: Mapping[str, str] | None = None,
@@ -237,15 +243,12 @@ def read_index(shard: str) -> ShardIndex:
         UserError: there is none, or it is unreadable.
     """
     path = index_path(shard)
-    try:
-        data = read_file(path)
-    except FileNotFoundError:
+    data = read_record(Path(path))
+    if data is None:
         raise UserError(
             f"{shard}: has no index ({os.path.basename(path)}); "
             + (elsewhere(os.path.dirname(shard)) or f"build it with `dattrain data index {shard}`")
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        )
     return ShardIndex.from_bytes(data, path)
 
 
@@ -271,7 +274,7 @@ def parse_catalogue(data: bytes, name: str) -> dict[str, CatalogueEntry]:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
         return {str(shard): _entry(e) for shard, e in content["shards"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except Exception as error:  # whatever is in a file that came from somewhere else
         raise UserError(
             f"{name}: not a readable catalogue ({error}); run `dattrain data index --force`"
         ) from error
@@ -356,7 +359,5 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         UserError: the disk is full, or the folder may not be written.
     """
-    try:
+    with explained(path, "written"):
         files.write_atomically(path, data, durable=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error

@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dattrain.data.classes import few
 from dattrain.data.source import tar
 from dattrain.data.source.files import open_file
 from dattrain.data.source.index import (
@@ -34,6 +35,7 @@ HUB_INFO = "_info.json"
 MANIFESTS = "_*.manifest.json"
 SYNSET_TAR = re.compile(r"(?:^|/)(n\d{8})\.tar$")
 """What the tar of a class is called in ImageNet's releases."""
+UNPACK = "gunzip, unzstd or unxz it: shards must be plain .tar files, in which any image can be found"
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,10 @@ def missing_message(lost: Sequence[str], where: str | None = None) -> str:
     folder, name = os.path.split(lost[0])
     recorded = recorded_shards(folder or ".").get(name)
     named = f"{recorded.record} beside it names it" if recorded else "it is named"
-    more = f" (and {len(lost) - 1:,} more: {_list(lost[1:])})" if len(lost) > 1 else ""
     dropping = f"say that it is gone for good with `dattrain data index {_set_beside(lost[0], where)} --drop`"
     # What only a list or a brace pattern names stays named, whatever a catalogue says.
     known = recorded or where or os.path.islink(lost[0])
-    return f"{lost[0]}: is missing{more}, though {named}; fetch or pack it again, or " + (
+    return f"{lost[0]}: is missing{_more(lost)}, though {named}; fetch or pack it again, or " + (
         dropping if known else "name the others alone"
     )
 
@@ -132,9 +133,8 @@ def _set_beside(path: str, where: str | None = None) -> str:
 
 def no_index_message(bare: Sequence[str]) -> str:
     """What to tell the user of shards that lack their index."""
-    more = f" (and {len(bare) - 1:,} more: {_list(bare[1:])})" if len(bare) > 1 else ""
     way = elsewhere(os.path.dirname(bare[0])) or f"build it with `dattrain data index {_set_beside(bare[0])}`"
-    return f"{bare[0]}: has no index ({os.path.basename(index_path(bare[0]))}){more}; {way}"
+    return f"{bare[0]}: has no index ({os.path.basename(index_path(bare[0]))}){_more(bare)}; {way}"
 
 
 def disagreement(path: str, samples: int, recorded: ShardRecord | None) -> str | None:
@@ -168,10 +168,7 @@ def no_shard_message(path: str) -> str | None:
     if re.search(r"\.(csv|tsv|lst|list|npz|idx3?|gz)$|ubyte$", path) and not tar.COMPRESSED_NAME.search(path):
         return f"{path}: is no tar; make shards of such a list or array with `dattrain data pack {path} OUT`"
     if tar.COMPRESSED_NAME.search(path):
-        return (
-            f"{path}: is compressed; gunzip, unzstd or unxz it: shards must be plain .tar files, in which any image can be "
-            "found"
-        )
+        return f"{path}: is compressed; {UNPACK}"
     try:
         os.close(open_file(path))
     except OSError as error:
@@ -223,7 +220,7 @@ def _manifest(content: Any) -> Iterable[tuple[str, int]]:
 def _lengths(data: bytes, name: str, read: Callable[[Any], Iterable[tuple[str, int]]]) -> dict[str, int]:
     try:
         return {os.path.basename(shard): int(count) for shard, count in read(json.loads(data))}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except Exception as error:  # whatever is in a file that came from somewhere else
         raise UserError(
             f"{name}: does not say how many samples each shard has ({type(error).__name__}: {error}); "
             "restore it, or move it away"
@@ -239,6 +236,7 @@ def _files(folder: str) -> set[str] | None:
         return None
 
 
-def _list(paths: Sequence[str]) -> str:
-    shown = ", ".join(os.path.basename(path) for path in paths[:3])
-    return shown + (", ..." if len(paths) > 3 else "")
+def _more(paths: Sequence[str]) -> str:
+    """All but the first, whose message it is."""
+    names = few([os.path.basename(path) for path in paths[1:]])
+    return f" (and {len(paths) - 1:,} more: {names})" if names else ""

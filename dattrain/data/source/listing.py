@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 from dattrain.data.source.download import Refused, Transfer
-from dattrain.data.source.index import CATALOGUE, CatalogueEntry, ShardIndex, index_path, parse_catalogue
+from dattrain.data.source.index import (
+    CATALOGUE,
+    CatalogueEntry,
+    ShardIndex,
+    index_path,
+    parse_catalogue,
+    read_record,
+)
 from dattrain.data.source.inventory import HUB_INFO, parse_hub_info
-from dattrain.data.source.shards import brace_expand, check_one_split
+from dattrain.data.source.shards import WILDCARD, brace_expand, check_one_split, list_lines
 from dattrain.errors import UserError
 from dattrain.urls import beside, parts, plain, split_query, with_query
-
-_WILD = re.compile(r"[*?\[]")
 
 T = TypeVar("T")
 
@@ -40,29 +44,12 @@ def is_remote(spec: str) -> bool:
 def _lists_urls(path: str) -> bool:
     if not path.endswith(".txt") or not os.path.isfile(path):
         return False
-    lines = _lines(path, _local(path))
+    lines = list_lines(path, read_record(Path(path)) or b"")
     remote = [line for line in lines if "://" in line]
     if remote and len(remote) != len(lines):
         local = next(line for line in lines if "://" not in line)
         raise UserError(f"{path}: {local!r} is local and other lines are URLs; a set is one or the other")
     return bool(remote)
-
-
-def _local(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _lines(name: str, data: bytes) -> list[str]:
-    try:
-        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not a list of shards in UTF-8 ({error})") from error
-    return [line for line in lines if line and not line.startswith("#")]
 
 
 def expand_remote(spec: str, transfer: Transfer, catalogues: Catalogues | None = None) -> list[str]:
@@ -119,7 +106,7 @@ def _looked_up(pattern: str, transfer: Transfer, catalogues: Catalogues) -> list
 
 def _wild(url: str) -> bool:
     """Whether it has a wildcard, apart from the brackets of an IPv6 address."""
-    return _WILD.search(url.partition("://")[2].partition("/")[2]) is not None
+    return WILDCARD.search(url.partition("://")[2].partition("/")[2]) is not None
 
 
 def _compare(folder: str, known: Iterable[str], found: Iterable[str]) -> None:
@@ -137,14 +124,13 @@ def _name(url: str) -> str:
 
 
 def _listed(spec: str, transfer: Transfer, catalogues: Catalogues) -> list[str]:
-    if "://" in spec:
-        try:
-            data = transfer.read(spec)
-        except FileNotFoundError:
-            raise UserError(f"{spec}: there is no such list") from None
-    else:
-        data = _local(spec)
-    urls = [line if "://" in line else beside(spec, line) for line in _lines(spec, data)]
+    try:
+        data = transfer.read(spec) if "://" in spec else read_record(Path(spec))
+    except FileNotFoundError:
+        data = None
+    if data is None:
+        raise UserError(f"{spec}: there is no such list")
+    urls = [line if "://" in line else beside(spec, line) for line in list_lines(spec, data)]
     catalogues.listed(spec, urls)
     return urls
 
@@ -222,7 +208,7 @@ class Catalogues:
         if entry is None and url in self._lists:
             entry = self._ours[_place(self._lists[url])[0]].get(name)
         if entry is None:
-            index = self._parsed(index_url(url), lambda data, name: ShardIndex.from_bytes(data, name))
+            index = self._parsed(index_url(url), ShardIndex.from_bytes)
             entry = None if index is None else CatalogueEntry.of(index)
         if entry is None:
             why = f". What was asked for there was refused: {self._refused}" if self._refused else ""
@@ -255,27 +241,13 @@ class Catalogues:
         A bucket that may not be listed says "forbidden" of files that are not there.
         """
         try:
-            data = self.transfer.read(name) if "://" in name else _local(name)
+            data = self.transfer.read(name) if "://" in name else read_record(Path(name))
         except FileNotFoundError:
             return None
         except Refused as error:
             self._refused = error
             return None
-        return parsed(data, name, parse)
-
-
-def parsed(data: bytes, name: str, parse: Callable[[bytes, str], T]) -> T:
-    """What ``parse`` makes of a file that came from somewhere else, whatever is in it.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return parse(data, name)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{name}: is not readable ({type(error).__name__}: {error})") from error
+        return None if data is None else parse(data, name)
 
 
 def _place(url: str) -> tuple[str, str]:

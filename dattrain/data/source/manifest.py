@@ -20,6 +20,8 @@ from dattrain.data.source.sample import Dataset
 from dattrain.errors import UserError
 from dattrain.urls import beside, plain
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading and parsing a damaged manifest raises."""
 _COPIED = "copied_from"
 """In a manifest beside links to shards: those of the shards' own folders. ``histogram`` then counts whole sets."""
 
@@ -145,7 +147,7 @@ def classes_to_pack(
                 beside,
                 Classes(len(named.classes), named.classes, f"its split {manifest['split']!r}"),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except _UNREADABLE as error:
             raise UserError(
                 f"{path}: cannot be read ({type(error).__name__}: {error}); it says how another split of this folder numbers "
                 "its classes: restore it, or pack into another folder"
@@ -215,7 +217,7 @@ def _read(path: str, read: Callable[[str], bytes]) -> dict[str, Named]:
         return dict.fromkeys((str(shard["name"]) for shard in content["shards"]), named)
     except (FileNotFoundError, NotADirectoryError, Refused):
         return {}  # a bucket that may not be listed refuses what is not there
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise UserError(
             f"{path}: says what the labels of the shards beside it mean, and cannot be read "
             f"({type(error).__name__}: {error}); restore it, or pack the set again"

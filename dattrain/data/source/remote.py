@@ -13,7 +13,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
@@ -22,9 +21,10 @@ import numpy as np
 
 from dattrain.data.source.disk_cache import Cache, Unwritable
 from dattrain.data.source.download import Refused, Transfer
+from dattrain.data.source.files import OpenFile
 from dattrain.data.source.index import ShardIndex
-from dattrain.data.source.listing import Catalogues, expand_remote, index_url, names, parsed
-from dattrain.data.source.shards import Shards, check_size
+from dattrain.data.source.listing import Catalogues, expand_remote, index_url, names
+from dattrain.data.source.shards import Shards, verify_sizes
 from dattrain.errors import ConfigError, UserError
 from dattrain.urls import mask
 
@@ -75,25 +75,18 @@ def open_remote(
             f"data.cache_gb={cache_gb:g} does not hold the largest shard of {spec}, which has {largest / 1e9:.3g}"
         )
     if verify:
-        _verify(shards, urls, range(rank, len(urls), world), transfer)
+        verify_sizes(shards, lambda i: _size(shards.paths[i], urls[i], transfer), rank=rank, world=world)
     return shards, RemoteSource(shards, urls, Cache(cache_dir, int(cache_gb * 1e9)), transfer)
 
 
-def _verify(shards: Shards, urls: Sequence[str], own: range, transfer: Transfer) -> None:
-    def check(i: int) -> None:
-        try:
-            size = transfer.size(urls[i])
-        except FileNotFoundError:
-            raise UserError(
-                f"{shards.paths[i]}: there is no such shard, though what lies beside it (or its pattern) names it: restore it, "
-                "or index the shards anew with `dattrain data index`"
-            ) from None
-        if size is not None:
-            check_size(shards.paths[i], size, int(shards.sizes[i]))
-
-    with ThreadPoolExecutor(16) as pool:
-        for _ in pool.map(check, own):
-            pass
+def _size(path: str, url: str, transfer: Transfer) -> int | None:
+    try:
+        return transfer.size(url)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: there is no such shard, though what lies beside it (or its pattern) names it: restore it, "
+            "or index the shards anew with `dattrain data index`"
+        ) from None
 
 
 class RemoteSource:
@@ -167,9 +160,9 @@ class RemoteSource:
         if fd is not None:
             # What is in the cache was good once; damaged since, it is fetched anew.
             with open(fd, "rb") as file, suppress(UserError):
-                return parsed(file.read(), url, ShardIndex.from_bytes)
+                return ShardIndex.from_bytes(file.read(), url)
         try:
-            index = parsed(self.transfer.read(url), url, ShardIndex.from_bytes)
+            index = ShardIndex.from_bytes(self.transfer.read(url), url)
         except (FileNotFoundError, Refused):
             # A bucket that may not be listed says "forbidden" of what is not there, and a signature is good for one file.
             return None
@@ -268,15 +261,10 @@ class RemoteSource:
             self._prefetcher = _Prefetcher(self)
 
 
-class _File:
+class _File(OpenFile):
     """An open shard."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.reads = 0
-
-    def __del__(self) -> None:
-        os.close(self.fd)
+    reads = 0
 
     def evicted(self) -> bool:
         """Whether it is no longer in the cache's folder."""

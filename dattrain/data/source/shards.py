@@ -23,11 +23,20 @@ from numpy.typing import NDArray
 
 from dattrain.data.decode.images import is_image_name
 from dattrain.data.source import inventory, tar
-from dattrain.data.source.files import listing, open_file
+from dattrain.data.source.files import OpenFile, explained, listing, open_file
 from dattrain.data.source.folders import OTHER_SPLITS
-from dattrain.data.source.index import CatalogueEntry, ShardIndex, index_path, read_catalogue, read_index
+from dattrain.data.source.index import (
+    CatalogueEntry,
+    ShardIndex,
+    index_path,
+    read_catalogue,
+    read_index,
+    read_record,
+)
 from dattrain.errors import UserError
 from dattrain.urls import mask, plain
+
+WILDCARD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -90,24 +99,13 @@ class Source(Protocol):
         ...
 
 
-class _File:
-    """An open file that closes itself when the last reader lets go."""
-
-    def __init__(self, path: str) -> None:
-        self.fd = open_file(path)
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
-
-
 class LocalSource:
     """Shards on a local or parallel file system, read with pread; at most ``max_open`` are held open."""
 
     def __init__(self, shards: Shards, *, max_open: int = 256) -> None:
         self.shards = shards
         self.max_open = max_open
-        self._open: OrderedDict[int, _File] = OrderedDict()
+        self._open: OrderedDict[int, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
@@ -144,15 +142,13 @@ class LocalSource:
         with self._lock:
             self._open.clear()
 
-    def _file(self, shard: int) -> _File:
+    def _file(self, shard: int) -> OpenFile:
         with self._lock:
             file = self._open.get(shard)
             if file is None:
                 path = self.shards.paths[shard]
-                try:
-                    file = _File(path)
-                except OSError as error:
-                    raise UserError(f"{path}: cannot be opened ({error.strerror})") from error
+                with explained(path, "opened"):
+                    file = OpenFile(open_file(path))
                 check_size(path, os.fstat(file.fd).st_size, int(self.shards.sizes[shard]))
                 self._open[shard] = file
                 if len(self._open) > self.max_open:
@@ -170,13 +166,10 @@ def check_size(path: str, found: int, expected: int) -> None:
         )
 
 
-def check_local_size(path: str, expected: int) -> None:
-    """Check a file's size as ``check_size`` does; raises UserError where there is none, too."""
-    try:
-        size = os.stat(path).st_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror})") from error
-    check_size(path, size, expected)
+def local_size(path: str) -> int:
+    """Bytes of a file. Raises UserError where there is none."""
+    with explained(path, "opened"):
+        return os.stat(path).st_size
 
 
 def expand(pattern: str) -> list[str]:
@@ -195,30 +188,38 @@ def expand(pattern: str) -> list[str]:
     if os.path.isdir(pattern):
         return _in_folder(pattern)
     if pattern.endswith(".txt") and os.path.isfile(pattern):
-        base = os.path.dirname(pattern)
-        try:
-            lines = [line.strip() for line in Path(pattern).read_text(encoding="utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{pattern}: cannot be read as a list in UTF-8 ({error})") from error
+        lines = list_lines(pattern, read_record(Path(pattern)) or b"")
         image = next((line for line in lines if is_image_name(re.split(r"\s*[\t,]|\s+\S+$", line)[0])), None)
         if image is not None:
             raise UserError(
                 f"{pattern}: holds {image!r}, an image and no shard; make shards of a list of images with `dattrain data pack {pattern} OUT`"
             )
-        named = [os.path.join(base, line) for line in lines if line and not line.startswith("#")]
-        if not named:
+        if not lines:
             raise UserError(f"{pattern}: names no shards")
-        return _once(pattern, named)
+        return _once(pattern, [os.path.join(os.path.dirname(pattern), line) for line in lines])
     if os.path.exists(pattern):
         return [pattern]
     paths = brace_expand(pattern)
-    if any(re.search(r"[*?\[]", path) for path in paths):
+    if any(map(WILDCARD.search, paths)):
         paths = sorted({found for path in paths for found in _matching(path)})
     elif len(paths) == 1:
         paths = []
     if not paths:
         raise UserError(f"{pattern}: there is no such shard, folder or pattern of shards")
     return paths
+
+
+def list_lines(name: str, data: bytes) -> list[str]:
+    """The entries of a ``.txt`` list of shards: its lines, but for empty ones and comments.
+
+    Raises:
+        UserError: it is no UTF-8.
+    """
+    try:
+        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: cannot be read as a list in UTF-8 ({error})") from error
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _once(pattern: str, paths: list[str]) -> list[str]:
@@ -256,8 +257,7 @@ def _in_folder(folder: str) -> list[str]:
     ]
     if forgotten and not set(map(_plain, forgotten)) <= set(found):
         raise UserError(
-            f"{folder}: {forgotten[0]} is compressed ({len(forgotten)} such files); gunzip, unzstd or unxz it: shards must "
-            "be plain .tar files, in which any image can be found"
+            f"{folder}: {forgotten[0]} is compressed ({len(forgotten)} such files); {inventory.UNPACK}"
         )
     recorded = [
         name
@@ -271,7 +271,7 @@ def _in_folder(folder: str) -> list[str]:
 
 def _matching(pattern: str) -> list[str]:
     folders = [os.path.dirname(pattern)]
-    if re.search(r"[*?\[]", folders[0]):
+    if WILDCARD.search(folders[0]):
         folders = glob.glob(folders[0])
     base = os.path.basename(pattern)
     return glob.glob(pattern) + [path for f in folders for path in inventory.recorded_like(f, base)]
@@ -306,7 +306,7 @@ def check_train_glob(pattern: str, paths: Sequence[str]) -> None:
 
     ``::`` and lists say what they mean.
     """
-    if "::" in pattern.replace("://", "") or not re.search(r"[*?\[]", pattern):
+    if "::" in pattern.replace("://", "") or not WILDCARD.search(pattern):
         return
     sets = sorted({inventory.set_of(os.path.basename(plain(path))) for path in paths})
     others = [name for name in sets if OTHER_SPLITS & set(re.split(r"[^a-z]+", name.lower()))]
@@ -377,17 +377,21 @@ def open_local(paths: Sequence[str], *, problems: list[str] | None = None) -> Sh
     return Shards.build([path for path, _ in good], [entry for _, entry in good])
 
 
-def verify_sizes(shards: Shards, *, rank: int = 0, world: int = 1) -> None:
-    """Compare the sizes of this rank's part of the local shards with their indexes.
+def verify_sizes(shards: Shards, size: Callable[[int], int | None], *, rank: int = 0, world: int = 1) -> None:
+    """Compare the sizes of this rank's part of the shards with their indexes.
+
+    Args:
+        size: bytes of a shard by its number, None where its server does not say. Raises UserError.
 
     Raises:
         UserError: one is missing or of another size.
     """
 
     def check(shard: int) -> None:
-        check_local_size(shards.paths[shard], int(shards.sizes[shard]))
+        found = size(shard)
+        if found is not None:
+            check_size(shards.paths[shard], found, int(shards.sizes[shard]))
 
-    own = range(rank, len(shards.paths), world)
-    with ThreadPoolExecutor(min(16, max(1, len(own) // 64))) as pool:
-        for _ in pool.map(check, own, chunksize=64):
+    with ThreadPoolExecutor(16) as pool:
+        for _ in pool.map(check, range(rank, len(shards.paths), world)):
             pass

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dattrain.data.source.files import open_file
+from dattrain.data.source.files import explained, open_file
 from dattrain.errors import UserError
 
 BLOCK = 512
@@ -109,17 +109,12 @@ def scan(
         UserError: the file is no tar, is cut short, has data after its end marker, or a member's name is absolute or
             climbs out with ``..``.
     """
-    try:
-        fd = open_file(path)
-        try:
-            end = os.fstat(fd).st_size if size is None else start + size
-            yield from walk(
-                path, lambda at, n: os.pread(fd, n, at), start=start, end=end, unterminated=unterminated
-            )
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with explained(path), open(open_file(path), "rb", buffering=0) as file:
+        fd = file.fileno()
+        end = os.fstat(fd).st_size if size is None else start + size
+        yield from walk(
+            path, lambda at, n: os.pread(fd, n, at), start=start, end=end, unterminated=unterminated
+        )
 
 
 def walk(
@@ -182,7 +177,7 @@ def walk(
         at = data + -(-size // BLOCK) * BLOCK
         if extended:
             continue
-        what, place = _describe(kind, header, name, records, (data, size))
+        what, place = _describe(kind, name, records), (data, size)
         if what == HARD_LINK:
             link = _text(records.get(b"linkpath", long_link or header[157:257].split(b"\0", 1)[0]))
             if link.removeprefix("./") in files:
@@ -200,23 +195,21 @@ def walk(
         yield member
 
 
-def _describe(
-    kind: bytes, header: bytes, name: str, records: dict[bytes, bytes], place: tuple[int, int]
-) -> tuple[str | None, tuple[int, int]]:
-    """Kind of a member, None for one that holds no file's bytes by its nature; and where its bytes are."""
+def _describe(kind: bytes, name: str, records: dict[bytes, bytes]) -> str | None:
+    """Kind of a member, None for one that holds no file's bytes by its nature."""
     if kind in _NO_MEMBER or (kind == b"\0" and name.endswith("/")):
-        return None, place
+        return None
     if kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in records):
-        return SPARSE, place
+        return SPARSE
     if kind == b"1":
-        return HARD_LINK, place
+        return HARD_LINK
     if kind in (b"0", b"\0", b"7"):
-        return FILE, place
-    return _KINDS.get(kind, f"member of type {_text(kind)!r}"), place
+        return FILE
+    return _KINDS.get(kind, f"member of type {_text(kind)!r}")
 
 
 def _sparse_data(read: Callable[[int, int], bytes], header: bytes, data: int, end: int) -> int:
-    """Where the bytes of an old GNU sparse member begin: after the blocks that go on with its map of holes."""
+    """Where the bytes of an old GNU sparse member begin: after the blocks that continue its map of holes."""
     more = header[482]
     while more and data + BLOCK <= end:
         more = read(data, BLOCK)[504]

@@ -42,20 +42,19 @@ def check(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path, progress: Callable[[int], None] | None = None) -> Manifest:
+def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
     """``check``, then read every byte of every rank file against its checksum. Raises Damaged, naming file and place.
 
-    ``progress`` is called with the bytes read since its last call.
+    ``progress`` is called with the bytes read so far and in all.
     """
-    manifest = check(folder)
+    manifest, done = check(folder), 0
     for name, digest in manifest.files.items():
         path = folder / name
         fd = open_regular(path, digest.size)
         try:
             for index in range(-(-digest.size // BLOCK)):
-                block = read_block(fd, path, digest, index)
-                if progress is not None:
-                    progress(len(block))
+                done += len(read_block(fd, path, digest, index))
+                progress(done, manifest.nbytes)
         finally:
             os.close(fd)
         with Reader(path, digest) as reader:

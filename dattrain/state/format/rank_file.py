@@ -37,6 +37,7 @@ PAGE = 4096
 CHUNK = 16 * BLOCK
 """Bytes handed to the kernel at once."""
 _HEADER_LIMIT = 256 << 20
+_BLOCKS_KEPT = 2
 _DTYPE_BYTES = {
     "F64": 8,
     "I64": 8,
@@ -227,9 +228,8 @@ class Reader:
     Raises Damaged, naming the file, for whatever is not as it was written. Not thread-safe.
     """
 
-    def __init__(self, path: Path, digest: Digest, *, verify: bool = True, keep: int = 2) -> None:
+    def __init__(self, path: Path, digest: Digest, *, verify: bool = True) -> None:
         self.path, self.digest, self.verify = path, digest, verify
-        self._keep = keep
         self._blocks: OrderedDict[int, bytearray] = OrderedDict()
         self._fd = open_regular(path, digest.size)
         self._table: Pieces | None = None
@@ -294,7 +294,7 @@ class Reader:
         if block is None:
             block = read_block(self._fd, self.path, self.digest, index, verify=self.verify)
             self._blocks[index] = block
-            if len(self._blocks) > self._keep:
+            if len(self._blocks) > _BLOCKS_KEPT:
                 self._blocks.popitem(last=False)
         else:
             self._blocks.move_to_end(index)

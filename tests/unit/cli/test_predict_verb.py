@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 
+import numpy as np
 import pytest
 import torch
 from fashion_images import fashion
 from PIL import Image
 
+import dattrain
 from dattrain.cli import main as cli
 from dattrain.errors import UserError
 from dattrain.models import create
@@ -73,6 +75,32 @@ def test_what_a_folder_holds_beside_images_is_named(images, weights_file, capsys
     (images / "deeper/b.heic").write_bytes(b"")
     with pytest.raises(UserError, match=r"without images \(it holds b.heic\)"):
         preprocess.find([images / "deeper"])
+
+
+def test_a_checkpoint_that_is_not_there_is_named_first(images, capsys):
+    for verb in (["predict"], ["viz", "points"]):
+        assert cli.main([*verb, str(images / "gone.png"), "--checkpoint", "nothere"]) == 1
+        assert "nothere: no such run folder, checkpoint" in capsys.readouterr().err
+
+
+def test_what_is_no_image_is_refused_with_what_was_given(weights_file):
+    for image, says in (
+        ("nope.png", "nope.png: cannot be read .No such file"),
+        (3, "an image that is 3: give a file"),
+        (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\) and uint8: give uint8.*one pixel at least"),
+        (np.zeros((4, 4), np.uint16), r"shape \(4, 4\) and uint16"),
+        (np.zeros(3, np.uint8), r"shape \(3,\)"),
+        (torch.zeros(4, 4, dtype=torch.uint8), r"shape \(4, 4\) and torch.uint8"),
+    ):
+        with pytest.raises(UserError, match=says):
+            dattrain.predict(weights_file, [image])
+    with pytest.raises(UserError, match="an image that is 3"):
+        dattrain.predict(weights_file, 3)
+
+
+def test_a_misspelt_option_of_evaluate_is_refused_with_the_one_meant(weights_file):
+    with pytest.raises(UserError, match="evaluate has no option lineer_probe; did you mean linear_probe?"):
+        dattrain.Run(weights_file).evaluate(lineer_probe=True)
 
 
 def test_a_model_of_other_channels_is_refused_by_name(images, tmp_path, capsys):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dattrain.cli import main as cli
 from dattrain.config.derive import derive
 from dattrain.config.load import diff, dump, load, loads, origin, reference, show
 from dattrain.errors import ConfigError
@@ -71,6 +72,8 @@ def test_scalars_mean_what_a_researcher_reads(text, value):
         ("model.img_size=100", "multiple of 32"),
         ("model.in_chans=4", "the data gives 3"),
         ("optim.lr", "not of the form"),
+        ("train.remet=block", "did you mean train.activation_checkpointing?"),
+        ("train={remet: block}", "did you mean train.activation_checkpointing?"),
         ("train.progressive=[{epoh: 1, img_size: 96}]", "train.progressive.0.epoch"),
         ("optim.lr=.nan", "optim.lr"),
         ("model.overrides={img_size: 96}", "set model.img_size"),
@@ -151,6 +154,31 @@ def test_mistakes_in_a_file_name_file_and_line(tmp_path, text, says):
     assert says in str(error.value) and "bad.yaml" in str(error.value)
 
 
+def test_settings_of_a_mapping_are_values_and_are_called_so(recipe):
+    given = {"optim.lr": 2e-5, "init.from": "1e-3", "model": {"overrides": {"b": None}}}
+    loaded = load(recipe, given)
+    assert (loaded.config.optim.lr, loaded.config.init.from_) == (2e-5, "1e-3")
+    assert loaded.config.model.overrides == {"a": 1, "b": None}
+    assert origin(loaded, "init.from") == "settings given"
+    with pytest.raises(ConfigError, match=r"^settings given: optim.lr: .*found 'fast'"):
+        load(recipe, {"optim.lr": "fast"})
+
+
+def test_a_text_extends_shipped_recipes_and_files_here(recipe, monkeypatch):
+    assert loads("extends: demo/pretrain\ntrain: {seed: 3}\n").config.model.name == "dat_atto"
+    monkeypatch.chdir(recipe.parent)
+    assert loads("extends: child.yaml\n").config.optim.eps == 1e-6
+    with pytest.raises(ConfigError, match="^<text>:1: extends: .*no such config.*did you mean demo/pretrain"):
+        loads("extends: demo/pretrian\n")
+
+
+def test_a_run_folder_is_loaded_and_an_empty_name_is_none(recipe, capsys):
+    (recipe.parent / "config.yaml").write_text("name: recorded\n")
+    assert load(recipe.parent).config.name == "recorded"
+    assert cli.main(["config", "show", ""]) == 2
+    assert "'' names no recipe" in capsys.readouterr().err
+
+
 def test_extends_in_a_circle(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
@@ -187,6 +215,9 @@ def test_a_renamed_key_is_read_and_a_line_names_the_new_one(tmp_path, caplog):
     assert origin(loaded, "train.activation_checkpointing") == f"{base}:2"
     assert caplog.messages == [f"{base}:2: train.remat is called train.activation_checkpointing now"]
     assert load(recipe, ["train.remat=stage"]).config.train.activation_checkpointing == "stage"
+    with pytest.raises(ConfigError, match="remat is train.activation_checkpointing now, which is set too"):
+        load(recipe, ["train.remat=stage", "train.activation_checkpointing=block"])
+    assert load(recipe, ["train={remat: stage}"]).config.train.activation_checkpointing == "stage"
     base.write_text("train:\n  remat: block\n  activation_checkpointing: none\n")
     with pytest.raises(
         ConfigError, match="base.yaml:2: train.remat is train.activation_checkpointing now, which is set too"

@@ -80,6 +80,23 @@ def test_an_edited_config_is_refused_as_the_command_line_is(run, key, was, now):
         resume_rules.check_settings(run, changed, *resume_rules.newest(run))
 
 
+def test_a_folder_of_images_is_no_run_folder_and_one_of_a_jobs_files_is(tmp_path, val_folder):
+    for folder in (val_folder, next(val_folder.iterdir())):
+        with pytest.raises(ConfigError, match="is no run folder, it holds .*png; choose another --run"):
+            resume_rules.check_folder(folder)
+    for name in ("logs", "submit"):
+        (tmp_path / name).mkdir()
+    resume_rules.check_folder(tmp_path)
+    (tmp_path / "slurm-1.out").touch()
+    resume_rules.check_folder(tmp_path)
+    resume_rules.check_folder(tmp_path / "new")
+    (tmp_path / "train-0000.tar").touch()
+    with pytest.raises(ConfigError, match="train-0000.tar"):
+        resume_rules.check_folder(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    resume_rules.check_folder(tmp_path)
+
+
 def test_a_run_of_the_reader_that_is_gone_cannot_be_put_back(run):
     config = loads(RECIPE).config
     then = {"settings": {**resume_rules.settings(config), "data.reader": "dali"}}

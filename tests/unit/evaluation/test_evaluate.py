@@ -16,7 +16,6 @@ import torch
 import warm
 from fashion_images import fashion, image_folder
 
-from dattrain.cli import eval as verb
 from dattrain.cli import main as cli
 from dattrain.config.load import dump
 from dattrain.config.schema import Config
@@ -197,7 +196,7 @@ def thousand(tmp_path_factory):
 
 
 def test_imagenet_a_counts_its_200_classes_alone(tmp_path, thousand):
-    synsets = test_sets._synsets("imagenet_a_synsets.txt")
+    synsets = labels.packaged("imagenet_a_synsets.txt")
     names = tuple(synsets[i] for i in range(0, 200, 20))
     folder = image_folder(tmp_path / "a", 30, names=names)
     report = evaluated(
@@ -315,7 +314,3 @@ def test_scores_of_the_label_minus_one_are_left_out():
     p = torch.full((4, 3), 1 / 3)
     kept = metrics.record(p, torch.tensor([0, -1, 1, -1]), torch.arange(len(images)))
     assert np.isnan(kept.nll).sum() == 2
-
-
-def test_the_help_lists_every_test_set():
-    assert verb.TEST_SETS == test_sets.NAMES

@@ -129,6 +129,14 @@ def test_code_in_a_file_is_never_run(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "owned").exists()
 
 
+def test_another_kind_of_file_is_called_so(tmp_path, capsys):
+    (tmp_path / "dat.yaml").write_text("MODEL: {DAT: {}}")
+    assert cli.main(["import", str(tmp_path / "dat.yaml")]) == 1
+    said = capsys.readouterr().err
+    assert "dat.yaml: is no .pth and no .safetensors file, it begins with b'MODEL: {D'" in said
+    assert "configuration goes with --config" in said
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

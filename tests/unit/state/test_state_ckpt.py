@@ -16,7 +16,8 @@ from state_fakes import make
 import dattrain.models  # noqa: F401  (registers with timm)
 from dattrain.cli.main import main
 from dattrain.config.load import dump
-from dattrain.config.schema import Checkpoint, Config, Model
+from dattrain.config.schema import Config
+from dattrain.config.sections import Checkpoint, Model
 from dattrain.models import zoo
 from dattrain.runtime import owner
 from dattrain.state.convert import offline

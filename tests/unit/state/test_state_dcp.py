@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from dattrain.cli.main import main
 from dattrain.config.load import dump
-from dattrain.config.schema import Config, Model, Optim
+from dattrain.config.schema import Config
+from dattrain.config.sections import Model, Optim
 from dattrain.engine import optim
 from dattrain.errors import UserError
 from dattrain.models import zoo

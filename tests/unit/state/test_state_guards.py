@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 from state_fakes import make
 
-from dattrain.config.schema import Checkpoint, Config, Model, Train
+from dattrain.config.schema import Config
+from dattrain.config.sections import Checkpoint, Model, Train
 from dattrain.errors import UserError
 from dattrain.runtime import claims, owner
 from dattrain.state import partition

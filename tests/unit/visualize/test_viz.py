@@ -171,3 +171,5 @@ def test_usage_errors(tmp_path, weights_file, capsys):
     arguments = ["--checkpoint", str(weights_file), "--query", "2", "0"]
     assert cli.main(["viz", "attention", str(tmp_path / "bad.png"), *arguments]) == 1
     assert "--query" in capsys.readouterr().err
+    assert cli.main(["viz", "points", *arguments[:2], str(tmp_path), "--out", "picture.png"]) == 2
+    assert "--out picture.png: must be a folder" in capsys.readouterr().err

@@ -295,7 +295,7 @@ def test_reading_is_bounded_in_open_files(make_shards):
     folder = make_shards((2,) * 12)
     shards = open_local(expand(str(folder)))
     source = LocalSource(shards, max_open=3)
-    dataset = ShardDataset("x", shards, source, max_indexes=3)
+    dataset = ShardDataset("x", shards, source)
 
     def open_shards() -> int:
         links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))

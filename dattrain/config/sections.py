@@ -1,0 +1,327 @@
+"""The sections of a recipe: frozen pydantic models, unknown keys refused. Together they are ``schema.Config``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Size = int | tuple[int, int]
+"""Pixels: a side, or height and width."""
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size in a recipe or in JSON."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and a misspelled key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """Which network. ``overrides`` are keyword arguments of the variant (``dattrain.models.zoo``): the ablations."""
+
+    name: str = "dat_tiny"
+    """A timm model name of this package: ``dat_{atto,tiny,small,base}``, ``dat_pp_{tiny,small,base,large}``."""
+    img_size: Size = 224
+    """Pixels, one number or [height, width]; a multiple of 32."""
+    num_classes: Count = 1000
+    """Outputs of the head."""
+    in_chans: Count = 3
+    """Channels of an image: 3, which is what the data gives."""
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Stochastic depth of the last block; the blocks before it grow linearly from 0."""
+    init: Literal["paper", "trunc_normal"] = "paper"
+    """``paper`` is what the released models were trained from (docs/model.md); ``trunc_normal`` is std .02."""
+    overrides: dict[str, Any] = {}
+    """Keyword arguments of the variant, e.g. ``{offsets: false}``."""
+
+    @model_validator(mode="after")
+    def _overrides(self) -> Model:
+        for name, key in {
+            **{each: each for each in type(self).model_fields},
+            "drop_path_rate": "drop_path",
+        }.items():
+            if name in self.overrides:
+                raise ValueError(f"model.overrides.{name} is not an override: set model.{key}")
+        return self
+
+
+class Data(Section):
+    """Where images come from and in which order they are seen."""
+
+    train: str | None = None
+    """Shards: a folder, a file, or a brace pattern, local or ``s3://``, ``gs://``, ``https://``, ``hf://``; or an image folder."""
+    val: str | None = None
+    """As ``train``; evaluated every ``eval.every_epochs``."""
+    labels: (
+        Literal["imagenet-1k", "imagenet-12k", "imagenet-22k", "imagenet-22k-winter21", "imagenet-21k-p"]
+        | None
+    ) = None
+    """Label set that numbers the classes; None leaves it to the training set's names, or to bare numbers (docs/labels.md)."""
+    lanes: Count = 64
+    """Canonical lanes from which the global order is woven: part of the recipe, independent of the world size."""
+    window: Count = 4
+    """Shuffle window of a lane, in shards of mean length."""
+    shuffle: bool = True
+    """False keeps the order of the shards: for debugging."""
+    reader: Literal["index", "webdataset"] = "index"
+    """``index`` is exact; ``webdataset`` streams, and is not."""
+    samples: Count | None = None
+    """Samples per epoch of ``reader: webdataset``, which cannot count those of a stream."""
+    decoder: Literal["cpu", "dali"] = "cpu"
+    workers: Annotated[int, Field(ge=0)] = 4
+    """Decoding processes per rank; 0 decodes in the training process."""
+    prefetch: Count = 2
+    """Micro-batches each worker (or DALI's queue) holds ready."""
+    on_bad: Literal["error", "skip"] = "error"
+    """``skip`` keeps a bad sample's place in the order with zero loss weight, counts it and names it."""
+    verify: bool = True
+    """Check shard sizes against their index before the first step."""
+    cache_dir: str | None = None
+    """Folder of the cache of remote shards; needed for remote sources."""
+    cache_gb: Positive = 100.0
+    """Bound of that cache per node, in 10^9 bytes."""
+    dali_threads: Count = 4
+    """Threads of DALI's CPU part."""
+    dali_hw_decoder_load: Probability = 0.65
+    """Share of JPEGs given to the hardware decoder of A100 and H100."""
+    dali_preallocate_mb: Annotated[int, Field(ge=0)] = 0
+    """Device memory that DALI takes at the start, in 10^6 bytes, so that a late large image does not."""
+
+    @field_validator("reader", mode="before")
+    @classmethod
+    def _reader(cls, value: object) -> object:
+        if value == "dali":
+            raise ValueError(
+                "the reader dali is gone, which kept an order of its own; data.reader=index with data.decoder=dali reads the same "
+                "shards exactly (write that in an old run's config.yaml too, to evaluate it or to start from its weights)"
+            )
+        return value
+
+
+class Augment(Section):
+    """Training augmentation, drawn per sample from (seed, epoch, sample), and the normalisation of every image."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the random resized crop, as a share of the image."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio of the crop, drawn log-uniformly."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Filter of every resize, antialiased."""
+    hflip: Probability = 0.5
+    """Probability of a horizontal flip."""
+    randaugment: str | None = "rand-m9-mstd0.5-inc1"
+    """timm's RandAugment string; null switches it off."""
+    color_jitter: Annotated[float, Field(ge=0.0)] = 0.0
+    """Brightness, contrast and saturation strength; timm, and so the authors' recipe, leaves it out where RandAugment is on."""
+    erase_prob: Probability = 0.25
+    """Probability of random erasing."""
+    erase_mode: Literal["pixel", "const"] = "pixel"
+    """Fill with a normal draw per ``pixel``, or with the mean (``const``)."""
+    mixup: Annotated[float, Field(ge=0.0)] = 0.8
+    """Alpha of the Beta distribution; 0 switches mixup off."""
+    cutmix: Annotated[float, Field(ge=0.0)] = 1.0
+    """Alpha of the Beta distribution; 0 switches cutmix off."""
+    mix_prob: Probability = 1.0
+    """Probability that a group is mixed at all."""
+    mix_switch: Probability = 0.5
+    """Probability of cutmix where both are on."""
+    mix_group: Annotated[int, Field(ge=2, multiple_of=2)] = 2
+    """Samples that share one draw of weight, box and mode, and are mixed first with last: 2 is timm's ``pair`` mode, a device's batch timm's ``batch`` mode."""
+    label_smoothing: Probability = 0.1
+    """Mass taken from the true class."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Per channel, of images in [0, 1]."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Per channel, of images in [0, 1]."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether samples are mixed."""
+        return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    @property
+    def group(self) -> int:
+        """Samples that are mixed among themselves; 1 where nothing is mixed."""
+        return self.mix_group if self.mixes else 1
+
+
+class Eval(Section):
+    """Evaluation transform. ``resize=squash`` with crop_pct .875 is what the authors' logged accuracies used."""
+
+    every_epochs: Positive = 1.0
+    """Epochs between two evaluations during training; the last update is always evaluated."""
+    batch: Count = 64
+    """Images per device."""
+    resize: Literal["shorter", "squash"] = "shorter"
+    """``shorter`` keeps the aspect ratio; ``squash`` does not."""
+    crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 0.875
+    """The central crop is img_size of img_size / crop_pct pixels."""
+    ema: bool = True
+    """Evaluate the EMA weights too, when there are any."""
+
+
+class Optim(Section):
+    """AdamW. ``lr`` is stated at ``lr_batch`` and scaled linearly with the global batch (Goyal et al. 2017)."""
+
+    lr: Positive = 5e-4
+    """Peak learning rate for ``lr_batch`` samples per update."""
+    lr_batch: Count = 512
+    """Batch at which the rates are stated."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the averages of the gradient and its square."""
+    eps: Positive = 1e-8
+    """AdamW's addend of the denominator."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    """Not applied to 1-D parameters, biases and position tables."""
+    clip: Annotated[float, Field(ge=0.0)] = 5.0
+    """Global gradient norm limit; 0 switches clipping off."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Multiplier of the learning rate per layer counted from the head; 1 switches it off."""
+    freeze_backbone: bool = False
+    """Train the head alone: a linear probe."""
+
+
+class Schedule(Section):
+    """Learning rate by update. Epochs are of ``data.train``; rates are stated at ``optim.lr_batch`` like ``optim.lr``."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    epochs: Positive = 300.0
+    """Length; the last update may run into the next epoch by less than a batch."""
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 20.0
+    """Linear warm-up; the cosine runs under it (timm, warmup_prefix False)."""
+    min_lr: Annotated[float, Field(ge=0.0)] = 5e-6
+    """Rate at the end."""
+    warmup_lr: Annotated[float, Field(ge=0.0)] = 5e-7
+    """Rate at the start."""
+
+
+class Progressive(Section):
+    """From ``epoch`` on (fractions allowed), train at ``img_size``; tables are resized as ``init.bias_table`` says."""
+
+    epoch: Annotated[float, Field(ge=0.0)]
+    """Where the new size begins."""
+    img_size: Size
+    """Pixels."""
+
+
+class Offload(Section):
+    """DeepSpeed's offload blocks, passed through as they are."""
+
+    optimizer: dict[str, Any] | None = None
+    """DeepSpeed's ``offload_optimizer``."""
+    param: dict[str, Any] | None = None
+    """DeepSpeed's ``offload_param``; stage 3."""
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO. ``extra`` is merged into DeepSpeed's ``zero_optimization`` block."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    """0 replicates; 1 shards optimizer state, 2 gradients too, 3 weights too."""
+    offload: Offload = Offload()
+    extra: dict[str, Any] = {}
+    """Merged into DeepSpeed's ``zero_optimization`` block."""
+
+
+class Profile(Section):
+    """Trace steps [a, b) into the run folder, with a table per module and a memory snapshot on CUDA."""
+
+    steps: tuple[int, int] | None = None
+    """First and last update, e.g. [10, 13]."""
+
+
+class Health(Section):
+    """What is done about non-finite steps and stalled ranks."""
+
+    max_bad_steps: Count = 5
+    """Consecutive non-finite steps that are skipped before rolling back to the last checkpoint."""
+    max_rollbacks: Annotated[int, Field(ge=0)] = 2
+    """Rollbacks after which the run stops with a debug dump."""
+    stall_seconds: Positive = 1800.0
+    """A rank silent for longer than this dumps every rank's stack and ends the job."""
+
+
+class Train(Section):
+    """The run itself. The batch is stated globally; accumulation follows from world size and ``micro_batch``."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of weights, order and augmentation."""
+    global_batch: Count = 1024
+    """Samples per update over all devices."""
+    micro_batch: Count = 128
+    """Samples per device and forward pass."""
+    precision: Literal["fp32", "bf16", "bf16-pure", "fp16"] = "bf16"
+    """``bf16`` is autocast over fp32 weights; ``bf16-pure`` keeps bf16 weights with fp32 masters; ``fp16`` has a dynamic loss scale."""
+    tf32: bool = False
+    """On CUDA, matrix products and convolutions of ``precision: fp32`` by TF32 tensor cores: inputs rounded to 10 bits of mantissa."""
+    activation_checkpointing: Literal["none", "stage", "block", "selective"] = "none"
+    """What is recomputed in the backward pass instead of kept: whole stages, blocks, or the attention and MLP interiors only."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """0 switches the exponential moving average off."""
+    compile: Literal["none", "block", "stage"] = "none"
+    """torch.compile per block or stage."""
+    cuda_graphs: bool = False
+    """Replay what is compiled as CUDA graphs, for micro-batches so small that launching kernels takes longer than they do."""
+    channels_last: bool = False
+    """Memory format of the images and convolutions."""
+    deterministic: bool = False
+    """torch.use_deterministic_algorithms: equal bits on equal CUDA devices too, slower; what cannot do that raises."""
+    max_steps: Count | None = None
+    """Stop early after this many updates; the schedule keeps its length."""
+    log_every: Count = 50
+    """Updates between two log lines."""
+    gc_every: Count = 100
+    """Updates between two collections of Python's garbage, on all ranks at once."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Intra-op CPU threads per rank; 0 leaves torch's choice."""
+    profile: Profile = Profile()
+    health: Health = Health()
+    progressive: tuple[Progressive, ...] = ()
+
+
+class Checkpoint(Section):
+    """When to save and what to keep. A preemption's save counts among ``keep_last``."""
+
+    every_steps: Count | None = None
+    """Updates between two checkpoints; null means ``every_epochs``."""
+    every_epochs: Positive = 1.0
+    """Used when ``every_steps`` is None."""
+    keep_last: Count = 2
+    """Newest checkpoints kept."""
+    keep_every_epochs: Positive | None = None
+    """Keep one of every so many epochs for ever; null keeps none."""
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    """Best ones by ``metric`` kept."""
+    metric: str = "top1"
+    """A number of the evaluation (``top1``, ``top5``, ``loss``, each also ``ema_``); higher is better, but for losses."""
+    background: bool = True
+    """Write in the background of training."""
+    verify: bool = True
+    """Check the checksums of what is loaded."""
+
+
+class Init(Section):
+    """Start from the weights of another run or file (a fine-tune): weights alone, new optimizer and schedule."""
+
+    required: bool = False
+    """The recipe is a fine-tune: ``train``, ``plan`` and ``submit`` refuse it without ``init.from``."""
+    from_: Annotated[str | None, Field(alias="from")] = None
+    """A run folder, a checkpoint folder or a safetensors file."""
+    ema: bool = True
+    """Take the EMA weights where the source has them."""
+    bias_table: Literal["resize", "sample"] = "resize"
+    """Deformable bias tables: bicubic ``resize`` to the new map, or keep the continuous table and ``sample`` it unchanged."""
+    head: Literal["keep", "new", "map"] = "keep"
+    """``map`` picks the head's rows by the names of classes (22K to 1K); ``new`` draws it afresh; ``keep`` needs the same classes."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 def open_run(run_dir: Path, config: Config, classes: Classes, env: Env, device_name: str) -> None:
     """Write ``config.yaml``, ``classes.json``, ``code.json`` with its diff, and ``env.json``.
 
-    Rank 0 calls it, once the recipe is known to run. A recipe that passed ``resume_rules.check_settings`` takes the place of the one before it: what may differ from one start to the next may stay so.
+    Rank 0 calls it, once the recipe is known to run; a recipe that passed ``resume_rules.check_settings`` replaces the one before.
 
     Raises:
         UserError: the folder cannot be written.

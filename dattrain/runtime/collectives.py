@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,14 +64,13 @@ def together(action: Callable[[], T]) -> list[T]:
         UserError: another rank's action raised something else. What this rank's own raised is raised as it is.
     """
     value, failure = _attempt(action)
-    gathered = all_gather((value, _description(failure)))
+    gathered = all_gather((value, _for_others(failure)))
     if failure is not None and not isinstance(failure, Damaged):
         raise failure
-    bad = [why for _, why in gathered if why is not None]
-    for why in sorted(
-        bad, key=lambda w: w[0]
-    ):  # a damaged file may have an older one behind it: it comes last
-        _raise(why)
+    failures = [each for _, each in gathered if each is not None]
+    if failures:
+        # A damaged file may have an older one behind it: it comes last.
+        raise min(failures, key=lambda each: isinstance(each, Damaged))
     return [each for each, _ in gathered]
 
 
@@ -84,11 +83,9 @@ def from_rank(source: int, action: Callable[[], T]) -> T:
     """What ``action`` gives on rank ``source``, which alone runs it. Collective. Raises as ``together``, on every rank."""
     value, failure = _attempt(action) if rank_and_world()[0] == source else (None, None)
     result: T
-    result, why = broadcast((value, _description(failure)), source)
-    if failure is not None:
-        raise failure
-    if why is not None:
-        _raise(why)
+    result, told = broadcast((value, _for_others(failure)), source)
+    if failure is not None or told is not None:
+        raise failure or told
     return result
 
 
@@ -130,13 +127,8 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, e
 
 
-def _description(failure: Exception | None) -> tuple[bool, str] | None:
-    """A failure for other ranks: whether it is damage, and the words."""
+def _for_others(failure: Exception | None) -> Exception | None:
+    """The failure as other ranks raise it: ours as it is, anything else (which may not be picklable) as a UserError."""
     if failure is None or isinstance(failure, (Damaged, UserError)):
-        return None if failure is None else (isinstance(failure, Damaged), str(failure))
-    return False, f"rank {rank_and_world()[0]}: {type(failure).__name__}: {failure}"
-
-
-def _raise(why: tuple[bool, str]) -> NoReturn:
-    damaged, text = why
-    raise Damaged(text) if damaged else UserError(text)
+        return failure
+    return UserError(f"rank {rank_and_world()[0]}: {type(failure).__name__}: {failure}")

@@ -14,15 +14,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dattrain.errors import UserError
 from dattrain.files import Failed, doing, reason, sync
+from dattrain.runtime import collectives
 from dattrain.runtime.environment import RENDEZVOUS_HINT, Env
 
 _ELEMENTS = 1 << 20
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,7 @@ def check(env: Env, folder: Path, timeout_s: float = 60.0) -> PreflightResult:
 
     world = dist.get_world_size()
     cuda = torch.cuda.is_available()
-    local: dict[str, Any] = {"host": env.host, "devices": torch.cuda.device_count() if cuda else 0}
-    views: list[Any] = [None] * world
-    dist.all_gather_object(views, local)
+    views = collectives.all_gather({"host": env.host, "devices": torch.cuda.device_count() if cuda else 0})
     hosts = list(dict.fromkeys(view["host"] for view in views))
     counts = {view["host"]: view["devices"] for view in views}
     if len(set(counts.values())) > 1:
@@ -117,8 +114,7 @@ def check(env: Env, folder: Path, timeout_s: float = 60.0) -> PreflightResult:
         torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), problems
     )
     seen = _save(folder, env, problems, timeout_s)
-    failures: list[Any] = [None] * world
-    dist.all_gather_object(failures, problems)
+    failures = collectives.all_gather(problems)
     named = [f"{views[r]['host']} (rank {r}): {text}" for r, texts in enumerate(failures) for text in texts]
     if named:
         raise UserError("; ".join(named))
@@ -167,7 +163,7 @@ def _save(folder: Path, env: Env, problems: list[str], timeout_s: float) -> floa
 
     rank = dist.get_rank()
     root = folder / "checkpoints"
-    token = _from_first_rank(secrets.token_hex(8))
+    token = collectives.broadcast(secrets.token_hex(8))
     # Names that ``state.format.checkpoint.recover`` removes, should this process be killed here.
     staging, published = root / f".new-preflight-{token}", root / f".gone-preflight-{token}"
     made = False
@@ -176,7 +172,7 @@ def _save(folder: Path, env: Env, problems: list[str], timeout_s: float) -> floa
             made = not root.exists()
             root.mkdir(parents=True, exist_ok=True)
             staging.mkdir()
-    if _from_first_rank(not problems) and env.local_rank == 0:
+    if collectives.broadcast(not problems) and env.local_rank == 0:
         with _noted(root, problems):
             _write(staging, f"rank_{rank:05d}", token)
     dist.barrier()
@@ -189,7 +185,7 @@ def _save(folder: Path, env: Env, problems: list[str], timeout_s: float) -> floa
             with doing("folders cannot be synced (fsync)"):
                 sync(root)
     begin = time.perf_counter()
-    if _from_first_rank(not problems):
+    if collectives.broadcast(not problems):
         _look(published / "rank_00000", token, problems, timeout_s)
     seconds = time.perf_counter() - begin
     dist.barrier()
@@ -239,11 +235,3 @@ def _noted(place: Path, problems: list[str]) -> Iterator[None]:
             f"{error.operation} in {place} ({reason(error)}): a checkpoint is written and synced under another name and "
             "published by renaming its folder; choose a --run folder on a file system where that works"
         )
-
-
-def _from_first_rank(value: T) -> T:
-    import torch.distributed as dist
-
-    obj_list = [value]
-    dist.broadcast_object_list(obj_list, src=0)
-    return obj_list[0]

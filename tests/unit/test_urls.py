@@ -95,9 +95,9 @@ def test_errors_hide_them(kind):
 
 
 def test_logs_hide_them_with_tracebacks_and_other_libraries(tmp_path, capsys):
-    from dattrain.runtime import logging as logs
+    from dattrain.runtime.logging import RankLog
 
-    log = logs.setup(tmp_path, 0, 1, "host")
+    log = RankLog(tmp_path, 0, "host")
     try:
         try:
             raise ValueError(URL)

@@ -18,7 +18,7 @@ from dattrain.data.classes import Classes
 from dattrain.data.classes import write as write_classes
 from dattrain.engine.resume_rules import CONFIG
 from dattrain.errors import UserError
-from dattrain.files import write_atomically
+from dattrain.files import write_text
 from dattrain.runtime import revision
 from dattrain.runtime.environment import Env
 from dattrain.state.checkpointer import versions
@@ -39,13 +39,13 @@ def open_run(run_dir: Path, config: Config, classes: Classes, env: Env, device_n
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        _write(run_dir / CONFIG, dump(config))
+        write_text(run_dir / CONFIG, dump(config))
         write_classes(run_dir, classes)
         if not (run_dir / CODE).exists():
             code, diff = revision.describe()
             if diff:
                 (run_dir / revision.DIFF).write_bytes(diff)
-            _write(run_dir / CODE, json.dumps(code, indent=2) + "\n")
+            write_text(run_dir / CODE, json.dumps(code, indent=2) + "\n")
         _note_start(run_dir / ENVIRONMENT, env, device_name)
     except OSError as error:
         raise UserError(f"{run_dir}: the run folder cannot be written: {error.strerror or error}") from error
@@ -71,9 +71,4 @@ def _note_start(path: Path, env: Env, device_name: str) -> None:
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
     )
-    _write(path, json.dumps({"starts": starts}, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write atomically; for the user alone to read where it holds the secrets of a URL, which a resume needs."""
-    write_atomically(path, text, private=mask(text) != text)
+    write_text(path, json.dumps({"starts": starts}, indent=2) + "\n")

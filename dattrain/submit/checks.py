@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -115,17 +113,12 @@ def measured(run: Path, global_batch: int) -> tuple[float | None, float | None]:
 
     Steps by the rate in metrics.jsonl; a save by what lies between the first and the last file of a checkpoint's folder.
     """
-    step_s = save_s = None
-    path = run / "metrics.jsonl"
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-500:]:
-            with contextlib.suppress(ValueError):
-                rate = json.loads(line).get("images_per_s")
-                step_s = global_batch / rate if rate else step_s
+    save_s = None
+    rate = run_status.read_metrics(run / "metrics.jsonl").get("images_per_s")
     for manifest in run.glob("checkpoints/step_*/manifest.json"):
         times = [file.stat().st_mtime for file in manifest.parent.iterdir()]
         save_s = max(save_s or 0.0, max(times) - min(times))
-    return step_s, save_s
+    return global_batch / rate if rate else None, save_s
 
 
 def check_run(run: Path, loaded: Loaded) -> None:

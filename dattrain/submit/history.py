@@ -93,6 +93,11 @@ def _same_folder(folder: str | Path, run: str | Path) -> bool:
         return False
 
 
+def submitted_jobs(events: Sequence[Event]) -> list[str]:
+    """Jobs of the submissions among ``events``, in order."""
+    return [event["job"] for event in events if event["event"] == "submit"]
+
+
 def record(run: str | Path, event: str, **fields: Any) -> Event:
     """Append one event, complete and flushed to the disk."""
     path = Path(run) / "submit" / "history.jsonl"
@@ -220,9 +225,9 @@ def decide(events: Sequence[Event], *, retries: int, checkpoint_new: bool) -> tu
         retries: crashes that are forgiven per submission by hand.
         checkpoint_new: whether the attempt published a checkpoint.
 
-    Actions: ``done``, ``stop``, ``again``. A preemption, like an administrator's requeue, is the cluster's doing and the run always resumes. After a crash, or an
-    attempt that the time limit ended, it resumes only if it left a new checkpoint: what cannot make one step in a whole job
-    never will.
+    Actions: ``done``, ``stop``, ``again``. A preemption, like an administrator's requeue, is the cluster's doing and the run
+    always resumes. After a crash, or an attempt that the time limit ended, it resumes only if it left a new checkpoint: what
+    cannot make one step in a whole job never will.
     """
     last = events[-1]
     reason = last["reason"]
@@ -288,9 +293,68 @@ def read_spec(run: str | Path) -> dict[str, Any]:
     return dict(json.loads((Path(run) / "submit" / "spec.json").read_text(encoding="utf-8")))
 
 
+def this_attempt() -> tuple[str, int]:
+    """This Slurm job as squeue and submitit name it (``123``, or ``123_4`` within an array), and how often it was requeued."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    return job, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
 def attempt_folder(run: str | Path, job: str, restart: int) -> Path:
     """Where the ranks of one attempt leave their outcome and errors."""
     return Path(run) / "submit" / "attempts" / f"{job}.{restart}"
+
+
+def outcome_of(run: str | Path, job: str, restart: int) -> Event | None:
+    """What rank 0 of an attempt wrote when training returned, or None."""
+    return _json(attempt_folder(run, job, restart) / "outcome.json")
+
+
+def stalled_file(run: str | Path) -> Path:
+    """File of the first rank that notices a stall (``dattrain.runtime.health``); an attempt begins by removing an older one."""
+    return Path(run) / "logs" / "stalled.json"
+
+
+def record_end(
+    run: str | Path,
+    spec: dict[str, Any],
+    begun: Event,
+    *,
+    status: int,
+    slurm_state: str | None,
+    stderr: str,
+    last_error: Callable[[int], str],
+    may_exclude: bool,
+) -> Event:
+    """Record how the attempt ``begun`` ended just now, by what its ranks left behind, and what follows; returns the ``end``.
+
+    Args:
+        status, slurm_state, stderr, last_error: as for ``classify``.
+        may_exclude: whether a job can be kept off nodes.
+    """
+    job, restart = begun["job"], begun["restart"]
+    found = map(_json, sorted(attempt_folder(run, job, restart).glob("rank_*.json")))
+    reports = sorted((report for report in found if report), key=lambda report: report.get("time", 0))
+    reason, detail, node = classify(
+        status=status, outcome=outcome_of(run, job, restart), slurm_state=slurm_state,
+        elapsed_s=time.time() - begun["time"], time_s=spec["time_s"], signal_delay_s=spec["signal_delay_s"], stderr=stderr,
+        reports=reports, stalled=_json(stalled_file(run)), last_error=last_error,
+    )  # fmt: skip
+    now = newest_checkpoint(run)
+    end: Event = {"reason": reason, "detail": detail, "node": node, "checkpoint": now}
+    end["new"] = now is not None and now != begun["checkpoint"]
+    action, why, bad = decide(
+        [*history(run), {"event": "end", **end}], retries=spec["retries"], checkpoint_new=end["new"]
+    )
+    excluded = {"exclude": bad} if bad and may_exclude else {}
+    return record(run, "end", job=job, restart=restart, **end, action=action, why=why, **excluded)
+
+
+def _json(path: Path) -> Event | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def open_attempt(events: Sequence[Event]) -> Event | None:

@@ -49,7 +49,7 @@ def resume_at_new_resolution(
     local.create_moments(
         {name: p.opt_step or 0 for name, p in manifest.parameters.items() if name in local.parameters}
     )
-    states: list[gather.State] = ["param", *MOMENTS]  # type: ignore[list-item]
+    states: list[gather.State] = ["param", *MOMENTS]
     if ema_tensors is not None:
         states.append("ema" if "ema" in manifest.states else "param")
     for position, state in enumerate(states):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -76,17 +76,18 @@ def together(action: Callable[[], T]) -> list[T]:
 
 def from_first(action: Callable[[], T]) -> T:
     """What ``action`` gives on rank 0, which alone runs it. Collective. Raises as ``together``, on every rank."""
-    return from_rank(0, action)
-
-
-def from_rank(source: int, action: Callable[[], T]) -> T:
-    """What ``action`` gives on rank ``source``, which alone runs it. Collective. Raises as ``together``, on every rank."""
-    value, failure = _attempt(action) if rank_and_world()[0] == source else (None, None)
+    value, failure = _attempt(action) if rank_and_world()[0] == 0 else (None, None)
     result: T
-    result, told = broadcast((value, _for_others(failure)), source)
-    if failure is not None or told is not None:
-        raise failure or told
+    result, reported = broadcast((value, _for_others(failure)))
+    if failure is not None or reported is not None:
+        raise failure or reported
     return result
+
+
+def raise_from(source: int, failure: Exception | None) -> NoReturn:
+    """Raise the failure of rank ``source`` on every rank. Collective; as ``together``."""
+    reported = broadcast(_for_others(failure), source)
+    raise failure or reported
 
 
 def tensors_from_first(produce: Callable[[], Iterable[tuple[str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:

@@ -31,7 +31,7 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
     the handlers before restored; the caller requeues (``Outcome.status``). The run folder is this job's alone until it returns.
 
     Raises:
-        Held: (a UserError, on every rank) another job trains in ``run_dir``, or has taken it over.
+        InUse: (a UserError, on every rank) another job trains in ``run_dir``, or has taken it over.
         UserError: what the user can put right: data, settings, disk, a run that no longer yields finite steps.
     """
     run_dir = run_dir.absolute()

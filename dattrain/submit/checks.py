@@ -187,12 +187,9 @@ def overruled(stage: Stage, environ: Mapping[str, str]) -> list[str]:
     script = slurm.script(stage.profile, stage.placement())
     lines = []
     for variable, (option, value) in shell.overruled(environ, script).items():
+        said = f"the job says --{option}{'=' if value else ''}{value}"
+        holds = said if option else "dattrain submit has its own way"
         if value != environ[variable] or not option:
-            holds = (
-                f"the job says --{option}{'=' if value else ''}{value}"
-                if option
-                else "dattrain submit has its own way"
-            )
             lines.append(f"{variable}={environ[variable]} of this shell is not used: {holds}")
     if environ.get("MASTER_ADDR"):
         lines.append(

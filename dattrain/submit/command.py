@@ -60,12 +60,8 @@ def sbatch(script: Path, text: str, *options: str) -> tuple[str | None, str]:
         return None, f"sbatch said: {one_line(done.stderr, done.stdout) or done.returncode}"
     said = one_line(done.stdout, done.stderr, both=True)
     found = job_id(done.stdout)
-    return (
-        found,
-        ""
-        if found
-        else f"sbatch gave no job id (see squeue for what it may have queued) but: {said or 'nothing'}",
-    )
+    why = f"sbatch gave no job id (see squeue for what it may have queued) but: {said or 'nothing'}"
+    return found, "" if found else why
 
 
 def one_line(said: str, otherwise: str = "", *, both: bool = False) -> str:

@@ -18,6 +18,8 @@ what another folder's jobs did is not part of ``history``.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -66,10 +68,8 @@ def _events(run: str | Path) -> tuple[list[Event], list[str | None]]:
     events = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+            with contextlib.suppress(ValueError):
                 events.append(json.loads(line))
-            except ValueError:
-                continue
     # Before each submission said where it was made, only the newest could tell, by its spec.json.
     older = "" if any(event.get("run") for event in events) else _folder_of_spec(run)
     folders = [event.get("run", older) if event.get("event") == "submit" else None for event in events]
@@ -184,11 +184,8 @@ def classify(
     if said == "preempted":
         return ("time limit" if at_limit else "preempted"), saved, None
     if state == "TIMEOUT":
-        return (
-            "time limit",
-            "killed before it had saved; signal_delay_s is too short for a step and a save",
-            None,
-        )
+        detail = "killed before it had saved; signal_delay_s is too short for a step and a save"
+        return "time limit", detail, None
     if stalled is not None:
         # Ranks that wait for one another are silent together: the first to notice is not to blame.
         where = "rank {} on {} was silent for {} s in {!r}"
@@ -242,32 +239,20 @@ def decide(events: Sequence[Event], *, retries: int, checkpoint_new: bool) -> tu
         return "again", reason, []
     if not checkpoint_new:
         if reason == NODE_FAILURE:
-            row = 0
-            for end in reversed(ends):
-                if end["reason"] != NODE_FAILURE or end.get("new"):
-                    break
-                row += 1
+            fruitless = itertools.takewhile(
+                lambda end: end["reason"] == NODE_FAILURE and not end.get("new"), reversed(ends)
+            )
+            row = len(list(fruitless))
             if row <= retries:
-                return (
-                    "again",
-                    f"node failure {row} of {retries} in a row without a new checkpoint",
-                    [],
-                )
+                return "again", f"node failure {row} of {retries} in a row without a new checkpoint", []
             return "stop", f"{row} node failures in a row without a new checkpoint", []
-        return (
-            "stop",
-            "{} without having published a new checkpoint: {}".format(_past(reason), last["detail"]),
-            [],
-        )
+        past = {"time limit": "reached its time limit"}.get(reason, reason)
+        return "stop", f"{past} without having published a new checkpoint: {last['detail']}", []
     if reason in ("time limit", NODE_FAILURE):
         return "again", reason, []
     crashes = [e for e in ends if e["reason"] in CRASHES]
     if len(crashes) > retries:
-        return (
-            "stop",
-            "crashed {} times, and --retries is {}: {}".format(len(crashes), retries, last["detail"]),
-            [],
-        )
+        return "stop", f"crashed {len(crashes)} times, and --retries is {retries}: {last['detail']}", []
     named = [str(e["node"]) for e in crashes if e.get("node")]
     bad = sorted({node for node in named if named.count(node) >= 2})
     return "again", f"crash {len(crashes)} of {retries} that are forgiven", bad
@@ -282,10 +267,6 @@ def since_submission(events: Sequence[Event]) -> list[Event]:
 def cancelled(events: Sequence[Event]) -> bool:
     """Whether ``dattrain cancel`` came after the last submission by hand."""
     return any(e["event"] == "cancel" for e in since_submission(events))
-
-
-def _past(reason: str) -> str:
-    return {"crashed": "crashed", "time limit": "reached its time limit"}.get(reason, reason)
 
 
 def read_spec(run: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -144,12 +145,8 @@ def state_of(events: Sequence[Event], slurm: JobState, *, local_alive: bool = Fa
     if name in ("NODE_FAIL", "SPECIAL_EXIT"):
         return "waiting", f"{name}; Slurm has not started it again yet"
     if name == "CANCELLED":
-        if not begun and last is None:
-            return (
-                "cancelled",
-                "before it started: cancelled by hand, or the job that it waited for did not end well",
-            )
-        return "cancelled", "with scancel"
+        before = "before it started: cancelled by hand, or the job that it waited for did not end well"
+        return "cancelled", before if not begun and last is None else "with scancel"
     if name == "UNKNOWN":
         return "unknown", "no answer from squeue, sacct or scontrol"
     left = _warnings(now)
@@ -200,7 +197,7 @@ def why_failed(run: Path, job: str, slurm: JobState) -> str:
 
 
 def _warnings(events: Sequence[Event]) -> list[str]:
-    """Of the newest attempt; a later one has overcome what the job hook could not."""
+    """Warnings of the newest attempt; a later one has overcome what the job hook could not."""
     found: list[str] = []
     for event in events:
         if event["event"] in ("begin", "submit"):
@@ -228,15 +225,11 @@ def _current(events: Sequence[Event], states: Mapping[str, JobState]) -> tuple[s
 
 
 def _restart(end: Event) -> str:
-    left = (
-        f", checkpoint of step {end['checkpoint']}"
-        if end.get("checkpoint") is not None
-        else ", no checkpoint"
-    )
+    step = end.get("checkpoint")
+    left = "no checkpoint" if step is None else f"checkpoint of step {step}"
     when = time.strftime("%m-%d %H:%M", time.localtime(end["time"]))
-    return f"{when}  {end['reason']}: {end['detail']}{left}" + (
-        f"; without {', '.join(end['exclude'])} from now on" if end.get("exclude") else ""
-    )
+    avoided = f"; without {', '.join(end['exclude'])} from now on" if end.get("exclude") else ""
+    return f"{when}  {end['reason']}: {end['detail']}, {left}{avoided}"
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -247,17 +240,15 @@ def read_metrics(path: Path) -> dict[str, Any]:
             file.seek(max(0, path.stat().st_size - 65536))
             lines = file.read().decode(errors="replace").splitlines()
         for line in lines:
-            try:
+            with contextlib.suppress(ValueError):  # the first may be cut off
                 row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                found.update({key: value for key, value in row.items() if value is not None})
+                if isinstance(row, dict):
+                    found.update({key: value for key, value in row.items() if value is not None})
     return found
 
 
 def _last_step(run: Path, metrics: Mapping[str, Any]) -> int | None:
-    """Updates of the whole run, by the recipe and the epoch that the metrics state."""
+    """All updates of the run, by the recipe and the epoch that the metrics state."""
     if not (run / "config.yaml").is_file() or not metrics.get("epoch"):
         return None
     config = load(run / "config.yaml").config

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dattrain.errors import Damaged, UserError
@@ -15,8 +16,6 @@ T = TypeVar("T")
 
 def rank_and_world() -> tuple[int, int]:
     """(rank, world size) of the default process group; (0, 1) without one."""
-    import torch.distributed as dist
-
     if not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
@@ -24,8 +23,6 @@ def rank_and_world() -> tuple[int, int]:
 
 def broadcast(value: Any, source: int = 0) -> Any:
     """The ``value`` of rank ``source``. Collective."""
-    import torch.distributed as dist
-
     if rank_and_world()[1] == 1:
         return value
     obj_list = [value]
@@ -35,16 +32,12 @@ def broadcast(value: Any, source: int = 0) -> Any:
 
 def broadcast_tensor(data: Tensor, source: int) -> None:
     """Fill ``data``, contiguous and in host memory, with that of rank ``source``. Collective."""
-    import torch.distributed as dist
-
     if rank_and_world()[1] > 1:
         dist.broadcast(data, src=source)
 
 
 def all_gather(value: Any) -> list[Any]:
     """Every rank's ``value``, by rank. Collective."""
-    import torch.distributed as dist
-
     world = rank_and_world()[1]
     if world == 1:
         return [value]

@@ -14,7 +14,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from dattrain.errors import UserError
 from dattrain.files import Failed, doing, reason, sync
@@ -22,6 +24,8 @@ from dattrain.runtime import collectives
 from dattrain.runtime.environment import RENDEZVOUS_HINT, Env
 
 _ELEMENTS = 1 << 20
+_VISIBLE_S = 60.0
+"""Seconds in which every rank must see what rank 0 has renamed."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def reach(env: Env, timeout_s: float = 60.0) -> None:
             ) from error
 
 
-def check(env: Env, folder: Path, timeout_s: float = 60.0) -> PreflightResult:
+def check(env: Env, folder: Path) -> PreflightResult:
     """Gather, reduce, and do what a save does in ``folder/checkpoints``, within the process group. Collective.
 
     Leaves nothing there, but an empty ``checkpoints`` where that failed.
@@ -98,9 +102,6 @@ def check(env: Env, folder: Path, timeout_s: float = 60.0) -> PreflightResult:
     Raises:
         UserError: on every rank, naming each node on which something failed.
     """
-    import torch
-    import torch.distributed as dist
-
     world = dist.get_world_size()
     cuda = torch.cuda.is_available()
     views = collectives.all_gather({"host": env.host, "devices": torch.cuda.device_count() if cuda else 0})
@@ -113,7 +114,7 @@ def check(env: Env, folder: Path, timeout_s: float = 60.0) -> PreflightResult:
     seconds = _all_reduce(
         torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), problems
     )
-    seen = _save(folder, env, problems, timeout_s)
+    seen = _save(folder, env, problems)
     failures = collectives.all_gather(problems)
     named = [f"{views[r]['host']} (rank {r}): {text}" for r, texts in enumerate(failures) for text in texts]
     if named:
@@ -131,11 +132,8 @@ def check(env: Env, folder: Path, timeout_s: float = 60.0) -> PreflightResult:
     )
 
 
-def _all_reduce(device: Any, problems: list[str]) -> float:
+def _all_reduce(device: torch.device, problems: list[str]) -> float:
     """Median seconds of reducing 4 MiB; a wrong sum is noted."""
-    import torch
-    import torch.distributed as dist
-
     rank, world = dist.get_rank(), dist.get_world_size()
     times = []
     for _ in range(5):
@@ -153,14 +151,12 @@ def _all_reduce(device: Any, problems: list[str]) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def _save(folder: Path, env: Env, problems: list[str], timeout_s: float) -> float:
+def _save(folder: Path, env: Env, problems: list[str]) -> float:
     """Do in ``folder/checkpoints`` what a save does; returns the seconds until this rank saw it. Collective.
 
     Each node writes and syncs a file in a folder, which rank 0 syncs, renames and removes; every rank must see it under its
     new name.
     """
-    import torch.distributed as dist
-
     rank = dist.get_rank()
     root = folder / "checkpoints"
     token = collectives.broadcast(secrets.token_hex(8))
@@ -186,7 +182,7 @@ def _save(folder: Path, env: Env, problems: list[str], timeout_s: float) -> floa
                 sync(root)
     begin = time.perf_counter()
     if collectives.broadcast(not problems):
-        _look(published / "rank_00000", token, problems, timeout_s)
+        _look(published / "rank_00000", token, problems)
     seconds = time.perf_counter() - begin
     dist.barrier()
     if rank == 0:
@@ -211,8 +207,8 @@ def _write(folder: Path, name: str, text: str) -> None:
         os.rename(part, folder / name)
 
 
-def _look(path: Path, token: str, problems: list[str], timeout_s: float) -> None:
-    end = time.perf_counter() + timeout_s
+def _look(path: Path, token: str, problems: list[str]) -> None:
+    end = time.perf_counter() + _VISIBLE_S
     while True:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if path.read_text(encoding="utf-8") == token:

@@ -13,11 +13,13 @@ import datetime
 import hashlib
 import json
 import logging
+import platform
 import secrets
 import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -274,9 +276,6 @@ def describe(config: Config) -> Description:
 
 def versions() -> dict[str, str]:
     """Versions that a manifest records."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
     found = {"python": platform.python_version()}
     for package in ("dattrain", "torch", "deepspeed", "timm"):
         with contextlib.suppress(PackageNotFoundError):

@@ -29,10 +29,10 @@ def output(*command: str, timeout_s: float = 90.0) -> str:
         return ""
 
 
-def run(*command: str, timeout_s: float = TIMEOUT_S) -> str | None:
+def run(*command: str) -> str | None:
     """Run a command. Returns None, or the error: what it printed, or that it is not there or hangs."""
     try:
-        done = _run(command, timeout_s)
+        done = _run(command, TIMEOUT_S)
     except (OSError, subprocess.SubprocessError) as error:
         return _failure(command, error)
     return None if done.returncode == 0 else one_line(done.stderr, done.stdout) or f"status {done.returncode}"

@@ -117,7 +117,7 @@ def _attempt(run: Path, spec: dict[str, Any]) -> str:
     try:
         status = _wait(job, spec["tasks_per_node"], history.attempt_folder(run, job.job_id, 0))
     except _Terminated:
-        _end_tasks(job, GRACE_S)
+        _end_tasks(job)
         history.record(
             run, "end", job=job.job_id, restart=0, reason="cancelled", detail="the supervisor was told to end", node=None,
             checkpoint=history.newest_checkpoint(run), new=False, action="stop", why="cancelled",
@@ -156,11 +156,11 @@ def _ended_well(job: Any, rank: int, folder: Path) -> bool:
     return result.exists() and not (folder / f"rank_{rank:05d}.json").exists()
 
 
-def _end_tasks(job: Any, grace_s: float) -> None:
+def _end_tasks(job: Any) -> None:
     tasks = _children(job._process.pid)
     for pid in tasks:
         _kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + grace_s
+    deadline = time.monotonic() + GRACE_S
     while time.monotonic() < deadline and any(start_time(pid) is not None for pid in tasks):
         time.sleep(0.2)
     for pid in tasks:

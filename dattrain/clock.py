@@ -1,4 +1,4 @@
-"""Time as a process lives it: what it slept through (a suspended job, SIGSTOP, a laptop's lid) does not count."""
+"""Time as a process lives it, without what it slept through (a suspended job, SIGSTOP, a laptop's lid); and as text."""
 
 from __future__ import annotations
 
@@ -45,3 +45,13 @@ class Stopwatch:
         self._seconds += min(gap, self._look_s)
         self._paused += max(gap - self._look_s, 0.0)
         return self._seconds
+
+
+def duration(seconds: float) -> str:
+    """``2d 03:04``, ``3:04:05`` or ``4:05``."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d {h:02}:{m:02}"
+    return f"{h}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

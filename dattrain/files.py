@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from dattrain.urls import mask
+
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF})
 """What file systems answer that have no fsync for folders."""
 
@@ -118,3 +120,8 @@ def write_atomically(
     data = content.encode() if isinstance(content, str) else content
     with replacing(path, durable=durable, private=private) as part, doing(f"writing {path.name}"):
         part.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write_atomically`` of text that may hold the secrets of a URL, which a resume needs: it is then for the user alone to read."""
+    write_atomically(path, text, private=mask(text) != text)

@@ -20,6 +20,7 @@ from dattrain import ops
 from dattrain.bench import common
 from dattrain.bench.device import DeviceClock
 from dattrain.errors import UserError
+from dattrain.runtime.environment import device_called
 
 BATCHES = {"cpu": (8, 2), "cuda": (128, 32)}
 """Images at 14 x 14 and at 24 x 24: on CUDA the micro-batches of DAT-T at 224 and of DAT-B at 384 pixels, so that it is the device
@@ -145,10 +146,9 @@ def pick_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: no CUDA device here; use cpu")
+    device = device_called(name)
     # With its index, which ``torch.cuda.set_device`` wants.
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
 
 
 def to_dtype(name: str) -> torch.dtype:

@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from dattrain.bench import data
+    from dattrain.bench.attention import pick_device
 
     torch.set_num_threads(1)
     report = data.bench(
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         size=args.size,
         model=args.model,
         steps=args.steps,
-        device=torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=pick_device(args.device or "auto"),
         rounds=args.rounds,
     )
     emit(report, args)

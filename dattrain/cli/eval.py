@@ -95,12 +95,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate each model in turn; rank 0 prints, and writes what was asked for."""
-    import torch
-
     from dattrain.evaluation import summary
     from dattrain.evaluation.evaluate import Options, evaluate
     from dattrain.pretrained.preprocess import image_size
-    from dattrain.runtime.environment import hard_exit, pick_device, process_group, raise_open_files, resolve
+    from dattrain.runtime.environment import (
+        device_called,
+        hard_exit,
+        pick_device,
+        process_group,
+        raise_open_files,
+        resolve,
+    )
 
     options = Options(
         data=args.data,
@@ -125,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     )
     raise_open_files()
     env = resolve(os.environ)
-    device = torch.device(args.device) if args.device else pick_device(env)
+    device = device_called(args.device) if args.device else pick_device(env)
     found = []
     with process_group(env, device) if env.world > 1 else nullcontext():
         for path in [args.model, *args.compare]:

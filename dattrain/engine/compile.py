@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,6 @@ def apply(model: nn.Module, unit: Literal["none", "block", "stage"], *, graphs_o
     """
     if unit == "none":
         return 0
-    import torch
     import torch._functorch.config as functorch
 
     # Otherwise a backward pass is compiled when it is first run, where nothing can take over any more.
@@ -59,8 +59,6 @@ class _Switch:
         self.failed = False
 
     def guard(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        import torch
-
         # Stages differ in shape, which by default makes torch go over to symbolic shapes from the second on: slower code,
         # and reshapes that it cannot always compile.
         compiled = torch.compile(forward, dynamic=False, mode=self._mode)
@@ -89,7 +87,6 @@ class _Generations:
         self._calls = 0
 
     def __call__(self, *_: Any) -> None:
-        import torch
         from torch._dynamo.utils import counters
 
         compiler: Any = torch.compiler  # untyped

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dattrain.engine.step import Update
-from dattrain.state.partition import LocalState, read
+from dattrain.state.partition import MOMENTS, LocalState, read
 
 
 def write_debug_dump(run_dir: Path, step: int, engine: Any, update: Update, rank: int) -> Path:
@@ -51,7 +51,7 @@ def norms(engine: Any) -> dict[str, dict[str, float | int | None]]:
     peaks = torch.zeros(len(order), dtype=torch.float64, device=device)
     for fragment in local.fragments:
         lo, hi = fragment.saved
-        for column, state in enumerate(("param", "exp_avg", "exp_avg_sq")):
+        for column, state in enumerate(("param", *MOMENTS)):
             tensor = local.tensor(fragment, state)
             if tensor is None or hi <= lo:
                 continue

@@ -7,7 +7,7 @@ run to any world size and ZeRO stage.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -30,11 +30,9 @@ class Ema:
         """Move the averages towards the weights; call once per applied update."""
         update_average(self.tensors, self._masters.masters, self.decay)
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """Within it the module computes with the averages; afterwards the weights are what they were, bit for bit."""
-        with averaged(self._engine, self.tensors):
-            yield
+        return averaged(self._engine, self.tensors)
 
 
 def new_average(masters: list[Tensor]) -> list[Tensor]:

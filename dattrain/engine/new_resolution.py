@@ -34,8 +34,9 @@ def resume_at_new_resolution(
 ) -> Manifest:
     """Fill ``engine`` and ``ema_tensors`` from a checkpoint of another image size. Collective.
 
-    Rank 0 reads all of it and sends it to the others. Weights and averages are resized as ``init.bias_table`` says. The moments of a table that was resized begin anew: the
-    first at zero, the second at its mean over each head, so that no element's first steps are out of proportion.
+    Rank 0 reads all of it and sends it to the others. Weights and averages are resized as ``init.bias_table`` says. The moments of
+    a table that was resized begin anew: the first at zero, the second at its mean over each head, so that no element's first
+    steps are out of proportion.
     """
     manifest = collectives.from_first(lambda: checkpoint.check(folder))
     local = LocalState(engine)
@@ -43,7 +44,7 @@ def resume_at_new_resolution(
     local.create_moments(
         {name: p.opt_step or 0 for name, p in manifest.parameters.items() if name in local.parameters}
     )
-    states: list[gather.State] = ["param", *MOMENTS]  # type: ignore[list-item]
+    states: list[gather.State] = ["param", *MOMENTS]
     if ema_tensors is not None:
         states.append("ema" if "ema" in manifest.states else "param")
     for position, state in enumerate(states):

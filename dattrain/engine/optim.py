@@ -85,18 +85,16 @@ class AdamW(torch.optim.AdamW):
         steps: list[Tensor] = []
         init_group: Any = self._init_group  # untyped
         init_group(group, params, grads, averages, squares, [], steps)
-        by_scale: dict[float, list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]] = {}
+        by_scale: dict[float, list[list[Tensor]]] = {}
         for p, g, m, v, step in zip(params, grads, averages, squares, steps):
             cut = self._runs.get(id(p))
             parts = cut[1] if cut else (Run(0, p.numel(), 1.0),)
             for run in parts:
                 # The update counts a step per tensor that it is given, so each view has a counter of its own.
-                if run.numel == p.numel():
-                    views = (p, g, m, v, step.clone())
-                else:
-                    p1, g1, m1, v1 = (t.narrow(0, run.start, run.numel) for t in (p, g, m, v))
-                    views = (p1, g1, m1, v1, step.clone())
-                by_scale.setdefault(run.scale, []).append(views)
+                views = [p, g, m, v]
+                if run.numel < p.numel():
+                    views = [t.narrow(0, run.start, run.numel) for t in views]
+                by_scale.setdefault(run.scale, []).append([*views, step.clone()])
         for scale, members in by_scale.items():
             parts_p, parts_g, parts_m, parts_v, counters = (list(column) for column in zip(*members))
             adam(

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable
 from pathlib import Path
-
-import torch.distributed as dist
 
 from dattrain.errors import UserError
 from dattrain.runtime import collectives, owner
@@ -48,35 +44,15 @@ class Claim:
             self.owner.release()
 
 
-def on_first_rank(action: Callable[[], None]) -> None:
-    """Run ``action`` on rank 0; what the user can put right is raised on every rank."""
-    failure: UserError | None = None
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except UserError as error:
-            failure = error
-    failure = collectives.broadcast(failure)
-    if failure is not None:
-        raise failure
-
-
-def random_word() -> str:
-    """A word that is the same on all ranks of this attempt, and in no other attempt. Collective."""
-    return str(collectives.broadcast(secrets.token_hex(8)))
-
-
 def newest_checkpoint(root: Path, *, read_all: bool = False) -> tuple[Path, Manifest] | None:
     """The newest complete checkpoint under ``root``, as rank 0 finds it: judged by sizes, or by reading it (``read_all``).
 
     Raises:
         UserError: there are checkpoints, and none is complete.
     """
-    found = None
-    if dist.get_rank() == 0:
-        search = checkpoint.find(root, level="checksum" if read_all else "size")
-        found = (search.folder, search.manifest, search.skipped)
-    folder, manifest, skipped = collectives.broadcast(found)
-    if folder is None and skipped:
-        raise UserError(checkpoint.none_complete(root, skipped))
-    return None if folder is None else (folder, manifest)
+    found = collectives.from_first(lambda: checkpoint.find(root, read_all=read_all))
+    if found.folder is None or found.manifest is None:
+        if found.skipped:
+            raise UserError(checkpoint.none_complete(root, found.skipped))
+        return None
+    return found.folder, found.manifest

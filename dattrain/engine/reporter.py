@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from dattrain.clock import duration
 from dattrain.config.derive import Derived
 from dattrain.config.schema import Config
 from dattrain.engine.step import Update
 from dattrain.engine.step_status import Slowest, StepStatus
 from dattrain.errors import UserError
 from dattrain.observe.metrics import Metrics
-from dattrain.observe.throughput import Meter, duration, memory_gb, peak_flops
+from dattrain.observe.throughput import Meter, memory_gb, peak_flops
 from dattrain.runtime import collectives
 from dattrain.runtime.logging import Console
 from dattrain.tasks.base import Task

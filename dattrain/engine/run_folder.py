@@ -18,7 +18,7 @@ from dattrain.data.classes import Classes
 from dattrain.data.classes import write as write_classes
 from dattrain.engine.resume_rules import CONFIG
 from dattrain.errors import UserError
-from dattrain.files import write_atomically
+from dattrain.files import write_text
 from dattrain.runtime import revision
 from dattrain.runtime.environment import Env
 from dattrain.state.checkpointer import versions
@@ -32,20 +32,20 @@ log = logging.getLogger(__name__)
 def open_run(run_dir: Path, config: Config, classes: Classes, env: Env, device_name: str) -> None:
     """Write ``config.yaml``, ``classes.json``, ``code.json`` with its diff, and ``env.json``.
 
-    Rank 0 calls it, once the recipe is known to run. A recipe that passed ``resume_rules.check_settings`` takes the place of the one before it: what may differ from one start to the next may stay so.
+    Rank 0 calls it, once the recipe is known to run; a recipe that passed ``resume_rules.check_settings`` replaces the one before.
 
     Raises:
         UserError: the folder cannot be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        _write(run_dir / CONFIG, dump(config))
+        write_text(run_dir / CONFIG, dump(config))
         write_classes(run_dir, classes)
         if not (run_dir / CODE).exists():
             code, diff = revision.describe()
             if diff:
                 (run_dir / revision.DIFF).write_bytes(diff)
-            _write(run_dir / CODE, json.dumps(code, indent=2) + "\n")
+            write_text(run_dir / CODE, json.dumps(code, indent=2) + "\n")
         _note_start(run_dir / ENVIRONMENT, env, device_name)
     except OSError as error:
         raise UserError(f"{run_dir}: the run folder cannot be written: {error.strerror or error}") from error
@@ -71,9 +71,4 @@ def _note_start(path: Path, env: Env, device_name: str) -> None:
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
     )
-    _write(path, json.dumps({"starts": starts}, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write atomically; for the user alone to read where it holds the secrets of a URL, which a resume needs."""
-    write_atomically(path, text, private=mask(text) != text)
+    write_text(path, json.dumps({"starts": starts}, indent=2) + "\n")

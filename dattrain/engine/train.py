@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,13 +12,13 @@ import torch.distributed as dist
 
 from dattrain.config.schema import Config
 from dattrain.engine import resume_rules, zero
-from dattrain.engine.rank_zero import Claim, on_first_rank, random_word
+from dattrain.engine.rank_zero import Claim
 from dattrain.engine.trainer import Outcome, Trainer
 from dattrain.errors import UserError
-from dattrain.runtime import environment, preflight
-from dattrain.runtime import logging as logs
+from dattrain.runtime import collectives, environment, preflight
 from dattrain.runtime.environment import Env
 from dattrain.runtime.health import Watchdog
+from dattrain.runtime.logging import RankLog
 from dattrain.runtime.signals import Preemption
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
     the handlers before restored; the caller requeues (``Outcome.status``). The run folder is this job's alone until it returns.
 
     Raises:
-        Held: (a UserError, on every rank) another job trains in ``run_dir``, or has taken it over.
+        InUse: (a UserError, on every rank) another job trains in ``run_dir``, or has taken it over.
         UserError: what the user can put right: data, settings, disk, a run that no longer yields finite steps.
     """
     run_dir = run_dir.absolute()
@@ -46,7 +47,7 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
         stack.callback(preemption.restore)
         claim = Claim(run_dir, env, preemption)
         stack.callback(claim.release)
-        log_file = logs.setup(run_dir, env.rank, env.world, env.host)
+        log_file = RankLog(run_dir, env.rank, env.host)
         stack.callback(log_file.close)
         health = config.train.health
         watchdog = Watchdog(health.stall_seconds, run_dir, log_file.file, env.rank, env.host).start()
@@ -60,11 +61,11 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
                 stack.enter_context(
                     environment.process_group(env, device, patience, disconnect=zero.destroy_process_group)
                 )
-            on_first_rank(claim.check)
+            collectives.from_first(claim.check)
             if alone:
                 for line in preflight.check(env, run_dir).lines():
                     log.info("%s", line, extra={"console": False})
-            watchdog.attempt = random_word()
+            watchdog.attempt = collectives.broadcast(secrets.token_hex(8))
             trainer = Trainer(
                 config, run_dir, env, device, preemption, watchdog, log_file.console, stack, claim.owner
             )  # fmt: skip

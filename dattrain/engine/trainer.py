@@ -25,7 +25,7 @@ from dattrain.engine import precision, resume_rules, run_folder, schedule, zero
 from dattrain.engine.debug_dump import write_debug_dump
 from dattrain.engine.evaluate import Evaluations, Interrupted
 from dattrain.engine.new_resolution import resume_at_new_resolution, size_at
-from dattrain.engine.rank_zero import newest_checkpoint, on_first_rank
+from dattrain.engine.rank_zero import newest_checkpoint
 from dattrain.engine.reporter import Reporter
 from dattrain.engine.session import Session, open_session
 from dattrain.engine.step import Update, seed_all
@@ -34,9 +34,10 @@ from dattrain.errors import REQUEUE, ConfigError, UserError
 from dattrain.models.flops import count_call
 from dattrain.observe.profile import Profiler
 from dattrain.runtime import environment
-from dattrain.runtime import logging as logs
+from dattrain.runtime.collectives import from_first
 from dattrain.runtime.environment import Env
 from dattrain.runtime.health import Action, Decision, NonFinitePolicy, Watchdog
+from dattrain.runtime.logging import Console
 from dattrain.runtime.owner import Owner
 from dattrain.runtime.signals import Preemption, StopRequest
 from dattrain.state.checkpointer import Checkpointer
@@ -72,9 +73,9 @@ class Trainer:
         device: torch.device,
         preemption: Preemption,
         watchdog: Watchdog,
-        console: logs.Console | None,
+        console: Console | None,
         stack: ExitStack,
-        owner: Owner | None = None,
+        owner: Owner | None,
     ) -> None:
         self.config, self.run_dir, self.env, self.device = config, run_dir, env, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -95,7 +96,7 @@ class Trainer:
             check_source(config)
         else:
             newest = found[0].name, found[1].meta
-            on_first_rank(lambda: resume_rules.check_settings(run_dir, config, *newest))
+            from_first(lambda: resume_rules.check_settings(run_dir, config, *newest))
             # One that DeepSpeed wrote knows nothing of the data.
             per_epoch = found[1].meta.get("samples_per_epoch")
             self._restore_counters(found[1].meta)
@@ -106,10 +107,10 @@ class Trainer:
         self.samples_per_epoch = self.loader.samples_per_epoch
         data, classes = self.loader.identity, self.loader.classes
         if found is not None:
-            on_first_rank(
+            from_first(
                 lambda: resume_rules.check_data(run_dir, config, *newest, data, self.samples_per_epoch)
             )
-            on_first_rank(lambda: resume_rules.check_classes(run_dir, *newest, classes))
+            from_first(lambda: resume_rules.check_classes(run_dir, *newest, classes))
         self._fixed = resume_rules.record(config, data, classes)
         self.derived = derive(config, world=self.world, samples_per_epoch=self.samples_per_epoch)
         self.evaluations = Evaluations(
@@ -119,7 +120,7 @@ class Trainer:
         if config.data.val is not None:
             self.evaluations.loader(self.img_size)  # what is wrong with it is said now, not after an epoch
         device_name = environment.device_name(device)
-        on_first_rank(lambda: run_folder.open_run(run_dir, config, classes, env, device_name))
+        from_first(lambda: run_folder.open_run(run_dir, config, classes, env, device_name))
         self.session = self._open_session(found)
         stack.callback(lambda: self.session.close())
         self.reporter = Reporter(

@@ -88,11 +88,7 @@ def _precision(config: Config) -> dict[str, Any]:
             # An empty list keeps gradients (and stage 3's gathered weights) in fp32 on the wire: with bf16 there, the
             # sum over ranks would round at each of them.
             return {
-                "torch_autocast": {
-                    "enabled": True,
-                    "dtype": "bfloat16",
-                    "lower_precision_safe_modules": [],
-                }
+                "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
             }
         case "bf16-pure":
             return {

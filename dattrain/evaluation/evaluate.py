@@ -23,6 +23,7 @@ from dattrain.models.dat import DAT
 from dattrain.pretrained import class_names
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 from dattrain.pretrained.weights import config_of, load_model
+from dattrain.runtime.environment import device_called
 from dattrain.urls import mask
 
 
@@ -117,7 +118,7 @@ def evaluate(
         ConfigError: options that do not go together, or a model without classification head.
         UserError: weights or images that cannot be read; no image has a label.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_called(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, cfg = load_model(
         path, ema=options.ema, device=device, img_size=options.img_size, bias_table=options.bias_table
     )

@@ -98,13 +98,3 @@ def memory_gb(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
-
-
-def duration(seconds: float) -> str:
-    """``2d 03:04``, ``3:04:05`` or ``4:05``."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d {h:02}:{m:02}"
-    return f"{h}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

@@ -26,6 +26,7 @@ from dattrain.files import replacing
 from dattrain.models.dat import DAT
 from dattrain.models.surgery import adopt_tables
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, build, cfg_of_recipe, differences
+from dattrain.runtime.environment import device_called
 from dattrain.state import gather
 from dattrain.state.format import checkpoint
 from dattrain.state.format.manifest import Manifest, read_manifest
@@ -52,8 +53,10 @@ def load_model(
             deformable tables as they are and ``sample`` them (windows then keep their size too).
 
     Raises:
-        UserError: there is nothing to open, it is damaged, or the tensors are not those of the model it names.
+        UserError: there is nothing to open, it is damaged, the tensors are not those of the model it names, or there is no such
+            device.
     """
+    device = device_called(device)
     path = Path(path)
     if path.is_dir() and (path / "model.safetensors").is_file():
         path = path / "model.safetensors"

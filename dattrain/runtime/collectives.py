@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dattrain.errors import Damaged, UserError
@@ -15,8 +16,6 @@ T = TypeVar("T")
 
 def rank_and_world() -> tuple[int, int]:
     """(rank, world size) of the default process group; (0, 1) without one."""
-    import torch.distributed as dist
-
     if not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
@@ -24,8 +23,6 @@ def rank_and_world() -> tuple[int, int]:
 
 def broadcast(value: Any, source: int = 0) -> Any:
     """The ``value`` of rank ``source``. Collective."""
-    import torch.distributed as dist
-
     if rank_and_world()[1] == 1:
         return value
     obj_list = [value]
@@ -35,16 +32,12 @@ def broadcast(value: Any, source: int = 0) -> Any:
 
 def broadcast_tensor(data: Tensor, source: int) -> None:
     """Fill ``data``, contiguous and in host memory, with that of rank ``source``. Collective."""
-    import torch.distributed as dist
-
     if rank_and_world()[1] > 1:
         dist.broadcast(data, src=source)
 
 
 def all_gather(value: Any) -> list[Any]:
     """Every rank's ``value``, by rank. Collective."""
-    import torch.distributed as dist
-
     world = rank_and_world()[1]
     if world == 1:
         return [value]
@@ -64,32 +57,30 @@ def together(action: Callable[[], T]) -> list[T]:
         UserError: another rank's action raised something else. What this rank's own raised is raised as it is.
     """
     value, failure = _attempt(action)
-    gathered = all_gather((value, _description(failure)))
+    gathered = all_gather((value, _for_others(failure)))
     if failure is not None and not isinstance(failure, Damaged):
         raise failure
-    bad = [why for _, why in gathered if why is not None]
-    for why in sorted(
-        bad, key=lambda w: w[0]
-    ):  # a damaged file may have an older one behind it: it comes last
-        _raise(why)
+    failures = [each for _, each in gathered if each is not None]
+    if failures:
+        # A damaged file may have an older one behind it: it comes last.
+        raise min(failures, key=lambda each: isinstance(each, Damaged))
     return [each for each, _ in gathered]
 
 
 def from_first(action: Callable[[], T]) -> T:
     """What ``action`` gives on rank 0, which alone runs it. Collective. Raises as ``together``, on every rank."""
-    return from_rank(0, action)
-
-
-def from_rank(source: int, action: Callable[[], T]) -> T:
-    """What ``action`` gives on rank ``source``, which alone runs it. Collective. Raises as ``together``, on every rank."""
-    value, failure = _attempt(action) if rank_and_world()[0] == source else (None, None)
+    value, failure = _attempt(action) if rank_and_world()[0] == 0 else (None, None)
     result: T
-    result, why = broadcast((value, _description(failure)), source)
-    if failure is not None:
-        raise failure
-    if why is not None:
-        _raise(why)
+    result, reported = broadcast((value, _for_others(failure)))
+    if failure is not None or reported is not None:
+        raise failure or reported
     return result
+
+
+def raise_from(source: int, failure: Exception | None) -> NoReturn:
+    """Raise the failure of rank ``source`` on every rank. Collective; as ``together``."""
+    reported = broadcast(_for_others(failure), source)
+    raise failure or reported
 
 
 def tensors_from_first(produce: Callable[[], Iterable[tuple[str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:
@@ -130,13 +121,8 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, e
 
 
-def _description(failure: Exception | None) -> tuple[bool, str] | None:
-    """A failure for other ranks: whether it is damage, and the words."""
+def _for_others(failure: Exception | None) -> Exception | None:
+    """The failure as other ranks raise it: ours as it is, anything else (which may not be picklable) as a UserError."""
     if failure is None or isinstance(failure, (Damaged, UserError)):
-        return None if failure is None else (isinstance(failure, Damaged), str(failure))
-    return False, f"rank {rank_and_world()[0]}: {type(failure).__name__}: {failure}"
-
-
-def _raise(why: tuple[bool, str]) -> NoReturn:
-    damaged, text = why
-    raise Damaged(text) if damaged else UserError(text)
+        return failure
+    return UserError(f"rank {rank_and_world()[0]}: {type(failure).__name__}: {failure}")

@@ -211,6 +211,27 @@ def pick_device(env: Env) -> torch.device:
     return torch.device("cuda", index)
 
 
+def device_called(name: str | torch.device) -> torch.device:
+    """The device of a name: ``cpu``, ``cuda``, ``cuda:1``.
+
+    Raises:
+        UserError: there is none of that name here; says what there is.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name}: there is none of that name; write cpu, cuda or cuda:1") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        here = (
+            f"this machine has cuda:0 to cuda:{count - 1}" if count > 1 else "this machine has cuda:0 alone"
+        )
+        raise UserError(f"device={name}: {here if count else 'no CUDA device here; use cpu'}")
+    return device
+
+
 def configure(
     *, threads: int = 0, deterministic: bool = False, tf32: bool = False, env: Env | None = None
 ) -> None:

@@ -225,10 +225,10 @@ while silent < limit:
         silent = 0.0
 sys.stderr.write("dattrain: stalled: a call into C keeps the GIL; this process ends\\n")
 try:
-    aside = "%s.%d" % (marker, parent)
-    with open(aside, "w") as file:
+    tmp_path = "%s.%d" % (marker, parent)
+    with open(tmp_path, "w") as file:
         file.write(me)
-    os.replace(aside, marker)
+    os.replace(tmp_path, marker)
     resource.prlimit(parent, resource.RLIMIT_CORE, (0, 0))
 except OSError:
     pass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import io
 import logging
 import sys
 import time
@@ -67,17 +66,20 @@ class _Masked(logging.Formatter):
 
 
 class RankLog:
-    """The log of one rank; ``setup`` makes it, ``close`` gives back what it took."""
+    """Logs to ``run_dir/logs/rank_N.log`` (appended), and on rank 0 to the console, until ``close``.
 
-    def __init__(self, path: Path, rank: int, world: int, host: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
+    ``file`` is the open file, for stack dumps.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, host: str) -> None:
+        self.path = run_dir / "logs" / f"rank_{rank}.log"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.console: Console | None = None
         # A restart appends: what the attempt before it said is evidence.
-        self._file: io.TextIOWrapper = open(  # noqa: SIM115 (closed by close)
-            path, "a", encoding="utf-8", errors="backslashreplace", buffering=1
+        self.file: IO[str] = open(  # noqa: SIM115 (closed by close)
+            self.path, "a", encoding="utf-8", errors="backslashreplace", buffering=1
         )
-        to_file = logging.StreamHandler(self._file)
+        to_file = logging.StreamHandler(self.file)
         to_file.setFormatter(_Masked(_FORMAT.format(who=f"r{rank}@{host}".replace("%", "%%"))))
         self._handlers: list[logging.Handler] = [to_file]
         if rank == 0:
@@ -93,12 +95,7 @@ class RankLog:
         for name, level in _NOISY.items():
             logging.getLogger(name).setLevel(level)
         logging.captureWarnings(True)
-        faulthandler.enable(self._file, all_threads=True)
-
-    @property
-    def file(self) -> IO[str]:
-        """The open file, for stack dumps."""
-        return self._file
+        faulthandler.enable(self.file, all_threads=True)
 
     def close(self) -> None:
         """Remove the handlers and close the file; safe to call twice."""
@@ -112,10 +109,10 @@ class RankLog:
         self._handlers = []
         root.setLevel(self._level)
         logging.captureWarnings(False)
-        if not self._file.closed:
+        if not self.file.closed:
             faulthandler.disable()
             with contextlib.suppress(OSError):
-                self._file.close()
+                self.file.close()
 
 
 _NOISY = {
@@ -127,11 +124,6 @@ _NOISY = {
     "PIL": logging.WARNING,
     "torch.distributed": logging.WARNING,
 }
-
-
-def setup(run_dir: Path, rank: int, world: int, host: str) -> RankLog:
-    """Log to ``run_dir/logs/rank_N.log`` (appended), and on rank 0 to the console."""
-    return RankLog(run_dir / "logs" / f"rank_{rank}.log", rank, world, host)
 
 
 def _only_ours_or_warnings(record: logging.LogRecord) -> bool:

@@ -14,15 +14,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
 
 from dattrain.errors import UserError
 from dattrain.files import Failed, doing, reason, sync
+from dattrain.runtime import collectives
 from dattrain.runtime.environment import RENDEZVOUS_HINT, Env
 
 _ELEMENTS = 1 << 20
-
-T = TypeVar("T")
+_VISIBLE_S = 60.0
+"""Seconds in which every rank must see what rank 0 has renamed."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def reach(env: Env, timeout_s: float = 60.0) -> None:
             ) from error
 
 
-def check(env: Env, folder: Path, timeout_s: float = 60.0) -> PreflightResult:
+def check(env: Env, folder: Path) -> PreflightResult:
     """Gather, reduce, and do what a save does in ``folder/checkpoints``, within the process group. Collective.
 
     Leaves nothing there, but an empty ``checkpoints`` where that failed.
@@ -99,14 +102,9 @@ def check(env: Env, folder: Path, timeout_s: float = 60.0) -> PreflightResult:
     Raises:
         UserError: on every rank, naming each node on which something failed.
     """
-    import torch
-    import torch.distributed as dist
-
     world = dist.get_world_size()
     cuda = torch.cuda.is_available()
-    local: dict[str, Any] = {"host": env.host, "devices": torch.cuda.device_count() if cuda else 0}
-    views: list[Any] = [None] * world
-    dist.all_gather_object(views, local)
+    views = collectives.all_gather({"host": env.host, "devices": torch.cuda.device_count() if cuda else 0})
     hosts = list(dict.fromkeys(view["host"] for view in views))
     counts = {view["host"]: view["devices"] for view in views}
     if len(set(counts.values())) > 1:
@@ -116,9 +114,8 @@ def check(env: Env, folder: Path, timeout_s: float = 60.0) -> PreflightResult:
     seconds = _all_reduce(
         torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), problems
     )
-    seen = _save(folder, env, problems, timeout_s)
-    failures: list[Any] = [None] * world
-    dist.all_gather_object(failures, problems)
+    seen = _save(folder, env, problems)
+    failures = collectives.all_gather(problems)
     named = [f"{views[r]['host']} (rank {r}): {text}" for r, texts in enumerate(failures) for text in texts]
     if named:
         raise UserError("; ".join(named))
@@ -135,11 +132,8 @@ def check(env: Env, folder: Path, timeout_s: float = 60.0) -> PreflightResult:
     )
 
 
-def _all_reduce(device: Any, problems: list[str]) -> float:
+def _all_reduce(device: torch.device, problems: list[str]) -> float:
     """Median seconds of reducing 4 MiB; a wrong sum is noted."""
-    import torch
-    import torch.distributed as dist
-
     rank, world = dist.get_rank(), dist.get_world_size()
     times = []
     for _ in range(5):
@@ -157,17 +151,15 @@ def _all_reduce(device: Any, problems: list[str]) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def _save(folder: Path, env: Env, problems: list[str], timeout_s: float) -> float:
+def _save(folder: Path, env: Env, problems: list[str]) -> float:
     """Do in ``folder/checkpoints`` what a save does; returns the seconds until this rank saw it. Collective.
 
     Each node writes and syncs a file in a folder, which rank 0 syncs, renames and removes; every rank must see it under its
     new name.
     """
-    import torch.distributed as dist
-
     rank = dist.get_rank()
     root = folder / "checkpoints"
-    token = _from_first_rank(secrets.token_hex(8))
+    token = collectives.broadcast(secrets.token_hex(8))
     # Names that ``state.format.checkpoint.recover`` removes, should this process be killed here.
     staging, published = root / f".new-preflight-{token}", root / f".gone-preflight-{token}"
     made = False
@@ -176,7 +168,7 @@ def _save(folder: Path, env: Env, problems: list[str], timeout_s: float) -> floa
             made = not root.exists()
             root.mkdir(parents=True, exist_ok=True)
             staging.mkdir()
-    if _from_first_rank(not problems) and env.local_rank == 0:
+    if collectives.broadcast(not problems) and env.local_rank == 0:
         with _noted(root, problems):
             _write(staging, f"rank_{rank:05d}", token)
     dist.barrier()
@@ -189,8 +181,8 @@ def _save(folder: Path, env: Env, problems: list[str], timeout_s: float) -> floa
             with doing("folders cannot be synced (fsync)"):
                 sync(root)
     begin = time.perf_counter()
-    if _from_first_rank(not problems):
-        _look(published / "rank_00000", token, problems, timeout_s)
+    if collectives.broadcast(not problems):
+        _look(published / "rank_00000", token, problems)
     seconds = time.perf_counter() - begin
     dist.barrier()
     if rank == 0:
@@ -215,8 +207,8 @@ def _write(folder: Path, name: str, text: str) -> None:
         os.rename(part, folder / name)
 
 
-def _look(path: Path, token: str, problems: list[str], timeout_s: float) -> None:
-    end = time.perf_counter() + timeout_s
+def _look(path: Path, token: str, problems: list[str]) -> None:
+    end = time.perf_counter() + _VISIBLE_S
     while True:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if path.read_text(encoding="utf-8") == token:
@@ -239,11 +231,3 @@ def _noted(place: Path, problems: list[str]) -> Iterator[None]:
             f"{error.operation} in {place} ({reason(error)}): a checkpoint is written and synced under another name and "
             "published by renaming its folder; choose a --run folder on a file system where that works"
         )
-
-
-def _from_first_rank(value: T) -> T:
-    import torch.distributed as dist
-
-    obj_list = [value]
-    dist.broadcast_object_list(obj_list, src=0)
-    return obj_list[0]

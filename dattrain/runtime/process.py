@@ -37,14 +37,12 @@ def suspended(pid: int) -> bool:
 
 def hidden(pid: int) -> bool:
     """Whether there is such a process of another user, of which /proc shows nothing (mounted with ``hidepid``)."""
-    if _stat(pid) is not None:
-        return False
     try:
         os.kill(pid, 0)
     except PermissionError:
-        return True
+        return _stat(pid) is None
     except (OSError, OverflowError):
-        return False
+        pass
     return False
 
 

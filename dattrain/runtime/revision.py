@@ -19,9 +19,9 @@ def source_root() -> Path:
     return Path(dattrain.__file__).resolve().parents[1]
 
 
-def describe(root: Path | None = None) -> tuple[dict[str, Any], bytes]:
-    """What ``code.json`` says of ``root`` (the running package's), and the diff against the revision: empty for a clean checkout."""
-    root = root or source_root()
+def describe() -> tuple[dict[str, Any], bytes]:
+    """What ``code.json`` says of the running package, and the diff against its revision: empty for a clean checkout."""
+    root = source_root()
     # A checkout that merely contains site-packages (a virtual environment inside another project) says nothing about us.
     tracked = _git(root, "ls-files", "--error-unmatch", "dattrain/__init__.py") is not None
     head = _git(root, "rev-parse", "HEAD") if tracked else None

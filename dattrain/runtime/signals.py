@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
@@ -33,21 +32,20 @@ class Preemption:
     """Catches ``SIGTERM``, ``SIGUSR1`` and ``SIGUSR2`` (preempted) and ``SIGINT`` (stop) between ``install`` and ``restore``.
 
     A second Ctrl-C interrupts at once. Processes forked from this one (data workers) inherit the handlers and ignore
-    the signals: it is this process that ends them. What was installed before is back after ``restore``; where
-    submitit wants to requeue by itself, call ``chain`` after the save.
+    the signals: it is this process that ends them. What was installed before is back after ``restore``.
     """
 
-    def __init__(self, run_dir: Path | None = None) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self.received: int | None = None
         """The last signal that was caught."""
-        self._stop_file = run_dir / STOP_FILE if run_dir else None
+        self._stop_file = run_dir / STOP_FILE
         self._pid = os.getpid()
         self._interrupted = False
         self._previous: dict[int, Any] = {}
 
-    def install(self, signals: Sequence[int] = SIGNALS) -> Preemption:
+    def install(self) -> Preemption:
         """Install the handlers; only possible in the main thread."""
-        for signum in (*signals, signal.SIGINT):
+        for signum in (*SIGNALS, signal.SIGINT):
             self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
@@ -57,28 +55,15 @@ class Preemption:
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
 
-    def chain(self, signum: int | None = None) -> None:
-        """Call the handler that was there before for the signal received (submitit's: it requeues and exits).
-
-        Does nothing without one: Python's own default for SIGINT does not count.
-        """
-        signum = signum if signum is not None else self.received
-        handler = self._previous.get(signum) if signum is not None else None
-        if callable(handler) and handler is not signal.default_int_handler:
-            handler(signum, None)
-
     def request(self, look_for_file: bool = True) -> StopRequest:
         """What this rank has been asked for. One rank is enough to look for the stop file."""
-        if self._interrupted:
-            return StopRequest.STOP
-        if look_for_file and self._stop_file is not None and self._stop_file.exists():
+        if self._interrupted or (look_for_file and self._stop_file.exists()):
             return StopRequest.STOP
         return StopRequest.NONE if self.received is None else StopRequest.PREEMPT
 
     def clear_stop_file(self) -> None:
         """Remove the stop file, so that the next start trains."""
-        if self._stop_file is not None:
-            self._stop_file.unlink(missing_ok=True)
+        self._stop_file.unlink(missing_ok=True)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:

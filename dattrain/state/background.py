@@ -71,9 +71,7 @@ class HostBuffer:
             self._bytes = torch.empty(0, dtype=torch.uint8)
             area = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                area.madvise(
-                    mmap.MADV_HUGEPAGE
-                )  # fewer faults in the first copy, fewer pages to pin in a write
+                area.madvise(mmap.MADV_HUGEPAGE)  # fewer faults in the first copy, fewer pages to pin
             self._bytes = torch.frombuffer(area, dtype=torch.uint8)
             if self._pinned:
                 # A child's copy of the page table would make the next write move pages away from under the device.

@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import functools
 import hashlib
 import json
 import logging
+import platform
 import secrets
 import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,6 @@ from dattrain.runtime.owner import Owner, current_owner
 from dattrain.state import load
 from dattrain.state.background import BackgroundTask, HostBuffer, StagingCopy
 from dattrain.state.format import checkpoint, retention
-from dattrain.state.format.checkpoint import Found
 from dattrain.state.format.manifest import Manifest
 from dattrain.state.format.retention import Policy
 from dattrain.state.partition import MOMENTS, LocalState
@@ -84,9 +84,8 @@ class Checkpointer:
         self._owner = owner
         self.skipped: tuple[tuple[str, str], ...] = ()
         """Checkpoints that the last ``resume`` skipped: (name, reason), newest first."""
-        self._damaged: set[str] = (
-            set()
-        )  # of them, for retention: newer than what is saved now, they count for nothing
+        # Their names, for retention: newer than what is saved now, they count for nothing.
+        self._damaged: set[str] = set()
         self.resumed_from: Path | None = None
         self.rank, self.world = collectives.rank_and_world()
         self._writer = Writer(self.root, self.rank, self.world, patience, self._confirm)
@@ -148,7 +147,7 @@ class Checkpointer:
         else:
             self.wait()  # on every rank or on none: the other ranks will be in the collective below
         local = LocalState(engine)
-        states = ("param", *MOMENTS, *(() if ema is None else ("ema",)))
+        states = _states(ema)
         manifest = self._manifest(local, states, meta)
         staged = stage(local, states, ema, self.buffer)
         self._hook_steps(local)
@@ -178,20 +177,13 @@ class Checkpointer:
         Raises:
             UserError: it failed on any rank, or another process has taken the run folder; on every rank.
         """
-        failure: BaseException | None = None
-        try:
+
+        def settle() -> None:
             with contextlib.suppress(OSError):  # the next save will tell
                 self._confirm()
             self._task.wait()
-        except Exception as e:
-            failure = e
-        messages = [
-            m for m in collectives.all_gather(None if failure is None else str(failure)) if m is not None
-        ]
-        if failure is not None:
-            raise failure
-        if messages:
-            raise UserError(messages[0])
+
+        collectives.together(settle)
 
     def _confirm(self) -> None:
         if self._owner is not None:
@@ -200,8 +192,7 @@ class Checkpointer:
     def prepare(self, engine: Any, ema: list[Tensor] | None) -> None:
         """Take the host memory that saves will need (the bytes of the rank file) before the first step, not in the first save."""
         local = LocalState(engine)
-        states = ("param", *MOMENTS, *(() if ema is None else ("ema",)))
-        self.buffer.take(lay_out(local, states)[0].size).zero_()
+        self.buffer.take(lay_out(local, _states(ema))[0].size).zero_()
 
     def _manifest(self, local: LocalState, states: tuple[str, ...], meta: Mapping[str, Any]) -> Manifest:
         kept = dict(json.loads(json.dumps(dict(meta))))
@@ -240,10 +231,8 @@ class Checkpointer:
 
     # Restoring
 
-    def resume(
-        self, engine: Any, ema: list[Tensor] | None, *, folder: Path | None = None
-    ) -> dict[str, Any] | None:
-        """Restore the newest complete checkpoint (or ``folder``); collective. Returns its ``meta``, None if there is none at all.
+    def resume(self, engine: Any, ema: list[Tensor] | None) -> dict[str, Any] | None:
+        """Restore the newest complete checkpoint; collective. Returns its ``meta``, None if there is none at all.
 
         A damaged one is skipped, by name and reason, in the log and in ``skipped``, and the one before is taken.
 
@@ -255,7 +244,7 @@ class Checkpointer:
         skip: dict[str, str] = {}
         while True:
             # One rank looks: a thousand that read the manifest and ask for every file's size are a load of their own.
-            found = collectives.from_first(functools.partial(self._choose, folder, skip))
+            found = collectives.from_first(lambda: checkpoint.find(self.root, skip=skip))
             self.skipped = found.skipped
             if found.folder is None or found.manifest is None:
                 if self.skipped:
@@ -265,8 +254,6 @@ class Checkpointer:
                 load.load(local, found.folder, found.manifest, ema, verify=self.verify)
                 break
             except Damaged as e:
-                if folder is not None:
-                    raise UserError(f"{folder} is damaged: {e}") from e
                 skip[found.folder.name] = str(e)
         self._damaged = {name for name, _ in self.skipped}
         for name, why in self.skipped:
@@ -276,13 +263,9 @@ class Checkpointer:
         self.resumed_from = found.folder
         return dict(found.manifest.meta)
 
-    def _choose(self, folder: Path | None, skip: Mapping[str, str]) -> Found:
-        if folder is None:
-            return checkpoint.find(self.root, skip=skip)
-        try:
-            return Found(folder, checkpoint.check(folder))
-        except Damaged as e:
-            raise UserError(f"{folder} is damaged: {e}") from e
+
+def _states(ema: list[Tensor] | None) -> tuple[str, ...]:
+    return ("param", *MOMENTS, *(() if ema is None else ("ema",)))
 
 
 def describe(config: Config) -> Description:
@@ -293,9 +276,6 @@ def describe(config: Config) -> Description:
 
 def versions() -> dict[str, str]:
     """Versions that a manifest records."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
     found = {"python": platform.python_version()}
     for package in ("dattrain", "torch", "deepspeed", "timm"):
         with contextlib.suppress(PackageNotFoundError):

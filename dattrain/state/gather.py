@@ -26,14 +26,13 @@ State = Literal["param", "exp_avg", "exp_avg_sq", "ema"]
 
 
 def iter_tensors(
-    folder: Path, state: State = "param", *, verify: bool = True, names: Iterable[str] | None = None
+    folder: Path, state: State = "param", *, names: Iterable[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) for every parameter in the model's order: fp32, on the host, of the parameter's shape.
 
     Args:
         folder: a checkpoint (``step_...``), or a run folder, which means its newest complete one.
         state: what to gather. ``ema`` takes the weights of frozen parameters, which do not move; moments leave them out.
-        verify: whether to check checksums of what is read.
         names: read these alone.
 
     Raises:
@@ -51,7 +50,7 @@ def iter_tensors(
             if (wanted is None or name in wanted) and (parameter.trainable or state in ("param", "ema"))
         }
         for group in _groups(manifest, sources):
-            yield from _full(folder, manifest, {(sources[name], name) for name in group}, verify=verify)
+            yield from _full(folder, manifest, {(sources[name], name) for name in group})
     except Damaged as e:
         raise UserError(f"{folder} is damaged: {e}") from e
 
@@ -70,9 +69,7 @@ def _groups(manifest: Manifest, names: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _full(
-    folder: Path, manifest: Manifest, wanted: set[tuple[str, str]], *, verify: bool
-) -> Iterator[tuple[str, Tensor]]:
+def _full(folder: Path, manifest: Manifest, wanted: set[tuple[str, str]]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every (state, name) that is ``wanted``, in the model's order: one pass over the rank files."""
     state_of = {name: state for state, name in wanted}
     tensors = {name: torch.empty(p.numel) for name, p in manifest.parameters.items() if name in state_of}
@@ -92,7 +89,7 @@ def _full(
         return spans
 
     files = [(folder / name, digest) for name, digest in manifest.files.items()]
-    with prefetch(files, choose, verify=verify) as found:
+    with prefetch(files, choose) as found:
         for _, parts in found:
             for (name, start), at, data in parts:
                 first = start + at // 4
@@ -104,21 +101,21 @@ def _full(
         yield name, tensor.reshape(manifest.parameters[name].shape)
 
 
-def load_tensors(folder: Path, state: State = "param", *, verify: bool = True) -> dict[str, Tensor]:
+def load_tensors(folder: Path, state: State = "param") -> dict[str, Tensor]:
     """All of ``iter_tensors`` and the buffers: a state dict in fp32 (buffers in their own dtype)."""
     folder = checkpoint.locate(Path(folder))
-    tensors = dict(iter_tensors(folder, state, verify=verify))
+    tensors = dict(iter_tensors(folder, state))
     if state in ("param", "ema"):
-        tensors.update(load_buffers(folder, verify=verify))
+        tensors.update(load_buffers(folder))
     return tensors
 
 
-def load_buffers(folder: Path, *, verify: bool = True) -> dict[str, Tensor]:
+def load_buffers(folder: Path) -> dict[str, Tensor]:
     """The buffers of a checkpoint, in their own dtype. Raises UserError."""
     folder = checkpoint.locate(Path(folder))
     try:
         manifest = checkpoint.check(folder)
         files = [(folder / name, digest) for name, digest in manifest.files.items()]
-        return load.read_buffers(files, manifest.buffers, verify=verify)
+        return load.read_buffers(files, manifest.buffers, verify=True)
     except Damaged as e:
         raise UserError(f"{folder} is damaged: {e}") from e

@@ -20,10 +20,11 @@ Tested against DeepSpeed 0.19.8. Attributes used that are not its public interfa
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from dattrain.errors import UserError
 from dattrain.runtime.collectives import rank_and_world
 from dattrain.state.format.manifest import Parameter
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS: tuple[Literal["exp_avg", "exp_avg_sq"], ...] = ("exp_avg", "exp_avg_sq")
 MINIMUM_VERSION = (0, 19, 8)
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -111,11 +112,14 @@ class LocalState:
             size = self.masters[flat].numel()
             first = size * self.rank
             for parameter, begin in zip(group, begins):
-                name, numel = names[id(parameter)], parameter.numel()
+                name = names[id(parameter)]
                 self._home[name] = flat
-                lo, hi = max(begin, first), min(begin + numel, first + size)
+                lo, hi = max(begin, first), min(begin + parameter.numel(), first + size)
                 if lo < hi:
-                    self._add(name, tuple(parameter.shape), lo - begin, hi - lo, flat, lo - first)
+                    shape, numel = tuple(parameter.shape), hi - lo
+                    self.fragments.append(
+                        Fragment(name, shape, lo - begin, numel, flat, lo - first, (0, numel))
+                    )
 
     def _partition_by_parameter(self) -> None:
         zero = self._zero
@@ -129,10 +133,15 @@ class LocalState:
                 continue
             flat, offset, size = zero.grad_position[zero.get_param_id(parameter)]
             self._home[name] = flat
-            start = size * self.rank
-            numel = min(size, parameter.ds_numel - start)
-            if numel > 0:
-                self._add(name, tuple(parameter.ds_shape), start, numel, flat, offset)
+            self._add_slice(name, parameter, size, flat, offset)
+
+    def _add_slice(self, name: str, parameter: Any, size: int, flat: int, offset: int) -> None:
+        """This rank's slice, ``size`` elements or what is left, of a parameter that stage 3 has cut up."""
+        start = size * self.rank
+        numel = min(size, parameter.ds_numel - start)
+        if numel > 0:
+            shape = tuple(parameter.ds_shape)
+            self.fragments.append(Fragment(name, shape, start, numel, flat, offset, (0, numel)))
 
     def _replicate(self) -> None:
         trainable = {n: p for n, p in self._named.items() if _optimized(p)}
@@ -141,35 +150,22 @@ class LocalState:
         shares = _shares([p.numel() for p in trainable.values()], self.rank, self.world)
         for flat, ((name, parameter), saved) in enumerate(zip(trainable.items(), shares)):
             self._home[name] = flat
-            self._add(name, tuple(parameter.shape), 0, parameter.numel(), flat, 0, saved)
+            self.fragments.append(
+                Fragment(name, tuple(parameter.shape), 0, parameter.numel(), flat, 0, saved)
+            )
 
     def _add_frozen(self) -> None:
         frozen = {n: p for n, p in self._named.items() if not _optimized(p)}
         shares = _shares([_numel(p) for p in frozen.values()], self.rank, self.world)
         for (name, parameter), saved in zip(frozen.items(), shares):
             if hasattr(parameter, "ds_id"):
-                size = parameter.ds_tensor.ds_numel
-                start = size * self.rank
-                numel = min(size, parameter.ds_numel - start)
                 self._frozen[name] = parameter.ds_tensor
-                if numel > 0:
-                    self._add(name, tuple(parameter.ds_shape), start, numel, -1, 0)
+                self._add_slice(name, parameter, parameter.ds_tensor.ds_numel, -1, 0)
             else:
                 self._frozen[name] = parameter.data
                 if parameter.numel():
-                    self._add(name, tuple(parameter.shape), 0, parameter.numel(), -1, 0, saved)
-
-    def _add(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        start: int,
-        numel: int,
-        flat: int,
-        offset: int,
-        saved: tuple[int, int] | None = None,
-    ) -> None:
-        self.fragments.append(Fragment(name, shape, start, numel, flat, offset, saved or (0, numel)))
+                    shape, numel = tuple(parameter.shape), parameter.numel()
+                    self.fragments.append(Fragment(name, shape, 0, numel, -1, 0, saved))
 
     def _check_group(self, group: Any) -> None:
         import torch.distributed as dist
@@ -217,21 +213,20 @@ class LocalState:
             # Under stage 0 a parameter without gradients is not stepped; the partition that takes it in counts on.
             step = max(values)
             key = self._keys[flat]
-            optimizer, group = self._owner(flat, key)
+            optimizer = self._owner(flat, key)
             state = optimizer.state[key]
             for moment in MOMENTS:
                 if moment not in state:
                     state[moment] = torch.zeros_like(self.masters[flat], memory_format=torch.preserve_format)
-            state["step"] = _step_value(optimizer, group, state.get("step"), step, self.masters[flat].device)
+            state["step"] = _step_value(optimizer, state.get("step"), step, self.masters[flat].device)
 
-    def _owner(self, flat: int, key: Tensor) -> tuple[Any, Mapping[str, Any]]:
+    def _owner(self, flat: int, key: Tensor) -> Any:
+        """The optimizer that steps a master."""
         for optimizer in self.optimizers:
             if key in optimizer.state:
-                return optimizer, optimizer.param_groups[0]
-        optimizer = self.optimizers[0]
-        if len(self.optimizers) > 1 and self._zero.subgroup_to_device[flat] != "cpu":
-            optimizer = self.optimizers[1]
-        return optimizer, optimizer.param_groups[0]
+                return optimizer
+        on_device = len(self.optimizers) > 1 and self._zero.subgroup_to_device[flat] != "cpu"
+        return self.optimizers[1 if on_device else 0]
 
     def begin_write(self) -> None:
         """To be called on all ranks before weights are written: releases gathered parameters (stage 3)."""
@@ -264,14 +259,11 @@ class LocalState:
     def scalars(self) -> dict[str, Any]:
         """Loss scale and counters, as JSON."""
         engine = self.engine
-        scaler = getattr(self._zero, "loss_scaler", None)
         return {
             "global_steps": int(engine.global_steps),
             "global_samples": int(engine.global_samples),
             "skipped_steps": int(engine.skipped_steps),
-            "loss_scaler": {k: getattr(scaler, k) for k in _SCALER if hasattr(scaler, k)}
-            if getattr(scaler, "dynamic", False)
-            else None,
+            "loss_scaler": scaler_state(getattr(self._zero, "loss_scaler", None)),
         }
 
     def set_scalars(self, scalars: Mapping[str, Any]) -> None:
@@ -294,6 +286,13 @@ class LocalState:
             plain = {k: list(v) if isinstance(v, tuple) else v for k, v in group.items() if k != "params"}
             found.append({k: v for k, v in plain.items() if _is_plain(v)})
         return found
+
+
+def scaler_state(scaler: Any) -> dict[str, Any] | None:
+    """Fields of DeepSpeed's dynamic loss scaler; None for a static one, or none."""
+    if not getattr(scaler, "dynamic", False):
+        return None
+    return {k: getattr(scaler, k) for k in _SCALER if hasattr(scaler, k)}
 
 
 def read(tensor: Tensor, offset: int, numel: int) -> Tensor:
@@ -326,11 +325,7 @@ def _numel(parameter: Tensor) -> int:
 
 
 def _running(sizes: list[int]) -> list[int]:
-    begins, at = [], 0
-    for size in sizes:
-        begins.append(at)
-        at += size
-    return begins
+    return list(itertools.accumulate(sizes[:-1], initial=0))
 
 
 def _shares(sizes: list[int], rank: int, world: int) -> list[tuple[int, int]]:
@@ -344,11 +339,12 @@ def _shares(sizes: list[int], rank: int, world: int) -> list[tuple[int, int]]:
     ]
 
 
-def _step_value(optimizer: Any, group: Mapping[str, Any], old: Any, step: int, device: torch.device) -> Any:
+def _step_value(optimizer: Any, old: Any, step: int, device: torch.device) -> Any:
     if isinstance(old, Tensor):
         return torch.full_like(old, float(step))
     if isinstance(old, int) or not isinstance(optimizer, torch.optim.Adam):
         return step  # DeepSpeed's own Adams count in an int
+    group = optimizer.param_groups[0]
     on_device = group.get("capturable") or group.get("fused")
     return torch.tensor(float(step), dtype=torch.float32, device=device if on_device else "cpu")
 

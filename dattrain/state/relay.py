@@ -124,10 +124,5 @@ class _Channel:
                 failure, view[size] = e, 1
         collectives.broadcast_tensor(message, source)
         if view[size]:
-            collectives.from_rank(source, lambda: _raise(failure))
+            collectives.raise_from(source, failure)
         return view[:size]
-
-
-def _raise(failure: Exception | None) -> None:
-    if failure is not None:
-        raise failure

@@ -1,8 +1,7 @@
 """Writing one checkpoint: each rank's rank file as laid out in host memory, markers beside it, and rank 0's manifest.
 
-``stage`` runs where the state is as it shall be saved; ``Writer.write`` runs on the thread of a save. There is no collective:
-each rank writes its rank file and leaves a marker beside it, and rank 0 publishes when it has seen all markers. When to save,
-and what follows for the run, is in ``checkpointer``.
+``stage`` runs where the state is as it shall be saved, ``Writer.write`` on the thread of a save. There is no collective: rank 0
+publishes when it has seen all markers. When to save, and what follows for the run, is in ``checkpointer``.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from dattrain.config.derive import check_source, derive
 from dattrain.config.load import Loaded
 from dattrain.engine import resume_rules
 from dattrain.errors import ConfigError, UserError
-from dattrain.observe import metrics
 from dattrain.runtime import owner
 from dattrain.submit import history, host, queue, run_status, shell, slurm
 from dattrain.submit.plan import Stage
@@ -114,14 +113,12 @@ def measured(run: Path, global_batch: int) -> tuple[float | None, float | None]:
 
     Steps by the rate in metrics.jsonl; a save by what lies between the first and the last file of a checkpoint's folder.
     """
-    step_s = save_s = None
-    for row in metrics.read(run)[-500:]:
-        rate = row.get("images_per_s")
-        step_s = global_batch / rate if rate else step_s
+    save_s = None
+    rate = run_status.read_metrics(run / "metrics.jsonl").get("images_per_s")
     for manifest in run.glob("checkpoints/step_*/manifest.json"):
         times = [file.stat().st_mtime for file in manifest.parent.iterdir()]
         save_s = max(save_s or 0.0, max(times) - min(times))
-    return step_s, save_s
+    return global_batch / rate if rate else None, save_s
 
 
 def check_run(run: Path, loaded: Loaded) -> None:
@@ -190,12 +187,9 @@ def overruled(stage: Stage, environ: Mapping[str, str]) -> list[str]:
     script = slurm.script(stage.profile, stage.placement())
     lines = []
     for variable, (option, value) in shell.overruled(environ, script).items():
+        said = f"the job says --{option}{'=' if value else ''}{value}"
+        holds = said if option else "dattrain submit has its own way"
         if value != environ[variable] or not option:
-            holds = (
-                f"the job says --{option}{'=' if value else ''}{value}"
-                if option
-                else "dattrain submit has its own way"
-            )
             lines.append(f"{variable}={environ[variable]} of this shell is not used: {holds}")
     if environ.get("MASTER_ADDR"):
         lines.append(

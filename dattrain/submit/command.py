@@ -29,10 +29,10 @@ def output(*command: str, timeout_s: float = 90.0) -> str:
         return ""
 
 
-def run(*command: str, timeout_s: float = TIMEOUT_S) -> str | None:
+def run(*command: str) -> str | None:
     """Run a command. Returns None, or the error: what it printed, or that it is not there or hangs."""
     try:
-        done = _run(command, timeout_s)
+        done = _run(command, TIMEOUT_S)
     except (OSError, subprocess.SubprocessError) as error:
         return _failure(command, error)
     return None if done.returncode == 0 else one_line(done.stderr, done.stdout) or f"status {done.returncode}"
@@ -60,12 +60,8 @@ def sbatch(script: Path, text: str, *options: str) -> tuple[str | None, str]:
         return None, f"sbatch said: {one_line(done.stderr, done.stdout) or done.returncode}"
     said = one_line(done.stdout, done.stderr, both=True)
     found = job_id(done.stdout)
-    return (
-        found,
-        ""
-        if found
-        else f"sbatch gave no job id (see squeue for what it may have queued) but: {said or 'nothing'}",
-    )
+    why = f"sbatch gave no job id (see squeue for what it may have queued) but: {said or 'nothing'}"
+    return found, "" if found else why
 
 
 def one_line(said: str, otherwise: str = "", *, both: bool = False) -> str:

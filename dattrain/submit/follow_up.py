@@ -11,7 +11,7 @@ from typing import Any, Sequence  # noqa: UP035 (Python 3.8 runs this file)
 
 from dattrain.files import write_atomically
 from dattrain.submit import command
-from dattrain.submit.history import expand, history, record, since_submission
+from dattrain.submit.history import expand, history, record, since_submission, submitted_jobs
 
 
 def script_of(text: str, task: int | None) -> str:
@@ -89,8 +89,7 @@ def _dependent_jobs(spec: dict[str, Any]) -> list[str]:
     """Jobs of the chain's next stages that were queued behind this run."""
     waiting: list[str] = []
     for run in spec.get("dependents", []):
-        jobs = [e["job"] for e in history(run) if e["event"] == "submit"]
-        waiting += jobs[-1:]
+        waiting += submitted_jobs(history(run))[-1:]
     return waiting
 
 

@@ -18,6 +18,8 @@ what another folder's jobs did is not part of ``history``.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -66,10 +68,8 @@ def _events(run: str | Path) -> tuple[list[Event], list[str | None]]:
     events = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+            with contextlib.suppress(ValueError):
                 events.append(json.loads(line))
-            except ValueError:
-                continue
     # Before each submission said where it was made, only the newest could tell, by its spec.json.
     older = "" if any(event.get("run") for event in events) else _folder_of_spec(run)
     folders = [event.get("run", older) if event.get("event") == "submit" else None for event in events]
@@ -91,6 +91,11 @@ def _same_folder(folder: str | Path, run: str | Path) -> bool:
         return os.path.samefile(folder, run)
     except OSError:
         return False
+
+
+def submitted_jobs(events: Sequence[Event]) -> list[str]:
+    """Jobs of the submissions among ``events``, in order."""
+    return [event["job"] for event in events if event["event"] == "submit"]
 
 
 def record(run: str | Path, event: str, **fields: Any) -> Event:
@@ -179,11 +184,8 @@ def classify(
     if said == "preempted":
         return ("time limit" if at_limit else "preempted"), saved, None
     if state == "TIMEOUT":
-        return (
-            "time limit",
-            "killed before it had saved; signal_delay_s is too short for a step and a save",
-            None,
-        )
+        detail = "killed before it had saved; signal_delay_s is too short for a step and a save"
+        return "time limit", detail, None
     if stalled is not None:
         # Ranks that wait for one another are silent together: the first to notice is not to blame.
         where = "rank {} on {} was silent for {} s in {!r}"
@@ -220,9 +222,9 @@ def decide(events: Sequence[Event], *, retries: int, checkpoint_new: bool) -> tu
         retries: crashes that are forgiven per submission by hand.
         checkpoint_new: whether the attempt published a checkpoint.
 
-    Actions: ``done``, ``stop``, ``again``. A preemption, like an administrator's requeue, is the cluster's doing and the run always resumes. After a crash, or an
-    attempt that the time limit ended, it resumes only if it left a new checkpoint: what cannot make one step in a whole job
-    never will.
+    Actions: ``done``, ``stop``, ``again``. A preemption, like an administrator's requeue, is the cluster's doing and the run
+    always resumes. After a crash, or an attempt that the time limit ended, it resumes only if it left a new checkpoint: what
+    cannot make one step in a whole job never will.
     """
     last = events[-1]
     reason = last["reason"]
@@ -237,32 +239,20 @@ def decide(events: Sequence[Event], *, retries: int, checkpoint_new: bool) -> tu
         return "again", reason, []
     if not checkpoint_new:
         if reason == NODE_FAILURE:
-            row = 0
-            for end in reversed(ends):
-                if end["reason"] != NODE_FAILURE or end.get("new"):
-                    break
-                row += 1
+            fruitless = itertools.takewhile(
+                lambda end: end["reason"] == NODE_FAILURE and not end.get("new"), reversed(ends)
+            )
+            row = len(list(fruitless))
             if row <= retries:
-                return (
-                    "again",
-                    f"node failure {row} of {retries} in a row without a new checkpoint",
-                    [],
-                )
+                return "again", f"node failure {row} of {retries} in a row without a new checkpoint", []
             return "stop", f"{row} node failures in a row without a new checkpoint", []
-        return (
-            "stop",
-            "{} without having published a new checkpoint: {}".format(_past(reason), last["detail"]),
-            [],
-        )
+        past = {"time limit": "reached its time limit"}.get(reason, reason)
+        return "stop", f"{past} without having published a new checkpoint: {last['detail']}", []
     if reason in ("time limit", NODE_FAILURE):
         return "again", reason, []
     crashes = [e for e in ends if e["reason"] in CRASHES]
     if len(crashes) > retries:
-        return (
-            "stop",
-            "crashed {} times, and --retries is {}: {}".format(len(crashes), retries, last["detail"]),
-            [],
-        )
+        return "stop", f"crashed {len(crashes)} times, and --retries is {retries}: {last['detail']}", []
     named = [str(e["node"]) for e in crashes if e.get("node")]
     bad = sorted({node for node in named if named.count(node) >= 2})
     return "again", f"crash {len(crashes)} of {retries} that are forgiven", bad
@@ -279,18 +269,73 @@ def cancelled(events: Sequence[Event]) -> bool:
     return any(e["event"] == "cancel" for e in since_submission(events))
 
 
-def _past(reason: str) -> str:
-    return {"crashed": "crashed", "time limit": "reached its time limit"}.get(reason, reason)
-
-
 def read_spec(run: str | Path) -> dict[str, Any]:
     """``submit/spec.json``: what the submission fixed (see ``dattrain.submit.submission``)."""
     return dict(json.loads((Path(run) / "submit" / "spec.json").read_text(encoding="utf-8")))
 
 
+def this_attempt() -> tuple[str, int]:
+    """This Slurm job as squeue and submitit name it (``123``, or ``123_4`` within an array), and how often it was requeued."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    return job, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
 def attempt_folder(run: str | Path, job: str, restart: int) -> Path:
     """Where the ranks of one attempt leave their outcome and errors."""
     return Path(run) / "submit" / "attempts" / f"{job}.{restart}"
+
+
+def outcome_of(run: str | Path, job: str, restart: int) -> Event | None:
+    """What rank 0 of an attempt wrote when training returned, or None."""
+    return _json(attempt_folder(run, job, restart) / "outcome.json")
+
+
+def stalled_file(run: str | Path) -> Path:
+    """File of the first rank that notices a stall (``dattrain.runtime.health``); an attempt begins by removing an older one."""
+    return Path(run) / "logs" / "stalled.json"
+
+
+def record_end(
+    run: str | Path,
+    spec: dict[str, Any],
+    begun: Event,
+    *,
+    status: int,
+    slurm_state: str | None,
+    stderr: str,
+    last_error: Callable[[int], str],
+    may_exclude: bool,
+) -> Event:
+    """Record how the attempt ``begun`` ended just now, by what its ranks left behind, and what follows; returns the ``end``.
+
+    Args:
+        status, slurm_state, stderr, last_error: as for ``classify``.
+        may_exclude: whether a job can be kept off nodes.
+    """
+    job, restart = begun["job"], begun["restart"]
+    found = map(_json, sorted(attempt_folder(run, job, restart).glob("rank_*.json")))
+    reports = sorted((report for report in found if report), key=lambda report: report.get("time", 0))
+    reason, detail, node = classify(
+        status=status, outcome=outcome_of(run, job, restart), slurm_state=slurm_state,
+        elapsed_s=time.time() - begun["time"], time_s=spec["time_s"], signal_delay_s=spec["signal_delay_s"], stderr=stderr,
+        reports=reports, stalled=_json(stalled_file(run)), last_error=last_error,
+    )  # fmt: skip
+    now = newest_checkpoint(run)
+    end: Event = {"reason": reason, "detail": detail, "node": node, "checkpoint": now}
+    end["new"] = now is not None and now != begun["checkpoint"]
+    action, why, bad = decide(
+        [*history(run), {"event": "end", **end}], retries=spec["retries"], checkpoint_new=end["new"]
+    )
+    excluded = {"exclude": bad} if bad and may_exclude else {}
+    return record(run, "end", job=job, restart=restart, **end, action=action, why=why, **excluded)
+
+
+def _json(path: Path) -> Event | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def open_attempt(events: Sequence[Event]) -> Event | None:

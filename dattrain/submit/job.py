@@ -23,7 +23,7 @@ from typing import Any, Literal
 from dattrain.errors import UserError
 from dattrain.files import write_atomically
 from dattrain.runtime.owner import InUse
-from dattrain.submit.history import attempt_folder
+from dattrain.submit.history import attempt_folder, this_attempt
 from dattrain.urls import mask
 
 
@@ -55,9 +55,8 @@ class Job:
         return result
 
     def checkpoint(self) -> Any:
-        """Write down a preemption: submitit calls this in a signal handler, on rank 0 alone, when the signal comes before training has started.
+        """Write down that the run is to resume: submitit calls this on rank 0 alone, for a signal before training has started.
 
-        Nothing has been trained then and nothing can be saved here, so it only writes down that the run is to resume.
         None tells submitit not to requeue: the job hook does.
         """
         _publish(self._folder() / "outcome.json", {"status": "preempted", "step": None, "time": time.time()})
@@ -90,12 +89,9 @@ def _leave() -> None:
 
 def attempt() -> tuple[str, int]:
     """Job id and restart count of this task, as the job hook names them."""
-    env = os.environ
-    if env.get("SUBMITIT_EXECUTOR") == "local":
-        return env["SUBMITIT_LOCAL_JOB_ID"], 0
-    array = env.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"]
-    return job, int(env.get("SLURM_RESTART_COUNT") or 0)
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+        return os.environ["SUBMITIT_LOCAL_JOB_ID"], 0
+    return this_attempt()
 
 
 def _rank() -> int:
@@ -123,17 +119,8 @@ def _evaluate(run: Path) -> dict[str, Any]:
     if source is None:
         raise UserError(f"{run}: an evaluation needs init.from, the run to evaluate")
     enter = str(Path(__file__).with_name("enter.py"))
-    command = [
-        sys.executable,
-        enter,
-        "-m",
-        "dattrain",
-        "eval",
-        source,
-        "--json",
-        str(run / "evaluation.json"),
-    ]
-    code = subprocess.run(command).returncode
+    words = ["-m", "dattrain", "eval", source, "--json", str(run / "evaluation.json")]
+    code = subprocess.run([sys.executable, enter, *words]).returncode
     if code in (1, 2):
         raise UserError(
             f"dattrain eval {source} ended with status {code}; what it said is in the log of this rank"

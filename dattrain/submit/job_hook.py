@@ -7,21 +7,20 @@ neither a container nor a broken environment of the tasks can keep a run from re
     python3 enter.py -m dattrain.submit.job_hook guard RUN        # beside srun; requeues a job whose save outran its time limit
     python3 enter.py -m dattrain.submit.job_hook end RUN STATUS   # after srun, with its exit status; requeues, or lets the next one start
 
-What it writes and how it decides is in ``dattrain.submit.history``, how it queues the next job in ``dattrain.submit.follow_up``. Not here: the signal and the save
-(``dattrain.runtime.signals``, ``dattrain.engine.train``), and the first submission (``dattrain.submit.submission``).
+What it writes and how it decides is in ``dattrain.submit.history``, how it queues the next job in ``dattrain.submit.follow_up``.
+Not here: the signal and the save (``dattrain.runtime.signals``, ``dattrain.engine.train``), and the first submission
+(``dattrain.submit.submission``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import re
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any, Sequence  # noqa: UP035 (Python 3.8 runs this file)
 
 from dattrain.errors import REQUEUE
@@ -38,9 +37,13 @@ from dattrain.submit.history import (
     history,
     newest_checkpoint,
     open_attempt,
+    outcome_of,
     read_spec,
     record,
+    record_end,
     since_submission,
+    stalled_file,
+    this_attempt,
 )
 
 # Exit statuses of a batch script. Slurm shows them; afterok and afternotok see zero or not.
@@ -53,16 +56,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """What reaches the whole batch script, job hook included, while Slurm ends its job or a user signals it."""
 
 
-def job_id() -> str:
-    """This job as squeue and submitit name it: ``123``, or ``123_4`` within an array."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return "{}_{}".format(array, os.environ["SLURM_ARRAY_TASK_ID"]) if array else os.environ["SLURM_JOB_ID"]
-
-
 def begin(run: str) -> int:
     """Record the end of an attempt that vanished, and the begin of this one. Returns the exit status of the batch script; 0: may start."""
-    spec, job = read_spec(run), job_id()
-    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    spec, (job, restart) = read_spec(run), this_attempt()
     events = _submitted(run, job)
     if cancelled(events):
         follow_up.say("not started: cancelled by dattrain cancel")
@@ -99,7 +95,7 @@ def begin(run: str) -> int:
     record(run, "begin", job=job, restart=restart, nodes=nodes, checkpoint=now)
     attempt_folder(run, job, restart).mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):
-        _stalled(run).unlink()
+        stalled_file(run).unlink()
     follow_up.say(
         job_state.ATTEMPT_MARK[len("dattrain: ") :]
         + "{}: {}".format(",".join(nodes), f"from step {now}" if now is not None else "from the start")
@@ -122,41 +118,21 @@ def _submitted(run: str, job: str) -> list[Event]:
 def end(run: str, status: int) -> int:
     """Write down how the attempt ended and act on it. Returns the exit status of the batch script."""
     _end_guard()
-    spec, job = read_spec(run), job_id()
-    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    events = history(run)
-    started = open_attempt(events)
+    spec, (job, restart) = read_spec(run), this_attempt()
+    started = open_attempt(history(run))
     if started is None or (started["job"], started["restart"]) != (job, restart):
         # The guard came first; or Slurm has long started another, since it had lost sight of this node.
         return AGAIN
-    folder = attempt_folder(run, job, restart)
-    outcome = _json(folder / "outcome.json")
-    reports = [r for r in map(_json, sorted(folder.glob("rank_*.json"))) if r]
-    reports.sort(key=lambda r: r.get("time", 0))
     state, by_slurm = job_state.query(
         os.environ["SLURM_JOB_ID"], restart, functools.partial(job_state.stderr_of, spec, job)
     )
-    reason, detail, node = classify(
-        status=status, outcome=outcome, slurm_state=state, elapsed_s=time.time() - started["time"],
-        time_s=spec["time_s"], signal_delay_s=spec["signal_delay_s"], stderr=job_state.stderr_of(spec, job),
-        reports=reports, stalled=_json(_stalled(run)), last_error=functools.partial(job_state.last_error_of_rank, spec, job),
+    ended = record_end(
+        run, spec, started, status=status, slurm_state=state, stderr=job_state.stderr_of(spec, job),
+        last_error=functools.partial(job_state.last_error_of_rank, spec, job), may_exclude=True,
     )  # fmt: skip
-    now = newest_checkpoint(run)
-    new = now is not None and now != started["checkpoint"]
-    action, why, bad = decide(
-        [*events, {"event": "end", "reason": reason, "detail": detail, "node": node, "new": new}],
-        retries=spec["retries"],
-        checkpoint_new=new,
-    )
-    record(
-        run, "end", job=job, restart=restart, reason=reason, detail=detail, node=node, checkpoint=now, new=new,
-        action=action, why=why, **({"exclude": bad} if bad else {}),
-    )  # fmt: skip
-    follow_up.say(
-        "{}: {}; {}".format(
-            reason, detail, {"again": "resumes (" + why + ")", "done": "done"}.get(action, "ends: " + why)
-        )
-    )
+    action, why, reason = ended["action"], ended["why"], ended["reason"]
+    follows = {"again": f"resumes ({why})", "done": "done"}.get(action, f"ends: {why}")
+    follow_up.say("{}: {}; {}".format(reason, ended["detail"], follows))
     if action == "done":
         return DONE
     if action == "stop":
@@ -165,7 +141,7 @@ def end(run: str, status: int) -> int:
         return STOPPED if reason == "stopped" else BROKEN
     excluded = follow_up.excluded_nodes(run, spec)
     if spec["requeue"] == "follow-up" and follow_up.find(run, job) is not None:
-        if bad:
+        if ended.get("exclude"):
             follow_up.exclude_nodes(run, spec, job, excluded)
         return AGAIN
     if by_slurm or (reason == NODE_FAILURE and spec["requeue"] == "scontrol"):
@@ -219,8 +195,7 @@ def guard(run: str) -> int:
     signal.signal(signal.SIGTERM, lambda *_: signalled.append(time.monotonic()))
     # Bash reports a job that a signal has killed, and not one that ends by itself.
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
-    spec, job = read_spec(run), job_id()
-    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    spec, (job, restart) = read_spec(run), this_attempt()
     save_s = max(1.0, _kill_wait() - 4)
     while True:
         time.sleep(0.5)
@@ -263,7 +238,7 @@ def _what_happened(run: str, spec: dict[str, Any], attempt: Event, same: bool) -
     state = job_state.query_ended(job, job_state.stderr_of(spec, job)).state
     if state in ("PREEMPTED", "REQUEUED", "TIMEOUT", "OUT_OF_MEMORY") or (state == "CANCELLED" and not same):
         reason, detail, _ = classify(
-            status=1, outcome=_json(attempt_folder(run, job, attempt["restart"]) / "outcome.json"), slurm_state=state,
+            status=1, outcome=outcome_of(run, job, attempt["restart"]), slurm_state=state,
             elapsed_s=0, time_s=0, signal_delay_s=0, stderr="", reports=[],
         )  # fmt: skip
         return reason, detail
@@ -277,18 +252,6 @@ def _what_happened(run: str, spec: dict[str, Any], attempt: Event, same: bool) -
             ",".join(nodes) or "unknown nodes"
         ),
     )
-
-
-def _stalled(run: str) -> Path:
-    """File of the first rank that notices a stall (``dattrain.runtime.health``); of this attempt: ``begin`` removes an older one."""
-    return Path(run) / "logs" / "stalled.json"
-
-
-def _json(path: Path) -> Event | None:
-    try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def main(argv: Sequence[str]) -> int:

@@ -100,7 +100,6 @@ def supervise(run: Path) -> int:
 def _attempt(run: Path, spec: dict[str, Any]) -> str:
     from submitit.local.local import LocalExecutor
 
-    before = history.newest_checkpoint(run)
     enter = Path(__file__).with_name("enter.py")
     executor = LocalExecutor(spec["folder"], python=shlex.join([sys.executable, str(enter)]))
     executor.update_parameters(
@@ -109,9 +108,8 @@ def _attempt(run: Path, spec: dict[str, Any]) -> str:
         timeout_min=spec["time_s"] / 60,
         signal_delay_s=spec["signal_delay_s"],
     )
-    started = time.time()
-    stalled = run / "logs" / "stalled.json"
-    stalled.unlink(missing_ok=True)
+    history.stalled_file(run).unlink(missing_ok=True)
+    before = history.newest_checkpoint(run)
     job = executor.submit(Job(str(run), spec["action"]))
     begun = history.record(
         run, "begin", job=job.job_id, restart=0, nodes=[socket.gethostname()], checkpoint=before
@@ -119,32 +117,18 @@ def _attempt(run: Path, spec: dict[str, Any]) -> str:
     try:
         status = _wait(job, spec["tasks_per_node"], history.attempt_folder(run, job.job_id, 0))
     except _Terminated:
-        _end_tasks(job, GRACE_S)
+        _end_tasks(job)
         history.record(
             run, "end", job=job.job_id, restart=0, reason="cancelled", detail="the supervisor was told to end", node=None,
             checkpoint=history.newest_checkpoint(run), new=False, action="stop", why="cancelled",
         )  # fmt: skip
         raise
-    folder = history.attempt_folder(run, job.job_id, 0)
-    reports = [r for path in sorted(folder.glob("rank_*.json")) if (r := _json(path))]
-    reports.sort(key=lambda r: r.get("time", 0))
-    reason, detail, node = history.classify(
-        status=status, outcome=_json(folder / "outcome.json"), slurm_state=None, elapsed_s=time.time() - started,
-        time_s=spec["time_s"], signal_delay_s=spec["signal_delay_s"], stderr="", reports=reports,
-        stalled=_json(stalled), last_error=partial(job_state.last_error_of_rank, spec, job.job_id),
+    ended = history.record_end(
+        run, spec, begun, status=status, slurm_state=None, stderr="",
+        last_error=partial(job_state.last_error_of_rank, spec, job.job_id), may_exclude=False,
     )  # fmt: skip
-    now = history.newest_checkpoint(run)
-    new = now is not None and now != begun["checkpoint"]
-    last = {"event": "end", "reason": reason, "detail": detail, "node": node, "new": new}
-    action, why, _ = history.decide(
-        [*history.history(run), last], retries=spec["retries"], checkpoint_new=new
-    )
-    history.record(
-        run, "end", job=job.job_id, restart=0, reason=reason, detail=detail, node=node, checkpoint=now, new=new,
-        action=action, why=why,
-    )  # fmt: skip
-    print(f"dattrain: {reason}: {detail}; {action} ({why})", flush=True)
-    return action
+    print("dattrain: {reason}: {detail}; {action} ({why})".format(**ended), flush=True)
+    return str(ended["action"])
 
 
 def _wait(job: Any, world: int, folder: Path) -> int:
@@ -172,11 +156,11 @@ def _ended_well(job: Any, rank: int, folder: Path) -> bool:
     return result.exists() and not (folder / f"rank_{rank:05d}.json").exists()
 
 
-def _end_tasks(job: Any, grace_s: float) -> None:
+def _end_tasks(job: Any) -> None:
     tasks = _children(job._process.pid)
     for pid in tasks:
         _kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + grace_s
+    deadline = time.monotonic() + GRACE_S
     while time.monotonic() < deadline and any(start_time(pid) is not None for pid in tasks):
         time.sleep(0.2)
     for pid in tasks:
@@ -203,13 +187,6 @@ def _rank_of(pid: int) -> int | None:
 def _kill(pid: int, signum: int) -> None:
     with contextlib.suppress(OSError):
         os.kill(pid, signum)
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def describe(planned: SubmissionPlan) -> str:
         tasks = stage.profile.tasks
         lines = [
             f"{stage.name}: {low if low == high else f'{low}-{high}'} node(s) x {tasks} task(s), "
-            f"{stage.minutes} min a job, profile {stage.profile_name}{waits}"
+            f"{_limit(stage)}profile {stage.profile_name}{waits}"
         ]
         for folder, loaded in zip(stage.runs, stage.loaded):
             config = loaded.config
@@ -236,18 +236,25 @@ def describe(planned: SubmissionPlan) -> str:
                     f"{derived.accumulation} accumulated; peak learning rate {derived.peak_lr:g}; "
                     f"{config.schedule.epochs:g} epochs"
                 )
-        lines.append(
-            f"  saves {stage.profile.signal_delay_s} s before the limit and resumes by "
-            f"{'scontrol requeue' if stage.profile.requeue == 'scontrol' else 'a follow-up job'}; "
-            f"{stage.retries} crash(es) forgiven, each only after a new checkpoint"
-        )
+        forgiven = f"{stage.retries} crash(es) forgiven, each only after a new checkpoint"
         if stage.profile.kind == "slurm":
+            how = "scontrol requeue" if stage.profile.requeue == "scontrol" else "a follow-up job"
+            lines.append(
+                f"  saves {stage.profile.signal_delay_s} s before the limit and resumes by {how}; {forgiven}"
+            )
             dependency = f"afterok:<job of {planned.stages[need].name}>" if need is not None else None
             lines += ["", slurm.script(stage.profile, stage.placement(dependency)).rstrip()]
         else:
-            lines.append("  through submitit's local executor, on this machine")
+            lines.append(f"  on this machine; a supervisor in the background starts it again; {forgiven}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def _limit(stage: Stage) -> str:
+    """Time limit of a job; nothing for a run on this machine under the year that the profile ``local`` gives it."""
+    if stage.profile.kind == "local" and stage.minutes >= 365 * 24 * 60:
+        return ""
+    return f"{stage.minutes} min {'a job' if stage.profile.kind == 'slurm' else 'an attempt'}, "
 
 
 def _split(values: str) -> list[str]:

@@ -65,27 +65,26 @@ def states(jobs: Iterable[str]) -> dict[str, JobState]:
     wanted = list(dict.fromkeys(jobs))
     if not wanted:
         return {}
-    live = parse_squeue(
-        command.output(
-            "squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N", "-j", ",".join(_numbers(wanted))
-        )
-    )
+    live = _squeue(wanted)
     found = {job: live[job] for job in wanted if job in live and live[job].state not in FINAL | MAY_REQUEUE}
     missing = [job for job in wanted if job not in found]
     if missing:
-        past = parse_sacct(
-            command.output(
-                "sacct", "-n", "-P", "-X", "-o", "JobID,State,NodeList", "-j", ",".join(_numbers(missing))
-            )
-        )
+        past = _sacct(missing)
         for job in missing:
-            if job in live:
-                found[job] = live[job]
-            elif job in past:
-                found[job] = past[job]
-            else:
-                found[job] = _from_scontrol(job)
+            found[job] = live.get(job) or past.get(job) or _from_scontrol(job)
     return found
+
+
+def _squeue(jobs: Sequence[str]) -> dict[str, JobState]:
+    return parse_squeue(
+        command.output("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N", "-j", _numbers(jobs))
+    )
+
+
+def _sacct(jobs: Sequence[str]) -> dict[str, JobState]:
+    return parse_sacct(
+        command.output("sacct", "-n", "-P", "-X", "-o", "JobID,State,NodeList", "-j", _numbers(jobs))
+    )
 
 
 def _from_scontrol(job: str) -> JobState:
@@ -97,7 +96,7 @@ def _from_scontrol(job: str) -> JobState:
 
 def task_states(job: str) -> dict[str, JobState]:
     """State of a job, or of each known task where it is an array; empty where no command knows it."""
-    found = parse_sacct(command.output("sacct", "-n", "-P", "-X", "-o", "JobID,State,NodeList", "-j", job))
+    found = _sacct([job])
     shown = command.output("scontrol", "-o", "show", "job", job).splitlines()
     for line in shown:
         array = re.search(r"ArrayJobId=(\d+) ArrayTaskId=(\S+)", line)
@@ -106,8 +105,7 @@ def task_states(job: str) -> dict[str, JobState]:
             # Pending tasks are one line: 7_[2-5%2].
             for name in _task_names(f"{array[1]}_[{array[2]}]") if array else [job]:
                 found[name] = state
-    live = parse_squeue(command.output("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N", "-j", job))
-    found.update(live)
+    found.update(_squeue([job]))
     return {name: state for name, state in found.items() if job in (name, name.partition("_")[0])}
 
 
@@ -180,7 +178,7 @@ class Requirements:
     """One, or several divided by commas; None is the default one."""
     nodes: int = 1
     cpus: int = 1
-    """Of a node."""
+    """Cores of a node."""
     minutes: int = 1
     reservation: str | None = None
 
@@ -250,8 +248,9 @@ def _over_the_limit(need: Requirements) -> str | None:
     return None
 
 
-def _numbers(jobs: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(job.partition("_")[0] for job in jobs))
+def _numbers(jobs: Sequence[str]) -> str:
+    """Ids of the jobs, an array's once, divided by commas."""
+    return ",".join(dict.fromkeys(job.partition("_")[0] for job in jobs))
 
 
 def _task_names(job: str) -> list[str]:

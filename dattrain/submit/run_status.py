@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dattrain.clock import duration
 from dattrain.config.load import load
 from dattrain.observe.metrics import parse as parse_rows
 from dattrain.runtime import owner
@@ -18,7 +19,6 @@ from dattrain.submit.history import Event
 from dattrain.submit.queue import UNKNOWN, JobState
 from dattrain.submit.run_folders import relative
 
-_TAIL_BYTES = 65536
 """From the end of metrics.jsonl, which may be long."""
 
 
@@ -47,28 +47,26 @@ class RunStatus:
 
 
 def jobs_of(run: Path) -> list[str]:
-    """Jobs of a run that may still live: the newest two (a follow-up waits behind the one that runs).
-
-    None where the history alone has decided.
-    """
+    """Slurm jobs of a run that may still live; empty where the history alone has decided."""
     events = history.history(run)
-    if state_of(events, UNKNOWN)[0] != "unknown":
-        return []
-    jobs = [e["job"] for e in events if e["event"] == "submit"]
-    return [job for job in jobs if not job.startswith("local")][-2:]
+    return _newest_jobs(events) if state_of(events, UNKNOWN)[0] == "unknown" else []
+
+
+def _newest_jobs(events: Sequence[Event]) -> list[str]:
+    """The newest two Slurm jobs: a follow-up waits behind the one that runs."""
+    return [job for job in history.submitted_jobs(events) if not job.startswith("local")][-2:]
 
 
 def active_job(run: Path) -> tuple[str | None, str]:
     """Job of a run that is not over, and its state; None and UNKNOWN where only Slurm could tell and does not answer."""
-    jobs = [e["job"] for e in history.history(run) if e["event"] == "submit"]
+    events = history.history(run)
     if local.alive(run):
-        return jobs[-1] if jobs else "local", "RUNNING"
-    jobs = [job for job in jobs if not job.startswith("local")][-2:]
-    states = queue.states(jobs)
+        return history.submitted_jobs(events)[-1], "RUNNING"
+    states = queue.states(_newest_jobs(events))
     for job, state in states.items():
         if not state.final and state != UNKNOWN:
             return job, state.state
-    unknown = UNKNOWN in states.values() and state_of(history.history(run), UNKNOWN)[0] == "unknown"
+    unknown = UNKNOWN in states.values() and state_of(events, UNKNOWN)[0] == "unknown"
     return None, "UNKNOWN" if unknown else ""
 
 
@@ -108,7 +106,7 @@ def _without_job(run: Path, state: str, why: str) -> tuple[str, str]:
     if found is not None and found[1] == "alive" and found[0].purpose == owner.TRAINED:
         return "running", f"trained by {found[0].who()}"
     reasons = [why, history.origin(run)]
-    jobs = [e["job"] for e in history.history(run) if e["event"] == "submit"]
+    jobs = history.submitted_jobs(history.history(run))
     if found is not None and not (found[1] == "unknown" and found[0].job in jobs):
         reasons.append(f"{found[0].who()} has the folder, or had it when it died")
     return state, "; ".join(filter(None, reasons))
@@ -149,12 +147,8 @@ def state_of(events: Sequence[Event], slurm: JobState, *, local_alive: bool = Fa
     if name in ("NODE_FAIL", "SPECIAL_EXIT"):
         return "waiting", f"{name}; Slurm has not started it again yet"
     if name == "CANCELLED":
-        if not begun and last is None:
-            return (
-                "cancelled",
-                "before it started: cancelled by hand, or the job that it waited for did not end well",
-            )
-        return "cancelled", "with scancel"
+        before = "before it started: cancelled by hand, or the job that it waited for did not end well"
+        return "cancelled", before if not begun and last is None else "with scancel"
     if name == "UNKNOWN":
         return "unknown", "no answer from squeue, sacct or scontrol"
     left = _warnings(now)
@@ -205,7 +199,7 @@ def why_failed(run: Path, job: str, slurm: JobState) -> str:
 
 
 def _warnings(events: Sequence[Event]) -> list[str]:
-    """Of the newest attempt; a later one has overcome what the job hook could not."""
+    """Warnings of the newest attempt; a later one has overcome what the job hook could not."""
     found: list[str] = []
     for event in events:
         if event["event"] in ("begin", "submit"):
@@ -217,7 +211,7 @@ def _warnings(events: Sequence[Event]) -> list[str]:
 
 def _current(events: Sequence[Event], states: Mapping[str, JobState]) -> tuple[str | None, JobState]:
     """The job that counts: the newest that has begun or lives; a follow-up that only waits does not hide the one that runs."""
-    jobs = [e["job"] for e in history.since_submission(events) if e["event"] == "submit"]
+    jobs = history.submitted_jobs(history.since_submission(events))
     known = [(job, states.get(job, UNKNOWN)) for job in jobs]
     for job, state in reversed(known):
         if not state.final and state.state not in ("UNKNOWN", "PENDING"):
@@ -233,23 +227,19 @@ def _current(events: Sequence[Event], states: Mapping[str, JobState]) -> tuple[s
 
 
 def _restart(end: Event) -> str:
-    left = (
-        f", checkpoint of step {end['checkpoint']}"
-        if end.get("checkpoint") is not None
-        else ", no checkpoint"
-    )
+    step = end.get("checkpoint")
+    left = "no checkpoint" if step is None else f"checkpoint of step {step}"
     when = time.strftime("%m-%d %H:%M", time.localtime(end["time"]))
-    return f"{when}  {end['reason']}: {end['detail']}{left}" + (
-        f"; without {', '.join(end['exclude'])} from now on" if end.get("exclude") else ""
-    )
+    avoided = f"; without {', '.join(end['exclude'])} from now on" if end.get("exclude") else ""
+    return f"{when}  {end['reason']}: {end['detail']}, {left}{avoided}"
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """Newest value of each metric, from the end of metrics.jsonl; empty when there is none yet."""
+    """Newest value of each metric, from the last 64 KiB of metrics.jsonl; empty when there is none yet."""
     found: dict[str, Any] = {}
     if path.is_file():
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            file.seek(max(0, path.stat().st_size - 65536))
             text = file.read().decode(errors="replace")
         for row in parse_rows(text):
             found.update({key: value for key, value in row.items() if value is not None})
@@ -257,7 +247,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 
 def _last_step(run: Path, metrics: Mapping[str, Any]) -> int | None:
-    """Updates of the whole run, by the recipe and the epoch that the metrics state."""
+    """All updates of the run, by the recipe and the epoch that the metrics state."""
     if not (run / "config.yaml").is_file() or not metrics.get("epoch"):
         return None
     config = load(run / "config.yaml").config
@@ -304,14 +294,3 @@ def render(statuses: Sequence[RunStatus]) -> str:
             lines += [f"    warning: {text}" for text in one.warnings]
             lines += [f"    restart {n}: {text}" for n, text in enumerate(one.restarts, 1)]
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """``1d 02h``, ``3h 04m``, ``5m 06s`` or ``7s``."""
-    left = int(seconds)
-    days, hours, mins, secs = left // 86400, left // 3600 % 24, left // 60 % 60, left % 60
-    if days:
-        return f"{days}d {hours:02d}h"
-    if hours:
-        return f"{hours}h {mins:02d}m"
-    return f"{mins}m {secs:02d}s" if mins else f"{secs}s"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dattrain.config.load import dump
 from dattrain.errors import ConfigError, UserError
-from dattrain.files import write_atomically
+from dattrain.files import write_text
 from dattrain.runtime import owner
 from dattrain.submit import checks, command, history, local, slurm, snapshot
 from dattrain.submit.cluster import Profile
@@ -22,7 +22,6 @@ from dattrain.submit.job import Job
 from dattrain.submit.plan import Stage, SubmissionPlan, SubmitRequest, describe, plan
 from dattrain.submit.run_folders import relative
 from dattrain.submit.slurm import Placement
-from dattrain.urls import mask
 
 
 def submit(request: SubmitRequest) -> int:
@@ -108,7 +107,7 @@ def _write_chain(planned: SubmissionPlan, root: Path) -> None:
         "name": planned.chain,
         "stages": [{"name": stage.runs[0].name, "run": str(stage.runs[0])} for stage in planned.stages],
     }
-    write(root / "chain.json", json.dumps(content, indent=2) + "\n")
+    write_text(root / "chain.json", json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -131,7 +130,7 @@ def prepare(stage: Stage, dependents: Sequence[Path] = ()) -> None:
     folder = stage.placement().folder
     for run, loaded in zip(stage.runs, stage.loaded):
         (run / "submit").mkdir(parents=True, exist_ok=True)
-        write(run / "config.yaml", dump(loaded.config))
+        write_text(run / "config.yaml", dump(loaded.config))
         snapshot.create(run)
         with contextlib.suppress(FileNotFoundError):
             (run / "stop").unlink()
@@ -150,7 +149,7 @@ def prepare(stage: Stage, dependents: Sequence[Path] = ()) -> None:
             "dependents": [str(path) for path in dependents],
             "profile": stage.profile.model_dump(mode="json"),
         }
-        write(run / "submit" / "spec.json", json.dumps(spec, indent=2) + "\n")
+        write_text(run / "submit" / "spec.json", json.dumps(spec, indent=2) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -195,9 +194,4 @@ def add_dependents(run: Path, waiting: Sequence[Path]) -> None:
     path = run / "submit" / "spec.json"
     spec = json.loads(path.read_text(encoding="utf-8"))
     spec["dependents"] = list(dict.fromkeys([*spec["dependents"], *map(str, waiting)]))
-    write(path, json.dumps(spec, indent=2) + "\n")
-
-
-def write(path: Path, text: str) -> None:
-    """Write a small file at once: a reader sees the old one or the new one. What holds the secrets of a URL is its owner's."""
-    write_atomically(path, text, private=mask(text) != text)
+    write_text(path, json.dumps(spec, indent=2) + "\n")

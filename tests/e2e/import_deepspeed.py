@@ -8,7 +8,9 @@ from dattrain.config.derive import derive
 from dattrain.config.load import load
 from dattrain.engine.session import open_session
 from dattrain.runtime import environment
-from dattrain.state.checkpointer import Checkpointer
+from dattrain.state import load as loading
+from dattrain.state.format.checkpoint import check
+from dattrain.state.partition import LocalState
 
 
 def main(run: Path, checkpoint: Path, folder: Path) -> None:
@@ -20,7 +22,9 @@ def main(run: Path, checkpoint: Path, folder: Path) -> None:
     session = open_session(
         config, derive(config, world=env.world, samples_per_epoch=96), device, config.model.img_size
     )
-    assert Checkpointer.from_config(run, config).resume(session.engine, None, folder=checkpoint) is not None
+    local = LocalState(session.engine)
+    loading.load(local, checkpoint, check(checkpoint))
+    local.refresh()
     session.engine.save_checkpoint(str(folder))
     environment.disconnect()
     environment.hard_exit(0)

@@ -77,16 +77,14 @@ def test_a_full_disk_stops_a_save_with_a_message_and_costs_nothing(small_disk, t
     from dattrain.state.format import checkpoint
 
     root = small_disk / "run" / "checkpoints"
-    found = checkpoint.list_all(root, level="checksum")
-    assert found and all(e.manifest for e in found)
+    found = [e.folder for e in checkpoint.list_all(root)]
+    assert found and all(checkpoint.verify(folder) for folder in found)
     assert not [p.name for p in root.iterdir() if p.name.startswith(".")], (
         "what could not be finished gives its space back"
     )
     again = python(script, small_disk / "run", tmp_path / "got.json")
     assert again.returncode == 1, "still full"
-    assert [e.folder for e in checkpoint.list_all(root, level="checksum") if e.manifest] == [
-        e.folder for e in found
-    ]
+    assert [e.folder for e in checkpoint.list_all(root) if checkpoint.verify(e.folder)] == found
     filler.unlink()
     done = python(script, small_disk / "run", tmp_path / "got.json")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -95,9 +95,9 @@ def test_errors_hide_them(kind):
 
 
 def test_logs_hide_them_with_tracebacks_and_other_libraries(tmp_path, capsys):
-    from dattrain.runtime import logging as logs
+    from dattrain.runtime.logging import RankLog
 
-    log = logs.setup(tmp_path, 0, 1, "host")
+    log = RankLog(tmp_path, 0, "host")
     try:
         try:
             raise ValueError(URL)
@@ -171,7 +171,7 @@ def test_reports_of_ranks_and_jobs_hide_them(tmp_path, monkeypatch, capsys):
 
 
 def test_a_submitted_recipe_with_a_secret_is_its_owners(tmp_path):
-    from dattrain.submit.submission import write
+    from dattrain.files import write_text
 
-    write(tmp_path / "config.yaml", f"train: {URL}")
+    write_text(tmp_path / "config.yaml", f"train: {URL}")
     assert stat.S_IMODE((tmp_path / "config.yaml").stat().st_mode) == 0o600

@@ -205,7 +205,7 @@ def _adam(store: Store, keys: Mapping[str, str], shapes: Mapping[str, tuple[int,
                 f"{store.folder}: the optimizer has {', '.join(sorted(found))} of {name}, but no {missing[0]}: "
                 "only from Adam's state can training resume"
             )
-        moments = {m: found[m] for m in MOMENTS}
+        moments: dict[str, str] = {m: found[m] for m in MOMENTS}
         for moment, key in moments.items():
             if key not in store.tensors or store.shape(key) != shapes[name]:
                 raise UserError(f"{store.folder}: {moment} of {name} is not of its shape {shapes[name]}")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dattrain.errors import UserError
+from dattrain.state.convert.offline import first_line, untrusted
 
 METADATA = ".metadata"
 _LIMIT = 1 << 30
@@ -192,7 +193,7 @@ def _from_metadata(folder: Path, trust: bool) -> Store:
             elif (key, None) in places:
                 store.objects[key] = partial(_load, *places[key, None], trust)
     except _Refused as e:
-        raise UserError(_untrusted(path, str(e))) from e
+        raise UserError(untrusted(path, str(e))) from e
     except (
         # What unpickling raises by where a file is damaged, and what records without their fields do.
         pickle.UnpicklingError,
@@ -207,7 +208,7 @@ def _from_metadata(folder: Path, trust: bool) -> Store:
         MemoryError,
         RuntimeError,
     ) as e:
-        raise UserError(f"{path}: is not as torch writes it ({type(e).__name__}: {_first_line(e)})") from e
+        raise UserError(f"{path}: is not as torch writes it ({type(e).__name__}: {first_line(e)})") from e
     except OSError as e:
         raise UserError(f"{path}: {e.strerror or e}") from e
     return store
@@ -249,20 +250,13 @@ def _load(path: Path, begin: int, length: int, trust: bool) -> Any:
             data = io.BytesIO(file.read(length))
         return torch.load(data, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as e:
-        raise UserError(_untrusted(path, _first_line(e))) from e
+        raise UserError(untrusted(path, first_line(e))) from e
     except OSError as e:
         raise UserError(f"{path}: {e.strerror or e}") from e
     except (RuntimeError, EOFError, ValueError, AttributeError, ImportError, LookupError, TypeError) as e:
         raise UserError(
-            f"{path}: cannot be read at byte {begin} ({type(e).__name__}: {_first_line(e)})"
+            f"{path}: cannot be read at byte {begin} ({type(e).__name__}: {first_line(e)})"
         ) from e
-
-
-def _untrusted(path: Path, why: str) -> str:
-    return (
-        f"{path}: cannot be read without running code that it names. If you, or someone you trust, made it: "
-        f"--trust. ({why})"
-    )
 
 
 # Safetensors
@@ -283,7 +277,7 @@ def _from_safetensors(folder: Path) -> Store:
                     at = _shape(corners[key]["saved_offsets"]) if key in corners else (0,) * len(sides)
                     found.setdefault(key, []).append(Chunk(at, sides, partial(_slice, path, key)))
         except (SafetensorError, OSError, ValueError, TypeError, LookupError) as e:
-            raise UserError(f"{path}: not a complete safetensors file ({_first_line(e)})") from e
+            raise UserError(f"{path}: not a complete safetensors file ({first_line(e)})") from e
     if not found:
         raise UserError(f"{folder} is no checkpoint of torch.distributed.checkpoint: it holds no {METADATA}")
     return Store(
@@ -306,7 +300,7 @@ def _slice(path: Path, key: str) -> Tensor:
             tensor: Tensor = file.get_tensor(key)
             return tensor
     except (SafetensorError, OSError, ValueError) as e:
-        raise UserError(f"{path}: {key} cannot be read ({_first_line(e)})") from e
+        raise UserError(f"{path}: {key} cannot be read ({first_line(e)})") from e
 
 
 # Shared
@@ -334,7 +328,3 @@ def _size(path: Path) -> int:
     except OSError:
         return -1
     return status.st_size if stat.S_ISREG(status.st_mode) else -1
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")

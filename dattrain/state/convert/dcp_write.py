@@ -31,9 +31,9 @@ from dattrain.state import gather
 from dattrain.state.convert.dcp_store import METADATA
 from dattrain.state.format import checkpoint
 from dattrain.state.format.manifest import Manifest
+from dattrain.state.partition import MOMENTS
 
 _FILE = "__0_0.distcp"
-_MOMENTS: tuple[gather.State, ...] = ("exp_avg", "exp_avg_sq")
 _Where = tuple[str | int, ...]
 
 
@@ -91,7 +91,7 @@ def _put_all(
     if averaged:
         for name, tensor in gather.iter_tensors(folder, "ema", names=trained):
             contents.tensor(tensor, ("ema", name))
-    for moment in _MOMENTS:
+    for moment in MOMENTS:
         for name, tensor in gather.iter_tensors(folder, moment):
             contents.tensor(tensor, ("optimizer", "state", name, moment))
     for name in trained:

@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 
 from dattrain.errors import UserError
-from dattrain.state.convert.offline import Source
+from dattrain.state.convert.offline import Source, first_line, untrusted
 from dattrain.state.dtypes import DTYPE_NAMES
 from dattrain.state.format.manifest import Parameter
 from dattrain.state.format.rank_file import Piece
-from dattrain.state.partition import MOMENTS
+from dattrain.state.partition import MOMENTS, scaler_state
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def read(folder: Path, *, tag: str | None = None, trust: bool = False) -> Source:
@@ -138,14 +137,9 @@ def _load(path: Path, *, trust: bool) -> Any:
         with torch.serialization.safe_globals(_plain_classes()):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as e:
-        first = str(e).splitlines()[0] if str(e) else ""
-        raise UserError(
-            f"{path}: cannot be read without running code that it names. If you, or someone you trust, made it: --trust. ({first})"
-        ) from e
+        raise UserError(untrusted(path, first_line(e))) from e
     except (RuntimeError, OSError, EOFError, ValueError, AttributeError, ImportError, KeyError) as e:
-        raise UserError(
-            f"{path}: cannot be read ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
-        ) from e
+        raise UserError(f"{path}: cannot be read ({type(e).__name__}: {first_line(e)})") from e
 
 
 def _plain_classes() -> list[Any]:
@@ -216,7 +210,7 @@ def _read_by_group(
                 reached[_clean(name)] = here[_clean(name)] + int(address.numel)
                 opt_steps[_clean(name)] = int(adam.get("step", 0))
         starts.append(here)
-        _note_scaler(source, state)
+        source.engine["loss_scaler"] = scaler_state(state.get("loss_scaler"))
         source.groups = source.groups or _hyperparameters(state["base_optimizer_state"]["param_groups"])
     for name, count in reached.items():
         if count != math.prod(shapes[name]):
@@ -259,7 +253,7 @@ def _read_by_parameter(
         adam = first["optimizer_state_dict"]["state"].get(group) or {}
         for name in shapes:
             opt_steps[_clean(name)] = int(adam.get("step", 0))
-    _note_scaler(source, first)
+    source.engine["loss_scaler"] = scaler_state(first.get("loss_scaler"))
     source.groups = _hyperparameters(first["optimizer_state_dict"]["param_groups"])
 
     def part(rank: int) -> dict[Piece, Tensor]:
@@ -368,12 +362,6 @@ def name_states(
         assert before is not None
         at = before
     return names
-
-
-def _note_scaler(source: Source, state: Mapping[str, Any]) -> None:
-    scaler = state.get("loss_scaler")
-    if getattr(scaler, "dynamic", False):
-        source.engine["loss_scaler"] = {k: getattr(scaler, k) for k in _SCALER if hasattr(scaler, k)}
 
 
 def _hyperparameters(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

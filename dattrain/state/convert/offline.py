@@ -1,4 +1,4 @@
-"""Write safetensors without an engine: checkpoints made from other formats, and single files streamed tensor by tensor."""
+"""What the formats share: a checkpoint as found, ours written without an engine, safetensors files streamed by tensors."""
 
 from __future__ import annotations
 
@@ -40,6 +40,19 @@ class Source:
     """The trainer's own, where it was we who had written it."""
     notes: list[str] = field(default_factory=list)
     """What whoever imports it should know."""
+
+
+def untrusted(path: Path, why: str) -> str:
+    """The message for a file that the weights-only reader refuses."""
+    return (
+        f"{path}: cannot be read without running code that it names. If you, or someone you trust, made it: "
+        f"--trust. ({why})"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(error).splitlines()), "")
 
 
 def write_checkpoint(

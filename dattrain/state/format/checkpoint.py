@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from dattrain.errors import Damaged, UserError
 from dattrain.files import doing, sync
@@ -78,15 +77,14 @@ class CheckpointInfo:
         return int(match[1]) if match else -1
 
 
-def list_all(root: Path, *, level: Literal["size", "checksum"] = "size") -> list[CheckpointInfo]:
-    """Every checkpoint under ``root``, oldest first, each checked by size or by ``checksum``."""
+def list_all(root: Path) -> list[CheckpointInfo]:
+    """Every checkpoint under ``root``, oldest first, each checked by size."""
     found = []
     for folder in root.iterdir() if root.is_dir() else ():
         if _FOLDER.fullmatch(folder.name) and folder.is_dir():
             pinned = (folder / PIN).exists()
             try:
-                manifest = check(folder) if level == "size" else verify(folder)
-                found.append(CheckpointInfo(folder, manifest, "", pinned))
+                found.append(CheckpointInfo(folder, check(folder), "", pinned))
             except Damaged as e:
                 found.append(CheckpointInfo(folder, None, str(e), pinned))
     return sorted(found, key=lambda e: e.step)
@@ -101,14 +99,15 @@ class Found:
     skipped: tuple[tuple[str, str], ...] = ()
 
 
-def find(
-    root: Path, *, level: Literal["size", "checksum"] = "size", skip: Mapping[str, str] | None = None
-) -> Found:
-    """The newest complete checkpoint under ``root``. ``skip`` maps names that are known to be damaged to the reason."""
+def find(root: Path, *, read_all: bool = False, skip: Mapping[str, str] | None = None) -> Found:
+    """The newest complete checkpoint under ``root``, judged by sizes, or by checksums (``read_all``).
+
+    ``skip`` maps names that are known to be damaged to the reason.
+    """
     skipped: list[tuple[str, str]] = []
     for entry in reversed(list_all(root)):
         reason = (skip or {}).get(entry.folder.name, entry.reason)
-        if not reason and level == "checksum":
+        if not reason and read_all:
             try:
                 verify(entry.folder)
             except Damaged as e:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import stat
 import zlib
@@ -82,13 +83,11 @@ class Piece:
         """The piece that ``key`` names. Raises Damaged if the key is not one of ours."""
         try:
             state, start, name = key.split("/", 2)
-            numel = 1
-            for side in shape:
-                numel *= int(side)
+            sides = tuple(int(side) for side in shape)
             if dtype not in _DTYPE_BYTES:
                 raise ValueError(dtype)
-            own_shape = tuple(int(s) for s in shape) if state == "buffer" else None
-            return cls(state, name, int(start), numel, dtype, own_shape)
+            own_shape = sides if state == "buffer" else None
+            return cls(state, name, int(start), math.prod(sides), dtype, own_shape)
         except (ValueError, TypeError) as e:
             raise Damaged(f"holds a tensor {key!r} of dtype {dtype!r} that this format does not know") from e
 
@@ -152,7 +151,7 @@ class Digest:
 
 
 def write(path: Path, image: memoryview, header: int, *, direct: bool = True) -> Digest:
-    """Write ``image`` (the whole file) to a new file and put it on the disk; checksums are computed beside the writing.
+    """Write ``image`` (all of the file) to a new file and put it on the disk; checksums are computed beside the writing.
 
     ``direct`` goes around the page cache where the file system and the image's alignment allow it: a checkpoint is never
     read back soon, and the cache is better left to the training data.

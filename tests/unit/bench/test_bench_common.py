@@ -191,6 +191,7 @@ def test_a_cuda_device_has_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
     from dattrain.bench.attention import pick_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     # torch.cuda.set_device, by which a process joins its group, takes none without.
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)

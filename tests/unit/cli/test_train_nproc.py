@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dattrain.cli import train
-from dattrain.errors import ConfigError
+from dattrain.cli.main import main
 from dattrain.runtime.spawn import launch
 
 # As srun --pty bash and salloc with use_interactive_step set them: the job of the second has four tasks, its shell is one.
@@ -36,18 +35,14 @@ INTERACTIVE = {**SHELL, "SLURM_STEP_ID": "4294967290", "SLURM_NTASKS": "4", "SLU
         ({**SHELL, "RANK": "0", "WORLD_SIZE": "1"}, True),
     ],
 )
-def test_only_one_of_several_is_a_rank(
-    environ: dict[str, str], rank: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(os, "environ", environ)
-    monkeypatch.setattr(train, "spawn", lambda args, run_dir: 42)
-    monkeypatch.setattr("dattrain.config.run.resolve", lambda *_: (None, tmp_path))
-    asked = argparse.Namespace(config="x", overrides=[], run_dir=None, nproc=2)
-    if rank:
-        with pytest.raises(ConfigError, match="this process is one already"):
-            train.run(asked)
-    else:
-        assert train.run(asked) == 42
+def test_only_one_of_several_is_a_rank(environ: dict[str, str], rank: bool) -> None:
+    assert train.is_rank(environ) == rank
+
+
+def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", "in1k_dat_tiny_224", "--nproc", "2"]) == 2
+    assert "this process is one already" in capsys.readouterr().err
 
 
 def test_the_ranks_take_nothing_of_the_step_for_their_own(tmp_path: Path) -> None:

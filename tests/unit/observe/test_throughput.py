@@ -1,6 +1,7 @@
 import pytest
 
-from dattrain.observe.throughput import Meter, duration, peak_flops
+from dattrain.clock import duration
+from dattrain.observe.throughput import Meter, peak_flops
 
 
 class Clock:

@@ -12,6 +12,7 @@ from dattrain.runtime.environment import (
     FIRST_PORT,
     PORTS,
     configure,
+    device_called,
     first_host,
     port_of,
     process_group,
@@ -216,3 +217,22 @@ def test_a_process_that_meets_others_may_open_as_many_files_as_the_hard_limit_le
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert kept == hard
     assert raised == (1 << 20 if hard == resource.RLIM_INFINITY else min(hard, 1 << 20))
+
+
+@pytest.mark.parametrize(
+    "name, count, says",
+    [
+        ("cuda", 0, "device=cuda: no CUDA device here; use cpu"),
+        ("cuda:1", 1, "device=cuda:1: this machine has cuda:0 alone"),
+        ("cuda:7", 4, "device=cuda:7: this machine has cuda:0 to cuda:3"),
+        ("gpu", 4, "device=gpu: there is none of that name; write cpu, cuda or cuda:1"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named_with_what_is(name, count, says, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(UserError) as error:
+        device_called(name)
+    assert str(error.value) == says
+    assert device_called("cpu") == torch.device("cpu")
+    assert count == 0 or device_called(f"cuda:{count - 1}").index == count - 1

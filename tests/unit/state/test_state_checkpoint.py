@@ -149,7 +149,7 @@ def test_every_file_damaged_one_at_a_time_is_noticed_and_the_one_before_is_used(
             path.unlink()
         else:
             path.write_bytes(how(whole))
-        found = checkpoint.find(tmp_path, level="checksum")
+        found = checkpoint.find(tmp_path, read_all=True)
         assert found.folder is not None and found.folder.name == "step_00000001", what
         assert found.skipped[0][0] == "step_00000002" and path.name in found.skipped[0][1], what
         if "flipped" not in what or path.name == "manifest.json":
@@ -157,7 +157,7 @@ def test_every_file_damaged_one_at_a_time_is_noticed_and_the_one_before_is_used(
         path.write_bytes(whole)
         count += 1
     assert count > 30
-    assert checkpoint.find(tmp_path, level="checksum").folder == newest
+    assert checkpoint.find(tmp_path, read_all=True).folder == newest
 
 
 def test_locate(tmp_path):
@@ -194,7 +194,7 @@ def test_a_hostile_pickle_in_any_place_is_never_run(tmp_path):
         for bomb in (pickle.dumps(Bomb()), _torch_bytes(tmp_path)):
             whole = path.read_bytes()
             path.write_bytes(bomb.ljust(len(whole), b"\0")[: len(whole)] if len(bomb) <= len(whole) else bomb)
-            assert checkpoint.find(tmp_path, level="checksum").folder == good
+            assert checkpoint.find(tmp_path, read_all=True).folder == good
             for read in (
                 checkpoint.check,
                 checkpoint.verify,
@@ -247,7 +247,7 @@ def test_death_at_any_file_operation_of_a_publish_leaves_a_whole_checkpoint(tmp_
         make(tmp_path, 5, seed=1)
     monkeypatch.undo()
     checkpoint.recover(tmp_path)
-    found = checkpoint.find(tmp_path, level="checksum")
+    found = checkpoint.find(tmp_path, read_all=True)
     assert found.folder is not None and found.skipped == ()
     got = gather.load_tensors(found.folder)["head.weight"]
     assert any(torch.equal(got, values(s)["param/head.weight"]) for s in (0, 1))

@@ -21,10 +21,12 @@ def _program(site: Path, name: str, text: str) -> None:
     (site / name).chmod(0o755)
 
 
-def test_what_is_missing_refuses_or_hangs_is_said(site: Path) -> None:
+def test_what_is_missing_refuses_or_hangs_is_said(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command.run("scancel-of-the-site", "5") == "scancel-of-the-site: No such file or directory"
     _program(site, "scancel", "exec sleep 60")
-    assert command.run("scancel", "5", timeout_s=0.2) == "scancel did not answer within 0 s"
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "TIMEOUT_S", 0.2)
+        assert command.run("scancel", "5") == "scancel did not answer within 0 s"
     assert command.output("scancel", "5", timeout_s=0.2) == ""
     _program(site, "scancel", "echo 'scancel: error: no right to do so' >&2; exit 1")
     assert command.run("scancel", "5") == "no right to do so"

@@ -96,16 +96,6 @@ def _ends(run: Path) -> list[history.Event]:
     return [e for e in history.history(run) if e["event"] == "end"]
 
 
-def test_it_trains_in_the_background_and_finishes(start: Callable[..., Path]) -> None:
-    run = start()
-    assert local.alive(run)
-    assert run_status.active_job(run)[1] == "RUNNING"
-    _until(lambda: not local.alive(run))
-    (end,) = _ends(run)
-    assert (end["reason"], end["action"], end["checkpoint"]) == ("finished", "done", 40)
-    assert run_status.active_job(run) == (None, "")
-
-
 def test_a_killed_rank_takes_the_other_along_and_the_run_resumes(start: Callable[..., Path]) -> None:
     run = start()
     _until(lambda: _step(run) > 12)
@@ -134,13 +124,16 @@ def test_an_error_before_any_checkpoint_ends_the_run_with_its_words(
 
 def test_a_signal_to_the_tasks_saves_and_resumes(start: Callable[..., Path]) -> None:
     run = start()
+    assert local.alive(run)
+    assert run_status.active_job(run)[1] == "RUNNING"
     _until(lambda: _step(run) > 3)
     for pid in _pids(run):
         os.kill(pid, signal.SIGUSR2)
     _until(lambda: not local.alive(run))
     first, last = _ends(run)
     assert (first["reason"], first["action"]) == ("preempted", "again")
-    assert last["reason"] == "finished"
+    assert (last["reason"], last["action"], last["checkpoint"]) == ("finished", "done", 40)
+    assert run_status.active_job(run) == (None, "")
 
 
 def test_cancel_ends_supervisor_and_tasks(start: Callable[..., Path]) -> None:

@@ -156,13 +156,6 @@ def test_a_waiting_follow_up_does_not_hide_the_job_that_runs(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(5, "5s"), (65, "1m 05s"), (3700, "1h 01m"), (90000, "1d 01h")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert run_status.duration(seconds) == text
-
-
-@pytest.mark.parametrize(
     ("step", "epochs", "last"), [(1, 60, 720), (7, 60, 720), (719, 60, 720), (1, 0.5, 6), (4, 0.3, 4)]
 )
 def test_the_last_step_is_the_same_from_the_first_on(

@@ -68,6 +68,18 @@ def test_a_dry_run_prints_plan_and_script_and_writes_nothing(
     assert sorted(home.rglob("*")) == before
 
 
+def test_a_dry_run_on_this_machine_speaks_of_no_cluster(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submission.submit(replace(ASKED, cluster="local", dry_run=True))
+    shown = capsys.readouterr().out
+    assert "demo: 1 node(s) x 1 task(s), profile local\n" in shown
+    assert "on this machine; a supervisor in the background starts it again; 3 crash(es) forgiven" in shown
+    assert "requeue" not in shown and " min " not in shown
+    submission.submit(replace(ASKED, cluster="local", time="0:30:00", dry_run=True))
+    assert "30 min an attempt, profile local\n" in capsys.readouterr().out
+
+
 def test_a_chain_shows_who_waits_for_whom(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "chain.yaml").write_text(
         "name: two\nstages:\n  a: {config: r.yaml, nodes: 2}\n  b: {config: r.yaml, from: a}\n  c: {evaluate: b}\n"

@@ -19,8 +19,6 @@ from dattrain.submit.history import Event
 from dattrain.submit.queue import UNKNOWN, JobState
 from dattrain.submit.run_folders import relative
 
-"""From the end of metrics.jsonl, which may be long."""
-
 
 @dataclass(frozen=True)
 class RunStatus:

@@ -159,16 +159,20 @@ def confusion(records: Records) -> list[tuple[int, int, int]]:
     return sorted(rows, key=lambda row: (row[0] == row[1], -row[2], row[0], row[1]))
 
 
-def calibration(records: Records, bins: int = 15) -> Calibration:
+BINS = 15
+"""Of confidence, in a calibration."""
+
+
+def calibration(records: Records) -> Calibration:
     """Reliability of the best class's probability, over images with a label."""
     known = records.label >= 0
     right, sure = hits(records, 1)[known], records.confidence[known]
-    edges = np.linspace(0, 1, bins + 1)
-    place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
-    count = np.bincount(place, minlength=bins)
+    edges = np.linspace(0, 1, BINS + 1)
+    place = np.clip(np.ceil(sure * BINS).astype(int) - 1, 0, BINS - 1)
+    count = np.bincount(place, minlength=BINS)
     with np.errstate(invalid="ignore"):
-        confidence = np.bincount(place, sure, bins) / count
-        accuracy = np.bincount(place, right.astype(float), bins) / count
+        confidence = np.bincount(place, sure, BINS) / count
+        accuracy = np.bincount(place, right.astype(float), BINS) / count
     gap = np.abs(confidence - accuracy)
     some = count > 0
     ece = float((gap[some] * count[some]).sum() / max(count.sum(), 1))
@@ -177,9 +181,9 @@ def calibration(records: Records, bins: int = 15) -> Calibration:
     )
 
 
-def bootstrap_interval(values: np.ndarray, *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of ``values`` over images drawn with replacement, in the same unit."""
-    generator = np.random.default_rng(seed)
-    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(draws)]
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval of the mean of ``values`` over 1,000 draws of images with replacement, in the same unit."""
+    generator = np.random.default_rng(0)
+    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(1000)]
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)

@@ -15,13 +15,11 @@ def knn(
     test: Tensor,
     *,
     classes: int,
-    k: int = 20,
-    temperature: float = 0.07,
-    chunk: int = 1024,
+    k: int,
 ) -> Tensor:
     """Class votes of the k nearest training features by cosine, weighted exp(similarity / temperature).
 
-    Wu et al. 2018 (arXiv 1805.01978); k and temperature are DINO's (Caron et al. 2021).
+    Wu et al. 2018 (arXiv 1805.01978); the temperature is DINO's (Caron et al. 2021).
 
     Args:
         train: N x C, test: M x C, any scale.
@@ -33,9 +31,9 @@ def knn(
     bank = F.normalize(train, dim=1)
     k = min(k, len(bank))
     out = []
-    for part in F.normalize(test, dim=1).split(chunk):
+    for part in F.normalize(test, dim=1).split(1024):
         near = (part @ bank.T).topk(k, dim=1)
-        weight = ((near.values - 1) / temperature).exp()
+        weight = ((near.values - 1) / 0.07).exp()
         votes = torch.zeros(len(part), classes).scatter_add_(1, train_labels[near.indices], weight)
         out.append(votes / votes.sum(1, keepdim=True))
     return torch.cat(out)
@@ -46,12 +44,10 @@ def linear_probe(
     train_labels: Tensor,
     *,
     classes: int,
-    decays: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
-    seed: int = 0,
 ) -> tuple[torch.nn.Linear, float]:
     """Multinomial logistic regression on standardised features, by L-BFGS.
 
-    The weight decay is chosen from ``decays`` on a tenth of the training set that is held out, then all of it is used.
+    The weight decay is chosen from 1e-6 to 1e-2 on a tenth of the training set that is held out, then all of it is used.
 
     Args:
         train: N x C float32; train_labels: N int64.
@@ -66,8 +62,9 @@ def linear_probe(
         raise UserError("a linear probe needs training images of two classes at least")
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     x = (train - mean) / std
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     validation, rest = order[: len(x) // 10], order[len(x) // 10 :]
+    decays = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
     best = decays[0]
     if len(validation):
 
@@ -84,7 +81,7 @@ def linear_probe(
     return fit, best
 
 
-def _regress(x: Tensor, labels: Tensor, classes: int, decay: float, chunk: int = 65536) -> torch.nn.Linear:
+def _regress(x: Tensor, labels: Tensor, classes: int, decay: float) -> torch.nn.Linear:
     layer = torch.nn.Linear(x.shape[1], classes)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
@@ -95,7 +92,7 @@ def _regress(x: Tensor, labels: Tensor, classes: int, decay: float, chunk: int =
     def closure() -> Tensor:
         optimizer.zero_grad()
         total = torch.zeros(())
-        for part, answers in zip(x.split(chunk), labels.split(chunk)):
+        for part, answers in zip(x.split(65536), labels.split(65536)):
             loss = F.cross_entropy(layer(part), answers, reduction="sum") / len(x)
             loss.backward()
             total += loss.detach()

@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PIXELS = 64
 POINTS = 32
 """Tile of the map's gradient: pixels of a program, points of a step."""

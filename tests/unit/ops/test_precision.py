@@ -1,8 +1,8 @@
 """Torch's TF32 switches, old and new: each is process-wide and some cannot be taken back, so each is set in a child."""
 
-import os
-import subprocess
 import sys
+
+import warm
 
 SETTINGS = {
     "": "ieee",
@@ -37,6 +37,6 @@ for setting, expected in {settings!r}.items():
 
 
 def test_every_way_of_allowing_tf32_is_seen_and_none_raises():
-    command = [sys.executable, "-W", "ignore", "-c", CODE.format(settings=SETTINGS)]
-    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", CODE.format(settings=SETTINGS)]
+    done = warm.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

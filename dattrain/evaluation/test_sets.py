@@ -165,8 +165,4 @@ def _imagenet() -> tuple[str, ...]:
 
 
 def _few(names: list[str]) -> str:
-    return (
-        (", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else ""))
-        if names
-        else "none"
-    )
+    return few(names) or "none"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dattrain import ops
-from dattrain.models.blocks import Interior, PatchConv, recompute, to_autocast_dtype
+from dattrain.models.blocks import Interior, PatchConv, to_autocast_dtype
 from dattrain.models.init import init_table
 from dattrain.ops import transforms
 
@@ -110,11 +110,7 @@ class WindowAttention(Interior):
         x = x.reshape(batch, rows, wh, columns, ww, dim).transpose(2, 3)
         x = x.reshape(batch, rows * columns, wh * ww, dim)
         mask = self._shift_mask(padded_height, padded_width, x.device) if sh or sw else None
-        qkv = self.qkv(x)
-        if self.checkpoint_interior and qkv.requires_grad:
-            x = recompute(self._interior, qkv, mask, random=self.drop.p > 0)
-        else:
-            x = self._interior(qkv, mask)
+        x = self._run_interior(self.qkv(x), mask)
         x = (
             x.view(batch, rows, columns, wh, ww, dim)
             .transpose(2, 3)
@@ -162,11 +158,7 @@ class SpatialReductionAttention(Interior):
 
     def forward(self, x: Tensor) -> Tensor:
         """B x H x W x C to the same."""
-        q, kv = self.q(x), self.kv(self.norm(self.reduce(x)))
-        if self.checkpoint_interior and q.requires_grad:
-            out: Tensor = recompute(self._interior, q, kv, random=self.drop.p > 0)
-            return out
-        return self._interior(q, kv)
+        return self._run_interior(self.q(x), self.kv(self.norm(self.reduce(x))))
 
     def _interior(self, q: Tensor, kv: Tensor) -> Tensor:
         batch, height, width, dim = q.shape

@@ -110,6 +110,15 @@ class Interior(nn.Module):
     """A module that can recompute what lies between its matrix products: activation checkpointing's ``selective`` mode."""
 
     checkpoint_interior: bool = False
+    drop: nn.Dropout
+    _interior: Callable[..., Tensor]
+
+    def _run_interior(self, first: Tensor, *others: Tensor | None) -> Tensor:
+        """``_interior`` of these tensors."""
+        if self.checkpoint_interior and first.requires_grad:
+            out: Tensor = recompute(self._interior, first, *others, random=self.drop.p > 0)
+            return out
+        return self._interior(first, *others)
 
 
 class PatchConv(MapConv):
@@ -193,17 +202,13 @@ class Mlp(Interior):
         self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
-    def _tail(self, hidden: Tensor) -> Tensor:
+    def _interior(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.drop(self.fc2(self.drop(self.act(hidden))))
         return out
 
     def forward(self, x: Tensor) -> Tensor:
         """B x H x W x dim to the same."""
-        hidden = self.fc1(x)
-        if self.checkpoint_interior and hidden.requires_grad:
-            out: Tensor = recompute(self._tail, hidden, random=self.drop.p > 0)
-            return out
-        return self._tail(hidden)
+        return self._run_interior(self.fc1(x))
 
 
 class Block(nn.Module):

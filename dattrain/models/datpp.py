@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dattrain.models.blocks import DepthwiseConv, Interior, check_images, recompute
+from dattrain.models.blocks import DepthwiseConv, Interior, check_images
 from dattrain.ops.neighborhood import neighborhood_attention
 
 
@@ -75,18 +75,14 @@ class ConvMlp(Interior):
         self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
-    def _tail(self, hidden: Tensor) -> Tensor:
+    def _interior(self, hidden: Tensor) -> Tensor:
         hidden = self.drop(hidden)
         out: Tensor = self.drop(self.fc2(self.act(hidden + self.dwconv(hidden))))
         return out
 
     def forward(self, x: Tensor) -> Tensor:
         """B x H x W x dim to the same."""
-        hidden = self.fc1(x)
-        if self.checkpoint_interior and hidden.requires_grad:
-            out: Tensor = recompute(self._tail, hidden, random=self.drop.p > 0)
-            return out
-        return self._tail(hidden)
+        return self._run_interior(self.fc1(x))
 
 
 class NeighborhoodAttention(Interior):
@@ -113,11 +109,7 @@ class NeighborhoodAttention(Interior):
 
     def forward(self, x: Tensor) -> Tensor:
         """B x H x W x C to the same."""
-        qkv = self.qkv(x)
-        if self.checkpoint_interior and qkv.requires_grad:
-            out: Tensor = recompute(self._interior, qkv, random=self.drop.p > 0)
-            return out
-        return self._interior(qkv)
+        return self._run_interior(self.qkv(x))
 
     def _interior(self, qkv: Tensor) -> Tensor:
         batch, height, width, _ = qkv.shape

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dattrain import ops
 from dattrain.models.attention import relative_bias
-from dattrain.models.blocks import DepthwiseConv, Interior, recompute, to_autocast_dtype
+from dattrain.models.blocks import DepthwiseConv, Interior, to_autocast_dtype
 from dattrain.models.init import init_table
 from dattrain.models.resize import resize_fixed_table
 from dattrain.ops.deformable_attention.coordinates import QueryGrid, steps
@@ -222,10 +222,7 @@ class DeformableAttention(Interior):
         positions = self.offset(q).flatten(2, 3)
         sampled = x.flatten(1, 2) if self.on_grid(height, width) else ops.sample(x, positions)
         kv = self.kv(sampled)
-        if self.checkpoint_interior and q.requires_grad:
-            out: Tensor = recompute(self._interior, q, kv, positions, random=self.drop.p > 0)
-            return out
-        return self._interior(q, kv, positions)
+        return self._run_interior(q, kv, positions)
 
     def _interior(self, q: Tensor, kv: Tensor, positions: Tensor) -> Tensor:
         """Attention and output projection; q is B x H x W x C, kv B x Ns x 2C, positions B x groups x Ns x 2."""

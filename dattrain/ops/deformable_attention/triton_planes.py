@@ -13,6 +13,8 @@ from torch import Tensor
 from dattrain.ops.deformable_attention.coordinates import Geometry, QueryGrid, start_and_step
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+BLOCK = 256
+"""Keys, or cells of the planes, of a program."""
 EDGE = 2.0**-16
 """How far below a whole index its cell begins already.
 
@@ -51,14 +53,14 @@ class Bias(NamedTuple):
         rows, pitch = broken + y.pad, sizes[1] + 2 * x.pad
         starts = positions.new_empty(positions.shape[:3], dtype=torch.int64)
         planes = table.new_empty(heads, rows, pitch, 1 if half else 2, dtype=torch.int64)
-        starts_kernel[(triton.cdiv(starts.numel(), 256),)](
+        starts_kernel[(triton.cdiv(starts.numel(), BLOCK),)](
             positions, starts, starts.numel(), y.origin, x.origin, y.slope, x.slope, y.low, x.low, y.high, x.high,
-            float(broken), BLOCK=256,
+            float(broken), BLOCK=BLOCK,
         )  # fmt: skip
         cells = heads * rows * pitch
-        planes_kernel[(triton.cdiv(cells, 256),)](
+        planes_kernel[(triton.cdiv(cells, BLOCK),)](
             table, planes, cells, rows * pitch, pitch, *sizes, y.pad, x.pad, broken, 0.5 - EDGE, HALF=half,
-            BLOCK=256,
+            BLOCK=BLOCK,
         )  # fmt: skip
         return cls(
             starts, planes, (y.step, x.step), (y.slope, x.slope), (y.offset, x.offset),

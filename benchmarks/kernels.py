@@ -33,7 +33,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from dattrain.ops.deformable_attention import backend_triton
-from dattrain.ops.deformable_attention.coordinates import Geometry, QueryGrid
+from dattrain.ops.deformable_attention.coordinates import Geometry, Inputs, QueryGrid
 from dattrain.ops.dispatch import MAX_TRITON_HEAD_DIM
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -141,9 +141,9 @@ def launches(
     positions = torch.zeros(batch, groups, keys, 2)
     table = torch.zeros(heads, 2 * side - 1, 2 * side - 1)
     with _compile_only(capability) as made:
-        geometry = Geometry(side, side, grid, dim**-0.5)
-        out, lse = backend_triton.forward(q, k, v, positions, table, geometry)
-        backend_triton.backward(torch.empty_like(q), q, k, v, positions, table, out, lse, geometry)
+        inputs, geometry = Inputs(q, k, v, positions, table), Geometry(side, side, grid, dim**-0.5)
+        out, lse = backend_triton.forward(inputs, geometry)
+        backend_triton.backward(torch.empty_like(q), inputs, out, lse, geometry)
     return [_launch(*one, capability) for one in made]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dattrain.ops.deformable_attention import backend_reference, torch_op
-from dattrain.ops.deformable_attention.coordinates import Geometry, QueryGrid
+from dattrain.ops.deformable_attention.coordinates import Geometry, Inputs, QueryGrid
 from dattrain.ops.dispatch import Backend, resolve
 
 
@@ -59,28 +59,20 @@ def deform_attention(
     if autocast and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    _check(q, k, v, positions, bias_table, height, width, query_grid)
+    _check(Inputs(q, k, v, positions, bias_table), height, width, query_grid)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     table = None if bias_table is None else bias_table.to(positions.dtype)
     chosen = resolve(q, backend, q.shape[-1])
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
             geometry = Geometry(height, width, query_grid, scale)
-            return backend_reference.deform_attention(q, k, v, positions, table, geometry)
+            return backend_reference.deform_attention(Inputs(q, k, v, positions, table), geometry)
     out: Tensor = torch_op.attention(q, k, v, positions, table, height, width, query_grid, scale, chosen)[0]
     return out
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    bias_table: Tensor | None,
-    height: int,
-    width: int,
-    query_grid: str,
-) -> None:
+def _check(inputs: Inputs, height: int, width: int, query_grid: str) -> None:
+    q, k, v, positions, bias_table = inputs
     if query_grid not in ("center", "corner"):
         raise ValueError(f"query_grid={query_grid!r} is neither 'center' nor 'corner'")
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:

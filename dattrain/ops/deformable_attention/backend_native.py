@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dattrain.ops.cpp import build
 from dattrain.ops.cpp.bindings import SUFFIXES
-from dattrain.ops.deformable_attention.coordinates import Geometry, start_and_step
+from dattrain.ops.deformable_attention.coordinates import Geometry, Inputs, start_and_step
 from dattrain.ops.deformable_attention.layout import tokens_like
 
 
@@ -31,52 +31,34 @@ def supports(table: Tensor | None, geometry: Geometry) -> bool:
     return step <= 1 and (1 - step) * (geometry.width - 1) <= 1
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor | None,
-    geometry: Geometry,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Output (as q, laid out as tokens) and log-sum-exp (B x heads x queries, positions' dtype)."""
-    stored = _stored(q, positions)
-    out = tokens_like(q, stored)
+    q, positions = inputs.q, inputs.positions
+    out = tokens_like(q, _stored(q, positions))
     lse = positions.new_empty(q.shape[:3])
-    _call(q, k, v, positions, table, out, lse, None, (None,) * 3, None, None, geometry)
+    _call(inputs, out, lse, None, (None,) * 3, None, None, geometry)
     return out.to(q.dtype), lse
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    geometry: Geometry,
+    grad_out: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, geometry: Geometry
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v (laid out as tokens), positions and table."""
+    q, k, v, positions, table = inputs
     batch, heads = q.shape[:2]
     groups, keys = positions.shape[1:3]
     grads = tuple(tokens_like(x, _stored(q, positions)) for x in (q, k, v))
     per_head = positions.new_zeros(batch, heads, keys, 2)
     threads = max(1, min(torch.get_num_threads(), batch * heads))
     tables = None if table is None else positions.new_zeros(threads, *table.shape)
-    _call(q, k, v, positions, table, out, lse, grad_out, grads, per_head, tables, geometry)
+    _call(inputs, out, lse, grad_out, grads, per_head, tables, geometry)
     grad_q, grad_k, grad_v = (x.to(like.dtype) for x, like in zip(grads, (q, k, v)))
     grad_positions = per_head.view(batch, groups, heads // groups, keys, 2).sum(2)
     return grad_q, grad_k, grad_v, grad_positions, None if tables is None else tables.sum(0)
 
 
 def _call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor | None,
+    inputs: Inputs,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor | None,
@@ -85,17 +67,18 @@ def _call(
     grad_tables: Tensor | None,
     geometry: Geometry,
 ) -> None:
+    q, k, v, positions, table = inputs
     if not q.shape[0]:
         return
     dtype = _stored(q, positions)
     out = out.to(dtype)
-    inputs = [_rows(x.to(dtype)) for x in (q, k, v, out)]
-    matrices = [*inputs, *(None if x is None else _rows(x.to(dtype)) for x in (grad_out, *grads))]
+    stored = [_rows(x.to(dtype)) for x in (q, k, v, out)]
+    matrices = [*stored, *(None if x is None else _rows(x.to(dtype)) for x in (grad_out, *grads))]
     strides = [n for x in matrices for n in ((0, 0, 0) if x is None else x.stride()[:3])]
     table = None if table is None else table.contiguous()
     table_shape = (1, 1) if table is None else table.shape[1:]
     memory = [
-        *inputs[:3], positions.contiguous(), table, inputs[3], lse.contiguous(), matrices[4], *matrices[5:],
+        *stored[:3], positions.contiguous(), table, stored[3], lse.contiguous(), matrices[4], *matrices[5:],
         grad_positions, grad_tables,
     ]  # fmt: skip
     sizes = [

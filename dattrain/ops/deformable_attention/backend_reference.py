@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dattrain.ops import sampling, transforms
-from dattrain.ops.deformable_attention.coordinates import Geometry, QueryGrid, query_coordinates
+from dattrain.ops.deformable_attention.coordinates import Geometry, Inputs, QueryGrid, query_coordinates
 
 
 def sampled_bias(bias_table: Tensor, positions: Tensor, height: int, width: int, grid: QueryGrid) -> Tensor:
@@ -39,18 +39,13 @@ def sampled_bias(bias_table: Tensor, positions: Tensor, height: int, width: int,
     return out
 
 
-def deform_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    bias_table: Tensor | None,
-    geometry: Geometry,
-) -> Tensor:
+def deform_attention(inputs: Inputs, geometry: Geometry) -> Tensor:
     """softmax(scale * q k^T + bias) v as q, logits and softmax in the dtype of ``positions``; differentiable by torch."""
+    q, k, v, positions, table = inputs
     accumulate = positions.dtype
     logits = (q.to(accumulate) @ k.to(accumulate).transpose(-2, -1)) * geometry.scale
-    if bias_table is not None:
-        table = bias_table.to(accumulate)
-        logits = logits + sampled_bias(table, positions, geometry.height, geometry.width, geometry.grid)
+    if table is not None:
+        logits = logits + sampled_bias(
+            table.to(accumulate), positions, geometry.height, geometry.width, geometry.grid
+        )
     return (torch.softmax(logits, dim=-1) @ v.to(accumulate)).to(q.dtype)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dattrain.ops.deformable_attention.coordinates import Geometry
+from dattrain.ops.deformable_attention.coordinates import Geometry, Inputs
 from dattrain.ops.deformable_attention.layout import tokens_like
 from dattrain.ops.deformable_attention.torch_bias import BlockBias, bias_builder
 
@@ -55,15 +55,9 @@ class _Scratch:
         return self._memory[name][:size].view(shape)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor | None,
-    geometry: Geometry,
-) -> Tensor:
-    """softmax(scale * q k^T + bias) v; arguments as ``dattrain.ops.deform_attention``, table in positions' dtype."""
+def forward(inputs: Inputs, geometry: Geometry) -> Tensor:
+    """softmax(scale * q k^T + bias) v."""
+    q, k, v, positions, table = inputs
     out = tokens_like(q)
     dtype = positions.dtype
     scratch = _Scratch(positions)
@@ -75,16 +69,10 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor | None,
-    out: Tensor,
-    geometry: Geometry,
+    grad_out: Tensor, inputs: Inputs, out: Tensor, geometry: Geometry
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v (in their dtype), positions and table (in theirs)."""
+    q, k, v, positions, table = inputs
     dtype, device = positions.dtype, q.device
     grad_q, grad_k, grad_v = tokens_like(q), tokens_like(k, dtype).zero_(), tokens_like(v, dtype).zero_()
     grad_positions = torch.zeros(positions.shape, dtype=dtype, device=device)

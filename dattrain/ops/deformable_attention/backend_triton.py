@@ -19,20 +19,14 @@ import triton
 from torch import Tensor
 
 from dattrain.ops.deformable_attention import triton_kernels as kernels
-from dattrain.ops.deformable_attention.coordinates import Geometry
+from dattrain.ops.deformable_attention.coordinates import Geometry, Inputs
 from dattrain.ops.deformable_attention.triton_planes import Bias
 from dattrain.ops.precision import products_of
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor | None,
-    geometry: Geometry,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Output (as q, laid out B x queries x heads x d in memory) and log-sum-exp (B x heads x queries, fp32)."""
+    q, k, v, positions, table = inputs
     batch, heads, queries, dim = q.shape
     keys, groups = k.shape[2], positions.shape[1]
     lse = positions.new_empty(batch, heads, queries)
@@ -51,17 +45,10 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    geometry: Geometry,
+    grad_out: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, geometry: Geometry
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v (laid out B x length x heads x d in memory), positions and table."""
+    q, k, v, positions, table = inputs
     batch, heads, queries, dim = q.shape
     keys, groups = k.shape[2], positions.shape[1]
     grad_positions = torch.zeros_like(positions)

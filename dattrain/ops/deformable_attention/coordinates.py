@@ -7,12 +7,22 @@ one axis that is ``table_index[k, i] = start[k] + i * step``: keys times (height
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 QueryGrid = Literal["center", "corner"]
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call of the attention core, as ``deform_attention`` has them; ``table`` in the dtype of positions."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    table: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)

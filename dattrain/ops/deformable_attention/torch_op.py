@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dattrain.ops import dispatch, transforms
 from dattrain.ops.deformable_attention import backend_native, backend_reference, backend_torch
-from dattrain.ops.deformable_attention.coordinates import Geometry, QueryGrid
+from dattrain.ops.deformable_attention.coordinates import Geometry, Inputs, QueryGrid
 from dattrain.ops.deformable_attention.layout import tokens_like
 
 
@@ -36,16 +36,17 @@ def attention(
 
     Arguments are those of ``dattrain.ops.deform_attention`` after its checks; ``table`` has the dtype of positions.
     """
+    inputs = Inputs(q, k, v, positions, table)
     geometry = Geometry(height, width, _grid(grid), scale)
     if backend == "triton" and dispatch.compiles(q.device):
         from dattrain.ops.deformable_attention import backend_triton
 
         with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors are on
-            return backend_triton.forward(q, k, v, positions, table, geometry)
+            return backend_triton.forward(inputs, geometry)
     if backend == "native" and backend_native.supports(table, geometry):
-        return backend_native.forward(q, k, v, positions, table, geometry)
+        return backend_native.forward(inputs, geometry)
     with torch.autocast(q.device.type, enabled=False):
-        out = backend_torch.forward(q, k, v, positions, table, geometry)
+        out = backend_torch.forward(inputs, geometry)
     return out, _new_lse(q, positions, backend)
 
 
@@ -78,18 +79,18 @@ def attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, positions and table (empty where there is no table)."""
+    inputs = Inputs(q, k, v, positions, table)
     geometry = Geometry(height, width, _grid(grid), scale)
-    inputs = grad_out, q, k, v, positions, table, out
     if backend == "triton" and dispatch.compiles(q.device):
         from dattrain.ops.deformable_attention import backend_triton
 
         with torch.cuda.device_of(q):
-            grads = backend_triton.backward(*inputs, lse, geometry)
+            grads = backend_triton.backward(grad_out, inputs, out, lse, geometry)
     elif backend == "native" and backend_native.supports(table, geometry):
-        grads = backend_native.backward(*inputs, lse, geometry)
+        grads = backend_native.backward(grad_out, inputs, out, lse, geometry)
     else:
         with torch.autocast(q.device.type, enabled=False):
-            grads = backend_torch.backward(*inputs, geometry)
+            grads = backend_torch.backward(grad_out, inputs, out, geometry)
     return (*grads[:4], positions.new_empty(0) if grads[4] is None else grads[4])
 
 
@@ -106,20 +107,11 @@ def _(
     )
 
 
-def _equations(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor | None,
-    height: int,
-    width: int,
-    grid: str,
-    scale: float,
-    backend: str,
-) -> Tensor:
+def _equations(*arguments: Any) -> Tensor:
+    """The operator's, by the equations."""
+    height, width, grid, scale, _ = arguments[5:]
     geometry = Geometry(height, width, _grid(grid), scale)
-    return backend_reference.deform_attention(q, k, v, positions, table, geometry)
+    return backend_reference.deform_attention(Inputs(*arguments[:5]), geometry)
 
 
 transforms.register_autograd(attention, attention_backward, _equations, tensors=5)

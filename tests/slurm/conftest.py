@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm
 
 import dattrain
 
@@ -89,18 +90,18 @@ class Site:
     profile: Path
     started: list[Path] = field(default_factory=list)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """A user's."""
+        return {**self.cluster.environment, "XDG_CONFIG_HOME": str(self.folder), "OMP_NUM_THREADS": "1"}
+
     def dattrain(
         self, *arguments: str, check: bool = True, timeout: float = 120
     ) -> subprocess.CompletedProcess[str]:
         """Run the command line as the user would."""
-        environment = {
-            **self.cluster.environment,
-            "XDG_CONFIG_HOME": str(self.folder),
-            "OMP_NUM_THREADS": "1",
-        }
         done = subprocess.run(
-            [str(Path(sys.executable).with_name("dattrain")), *arguments], cwd=self.folder, env=environment, capture_output=True, text=True,
-            timeout=timeout,
+            [str(Path(sys.executable).with_name("dattrain")), *arguments], cwd=self.folder, env=self.environment,
+            capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
         if check:
             assert done.returncode == 0, f"dattrain {' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
@@ -122,8 +123,9 @@ class Site:
         return folder
 
     def status(self, run: Path) -> dict[str, Any]:
-        """What ``dattrain status --json`` says of one run."""
-        done = self.dattrain("status", str(run), "--json", check=False)
+        """What ``dattrain status --json`` says of one run; warm, since it is asked every second."""
+        command = [sys.executable, "-m", "dattrain", "status", str(run), "--json"]
+        done = warm.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
         return json.loads(done.stdout.splitlines()[0])
 
     # Waits are generous: on a busy machine four ranks take a minute and more to import what they need.

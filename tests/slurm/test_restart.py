@@ -33,14 +33,27 @@ def _same(run: Path, undisturbed: Path) -> None:
     assert weights(run) == weights(undisturbed)
 
 
-def test_the_signal_reaches_one_rank_that_is_not_the_first(site: Site, undisturbed: Path) -> None:
-    run, job = _begin(site, "usr2")
+def test_a_signal_to_one_rank_and_then_a_nodes_power_cut(site: Site, undisturbed: Path) -> None:
+    """The rank is not the first."""
+    run, job = _begin(site, "usr2-and-power")
     os.kill(ranks(job)[2], signal.SIGUSR2)
-    found = site.wait(run)
-    assert _reasons(found) == ["preempted"]
-    saved = int(found["restarts"][0].split("saved at step ")[1].split(",")[0])
+    begins = site.wait_for(
+        lambda: b if len(b := [e for e in _history(run) if e["event"] == "begin"]) == 2 else None, run=run
+    )
+    saved = begins[1]["checkpoint"]
     # The shards of all four ranks, at the very step where they agreed.
     assert len(weights(run, saved)) == 4
+    site.wait_for(lambda: (newest_checkpoint(run) or 0) > saved, run=run)
+    lost = begins[1]["nodes"][-1]
+    site.cluster.power_cut(lost)
+    try:
+        found = site.wait(run)
+    finally:
+        site.cluster.power_on(lost)
+    assert _reasons(found) == ["preempted", "node failure"]
+    assert f"saved at step {saved}," in found["restarts"][0] and f"{lost} went down" in found["restarts"][1]
+    attempts = [e for e in _history(run) if e["event"] == "begin"]
+    assert lost not in attempts[2]["nodes"] and attempts[2]["checkpoint"] > saved
     _same(run, undisturbed)
 
 
@@ -87,24 +100,6 @@ def test_a_save_that_outruns_the_time_limit_is_requeued_all_the_same(site: Site,
     _same(run, undisturbed)
 
 
-def test_a_nodes_power_is_cut(site: Site, undisturbed: Path) -> None:
-    run, job = _begin(site, "power")
-    first = site.cluster.run("squeue", "-h", "-j", job, "-o", "%N").strip()
-    lost = site.cluster.run("scontrol", "show", "hostnames", first).split()[-1]
-    site.cluster.power_cut(lost)
-    try:
-        found = site.wait(run)
-    finally:
-        site.cluster.power_on(lost)
-    assert _reasons(found) == ["node failure"]
-    assert f"{lost} went down" in found["restarts"][0]
-    attempts = [e for e in _history(run) if e["event"] == "begin"]
-    assert lost in attempts[0]["nodes"]
-    assert lost not in attempts[1]["nodes"]
-    assert attempts[1]["checkpoint"] >= 10
-    _same(run, undisturbed)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("requeue", ["scontrol", "follow-up"])
 def test_the_power_of_the_node_of_the_batch_script_is_cut(
@@ -136,19 +131,19 @@ def test_a_killed_rank_takes_the_job_down_and_is_retried(site: Site, undisturbed
     _same(run, undisturbed)
 
 
-def test_a_node_that_fails_twice_is_left_out_and_without_progress_the_run_ends(
-    site: Site, undisturbed: Path
-) -> None:
-    run, job = _begin(site, "bad-node", "--retries", "5")
+def test_a_node_that_fails_twice_is_left_out_and_without_progress_the_run_ends(site: Site) -> None:
+    profile = site.folder / "one-task.yaml"
+    profile.write_text(site.profile.read_text().replace("tasks_per_node: 2", "tasks_per_node: 1"))
+    run, job = _begin(site, "bad-node", "--retries", "5", "--cluster", str(profile))
     bad = next(e for e in _history(run) if e["event"] == "begin")["nodes"][1]
-    os.kill(ranks(job)[3], signal.SIGKILL)
+    os.kill(ranks(job)[1], signal.SIGKILL)
 
     def second_has_saved() -> bool:
         begins = [e for e in _history(run) if e["event"] == "begin"]
         return len(begins) == 2 and (newest_checkpoint(run) or 0) > begins[1]["checkpoint"]
 
     site.wait_for(second_has_saved, run=run)
-    os.kill(ranks(site.status(run)["job"])[3], signal.SIGKILL)
+    os.kill(ranks(site.status(run)["job"])[1], signal.SIGKILL)
     begins = site.wait_for(
         lambda: b if len(b := [e for e in _history(run) if e["event"] == "begin"]) == 3 else None, run=run
     )

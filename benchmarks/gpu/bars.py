@@ -71,7 +71,7 @@ BARS: tuple[Bar, ...] = (
 
 
 def verdict(bar: Bar, figures: Figures, *, dry: bool) -> Verdict:
-    """Of a bar on a stage's figures. What a dry run measured says nothing about a GPU; NaN keeps no limit."""
+    """Verdict of a bar on a stage's figures. What a dry run measured says nothing about a GPU; NaN keeps no limit."""
     value = figures.get(bar.figure, {}).get("value")
     if dry or not isinstance(value, (int, float)) or isinstance(value, bool):
         return "not run"
@@ -79,7 +79,7 @@ def verdict(bar: Bar, figures: Figures, *, dry: bool) -> Verdict:
 
 
 def status(stage: str, figures: Figures, *, dry: bool, bars: Sequence[Bar] = BARS) -> Status:
-    """Of a stage that came to its end: the worst verdict of its bars. One without bars is met by having come there."""
+    """Status of a stage that came to its end: the worst verdict of its bars. One without bars is met by having come there."""
     found = {verdict(bar, figures, dry=dry) for bar in bars if bar.stage == stage}
     if "missed" in found:
         return "missed"

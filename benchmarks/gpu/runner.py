@@ -212,12 +212,12 @@ def put_aside(path: Path, key: Mapping[str, Any]) -> None:
 def write(path: Path, key: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]) -> None:
     """``results.json``, whole or not at all."""
     text = json.dumps({**key, "stages": list(entries)}, indent=1) + "\n"
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
+    tmp_path = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(tmp_path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    os.replace(tmp_path, path)
 
 
 def finished(entries: Iterable[Mapping[str, Any]], key: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -245,7 +245,7 @@ def revision() -> str:
 
 
 def digest(root: Path) -> str:
-    """Of the files of ``CODE``: names and contents."""
+    """Digest of the files of ``CODE``: names and contents."""
     total = hashlib.blake2b(digest_size=8)
     for folder in CODE:
         for path in sorted((root / folder).rglob("*")):

@@ -81,7 +81,7 @@ def backward(
 
 
 SCORES_BYTES = 512 << 20
-"""Of the scores' gradient, at most, at a time; one image's where that is more."""
+"""Bytes of the scores' gradient, at most, at a time; one image's where that is more."""
 QUERY_TILE = 64
 """Places, at most, whose gradient of q is one program's."""
 SPLITS = 1024

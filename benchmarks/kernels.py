@@ -126,9 +126,7 @@ class Launch:
         )
 
 
-def launches(
-    capability: int, side: int, layer: Layer, dtype: torch.dtype, dim: int
-) -> list[Launch]:
+def launches(capability: int, side: int, layer: Layer, dtype: torch.dtype, dim: int) -> list[Launch]:
     """What forward and backward of a layer launch on a device of that compute capability.
 
     Raises:

@@ -37,10 +37,10 @@ NOT_ON_CUDA = "dattrain/engine/optim.py"
 
 
 @contextmanager
-def updates(stage: int, precision: str = "bf16") -> Iterator[tuple[Session, Contender]]:
+def updates(stage: int) -> Iterator[tuple[Session, Contender]]:
     """A session on the CPU that has run its first updates. One per process for each process group."""
     words = ["model.name=dat_atto", "model.img_size=64", "model.num_classes=10", "train.micro_batch=2"]
-    config = bench.read([*words, f"zero.stage={stage}", f"train.precision={precision}"], ACCUMULATION)
+    config = bench.read([*words, f"zero.stage={stage}", "train.precision=bf16"], ACCUMULATION)
     session = open_session(config, derive(config, world=1, samples_per_epoch=1000), CPU, 64)
     contender = Contender(session, Batches(config, CPU), config.optim.lr)
     for _ in range(3):  # DeepSpeed's clock begins at its third
@@ -52,7 +52,7 @@ def updates(stage: int, precision: str = "bf16") -> Iterator[tuple[Session, Cont
 
 
 def update(stage: int) -> Counter[str]:
-    """Of one update and the agreement after it."""
+    """Waits of one update and the agreement after it."""
     with updates(stage) as (_, contender), on_the_cpu() as waits:
         done = contender()
         reduce_status(done, request=StopRequest.NONE, save_failed=False, bad_samples=0, device=CPU)
@@ -61,7 +61,7 @@ def update(stage: int) -> Counter[str]:
 
 
 def mixing() -> Counter[str]:
-    """Of a micro-batch's normalisation, erasing and mixing, after the first."""
+    """Waits of a micro-batch's normalisation, erasing and mixing, after the first."""
     config = loads("{}").config
     positions = np.arange(8, dtype=np.int64)
     plan = draw(config.augment, 0, positions, (224, 224))
@@ -77,7 +77,7 @@ def mixing() -> Counter[str]:
 
 
 def forward(name: str) -> Counter[str]:
-    """Of a model's forward pass, after the first."""
+    """Waits of a model's forward pass, after the first."""
     model = zoo.create(name, num_classes=1000, img_size=224).train()
     with fake_cuda() as waits:
         faked(model)

@@ -33,7 +33,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from dattrain.ops.deformable_attention import backend_triton
-from dattrain.ops.deformable_attention.coordinates import Geometry, Inputs, QueryGrid
+from dattrain.ops.deformable_attention.coordinates import Geometry, Inputs
 from dattrain.ops.dispatch import MAX_TRITON_HEAD_DIM
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -76,7 +76,7 @@ DEVICES = {
     120: Device(99 * 1024, 100 * 1024, 1536),
 }
 REGISTERS = 65536
-"""Of a multiprocessor."""
+"""Registers of a multiprocessor."""
 
 LIMITS = {
     14: {
@@ -108,7 +108,7 @@ class Launch:
     """Blocks that fit on a multiprocessor."""
     instructions: int
     loop: int
-    """Of them in the loop."""
+    """Instructions in the loop."""
     trips: int
     products: int
     """Tensor-core instructions."""
@@ -126,9 +126,7 @@ class Launch:
         )
 
 
-def launches(
-    capability: int, side: int, layer: Layer, dtype: torch.dtype, dim: int, grid: QueryGrid = "center"
-) -> list[Launch]:
+def launches(capability: int, side: int, layer: Layer, dtype: torch.dtype, dim: int) -> list[Launch]:
     """What forward and backward of a layer launch on a device of that compute capability.
 
     Raises:
@@ -141,7 +139,7 @@ def launches(
     positions = torch.zeros(batch, groups, keys, 2)
     table = torch.zeros(heads, 2 * side - 1, 2 * side - 1)
     with _compile_only(capability) as made:
-        inputs, geometry = Inputs(q, k, v, positions, table), Geometry(side, side, grid, dim**-0.5)
+        inputs, geometry = Inputs(q, k, v, positions, table), Geometry(side, side, "center", dim**-0.5)
         out, lse = backend_triton.forward(inputs, geometry)
         backend_triton.backward(torch.empty_like(q), inputs, out, lse, geometry)
     return [_launch(*one, capability) for one in made]
@@ -190,7 +188,7 @@ def _compile_only(capability: int) -> Iterator[list[tuple[str, tuple[int, ...], 
 
 
 def _trips(kernel: str, a: dict[str, Any]) -> int:
-    """Of a kernel's loop."""
+    """Turns of a kernel's loop."""
     match kernel:
         case "forward_kernel" | "query_gradient_kernel":
             return int(a["n_keys"] // a["BLOCK_K"])

@@ -38,7 +38,7 @@ LAYOUTS += [
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Of DAT-B's parameters."""
+    """Shapes of DAT-B's parameters."""
     with torch.device("meta"):
         model = zoo.create("dat_base", num_classes=21841, img_size=224)
     return {n: tuple(p.shape) for n, p in model.named_parameters()}

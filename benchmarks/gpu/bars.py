@@ -5,9 +5,11 @@ docs/benchmarks/README.md says the same in words; a test holds the two together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from dattrain.text import columns
 
 Verdict = Literal["met", "missed", "not run"]
 Status = Literal["met", "missed", "failed", "not run"]
@@ -69,7 +71,7 @@ BARS: tuple[Bar, ...] = (
 
 
 def verdict(bar: Bar, figures: Figures, *, dry: bool) -> Verdict:
-    """Of a bar on a stage's figures. What a dry run measured says nothing about a GPU; NaN keeps no limit."""
+    """Verdict of a bar on a stage's figures. What a dry run measured says nothing about a GPU; NaN keeps no limit."""
     value = figures.get(bar.figure, {}).get("value")
     if dry or not isinstance(value, (int, float)) or isinstance(value, bool):
         return "not run"
@@ -77,7 +79,7 @@ def verdict(bar: Bar, figures: Figures, *, dry: bool) -> Verdict:
 
 
 def status(stage: str, figures: Figures, *, dry: bool, bars: Sequence[Bar] = BARS) -> Status:
-    """Of a stage that came to its end: the worst verdict of its bars. One without bars is met by having come there."""
+    """Status of a stage that came to its end: the worst verdict of its bars. One without bars is met by having come there."""
     found = {verdict(bar, figures, dry=dry) for bar in bars if bar.stage == stage}
     if "missed" in found:
         return "missed"
@@ -94,7 +96,7 @@ def table(entries: Sequence[Mapping[str, Any]], *, dry: bool, bars: Sequence[Bar
         figures = by_stage[bar.stage].get("figures", {})
         value = figures.get(bar.figure, {}).get("value")
         rows.append((bar.stage, bar.figure, shown(value), bar.asked, verdict(bar, figures, dry=dry)))
-    lines = aligned(rows)
+    lines = columns(rows)
     if dry:
         lines = [
             "DRY RUN with tiny sizes on a CPU: no figure below is one of a GPU, and none counts.",
@@ -106,7 +108,7 @@ def table(entries: Sequence[Mapping[str, Any]], *, dry: bool, bars: Sequence[Bar
         reason = f" ({entry['reason']})" if entry.get("reason") else ""
         lines += ["", f"{entry['stage']}: {entry['status']}{reason}, {entry.get('seconds', 0):.0f} s"]
         others = {n: f for n, f in entry.get("figures", {}).items() if (entry["stage"], n) not in barred}
-        lines += aligned([(f"  {n}", shown(f["value"]), f.get("unit", "")) for n, f in others.items()])
+        lines += columns([(f"  {n}", shown(f["value"]), f.get("unit", "")) for n, f in others.items()])
     return "\n".join(lines) + "\n"
 
 
@@ -117,12 +119,3 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     return str(value)
-
-
-def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Rows as lines, in columns."""
-    rows = list(rows)
-    if not rows:
-        return []
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

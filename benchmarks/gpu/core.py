@@ -35,7 +35,7 @@ class Layer:
 
     @property
     def scores(self) -> int:
-        """Of a micro-batch."""
+        """Scores of a micro-batch."""
         return self.batch * self.heads * self.size**2 * self.keys**2
 
 

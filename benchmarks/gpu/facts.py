@@ -56,7 +56,7 @@ def run(job: Job) -> None:
 
 
 def version(package: str) -> str:
-    """Of an installed package."""
+    """Version of an installed package."""
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed
 

@@ -21,6 +21,7 @@ from typing import IO, Any
 from benchmarks.gpu.bars import status
 from benchmarks.gpu.job import NOT_RUN
 from benchmarks.gpu.stages import Stage
+from dattrain.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("dattrain", "benchmarks", "configs", "tests")
@@ -210,14 +211,8 @@ def put_aside(path: Path, key: Mapping[str, Any]) -> None:
 
 
 def write(path: Path, key: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]) -> None:
-    """``results.json``, whole or not at all."""
-    text = json.dumps({**key, "stages": list(entries)}, indent=1) + "\n"
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    """``results.json``, complete or not at all."""
+    write_atomically(path, json.dumps({**key, "stages": list(entries)}, indent=1) + "\n", durable=True)
 
 
 def finished(entries: Iterable[Mapping[str, Any]], key: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -245,7 +240,7 @@ def revision() -> str:
 
 
 def digest(root: Path) -> str:
-    """Of the files of ``CODE``: names and contents."""
+    """Digest of the files of ``CODE``: names and contents."""
     total = hashlib.blake2b(digest_size=8)
     for folder in CODE:
         for path in sorted((root / folder).rglob("*")):

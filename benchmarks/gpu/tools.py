@@ -120,7 +120,7 @@ def parse(text: str) -> dict[str, dict[str, tuple[float, str]]]:
 
 
 def instructions(kernels: dict[str, dict[str, tuple[float, str]]]) -> float:
-    """Of threads: 32 times those of warps."""
+    """Instructions of threads: 32 times those of warps."""
     return 32 * sum(values.get("smsp__inst_executed.sum", (0.0, ""))[0] for values in kernels.values())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,10 @@ def bench(
 
         def result(mode: str, ranks: int) -> dict[str, Any]:
             out, job = Path(made) / f"{mode}-{ranks}.json", Path(made) / "job.json"
-            content = {
-                "mode": mode,
-                "folder": made,
-                "out": str(out),
-                "parameters": parameters,
-                "stage": stage,
-                "rounds": rounds,
-            }
-            job.write_text(json.dumps(content))
+            content = {"mode": mode, "folder": made, "out": str(out)}
+            job.write_text(
+                json.dumps({**content, "parameters": parameters, "stage": stage, "rounds": rounds})
+            )
             code = launch([sys.executable, "-m", "dattrain.bench.checkpoint_ranks", str(job)], ranks)
             if code:
                 raise UserError(f"the ranks of {mode} ended with exit code {code}; what they said is above")
@@ -69,14 +64,10 @@ def _report(ranks: int, stage: int, saved: dict[str, Any], loaded: dict[int, dic
         *_case(
             f"step loop waits ({ranks} ranks)",
             {"blocking save": saved["blocking"], "background save": saved["stall"]},
-            None,
-            {},
         ),
         *_case(
             f"update beside it ({ranks} ranks)",
             {"no save": saved["update"], "background save": saved["beside"]},
-            None,
-            {},
         ),
         *_case(
             f"state to disk ({ranks} ranks)",
@@ -135,7 +126,7 @@ def _report(ranks: int, stage: int, saved: dict[str, Any], loaded: dict[int, dic
 
 
 def _case(
-    case: str, seconds: dict[str, Seconds], size: int | None, peaks: dict[str, float]
+    case: str, seconds: dict[str, Seconds], size: int | None = None, peaks: Mapping[str, float] = {}
 ) -> list[Measurement]:
     baseline = next(iter(seconds))
     first = seconds[baseline]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dattrain.errors import UserError
+from dattrain.text import columns
 
 
 class Spread(NamedTuple):
@@ -214,9 +215,9 @@ class BenchReport:
         for row in [header, *rows]:
             shown.append([row[0] if row[0] != previous else "", *row[1:]])
             previous = row[0]
-        lines += _aligned(shown)
+        lines += columns(shown)
         for breakdown in self.breakdowns:
-            lines += ["", *_aligned(breakdown.rows())]
+            lines += ["", *columns(breakdown.rows())]
         return "\n".join([*lines, *([""] if self.notes else []), *self.notes]) + "\n"
 
     def as_markdown(self) -> str:
@@ -295,14 +296,14 @@ def _draw_parts(axes: Any, breakdown: Breakdown) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def describe_machine(device: str = "cpu", threads: int | None = None) -> dict[str, str]:
+def describe_machine(device: str = "cpu") -> dict[str, str]:
     """Device, threads and versions, as a report states them."""
     facts = {"device": _cpu_name(), "python": platform.python_version()}
     torch = sys.modules.get("torch")
     if torch is not None:
         if device.startswith("cuda"):
             facts["device"] = torch.cuda.get_device_name(device)
-        facts["threads"] = str(threads or torch.get_num_threads())
+        facts["threads"] = str(torch.get_num_threads())
         facts["torch"] = torch.__version__
     return facts
 
@@ -321,11 +322,6 @@ def _cpu_name() -> str:
 
 def _command() -> str:
     return shlex.join(["dattrain", *sys.argv[1:]])
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import resource
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,27 +58,15 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="dattrain-bench-") as made:
         images = prepare(Path(made), folder=folder, shards=shards, count=count, batch=batch)
         contenders = Pipelines(images, workers, batch, size, device)
-        pipelines = compare(
+        timed = partial(compare, rounds=rounds, warmup=1, min_seconds=0, cpu_clock=cpu_seconds)
+        pipelines = timed(
             f"{PIPELINES}, {workers} workers",
             contenders.pipelines(),
             baseline=BASELINE,
-            rounds=rounds,
-            warmup=1,
-            min_seconds=0,
             items=contenders.per_turn,
-            cpu_clock=cpu_seconds,
             extra=contenders.outputs,
         )
-        decoders = compare(
-            DECODING,
-            contenders.decoders(),
-            baseline=LIMIT,
-            rounds=rounds,
-            warmup=1,
-            min_seconds=0,
-            items=contenders.per_decoding,
-            cpu_clock=cpu_seconds,
-        )
+        decoders = timed(DECODING, contenders.decoders(), baseline=LIMIT, items=contenders.per_turn)
         rows = [with_cpu_throughput(m) for m in [*pipelines, *decoders]]
         report = BenchReport("Input pipeline", rows, item="image")
         report.notes += [images.describe(), *bars(rows)]

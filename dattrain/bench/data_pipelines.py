@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ class Pipelines:
         self.device = device
         self.batches = images.count // batch
         self.per_turn = self.batches * batch
-        self.per_decoding = self.per_turn
         self.outputs: dict[str, dict[str, float | str | None]] = {}
 
     def pipelines(self) -> dict[str, Callable[[], object]]:
@@ -57,43 +57,29 @@ class Pipelines:
             found[name] = function
             self.outputs[name] = {"output": output}
 
-        add(BASELINE, "float32, normalised", lambda: self._torchvision(floats=True))
-        add(BASELINE + ", uint8", "uint8", lambda: self._torchvision(floats=False))
+        add(BASELINE, "float32, normalised", partial(self._torchvision, floats=True))
+        add(BASELINE + ", uint8", "uint8", partial(self._torchvision, floats=False))
         add("timm", "uint8, normalised in the trainer", self._timm)
         add("webdataset, Pillow bicubic", "float32, normalised", self._webdataset)
-        add(OURS, "uint8", lambda: self._ours(workers=self.workers))
-        add(
-            f"{OURS}, normalised",
-            "float32, normalised in the trainer",
-            lambda: self._ours(workers=self.workers, mix=True),
-        )
-        add(
-            f"{OURS}, RandAugment",
-            "uint8",
-            lambda: self._ours(workers=self.workers, randaugment=_RANDAUGMENT),
-        )
-        add(
-            "timm, RandAugment",
-            "uint8, normalised in the trainer",
-            lambda: self._timm(_RANDAUGMENT),
-        )
+        ours = partial(self._ours, workers=self.workers)
+        add(OURS, "uint8", ours)
+        add(f"{OURS}, normalised", "float32, normalised in the trainer", partial(ours, mix=True))
+        add(f"{OURS}, RandAugment", "uint8", partial(ours, randaugment=_RANDAUGMENT))
+        add("timm, RandAugment", "uint8, normalised in the trainer", partial(self._timm, _RANDAUGMENT))
         try:
             import nvidia.dali  # noqa: F401
         except ImportError:
             pass
         else:
-            add(
-                f"{OURS}, DALI decoder on {self.device.type}",
-                "uint8",
-                lambda: self._ours(workers=1, decoder="dali"),
-            )
+            one_worker = partial(self._ours, workers=1, decoder="dali")
+            add(f"{OURS}, DALI decoder on {self.device.type}", "uint8", one_worker)
         return found
 
     def decoders(self) -> dict[str, Callable[[], object]]:
         """In this process alone."""
         dataset = open_dataset(self.images.shards)
         places = ((s, i) for s, n in enumerate(dataset.counts) for i in range(n))
-        files = [dataset.read(s, i).data for s, i in itertools.islice(places, self.per_decoding)]
+        files = [dataset.read(s, i).data for s, i in itertools.islice(places, self.per_turn)]
         tensors = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
 
         def limit() -> None:
@@ -104,12 +90,12 @@ class Pipelines:
             for data in files:
                 formats.decode_pillow(data).load()
 
-        steps = self.per_decoding // self.batch
+        ours = partial(self._ours, workers=0)
         return {
             LIMIT: limit,
             "Pillow, decompression alone": pillow,
-            OURS: lambda: self._ours(workers=0, batches=steps),
-            f"{OURS}, RandAugment": lambda: self._ours(workers=0, batches=steps, randaugment=_RANDAUGMENT),
+            OURS: ours,
+            f"{OURS}, RandAugment": partial(ours, randaugment=_RANDAUGMENT),
         }
 
     def config(self, *, workers: int, decoder: str = "cpu", randaugment: str | None = None) -> Config:
@@ -137,7 +123,6 @@ class Pipelines:
         self,
         *,
         workers: int,
-        batches: int | None = None,
         mix: bool = False,
         decoder: str = "cpu",
         randaugment: str | None = None,
@@ -148,7 +133,7 @@ class Pipelines:
         normalize = Normalize(config.augment)
         loader = train_loader(config, rank=0, world=1, samples_seen=0, device=device, img_size=self.size)
         with closing(loader):
-            for batch in itertools.islice(loader, batches or self.batches):
+            for batch in itertools.islice(loader, self.batches):
                 if mix:
                     normalize(batch.images)
 

@@ -6,6 +6,7 @@ is left out. bf16 is autocast over fp32 weights, as in training.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -78,25 +79,23 @@ def bench(
                 built = {name: build(name, size, drop_path if train else 0.0, device) for name in names}
                 extra: dict[str, dict[str, float | str | None]] = {}
                 steps: dict[str, Callable[[], object]] = {}
+                turn = functools.partial(
+                    step,
+                    size=size,
+                    batch=batch,
+                    dtype=to_dtype(dtype),
+                    train=train,
+                    device=device,
+                    channels_last=channels_last,
+                )
                 for name, model in built.items():
                     if channels_last:
                         model.to(memory_format=torch.channels_last)
-                    one = step(model, size, batch, to_dtype(dtype), train, device, name, channels_last)
+                    one = turn(model, name)
                     parameters = sum(p.numel() for p in model.parameters()) / 1e6
                     extra[name] = {"parameters M": round(parameters, 2)}
                     if compile:
-                        one = compiled(
-                            model,
-                            one,
-                            name,
-                            notes,
-                            size,
-                            batch,
-                            to_dtype(dtype),
-                            train,
-                            device,
-                            channels_last,
-                        )
+                        one = compiled(turn, model, name, notes) or one
                     if device.type == "cuda":
                         extra[name]["GB peak"] = peak(one, device)
                     steps[name] = one
@@ -166,12 +165,13 @@ def build(name: str, img_size: int, drop_path: float, device: torch.device) -> t
 
 def step(
     model: torch.nn.Module,
+    name: str,
+    *,
     size: int,
     batch: int,
     dtype: torch.dtype,
     train: bool,
     device: torch.device,
-    name: str,
     channels_last: bool,
 ) -> Callable[[], object]:
     """One turn of this model on fixed random images."""
@@ -218,24 +218,15 @@ def straightforward_core(active: bool) -> Iterator[None]:
 
 
 def compiled(
-    model: torch.nn.Module,
-    eager: Callable[[], object],
-    name: str,
-    notes: list[str],
-    size: int,
-    batch: int,
-    dtype: torch.dtype,
-    train: bool,
-    device: torch.device,
-    channels_last: bool,
-) -> Callable[[], object]:
-    """The turn with the model under torch.compile, run once; the eager one and a line in ``notes`` if that fails."""
-    one = step(torch.compile(model, dynamic=False), size, batch, dtype, train, device, name, channels_last)  # type: ignore[arg-type]
+    turn: Callable[..., Callable[[], object]], model: torch.nn.Module, name: str, notes: list[str]
+) -> Callable[[], object] | None:
+    """The turn with the model under torch.compile, run once; None and a line in ``notes`` if that fails."""
+    one = turn(torch.compile(model, dynamic=False), name)
     try:
         one()
     except Exception as error:
         notes.append(
             f"{name}: torch.compile failed, measured eager: {type(error).__name__}: {str(error).splitlines()[0]}"
         )
-        return eager
+        return None
     return one

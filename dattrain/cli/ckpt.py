@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from dattrain.cli import ckpt_convert
 from dattrain.errors import UserError
 from dattrain.files import readable_size
 from dattrain.runtime.progress import Progress
+from dattrain.text import columns
 
 if TYPE_CHECKING:
     from dattrain.config.schema import Config
@@ -111,7 +111,7 @@ def _ls(args: argparse.Namespace) -> int:
     table = [[_text(row[k]) for k in row] for row in rows]
     for row in table:
         row[4] = readable_size(int(row[4])) if row[4] else ""
-    _print_table(header, table)
+    print("\n".join(columns([header, *table])))
     return 0
 
 
@@ -321,9 +321,3 @@ def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(_text(v) for v in value)
     return str(value)
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

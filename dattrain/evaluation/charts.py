@@ -79,15 +79,8 @@ def write_all(
     )
     confusion_picture(records, names, title).savefig(folder / "confusion.png")
     reliability_picture(calibration, title).savefig(folder / "reliability.png")
-    files = (
-        "per_class.csv",
-        "confusion.csv",
-        "calibration.csv",
-        "predictions.csv",
-        "confusion.png",
-        "reliability.png",
-    )
-    return [folder / name for name in files]
+    tables, pictures = ("per_class", "confusion", "calibration", "predictions"), ("confusion", "reliability")
+    return [folder / f"{name}.csv" for name in tables] + [folder / f"{name}.png" for name in pictures]
 
 
 def confusion_picture(records: Records, names: Sequence[str], title: str) -> Figure:

@@ -7,7 +7,7 @@ loop over the images is in ``inference``, the metrics in ``metrics``, ImageNet's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -149,22 +149,19 @@ def evaluate(
     parts = test_sets.parts(options.test_set, spec, cfg)
     for part in parts:
         loader = inference.open_loader(config, cfg, part.path, views, device=device)
-        try:
-            with autocast(device, options.precision):
-                results.append(
-                    inference.classify(
-                        model,
-                        cfg,
-                        loader,
-                        device=device,
-                        views=views,
-                        among=part.among,
-                        keep_keys=options.keep_keys or options.test_set == "real",
-                        title=part.name,
-                    )
+        with closing(loader), autocast(device, options.precision):
+            results.append(
+                inference.classify(
+                    model,
+                    cfg,
+                    loader,
+                    device=device,
+                    views=views,
+                    among=part.among,
+                    keep_keys=options.keep_keys or options.test_set == "real",
+                    title=part.name,
                 )
-        finally:
-            loader.close()
+            )
     probes = {}
     if options.knn is not None or options.linear_probe:
         probes = _probes(options, model, cfg, config, spec, device)
@@ -236,11 +233,8 @@ def _probes(
         (spec, None, "features"),
     ):
         loader = inference.open_loader(config, cfg, path, inference.Views(), device=device)
-        try:
-            with autocast(device, options.precision):
-                found.append(inference.features(model, cfg, loader, device=device, limit=limit, title=title))
-        finally:
-            loader.close()
+        with closing(loader), autocast(device, options.precision):
+            found.append(inference.features(model, cfg, loader, device=device, limit=limit, title=title))
     if inference.rank_and_world()[0]:
         return {}
     (train, train_labels), (test, labels) = ((x[y >= 0], y[y >= 0]) for x, y in found)

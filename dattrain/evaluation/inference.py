@@ -122,7 +122,7 @@ def classify(
             if len(good):
                 images, labels = batch.images[good], batch.labels[good]
                 before = now(device)
-                x = normalise(images, cfg, device) if images.dtype == torch.uint8 else images.float()
+                x = as_input(images, cfg, device)
                 probabilities: Tensor | None = None
                 count = 0
                 for view in views(x, cfg.img_size):
@@ -168,11 +168,7 @@ def features(
         for number, batch in enumerate(loader, 1):
             good = (batch.weight > 0).nonzero().squeeze(1)
             if len(good):
-                x = (
-                    normalise(batch.images[good], cfg, device)
-                    if batch.images.dtype == torch.uint8
-                    else batch.images[good].float()
-                )
+                x = as_input(batch.images[good], cfg, device)
                 pooled = model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
                 labels = batch.labels[good].cpu()
                 parts.append((batch.position[good.cpu()], pooled.float().cpu(), labels))
@@ -186,6 +182,11 @@ def features(
     position, values, labels = (torch.cat(each) for each in zip(*(p for rank in gathered for p in rank)))
     order = position.argsort()
     return values[order], labels[order]
+
+
+def as_input(images: Tensor, cfg: PretrainedCfg, device: torch.device) -> Tensor:
+    """A loader's images as float32: pixels (uint8) are normalised, others have been."""
+    return normalise(images, cfg, device) if images.dtype == torch.uint8 else images.float()
 
 
 def rank_and_world() -> tuple[int, int]:

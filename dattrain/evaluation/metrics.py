@@ -94,10 +94,15 @@ def hits(records: Records, k: int, accepted: Sequence[frozenset[int]] | None = N
 
 def top1_top5(records: Records, accepted: Sequence[frozenset[int]] | None = None) -> tuple[float, float]:
     """Accuracies in percent over images that have a label (a non-empty set with ``accepted``)."""
-    known = records.label >= 0 if accepted is None else np.array([bool(ok) for ok in accepted])
+    known = _known(records, accepted)
     if not known.any():
         return float("nan"), float("nan")
     return tuple(100 * float(hits(records, k, accepted)[known].mean()) for k in (1, TOP))  # type: ignore[return-value]
+
+
+def _known(records: Records, accepted: Sequence[frozenset[int]] | None) -> np.ndarray:
+    """Whether each image has a label (a non-empty set with ``accepted``), bool (N,)."""
+    return records.label >= 0 if accepted is None else np.array([bool(each) for each in accepted])
 
 
 def compute(records: Records, accepted: Sequence[frozenset[int]] | None = None) -> dict[str, float]:
@@ -105,23 +110,19 @@ def compute(records: Records, accepted: Sequence[frozenset[int]] | None = None) 
 
     With ``accepted`` (see ``hits``) accuracies alone. Raises UserError where no image has a label.
     """
-    top1, top5 = top1_top5(records, accepted)
-    if accepted is not None:
-        keep = np.array([bool(each) for each in accepted])
-        low, high = bootstrap_interval(100.0 * hits(records, 1, accepted)[keep])
-        return {"top1": top1, "top1_low": low, "top1_high": high, "top5": top5, "images": int(keep.sum())}
-    known = records.label >= 0
+    known = _known(records, accepted)
     if not known.any():
         raise UserError(
             "none of the images has a label: there is nothing to compare predictions with (see dattrain predict)"
         )
-    low, high = bootstrap_interval(100.0 * hits(records, 1)[known])
+    top1, top5 = top1_top5(records, accepted)
+    low, high = bootstrap_interval(100.0 * hits(records, 1, accepted)[known])
+    accuracies = {"top1": top1, "top1_low": low, "top1_high": high, "top5": top5}
+    if accepted is not None:
+        return {**accuracies, "images": int(known.sum())}
     bins = calibration(records)
     return {
-        "top1": top1,
-        "top1_low": low,
-        "top1_high": high,
-        "top5": top5,
+        **accuracies,
         "loss": float(records.nll[known].mean()),
         "brier": float(records.brier[known].mean()),
         "ece": 100 * bins.ece,
@@ -160,7 +161,7 @@ def confusion(records: Records) -> list[tuple[int, int, int]]:
 
 
 BINS = 15
-"""Of confidence, in a calibration."""
+"""Bins of confidence, in a calibration."""
 
 
 def calibration(records: Records) -> Calibration:

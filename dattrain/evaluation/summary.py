@@ -8,6 +8,7 @@ from typing import Any
 
 from dattrain.evaluation import metrics
 from dattrain.evaluation.metrics import Records
+from dattrain.text import columns
 
 
 def headline(report: Mapping[str, Any]) -> str:
@@ -96,14 +97,7 @@ def comparison(reports: Sequence[Mapping[str, Any]], all_records: Sequence[Recor
                 difference,
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i in (0, len(head) - 1) else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(columns(rows, right=range(1, len(head) - 1)))
 
 
 def finite(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 from difflib import get_close_matches
 from typing import Any
@@ -203,64 +204,18 @@ def _build(
     return model if dtype is None else model.to(dtype=dtype)
 
 
-@register_model
-def dat_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DAT-T: 28.3M parameters, 4.6G at 224."""
-    return _build("dat_tiny", pretrained, **kwargs)
+def _entrypoint(name: str) -> Callable[..., nn.Module]:
+    """What ``timm.create_model(name)`` calls: timm knows it by its name and module."""
+
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _build(name, pretrained, **kwargs)
+
+    build.__name__ = name
+    return build
 
 
-@register_model
-def dat_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DAT-S: 49.7M parameters, 9.0G at 224."""
-    return _build("dat_small", pretrained, **kwargs)
+for _name in VARIANTS:
+    register_model(_entrypoint(_name))
 
-
-@register_model
-def dat_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DAT-B: 87.9M parameters, 15.8G at 224."""
-    return _build("dat_base", pretrained, **kwargs)
-
-
-@register_model
-def dat_atto(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DAT-atto, ours: for CPU demos and tests at 64."""
-    return _build("dat_atto", pretrained, **kwargs)
-
-
-@register_model
-def dat_pp_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DAT-T++: 24.0M parameters at 224."""
-    return _build("dat_pp_tiny", pretrained, **kwargs)
-
-
-@register_model
-def dat_pp_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DAT-S++: 53.1M parameters at 224."""
-    return _build("dat_pp_small", pretrained, **kwargs)
-
-
-@register_model
-def dat_pp_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DAT-B++: 93.7M parameters at 224."""
-    return _build("dat_pp_base", pretrained, **kwargs)
-
-
-@register_model
-def dat_pp_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DAT-L++, ours, for ImageNet-22K: see ``VARIANTS``."""
-    return _build("dat_pp_large", pretrained, **kwargs)
-
-
-__all__ = [
-    "VARIANTS",
-    "create",
-    "dat_atto",
-    "dat_base",
-    "dat_pp_base",
-    "dat_pp_large",
-    "dat_pp_small",
-    "dat_pp_tiny",
-    "dat_small",
-    "dat_tiny",
-    "variant_of",
-]
+# ``register_model`` adds entry points, which this module does not have by name.
+__all__ = ["VARIANTS", "create", "variant_of"]

@@ -112,30 +112,13 @@ transforms.register_autograd(_depthwise, _depthwise_backward, _conv2d, tensors=3
 
 
 @register_flop_formula(torch.ops.dattrain.depthwise_conv)
-def _flops(
-    x: torch.Size,
-    weight: torch.Size,
-    bias: torch.Size,
-    stride: int,
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
+def _flops(x: torch.Size, weight: torch.Size, _bias: torch.Size, stride: int, **_: Any) -> int:
     """A multiply-accumulate per output and tap."""
     batch, height, width, channels = x
     return 2 * batch * -(-height // stride) * -(-width // stride) * channels * weight[2] * weight[3]
 
 
 @register_flop_formula(torch.ops.dattrain.depthwise_conv_backward)
-def _flops_backward(
-    grad: torch.Size,
-    x: torch.Size,
-    weight: torch.Size,
-    bias: torch.Size,
-    stride: int,
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
+def _flops_backward(_grad: torch.Size, *inputs: Any, **_: Any) -> int:
     """One for the map's gradient, one for the kernels'."""
-    return 2 * _flops(x, weight, bias, stride)
+    return 2 * _flops(*inputs)

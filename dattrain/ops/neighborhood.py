@@ -61,7 +61,7 @@ def _at_most(size: Any, limit: int) -> int:
 
 
 _kept: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
-"""Of ``_tiles``, by its arguments: kilobytes each, and never let go, since a CUDA graph may read them."""
+"""Results of ``_tiles`` by its arguments: kilobytes each, and never let go, since a CUDA graph may read them."""
 
 
 def _tiles(size: int, kernel_size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dattrain.ops.deformable_attention.layout import unit_stride
+
 PIXELS = 64
 POINTS = 32
 """Tile of the map's gradient: pixels of a program, points of a step."""
@@ -178,7 +180,7 @@ def _map_gradient_kernel(
 
 def sample(x: Tensor, positions: Tensor) -> Tensor:
     """``dattrain.ops.sample``: B x Ns x C, contiguous."""
-    x, positions = _unit_stride(x), positions.contiguous()
+    x, positions = unit_stride(x), positions.contiguous()
     batch, height, width, channels = x.shape
     groups, points = positions.shape[1:3]
     own = channels // groups
@@ -195,7 +197,7 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
 
 def sample_backward(grad: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and positions, contiguous."""
-    grad, x, positions = _unit_stride(grad), _unit_stride(x), positions.contiguous()
+    grad, x, positions = unit_stride(grad), unit_stride(x), positions.contiguous()
     batch, height, width, channels = x.shape
     groups, points = positions.shape[1:3]
     own = channels // groups
@@ -216,10 +218,6 @@ def sample_backward(grad: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor,
             BLOCK_C=block, NARROW=narrow, num_stages=1,
         )  # fmt: skip
     return grad_x, grad_positions
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _tile(channels: int) -> dict[str, int]:

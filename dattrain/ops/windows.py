@@ -154,15 +154,13 @@ transforms.register_autograd(
 
 
 @register_flop_formula(torch.ops.dattrain.window_attention)
-def _flops(qkv: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _flops(qkv: torch.Size, *_: Any, **__: Any) -> int:
     """Two products of queries and keys, as torch counts scaled_dot_product_attention."""
     batch, windows, area, channels = qkv
     return 4 * batch * windows * area * area * (channels // 3)
 
 
 @register_flop_formula(torch.ops.dattrain.window_attention_backward)
-def _flops_backward(
-    grad: torch.Size, qkv: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
+def _flops_backward(grad: torch.Size, qkv: torch.Size, *_: Any, **__: Any) -> int:
     """Five products, one of them recomputed."""
     return 5 * _flops(qkv) // 2

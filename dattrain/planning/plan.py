@@ -48,7 +48,7 @@ class Resources:
     device_gb: float = 80.0
     """Memory of a device, in 10^9 bytes."""
     images_per_second: float | None = None
-    """Of all devices together, measured or expected."""
+    """Rate of all devices together, measured or expected."""
     samples: int | None = None
     """Training images, where neither shards nor labels tell."""
     write_mb_per_s: float = 500.0

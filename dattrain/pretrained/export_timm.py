@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import timm
 
-from dattrain.data import labels
-from dattrain.errors import UserError
 from dattrain.models.dat import DAT
 from dattrain.models.zoo import VARIANTS
 from dattrain.pretrained import class_names, weights
 from dattrain.pretrained.exported import EXACT, Exported
-from dattrain.pretrained.pretrained_cfg import PretrainedCfg
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg, classes_of
 
 
 def write_timm(model: DAT, cfg: PretrainedCfg, out: Path) -> Exported:
@@ -66,11 +63,8 @@ def _label_names(cfg: PretrainedCfg) -> dict[str, Any]:
     ``label_names``, one per output, and where these are synsets ``label_descriptions``, their words; nothing where the
     classes are not known.
     """
-    names = list(cfg.classes)
-    if not names and cfg.labels is not None:
-        with suppress(UserError):  # winter21 needs a file that may not be here
-            names = list(labels.label_set(cfg.labels, classes=cfg.num_classes).synsets)
-    if not names or len(names) != cfg.num_classes:
+    names = list(classes_of(cfg).names)
+    if not names:
         return {}
     words = class_names.names(len(names), known=names)
     described = {"label_descriptions": dict(zip(names, words))} if words != names else {}

@@ -85,13 +85,11 @@ def as_pixels(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:
     return image if isinstance(image, Tensor) else from_array(image)
 
 
-def prepare(image: Tensor, cfg: PretrainedCfg, size: tuple[int, int] | None = None) -> Tensor:
-    """Resize and centre crop for evaluation: 3 x H x W uint8 to 3 x size uint8 (``cfg.img_size`` when None)."""
-    size = size or cfg.img_size
-    resized, corner = eval_geometry(
-        image.shape[1], image.shape[2], size, resize=cfg.resize, crop_pct=cfg.crop_pct
-    )
-    return resize_window(image, resized, corner, size, cfg.interpolation)
+def prepare(image: Tensor, cfg: PretrainedCfg) -> Tensor:
+    """Resize and centre crop for evaluation: 3 x H x W uint8 to 3 x ``cfg.img_size`` uint8."""
+    height, width = image.shape[1:]
+    resized, corner = eval_geometry(height, width, cfg.img_size, resize=cfg.resize, crop_pct=cfg.crop_pct)
+    return resize_window(image, resized, corner, cfg.img_size, cfg.interpolation)
 
 
 def normalise(batch: Tensor, cfg: PretrainedCfg, device: torch.device | str = "cpu") -> Tensor:

@@ -18,6 +18,7 @@ from dattrain.submit import history, job_state, local, queue
 from dattrain.submit.history import Event
 from dattrain.submit.queue import UNKNOWN, JobState
 from dattrain.submit.run_folders import relative
+from dattrain.text import columns
 
 
 @dataclass(frozen=True)
@@ -282,13 +283,11 @@ def render(statuses: Sequence[RunStatus]) -> str:
                 str(len(r.restarts)),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for number, row in enumerate(rows):
-        lines.append("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
-        if number:
-            one = statuses[number - 1]
-            lines += [f"    {one.state}: {one.why}"] if one.why else []
-            lines += [f"    warning: {text}" for text in one.warnings]
-            lines += [f"    restart {n}: {text}" for n, text in enumerate(one.restarts, 1)]
+    header, *shown = columns(rows)
+    lines = [header]
+    for line, one in zip(shown, statuses):
+        lines.append(line)
+        lines += [f"    {one.state}: {one.why}"] if one.why else []
+        lines += [f"    warning: {text}" for text in one.warnings]
+        lines += [f"    restart {n}: {text}" for n, text in enumerate(one.restarts, 1)]
     return "\n".join(lines)

@@ -24,6 +24,19 @@ def classes(state: Mapping[str, Tensor]) -> int:
     return 0 if head is None else head.shape[0]
 
 
+def count_stages(state: Mapping[str, Tensor]) -> int:
+    """How many stages there are."""
+    return 1 + max(int(found[1]) for name in state if (found := re.match(r"stages\.(\d+)\.", name)))
+
+
+def stage_attentions(state: Mapping[str, Tensor], stage: int) -> tuple[int, list[str]]:
+    """Channels of a stage, and the names of its attentions."""
+    prefix = f"stages.{stage}.attns."
+    depth = 1 + max(int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix))
+    dim = state[f"stages.{stage}.layer_norms.0.norm.weight"].shape[0]
+    return dim, [f"{prefix}{index}" for index in range(depth)]
+
+
 def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``DAT`` for the authors' MODEL.DAT mapping of the CVPR code.
 
@@ -61,11 +74,10 @@ def blocks_of(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def shared_arguments(config: Mapping[str, Any], blocks: tuple[str, ...]) -> dict[str, Any]:
-    """Arguments that both of their codes state alike."""
+    """Arguments that both of their codes state alike; channels of an image and classes are told by the tensors."""
     return {
         "img_size": config["img_size"],
         "patch_size": config.get("patch_size", 4),
-        "num_classes": config.get("num_classes", 1000),
         "mlp_ratio": config.get("expansion", 4),
         "dims": tuple(config["dims"]),
         "blocks": blocks,
@@ -125,15 +137,12 @@ def from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
         UserError: these are not tensors of such a model.
     """
     patch = state["patch_proj.0.weight"]
-    count = 1 + max(int(found[1]) for name in state if (found := re.match(r"stages\.(\d+)\.", name)))
+    count = count_stages(state)
     blocks, heads, groups, windows, kernels, dims = [], [], [], [], [], []
     kind, side = "none", 0
     for stage in range(count):
-        prefix = f"stages.{stage}.attns."
-        depth = 1 + max(int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix))
-        attentions = [f"{prefix}{index}" for index in range(depth)]
+        dim, attentions = stage_attentions(state, stage)
         blocks.append("".join(_kind(state, name) for name in attentions))
-        dim = state[f"stages.{stage}.layer_norms.0.norm.weight"].shape[0]
         dims.append(dim)
         stage_heads, stage_groups, window, kernel = 0, 1, 1, (9, 7, 5, 3)[min(stage, 3)]
         for name in attentions:
@@ -168,8 +177,6 @@ def from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "img_size": side,
         "patch_size": patch.shape[-1],
-        "in_chans": patch.shape[1],
-        "num_classes": classes(state),
         "mlp_ratio": hidden / dims[0],
         "dims": tuple(dims),
         "blocks": tuple(blocks),

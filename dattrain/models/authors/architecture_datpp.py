@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,7 +60,7 @@ def from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         UserError: these are not tensors of such a model.
     """
-    stages = 1 + max(int(hit[1]) for name in state if (hit := re.match(r"stages\.(\d+)\.", name)))
+    stages = architecture.count_stages(state)
     conv_stem = "patch_proj.3.weight" in state
     patch = 4 if conv_stem else state["patch_proj.0.weight"].shape[-1]
     conv_mlp = "stages.0.mlps.0.dwc.weight" in state
@@ -77,8 +76,6 @@ def from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "img_size": sides.pop(),
         "patch_size": patch,
-        "in_chans": state["patch_proj.0.weight"].shape[1],
-        "num_classes": architecture.classes(state),
         "mlp_ratio": state[f"stages.0.mlps.0.{first}.weight"].shape[0] / found[0]["dims"],
         **{
             name: tuple(each[name] for each in found)
@@ -95,9 +92,7 @@ def from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _stage(state: Mapping[str, Tensor], stage: int) -> dict[str, Any]:
-    prefix = f"stages.{stage}.attns."
-    depth = 1 + max(int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix))
-    dim = state[f"stages.{stage}.layer_norms.0.norm.weight"].shape[0]
+    dim, attentions = architecture.stage_attentions(state, stage)
     out: dict[str, Any] = {
         "dims": dim,
         "blocks": "",
@@ -106,7 +101,7 @@ def _stage(state: Mapping[str, Tensor], stage: int) -> dict[str, Any]:
         "neighborhood": 7,
         "table": 0,
     }
-    for name in (f"{prefix}{index}" for index in range(depth)):
+    for name in attentions:
         if f"{name}.rpb" in state:
             out["blocks"] += "N"
             out["heads"], rows, _ = state[f"{name}.rpb"].shape

@@ -33,7 +33,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     """``dattrain.ops.depthwise_conv``; weight and bias in the computing dtype."""
     batch, height, width, channels = x.shape
     out = x.new_empty(batch, -(-height // stride), -(-width // stride), channels)
-    _depthwise(x, weight, bias, stride, out, None, None, None, None)
+    _depthwise(x, weight, bias, out, None, None, None, None, stride=stride)
     return out
 
 
@@ -46,7 +46,7 @@ def depthwise_backward(
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_weight = weight.new_zeros(threads, *weight.shape)
     grad_bias = bias.new_zeros(threads, *bias.shape)
-    _depthwise(x, weight, bias, stride, None, grad, grad_x, grad_weight, grad_bias)
+    _depthwise(x, weight, bias, None, grad, grad_x, grad_weight, grad_bias, stride=stride)
     return grad_x, grad_weight.sum(0), grad_bias.sum(0)
 
 
@@ -55,7 +55,7 @@ def windows(qkv: Tensor, bias: Tensor, mask: Tensor | None, heads: int) -> tuple
     batch, count, area, channels = qkv.shape
     out = qkv.new_empty(batch, count, area, channels // 3)
     lse = bias.new_empty(batch, count, heads, area)
-    _windows(qkv, bias, mask, out, lse, None, None, None, heads)
+    _windows(qkv, bias, mask, out, lse, None, None, None, heads=heads)
     return out, lse
 
 
@@ -66,76 +66,37 @@ def windows_backward(
     threads = max(1, min(torch.get_num_threads(), qkv.shape[0] * qkv.shape[1] * heads))
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     grad_bias = bias.new_zeros(threads, *bias.shape)
-    _windows(qkv, bias, mask, out, lse, grad, grad_qkv, grad_bias, heads)
+    _windows(qkv, bias, mask, out, lse, grad, grad_qkv, grad_bias, heads=heads)
     return grad_qkv, grad_bias.sum(0)
 
 
-def _windows(
-    qkv: Tensor,
-    bias: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    grad: Tensor | None,
-    grad_qkv: Tensor | None,
-    grad_bias: Tensor | None,
-    heads: int,
-) -> None:
+def _windows(qkv: Tensor, *others: Tensor | None, heads: int) -> None:
+    """``others``: bias, mask, out, lse, grad, grad_qkv, grad_bias; the last three None in forward."""
     batch, windows, area, channels = qkv.shape
     dim = channels // 3 // heads
-    _run(
-        "windows",
-        qkv.dtype,
-        [qkv, bias, mask, out, lse, grad, grad_qkv, grad_bias],
-        [batch * windows, windows, heads, area, dim],
-        dim**-0.5,
-    )
+    _run("windows", qkv, others, [batch * windows, windows, heads, area, dim], dim**-0.5)
 
 
-def _sample(
-    x: Tensor,
-    positions: Tensor,
-    out: Tensor | None,
-    grad: Tensor | None,
-    grad_x: Tensor | None,
-    grad_positions: Tensor | None,
-) -> None:
-    batch, height, width, channels = x.shape
-    _run(
-        "sample",
-        x.dtype,
-        [x, positions, out, grad, grad_x, grad_positions],
-        [batch, positions.shape[1], height, width, channels, positions.shape[2]],
-    )
+def _sample(x: Tensor, positions: Tensor, *others: Tensor | None) -> None:
+    """``others``: out, None in backward; grad, grad_x, grad_positions, None in forward."""
+    sizes = [x.shape[0], positions.shape[1], *x.shape[1:], positions.shape[2]]
+    _run("sample", x, (positions, *others), sizes)
 
 
-def _depthwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    out: Tensor | None,
-    grad: Tensor | None,
-    grad_x: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-) -> None:
-    _run(
-        "depthwise",
-        x.dtype,
-        [x, weight, bias, out, grad, grad_x, grad_weight, grad_bias],
-        [x.shape[0], x.shape[3] // weight.shape[0], *x.shape[1:], stride, weight.shape[-1]],
-    )
+def _depthwise(x: Tensor, weight: Tensor, *others: Tensor | None, stride: int) -> None:
+    """``others``: bias; out, None in backward; grad, grad_x, grad_weight, grad_bias, None in forward."""
+    sizes = [x.shape[0], x.shape[3] // weight.shape[0], *x.shape[1:], stride, weight.shape[-1]]
+    _run("depthwise", x, (weight, *others), sizes)
 
 
 def _run(
-    name: str, dtype: torch.dtype, tensors: list[Tensor | None], sizes: list[int], *numbers: float
+    name: str, first: Tensor, others: tuple[Tensor | None, ...], sizes: list[int], *numbers: float
 ) -> None:
     if not sizes[0]:
         return
     # Kept until the call is over: a contiguous copy has no other owner.
-    kept = [None if x is None else x.contiguous() for x in tensors]
-    failed = getattr(build.library(), f"dattrain_{name}_{SUFFIXES[dtype]}")(
+    kept = [None if x is None else x.contiguous() for x in (first, *others)]
+    failed = getattr(build.library(), f"dattrain_{name}_{SUFFIXES[first.dtype]}")(
         (ctypes.c_void_p * len(kept))(*(None if x is None else x.data_ptr() for x in kept)),
         (ctypes.c_int64 * len(sizes))(*sizes),
         *numbers,

@@ -13,7 +13,7 @@ from torch import Tensor
 from dattrain.ops.cpp import build
 from dattrain.ops.cpp.bindings import SUFFIXES
 from dattrain.ops.deformable_attention.coordinates import Geometry, Inputs, start_and_step
-from dattrain.ops.deformable_attention.layout import tokens_like
+from dattrain.ops.deformable_attention.layout import tokens_like, unit_stride
 
 
 def supports(table: Tensor | None, geometry: Geometry) -> bool:
@@ -72,8 +72,8 @@ def _call(
         return
     dtype = _stored(q, positions)
     out = out.to(dtype)
-    stored = [_rows(x.to(dtype)) for x in (q, k, v, out)]
-    matrices = [*stored, *(None if x is None else _rows(x.to(dtype)) for x in (grad_out, *grads))]
+    stored = [unit_stride(x.to(dtype)) for x in (q, k, v, out)]
+    matrices = [*stored, *(None if x is None else unit_stride(x.to(dtype)) for x in (grad_out, *grads))]
     strides = [n for x in matrices for n in ((0, 0, 0) if x is None else x.stride()[:3])]
     table = None if table is None else table.contiguous()
     table_shape = (1, 1) if table is None else table.shape[1:]
@@ -112,7 +112,3 @@ def _stored(q: Tensor, positions: Tensor) -> torch.dtype:
     """What the library reads and writes q and the like in: bf16 as it is, everything else in the dtype of positions."""
     narrow = q.dtype == torch.bfloat16 and positions.dtype == torch.float32
     return torch.bfloat16 if narrow else positions.dtype
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dattrain.ops.deformable_attention import triton_kernels as kernels
 from dattrain.ops.deformable_attention.coordinates import Geometry, Inputs
+from dattrain.ops.deformable_attention.layout import tokens_like, unit_stride
 from dattrain.ops.deformable_attention.triton_planes import Bias
 from dattrain.ops.precision import products_of
 
@@ -31,9 +32,9 @@ def forward(inputs: Inputs, geometry: Geometry) -> tuple[Tensor, Tensor]:
     keys, groups = k.shape[2], positions.shape[1]
     lse = positions.new_empty(batch, heads, queries)
     if not batch:
-        return q.new_empty(batch, queries, heads, dim).transpose(1, 2), lse
+        return tokens_like(q), lse
     q, k, v = (_padded(x) for x in (q, k, v))
-    out = q.new_empty(batch, queries, heads, q.shape[-1]).transpose(1, 2)
+    out = tokens_like(q)
     bias = Bias.of(positions, table, q, geometry)
     tiles = forward_tiles(q, geometry.width)
     kernels.forward_kernel[(batch * heads, tiles.patches(geometry))](
@@ -49,7 +50,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v (laid out B x length x heads x d in memory), positions and table."""
     q, k, v, positions, table = inputs
-    batch, heads, queries, dim = q.shape
+    batch, heads, _, dim = q.shape
     keys, groups = k.shape[2], positions.shape[1]
     grad_positions = torch.zeros_like(positions)
     grad_table = None if table is None else torch.zeros_like(table)
@@ -57,9 +58,7 @@ def backward(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), grad_positions, grad_table
     grad_out, q, k, v, out = (_padded(x) for x in (grad_out, q, k, v, out))
     lse = lse.contiguous()
-    grad_q, grad_k, grad_v = (
-        q.new_empty(batch, length, heads, q.shape[-1]).transpose(1, 2) for length in (queries, keys, keys)
-    )
+    grad_q, grad_k, grad_v = (tokens_like(x) for x in (q, k, v))
     grad_starts = positions.new_empty(batch, heads, keys, 2)
     bias = Bias.of(positions, table, q, geometry)
     tiles = backward_tiles(q, geometry.width)
@@ -81,7 +80,7 @@ def backward(
 
 
 SCORES_BYTES = 512 << 20
-"""Of the scores' gradient, at most, at a time; one image's where that is more."""
+"""Bytes of the scores' gradient, at most, at a time; one image's where that is more."""
 QUERY_TILE = 64
 """Places, at most, whose gradient of q is one program's."""
 SPLITS = 1024
@@ -225,9 +224,7 @@ def _power(n: int) -> int:
 def _padded(x: Tensor) -> Tensor:
     """With a head dim that the kernels take (a power of two from 16), zeros added, and unit stride along it."""
     missing = _power(x.shape[-1]) - x.shape[-1]
-    if missing:
-        return F.pad(x, (0, missing))
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return F.pad(x, (0, missing)) if missing else unit_stride(x)
 
 
 def _narrowed(x: Tensor, dim: int) -> Tensor:

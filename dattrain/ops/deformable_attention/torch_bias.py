@@ -15,6 +15,7 @@ the same result each time).
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import numpy as np
@@ -34,18 +35,6 @@ class BlockBias(Protocol):
 
     def backward(self, grad: Tensor) -> Tensor:
         """From the gradient of ``forward``'s result, that of the positions, c x Ns x 2; the table's is accumulated."""
-        ...
-
-
-class Builder(Protocol):
-    """What the blocks of one group and the same query rows share."""
-
-    def block(self, positions: Tensor) -> BlockBias:
-        """For c images with positions c x Ns x 2."""
-        ...
-
-    def table_gradient(self) -> Tensor:
-        """Sum over the blocks so far, heads x Th x Tw."""
         ...
 
 
@@ -104,19 +93,43 @@ def _by_bag(bags: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order, F.pad(ends[:-1], (1, 0))
 
 
-class Windows:
+class Builder(ABC):
+    """What the blocks of one group and the same query rows share: the table (heads x Th x Tw), cut into windows once."""
+
+    def __init__(self, table: Tensor, y: _Axis, x: _Axis, height: int, width: int) -> None:
+        self.shape = table.shape
+        self.y, self.x, self.height, self.width = y, x, height, width
+        self._table = table
+        self._windows: Tensor | None = None
+        self._gradient: Tensor | None = None
+
+    @abstractmethod
+    def block(self, positions: Tensor) -> BlockBias:
+        """For c images with positions c x Ns x 2."""
+
+    def accumulate(self, gradient: Tensor) -> None:
+        """Add a block's gradient of ``windows``."""
+        self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
+
+    def table_gradient(self) -> Tensor:
+        """Sum over the blocks so far, heads x Th x Tw."""
+        full = self._table.new_zeros(self.shape)
+        return full if self._gradient is None else self._folded(self._gradient, full)
+
+    @abstractmethod
+    def _folded(self, gradient: Tensor, full: Tensor) -> Tensor:
+        """The gradient of ``windows`` as that of the table, in ``full``."""
+
+
+class Windows(Builder):
     """Bias where a query step is one table cell: four windows of the table per key."""
 
     def __init__(self, table: Tensor, positions: Tensor, y: _Axis, x: _Axis, height: int, width: int) -> None:
-        self.shape = table.shape
-        self.y, self.x, self.height, self.width = y, x, height, width
+        super().__init__(table, y, x, height, width)
         self.y_range = _range(self.starts(positions[..., 0], y, height)[0], -height - 1, table.shape[1])
         self.x_range = _range(self.starts(positions[..., 1], x, width)[0], -width - 1, table.shape[2])
         # Windows begin at each start and one further, for the second tap.
         self.counts = (self.y_range[1] - self.y_range[0] + 2, self.x_range[1] - self.x_range[0] + 2)
-        self._table = table
-        self._windows: Tensor | None = None
-        self._gradient: Tensor | None = None
 
     @staticmethod
     def starts(positions: Tensor, axis: _Axis, size: int) -> tuple[Tensor, Tensor]:
@@ -141,19 +154,11 @@ class Windows:
         """What an image and its keys need, for positions c x Ns x 2."""
         return _WindowsBlock(self, positions)
 
-    def accumulate(self, gradient: Tensor) -> None:
-        """Add the gradient of ``windows``."""
-        self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
-
-    def table_gradient(self) -> Tensor:
-        """Sum over the blocks so far, heads x Th x Tw."""
-        full = self._table.new_zeros(self.shape)
-        if self._gradient is None:
-            return full
+    def _folded(self, gradient: Tensor, full: Tensor) -> Tensor:
         (y0, y1), (x0, x1) = self.y_range, self.x_range
         size = (y1 + 1 + self.height - y0, x1 + 1 + self.width - x0)
         # To fold, the window is the grid of places, and the starts are what slides.
-        columns = self._gradient.view(self.count, self.shape[0], -1).transpose(0, 1)
+        columns = gradient.view(self.count, self.shape[0], -1).transpose(0, 1)
         return _uncrop(F.fold(columns, size, self.counts).squeeze(1), y0, x0, full)
 
 
@@ -190,20 +195,16 @@ class _WindowsBlock:
         return torch.stack([y, x], -1).view(self.images, self.keys, 2)
 
 
-class Rows:
+class Rows(Builder):
     """Bias for any step: two table rows per key and query row, then hat weights per key along x."""
 
     def __init__(self, table: Tensor, positions: Tensor, y: _Axis, x: _Axis, height: int, width: int) -> None:
-        self.shape = table.shape
-        self.y, self.x, self.height, self.width = y, x, height, width
+        super().__init__(table, y, x, height, width)
         self.length = _comfortable(math.ceil(x.step * (width - 1)) + 2)
         """Columns of the table that the queries of one key can touch."""
         self.x_range = _range(self.starts_x(positions[..., 1])[0], -self.length, table.shape[2])
         self.starts = self.x_range[1] - self.x_range[0] + 1
         self.table_rows = table.shape[1] + 4
-        self._table = table
-        self._windows: Tensor | None = None
-        self._gradient: Tensor | None = None
 
     def starts_x(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Column where each key's window starts, clamped and rounded down, and exactly."""
@@ -228,17 +229,9 @@ class Rows:
         """What an image and its keys need, for positions c x Ns x 2."""
         return _RowsBlock(self, positions)
 
-    def accumulate(self, gradient: Tensor) -> None:
-        """Add a block's gradient of the row windows."""
-        self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
-
-    def table_gradient(self) -> Tensor:
-        """Sum over the blocks so far, heads x Th x Tw."""
-        full = self._table.new_zeros(self.shape)
-        if self._gradient is None:
-            return full
+    def _folded(self, gradient: Tensor, full: Tensor) -> Tensor:
         heads = self.shape[0]
-        gradient = self._gradient.view(heads, self.table_rows, self.starts, self.length)
+        gradient = gradient.view(heads, self.table_rows, self.starts, self.length)
         summed = gradient.new_zeros(heads, self.table_rows, self.starts + self.length - 1)
         for column in range(self.length):
             summed[:, :, column : column + self.starts] += gradient[..., column]

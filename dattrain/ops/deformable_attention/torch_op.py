@@ -118,16 +118,14 @@ transforms.register_autograd(attention, attention_backward, _equations, tensors=
 
 
 @register_flop_formula(torch.ops.dattrain.deform_attention)
-def _flops(q: torch.Size, k: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _flops(q: torch.Size, k: torch.Size, *_: Any, **__: Any) -> int:
     """Two products of queries and keys, as torch counts scaled_dot_product_attention; sampling the bias is not counted."""
     batch, heads, queries, dim = q
     return 4 * batch * heads * queries * k[2] * dim
 
 
 @register_flop_formula(torch.ops.dattrain.deform_attention_backward)
-def _flops_backward(
-    grad_out: torch.Size, q: torch.Size, k: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
+def _flops_backward(grad_out: torch.Size, q: torch.Size, k: torch.Size, *_: Any, **__: Any) -> int:
     """Five products, one of them recomputed."""
     batch, heads, queries, dim = q
     return 10 * batch * heads * queries * k[2] * dim

@@ -37,6 +37,11 @@ def resolve(
     return config, run_dir or new_folder(config.name, environ)
 
 
+def run_of(folder: Path) -> Path | None:
+    """The run folder that a checkpoint, ``checkpoints`` or run folder belongs to: the one with ``config.yaml``."""
+    return next((p for p in (folder, *folder.absolute().parents[:2]) if (p / "config.yaml").is_file()), None)
+
+
 def new_folder(name: str, environ: Mapping[str, str]) -> Path:
     """``runs/<recipe>-<time>``, one that is not there. Several processes must be given one, so that all take the same."""
     if int(environ.get("WORLD_SIZE") or environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:

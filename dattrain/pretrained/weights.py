@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dattrain.config.load import load as load_config
+from dattrain.config.run import run_of
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
 from dattrain.data.classes import read as read_classes
@@ -121,11 +122,6 @@ def config_of(path: str | Path) -> Config | None:
     path = Path(path)
     run = run_of(path) if path.is_dir() else None
     return None if run is None else load_config(run / "config.yaml").config
-
-
-def run_of(folder: Path) -> Path | None:
-    """The run folder that a checkpoint, ``checkpoints`` or run folder belongs to: the one with ``config.yaml``."""
-    return next((p for p in (folder, *folder.absolute().parents[:2]) if (p / "config.yaml").is_file()), None)
 
 
 def cfg_of_checkpoint(folder: Path, manifest: Manifest, *, ema: bool) -> PretrainedCfg | None:

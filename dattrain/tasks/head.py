@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dattrain.config.load import load as load_config
+from dattrain.config.run import run_of
 from dattrain.data import labels
 from dattrain.data.classes import FILE as CLASSES_FILE
 from dattrain.data.classes import Classes, few
@@ -24,11 +25,10 @@ def source_classes(path: Path, count: int, *, guess: bool) -> Classes:
     """
     names: tuple[str, ...] = ()
     label_set: str | None = None
-    run = next((p for p in (path, *path.absolute().parents[:2]) if (p / "config.yaml").is_file()), None)
     if path.is_file():
         metadata = _metadata(path)
         names, label_set = tuple(metadata.get("classes") or ()), metadata.get("labels")
-    elif run is not None:
+    elif (run := run_of(path)) is not None:
         names = read_classes(run) or ()
         label_set = load_config(run / "config.yaml").config.data.labels
     label_set = label_set or (labels.infer(count) if guess else None)

@@ -257,7 +257,7 @@ def _rename(tree: _Tree) -> None:
             continue
         if new in tree.places:
             raise ConfigError(
-                f"{tree.places[old]}: {old} is {new} now, which is set too ({tree.places[new]})"
+                f"{tree.places[old]}: {old} is called {new} now, and both are set; leave {old} out"
             )
         *sections, name = old.split(".")
         values = tree.values

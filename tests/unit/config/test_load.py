@@ -215,11 +215,11 @@ def test_a_renamed_key_is_read_and_a_line_names_the_new_one(tmp_path, caplog):
     assert origin(loaded, "train.activation_checkpointing") == f"{base}:2"
     assert caplog.messages == [f"{base}:2: train.remat is called train.activation_checkpointing now"]
     assert load(recipe, ["train.remat=stage"]).config.train.activation_checkpointing == "stage"
-    with pytest.raises(ConfigError, match="remat is train.activation_checkpointing now, which is set too"):
+    with pytest.raises(
+        ConfigError, match="remat is called train.activation_checkpointing now, and both are set"
+    ):
         load(recipe, ["train.remat=stage", "train.activation_checkpointing=block"])
     assert load(recipe, ["train={remat: stage}"]).config.train.activation_checkpointing == "stage"
     base.write_text("train:\n  remat: block\n  activation_checkpointing: none\n")
-    with pytest.raises(
-        ConfigError, match="base.yaml:2: train.remat is train.activation_checkpointing now, which is set too"
-    ):
+    with pytest.raises(ConfigError, match="base.yaml:2: train.remat is called .* leave train.remat out"):
         load(recipe)

@@ -31,7 +31,7 @@ demo: .venv/.stamp
 lint: .venv/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 test: lint
 	$(BIN)/python -m pytest $(WORKERS)

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+import torch
+
 from dattrain.config.derive import derive
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
@@ -77,11 +79,10 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
     sizes = [config.model.img_size, *(p.img_size for p in config.train.progressive)]
     largest = max(sizes, key=lambda size: math.prod(as_pair(size)))
     task = create_task(config)
-    model = task.build(config.model.img_size)
-    parameters = flops.parameters(model)
-    forward = task.flops(config.model.img_size)
-    if largest != config.model.img_size:
+    with torch.device("meta"):
+        parameters = flops.parameters(task.build(config.model.img_size))
         model = task.build(largest)
+    forward = task.flops(config.model.img_size)
     kept = {}
     for mode in ("none", "selective", "block", "stage"):
         changed = config.model_copy(

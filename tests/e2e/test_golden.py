@@ -3,7 +3,6 @@
 After a change that is meant: ``PYTHONPATH=tests python tests/e2e/test_golden.py`` writes the file anew; say in the commit why it moved.
 """
 
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,8 +17,8 @@ BOUND = 5e-3
 """Relative. The file was written in bf16, which shows the order of a machine's sums; another recipe or order differs far more."""
 
 
-def dattrain(*arguments, run=subprocess.run):
-    done = run(
+def dattrain(*arguments):
+    done = warm.run(
         [sys.executable, "-m", "dattrain", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -31,7 +30,7 @@ def train(folder):
     import json
 
     source = ROOT / "dattrain" / "demo" / "t10k-images-idx3-ubyte.gz"
-    dattrain("data", "pack", source, folder / "shards", "--holdout", 2000, "--per-shard", 500, run=warm.run)
+    dattrain("data", "pack", source, folder / "shards", "--holdout", 2000, "--per-shard", 500)
     run = folder / "run"
     shards = f"data.train={folder}/shards/train-*.tar"
     done = dattrain(

@@ -16,9 +16,8 @@ from train_worker import curve, pack, recipe, rows
 FP32 = ["train.precision=fp32", "zero.stage=2"]
 
 
-def dattrain(*arguments, launcher=(), run=None, timeout=300):
-    """Warm, but for other launchers; golden's runs are processes of their own, ranks and all."""
-    run = run or (subprocess.run if launcher else warm.run)
+def dattrain(*arguments, launcher=(), run=warm.run, timeout=300):
+    """Warm, ranks and all; tests/e2e/test_wheel.py starts cold."""
     command = [sys.executable, *launcher, "-m", "dattrain", *map(str, arguments)]
     return run(command, capture_output=True, text=True, timeout=timeout)
 

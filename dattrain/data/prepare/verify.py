@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from dattrain.data.decode import images
 from dattrain.data.source import tar
 from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, ShardDataset
-from dattrain.data.source.files import explained, sha256_of
+from dattrain.data.source.files import explained, open_file, sha256_of
 from dattrain.data.source.index import LeftOut
 from dattrain.data.source.shards import LocalSource, check_size, local_size
 from dattrain.data.workers import Workers
@@ -126,8 +126,8 @@ def _check_shard(dataset: ShardDataset, shard: int) -> None:
     index = dataset.index(shard)
     path = dataset.shards.paths[shard]
     if index.sha256:
-        with explained(path):
-            digest = sha256_of(path)
+        with explained(path), open(open_file(path), "rb", buffering=0) as file:
+            digest = sha256_of(file.fileno())
         if digest != index.sha256:
             raise UserError(
                 f"{path}: its SHA-256 is not that of its index; bytes were changed: fetch or pack it anew"

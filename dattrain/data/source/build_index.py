@@ -46,7 +46,8 @@ def build(
     """
     with explained(path), open(open_file(path), "rb", buffering=0) as file:
         index = _Builder(path, file.fileno(), image, label).index(unterminated)
-        return replace(index, sha256=sha256_of(path)) if checksum else index
+        # Of the file that was indexed, whatever has its name by now.
+        return replace(index, sha256=sha256_of(file.fileno())) if checksum else index
 
 
 class _Builder:

@@ -45,12 +45,12 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         return file.read()
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """The checksum of a regular file, in hexadecimal. Raises OSError as ``open_file``."""
-    digest = sha256()
-    with open(open_file(path), "rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+def sha256_of(fd: int) -> str:
+    """The checksum of an open file's bytes, from the first to the last, in hexadecimal. Raises OSError."""
+    digest, at = sha256(), 0
+    while block := os.pread(fd, 1 << 20, at):
+        digest.update(block)
+        at += len(block)
     return digest.hexdigest()
 
 

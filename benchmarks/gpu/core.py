@@ -122,7 +122,7 @@ def runs(
     """Whether this torch can do it and gets what the equations say; else a line in ``notes``."""
     same: dict[str, Any] = {"height": layer.size, "width": layer.size, "query_grid": layer.grid}
     try:
-        attention.step(call, inputs, layer.size, layer.grid, backward)()
+        attention.step(call, attention.leaves_like(inputs), layer.size, layer.grid, backward)()
         with torch.no_grad():
             got = call(*(x.detach() for x in inputs), **same)
             wanted = ops.deform_attention(*inputs, **same, backend="reference")

@@ -8,44 +8,49 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.job import Job
 
 TESTS = Path(__file__).resolve().parents[2] / "tests" / "unit" / "ops"
+sys.path.insert(0, str(TESTS))  # in every process of the pool, too
 
 
 def run(job: Job) -> None:
-    """Check every case; a case that fails is named and the rest go on."""
+    """Check every case; a case that fails is named and the rest go on.
+
+    Nearly all of the time goes into compiling, so on a GPU as many processes as cores share it.
+    """
     if job.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-    sys.path.insert(0, str(TESTS))
-    from run_triton_interpreted import CASES, check, multiply_bf16_as_numbers
-
+    found: list[Outcome] = []
+    given = list(cases(job.dry))
     if job.dry:
+        from run_triton_interpreted import multiply_bf16_as_numbers
+
         multiply_bf16_as_numbers()
-    wrong: list[str] = []
-    unequal: list[str] = []
-    count = repeated = 0
-    for name, case, dtype, strided in cases(CASES, job.dry):
-        label = f"{name} {dtype}{' strided' * strided}"
-        count += 1
+        found = [tried(*case, job.device) for case in given]
+    else:
+        some = min(len(os.sched_getaffinity(0)), 16)
+        pool = ProcessPoolExecutor(some, mp_context=get_context("spawn"))
+        waiting = {pool.submit(tried, *case, job.device): case[0] for case in given}
         try:
-            check(name, case, dtype, strided, job.device)
-            if case.batch:
-                repeated += 1
-                if not same_twice(case, dtype, job.device):
-                    unequal.append(label)
-        except Exception as error:
-            wrong.append(label)
-            print(f"{label}: {type(error).__name__}: {error}", flush=True)
-        if job.left() < 0:
-            print(f"no time for what comes after {name}", flush=True)
-            break
-    job.figure("cases", count)
-    job.figure("cases run twice", repeated)
+            found = [done.result() for done in as_completed(waiting, timeout=max(job.left(), 0))]
+        except TimeoutError:
+            found = [done.result() for done in waiting if done.done()]
+            print(f"no time for {', '.join(n for f, n in waiting.items() if not f.done())}", flush=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+    wrong = [case.label for case in found if case.error]
+    unequal = [case.label for case in found if case.same is False]
+    for case in found:
+        if case.error:
+            print(f"{case.label}: {case.error}", flush=True)
+    job.figure("cases", len(found), f"of {len(given)}")
+    job.figure("cases run twice", sum(case.same is not None for case in found))
     job.figure("cases outside their bounds", len(wrong))
     job.figure("cases that differ between two runs", len(unequal))
     for title, names in (("outside their bounds", wrong), ("differ", unequal)):
@@ -53,9 +58,31 @@ def run(job: Job) -> None:
             job.figure(title, ", ".join(names)[:2000])
 
 
-def cases(known: dict[str, Any], dry: bool) -> Iterator[tuple[str, Any, Any, bool]]:
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case; ``same`` is None where it was not run twice."""
+
+    label: str
+    error: str | None
+    same: bool | None
+
+
+def tried(name: str, case: Any, dtype: Any, strided: bool, device: str) -> Outcome:
+    """Check one case, in whatever process."""
+    from run_triton_interpreted import check
+
+    label = f"{name} {dtype}{' strided' * strided}"
+    try:
+        check(name, case, dtype, strided, device)
+        return Outcome(label, None, same_twice(case, dtype, device) if case.batch else None)
+    except Exception as error:
+        return Outcome(label, f"{type(error).__name__}: {error}", None)
+
+
+def cases(dry: bool) -> Iterator[tuple[str, Any, Any, bool]]:
     """(name, case, dtype, whether strided): the tests' own in each dtype, then layers' sizes, both grids, dims, strides."""
     import torch
+    from run_triton_interpreted import CASES as known
 
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     if dry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shutil
 import subprocess
@@ -125,8 +126,10 @@ def instructions(kernels: dict[str, dict[str, tuple[float, str]]]) -> float:
 
 
 def tests(job: Job) -> None:
-    """``pytest -m gpu``; in a dry run one file of it, whose test is skipped."""
-    where = ["tests/unit/state/test_state_background.py"] if job.dry else []
+    """``pytest -m gpu`` in a few processes; in a dry run one file of it, whose test is skipped."""
+    # Mostly compiling, each test its own kernels.
+    some = min(len(os.sched_getaffinity(0)), 8)
+    where = ["tests/unit/state/test_state_background.py"] if job.dry else ["-n", str(some)]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *where]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=ROOT)
     print(done.stdout, done.stderr, flush=True)

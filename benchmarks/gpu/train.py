@@ -31,7 +31,7 @@ RECIPE = ROOT / "configs" / "demo" / "pretrain.yaml"
 def run(job: Job) -> None:
     """Train, kill, resume, compare."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    steps, every = (4, 1) if job.dry else (200, 20)
+    steps, every = (4, 1) if job.dry else (60, 10)
     settings = [*pack(job.folder, 32 if job.dry else 2048), "train.deterministic=true", "schedule.epochs=30"]
     settings += [f"train.max_steps={steps}", f"checkpoint.every_steps={every}"]
     settings += ["train.log_every=1000", "schedule.warmup_epochs=1", "train.ema_decay=0.99"]

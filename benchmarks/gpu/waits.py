@@ -29,6 +29,7 @@ AGREED = (
     "dattrain/engine/step.py",
     "dattrain/engine/step_status.py",
     "is_invalid_grad_norm",
+    "mask_nan_or_inf_with_val_inplace",
     "dattrain/bench/",
 )
 """Where an update's numbers are fetched and agreed on; and the bench, which reads them as the trainer does."""

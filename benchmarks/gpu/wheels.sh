@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The packages of ours that images with torch, Triton and timm alone lack, as wheels for a machine without a network:
+# The packages of ours that images with torch and Triton alone lack, or have in too old a release (timm), as wheels for a machine without a network:
 #   benchmarks/gpu/wheels.sh [FOLDER] [PYTHON]      (default: wheels 3.12; PYTHON is the version there, x86-64 Linux)
 # Versions are those of requirements.lock. DeepSpeed comes as source alone and is built here, without its operators: what
 # we use of it is Python. That needs torch in the environment of PIP_PYTHON (default: .venv/bin/python).
@@ -16,7 +16,7 @@ mkdir -p "$folder"
 # Two versions of a package would stop the installation.
 [ -z "$(find "$folder" -name '*.whl')" ] || { echo "$0: $folder has wheels already; remove it or name another" >&2; exit 1; }
 plain=() compiled=()
-for name in annotated_types braceexpand cloudpickle hjson pydantic submitit typing_inspection webdataset; do plain+=("$(locked $name)"); done
+for name in annotated_types braceexpand cloudpickle hjson pydantic submitit timm typing_inspection webdataset; do plain+=("$(locked $name)"); done
 for name in pydantic_core simplejpeg; do compiled+=("$(locked $name)"); done
 deepspeed=$(locked deepspeed)
 

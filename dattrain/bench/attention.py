@@ -244,6 +244,14 @@ def kept_bytes(
     return total
 
 
+def leaves_like(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Copies to try something with, that leave no trace on the originals.
+
+    A graph that outlives its call ties a leaf's gradient to the stream of that call; then it cannot be captured on another.
+    """
+    return tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
+
+
 def try_compile(
     function: Callable[..., torch.Tensor], notes: list[str], warm: tuple[tuple[torch.Tensor, ...], int, str]
 ) -> Callable[..., torch.Tensor] | None:
@@ -251,7 +259,7 @@ def try_compile(
     compiled = torch.compile(function, dynamic=False, fullgraph=True)
     inputs, size, grid = warm
     try:
-        step(compiled, inputs, size, grid, True)()
+        step(compiled, leaves_like(inputs), size, grid, True)()
     except Exception as error:
         notes.append(f"torch.compile failed, left out: {type(error).__name__}: {str(error).splitlines()[0]}")
         return None

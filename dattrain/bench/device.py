@@ -58,6 +58,7 @@ class DeviceClock:
                 call()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The same stream: gradients of leaves belong to the one on which a leaf was first used.
+        with torch.cuda.graph(graph, stream=side):
             call()
         return graph.replay

@@ -54,7 +54,8 @@ def ds_config(config: Config, derived: Derived, *, device: str = "cuda") -> dict
         # Sized for models of 10-200M parameters; DeepSpeed's defaults take 2 GB for buffers alone.
         block |= {
             "contiguous_gradients": True,
-            "overlap_comm": device == "cuda",
+            # For it DeepSpeed waits for the device after each backward pass, which one rank gains nothing from.
+            "overlap_comm": device == "cuda" and derived.world > 1,
             "reduce_bucket_size": precision.REDUCE_BUCKET,
             "allgather_bucket_size": precision.ALLGATHER_BUCKET,
         }

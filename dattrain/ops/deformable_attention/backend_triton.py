@@ -126,7 +126,7 @@ def _query_gradient(grad_logits: Tensor, k: Tensor, grad_q: Tensor, tiles: Tiles
     kernels.query_gradient_kernel[(batch * heads, places // some)](
         grad_logits, k, grad_q, heads, keys, *k.stride()[:3], *grad_q.stride()[:3], geometry.scale, H=geometry.height, W=geometry.width,
         D=k.shape[-1], PLACES=places, BLOCK_Q=some, BLOCK_K=tiles.BLOCK_K, TAIL=tiles.tail(keys), **tiles.patch,
-        num_warps=2, num_stages=1, **_precision(k),
+        num_warps=4 if some == QUERY_TILE else 2, num_stages=1, **_precision(k),
     )  # fmt: skip
 
 
@@ -144,17 +144,20 @@ def _table_gradient(
     rows, columns = (min(64 if half else 32, _power(n)) for n in (geometry.height, geometry.width))
     tile_y, tile_x = (min(64 if half else 32, _power(n)) for n in table.shape[1:])
     parts = triton.cdiv(table.shape[1], tile_y) * triton.cdiv(table.shape[2], tile_x)
-    # As many heads as share positions and fit into registers.
-    together = max(
-        n for n in ((1, 2, 3, 4) if half and rows * columns <= 1024 else (1,)) if heads // groups % n == 0
-    )
-    splits = max(1, min(batch * keys, SPLITS * together // heads))
+    # As many heads as share positions and fit into registers; warps and programs as an H100 was fastest with.
+    tile = max(tile_y, tile_x)
+    most = (4 if tile <= 32 else 2) if half else 1
+    together = max(n for n in range(1, most + 1) if heads // groups % n == 0)
+    warps = 4 if tile > 32 else 1 if half else 2
+    limited = tile > 32 and together > 1 and capability(grad_logits.device) == 9
+    limit = {"maxnreg": 128 if rows * columns <= 1024 else 168} if limited else {}
+    splits = max(1, min(batch * keys, SPLITS * (2 if tile <= 16 else 1) * together // heads))
     partial = table.new_empty(splits, *table.shape)
     kernels.table_gradient_kernel[(splits, heads // together, parts)](
         grad_logits, bias.starts, partial, batch, heads, groups, keys, triton.cdiv(batch * keys, splits), *bias.step,
         *bias.offset, *table.shape[1:], H=geometry.height, W=geometry.width, PLACES=places, ROWS=rows, COLUMNS=columns, TILE_Y=tile_y,
-        TILE_X=tile_x, TOGETHER=together, num_warps=2 if max(tile_y, tile_x) <= 32 else 4, num_stages=1,
-        PRECISION="tf32x3", **tiles.patch,
+        TILE_X=tile_x, TOGETHER=together, num_warps=warps, num_stages=1,
+        PRECISION="tf32x3", **limit, **tiles.patch,
     )  # fmt: skip
     return partial.sum(0)
 
@@ -167,6 +170,8 @@ class Tiles(NamedTuple):
     S: int
     BLOCK_K: int
     num_warps: int
+    registers: int | None = None
+    """Of a thread, at most, so that a multiprocessor holds one block more."""
 
     def patches(self, geometry: Geometry) -> int:
         """How many cover a map."""
@@ -195,20 +200,32 @@ class Tiles(NamedTuple):
         """Constants of a launch; a smaller tile of keys takes fewer warps."""
         block = block or self.BLOCK_K
         warps = max(1, self.num_warps * block // self.BLOCK_K)
-        return {**self.patch, "BLOCK_K": block, "num_warps": warps, "num_stages": 1}
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {**self.patch, "BLOCK_K": block, "num_warps": warps, "num_stages": 1, **limit}
 
 
 def forward_tiles(q: Tensor, width: int) -> Tiles:
-    """Chosen by what the compiler made of them: docs/benchmarks/kernels-ahead-of-time.md."""
+    """Chosen by what an H100 took with them: docs/benchmarks/h100.md."""
     if q.element_size() == 2:
-        return Tiles(*_patch(width), S=4, BLOCK_K=32, num_warps=4)
+        return Tiles(*_patch(width), S=4, BLOCK_K=32, num_warps=4, registers=_at_most(80, q))
     narrow = q.shape[-1] <= 32
     return Tiles(*_patch(width), S=2 if narrow else 1, BLOCK_K=32 if narrow else 16, num_warps=4)
 
 
 def backward_tiles(q: Tensor, width: int) -> Tiles:
     """The same for backward."""
-    return Tiles(*_patch(width), S=2 if q.shape[-1] <= 32 else 1, BLOCK_K=64, num_warps=4)
+    some = 2 if q.shape[-1] <= 32 else 1
+    return Tiles(*_patch(width), S=some, BLOCK_K=64, num_warps=4, registers=_at_most(168, q))
+
+
+def _at_most(registers: int, q: Tensor) -> int | None:
+    """A limit that was chosen by the clock on compute capability 9.0 holds there: on 8.x, for one, forward spills with it."""
+    return registers if q.element_size() == 2 and q.shape[-1] <= 32 and capability(q.device) == 9 else None
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability, the major number; 0 in the interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def _patch(width: int) -> tuple[int, int]:

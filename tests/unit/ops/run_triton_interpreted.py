@@ -81,7 +81,9 @@ def check(name: str, case: Case, dtype: torch.dtype, strided: bool = False, devi
         if wanted is None:
             assert not actual.any(), (name, index)
         elif wanted.numel():
-            error = (actual.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
+            # What cancels to nothing (one key: the gradient of q) leaves the last bits of its terms.
+            least = 1e-6 if dtype == torch.float32 else 1e-3
+            error = (actual.double() - wanted).abs().max() / wanted.abs().max().clamp(min=least)
             bound = (BOUNDS if device == "cpu" else DEVICE_BOUNDS)[dtype]
             assert error.item() < bound, (name, dtype, index, error.item())
 

@@ -87,7 +87,8 @@ def test_a_pinned_buffer_pins_what_was_asked_for_and_gives_it_back(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_side_copy_holds_what_was_there_before_the_wait(device):
     state = torch.arange(1 << 22, dtype=torch.float32, device=device)
-    host = HostBuffer(pinned=device == "cuda").take(4 * (state.numel() - 3) + 8)
+    buffer = HostBuffer(pinned=device == "cuda")  # memory is pinned for as long as this lives
+    host = buffer.take(4 * (state.numel() - 3) + 8)
     assert host.is_pinned() == (device == "cuda")
     expected = state[3:].cpu().clone()
     copy, task = StagingCopy(host, [Copy(state, 3, state.numel() - 3, at=8)]), BackgroundTask("t")

@@ -102,7 +102,9 @@ def test_a_tar_cut_anywhere_is_refused(tmp_path):
     assert len(list(tar.scan(str(cut), unterminated=True))) == 6
 
 
-@pytest.mark.parametrize("junk", [b"hello" * 400, os.urandom(2048), b"\x1f\x8b\x08" + bytes(2000)])
+@pytest.mark.parametrize(
+    "junk", [b"hello" * 400, os.urandom(2048), b"\x1f\x8b\x08" + bytes(2000)], ids=["text", "random", "gzip"]
+)
 def test_what_is_no_tar_is_refused(tmp_path, junk):
     (tmp_path / "t.tar").write_bytes(junk)
     with pytest.raises(UserError, match=r"no tar header at offset 0"):

@@ -57,11 +57,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _for_any(machine: Any, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Values and reasons for a thousand images, without what the images alone tell."""
-    from dattrain.config.choose import Images, choose
+    from dattrain.cli import own_images
+    from dattrain.config.choose import GIVEN, Images, choose
 
     chosen = choose(Images(train=1000, val=100, classes=2, side=224), machine, given=given)
     del chosen["model.num_classes"]
-    return {key: c.value for key, c in chosen.items()}, {key: c.reason for key, c in chosen.items()}
+    reasons = {
+        key: own_images.ON_COMMAND_LINE if choice.reason == GIVEN else choice.reason
+        for key, choice in chosen.items()
+    }
+    return {key: choice.value for key, choice in chosen.items()}, reasons
 
 
 def _refuse_existing(*files: Path) -> None:

@@ -160,8 +160,10 @@ def settle(
     config = loaded.config
     reasons = {key: ON_COMMAND_LINE if c.reason == GIVEN else c.reason for key, c in found.items()}
     reasons |= dict.fromkeys(given(overrides), ON_COMMAND_LINE)
-    decide(classes, config.model.num_classes, config.data.labels, f"data.train={config.data.train}")
-    derive(config, world=machine.devices, samples_per_epoch=count)
+    # What messages name is there, and no list yet.
+    named = config.model_copy(update={"data": config.data.model_copy(update={"train": str(own.train_root)})})
+    decide(classes, config.model.num_classes, config.data.labels, f"data.train={own.train_root}")
+    derive(named, world=machine.devices, samples_per_epoch=count)
     if own.unreadable and config.data.on_bad == "error":
         raise UserError(
             f"{len(own.unreadable)} of {len(own.widths) + len(own.unreadable)} files that were looked at are no readable images: "
@@ -322,7 +324,7 @@ def _check_same(run: Path, data: Path) -> None:
         raise ConfigError(f"{run}: is a run without data.train; choose another --run")
     there = split_file.read(train)[0] if train.endswith(split_file.SUFFIX) else Path(train)
     there, given = there.resolve(), data.resolve()
-    if given != there and given not in there.parents:
+    if given != there and given not in there.parents[:3]:
         raise ConfigError(f"{run}: is a run on {there}, not on {data}; choose another --run")
 
 

@@ -13,6 +13,7 @@ from statistics import median
 from PIL import Image
 
 from dattrain.data.classes import canonical, few
+from dattrain.data.decode.images import is_image_name
 from dattrain.data.source.files import listing, read_file
 from dattrain.data.source.folders import OTHER_SPLITS, TRAINING, FolderDataset
 from dattrain.data.source.shards import holds_shards
@@ -79,6 +80,12 @@ def find(folder: Path, *, seed: int = 0) -> Own:
             raise UserError(
                 f"{path}: holds tar shards; --data looks at image folders. Name them in a recipe: data.train={path}"
             )
+    if not any(entry.is_dir() for entry in listing(train)) and any(
+        is_image_name(entry.name) for entry in listing(train)
+    ):
+        raise UserError(
+            f"{train}: its images lie in it directly, and nothing says what they show; put those of each class into a folder of its own"
+        )
     images = FolderDataset(str(train))
     files = images.by_class()
     notes += images.notes

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dattrain.cli import train
 from dattrain.cli.main import main
+from dattrain.config.run import is_rank
 from dattrain.runtime.spawn import launch
 
 # As srun --pty bash and salloc with use_interactive_step set them: the job of the second has four tasks, its shell is one.

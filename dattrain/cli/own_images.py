@@ -247,7 +247,7 @@ def screen(
                 "(docs/own_images.md says where weights are)",
             )
         )
-    return [f"{name:<8}{text}" for name, text in rows]
+    return [f"{name:<9}{text}" for name, text in rows]
 
 
 def this_machine(devices: int) -> Machine:

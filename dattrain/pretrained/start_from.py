@@ -47,7 +47,13 @@ class Start:
         self._model: DAT | None = None
         self.path: Path | None = None
         if path.is_file() and not _is_ours(path):
-            self._model, self.cfg, origin = import_authors.read(path)
+            try:
+                self._model, self.cfg, origin = import_authors.read(path)
+            except UserError as error:
+                hint = f"`dattrain import {path} --config THEIRS.yaml` reads it with that, into a file that can be fine-tuned"
+                raise UserError(
+                    f"{path}: {error}; {hint}" if "configuration" in str(error) else str(error)
+                ) from error
             self.said = f"{path}: {self.cfg.source}, architecture {origin}; every tensor survives the way to our names and back"
         else:
             self.path = path.absolute()

@@ -148,7 +148,7 @@ def _model(take: Any, images: Images, cpu: bool, weights: Weights | None) -> boo
             take("model.overrides", dict(weights.overrides), "the weights' own")
     elif cpu:
         name = take("model.name", "dat_atto", "the smallest: minutes on a CPU")
-        size = 32 if images.side <= 40 else 64 if images.side <= 128 else 96
+        size = 32 if images.side <= 40 else 64
         take("model.img_size", size, f"images of about {images.side} px, on a CPU")
     else:
         name = take("model.name", "dat_tiny", "the paper's smallest, on a GPU")
@@ -185,8 +185,8 @@ def _batch(n: int, machine: Machine) -> int:
 def _epochs(n: int, cpu: bool, tuned: bool, small: bool) -> tuple[int, str]:
     """How often each image is seen, and the budget that it follows from."""
     budget, low, high = {
-        (True, True): (12_000, 5, 30) if small else (3_000, 3, 10),
-        (True, False): (30_000, 10, 100),
+        (True, True): (10_000, 5, 30) if small else (3_000, 3, 10),
+        (True, False): (20_000, 10, 100),
         (False, True): (100_000, 10, 50),
         (False, False): (1_000_000, 100, 300),
     }[cpu, tuned]

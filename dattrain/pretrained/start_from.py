@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,9 +103,9 @@ def _plain(cfg: PretrainedCfg) -> dict[str, object]:
 
 
 def _absent(word: str) -> str:
-    name = Path(word).name.partition(".")[0]
-    near = difflib.get_close_matches(name, VARIANTS, 1, cutoff=0.7)
-    hint = f"; none of {near[0]} are shipped" if near else ""
+    name = Path(word).name.lower()
+    near = next((known for known in sorted(VARIANTS, key=len, reverse=True) if name.startswith(known)), None)
+    hint = f"; no weights of {near} are shipped" if near else ""
     return (
         f"no such run, checkpoint or weights file (from {Path.cwd()}){hint}. The authors publish theirs at {RELEASED} (the tables "
         "of its README); download one and name the .pth file"

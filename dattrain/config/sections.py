@@ -60,7 +60,7 @@ class Data(Section):
     """Where images come from and in which order they are seen."""
 
     train: str | None = None
-    """Shards: a folder, a file, or a brace pattern, local or ``s3://``, ``gs://``, ``https://``, ``hf://``; or an image folder."""
+    """Shards: a folder, a file, or a brace pattern, local or ``s3://``, ``gs://``, ``https://``, ``hf://``; or an image folder, or a list of one (``*.images.json``)."""
     val: str | None = None
     """As ``train``; evaluated every ``eval.every_epochs``."""
     labels: (

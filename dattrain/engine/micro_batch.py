@@ -117,15 +117,16 @@ def _states(model: nn.Module, config: Config, world: int, device: str) -> memory
 
 def _trial(config: Config, count: int, world: int, device: torch.device) -> bool:
     """Whether one forward and backward pass fits beside what DeepSpeed will hold. Nothing of it stays on the device."""
+    fits = True
     try:
         _pass(create_task(config), config, count, world, device)
     except torch.OutOfMemoryError:
-        return False
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    return True
+        fits = False
+    # Only now: while it is handled, the error holds the frames, and these the tensors.
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return fits
 
 
 def _pass(task: Task, config: Config, count: int, world: int, device: torch.device) -> None:

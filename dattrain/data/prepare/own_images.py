@@ -23,7 +23,7 @@ HELD_OUT = 10
 """One of so many images of a class."""
 _TESTS = frozenset({"test", "testing"})
 _SAMPLED = 400
-"""Files whose headers are read."""
+"""Files of a split whose headers are read."""
 _COMPARED = 200_000
 """Files up to which copies of an image are looked for, by a stat of each."""
 
@@ -41,7 +41,7 @@ class Own:
     notes: tuple[str, ...]
     """What was left out, or looks odd: a line each."""
     widths: tuple[int, ...]
-    """Of a sample of the training images, in pixels."""
+    """Of a sample of the images, in pixels."""
     heights: tuple[int, ...]
     unreadable: tuple[str, ...]
     """Of that sample: files that are no images, and why."""
@@ -96,12 +96,12 @@ def find(folder: Path, *, seed: int = 0) -> Own:
     if val is None:
         kept, held, more = hold_out(train, files, seed)
         notes += more
-        return Own(train, train, kept, held, True, tuple(notes), *_headers(train, kept))
+        return Own(train, train, kept, held, True, tuple(notes), *_headers((train, kept), (train, held)))
     other = FolderDataset(str(val))
     notes += other.notes
     held = other.by_class()
     _check_classes(train, files, val, held, notes)
-    return Own(train, val, files, held, False, tuple(notes), *_headers(train, files))
+    return Own(train, val, files, held, False, tuple(notes), *_headers((train, files), (val, held)))
 
 
 def hold_out(
@@ -159,7 +159,10 @@ def _copies(root: Path, files: Mapping[str, Sequence[str]]) -> tuple[dict[str, s
     seen: dict[bytes, str] = {}
     for alike in sizes.values():
         for name in alike if len(alike) > 1 else ():
-            digest = blake2b(read_file(root / name), digest_size=16).digest()
+            try:
+                digest = blake2b(read_file(root / name), digest_size=16).digest()
+            except OSError:
+                continue
             other = seen.setdefault(digest, name)
             if other != name:
                 first[name] = other
@@ -204,18 +207,23 @@ def _check_classes(
 
 
 def _headers(
-    root: Path, files: Mapping[str, Sequence[str]]
+    *parts: tuple[Path, Mapping[str, Sequence[str]]],
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
-    """Widths and heights of a sample, by the headers of its files; and which files have none."""
-    names = [file for each in files.values() for file in each]
+    """Widths and heights of a sample, by the headers of its files; and which files have none.
+
+    Args:
+        parts: root and images by class.
+    """
     widths, heights, broken = [], [], []
-    for name in names[:: max(1, len(names) // _SAMPLED)]:
-        size = _size(root / name)
-        if isinstance(size, str):
-            broken.append(f"{root / name} ({size})")
-        else:
-            widths.append(size[0])
-            heights.append(size[1])
+    for root, files in parts:
+        names = [file for each in files.values() for file in each]
+        for name in names[:: max(1, len(names) // _SAMPLED)]:
+            size = _size(root / name)
+            if isinstance(size, str):
+                broken.append(f"{root / name} ({size})")
+            else:
+                widths.append(size[0])
+                heights.append(size[1])
     return tuple(widths), tuple(heights), tuple(broken)
 
 

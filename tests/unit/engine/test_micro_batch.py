@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dattrain.config.load import loads
-from dattrain.engine import micro_batch
+from dattrain.engine import micro_batch, resume_rules
 from dattrain.errors import UserError
 from dattrain.runtime import host_memory
 
@@ -76,6 +76,45 @@ def test_on_a_gpu_a_trial_step_that_does_not_fit_takes_the_next(monkeypatch):
     monkeypatch.setattr(micro_batch, "_pass", lambda *a: passes(*a, most=0))
     with pytest.raises(UserError, match="not even 1 sample.* of dat_atto at 32 fit cuda:0"):
         micro_batch.settle(recipe(4, "auto"), 1, device, 1)
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 1), ("bf16-pure", 2)])
+def test_the_trial_step_is_one_that_runs_beside_what_deepspeed_holds(monkeypatch, precision, stage):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    config = loads(
+        f"{TINY}train: {{global_batch: 4, micro_batch: auto, precision: {precision}, channels_last: true, "
+        f"activation_checkpointing: block, ema_decay: 0.9}}",
+        [f"zero.stage={stage}", "train.progressive=[{epoch: 1, img_size: 64}]"],
+    ).config
+    seen, made, empty = [], [], torch.empty
+    task = micro_batch.create_task(config)
+    build = task.build
+
+    def watched(size):
+        seen.append(size)
+        model = build(size)
+        made.extend(model.parameters())
+        return model
+
+    task.build = watched
+
+    def ballast(*size, **options):
+        if options.get("dtype") is not torch.uint8:
+            return empty(*size, **options)
+        seen.append(size[0])
+        return empty(0, **options)
+
+    monkeypatch.setattr(torch, "empty", ballast)
+    micro_batch._pass(task, config, 2, 1, CPU)
+    assert seen[0] == 64, "the largest size of the run"
+    count = sum(p.numel() for p in made)
+    # Two moments and the average at least, weights left out.
+    assert max(each for each in seen if isinstance(each, int)) >= 12 * count
+    assert all(p.grad is None for p in made)
+
+
+def test_a_resume_may_have_another_micro_batch():
+    assert "train.micro_batch" not in resume_rules.settings(recipe(4, 4))
 
 
 def test_memory_of_a_host_is_the_least_that_anyone_grants(tmp_path):

@@ -82,6 +82,13 @@ def begin(args: argparse.Namespace, weights: str | None = None) -> Path:
             "--data chooses for this machine, and torchrun or srun has started ranks: use --nproc N instead, or let "
             f"`dattrain init --data {args.data}` write a recipe, which any launcher takes"
         )
+    if args.config is not None and (Path(args.config) / "config.yaml").is_file():
+        raise ConfigError(
+            f"{args.config} is a run, which has its images: `dattrain train {args.config}` goes on with it, and `dattrain finetune "
+            f"{args.config} --data {args.data}` trains its weights on others"
+        )
+    if args.nproc is not None and args.nproc < 1:
+        raise ConfigError(f"--nproc {args.nproc} must be at least 1")
     asked = given(args.overrides)
     own = find(args.data, seed=_seed(args.config, asked))
     start = None if weights is None else Start(weights)
@@ -259,6 +266,8 @@ def this_machine(devices: int) -> Machine:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not torch.cuda.is_available():
         return Machine("cpu", devices, cores)
+    if devices > torch.cuda.device_count():
+        raise ConfigError(f"--nproc {devices}, but {torch.cuda.device_count()} GPU(s) are visible")
     return Machine("cuda", devices, cores, torch.cuda.is_bf16_supported())
 
 

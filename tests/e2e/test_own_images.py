@@ -100,6 +100,9 @@ def test_a_restart_takes_what_is_written_and_chooses_nothing_anew(home):
         for line in dattrain(home, "config", "show", "runs/a").splitlines()
         if "20,000 images seen" in line
     )
+    assert "`dattrain finetune runs/a --data photos`" in dattrain(
+        home, "train", "runs/a", "--data", "photos", code=2
+    )
     (home / "others" / "cat").mkdir(parents=True)
     refused = dattrain(home, "train", "--data", "others", "--run", "runs/a", code=2)
     assert f"is a run on {home / 'photos'}, not on others" in refused
@@ -158,6 +161,7 @@ def test_what_does_not_go_is_refused_and_leaves_nothing(home):
         return dattrain(home, "train", *words, code=code, **variables)
 
     assert "images by --data FOLDER" in refused()
+    assert "must be at least 1" in refused("--data", "photos", "--nproc", "0")
     assert "no such folder" in refused("--data", "fotos", code=1)
     assert "set model.num_classes=2" in refused("--data", "photos", "model.num_classes=5")
     assert "fewer than one train.global_batch=500" in refused("--data", "photos", "train.global_batch=500")

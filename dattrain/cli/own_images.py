@@ -161,10 +161,19 @@ def settle(
                 del found["model.num_classes"]
             else:
                 found["data.labels"] = Choice(None, "the class folders are of no label set")
-        found |= {key: choice for key, choice in chosen.items() if key.startswith("init.")}
+        if weights is not None:
+            # What the weights are is no choice; the recipe's head stands where it can.
+            head = base.init.head == "keep" or not weights.shared
+            open_ = {"init.from", *(["init.head"] if head else ())}
+            open_ |= set() if base.model.overrides else {"model.overrides"}
+            found |= {key: choice for key, choice in chosen.items() if key in open_}
         text = dump(load(recipe, {key: choice.value for key, choice in found.items()}).config)
     loaded = loads(text, overrides, source="what was chosen")
     config = loaded.config
+    if weights is not None and config.model.name != weights.name:
+        raise ConfigError(
+            f"model.name={config.model.name}, but {weights.path} has weights of {weights.name}; use a recipe of that model, or none"
+        )
     reasons = {key: ON_COMMAND_LINE if c.reason == GIVEN else c.reason for key, c in found.items()}
     reasons |= dict.fromkeys(given(overrides), ON_COMMAND_LINE)
     # What messages name is there, and no list yet.

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dattrain.cli import own_images
+from dattrain.config import choose
 from dattrain.config.choose import Machine
 from dattrain.data.prepare.own_images import Own
 from dattrain.errors import ConfigError, UserError
@@ -63,6 +64,38 @@ def test_a_recipe_stands_but_for_data_and_classes():
     synsets = own({"n01440764": 60, "n01443537": 68})
     labelled = shown(synsets, "train.global_batch=32", recipe="in1k_dat_tiny_224")[1].config
     assert (labelled.model.num_classes, labelled.data.labels) == (1000, "imagenet-1k")
+
+
+class Weights:
+    """As ``pretrained.start_from.Start`` answers ``settle``."""
+
+    def __init__(self, name, **known):
+        self.found = choose.Weights("/w.safetensors", name, 224, **known)
+
+    def weights(self, folder, classes):
+        return self.found
+
+
+def test_a_recipe_for_weights_gets_these_and_a_head_for_the_classes():
+    found = own({"cat": 60, "dog": 68})
+
+    def tuned(weights, *overrides):
+        words = ["train.global_batch=32", *overrides]
+        recipe = "in1k_dat_tiny_224_from_22k"
+        return own_images.settle(
+            found, Path("/run"), CPU, name="x", recipe=recipe, overrides=words, start=weights
+        ).config
+
+    config = tuned(Weights("dat_tiny", overrides={"window_size": 7}, shared=1))
+    assert (config.init.from_, config.init.head, config.model.overrides) == (
+        "/w.safetensors",
+        "map",
+        {"window_size": 7},
+    )
+    assert tuned(Weights("dat_tiny")).init.head == "new", "a map of nothing could not be"
+    assert config.schedule.epochs == 30 and config.model.num_classes == 2
+    with pytest.raises(ConfigError, match="model.name=dat_tiny, but /w.safetensors has weights of dat_base"):
+        tuned(Weights("dat_base"))
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written():

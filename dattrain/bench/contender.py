@@ -39,7 +39,7 @@ class Batches:
 
         generator = torch.Generator().manual_seed(config.train.seed)
         height, width = as_pair(config.model.img_size)
-        count = config.train.micro_batch
+        count = config.train.samples_a_pass
         self._batches: list[Batch] = []
         for number in range(BATCHES):
             pixels = torch.randint(256, (count, height, width, 3), generator=generator, dtype=torch.uint8)

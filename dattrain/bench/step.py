@@ -117,7 +117,7 @@ def read(words: Sequence[str], accumulation: int) -> Config:
         config = loads(RECIPE, words, source="the recipe of bench step").config
     tree = config.model_dump(mode="json", by_alias=True)
     tree["init"] = {}
-    tree["train"] |= {"global_batch": config.train.micro_batch * accumulation, "progressive": []}
+    tree["train"] |= {"global_batch": config.train.samples_a_pass * accumulation, "progressive": []}
     return loads(yaml.safe_dump(tree)).config
 
 
@@ -158,7 +158,6 @@ def describe(config: Config) -> str:
     more = [f"activation checkpointing {recomputed}"] * (recomputed != "none")
     more += [f"compile {t.compile}"] * (t.compile != "none")
     more += ["CUDA graphs"] * t.cuda_graphs
-    batch = f"B{t.micro_batch}" + (
-        f" x {t.global_batch // t.micro_batch}" if t.global_batch > t.micro_batch else ""
-    )
+    count = t.samples_a_pass
+    batch = f"B{count}" + (f" x {t.global_batch // count}" if t.global_batch > count else "")
     return " ".join([f"{size} px {batch} {t.precision} ZeRO-{config.zero.stage}", *more])

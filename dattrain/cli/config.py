@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from typing import TYPE_CHECKING
 
 from dattrain.urls import mask
+
+if TYPE_CHECKING:
+    from dattrain.config.schema import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         loaded = load(args.config, args.overrides)
         text = dump(loaded.config).rstrip() if args.yaml else show(loaded)
         print(mask(text))
+        if not args.yaml:
+            print(_batch(loaded.config))
         if args.yaml and mask(text) != text:
             print("credentials in URLs are shown as ***: put them back to use this", file=sys.stderr)
         return 0
@@ -46,6 +52,20 @@ def run(args: argparse.Namespace) -> int:
     for key, left, right in rows:
         print(mask(f"{key}\n  A: {left}\n  B: {right}"))
     return 1 if rows else 0
+
+
+def _batch(config: Config) -> str:
+    """What follows for one device, as a comment."""
+    from dattrain.config.derive import derive
+
+    train = config.train
+    d = derive(config, world=1, samples_per_epoch=train.global_batch)
+    most = (
+        "as many at a time as fit"
+        if train.micro_batch == "auto"
+        else f"{d.micro_batch} at a time, {d.accumulation} times"
+    )
+    return f"# on one device: train.global_batch={train.global_batch} is taken {most}; peak learning rate {d.peak_lr:g}"
 
 
 def _list() -> str:

@@ -18,7 +18,9 @@ from dattrain.errors import UserError
 from dattrain.urls import mask
 
 VERBS: dict[str, tuple[str, str]] = {
-    "train": ("dattrain.cli.train", "train a recipe, or resume a run folder"),
+    "train": ("dattrain.cli.train", "train a recipe or a folder of images, or resume a run folder"),
+    "finetune": ("dattrain.cli.finetune", "train weights further on a folder of images"),
+    "init": ("dattrain.cli.init", "write a commented recipe for a folder of images"),
     "eval": ("dattrain.cli.eval", "accuracy and more of a run or checkpoint"),
     "predict": ("dattrain.cli.predict", "classes of images"),
     "viz": ("dattrain.cli.viz", "draw sampling points, offsets and attention on images"),
@@ -70,7 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             loaded.add_arguments(sub)
             sub.set_defaults(run=loaded.run)
     args, rest = parser.parse_known_args(argv)
-    # argparse takes only the first run of a list of positionals; options may stand between our overrides.
+    # argparse takes only the first run of positionals; options may stand before a recipe and between our overrides.
+    if getattr(args, "config", "") is None:
+        bare = [word for word in rest if not word.startswith("-") and "=" not in word]
+        if bare:
+            args.config = bare[0]
+            rest.remove(bare[0])
     ours = hasattr(args, "overrides") and all(
         re.fullmatch(r"[A-Za-z_][\w.]*=.*", word, re.DOTALL) for word in rest
     )

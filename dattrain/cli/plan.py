@@ -78,10 +78,12 @@ def render(config: Config, p: dict[str, Any]) -> str:
     """The plan in words."""
     b = p["bytes_per_device"]
     t = config.train
+    asked = p["micro_batch_asked"]
+    bound = "" if asked == p["micro_batch"] else f" (train.micro_batch={asked})"
     lines = [
         f"{config.name}: {config.model.name} at {config.model.img_size}, {p['parameters'] / 1e6:.3f} M parameters, "
         f"{p['flops_per_image'] / 1e9:.3f} GFLOPs an image forward (about three times that to train)",
-        f"batch {t.global_batch} = {p['world']} devices x {p['micro_batch']} x {p['accumulation']} accumulated; "
+        f"batch {t.global_batch} = {p['world']} devices x {p['micro_batch']} x {p['accumulation']} accumulated{bound}; "
         f"{p['samples_per_epoch']:,} images an epoch ({p['samples_from']}); {p['steps']:,} steps",
         "",
         f"memory of a device, in GB (ZeRO-{config.zero.stage}, {t.precision}, activation checkpointing {t.activation_checkpointing}, at {p['activations_img_size']} px)",

@@ -6,16 +6,24 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 
+from dattrain.cli import own_images
 from dattrain.errors import ConfigError, UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("config", metavar="CONFIG|RUN", help="a recipe (YAML), or a run folder to resume")
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG|RUN", help="a recipe (YAML), or a run folder to resume"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-3")
+    own_images.add_data_argument(parser)
+    add_run_arguments(parser)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--run`` and ``--nproc``."""
     parser.add_argument(
         "--run",
         # torchrun takes --run for an abbreviation of its own --run-path, even behind the script's name.
@@ -34,8 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; returns 0, or 75 where a preemption was saved and wants to be started again."""
-    from dattrain.config.run import resolve
+    from dattrain.config.run import is_rank, resolve
 
+    if args.data is not None:
+        args.run_dir = own_images.begin(args)
+    elif args.config is None:
+        raise ConfigError("name a recipe (`dattrain config list`), a run folder, or images by --data FOLDER")
     config, run_dir = resolve(args.config, args.overrides, args.run_dir, os.environ)
     if args.nproc is not None:
         if is_rank(os.environ):
@@ -59,12 +71,6 @@ def run(args: argparse.Namespace) -> int:
         report(traceback.format_exc())
         code = 1
     hard_exit(code)
-
-
-def is_rank(environ: Mapping[str, str]) -> bool:
-    """Whether a launcher started this process as one of several. A Slurm step of one task, as an interactive shell is, is none."""
-    tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1"
-    return "RANK" in environ or ("SLURM_STEP_ID" in environ and tasks != "1")
 
 
 def spawn(args: argparse.Namespace, run_dir: Path) -> int:

@@ -6,11 +6,14 @@ Pure, but that ``check_source`` looks whether a file is there.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isqrt
 from pathlib import Path
 
 from dattrain.config.schema import Config
 from dattrain.errors import ConfigError, UserError
+
+FAST_DEV_STEPS = 2
+"""Updates of ``train.fast_dev_run``."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class Derived:
     """Derived values; steps are optimizer updates, rates are those of the global batch."""
 
     world: int
+    micro_batch: int
+    """Samples per device and forward pass, at most ``train.micro_batch``."""
     accumulation: int
     """Micro-batches per rank and update."""
     steps_per_epoch: float
@@ -84,26 +89,50 @@ def _check_there(path: Path) -> None:
         )
 
 
-def accumulation(config: Config, world: int) -> int:
-    """Micro-batches per rank and update: ``train.global_batch`` over the ranks, ``train.micro_batch`` at a time.
+def micro_batch(config: Config, world: int) -> int:
+    """Samples per device and forward pass: the largest number up to ``train.micro_batch`` that divides a rank's share.
+
+    ``auto`` gives the whole share; whoever trains has asked ``dattrain.engine.micro_batch`` before, which gives a number.
 
     Raises:
-        ConfigError: it does not divide; the nearest micro-batch that does is named.
+        ConfigError: the global batch does not divide over the devices, or no such number holds whole mix groups where the
+            reader cannot fetch partners.
     """
     train = config.train
-    if train.global_batch % (train.micro_batch * world):
-        fits = [m for m in range(1, train.global_batch + 1) if train.global_batch % (m * world) == 0]
-        if not fits:
-            raise ConfigError(
-                f"train.global_batch={train.global_batch} cannot be split over {world} devices; "
-                f"use a number of devices that divides it"
-            )
-        best = min(fits, key=lambda m: (abs(m - train.micro_batch), m))
+    share, rest = divmod(train.global_batch, world)
+    if rest:
+        near = [n for n in (world - 1, world + 1) if n > 0 and train.global_batch % n == 0]
         raise ConfigError(
-            f"train.micro_batch={train.micro_batch} on {world} devices does not divide train.global_batch="
-            f"{train.global_batch}; train.micro_batch={best} does"
+            f"train.global_batch={train.global_batch} cannot be split over {world} devices; use a number of devices that "
+            f"divides it{f' ({near[0]})' if near else ''}, or train.global_batch={max(1, train.global_batch // world) * world}"
         )
-    return train.global_batch // (train.micro_batch * world)
+    most = share if train.micro_batch == "auto" else train.micro_batch
+    # Other readers find a sample's partner, wherever it is.
+    group = config.augment.group if config.data.reader == "webdataset" else 1
+    fits = [size for size in divisors(share) if size <= most and size % group == 0]
+    if not fits:
+        raise ConfigError(
+            f"train.micro_batch={train.micro_batch} on {world} devices leaves no number that divides {share} samples a device "
+            f"into whole groups of augment.mix_group={group}, and data.reader={config.data.reader} cannot read a partner that "
+            "is elsewhere; use data.reader=index, another micro-batch or group, or augment.mix_prob=0"
+        )
+    return fits[-1]
+
+
+def with_micro_batch(config: Config, size: int) -> Config:
+    """The recipe with ``train.micro_batch`` as it was found for a world."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size})})
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
+    low = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return sorted({*low, *(number // d for d in low)})
+
+
+def accumulation(config: Config, world: int) -> int:
+    """Micro-batches per rank and update; raises as ``micro_batch``."""
+    return config.train.global_batch // (micro_batch(config, world) * world)
 
 
 def check_samples(config: Config, samples: int) -> None:
@@ -119,8 +148,7 @@ def derive(config: Config, *, world: int, samples_per_epoch: int) -> Derived:
     """Derive steps, accumulation and rates for ``world`` devices and ``samples_per_epoch`` training samples.
 
     Raises:
-        ConfigError: the micro-batch times the world size does not divide the global batch, or there are fewer samples
-            than one global batch.
+        ConfigError: the global batch does not divide over the devices, or there are fewer samples than it has.
     """
     train, schedule, optim = config.train, config.schedule, config.optim
     micro_batches = accumulation(config, world)
@@ -129,16 +157,22 @@ def derive(config: Config, *, world: int, samples_per_epoch: int) -> Derived:
     per_epoch = samples_per_epoch / train.global_batch
     total = ceil(schedule.epochs * per_epoch)
     save = config.checkpoint.every_steps or max(1, round(config.checkpoint.every_epochs * per_epoch))
+    evaluate = max(1, round(config.eval.every_epochs * per_epoch))
+    last = min(total, train.max_steps or total)
+    if train.fast_dev_run:
+        # Whatever their intervals, both come after the last update.
+        last = save = evaluate = min(last, FAST_DEV_STEPS)
     return Derived(
         world=world,
+        micro_batch=micro_batch(config, world),
         accumulation=micro_batches,
         steps_per_epoch=per_epoch,
         total_steps=total,
-        last_step=min(total, train.max_steps or total),
+        last_step=last,
         warmup_steps=round(schedule.warmup_epochs * per_epoch),
         peak_lr=optim.lr * scale,
         min_lr=schedule.min_lr * scale,
         warmup_lr=schedule.warmup_lr * scale,
         checkpoint_steps=save,
-        eval_steps=max(1, round(config.eval.every_epochs * per_epoch)),
+        eval_steps=evaluate,
     )

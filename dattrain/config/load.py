@@ -9,14 +9,14 @@ import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dattrain.config import shipped
+from dattrain.config import comments, shipped
 from dattrain.config.explain import explain, section
 from dattrain.config.schema import RENAMED, Config
 from dattrain.errors import ConfigError
@@ -57,10 +57,14 @@ _Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class Loaded:
-    """A validated config and, for each dotted key, where its value came from (``file:line`` or ``command line``)."""
+    """A validated config and, for each dotted key, where its value came from (``file:line`` or ``command line``).
+
+    ``comments`` are what files say behind their values, by place.
+    """
 
     config: Config
     provenance: Mapping[str, str]
+    comments: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,6 +73,7 @@ class _Tree:
 
     values: dict[str, Any]
     places: dict[str, str]
+    comments: dict[str, str] = field(default_factory=dict)
 
 
 def load(path: str | Path, overrides: Overrides = ()) -> Loaded:
@@ -83,6 +88,18 @@ def load(path: str | Path, overrides: Overrides = ()) -> Loaded:
     return _resolve(_read(recorded if recorded.is_file() else found, ()), overrides)
 
 
+def _given(overrides: Overrides) -> _Tree:
+    tree = _Tree({}, {})
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            tree = _merge(tree, _nest(key, value, SETTINGS))
+    else:
+        for override in overrides:
+            tree = _merge(tree, _parse_override(override))
+    _rename(tree)
+    return tree
+
+
 def loads(text: str, overrides: Overrides = (), *, source: str = "<text>") -> Loaded:
     """As ``load``, from a string, whose ``extends`` begins in the current folder."""
     return _resolve(_extend(_parse(text, source), source, Path(), ()), overrides)
@@ -90,33 +107,45 @@ def loads(text: str, overrides: Overrides = (), *, source: str = "<text>") -> Lo
 
 def _resolve(tree: _Tree, overrides: Overrides) -> Loaded:
     """Validate a raw tree after applying the overrides."""
-    given = _Tree({}, {})
-    if isinstance(overrides, Mapping):
-        for key, value in overrides.items():
-            given = _merge(given, _nest(key, value, SETTINGS))
-    else:
-        for override in overrides:
-            given = _merge(given, _parse_override(override))
-    _rename(given)
-    tree = _merge(tree, given)
+    tree = _merge(tree, _given(overrides))
     try:
         config = Config.model_validate(tree.values)
     except ValidationError as error:
         raise ConfigError(explain(error, Config, DEFAULT, tree.places)) from None
-    return Loaded(config, tree.places)
+    return Loaded(config, tree.places, tree.comments)
 
 
-def dump(config: Config) -> str:
-    """The config as YAML, every key; ``loads`` gives back an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, width=110)
+def dump(config: Config, reasons: Mapping[str, str] | None = None) -> str:
+    """The config as YAML, every key, with comments by dotted key; ``loads`` gives back an equal one."""
+    text = yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, width=110)
+    return comments.annotate(text, reasons) if reasons else str(text)
+
+
+def reasons(loaded: Loaded) -> dict[str, str]:
+    """What files say behind the values that hold, by dotted key."""
+    return {
+        key: loaded.comments[place] for key, place in loaded.provenance.items() if place in loaded.comments
+    }
+
+
+def given(overrides: Overrides) -> dict[str, Any]:
+    """The values of overrides by dotted key, as they stand: whether the schema knows them is for ``load`` to say."""
+    tree = _given(overrides)
+    found = {}
+    for key in tree.places:
+        value: Any = tree.values
+        for part in key.split("."):
+            value = value[part]
+        found[key] = value
+    return found
 
 
 def flatten(config: Config) -> dict[str, Any]:
     """Dotted key to value, in the schema's order; free-form mappings count as one value."""
 
     def walk(model: BaseModel, prefix: str) -> Iterable[tuple[str, Any]]:
-        for name, field in type(model).model_fields.items():
-            key = prefix + (field.alias or name)
+        for name, info in type(model).model_fields.items():
+            key = prefix + (info.alias or name)
             value = getattr(model, name)
             if isinstance(value, BaseModel):
                 yield from walk(value, key + ".")
@@ -127,10 +156,13 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def show(loaded: Loaded) -> str:
-    """One line per key: ``key: value  # where it came from``."""
-    rows = [
-        (f"{key}: {_scalar(value)}", origin(loaded, key)) for key, value in flatten(loaded.config).items()
-    ]
+    """One line per key: ``key: value  # where it came from``, and what is said there."""
+
+    def place(key: str) -> str:
+        place = origin(loaded, key)
+        return f"{place}: {loaded.comments[place]}" if place in loaded.comments else place
+
+    rows = [(f"{key}: {_scalar(value)}", place(key)) for key, value in flatten(loaded.config).items()]
     width = min(60, max(len(row) for row, _ in rows))
     return "\n".join(f"{row:<{width}}  # {place}" for row, place in rows)
 
@@ -142,8 +174,8 @@ def reference() -> str:
         "",
         "Written by `dattrain config keys`; the meanings live in `dattrain/config/sections.py`.",
     ]
-    for name, field in Config.model_fields.items():
-        part = section(field.annotation)
+    for name, top in Config.model_fields.items():
+        part = section(top.annotation)
         if part is None:
             continue
         lines += ["", f"## {name}", "", " ".join((part.__doc__ or "").split()), ""]
@@ -245,7 +277,7 @@ def _parse(text: str, source: str) -> _Tree:
         return tree
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{source}:1: a config is a mapping of sections, not a list or a single value")
-    _walk(node, tree.values, "", tree.places, source)
+    _walk(node, tree, tree.values, "", source, text.splitlines())
     _rename(tree)
     return tree
 
@@ -269,8 +301,10 @@ def _rename(tree: _Tree) -> None:
 
 
 def _walk(
-    node: yaml.MappingNode, into: dict[str, Any], prefix: str, places: dict[str, str], source: str
+    node: yaml.MappingNode, tree: _Tree, into: dict[str, Any], prefix: str, source: str, lines: Sequence[str]
 ) -> None:
+    """Read a mapping into ``into``, which is ``tree``'s values or a mapping in them."""
+    places = tree.places
     for key_node, value_node in node.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1
         if key in into:
@@ -279,7 +313,7 @@ def _walk(
             into[key] = {}
             if not value_node.value:
                 places[prefix + key] = f"{source}:{line}"
-            _walk(value_node, into[key], f"{prefix}{key}.", places, source)
+            _walk(value_node, tree, into[key], f"{prefix}{key}.", source, lines)
         else:
             loader = _Loader("")
             try:
@@ -290,7 +324,9 @@ def _walk(
                 ) from None
             finally:
                 loader.dispose()
-            places[prefix + key] = f"{source}:{line}"
+            places[prefix + key] = place = f"{source}:{line}"
+            if said := comments.behind(lines, key_node, value_node):
+                tree.comments[place] = said
 
 
 def _parse_override(override: str) -> _Tree:
@@ -323,7 +359,11 @@ def _merge(base: _Tree, over: _Tree) -> _Tree:
         parents = [".".join(key.split(".")[:n]) for n in range(1, key.count(".") + 1)]
         for stale in [k for k in places if k.startswith(key + ".") or k in parents]:
             del places[stale]
-    return _Tree(_merge_values(base.values, over.values), {**places, **over.places})
+    return _Tree(
+        _merge_values(base.values, over.values),
+        {**places, **over.places},
+        {**base.comments, **over.comments},
+    )
 
 
 def _merge_values(base: Any, over: Any) -> Any:

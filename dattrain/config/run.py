@@ -37,6 +37,12 @@ def resolve(
     return config, run_dir or new_folder(config.name, environ)
 
 
+def is_rank(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process as one of several. A Slurm step of one task, as an interactive shell is, is none."""
+    tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1"
+    return "RANK" in environ or ("SLURM_STEP_ID" in environ and tasks != "1")
+
+
 def run_of(folder: Path) -> Path | None:
     """The run folder that a checkpoint, ``checkpoints`` or run folder belongs to: the one with ``config.yaml``."""
     return next((p for p in (folder, *folder.absolute().parents[:2]) if (p / "config.yaml").is_file()), None)

@@ -75,21 +75,10 @@ class Config(Section):
                     f"train.cuda_graphs with train.compile={t.compile} cannot recompute from outside "
                     f"(train.activation_checkpointing={recomputed}); use none or selective{', or block' if t.compile == 'stage' else ''}"
                 )
-        if t.global_batch % t.micro_batch:
-            raise ValueError(
-                f"train.micro_batch={t.micro_batch} does not divide train.global_batch={t.global_batch}; "
-                f"the nearest divisor is {_nearest_divisor(t.global_batch, t.micro_batch)}"
-            )
         if t.global_batch % self.augment.group:
             raise ValueError(
                 f"augment.mix_group={self.augment.mix_group} does not divide train.global_batch={t.global_batch}, and samples are "
                 "mixed within groups of an update; use a group that does, or augment.mix_prob=0"
-            )
-        if self.data.reader != "index" and t.micro_batch % self.augment.group:
-            raise ValueError(
-                f"augment.mix_group={self.augment.mix_group} does not divide train.micro_batch={t.micro_batch}, and "
-                f"data.reader={self.data.reader} cannot read a partner that is elsewhere; use data.reader=index, another micro-batch "
-                "or group, or augment.mix_prob=0"
             )
         if self.model.in_chans != 3:
             raise ValueError(f"model.in_chans={self.model.in_chans}, but the data gives 3 (RGB, gray as RGB)")
@@ -112,7 +101,3 @@ class Config(Section):
                 "data.reader=webdataset decodes on the CPU; data.decoder=dali needs data.reader=index"
             )
         return self
-
-
-def _nearest_divisor(total: int, value: int) -> int:
-    return min((d for d in range(1, total + 1) if total % d == 0), key=lambda d: abs(d - value))

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dattrain.errors import ConfigError
+
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -58,7 +60,7 @@ class Data(Section):
     """Where images come from and in which order they are seen."""
 
     train: str | None = None
-    """Shards: a folder, a file, or a brace pattern, local or ``s3://``, ``gs://``, ``https://``, ``hf://``; or an image folder."""
+    """Shards: a folder, a file, or a brace pattern, local or ``s3://``, ``gs://``, ``https://``, ``hf://``; or an image folder, or a list of one (``*.images.json``)."""
     val: str | None = None
     """As ``train``; evaluated every ``eval.every_epochs``."""
     labels: (
@@ -258,8 +260,8 @@ class Train(Section):
     """Seed of weights, order and augmentation."""
     global_batch: Count = 1024
     """Samples per update over all devices."""
-    micro_batch: Count = 128
-    """Samples per device and forward pass."""
+    micro_batch: Count | Literal["auto"] = 128
+    """Most samples per device and forward pass: the largest number up to it that divides a device's share is taken; ``auto`` takes what fits its memory."""
     precision: Literal["fp32", "bf16", "bf16-pure", "fp16"] = "bf16"
     """``bf16`` is autocast over fp32 weights; ``bf16-pure`` keeps bf16 weights with fp32 masters; ``fp16`` has a dynamic loss scale."""
     tf32: bool = False
@@ -278,6 +280,8 @@ class Train(Section):
     """torch.use_deterministic_algorithms: equal bits on equal CUDA devices too, slower; what cannot do that raises."""
     max_steps: Count | None = None
     """Stop early after this many updates; the schedule keeps its length."""
+    fast_dev_run: bool = False
+    """Two updates, one evaluation, one save: whether everything works, before hours are spent."""
     log_every: Count = 50
     """Updates between two log lines."""
     gc_every: Count = 100
@@ -287,6 +291,15 @@ class Train(Section):
     profile: Profile = Profile()
     health: Health = Health()
     progressive: tuple[Progressive, ...] = ()
+
+    @property
+    def samples_a_pass(self) -> int:
+        """``micro_batch`` where it is a number. Raises ConfigError for ``auto``."""
+        if self.micro_batch == "auto":
+            raise ConfigError(
+                "train.micro_batch=auto is found where a training starts; a number is needed here"
+            )
+        return self.micro_batch
 
 
 class Checkpoint(Section):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dattrain.config.derive import accumulation, check_samples
+from dattrain.config.derive import check_samples, micro_batch
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
 from dattrain.data import identity
@@ -48,8 +48,7 @@ def train_loader(
     """
     train = config.train
     size = as_pair(img_size)
-    accumulation(config, world)
-    share = RankShare(train.global_batch, train.micro_batch, rank, world, samples_seen)
+    share = RankShare(train.global_batch, micro_batch(config, world), rank, world, samples_seen)
     if config.data.reader == "webdataset":
         return _webdataset_loader(config, share, device=device, size=size)
     dataset, classes = open_split(config, "train", None, rank=rank, world=world)

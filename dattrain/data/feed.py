@@ -55,7 +55,7 @@ class Encoded:
 class RankShare:
     """The part of each global batch that one rank takes, in micro-batches, from ``samples_seen`` on.
 
-    ``micro_batch * world`` divides ``global_batch`` (``config.derive.accumulation`` says so, or how).
+    ``micro_batch * world`` divides ``global_batch`` (``config.derive.micro_batch`` gives such a number).
     """
 
     global_batch: int

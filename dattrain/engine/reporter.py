@@ -66,7 +66,7 @@ class Reporter:
         c, d = self.config, self.derived
         log.info(
             "%s: %s, updates %d to %d of %d samples (%d x %d x %d), %.1f per epoch, ZeRO-%d, %s, on %s",
-            c.name, c.model.name, step, last, c.train.global_batch, d.world, d.accumulation, c.train.micro_batch,
+            c.name, c.model.name, step, last, c.train.global_batch, d.world, d.accumulation, d.micro_batch,
             d.steps_per_epoch, c.zero.stage, c.train.precision, self.device,
         )  # fmt: skip
         self.meter = Meter()

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dattrain.config.load import dump
+from dattrain.config.load import dump, flatten, load, reasons
 from dattrain.config.schema import Config
 from dattrain.data.classes import Classes
 from dattrain.data.classes import write as write_classes
@@ -39,7 +39,7 @@ def open_run(run_dir: Path, config: Config, classes: Classes, env: Env, device_n
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / CONFIG, dump(config))
+        write_text(run_dir / CONFIG, dump(config, _reasons(run_dir / CONFIG, config)))
         write_classes(run_dir, classes)
         if not (run_dir / CODE).exists():
             code, diff = revision.describe()
@@ -49,6 +49,16 @@ def open_run(run_dir: Path, config: Config, classes: Classes, env: Env, device_n
         _note_start(run_dir / ENVIRONMENT, env, device_name)
     except OSError as error:
         raise UserError(f"{run_dir}: the run folder cannot be written: {error.strerror or error}") from error
+
+
+def _reasons(path: Path, config: Config) -> dict[str, str]:
+    """What the file says behind the values that stay as they were."""
+    try:
+        before = load(path)
+    except (UserError, OSError):  # none yet, or of another version
+        return {}
+    old, new = flatten(before.config), flatten(config)
+    return {key: said for key, said in reasons(before).items() if old.get(key) == new.get(key)}
 
 
 def _note_start(path: Path, env: Env, device_name: str) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from dattrain.config.derive import check_source, derive
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
-from dattrain.engine import precision, resume_rules, run_folder, schedule, zero
+from dattrain.engine import micro_batch, precision, resume_rules, run_folder, schedule, zero
 from dattrain.engine.debug_dump import write_debug_dump
 from dattrain.engine.evaluate import Evaluations, Interrupted
 from dattrain.engine.new_resolution import resume_at_new_resolution, size_at
@@ -100,6 +100,12 @@ class Trainer:
             # One that DeepSpeed wrote knows nothing of the data.
             per_epoch = found[1].meta.get("samples_per_epoch")
             self._restore_counters(found[1].meta)
+        asked, config = config, micro_batch.settle(config, self.world, device, env.local_world)
+        self.config, self.task = config, create_task(config)
+        if config.train.fast_dev_run:
+            log.info(
+                "train.fast_dev_run: two updates, one evaluation and one save, to see that all of it works"
+            )
         self.img_size = size_at(config, self.samples_seen, per_epoch or 1 << 62)
         # The loader says how long an epoch is, and what is wrong with the data, before anything large is built.
         self.loader = self._open_loader()
@@ -120,7 +126,7 @@ class Trainer:
         if config.data.val is not None:
             self.evaluations.loader(self.img_size)  # what is wrong with it is said now, not after an epoch
         device_name = environment.device_name(device)
-        from_first(lambda: run_folder.open_run(run_dir, config, classes, env, device_name))
+        from_first(lambda: run_folder.open_run(run_dir, asked, classes, env, device_name))
         self.session = self._open_session(found)
         stack.callback(lambda: self.session.close())
         self.reporter = Reporter(

@@ -67,7 +67,7 @@ def ds_config(config: Config, derived: Derived, *, device: str = "cuda") -> dict
         block["offload_param"] = dict(zero.offload.param)
     return {
         "train_batch_size": config.train.global_batch,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "train_micro_batch_size_per_gpu": derived.micro_batch,
         "gradient_accumulation_steps": derived.accumulation,
         # Stated even when it is off: DeepSpeed's default is 1.0.
         "gradient_clipping": config.optim.clip,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -10,17 +9,17 @@ from typing import Any, Literal
 
 import torch
 
-from dattrain.config.derive import derive
+from dattrain.config.derive import derive, with_micro_batch
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
 from dattrain.data.factory import assign_class_numbers
 from dattrain.data.source.dataset import ShardDataset, open_dataset
 from dattrain.data.source.listing import is_remote
 from dattrain.data.source.sample import Dataset
+from dattrain.engine import memory
+from dattrain.engine.micro_batch import BESIDE, by_memory, largest_size
 from dattrain.errors import ConfigError, UserError
 from dattrain.models import flops
 from dattrain.observe.metrics import read as read_metrics
-from dattrain.planning import memory
 from dattrain.submit import cluster
 from dattrain.tasks.create import create_task
 
@@ -76,8 +75,13 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
     world = resources.nodes * per_node
     samples, samples_from, image_bytes, bytes_from = _data(config, resources.samples)
     derived = derive(config, world=world, samples_per_epoch=samples)
-    sizes = [config.model.img_size, *(p.img_size for p in config.train.progressive)]
-    largest = max(sizes, key=lambda size: math.prod(as_pair(size)))
+    asked, largest = config.train.micro_batch, largest_size(config)
+    if asked == "auto":
+        budget = resources.device_gb * 1e9 - (BESIDE if resources.device == "cuda" else 0)
+        config = with_micro_batch(
+            config, by_memory(config, world, device=resources.device, budget=budget)[-1]
+        )
+        derived = derive(config, world=world, samples_per_epoch=samples)
     task = create_task(config)
     with torch.device("meta"):
         parameters = flops.parameters(task.build(config.model.img_size))
@@ -89,7 +93,7 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
             update={"train": config.train.model_copy(update={"activation_checkpointing": mode})}
         )
         kept[mode] = memory.activations(
-            model, changed, micro_batch=config.train.micro_batch, img_size=largest, device=resources.device
+            model, changed, micro_batch=derived.micro_batch, img_size=largest, device=resources.device
         )
     ema = config.train.ema_decay > 0
     states = {
@@ -120,7 +124,8 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
         "parameters": parameters,
         "flops_per_image": forward,
         "world": world,
-        "micro_batch": config.train.micro_batch,
+        "micro_batch": derived.micro_batch,
+        "micro_batch_asked": asked,
         "accumulation": derived.accumulation,
         "samples_per_epoch": samples,
         "samples_from": samples_from,

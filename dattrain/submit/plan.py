@@ -231,9 +231,11 @@ def describe(planned: SubmissionPlan) -> str:
             if stage.action == "train":
                 world = high * tasks
                 derived = derive(config, world=world, samples_per_epoch=config.train.global_batch)
+                passes = f"{derived.micro_batch} x {derived.accumulation} accumulated"
+                if config.train.micro_batch == "auto":
+                    passes = f"{derived.micro_batch}, as many at a time as fit"
                 lines.append(
-                    f"  batch {config.train.global_batch} = {world} device(s) x {config.train.micro_batch} x "
-                    f"{derived.accumulation} accumulated; peak learning rate {derived.peak_lr:g}; "
+                    f"  batch {config.train.global_batch} = {world} device(s) x {passes}; peak learning rate {derived.peak_lr:g}; "
                     f"{config.schedule.epochs:g} epochs"
                 )
         forgiven = f"{stage.retries} crash(es) forgiven, each only after a new checkpoint"

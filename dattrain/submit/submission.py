@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dattrain.config.load import dump
+from dattrain.config.load import dump, reasons
 from dattrain.errors import ConfigError, UserError
 from dattrain.files import write_text
 from dattrain.runtime import owner
@@ -130,7 +130,7 @@ def prepare(stage: Stage, dependents: Sequence[Path] = ()) -> None:
     folder = stage.placement().folder
     for run, loaded in zip(stage.runs, stage.loaded):
         (run / "submit").mkdir(parents=True, exist_ok=True)
-        write_text(run / "config.yaml", dump(loaded.config))
+        write_text(run / "config.yaml", dump(loaded.config, reasons(loaded)))
         snapshot.create(run)
         with contextlib.suppress(FileNotFoundError):
             (run / "stop").unlink()

@@ -73,7 +73,7 @@ class TrainLoader(Protocol[B_co]):
         """Seconds spent waiting for data since this was last read."""
 
     def __next__(self) -> B_co:
-        """The next micro-batch of ``train.micro_batch`` samples."""
+        """The next micro-batch (``config.derive.micro_batch`` samples)."""
 
     def close(self) -> None:
         """End workers and release files."""

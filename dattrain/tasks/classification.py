@@ -121,7 +121,7 @@ class Classification:
         logits = forward(_in_format(images, self.config), **arguments)
         losses = weight * F.cross_entropy(logits.float(), targets, reduction="none")
         total = losses.sum()
-        return Loss(total / self.config.train.micro_batch, total.detach().double(), weight.sum().double())
+        return Loss(total / self.config.train.samples_a_pass, total.detach().double(), weight.sum().double())
 
     def evaluator(self, device: torch.device, dtype: torch.dtype) -> Accuracy:
         """A fresh count of hits."""

@@ -197,7 +197,7 @@ def test_a_linear_probe_under_zero_3_with_recomputation_moves_the_head_alone(hom
 @pytest.mark.parametrize(
     "overrides, code, message",
     [
-        (["train.micro_batch=32"], 2, "train.micro_batch=32 on 2"),
+        (["train.global_batch=33", "augment.mix_prob=0"], 2, "train.global_batch=33 cannot be split over 2"),
         (["trian.seed=1"], 2, "unknown key trian"),
         (["data.train=/nowhere/at/all"], 1, "/nowhere/at/all"),
         (["init.from=/nowhere/at/all"], 1, "init.from=/nowhere/at/all"),

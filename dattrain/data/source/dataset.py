@@ -26,6 +26,7 @@ from dattrain.data.source.shards import (
     open_local,
     verify_sizes,
 )
+from dattrain.data.source.split_file import SUFFIX, SplitDataset
 from dattrain.data.source.tar import BLOCK, member_name, member_size
 from dattrain.data.worker_progress import note
 from dattrain.errors import UserError
@@ -141,6 +142,8 @@ def open_dataset(
         dataset: Dataset = ShardDataset(mask(spec), shards, source, named=named)
     elif os.path.isdir(spec) and not holds_shards(spec):
         dataset = FolderDataset(spec)
+    elif spec.endswith(SUFFIX):
+        dataset = SplitDataset(spec)
     else:
         shards = open_local(expand(spec), problems=problems)
         if verify:

@@ -10,7 +10,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b, sha256
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from dattrain.errors import UserError
 
 _HIDDEN = frozenset({"@eaDir", "__MACOSX", "lost+found"})
 """Beside names that begin with a dot: thumbnails of a NAS, what a Mac puts into zip files, what ``fsck`` found."""
-_TRAINING = frozenset({"train", "training"})
+TRAINING = frozenset({"train", "training"})
 OTHER_SPLITS = frozenset({"val", "valid", "validation", "dev", "test", "testing"})
 
 
@@ -43,33 +43,52 @@ class FolderDataset(ImageFiles):
     """
 
     def __init__(self, root: str) -> None:
-        classes = self.classes = class_folders(root)
+        classes = class_folders(root)
         walk = _Walk(Path(root), classes)
+
+        def files() -> Iterator[tuple[int, str]]:
+            for label, folder in enumerate(classes):
+                empty = True
+                for file in walk.files(folder):
+                    empty = False
+                    yield label, file
+                if empty:
+                    raise UserError(f"{Path(root) / folder}: a class folder without images{walk.why(folder)}")
+
+        self._take(root, Path(root), classes, files())
+        self.notes = walk.notes()
+
+    def _take(self, name: str, root: Path, classes: list[str], files: Iterable[tuple[int, str]]) -> None:
+        """Become the set of ``files``: label and path below ``root`` of each."""
+        self.classes = classes
         names, ends, labels, keys = bytearray(), array("q", [0]), array("i"), array("Q")
-        for label, folder in enumerate(classes):
-            found = len(labels)
-            for file in walk.files(folder):
-                encoded = os.fsencode(file)
-                names += encoded
-                ends.append(len(names))
-                labels.append(label)
-                keys.append(_scrambled(encoded))
-            if len(labels) == found:
-                raise UserError(f"{Path(root) / folder}: a class folder without images{walk.why(folder)}")
+        for label, file in files:
+            encoded = os.fsencode(file)
+            names += encoded
+            ends.append(len(names))
+            labels.append(label)
+            keys.append(_scrambled(encoded))
         if not labels:
-            raise UserError(f"{root}: has neither tar shards nor class folders with images")
+            raise UserError(f"{name}: has neither tar shards nor class folders with images")
         # One string of all names: a list of 14 million would take gigabytes, and be copied in every worker by its counts.
         self._names = bytes(names)
         self._ends = np.frombuffer(ends, dtype=np.int64)
         place = np.argsort(np.frombuffer(keys, dtype=np.uint64), kind="stable")
         self._place = _by_name(place, np.frombuffer(keys, dtype=np.uint64), self._walked)
-        super().__init__(root, Path(root), np.frombuffer(labels, dtype=np.int32)[self._place])
+        super().__init__(name, root, np.frombuffer(labels, dtype=np.int32)[self._place])
         self.digest = sha256(np.frombuffer(keys, dtype="<u8")[self._place].tobytes()).hexdigest()
-        self.notes = walk.notes()
 
     def file(self, sample: int) -> str:
         """See ``ImageFiles.file``."""
         return self._walked(int(self._place[sample]))
+
+    def by_class(self) -> dict[str, list[str]]:
+        """Paths below the root of each class's files, sorted."""
+        assert self.classes is not None
+        found: dict[str, list[str]] = {name: [] for name in self.classes}
+        for sample, label in enumerate(self._labels.tolist()):
+            found[self.classes[label]].append(self.file(sample))
+        return {name: sorted(files) for name, files in found.items()}
 
     def covers(self, place: Path) -> bool:
         """Whether files in that folder would be read as this set's, or as another set in its place."""
@@ -108,10 +127,11 @@ def class_folders(root: str | os.PathLike[str]) -> list[str]:
     shared = os.path.commonprefix(low) if len(low) > 1 else ""  # noqa: RUF071 (names, not paths)
     begin = len(re.sub(r"[^-_ .]*$", "", shared))
     bare = {re.sub(r"[-_ .]?(set|images|data|[0-9]+)$", "", name[begin:]) for name in low}
-    if bare and (bare <= _TRAINING | OTHER_SPLITS or (bare & _TRAINING and bare & OTHER_SPLITS)):
+    if bare and (bare <= TRAINING | OTHER_SPLITS or (bare & TRAINING and bare & OTHER_SPLITS)):
+        train = next((name for name in names if name.lower() in TRAINING), names[0])
         raise UserError(
             f"{root}: holds {few(names)}, which are splits and not classes; name one of them, as in "
-            f"data.train={os.path.join(root, names[0])}"
+            f"data.train={os.path.join(root, train)}, or have `dattrain train --data {root}` look for them"
         )
     return names
 

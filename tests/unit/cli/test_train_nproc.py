@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dattrain.cli import train
 from dattrain.cli.main import main
+from dattrain.config.run import is_rank
 from dattrain.runtime.spawn import launch
 
 # As srun --pty bash and salloc with use_interactive_step set them: the job of the second has four tasks, its shell is one.
@@ -36,7 +36,7 @@ INTERACTIVE = {**SHELL, "SLURM_STEP_ID": "4294967290", "SLURM_NTASKS": "4", "SLU
     ],
 )
 def test_only_one_of_several_is_a_rank(environ: dict[str, str], rank: bool) -> None:
-    assert train.is_rank(environ) == rank
+    assert is_rank(environ) == rank
 
 
 def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

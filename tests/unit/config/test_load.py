@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dattrain.cli import main as cli
-from dattrain.config.derive import derive
+from dattrain.config.derive import derive, micro_batch
 from dattrain.config.load import diff, dump, load, loads, origin, reference, show
 from dattrain.errors import ConfigError
 
@@ -66,7 +66,7 @@ def test_scalars_mean_what_a_researcher_reads(text, value):
         ("optim.lrr=1", "did you mean optim.lr?"),
         ("optim.lr=-1", "command line: optim.lr"),
         ("optim.lr=fast", "found 'fast'"),
-        ("train.micro_batch=48", "nearest divisor"),
+        ("train.micro_batch=some", "train.micro_batch"),
         ("augment.mix_group=7", "multiple of 2"),
         ("augment.mix_group=768", "augment.mix_group=768 does not divide train.global_batch=1024"),
         ("model.img_size=100", "multiple of 32"),
@@ -95,8 +95,14 @@ def test_readers_that_cannot_fetch_a_partner_refuse_groups_beyond_the_micro_batc
     given = ["augment.mix_group=256", "data.samples=9"]
     assert load(recipe, given).config.augment.group == 256
     assert load(recipe, [*given, "augment.mix_prob=0", "data.reader=webdataset"]).config.augment.group == 1
-    with pytest.raises(ConfigError, match="mix_group=256 does not divide train.micro_batch=128"):
-        load(recipe, [*given, "data.reader=webdataset"])
+    with pytest.raises(
+        ConfigError, match="train.micro_batch=128 on 2 devices leaves no number.*mix_group=256"
+    ):
+        micro_batch(load(recipe, [*given, "data.reader=webdataset"]).config, 2)
+    fits = load(
+        recipe, ["augment.mix_group=24", "data.samples=9", "data.reader=webdataset", "train.global_batch=96"]
+    )
+    assert micro_batch(fits.config, 1) == 96 and micro_batch(fits.config, 2) == 48
 
 
 def test_tf32_is_a_way_to_compute_in_fp32(recipe):
@@ -191,10 +197,29 @@ def test_diff_names_only_what_differs(recipe):
     assert [(key, a.split()[0], b.split()[0]) for key, a, b in rows] == [("optim.lr", "0.0001", "0.0003")]
 
 
-def test_derive_names_a_micro_batch_that_divides():
+@pytest.mark.parametrize(
+    ("world", "most", "taken"),
+    [(1, 32, 32), (2, 32, 24), (3, 32, 32), (4, 1, 1), (1, 500, 96), (2, "auto", 48)],
+)
+def test_the_largest_micro_batch_up_to_the_recipes_that_divides_is_taken(world, most, taken):
+    config = loads(f"train: {{global_batch: 96, micro_batch: {most}}}").config
+    derived = derive(config, world=world, samples_per_epoch=1000)
+    assert derived.micro_batch == taken and derived.micro_batch * derived.accumulation * world == 96
+
+
+def test_a_fast_dev_run_is_two_updates_with_everything_at_its_end():
+    config = loads("train: {global_batch: 10, fast_dev_run: true}\ncheckpoint: {every_steps: 1}").config
+    derived = derive(config, world=1, samples_per_epoch=1000)
+    assert (derived.last_step, derived.eval_steps, derived.checkpoint_steps) == (2, 2, 2)
+    assert derived.total_steps == 30_000, "the schedule is the one of the run that is tried"
+
+
+def test_derive_refuses_what_does_not_divide():
     config = loads("train: {global_batch: 96, micro_batch: 32}").config
-    with pytest.raises(ConfigError, match="train.micro_batch=24 does"):
-        derive(config, world=2, samples_per_epoch=1000)
+    with pytest.raises(
+        ConfigError, match=r"cannot be split over 5 devices; .*\(4\), or train.global_batch=95"
+    ):
+        derive(config, world=5, samples_per_epoch=1000)
     with pytest.raises(ConfigError, match="fewer than one"):
         derive(config, world=1, samples_per_epoch=95)
     derived = derive(config, world=3, samples_per_epoch=1000)

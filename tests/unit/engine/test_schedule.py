@@ -9,6 +9,7 @@ from dattrain.engine.schedule import rate
 def derived(total=50, warmup=7, peak=1e-3, low=1e-5, start=1e-6):
     return Derived(
         world=1,
+        micro_batch=1,
         accumulation=1,
         steps_per_epoch=10,
         total_steps=total,

@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "dist"))
 from state_ranks import finished, spawn
 
 from dattrain.cli import plan as verb
+from dattrain.cli.plan import render
 from dattrain.config.schema import Config
-from dattrain.engine import activation_checkpointing
+from dattrain.engine import activation_checkpointing, memory
 from dattrain.errors import ConfigError, UserError
 from dattrain.models import zoo
-from dattrain.planning import memory, plan
+from dattrain.planning import plan
 
 WITHIN = 0.15
 
@@ -214,11 +215,20 @@ def test_images_at_hand_are_counted_and_weighed(tmp_path: Path) -> None:
 def test_without_any_count_of_images_it_asks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--samples"):
         plan.plan(_config(), plan.Resources(gpus_per_node=1))
-    with pytest.raises(ConfigError, match="does not divide"):
-        plan.plan(
-            _config(data={"labels": "imagenet-1k"}, train={"micro_batch": 32}),
-            plan.Resources(gpus_per_node=4),
-        )
+    with pytest.raises(ConfigError, match="cannot be split over 5 devices"):
+        plan.plan(_config(data={"labels": "imagenet-1k"}), plan.Resources(gpus_per_node=5))
+
+
+@pytest.mark.parametrize(
+    ("asked", "gb", "taken"), [(48, 80.0, 16), ("auto", 80.0, 16), ("auto", 1e-3, 1)], ids=str
+)
+def test_a_micro_batch_is_planned_as_it_will_be_taken(asked: int | str, gb: float, taken: int) -> None:
+    config = _config(data={"labels": "imagenet-1k"}, train={"global_batch": 64, "micro_batch": asked})
+    found = plan.plan(config, plan.Resources(gpus_per_node=4, device_gb=gb, device="cpu"))
+    assert (found["micro_batch"], found["accumulation"]) == (taken, 16 // taken)
+    assert f"4 devices x {taken} x {16 // taken} accumulated (train.micro_batch={asked})" in render(
+        config, found
+    )
 
 
 def test_the_verb_needs_no_device(tmp_path: Path) -> None:

@@ -162,12 +162,13 @@ def _follow(
             return Activations(kept, ledger.peak)
         # Gradients are counted with the states: they are dropped as they come, as DeepSpeed takes them.
         for parameter in meta_model.parameters():
-            parameter.register_post_accumulate_grad_hook(_drop)
+            parameter.register_post_accumulate_grad_hook(drop)
         loss.backward()
         return Activations(kept, ledger.peak)
 
 
-def _drop(parameter: Tensor) -> None:
+def drop(parameter: Tensor) -> None:
+    """Forget a gradient: what DeepSpeed does with each once it has taken it."""
     parameter.grad = None
 
 

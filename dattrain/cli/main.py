@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "cancel": ("dattrain.cli.cancel", "cancel a run's jobs"),
     "stop": ("dattrain.cli.stop", "save at the next step boundary, then stop"),
     "plan": ("dattrain.cli.plan", "memory, time and data rate before anything is queued"),
+    "lr-find": ("dattrain.cli.lr_find", "a learning-rate range test of a recipe"),
     "bench": ("dattrain.cli.bench", "side-by-side measurements: attention, model, step, data, checkpoint"),
     "config": ("dattrain.cli.config", "list the recipes, show a resolved one, or the difference of two"),
     "demo": ("dattrain.cli.demo", "train, fine-tune and evaluate on Fashion-MNIST, in minutes on a laptop"),

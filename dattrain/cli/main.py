@@ -26,7 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "ckpt": ("dattrain.cli.ckpt", "list, inspect, verify, import, prune and export checkpoints"),
     "import": ("dattrain.cli.import_", "read weights that the authors released"),
     "export": ("dattrain.cli.export", "write weights for other programs"),
-    "submit": ("dattrain.cli.submit", "submit a recipe or a chain to Slurm"),
+    "submit": ("dattrain.cli.submit", "submit a recipe or a chain to Slurm, or to this machine"),
     "status": ("dattrain.cli.status", "state, speed and restarts of runs"),
     "logs": ("dattrain.cli.logs", "show a run's logs"),
     "cancel": ("dattrain.cli.cancel", "cancel a run's jobs"),

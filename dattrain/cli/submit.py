@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time", metavar="T", help="limit of one job, D-HH:MM:SS; instead of the profile's")
     parser.add_argument("--retries", type=int, default=3, metavar="R", help="crashes that are forgiven (3)")
     parser.add_argument("--after", metavar="JOB|RUN", help="start once that one has ended well")
-    parser.add_argument("--array", metavar="key=v1,v2,…", help="one run for each value, as one job array")
+    parser.add_argument(
+        "--array", nargs="+", action="extend", default=[], metavar="key=v1,v2,…",
+        help="one run for each combination of values, as one job array",
+    )  # fmt: skip
     parser.add_argument(
         "--array-parallel", type=int, metavar="N", help="most runs of the array at a time (all)"
     )
@@ -57,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             time=args.time,
             retries=args.retries,
             after=args.after,
-            array=args.array,
+            array=tuple(args.array),
             array_parallel=args.array_parallel,
             folder=args.folder,
             images_per_second=args.images_per_second,

@@ -135,6 +135,9 @@ def state_of(events: Sequence[Event], slurm: JobState, *, local_alive: bool = Fa
             state = {"stopped": "stopped", "cancelled": "cancelled"}.get(last["reason"], "failed")
             return state, last["why"]
     if local_alive:
+        behind = now[0].get("behind")
+        if behind and not begun and last is None:
+            return "waiting", f"behind {relative(Path(behind))} on this machine"
         return "running", ""
     if str(now[0].get("job", "")).startswith("local"):
         return "failed", "its supervisor on the machine that started it is gone; see submit/local.log"

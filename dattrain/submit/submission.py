@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +17,7 @@ from dattrain.config.load import dump
 from dattrain.errors import ConfigError, UserError
 from dattrain.files import write_text
 from dattrain.runtime import owner
-from dattrain.submit import checks, command, history, local, slurm, snapshot
+from dattrain.submit import checks, command, history, local, local_turns, slurm, snapshot
 from dattrain.submit.cluster import Profile
 from dattrain.submit.dependency import dependency_on
 from dattrain.submit.job import Job
@@ -70,13 +72,44 @@ def submit(request: SubmitRequest) -> int:
             )
         if planned.root is not None:
             _write_chain(planned, planned.root)
-        _submit_stages(planned)
+        supervisor = None
+        if planned.stages[0].profile.kind == "local":
+            supervisor = _start_here(planned)
+        else:
+            _submit_stages(planned)
         if upstream is not None:
             add_dependents(upstream, planned.stages[0].runs)
     first = planned.stages[0].runs
     shown = relative(planned.root or (first[0] if len(first) == 1 else first[0].parent))
-    print(f"dattrain status {shown}    dattrain logs {relative(first[0])} -f    dattrain cancel {shown}")
+    print(
+        f"dattrain status {shown}    dattrain logs {relative(first[0])} -f    dattrain cancel {shown}",
+        flush=True,
+    )
+    if supervisor is not None and len(planned.runs) > 1:
+        return local_turns.follow(supervisor, planned.runs, again=_again(request))
     return 0
+
+
+def _start_here(planned: SubmissionPlan) -> subprocess.Popen[bytes]:
+    supervisor = local.start(planned.runs, planned.stages[0].profile)
+    for stage in planned.stages:
+        for run in stage.runs:
+            print(f"{stage.name}: job {local.job_of(supervisor)}, run folder {relative(run)}")
+    return supervisor
+
+
+def _again(request: SubmitRequest) -> str:
+    """The command line of a request for this machine."""
+    words = ["dattrain", "submit", request.config, *request.overrides, "--cluster", request.cluster]
+    words += ["--array", *request.array] if request.array else []
+    for option, value, usual in (
+        ("--gpus-per-node", request.gpus_per_node, None),
+        ("--time", request.time, None),
+        ("--retries", request.retries, 3),
+        ("--run", request.folder, None),
+    ):
+        words += [option, str(value)] if value != usual else []
+    return shlex.join(words)
 
 
 def _submit_stages(planned: SubmissionPlan) -> None:
@@ -160,7 +193,7 @@ def submit_stage(stage: Stage, dependency: str | None = None) -> list[str]:
         UserError: Slurm refuses it.
     """
     if stage.profile.kind == "local":
-        return [local.start(stage.runs[0], stage.profile)]
+        return [local.job_of(local.start(stage.runs, stage.profile))] * len(stage.runs)
     place = stage.placement(dependency)
     jobs = [Job(str(run), stage.action) for run in stage.runs]
     ids = _submit_slurm(stage.profile, place, jobs)

@@ -123,7 +123,7 @@ def test_nodes_that_are_drained_are_said_and_waited_for(
 
 
 def test_an_array_runs_some_at_a_time(site: Site) -> None:
-    assert submission.submit(replace(ASKED, array="optim.lr=1e-3,5e-4,1e-4", array_parallel=2)) == 0
+    assert submission.submit(replace(ASKED, array=("optim.lr=1e-3,5e-4,1e-4",), array_parallel=2)) == 0
     script = (site.folder / "runs/demo/submit/slurm/42_submission.sh").read_text()
     assert "#SBATCH --array=0-2%2\n" in script
 

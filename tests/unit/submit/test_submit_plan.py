@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dattrain.cli.main import main
 from dattrain.config.load import loads
 from dattrain.data.classes import Classes
 from dattrain.data.source.index import CatalogueEntry, write_catalogue
@@ -44,17 +45,59 @@ def test_a_recipe_becomes_one_run_named_after_it(home: Path) -> None:
 
 
 def test_an_array_is_a_run_for_each_value_with_commas_kept_in_brackets(home: Path) -> None:
-    (stage,) = plan.plan(replace(ASKED, array="optim.betas=[0.9,0.99],[0.9,0.999]")).stages
+    (stage,) = plan.plan(replace(ASKED, array=("optim.betas=[0.9,0.99],[0.9,0.999]",))).stages
     assert [run.name for run in stage.runs] == ["optim.betas=_0.9_0.99_", "optim.betas=_0.9_0.999_"]
     assert [loaded.config.optim.betas for loaded in stage.loaded] == [(0.9, 0.99), (0.9, 0.999)]
     assert stage.placement().folder == home / "runs" / "demo" / "submit" / "slurm"
     for text, words in (
         ("optim.lr", "write key=v1,v2"),
+        ("optim.lr=", "write key=v1,v2"),
         ("optim.lr=1e-3,1e-3", "there twice"),
         ("optim.lrr=1", "did you mean"),
     ):
         with pytest.raises(ConfigError, match=words):
-            plan.plan(replace(ASKED, array=text))
+            plan.plan(replace(ASKED, array=(text,)))
+
+
+def test_an_array_of_several_keys_is_their_product_named_by_what_differs(home: Path) -> None:
+    words = ("optim.lr=1e-3,5e-4", "train.seed=0,1", "schedule.epochs=30")
+    (stage,) = plan.plan(replace(ASKED, array=words)).stages
+    assert [run.name for run in stage.runs] == [
+        "optim.lr=1e-3,train.seed=0", "optim.lr=1e-3,train.seed=1", "optim.lr=5e-4,train.seed=0", "optim.lr=5e-4,train.seed=1"
+    ]  # fmt: skip
+    assert [(c.config.optim.lr, c.config.train.seed, c.config.schedule.epochs) for c in stage.loaded] == [
+        (1e-3, 0, 30), (1e-3, 1, 30), (5e-4, 0, 30), (5e-4, 1, 30)
+    ]  # fmt: skip
+    (stage,) = plan.plan(replace(ASKED, array=("train.seed=3",))).stages
+    assert [run.name for run in stage.runs] == ["train.seed=3"]
+    for refused, why in (
+        (("optim.lr=1e-3", "optim.lr=2e-3"), "optim.lr is there twice"),
+        (("train.seed=0,1", "optim.lrr=1,2"), "did you mean"),
+        (
+            ("data.train=a/b,a:b",),
+            "data.train=a/b and data.train=a:b would both be trained in a folder data.train=a_b",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            plan.plan(replace(ASKED, array=refused))
+
+
+def test_the_verb_takes_the_words_behind_array(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "submit",
+        "r.yaml",
+        "optim.clip=1",
+        "--array",
+        "optim.lr=1e-3,5e-4",
+        "train.seed=0,1",
+        "--cluster",
+        "local",
+        "--dry-run",
+    ]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("run folder") == 4
+    assert "one after the other (this is 1 to 4 of 4)" in shown
 
 
 def test_a_dry_run_prints_plan_and_script_and_writes_nothing(
@@ -107,7 +150,7 @@ def test_a_run_folder_is_continued_with_its_own_recipe(home: Path) -> None:
     assert stage.runs == (run,)
     assert (stage.loaded[0].config.train.seed, stage.loaded[0].config.train.micro_batch) == (3, 4)
     with pytest.raises(ConfigError, match="leave --array and --run out"):
-        plan.plan(replace(ASKED, config=str(run), array="optim.lr=1,2"))
+        plan.plan(replace(ASKED, config=str(run), array=("optim.lr=1,2",)))
     with pytest.raises(ConfigError, match="neither a recipe nor a run folder"):
         plan.plan(replace(ASKED, config=str(home)))
 
@@ -211,10 +254,13 @@ def test_a_measured_speed_is_used_when_a_run_is_continued(home: Path) -> None:
         ({"retries": -1}, "0 or more"),
         ({"after": "77x"}, "neither a job id nor a run folder"),
         ({"cluster": "local", "nodes": "2"}, "this machine alone"),
-        ({"cluster": "local", "array": "optim.lr=1,2"}, "--array needs a Slurm cluster"),
+        (
+            {"cluster": "local", "array": ("optim.lr=1,2",), "array_parallel": 2},
+            "on --cluster local the runs of an array follow",
+        ),
         ({"cluster": "local", "after": "7"}, "--after needs a Slurm cluster"),
         ({"array_parallel": 2}, "1 or more runs of an --array at a time"),
-        ({"array": "optim.lr=1,2", "array_parallel": 0}, "1 or more runs of an --array at a time"),
+        ({"array": ("optim.lr=1,2",), "array_parallel": 0}, "1 or more runs of an --array at a time"),
         ({"folder": "runs/50%j"}, "'%' in a path does not survive Slurm"),
         ({"folder": "runs/back\\slash"}, r"'\\\\' in a path does not survive Slurm"),
         ({"folder": "runs/" + "ä" * 128}, "a name of 256 bytes"),

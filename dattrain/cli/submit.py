@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the whole job, measured or expected: checks that a step and a save fit into the time limit",
     )  # fmt: skip
     parser.add_argument(
+        "--yes", action="store_true", help="submit also what would take weeks or years on CPUs alone"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and the batch scripts; touch nothing"
     )
 
@@ -65,5 +68,6 @@ def run(args: argparse.Namespace) -> int:
             folder=args.folder,
             images_per_second=args.images_per_second,
             dry_run=args.dry_run,
+            yes=args.yes,
         )
     )

@@ -12,6 +12,15 @@ from pathlib import Path
 from dattrain.config.schema import Config
 from dattrain.errors import ConfigError, UserError
 
+SAMPLES = {
+    "imagenet-1k": 1_281_167,
+    "imagenet-12k": 12_129_687,
+    "imagenet-22k": 14_197_122,
+    "imagenet-22k-winter21": 13_151_276,
+    "imagenet-21k-p": 11_060_223,
+}
+"""Training images of the label sets, as their makers state them."""
+
 
 @dataclass(frozen=True)
 class Derived:

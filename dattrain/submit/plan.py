@@ -43,6 +43,8 @@ class SubmitRequest:
     folder: str | None = None
     images_per_second: float | None = None
     dry_run: bool = False
+    yes: bool = False
+    """Take what would otherwise be refused as absurd."""
 
 
 @dataclass(frozen=True)

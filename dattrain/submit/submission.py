@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dattrain.config.load import dump
-from dattrain.errors import ConfigError, UserError
+from dattrain.errors import UserError
 from dattrain.files import write_text
 from dattrain.runtime import owner
 from dattrain.submit import checks, command, history, local, local_turns, slurm, snapshot
@@ -48,20 +48,21 @@ def submit(request: SubmitRequest) -> int:
         if dependency is None:
             upstream = None
             notes.append(f"--after {request.after}: it has ended well already, so nothing is waited for")
-    for stage, need in zip(planned.stages, planned.needs):
-        checks.check_stage(stage, request.images_per_second, waits=need is not None)
+    checks.check(planned, request)
     for stage in planned.stages:
         notes += [*stage.notes, *checks.overruled(stage, os.environ)]
+        for run, loaded in zip(stage.runs, stage.loaded):
+            checks.check_run(run, loaded)
     if request.dry_run:
+        print(describe(planned), flush=True)
+        if command.there("sbatch"):
+            for stage in planned.stages:
+                notes += checks.check_slurm(stage)
+        elif any(stage.profile.kind == "slurm" for stage in planned.stages):
+            notes.append("Slurm is not here (no sbatch on the PATH), and so was not asked")
         _print_notes(notes)
-        print(describe(planned))
         return 0
     for stage in planned.stages:
-        for run, loaded in zip(stage.runs, stage.loaded):
-            if loaded.config.data.train is None and stage.action == "train":
-                prefix = f"{run.name}." if planned.chain else ""
-                raise ConfigError(f"{stage.name}: data.train is not set: add {prefix}data.train=SHARDS")
-            checks.check_run(run, loaded)
         notes += checks.check_slurm(stage)
     _print_notes(notes)
     with reserved(planned.stages):

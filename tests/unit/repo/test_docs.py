@@ -71,6 +71,11 @@ def options(parser: argparse.ArgumentParser) -> set[str]:
     return found
 
 
+def test_nobody_is_told_to_install_a_package_that_no_index_has():
+    texts = [*PAGES, *(ROOT / "dattrain").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    assert [p for p in texts if re.search(r"pip install \S?dattrain", p.read_text())] == []
+
+
 @pytest.mark.parametrize(
     "name", ["requirements.lock", "Makefile", "pyproject.toml", ".ci/run", ".github/workflows/ci.yml"]
 )

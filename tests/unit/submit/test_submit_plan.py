@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dattrain.cli import plan as plan_verb
 from dattrain.cli.main import main
 from dattrain.config.load import loads
 from dattrain.data.classes import Classes
@@ -241,7 +243,7 @@ def test_time_limits_have_room_for_a_step_and_a_save(home: Path) -> None:
 
 
 def test_a_measured_speed_is_used_when_a_run_is_continued(home: Path) -> None:
-    run = _run_folder(home, "train: {global_batch: 64, micro_batch: 8}\n")
+    run = _run_folder(home, "train: {global_batch: 64, micro_batch: 8}\ndata: {train: shards}\n")
     (run / "metrics.jsonl").write_text('{"step": 1, "images_per_s": 0.5}\n')
     assert checks.measured(run, 64) == (128.0, None)
     with pytest.raises(ConfigError, match="one step"):
@@ -278,6 +280,62 @@ def test_refusals(home: Path, changes: dict[str, object], words: str) -> None:
 def test_paths_that_a_shell_would_read_otherwise_are_fine(home: Path) -> None:
     for name in ("with space", "it's", "do$HOME", "größe-実験", 'dq"x', "semi;colon&x", "a,b:c"):
         _check(replace(ASKED, folder=f"runs/{name}"))
+
+
+IMAGENET = ["in22k_dat_base_224", "data.train=shards", "--nodes", "4"]
+
+
+def _said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """Exit code of a command, and its last line of error without the verb."""
+    code = main([*words])
+    return code, capsys.readouterr().err.strip().splitlines()[-1].partition(": ")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([*IMAGENET, "--gpus-per-node", "0"], r"CPUs alone .*generic.* 4 node\(s\) x 1 .*takes \d years by the plan's estimate.*--yes"),
+        (["in22k_dat_base_224"], "data.train is not set: add data.train=SHARDS"),
+        (["in22k_to_in1k_384", "pretrain.data.train=x"], "finetune: data.train is not set: add finetune.data.train=SHARDS"),
+        ([*IMAGENET, "--gpus-per-node", "3"], r"with 4 node\(s\) of 3 device\(s\)"),
+        ([*IMAGENET, "train.early_stopping_patience=3"], "data.val is not set"),
+        (["in1k_dat_base_384", "data.train=x"], "is a fine-tune .*init.from is not set"),
+        (["r.yaml", "data.train=four"], r"data.train=four has 4 samples, fewer than one train.global_batch=64"),
+    ],
+)  # fmt: skip
+def test_plan_dry_run_and_submit_refuse_alike(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    expected: str,
+) -> None:
+    def figures(*_: object) -> None:
+        raise UserError("counting activations of large networks takes half a minute")
+
+    monkeypatch.setattr(plan_verb, "_figures", figures)
+    (home / "four").mkdir()
+    for name in ("a-0", "a-1"):
+        (home / "four" / f"{name}.tar").write_bytes(bytes(1024))
+        (home / "four" / f"{name}.index.npz").touch()
+    write_catalogue(home / "four", {f"a-{n}.tar": CatalogueEntry(2, 1024, "") for n in (0, 1)})
+    code, message = _said(capsys, "submit", *words)
+    assert code == 2 and re.search(expected, message), message
+    assert _said(capsys, "submit", *words, "--dry-run") == (code, message)
+    assert _said(capsys, "plan", *words) == (code, message)
+    assert not (home / "runs").exists()
+
+
+def test_what_is_absurd_on_cpus_may_be_meant(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = SubmitRequest("in22k_dat_base_224", ("data.train=shards",), gpus_per_node=0)
+    with pytest.raises(ConfigError, match="years by the plan's estimate"):
+        submission.submit(replace(asked, dry_run=True))
+    assert submission.submit(replace(asked, dry_run=True, yes=True)) == 0
+    assert submission.submit(replace(asked, dry_run=True, gpus_per_node=8)) == 0
+    short = ("data.train=shards", "train.max_steps=50", "train.global_batch=64", "train.micro_batch=16")
+    assert submission.submit(replace(asked, dry_run=True, overrides=short)) == 0
+    # At a speed that is known the bound is no longer asked.
+    assert submission.submit(replace(asked, dry_run=True, images_per_second=1e6)) == 0
 
 
 def test_without_slurm_or_data_it_says_so_and_writes_nothing(home: Path) -> None:

@@ -82,8 +82,6 @@ def check_stage(
     for run, loaded in zip(stage.runs, stage.loaded):
         if stage.action == "evaluate":
             continue
-        if loaded.config.data.train is None and needs_data:
-            raise ConfigError(f"{stage.name}: data.train is not set: add {prefix}data.train=SHARDS")
         if history.newest_checkpoint(run) is None:
             check_source(loaded.config, waits=waits or stage.after is not None)
         check_early_stopping(loaded.config)
@@ -104,6 +102,8 @@ def check_stage(
             _check_time(stage, step_s, save_s or 0.0)
         if samples is not None and not yes:
             _check_cpu_time(stage, loaded.config, samples, step_s)
+        if loaded.config.data.train is None and needs_data:
+            raise ConfigError(f"{stage.name}: data.train is not set: add {prefix}data.train=SHARDS")
 
 
 def _samples(config: Config) -> int | None:
@@ -113,7 +113,7 @@ def _samples(config: Config) -> int | None:
     except UserError:
         parts = None  # what is wrong with the data is said by those who open it
     if parts:
-        return sum(part["samples"] for part in parts)
+        return sum(int(part["samples"]) for part in parts)
     return SAMPLES.get(config.data.labels or "")
 
 
@@ -137,7 +137,7 @@ def _check_cpu_time(stage: Stage, config: Config, samples: int, step_s: float | 
         return
     raise ConfigError(
         f"{stage.name} would train on CPUs alone (profile {stage.profile_name}, gpus_per_node=0: {nodes} node(s) x {profile.tasks} "
-        f"task(s) of {cores} core(s)), which takes {found.words} by the plan's estimate: {found.images:,} images at "
+        f"task(s) of {cores} core(s)), which takes at least {found.words} by the plan's estimate: {found.images:,} images at "
         f"{found.images_per_s:,.3g} a second at most. Say --gpus-per-node G, or add --yes to submit it all the same"
     )
 

@@ -201,7 +201,7 @@ def _attempt(run: Path, spec: dict[str, Any]) -> str:
         by = "by dattrain cancel" if isinstance(told, _Cancelled) else "the supervisor was told to end"
         history.record(
             run, "end", job=job.job_id, restart=0, reason="cancelled", detail=by, node=None,
-            checkpoint=history.newest_checkpoint(run), new=False, action="stop", why="cancelled",
+            checkpoint=history.newest_checkpoint(run), new=False, action="stop", why=by,
         )  # fmt: skip
         raise
     ended = history.record_end(

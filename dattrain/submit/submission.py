@@ -110,7 +110,7 @@ def _again(request: SubmitRequest) -> str:
         ("--run", request.folder, None),
     ):
         words += [option, str(value)] if value != usual else []
-    return shlex.join(words)
+    return shlex.join([*words, *["--yes"] * request.yes])
 
 
 def _submit_stages(planned: SubmissionPlan) -> None:

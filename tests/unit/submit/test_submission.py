@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dattrain.cli import submit as verb
 from dattrain.errors import UserError
 from dattrain.submit import dependency, history, submission
 from dattrain.submit.plan import SubmitRequest
@@ -241,3 +244,23 @@ def test_a_chain_that_slurm_takes_a_part_of_says_what_is_queued_and_how_the_rest
     site.program("sbatch", 'case "$1" in --test-only) exit 0;; esac; echo 43')
     assert submission.submit(replace(ASKED, config="runs/two/b", after="runs/two/a")) == 0
     assert history.history(site.folder / "runs/two/b")[-1]["dependency"] == "afterok:42"
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_given() -> None:
+    words = [
+        "r.yaml",
+        "data.train=my photos",
+        "--cluster",
+        "local",
+        "--array",
+        "optim.lr=1,2",
+        "train.seed=0,1",
+    ]
+    words += ["--gpus-per-node", "2", "--retries", "0", "--run", "there", "--yes"]
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    seen: list[SubmitRequest] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(submission, "submit", lambda request: seen.append(request) or 0)
+        verb.run(parser.parse_args(words))
+    assert shlex.split(submission._again(seen[0])) == ["dattrain", "submit", *words]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Sequence  # noqa: UP035 (Python 3.8 runs this file)
@@ -20,11 +19,6 @@ USER_FORMATS = re.compile(r"(SQUEUE|SINFO|SACCT|SCANCEL|SCONTROL)_(?!FEDERATION|
 
 TIMEOUT_S = 300.0
 """Seconds that a command which changes something is waited for: a busy controller may need minutes, and does it all the same."""
-
-
-def there(name: str) -> bool:
-    """Whether a command is on the PATH."""
-    return shutil.which(name) is not None
 
 
 def output(*command: str, timeout_s: float = 90.0) -> str:

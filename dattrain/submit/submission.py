@@ -17,7 +17,7 @@ from dattrain.config.load import dump
 from dattrain.errors import UserError
 from dattrain.files import write_text
 from dattrain.runtime import owner
-from dattrain.submit import checks, command, history, local, local_turns, slurm, snapshot
+from dattrain.submit import checks, command, history, local, local_turns, queue, slurm, snapshot
 from dattrain.submit.cluster import Profile
 from dattrain.submit.dependency import dependency_on
 from dattrain.submit.job import Job
@@ -55,11 +55,12 @@ def submit(request: SubmitRequest) -> int:
             checks.check_run(run, loaded)
     if request.dry_run:
         print(describe(planned), flush=True)
-        if command.there("sbatch"):
-            for stage in planned.stages:
-                notes += checks.check_slurm(stage)
-        elif any(stage.profile.kind == "slurm" for stage in planned.stages):
-            notes.append("Slurm is not here (no sbatch on the PATH), and so was not asked")
+        if any(stage.profile.kind == "slurm" for stage in planned.stages):
+            if queue.answers():
+                for stage in planned.stages:
+                    notes += checks.check_slurm(stage)
+            else:
+                notes.append("no Slurm answers here, and so it was not asked")
         _print_notes(notes)
         return 0
     for stage in planned.stages:

@@ -264,3 +264,17 @@ def test_the_command_that_goes_on_is_the_one_that_was_given() -> None:
         patch.setattr(submission, "submit", lambda request: seen.append(request) or 0)
         verb.run(parser.parse_args(words))
     assert shlex.split(submission._again(seen[0])) == ["dattrain", "submit", *words]
+
+
+def test_a_dry_run_asks_a_slurm_that_answers_and_shows_the_script_all_the_same(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = replace(ASKED, dry_run=True)
+    site.program("sbatch", 'echo "sbatch: error: invalid partition specified: main" >&2; exit 1')
+    assert submission.submit(asked) == 0
+    assert "no Slurm answers here" in capsys.readouterr().err
+    site.program("sinfo", "echo 'main*'")
+    with pytest.raises(UserError, match="profile ./c.yaml: invalid partition specified: main"):
+        submission.submit(asked)
+    assert "#SBATCH --partition=main" in capsys.readouterr().out
+    assert not (site.folder / "runs").exists()

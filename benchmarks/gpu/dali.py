@@ -35,7 +35,7 @@ as ``dattrain.data.decode.dali_probe`` reads of."""
 def run(job: Job) -> None:
     """Per kind: who decodes a few images, then the speed and the distance to Pillow's pixels of many."""
     if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
-        raise NotRun("DALI is not installed here (pip install dattrain[dali])")
+        raise NotRun("DALI is not installed here (in the checkout: pip install -e '.[dali]')")
     broken = 0
     for kind in list(KINDS)[: 1 if job.dry else None]:
         # nvImageCodec says at this level who decodes, and is slowed down by it.

@@ -110,7 +110,7 @@ def read(words: Sequence[str], accumulation: int) -> Config:
     """
     # The recipe's own global batch is no matter here, and need not be a multiple of the micro-batch that is asked for.
     sizes = [word.partition("=")[2] for word in words if word.startswith("train.micro_batch=")]
-    words = [*words, *(f"train.global_batch={size}" for size in sizes[-1:])]
+    words = [*words, *(f"train.global_batch={size}" for size in sizes[-1:] if size.isdecimal())]
     if words and ("=" not in words[0] or Path(words[0]).exists()):
         config = load(words[0], words[1:]).config
     else:

@@ -9,23 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dattrain.config.schema import Config
+    from dattrain.submit.plan import Stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
-        "config", metavar="CONFIG|RUN", help="a recipe, or a run folder, whose measured speed is used"
+        "config",
+        metavar="CONFIG|CHAIN|RUN",
+        help="a recipe, a chain of them, or a run folder, whose measured speed is used",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="in a chain: stage.key=value")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
     parser.add_argument(
-        "--gpus-per-node", type=int, metavar="G", help="devices of a node (the profile's, else 8)"
+        "--gpus-per-node", type=int, metavar="G", help="devices of a node (the profile's); 0: CPUs alone"
     )
     parser.add_argument(
-        "--cluster", metavar="NAME", help="profile, for its devices, signal_delay_s and time limit"
+        "--cluster",
+        default="generic",
+        metavar="NAME",
+        help="profile, for its devices, signal_delay_s and time limit (generic, as submit has it)",
     )
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="whose kernels keep what (cuda)"
+        "--device",
+        choices=("cuda", "cpu"),
+        help="whose kernels keep what (cuda, where the profile has devices)",
     )
     parser.add_argument(
         "--device-gb", type=float, default=80.0, metavar="GB", help="memory of a device, in 10^9 bytes (80)"
@@ -46,32 +54,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; 1 where a device is too small, or a save does not fit before the signal's end.
 
-    Raises:
-        ConfigError: as ``plan``; the recipe is wrong, or a fine-tune that starts from nowhere.
-        UserError: one that starts from what is not there.
-    """
-    from dattrain.config.derive import check_source
-    from dattrain.config.load import load
-    from dattrain.planning.plan import Resources, measured_rate, plan
-    from dattrain.submit.history import newest_checkpoint
+    What ``dattrain submit`` would refuse is refused in the same words, behind the figures where there are any.
 
-    folder = Path(args.config)
-    config = load(args.config, args.overrides).config
-    if newest_checkpoint(folder) is None:
-        check_source(config)
-    resources = Resources(
-        nodes=args.nodes,
-        gpus_per_node=args.gpus_per_node,
+    Raises:
+        ConfigError: as ``submit.checks.check``, or ``planning.plan.plan``.
+        UserError: as these.
+    """
+    from dattrain.errors import UserError
+    from dattrain.submit import checks
+    from dattrain.submit.plan import SubmitRequest
+    from dattrain.submit.plan import plan as stages_of
+
+    request = SubmitRequest(
+        args.config,
+        tuple(args.overrides),
         cluster=args.cluster,
-        device=args.device,
+        nodes=str(args.nodes),
+        gpus_per_node=args.gpus_per_node,
+        images_per_second=args.images_per_second,
+    )
+    planned = stages_of(request)
+    refusal: UserError | None = None
+    try:
+        # Images that are counted on the command line need not be there yet.
+        checks.check(planned, request, needs_data=args.samples is None)
+    except UserError as error:
+        refusal = error
+    trained = [stage for stage in planned.stages if stage.action == "train"]
+    try:
+        found = [(stage.name, stage.loaded[0].config, _figures(stage, args)) for stage in trained]
+    except UserError:
+        if refusal is not None:
+            raise refusal from None
+        raise
+    if args.json:
+        alone = found[0][2] if planned.chain is None else {name: figures for name, _, figures in found}
+        print(json.dumps(alone, indent=2))
+    else:
+        print("\n\n".join(render(config, figures) for _, config, figures in found), flush=True)
+    if refusal is not None:
+        raise refusal
+    return 1 if any(figures["problems"] for _, _, figures in found) else 0
+
+
+def _figures(stage: Stage, args: argparse.Namespace) -> dict[str, Any]:
+    from dattrain.planning.plan import Resources, measured_rate, plan
+    from dattrain.submit import checks
+
+    profile, folder = stage.profile, stage.runs[0]
+    resources = Resources(
+        nodes=stage.nodes[1],
+        gpus_per_node=profile.tasks,
+        cpu_cores=None if profile.gpus_per_node else checks.cpu_cores(profile),
+        cluster=args.cluster,
+        device=args.device or ("cuda" if profile.gpus_per_node else "cpu"),
         device_gb=args.device_gb,
         images_per_second=args.images_per_second,
         samples=args.samples,
         write_mb_per_s=args.write_mb_per_s,
     )
-    found = plan(config, resources, measured=measured_rate(folder) if folder.is_dir() else None)
-    print(json.dumps(found, indent=2) if args.json else render(config, found))
-    return 1 if found["problems"] else 0
+    measured = measured_rate(folder) if Path(args.config).is_dir() else None
+    return plan(stage.loaded[0].config, resources, measured=measured)
 
 
 def render(config: Config, p: dict[str, Any]) -> str:
@@ -109,6 +152,11 @@ def render(config: Config, p: dict[str, Any]) -> str:
             f"{p['image_bytes'] / 1e3:.0f} kB an image ({p['image_bytes_from']})",
             f"step {p['step_s']:.3g} s; {p['hours']:,.2f} hours, {p['hours'] * p['world']:,.1f} device hours, evaluation left out",
         ]
+    elif p["cpu_time"]:
+        lines.append(
+            f"on {p['world']} CPU task(s) of {p['cpu_time']['cores']} core(s): at least {p['cpu_time']['words']}, at most "
+            f"{p['cpu_time']['images_per_s']:,.3g} images/s (a bound, not a measurement)"
+        )
     else:
         lines.append(
             f"reading {p['image_bytes'] / 1e3:.0f} kB an image ({p['image_bytes_from']}); hours: unknown without "

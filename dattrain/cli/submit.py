@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time", metavar="T", help="limit of one job, D-HH:MM:SS; instead of the profile's")
     parser.add_argument("--retries", type=int, default=3, metavar="R", help="crashes that are forgiven (3)")
     parser.add_argument("--after", metavar="JOB|RUN", help="start once that one has ended well")
-    parser.add_argument("--array", metavar="key=v1,v2,…", help="one run for each value, as one job array")
+    parser.add_argument(
+        "--array", nargs="+", action="extend", default=[], metavar="key=v1,v2,…",
+        help="one run for each combination of values, as one job array",
+    )  # fmt: skip
     parser.add_argument(
         "--array-parallel", type=int, metavar="N", help="most runs of the array at a time (all)"
     )
@@ -36,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images-per-second", type=float, metavar="X",
         help="of the whole job, measured or expected: checks that a step and a save fit into the time limit",
     )  # fmt: skip
+    parser.add_argument(
+        "--yes", action="store_true", help="submit also what would take weeks or years on CPUs alone"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and the batch scripts; touch nothing"
     )
@@ -57,10 +63,11 @@ def run(args: argparse.Namespace) -> int:
             time=args.time,
             retries=args.retries,
             after=args.after,
-            array=args.array,
+            array=tuple(args.array),
             array_parallel=args.array_parallel,
             folder=args.folder,
             images_per_second=args.images_per_second,
             dry_run=args.dry_run,
+            yes=args.yes,
         )
     )

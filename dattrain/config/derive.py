@@ -14,6 +14,14 @@ from dattrain.errors import ConfigError, UserError
 
 FAST_DEV_STEPS = 2
 """Updates of ``train.fast_dev_run``."""
+SAMPLES = {
+    "imagenet-1k": 1_281_167,
+    "imagenet-12k": 12_129_687,
+    "imagenet-22k": 14_197_122,
+    "imagenet-22k-winter21": 13_151_276,
+    "imagenet-21k-p": 11_060_223,
+}
+"""Training images of the label sets, as their makers state them."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,25 @@ def check_source(config: Config, *, waits: bool = False) -> None:
         )
     if init.from_ and not waits:
         _check_there(Path(init.from_))
+
+
+def check_early_stopping(config: Config) -> None:
+    """Refuse early stopping without the evaluations that it looks at.
+
+    Raises:
+        ConfigError: ``data.val`` is not set, or ``checkpoint.metric`` is of averages that are not evaluated.
+    """
+    train, metric = config.train, config.checkpoint.metric
+    if train.early_stopping_patience is None:
+        return
+    here = f"train.early_stopping_patience={train.early_stopping_patience}"
+    if config.data.val is None:
+        raise ConfigError(f"{here} looks at evaluations during training, but data.val is not set")
+    if metric.startswith("ema_") and not (train.ema_decay > 0 and config.eval.ema):
+        raise ConfigError(
+            f"{here} looks at checkpoint.metric={metric}, but no averages are evaluated: set train.ema_decay and eval.ema, or "
+            f"checkpoint.metric={metric.removeprefix('ema_')}"
+        )
 
 
 def _check_there(path: Path) -> None:

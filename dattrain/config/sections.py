@@ -282,6 +282,10 @@ class Train(Section):
     """Stop early after this many updates; the schedule keeps its length."""
     fast_dev_run: bool = False
     """Two updates, one evaluation, one save: whether everything works, before hours are spent."""
+    early_stopping_patience: Count | None = None
+    """Evaluations in a row without an improvement of ``checkpoint.metric`` after which the run has finished; null trains to the end."""
+    early_stopping_min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    """What counts as an improvement, in the metric's own unit (``top1`` is in percent): only more than this."""
     log_every: Count = 50
     """Updates between two log lines."""
     gc_every: Count = 100

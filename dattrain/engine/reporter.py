@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from dattrain.clock import duration
 from dattrain.config.derive import Derived
 from dattrain.config.schema import Config
+from dattrain.engine import early_stopping
 from dattrain.engine.step import Update
 from dattrain.engine.step_status import Slowest, StepStatus
 from dattrain.errors import UserError
-from dattrain.observe.metrics import Metrics
+from dattrain.observe.metrics import Metrics, Row
 from dattrain.observe.throughput import Meter, memory_gb, peak_flops
 from dattrain.runtime import collectives
 from dattrain.runtime.logging import Console
@@ -60,6 +62,11 @@ class Reporter:
             {row["step"] for row in self._metrics.rows if "eval_images" in row} if self._metrics else set()
         )
         self._mfu_scale = _mfu_scale(config, task, derived, device)
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """What ``metrics.jsonl`` held at the start, up to the step that training resumes at; empty on other ranks than the first."""
+        return self._metrics.rows if self._metrics else []
 
     def begin(self, step: int, last: int) -> None:
         """Say what is about to be trained."""
@@ -122,8 +129,14 @@ class Reporter:
         elif self._console is not None:
             self._console.live(self._line(row, None))
 
-    def evaluation(self, metrics: dict[str, float], step: int, samples: int, seconds: float) -> None:
-        """Write the row and line of one evaluation. In rows the loss is ``eval_loss``: ``loss`` is the training loss."""
+    def evaluation(
+        self, metrics: dict[str, float], step: int, samples: int, seconds: float, *, waited: int
+    ) -> None:
+        """Write the row and line of one evaluation. In rows the loss is ``eval_loss``: ``loss`` is the training loss.
+
+        Args:
+            waited: evaluations since the last improvement; noted under early stopping.
+        """
         self._evaluated.add(step)
         self.pause(seconds)
         if self._metrics is None:
@@ -135,11 +148,15 @@ class Reporter:
             **{("eval_" + k if k in ("loss", "images") else k): v for k, v in metrics.items()},
             "seconds": round(seconds, 2),
         }
-        self._metrics.write(row)
+        patience, since = self.config.train.early_stopping_patience, ""
+        if patience is not None:
+            row[early_stopping.WAITED] = waited
+            since = f"; {waited} of {patience} evaluations without improvement" if waited else ""
+        self._metrics.write(row, durable=True)
         self._metrics.scalars("eval", {k: v for k, v in row.items() if k != "epoch"}, step)
         log.info(
-            "step %d: %s on %d images in %s",
-            step, self.task.summary(metrics), metrics["images"], duration(seconds),
+            "step %d: %s on %d images in %s%s",
+            step, self.task.summary(metrics), metrics["images"], duration(seconds), since,
         )  # fmt: skip
 
     def pause(self, seconds: float) -> None:

@@ -18,11 +18,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from dattrain.config.derive import check_source, derive
+from dattrain.config.derive import check_early_stopping, check_source, derive
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
 from dattrain.engine import micro_batch, precision, resume_rules, run_folder, schedule, zero
 from dattrain.engine.debug_dump import write_debug_dump
+from dattrain.engine.early_stopping import EarlyStopping
 from dattrain.engine.evaluate import Evaluations, Interrupted
 from dattrain.engine.new_resolution import resume_at_new_resolution, size_at
 from dattrain.engine.rank_zero import newest_checkpoint
@@ -34,7 +35,7 @@ from dattrain.errors import REQUEUE, ConfigError, UserError
 from dattrain.models.flops import count_call
 from dattrain.observe.profile import Profiler
 from dattrain.runtime import environment
-from dattrain.runtime.collectives import from_first
+from dattrain.runtime.collectives import broadcast, from_first
 from dattrain.runtime.environment import Env
 from dattrain.runtime.health import Action, Decision, NonFinitePolicy, Watchdog
 from dattrain.runtime.logging import Console
@@ -134,6 +135,7 @@ class Trainer:
             samples_per_epoch=self.samples_per_epoch, console=console, first=self.rank == 0,
         )  # fmt: skip
         stack.callback(self.reporter.close)
+        self.stopping = EarlyStopping(config, self.reporter.rows)
         self.stragglers = Stragglers(env.host, device)
         self.profiler = Profiler(
             config.train.profile.steps, run_dir / "profile", self.rank, device,
@@ -153,7 +155,8 @@ class Trainer:
             self.evaluate()
         gc.collect()
         gc.disable()
-        while self.step < last:
+        done = self.stopped_early()  # by the evaluations of the attempts before
+        while self.step < last and not done:
             update = self.update()
             status = self.step_boundary(update)
             if status.request:
@@ -162,12 +165,18 @@ class Trainer:
                 request = self.evaluate()
                 if request:
                     return self.save_and_exit(request)
+                done = self.stopped_early()
             if self._due(self.derived.checkpoint_steps) and not self.policy.in_a_row:
                 # In a row of bad steps the weights may be what is wrong: a rollback must find those before it.
                 self.save()
+            if done:
+                break
             self.change_size()
             if self.step % self.config.train.gc_every == 0:
                 gc.collect()
+        if done:
+            self.save(background=False)
+            log.info("%s", self.stopping.reason())
         self.checkpointer.wait()
         return self._end("finished")
 
@@ -268,10 +277,17 @@ class Trainer:
         except Interrupted:
             log.info("evaluation stopped: asked to end")
             return StopRequest.STOP if self.preemption.request() == StopRequest.STOP else StopRequest.PREEMPT
-        self.reporter.evaluation(metrics, self.step, self.samples_seen, time.perf_counter() - begin)
+        self.stopping.add(self.step, metrics.get(self.config.checkpoint.metric))
+        self.reporter.evaluation(
+            metrics, self.step, self.samples_seen, time.perf_counter() - begin, waited=self.stopping.waited
+        )
         self.watchdog.beat("evaluated")
         self.watchdog.pauses()  # left out already
         return StopRequest.NONE
+
+    def stopped_early(self) -> bool:
+        """Whether the evaluations so far say that the run is done (``train.early_stopping_patience``). Collective: rank 0 decides."""
+        return self.stopping.patience is not None and bool(broadcast(self.stopping.reached))
 
     def save(self, *, background: bool | None = None) -> None:
         """Save this position, unless that is done."""
@@ -381,3 +397,4 @@ def check_metric(config: Config, task: Task) -> None:
         raise ConfigError(
             f"checkpoint.metric={wanted} is no number of the evaluation; it has {', '.join(names)}"
         )
+    check_early_stopping(config)

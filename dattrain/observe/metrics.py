@@ -69,11 +69,13 @@ class Metrics:
 
             self._writer = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1)
 
-    def write(self, row: Row) -> None:
-        """Append ``row``. Numbers that are not finite become null, which JSON can hold."""
+    def write(self, row: Row, *, durable: bool = False) -> None:
+        """Append ``row``, and flush all to the disk if ``durable``. Numbers that are not finite become null, which JSON can hold."""
         try:
             self._file.write(json.dumps(_finite(row), separators=(", ", ": ")) + "\n")
             self._file.flush()
+            if durable:
+                os.fsync(self._file.fileno())
             self._failing = False
         except OSError as error:
             if not self._failing:

@@ -81,7 +81,7 @@ def attention() -> list[str]:
 def dali() -> list[str]:
     """Whether DALI can be imported, and who decodes JPEGs on each kind of GPU here (tried in a child process)."""
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        return ["not installed (pip install dattrain[dali]); data.decoder=cpu works without"]
+        return ["not installed (in the checkout: pip install -e '.[dali]'); data.decoder=cpu works without"]
     import torch
 
     from dattrain.config.sections import Data

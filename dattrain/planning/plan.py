@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import torch
 
-from dattrain.config.derive import derive, with_micro_batch
+from dattrain.config.derive import SAMPLES, derive, with_micro_batch
 from dattrain.config.schema import Config
 from dattrain.data.factory import assign_class_numbers
 from dattrain.data.source.dataset import ShardDataset, open_dataset
@@ -20,17 +20,9 @@ from dattrain.engine.micro_batch import BESIDE, by_memory, largest_size
 from dattrain.errors import ConfigError, UserError
 from dattrain.models import flops
 from dattrain.observe.metrics import read as read_metrics
-from dattrain.submit import cluster
+from dattrain.submit import cluster, cpu_time
 from dattrain.tasks.create import create_task
 
-SAMPLES = {
-    "imagenet-1k": 1_281_167,
-    "imagenet-12k": 12_129_687,
-    "imagenet-22k": 14_197_122,
-    "imagenet-22k-winter21": 13_151_276,
-    "imagenet-21k-p": 11_060_223,
-}
-"""Training images of the label sets, as their makers state them."""
 IMAGE_BYTES = 110_000
 """Mean size of an ImageNet JPEG (some 140 GB for 1.28 million), where the shards are not at hand."""
 
@@ -41,7 +33,9 @@ class Resources:
 
     nodes: int = 1
     gpus_per_node: int | None = None
-    """Devices of a node; None takes the profile's, else 8."""
+    """Devices of a node, or CPU tasks; None takes the profile's, else 8."""
+    cpu_cores: int | None = None
+    """Cores of a CPU task, where there are no devices: for a bound on the time."""
     cluster: str | None = None
     """A profile, for its devices, ``signal_delay_s`` and time limit."""
     device: Literal["cuda", "cpu"] = "cuda"
@@ -71,7 +65,7 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
     profile = cluster.load(resources.cluster) if resources.cluster else None
     per_node = resources.gpus_per_node or (profile.tasks if profile else 8)
     if resources.nodes < 1 or per_node < 1:
-        raise ConfigError(f"--nodes {resources.nodes} of --gpus-per-node {per_node}: at least 1 of each")
+        raise ConfigError(f"--nodes {resources.nodes} of {per_node} device(s): at least 1 of each")
     world = resources.nodes * per_node
     samples, samples_from, image_bytes, bytes_from = _data(config, resources.samples)
     derived = derive(config, world=world, samples_per_epoch=samples)
@@ -111,6 +105,9 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
     steps = derived.last_step
     total = own.total + act.peak
     delay = profile.signal_delay_s if profile else None
+    bound = None
+    if resources.cpu_cores is not None:
+        bound = cpu_time.bound(config, samples=samples, tasks=world, cores=resources.cpu_cores)
     problems = []
     if total > resources.device_gb * 1e9:
         problems.append(
@@ -148,6 +145,7 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
         "image_bytes_from": bytes_from,
         "read_bytes_per_s": rate * image_bytes if rate else None,
         "hours": steps * config.train.global_batch / rate / 3600 if rate else None,
+        "cpu_time": None if bound is None else {**asdict(bound), "cores": resources.cpu_cores, "words": bound.words},
         "device_gb": resources.device_gb,
         "problems": problems,
     }  # fmt: skip

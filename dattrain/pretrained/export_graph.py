@@ -28,7 +28,9 @@ def write_onnx(model: DAT, cfg: PretrainedCfg, out: Path, opset: int) -> Exporte
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx needs it, and names it late)
     except ImportError as error:
-        raise UserError(f"--to onnx needs {error.name}: pip install 'dattrain[export]'") from None
+        raise UserError(
+            f"--to onnx needs {error.name}: in the checkout, pip install -e '.[export]'"
+        ) from None
 
     if opset < LOWEST_OPSET:
         raise UserError(f"--opset {opset}: {LOWEST_OPSET} is the lowest that torch writes")

@@ -8,29 +8,54 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dattrain.config.derive import check_source, derive
+from dattrain.config.derive import SAMPLES, check_early_stopping, check_source, derive
 from dattrain.config.load import Loaded
+from dattrain.config.schema import Config
 from dattrain.engine import resume_rules
 from dattrain.errors import ConfigError, UserError
 from dattrain.runtime import owner
-from dattrain.submit import history, host, queue, run_status, shell, slurm
-from dattrain.submit.plan import Stage
+from dattrain.submit import cpu_time, history, host, queue, run_status, shell, slurm
+from dattrain.submit.cluster import Profile
+from dattrain.submit.plan import Stage, SubmissionPlan, SubmitRequest
 
 STARTUP_S = 15.0
 """Seconds that a job spends before its first step: imports, process group, data, checkpoint. A guess on the small side."""
+
+CPU_DAYS = 7.0
+"""Days on CPUs alone, by a bound that is on the small side, beyond which a run is refused without ``--yes``."""
 
 NAME_BYTES = 255
 """Longest name of a file or folder, on all file systems of note."""
 
 
-def check_stage(stage: Stage, images_per_second: float | None = None, *, waits: bool = False) -> None:
-    """Refuse what would fail later, naming the setting.
-
-    Args:
-        waits: for another stage, which may write what this one starts from.
+def check(planned: SubmissionPlan, request: SubmitRequest, *, needs_data: bool = True) -> None:
+    """``check_stage`` of every stage of a request.
 
     Raises:
-        ConfigError: the batch does not divide over every number of devices that the job may get, the time limit has no
+        ConfigError, UserError: as that.
+    """
+    for stage, need in zip(planned.stages, planned.needs):
+        check_stage(
+            stage, request.images_per_second, waits=need is not None, yes=request.yes, needs_data=needs_data,
+            prefix=f"{stage.runs[0].name}." if planned.chain else "",
+        )  # fmt: skip
+
+
+def check_stage(
+    stage: Stage, images_per_second: float | None = None, *, waits: bool = False, yes: bool = False,
+    needs_data: bool = True, prefix: str = "",
+) -> None:  # fmt: skip
+    """Refuse what would fail later, naming the setting: what ``plan``, ``submit --dry-run`` and ``submit`` have in common.
+
+    Args:
+        images_per_second: of the whole job, measured or expected.
+        waits: for another stage, which may write what this one starts from.
+        yes: what is only absurd is meant.
+        needs_data: False for a plan without data at hand.
+        prefix: of a setting on the command line: ``STAGE.`` in a chain.
+
+    Raises:
+        ConfigError: no data, early stopping without evaluations, ImageNet on CPUs (without ``yes``), the batch does not divide over every number of devices that the job may get, the time limit has no
             room for a step and a save, a local run asks for more than one node, a fine-tune starts from nowhere, or a
             path has characters that Slurm does not take as they are, or too long a name.
         UserError: a fine-tune starts from what is not there.
@@ -59,12 +84,14 @@ def check_stage(stage: Stage, images_per_second: float | None = None, *, waits: 
             continue
         if history.newest_checkpoint(run) is None:
             check_source(loaded.config, waits=waits or stage.after is not None)
+        check_early_stopping(loaded.config)
+        samples = _samples(loaded.config)
         for nodes in range(stage.nodes[0], stage.nodes[1] + 1):
             try:
                 derive(
                     loaded.config,
                     world=nodes * profile.tasks,
-                    samples_per_epoch=loaded.config.train.global_batch,
+                    samples_per_epoch=samples or loaded.config.train.global_batch,
                 )
             except ConfigError as error:
                 raise ConfigError(f"with {nodes} node(s) of {profile.tasks} device(s): {error}") from None
@@ -73,6 +100,46 @@ def check_stage(stage: Stage, images_per_second: float | None = None, *, waits: 
             step_s = loaded.config.train.global_batch / images_per_second
         if step_s is not None:
             _check_time(stage, step_s, save_s or 0.0)
+        if samples is not None and not yes:
+            _check_cpu_time(stage, loaded.config, samples, step_s)
+        if loaded.config.data.train is None and needs_data:
+            raise ConfigError(f"{stage.name}: data.train is not set: add {prefix}data.train=SHARDS")
+
+
+def _samples(config: Config) -> int | None:
+    """Training images of an epoch, where a glance at local shards or the label set tells."""
+    try:
+        parts = resume_rules.look(config)
+    except UserError:
+        parts = None  # what is wrong with the data is said by those who open it
+    if parts:
+        return sum(int(part["samples"]) for part in parts)
+    return SAMPLES.get(config.data.labels or "")
+
+
+def cpu_cores(profile: Profile) -> int:
+    """Cores of a CPU task: the profile's, else Slurm's default of one, or all of this machine's."""
+    here = max(1, (os.cpu_count() or 1) // profile.tasks) if profile.kind == "local" else 1
+    return profile.cpus_per_task or here
+
+
+def _check_cpu_time(stage: Stage, config: Config, samples: int, step_s: float | None) -> None:
+    """Refuse a run of more than ``CPU_DAYS`` on CPUs alone."""
+    profile, nodes = stage.profile, stage.nodes[1]
+    if profile.gpus_per_node:
+        return
+    tasks, cores = nodes * profile.tasks, cpu_cores(profile)
+    found = cpu_time.bound(config, samples=samples, tasks=tasks, cores=cores)
+    if found is not None and step_s is not None:
+        rate = config.train.global_batch / step_s
+        found = replace(found, seconds=found.images / rate, images_per_s=rate)
+    if found is None or found.seconds <= CPU_DAYS * 86400:
+        return
+    raise ConfigError(
+        f"{stage.name} would train on CPUs alone (profile {stage.profile_name}, gpus_per_node=0: {nodes} node(s) x {profile.tasks} "
+        f"task(s) of {cores} core(s)), which takes at least {found.words} by the plan's estimate: {found.images:,} images at "
+        f"{found.images_per_s:,.3g} a second at most. Say --gpus-per-node G, or add --yes to submit it all the same"
+    )
 
 
 def check_path(folder: Path, *, mounted: bool = False) -> None:

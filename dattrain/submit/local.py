@@ -1,7 +1,11 @@
 """``--cluster local``: the same job object through submitit's local executor, under a supervisor that outlives the shell.
 
 The supervisor is to this machine what the batch script and its job hook are to a cluster: it keeps the same history,
-ends all tasks when one dies (submitit's controller would wait for the others), and starts again by the same rules.
+ends all tasks when one dies (submitit's controller would wait for the others), and starts again by the same rules. The runs of
+an array or a chain have one supervisor, which takes them in turn; signals to it:
+
+- SIGTERM, SIGINT: save, end, and start none of the others;
+- SIGUSR1: look whether the run whose turn it is has been cancelled (``dattrain cancel``), and go on with the next one then.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -29,38 +34,51 @@ GRACE_S = 30.0
 """Seconds between asking tasks to end and ending them, as scancel has it."""
 
 
-def start(run: Path, profile: Profile) -> str:
-    """Start the supervisor of a prepared run folder in a session of its own; returns its job id, ``local-PID``."""
+def start(runs: Sequence[Path], profile: Profile) -> subprocess.Popen[bytes]:
+    """Start the supervisor of prepared run folders in a session of its own; its job id is ``job_of`` it."""
     environment = {**os.environ, **profile.environment}
-    code = str(run / "submit" / "code")
+    code = str(runs[0] / "submit" / "code")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [code, environment.get("PYTHONPATH")]))
     python = profile.python or sys.executable
     enter = str(Path(code) / "dattrain" / "submit" / "enter.py")
-    lines = [*profile.setup, 'exec "$0" "$1" -u -m dattrain.submit.local "$2"']
-    with open(run / "submit" / "local.log", "ab") as log:
+    # A cancel may come before there is a handler; the history has it then.
+    lines = [*profile.setup, "trap '' USR1", 'exec "$0" "$1" -u -m dattrain.submit.local "${@:2}"']
+    with open(_log(runs[0]), "ab") as log:
         process = subprocess.Popen(
-            ["bash", "-c", "\n".join(lines), python, enter, str(run)],
+            ["bash", "-c", "\n".join(lines), python, enter, *map(str, runs)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
-    job = f"local-{process.pid}"
-    (run / "submit" / "local.json").write_text(
-        json.dumps({"pid": process.pid, "start": start_time(process.pid), "host": socket.gethostname()})
-    )
-    history.record(run, "submit", job=job, by="user", nodes="1")
-    return job
+    known = {"pid": process.pid, "start": start_time(process.pid), "host": socket.gethostname()}
+    for number, run in enumerate(runs):
+        (run / "submit" / "local.json").write_text(json.dumps(known))
+        behind = {"behind": str(runs[number - 1])} if number else {}
+        history.record(run, "submit", job=job_of(process), by="user", nodes="1", **behind)
+    return process
+
+
+def job_of(process: subprocess.Popen[bytes]) -> str:
+    """``local-PID``."""
+    return f"local-{process.pid}"
 
 
 def alive(run: Path) -> bool:
-    """Whether the run's supervisor lives on this machine."""
+    """Whether the run has a supervisor on this machine, and is not over for it: its turn may be still to come."""
+    events = history.since_submission(history.history(run))
+    if history.open_attempt(events) is None and (history.cancelled(events) or _decided(events)):
+        return False
     return _supervisor(run) is not None
 
 
 def cancel(run: Path) -> bool:
-    """Tell the supervisor to end its tasks and itself; False if there is none."""
+    """Have the supervisor end the run's tasks, or never start them, now that ``cancel`` is in the history.
+
+    False if the run has no supervisor, or is over for it.
+    """
     pid = _supervisor(run)
-    if pid is None:
+    if pid is None or _decided(history.since_submission(history.history(run))):
         return False
-    os.kill(pid, signal.SIGTERM)
+    # Another run's turn is not to end with this one's.
+    os.kill(pid, signal.SIGUSR1)
     return True
 
 
@@ -75,26 +93,86 @@ def _supervisor(run: Path) -> int | None:
     return known["pid"] if same and own else None
 
 
+def _decided(events: Sequence[history.Event]) -> bool:
+    """Whether the last attempt has ended, and nothing follows it."""
+    ends = [e["action"] for e in events if e["event"] == "end"]
+    return bool(ends) and ends[-1] in ("done", "stop")
+
+
+def _log(run: Path) -> Path:
+    return run / "submit" / "local.log"
+
+
 class _Terminated(BaseException):
     """SIGTERM or SIGINT reached the supervisor."""
 
 
-def supervise(run: Path) -> int:
-    """Run the job until it has finished, or must not be started again. Returns 0 if it has finished."""
+class _Cancelled(_Terminated):
+    """The run whose turn it is has been cancelled."""
+
+
+def supervise(runs: Sequence[Path]) -> int:
+    """Run the jobs of ``runs``, one after the other, each until it has finished or must not be started again.
+
+    A run that another one waits for (the ``dependents`` of its spec.json) has to finish for that one to start.
+    Returns 0 if all have finished.
+    """
+    turn: list[Path] = []
 
     def terminate(signum: int, frame: FrameType | None) -> None:
         raise _Terminated
 
+    def look(signum: int, frame: FrameType | None) -> None:
+        if turn and history.cancelled(history.history(turn[-1])):
+            raise _Cancelled
+
     signal.signal(signal.SIGTERM, terminate)
     signal.signal(signal.SIGINT, terminate)
+    signal.signal(signal.SIGUSR1, look)
+    failed: list[Path] = []
+    for number, run in enumerate(runs):
+        with open(_log(run), "ab") as log:
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+        needed = next((p for p in failed if str(run) in history.read_spec(p)["dependents"]), None)
+        if needed is not None:
+            _not_started(run, f"{needed.name} did not end well")
+            failed.append(run)
+            continue
+        turn.append(run)
+        try:
+            done = not history.cancelled(history.history(run)) and _to_its_end(run)
+        except _Cancelled:
+            done = False
+        except _Terminated:
+            for later in runs[number:]:
+                _not_started(later, "the supervisor was told to end")
+            return 1
+        finally:
+            turn.clear()
+        if not done:
+            failed.append(run)
+    return 1 if failed else 0
+
+
+def _to_its_end(run: Path) -> bool:
+    """Attempt a run until it has finished (True) or must not be started again."""
     spec = history.read_spec(run)
-    try:
-        while True:
-            action = _attempt(run, spec)
-            if action != "again":
-                return 0 if action == "done" else 1
-    except _Terminated:
-        return 1
+    action = "again"
+    while action == "again":
+        action = _attempt(run, spec)
+    return action == "done"
+
+
+def _not_started(run: Path, why: str) -> None:
+    """Note that nothing will follow for a run, unless that is noted already."""
+    events = history.since_submission(history.history(run))
+    if history.cancelled(events) or _decided(events):
+        return
+    history.record(
+        run, "end", job=events[0].get("job"), restart=0, reason="cancelled", detail=why, node=None,
+        checkpoint=history.newest_checkpoint(run), new=False, action="stop", why=why,
+    )  # fmt: skip
 
 
 def _attempt(run: Path, spec: dict[str, Any]) -> str:
@@ -115,12 +193,15 @@ def _attempt(run: Path, spec: dict[str, Any]) -> str:
         run, "begin", job=job.job_id, restart=0, nodes=[socket.gethostname()], checkpoint=before
     )
     try:
+        if history.cancelled(history.history(run)):
+            raise _Cancelled  # just before there was an attempt to be told so
         status = _wait(job, spec["tasks_per_node"], history.attempt_folder(run, job.job_id, 0))
-    except _Terminated:
+    except _Terminated as told:
         _end_tasks(job)
+        by = "by dattrain cancel" if isinstance(told, _Cancelled) else "the supervisor was told to end"
         history.record(
-            run, "end", job=job.job_id, restart=0, reason="cancelled", detail="the supervisor was told to end", node=None,
-            checkpoint=history.newest_checkpoint(run), new=False, action="stop", why="cancelled",
+            run, "end", job=job.job_id, restart=0, reason="cancelled", detail=by, node=None,
+            checkpoint=history.newest_checkpoint(run), new=False, action="stop", why=by,
         )  # fmt: skip
         raise
     ended = history.record_end(
@@ -190,4 +271,4 @@ def _kill(pid: int, signum: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise(Path(sys.argv[1])))
+    sys.exit(supervise([Path(word) for word in sys.argv[1:]]))

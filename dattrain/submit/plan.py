@@ -17,12 +17,11 @@ from dattrain.config import shipped
 from dattrain.config.derive import derive
 from dattrain.config.load import Loaded, load
 from dattrain.errors import ConfigError
-from dattrain.submit import chain, cluster, slurm
+from dattrain.submit import array, chain, cluster, slurm
 from dattrain.submit.cluster import Profile, minutes
 from dattrain.submit.dependency import dependency_on
 from dattrain.submit.run_folders import relative
 from dattrain.submit.slurm import Placement
-from dattrain.urls import mask
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,19 @@ class SubmitRequest:
     time: str | None = None
     retries: int = 3
     after: str | None = None
-    array: str | None = None
+    array: tuple[str, ...] = ()
+    """``key=v1,v2`` words; their product is the runs."""
     array_parallel: int | None = None
     folder: str | None = None
     images_per_second: float | None = None
     dry_run: bool = False
+    yes: bool = False
+    """Take what would otherwise be refused as absurd."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run (or an array of runs, alike but for one setting) with its size."""
+    """One run (or an array of runs, alike but for a few settings) with its size."""
 
     name: str
     runs: tuple[Path, ...]
@@ -90,6 +92,11 @@ class SubmissionPlan:
     root: Path | None = None
     """Folder of a chain; it holds its stages' run folders."""
 
+    @property
+    def runs(self) -> list[Path]:
+        """All run folders, in order."""
+        return [run for stage in self.stages for run in stage.runs]
+
 
 def plan(request: SubmitRequest) -> SubmissionPlan:
     """Make the stages of a request. Reads files and the shell's variables.
@@ -107,21 +114,14 @@ def plan(request: SubmitRequest) -> SubmissionPlan:
         )
     if path.is_dir():
         return _plan_resume(request, path)
-    if request.array is None:
+    if not request.array:
         loaded = load(path, request.overrides)
         folder = Path(request.folder or f"runs/{loaded.config.name}").resolve()
         return SubmissionPlan((_stage(request, loaded.config.name, (folder,), (loaded,)),), (None,))
-    key, sep, values = request.array.partition("=")
-    if not sep or not values:
-        raise ConfigError(f"--array {request.array}: write key=v1,v2,… as in optim.lr=1e-3,5e-4")
-    listed = _split(values)
-    loaded_all = tuple(load(path, [*request.overrides, f"{key}={value}"]) for value in listed)
+    chosen = array.combinations(request.array)
+    loaded_all = tuple(load(path, [*request.overrides, *own]) for own in chosen)
     root = Path(request.folder or f"runs/{loaded_all[0].config.name}").resolve()
-    folders = tuple(root / re.sub(r"[^\w.=+-]", "_", mask(f"{key}={value}")) for value in listed)
-    if len(set(folders)) < len(folders):
-        raise ConfigError(f"--array {request.array}: a value is there twice")
-    if _profile(request).kind == "local" and len(listed) > 1:
-        raise ConfigError("--array needs a Slurm cluster; on --cluster local submit one run after the other")
+    folders = tuple(root / name for name in array.names(chosen))
     return SubmissionPlan((_stage(request, loaded_all[0].config.name, folders, loaded_all),), (None,))
 
 
@@ -130,7 +130,7 @@ def _plan_resume(request: SubmitRequest, folder: Path) -> SubmissionPlan:
     recorded = folder / "config.yaml"
     if not recorded.is_file():
         raise ConfigError(f"{folder}: neither a recipe nor a run folder (there is no config.yaml in it)")
-    if request.array is not None or request.folder is not None:
+    if request.array or request.folder is not None:
         raise ConfigError(f"{folder} is a run to be continued: leave --array and --run out")
     loaded = load(recorded, request.overrides)
     stage = _stage(request, loaded.config.name, (folder.resolve(),), (loaded,))
@@ -141,7 +141,7 @@ def _plan_resume(request: SubmitRequest, folder: Path) -> SubmissionPlan:
 
 
 def _plan_chain(request: SubmitRequest, path: Path) -> SubmissionPlan:
-    if request.array is not None:
+    if request.array:
         raise ConfigError("--array goes with one recipe, not with a chain")
     read = chain.read(path)
     root = Path(request.folder or f"runs/{read.name}").resolve()
@@ -158,10 +158,6 @@ def _plan_chain(request: SubmitRequest, path: Path) -> SubmissionPlan:
         if one.stage.needs is not None:
             stage = replace(stage, after=None)
         stages.append(stage)
-    if any(stage.profile.kind == "local" for stage in stages) and len(stages) > 1:
-        raise ConfigError(
-            "a chain needs a Slurm cluster; on --cluster local submit its recipes one after the other"
-        )
     needs = tuple(order.index(one.stage.needs) if one.stage.needs else None for one in resolved)
     return SubmissionPlan(tuple(stages), needs, read.name, root)
 
@@ -175,7 +171,11 @@ def _stage(request: SubmitRequest, name: str, folders: tuple[Path, ...], loaded:
     profile, notes = cluster.from_shell(_profile(request), os.environ)
     if request.retries < 0:
         raise ConfigError(f"--retries {request.retries}: 0 or more")
-    if request.array_parallel is not None and (request.array is None or request.array_parallel < 1):
+    if request.array_parallel is not None and profile.kind == "local":
+        raise ConfigError(
+            "--array-parallel: on --cluster local the runs of an array follow one another; leave it out"
+        )
+    if request.array_parallel is not None and (not request.array or request.array_parallel < 1):
         raise ConfigError(
             f"--array-parallel {request.array_parallel}: 1 or more runs of an --array at a time"
         )
@@ -247,9 +247,19 @@ def describe(planned: SubmissionPlan) -> str:
             dependency = f"afterok:<job of {planned.stages[need].name}>" if need is not None else None
             lines += ["", slurm.script(stage.profile, stage.placement(dependency)).rstrip()]
         else:
-            lines.append(f"  on this machine; a supervisor in the background starts it again; {forgiven}")
+            alone = len(planned.runs) == 1
+            turns = "" if alone else f", one after the other (this is {_turns(planned, stage)})"
+            lines.append(
+                f"  on this machine{turns}; a supervisor in the background starts it again; {forgiven}"
+            )
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def _turns(planned: SubmissionPlan, stage: Stage) -> str:
+    first = planned.runs.index(stage.runs[0]) + 1
+    last = first + len(stage.runs) - 1
+    return f"{first if first == last else f'{first} to {last}'} of {len(planned.runs)}"
 
 
 def _limit(stage: Stage) -> str:
@@ -257,14 +267,3 @@ def _limit(stage: Stage) -> str:
     if stage.profile.kind == "local" and stage.minutes >= 365 * 24 * 60:
         return ""
     return f"{stage.minutes} min {'a job' if stage.profile.kind == 'slurm' else 'an attempt'}, "
-
-
-def _split(values: str) -> list[str]:
-    """Divide values at commas, but not within brackets: ``[1,2],[3,4]`` is two."""
-    parts, depth, start = [], 0, 0
-    for position, letter in enumerate(values):
-        depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and depth == 0:
-            parts.append(values[start:position])
-            start = position + 1
-    return [part.strip() for part in [*parts, values[start:]] if part.strip()]

@@ -60,6 +60,11 @@ FORGOTTEN = JobState("FORGOTTEN", source="scontrol")
 """The controller answers, and knows the job no more: it is over (for MinJobAge, five minutes by default), however it ended."""
 
 
+def answers() -> bool:
+    """Whether there is a Slurm that this machine can ask."""
+    return bool(command.output("sinfo", "-h", "-o", "%P", timeout_s=20.0).strip())
+
+
 def states(jobs: Iterable[str]) -> dict[str, JobState]:
     """State of each job (``123`` or ``123_4``); FORGOTTEN for what no command knows, UNKNOWN where none answers."""
     wanted = list(dict.fromkeys(jobs))

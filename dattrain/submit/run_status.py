@@ -12,6 +12,7 @@ from typing import Any
 
 from dattrain.clock import duration
 from dattrain.config.load import load
+from dattrain.engine import early_stopping
 from dattrain.observe.metrics import parse as parse_rows
 from dattrain.runtime import owner
 from dattrain.submit import history, job_state, local, queue
@@ -79,6 +80,8 @@ def status_of(run: Path, states: Mapping[str, JobState], *, local_alive: bool = 
     if state not in ("running", "waiting"):
         state, why = _without_job(run, state, why)
     metrics = read_metrics(run / "metrics.jsonl")
+    if state == "finished" and not why:
+        why = _stopped_early(run, metrics)
     ends = [e for e in history.since_submission(events) if e["event"] == "end" and e.get("action") == "again"]
     live = state == "running"
     return RunStatus(
@@ -132,6 +135,9 @@ def state_of(events: Sequence[Event], slurm: JobState, *, local_alive: bool = Fa
             state = {"stopped": "stopped", "cancelled": "cancelled"}.get(last["reason"], "failed")
             return state, last["why"]
     if local_alive:
+        behind = now[0].get("behind")
+        if behind and not begun and last is None:
+            return "waiting", f"behind {relative(Path(behind))} on this machine"
         return "running", ""
     if str(now[0].get("job", "")).startswith("local"):
         return "failed", "its supervisor on the machine that started it is gone; see submit/local.log"
@@ -255,6 +261,14 @@ def _last_step(run: Path, metrics: Mapping[str, Any]) -> int | None:
     exact = config.schedule.epochs * per_epoch
     total: int = math.ceil(exact * (1 - 1e-6 / metrics["epoch"]))
     return min(total, config.train.max_steps or total)
+
+
+def _stopped_early(run: Path, metrics: Mapping[str, Any]) -> str:
+    if early_stopping.WAITED not in metrics or not (run / "config.yaml").is_file():
+        return ""
+    if metrics.get("step") == _last_step(run, metrics):
+        return ""
+    return early_stopping.stopped_early(load(run / "config.yaml").config, metrics) or ""
 
 
 def _evaluation(run: Path) -> float | None:

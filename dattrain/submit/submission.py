@@ -6,16 +6,18 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dattrain.config.load import dump, reasons
-from dattrain.errors import ConfigError, UserError
+from dattrain.errors import UserError
 from dattrain.files import write_text
 from dattrain.runtime import owner
-from dattrain.submit import checks, command, history, local, slurm, snapshot
+from dattrain.submit import checks, command, history, local, local_turns, queue, slurm, snapshot
 from dattrain.submit.cluster import Profile
 from dattrain.submit.dependency import dependency_on
 from dattrain.submit.job import Job
@@ -46,20 +48,22 @@ def submit(request: SubmitRequest) -> int:
         if dependency is None:
             upstream = None
             notes.append(f"--after {request.after}: it has ended well already, so nothing is waited for")
-    for stage, need in zip(planned.stages, planned.needs):
-        checks.check_stage(stage, request.images_per_second, waits=need is not None)
+    checks.check(planned, request)
     for stage in planned.stages:
         notes += [*stage.notes, *checks.overruled(stage, os.environ)]
+        for run, loaded in zip(stage.runs, stage.loaded):
+            checks.check_run(run, loaded)
     if request.dry_run:
+        print(describe(planned), flush=True)
+        if any(stage.profile.kind == "slurm" for stage in planned.stages):
+            if queue.answers():
+                for stage in planned.stages:
+                    notes += checks.check_slurm(stage)
+            else:
+                notes.append("no Slurm answers here, and so it was not asked")
         _print_notes(notes)
-        print(describe(planned))
         return 0
     for stage in planned.stages:
-        for run, loaded in zip(stage.runs, stage.loaded):
-            if loaded.config.data.train is None and stage.action == "train":
-                prefix = f"{run.name}." if planned.chain else ""
-                raise ConfigError(f"{stage.name}: data.train is not set: add {prefix}data.train=SHARDS")
-            checks.check_run(run, loaded)
         notes += checks.check_slurm(stage)
     _print_notes(notes)
     with reserved(planned.stages):
@@ -70,13 +74,44 @@ def submit(request: SubmitRequest) -> int:
             )
         if planned.root is not None:
             _write_chain(planned, planned.root)
-        _submit_stages(planned)
+        supervisor = None
+        if planned.stages[0].profile.kind == "local":
+            supervisor = _start_here(planned)
+        else:
+            _submit_stages(planned)
         if upstream is not None:
             add_dependents(upstream, planned.stages[0].runs)
     first = planned.stages[0].runs
     shown = relative(planned.root or (first[0] if len(first) == 1 else first[0].parent))
-    print(f"dattrain status {shown}    dattrain logs {relative(first[0])} -f    dattrain cancel {shown}")
+    print(
+        f"dattrain status {shown}    dattrain logs {relative(first[0])} -f    dattrain cancel {shown}",
+        flush=True,
+    )
+    if supervisor is not None and len(planned.runs) > 1:
+        return local_turns.follow(supervisor, planned.runs, again=_again(request))
     return 0
+
+
+def _start_here(planned: SubmissionPlan) -> subprocess.Popen[bytes]:
+    supervisor = local.start(planned.runs, planned.stages[0].profile)
+    for stage in planned.stages:
+        for run in stage.runs:
+            print(f"{stage.name}: job {local.job_of(supervisor)}, run folder {relative(run)}")
+    return supervisor
+
+
+def _again(request: SubmitRequest) -> str:
+    """The command line of a request for this machine."""
+    words = ["dattrain", "submit", request.config, *request.overrides, "--cluster", request.cluster]
+    words += ["--array", *request.array] if request.array else []
+    for option, value, usual in (
+        ("--gpus-per-node", request.gpus_per_node, None),
+        ("--time", request.time, None),
+        ("--retries", request.retries, 3),
+        ("--run", request.folder, None),
+    ):
+        words += [option, str(value)] if value != usual else []
+    return shlex.join([*words, *["--yes"] * request.yes])
 
 
 def _submit_stages(planned: SubmissionPlan) -> None:
@@ -160,7 +195,7 @@ def submit_stage(stage: Stage, dependency: str | None = None) -> list[str]:
         UserError: Slurm refuses it.
     """
     if stage.profile.kind == "local":
-        return [local.start(stage.runs[0], stage.profile)]
+        return [local.job_of(local.start(stage.runs, stage.profile))] * len(stage.runs)
     place = stage.placement(dependency)
     jobs = [Job(str(run), stage.action) for run in stage.runs]
     ids = _submit_slurm(stage.profile, place, jobs)

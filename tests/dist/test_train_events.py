@@ -35,6 +35,13 @@ def folder(tmp_path_factory, request):
     job("ended", "events", two)
     seen = [f"data.val={folder}/val", "eval.every_epochs=0.34", "eval.batch=4"]
     job("whole", "whole", [*two, *EVERY, *seen])
+    # Nothing gains 200 points: two evaluations after the first it is over, between two saves; and again after a preemption, and anew.
+    early = ["zero.stage=2", "train.precision=fp32", "train.max_steps=9", "eval.every_epochs=0.34", "eval.batch=4"]
+    early += [f"data.val={folder}/val", "train.early_stopping_patience=2", "train.early_stopping_min_delta=200"]
+    job("early", "early", early)
+    job("early-cut", "early-parts", early, {"2": "USR2"})
+    job("early-resumed", "early-parts", early)
+    job("early-again", "early-parts", early)
     for stage in range(4):
         job(
             f"skip-{stage}",
@@ -76,6 +83,17 @@ def test_whatever_interrupted_it_the_run_is_the_undisturbed_one(folder):
     # The undisturbed one was evaluated after every update, its weights swapped for the averages and back.
     assert curve(folder / "events") == curve(folder / "whole")
     assert_same(states(folder / "events", 5), states(folder / "whole", 5))
+
+
+def test_early_stopping_ends_a_resumed_run_where_it_ends_an_undisturbed_one_and_for_good(folder):
+    assert said(folder, "early-cut")["status"] == "preempted"
+    for name in ("early", "early-resumed", "early-again"):
+        assert said(folder, name) == {"status": "finished", "step": 3, "code": 0, "restored": True}, name
+    for run in ("early", "early-parts"):
+        assert [row["evaluations_without_improvement"] for row in rows(folder / run, "top1")] == [0, 1, 2]
+        log = (folder / run / "logs" / "rank_0.log").read_text()
+        assert "stopped early: top1 has not improved for 2 evaluations" in log
+    assert_same(states(folder / "early", 3), states(folder / "early-parts", 3))
 
 
 def test_evaluation_sees_each_image_once_and_computes_what_one_process_does(folder):

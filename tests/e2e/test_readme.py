@@ -42,30 +42,43 @@ def test_make_knows_the_two_commands_and_they_do_what_the_readme_says():
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    """Two shards with 8 photographs' worth of samples, without indexes, as a download would leave them."""
-    folder = tmp_path_factory.mktemp("imagenet22k")
-    for number in range(2):
-        with tarfile.open(folder / f"imagenet22k-train-{number:04d}.tar", "w") as tar:
-            for item in range(4):
-                picture = io.BytesIO()
-                Image.new("RGB", (64, 48), (40 * item, 90, 30 * number)).save(picture, "JPEG")
-                for suffix, data in (("jpg", picture.getvalue()), ("cls", str(item).encode())):
-                    member = tarfile.TarInfo(f"{number}_{item}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+def data(tmp_path_factory) -> Path:
+    """ImageNet-22K and -1K with an update's worth of samples each, without indexes, as a download would leave them."""
+    folder = tmp_path_factory.mktemp("data")
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 12), (40, 90, 30)).save(picture, "JPEG")
+    for name, count in (("imagenet22k", 4096), ("imagenet1k/train", 1024), ("imagenet1k/val", 8)):
+        (folder / name).mkdir(parents=True)
+        for number in range(2):
+            with tarfile.open(folder / name / f"imagenet-train-{number:04d}.tar", "w") as tar:
+                for item in range(count // 2):
+                    for suffix, content in (("jpg", picture.getvalue()), ("cls", str(item % 4).encode())):
+                        member = tarfile.TarInfo(f"{number}_{item}.{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
     return folder
 
 
-def test_from_there_to_imagenet(shards, tmp_path):
-    for line in blocks()[1]:
-        words = shlex.split(line.replace("/data/imagenet22k", str(shards)), comments=True)
+def test_from_there_to_imagenet(data, tmp_path):
+    said: dict[str, str] = {}
+    shown: list[str] = []
+    for line in "\n".join(blocks()[1]).replace("\\\n", " ").splitlines():
+        words = shlex.split(line.replace("/data/", f"{data}/"), comments=True)
+        if not words:
+            continue
         assert words[0] == "dattrain"
         if words[1] == "submit" and "--dry-run" not in words:
-            continue  # tests/slurm submits for real
+            assert words == shown[:-1]  # what was shown; tests/slurm submits for real
+            continue
         if words[1] == "status":  # nothing was submitted, which it says
             done = warm.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True)
             assert done.returncode == 2 and "no run folder" in done.stderr
             continue
-        run([sys.executable, "-m", *words], home=tmp_path)
-    assert len(list(shards.glob("*index*"))) >= 2
+        shown = words
+        said[words[1]] = run([sys.executable, "-m", *words], home=tmp_path)
+    assert len(list(data.glob("imagenet22k/*index*"))) >= 2
+    # As planned, so submitted: the devices, and how the batch is divided over them.
+    for batch in ("4096 = 32 device(s) x 128 x 1", "1024 = 32 device(s) x 32 x 1"):
+        assert f"batch {batch} accumulated" in said["submit"]
+        assert f"batch {batch.replace('device(s)', 'devices')} accumulated" in said["plan"]
+    assert said["submit"].count("#SBATCH --gpus-per-node=8") == 3

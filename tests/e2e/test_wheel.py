@@ -85,8 +85,9 @@ def test_recipes_and_chains_are_found_by_their_names(command, tmp_path):
     assert "scratch/in1k_dat_tiny_224" in listed and "in22k_to_in1k_384" in listed
     assert str(ROOT) not in listed
     planned = command(
-        tmp_path, "submit", "in22k_to_in1k_384", "--cluster", "generic", "--nodes", "2", "--dry-run"
-    )
+        tmp_path, "submit", "in22k_to_in1k_384", "--cluster", "generic", "--nodes", "2", "--dry-run",
+        "pretrain.data.train=22k", "finetune.data.train=1k", "finetune.data.val=val",
+    )  # fmt: skip
     assert "#SBATCH" in planned and str(ROOT) not in planned
 
 

@@ -115,7 +115,7 @@ def require() -> tuple[Any, Any]:
         from nvidia.dali import fn, types
     except ImportError as error:
         raise UserError(
-            f"data.decoder=dali needs NVIDIA DALI ({error}); install it with `pip install dattrain[dali]`, or set "
+            f"data.decoder=dali needs NVIDIA DALI ({error}); install it (in the checkout: pip install -e '.[dali]'), or set "
             "data.decoder=cpu"
         ) from error
     return fn, types

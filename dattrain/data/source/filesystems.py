@@ -15,7 +15,7 @@ _EXTRA = {
     "https": "aiohttp",
     "hf": "huggingface-hub",
 }
-"""What each kind of source needs besides fsspec: the extra ``dattrain[remote]`` has them all."""
+"""What each kind of source needs besides fsspec: the extra ``remote`` has them all."""
 
 
 class FileSystems:
@@ -65,7 +65,7 @@ class FileSystems:
             system = fsspec.filesystem(scheme, **options)
         except (ImportError, ValueError, TypeError) as error:
             needs = _EXTRA.get(scheme)
-            hint = f"; install {needs} (pip install dattrain[remote])" if needs else ""
+            hint = f"; install {needs} (in the checkout: pip install -e '.[remote]')" if needs else ""
             raise UserError(f"{url}: cannot be opened ({error}){hint}") from error
         if scheme == "s3":
             system.retries = 1

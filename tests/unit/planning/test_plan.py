@@ -21,8 +21,9 @@ from dattrain.cli.plan import render
 from dattrain.config.schema import Config
 from dattrain.engine import activation_checkpointing, memory
 from dattrain.errors import ConfigError, UserError
-from dattrain.models import zoo
+from dattrain.models import flops, zoo
 from dattrain.planning import plan
+from dattrain.submit import cpu_time
 
 WITHIN = 0.15
 
@@ -181,6 +182,22 @@ def test_arithmetic_of_steps_hours_and_reading() -> None:
     assert found["checkpoint_bytes"] == 12 * found["parameters"]
     assert found["problems"] == []
     assert "1,281,167 images an epoch" in verb.render(config, found)
+
+
+@pytest.mark.parametrize("name", cpu_time.GFLOPS)
+def test_the_bound_on_cpus_counts_as_the_models_do(name: str) -> None:
+    with torch.device("meta"):
+        model = zoo.create(name, num_classes=1000, img_size=224)
+    assert flops.flops(model, 224) / 1e9 == pytest.approx(cpu_time.GFLOPS[name], rel=2e-3)
+
+
+def test_a_plan_of_cpus_alone_says_how_long_it_takes_at_least() -> None:
+    config = _config(data={"labels": "imagenet-1k"}, schedule={"epochs": 3e6})
+    found = plan.plan(config, plan.Resources(nodes=2, gpus_per_node=1, cpu_cores=4, device="cpu"))
+    days = found["steps"] * 64 * 6 * 0.303e9 * (64 / 224) ** 2 / (8 * cpu_time.CORE) / 86400
+    assert found["cpu_time"]["seconds"] == pytest.approx(days * 86400)
+    assert f"on 2 CPU task(s) of 4 core(s): at least {days / 365.25:,.0f} years" in verb.render(config, found)
+    assert plan.plan(config, plan.Resources(gpus_per_node=1, device="cpu"))["cpu_time"] is None
 
 
 def test_what_does_not_fit_is_called_a_problem(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_commands_have_verbs_and_options_that_exist(page):
     for command in commands(page):
         words = shlex.split(command, comments=True)
         verb = words[1]
-        if not re.fullmatch(r"[a-z]+", verb):
+        if not re.fullmatch(r"[a-z][a-z-]*", verb):
             continue
         assert verb in VERBS, f"{page.name}: {command}"
         parser = argparse.ArgumentParser(prog=verb)
@@ -69,6 +69,11 @@ def options(parser: argparse.ArgumentParser) -> set[str]:
             for sub in action.choices.values():
                 found |= options(sub)
     return found
+
+
+def test_nobody_is_told_to_install_a_package_that_no_index_has():
+    texts = [*PAGES, *(ROOT / "dattrain").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    assert [p for p in texts if re.search(r"pip install \S?dattrain", p.read_text())] == []
 
 
 @pytest.mark.parametrize(

@@ -167,3 +167,17 @@ def test_the_last_step_is_the_same_from_the_first_on(
     row = {"step": step, "samples": 32 * step, "epoch": round(step / 12, 6)}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert run_status.status_of(tmp_path, {}).last_step == last
+
+
+def test_a_run_that_stopped_early_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "data: {val: v}\ntrain: {global_batch: 8, micro_batch: 8, early_stopping_patience: 2}\nschedule: {warmup_epochs: 0}\n"
+    )
+    for event in (SUBMIT, BEGIN, _end("done", "finished")):
+        history.record(tmp_path, **{k: v for k, v in event.items() if k != "time"})
+    row = {"step": 6, "samples": 48, "epoch": 0.5, "top1": 9.0, "evaluations_without_improvement": 2}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    shown = run_status.render([run_status.status_of(tmp_path, {})])
+    assert "finished: stopped early: top1 has not improved for 2 evaluations" in shown
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({**row, "evaluations_without_improvement": 1}) + "\n")
+    assert "stopped early" not in run_status.render([run_status.status_of(tmp_path, {})])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dattrain.cli import submit as verb
 from dattrain.errors import UserError
 from dattrain.submit import dependency, history, submission
 from dattrain.submit.plan import SubmitRequest
@@ -123,7 +126,7 @@ def test_nodes_that_are_drained_are_said_and_waited_for(
 
 
 def test_an_array_runs_some_at_a_time(site: Site) -> None:
-    assert submission.submit(replace(ASKED, array="optim.lr=1e-3,5e-4,1e-4", array_parallel=2)) == 0
+    assert submission.submit(replace(ASKED, array=("optim.lr=1e-3,5e-4,1e-4",), array_parallel=2)) == 0
     script = (site.folder / "runs/demo/submit/slurm/42_submission.sh").read_text()
     assert "#SBATCH --array=0-2%2\n" in script
 
@@ -241,3 +244,37 @@ def test_a_chain_that_slurm_takes_a_part_of_says_what_is_queued_and_how_the_rest
     site.program("sbatch", 'case "$1" in --test-only) exit 0;; esac; echo 43')
     assert submission.submit(replace(ASKED, config="runs/two/b", after="runs/two/a")) == 0
     assert history.history(site.folder / "runs/two/b")[-1]["dependency"] == "afterok:42"
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_given() -> None:
+    words = [
+        "r.yaml",
+        "data.train=my photos",
+        "--cluster",
+        "local",
+        "--array",
+        "optim.lr=1,2",
+        "train.seed=0,1",
+    ]
+    words += ["--gpus-per-node", "2", "--retries", "0", "--run", "there", "--yes"]
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    seen: list[SubmitRequest] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(submission, "submit", lambda request: seen.append(request) or 0)
+        verb.run(parser.parse_args(words))
+    assert shlex.split(submission._again(seen[0])) == ["dattrain", "submit", *words]
+
+
+def test_a_dry_run_asks_a_slurm_that_answers_and_shows_the_script_all_the_same(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = replace(ASKED, dry_run=True)
+    site.program("sbatch", 'echo "sbatch: error: invalid partition specified: main" >&2; exit 1')
+    assert submission.submit(asked) == 0
+    assert "no Slurm answers here" in capsys.readouterr().err
+    site.program("sinfo", "echo 'main*'")
+    with pytest.raises(UserError, match="profile ./c.yaml: invalid partition specified: main"):
+        submission.submit(asked)
+    assert "#SBATCH --partition=main" in capsys.readouterr().out
+    assert not (site.folder / "runs").exists()

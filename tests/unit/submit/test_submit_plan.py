@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dattrain.cli import plan as plan_verb
+from dattrain.cli.main import main
 from dattrain.config.load import loads
 from dattrain.data.classes import Classes
 from dattrain.data.source.index import CatalogueEntry, write_catalogue
@@ -44,17 +47,59 @@ def test_a_recipe_becomes_one_run_named_after_it(home: Path) -> None:
 
 
 def test_an_array_is_a_run_for_each_value_with_commas_kept_in_brackets(home: Path) -> None:
-    (stage,) = plan.plan(replace(ASKED, array="optim.betas=[0.9,0.99],[0.9,0.999]")).stages
+    (stage,) = plan.plan(replace(ASKED, array=("optim.betas=[0.9,0.99],[0.9,0.999]",))).stages
     assert [run.name for run in stage.runs] == ["optim.betas=_0.9_0.99_", "optim.betas=_0.9_0.999_"]
     assert [loaded.config.optim.betas for loaded in stage.loaded] == [(0.9, 0.99), (0.9, 0.999)]
     assert stage.placement().folder == home / "runs" / "demo" / "submit" / "slurm"
     for text, words in (
         ("optim.lr", "write key=v1,v2"),
+        ("optim.lr=", "write key=v1,v2"),
         ("optim.lr=1e-3,1e-3", "there twice"),
         ("optim.lrr=1", "did you mean"),
     ):
         with pytest.raises(ConfigError, match=words):
-            plan.plan(replace(ASKED, array=text))
+            plan.plan(replace(ASKED, array=(text,)))
+
+
+def test_an_array_of_several_keys_is_their_product_named_by_what_differs(home: Path) -> None:
+    words = ("optim.lr=1e-3,5e-4", "train.seed=0,1", "schedule.epochs=30")
+    (stage,) = plan.plan(replace(ASKED, array=words)).stages
+    assert [run.name for run in stage.runs] == [
+        "optim.lr=1e-3,train.seed=0", "optim.lr=1e-3,train.seed=1", "optim.lr=5e-4,train.seed=0", "optim.lr=5e-4,train.seed=1"
+    ]  # fmt: skip
+    assert [(c.config.optim.lr, c.config.train.seed, c.config.schedule.epochs) for c in stage.loaded] == [
+        (1e-3, 0, 30), (1e-3, 1, 30), (5e-4, 0, 30), (5e-4, 1, 30)
+    ]  # fmt: skip
+    (stage,) = plan.plan(replace(ASKED, array=("train.seed=3",))).stages
+    assert [run.name for run in stage.runs] == ["train.seed=3"]
+    for refused, why in (
+        (("optim.lr=1e-3", "optim.lr=2e-3"), "optim.lr is there twice"),
+        (("train.seed=0,1", "optim.lrr=1,2"), "did you mean"),
+        (
+            ("data.train=a/b,a:b",),
+            "data.train=a/b and data.train=a:b would both be trained in a folder data.train=a_b",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            plan.plan(replace(ASKED, array=refused))
+
+
+def test_the_verb_takes_the_words_behind_array(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "submit",
+        "r.yaml",
+        "optim.clip=1",
+        "--array",
+        "optim.lr=1e-3,5e-4",
+        "train.seed=0,1",
+        "--cluster",
+        "local",
+        "--dry-run",
+    ]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("run folder") == 4
+    assert "one after the other (this is 1 to 4 of 4)" in shown
 
 
 def test_a_dry_run_prints_plan_and_script_and_writes_nothing(
@@ -107,7 +152,7 @@ def test_a_run_folder_is_continued_with_its_own_recipe(home: Path) -> None:
     assert stage.runs == (run,)
     assert (stage.loaded[0].config.train.seed, stage.loaded[0].config.train.micro_batch) == (3, 4)
     with pytest.raises(ConfigError, match="leave --array and --run out"):
-        plan.plan(replace(ASKED, config=str(run), array="optim.lr=1,2"))
+        plan.plan(replace(ASKED, config=str(run), array=("optim.lr=1,2",)))
     with pytest.raises(ConfigError, match="neither a recipe nor a run folder"):
         plan.plan(replace(ASKED, config=str(home)))
 
@@ -198,7 +243,7 @@ def test_time_limits_have_room_for_a_step_and_a_save(home: Path) -> None:
 
 
 def test_a_measured_speed_is_used_when_a_run_is_continued(home: Path) -> None:
-    run = _run_folder(home, "train: {global_batch: 64, micro_batch: 8}\n")
+    run = _run_folder(home, "train: {global_batch: 64, micro_batch: 8}\ndata: {train: shards}\n")
     (run / "metrics.jsonl").write_text('{"step": 1, "images_per_s": 0.5}\n')
     assert checks.measured(run, 64) == (128.0, None)
     with pytest.raises(ConfigError, match="one step"):
@@ -211,10 +256,13 @@ def test_a_measured_speed_is_used_when_a_run_is_continued(home: Path) -> None:
         ({"retries": -1}, "0 or more"),
         ({"after": "77x"}, "neither a job id nor a run folder"),
         ({"cluster": "local", "nodes": "2"}, "this machine alone"),
-        ({"cluster": "local", "array": "optim.lr=1,2"}, "--array needs a Slurm cluster"),
+        (
+            {"cluster": "local", "array": ("optim.lr=1,2",), "array_parallel": 2},
+            "on --cluster local the runs of an array follow",
+        ),
         ({"cluster": "local", "after": "7"}, "--after needs a Slurm cluster"),
         ({"array_parallel": 2}, "1 or more runs of an --array at a time"),
-        ({"array": "optim.lr=1,2", "array_parallel": 0}, "1 or more runs of an --array at a time"),
+        ({"array": ("optim.lr=1,2",), "array_parallel": 0}, "1 or more runs of an --array at a time"),
         ({"folder": "runs/50%j"}, "'%' in a path does not survive Slurm"),
         ({"folder": "runs/back\\slash"}, r"'\\\\' in a path does not survive Slurm"),
         ({"folder": "runs/" + "ä" * 128}, "a name of 256 bytes"),
@@ -232,6 +280,62 @@ def test_refusals(home: Path, changes: dict[str, object], words: str) -> None:
 def test_paths_that_a_shell_would_read_otherwise_are_fine(home: Path) -> None:
     for name in ("with space", "it's", "do$HOME", "größe-実験", 'dq"x', "semi;colon&x", "a,b:c"):
         _check(replace(ASKED, folder=f"runs/{name}"))
+
+
+IMAGENET = ["in22k_dat_base_224", "data.train=shards", "--nodes", "4"]
+
+
+def _said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """Exit code of a command, and its last line of error without the verb."""
+    code = main([*words])
+    return code, capsys.readouterr().err.strip().splitlines()[-1].partition(": ")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([*IMAGENET, "--gpus-per-node", "0"], r"CPUs alone .*generic.* 4 node\(s\) x 1 .*takes at least \d years by the plan's estimate.*--yes"),
+        (["in22k_dat_base_224"], "data.train is not set: add data.train=SHARDS"),
+        (["in22k_to_in1k_384", "pretrain.data.train=x"], "finetune: data.train is not set: add finetune.data.train=SHARDS"),
+        ([*IMAGENET, "--gpus-per-node", "3"], r"with 4 node\(s\) of 3 device\(s\)"),
+        ([*IMAGENET, "train.early_stopping_patience=3"], "data.val is not set"),
+        (["in1k_dat_base_384", "data.train=x"], "is a fine-tune .*init.from is not set"),
+        (["r.yaml", "data.train=four"], r"data.train=four has 4 samples, fewer than one train.global_batch=64"),
+    ],
+)  # fmt: skip
+def test_plan_dry_run_and_submit_refuse_alike(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    expected: str,
+) -> None:
+    def figures(*_: object) -> None:
+        raise UserError("counting activations of large networks takes half a minute")
+
+    monkeypatch.setattr(plan_verb, "_figures", figures)
+    (home / "four").mkdir()
+    for name in ("a-0", "a-1"):
+        (home / "four" / f"{name}.tar").write_bytes(bytes(1024))
+        (home / "four" / f"{name}.index.npz").touch()
+    write_catalogue(home / "four", {f"a-{n}.tar": CatalogueEntry(2, 1024, "") for n in (0, 1)})
+    code, message = _said(capsys, "submit", *words)
+    assert code == 2 and re.search(expected, message), message
+    assert _said(capsys, "submit", *words, "--dry-run") == (code, message)
+    assert _said(capsys, "plan", *words) == (code, message)
+    assert not (home / "runs").exists()
+
+
+def test_what_is_absurd_on_cpus_may_be_meant(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = SubmitRequest("in22k_dat_base_224", ("data.train=shards",), gpus_per_node=0)
+    with pytest.raises(ConfigError, match="years by the plan's estimate"):
+        submission.submit(replace(asked, dry_run=True))
+    assert submission.submit(replace(asked, dry_run=True, yes=True)) == 0
+    assert submission.submit(replace(asked, dry_run=True, gpus_per_node=8)) == 0
+    short = ("data.train=shards", "train.max_steps=50", "train.global_batch=64", "train.micro_batch=16")
+    assert submission.submit(replace(asked, dry_run=True, overrides=short)) == 0
+    # At a speed that is known the bound is no longer asked.
+    assert submission.submit(replace(asked, dry_run=True, images_per_second=1e6)) == 0
 
 
 def test_without_slurm_or_data_it_says_so_and_writes_nothing(home: Path) -> None:

@@ -1,9 +1,15 @@
-"""What a training reports: rows of ``metrics.jsonl`` and TensorBoard, the log line, the live line. Rank 0 writes."""
+"""What a training reports: rows of ``metrics.jsonl`` and loggers, events, the log line, the live line. Rank 0 writes.
+
+The page that is made of them comes from outside (``train.OnEvaluation``), since it knows more than a training does.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +21,17 @@ from dattrain.config.schema import Config
 from dattrain.engine.step import Update
 from dattrain.engine.step_status import Slowest, StepStatus
 from dattrain.errors import UserError
+from dattrain.files import reason, write_atomically
+from dattrain.observe import events
 from dattrain.observe.metrics import Metrics
 from dattrain.observe.throughput import Meter, memory_gb, peak_flops
 from dattrain.runtime import collectives
 from dattrain.runtime.logging import Console
 from dattrain.tasks.base import Task
+from dattrain.urls import mask
+
+PREDICTIONS = "predictions.json"
+"""File of a run folder: what the newest evaluation found beside its metrics (``tasks.base.Evaluator.predictions``)."""
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +42,7 @@ class Reporter:
     Args:
         step: the update that training resumes at; later rows of an attempt that was killed are removed.
         first: whether this is rank 0; the others measure but do not write.
+        on_evaluation: called on rank 0 with the run folder once an evaluation is written down.
     """
 
     def __init__(
@@ -44,12 +57,13 @@ class Reporter:
         samples_per_epoch: int,
         console: Console | None,
         first: bool,
+        on_evaluation: Callable[[Path], None] = lambda run_dir: None,
     ) -> None:
         self.config, self.task, self.derived, self.device = config, task, derived, device
         self.samples_per_epoch = samples_per_epoch
         self.bad_samples = 0
         self.meter = Meter()
-        self._console = console
+        self._console, self._run_dir, self._on_evaluation = console, run_dir, on_evaluation
         self._metrics: Metrics | None = None
         if first:
             try:
@@ -61,9 +75,18 @@ class Reporter:
         )
         self._mfu_scale = _mfu_scale(config, task, derived, device)
 
-    def begin(self, step: int, last: int) -> None:
-        """Say what is about to be trained."""
+    def event(self, event: str, step: int, **fields: Any) -> None:
+        """Write down what happens (``observe.events``)."""
+        if self._metrics is not None:
+            events.record(self._run_dir, event, step=step, **fields)
+
+    def begin(self, step: int, last: int, hosts: Sequence[str]) -> None:
+        """Say what is about to be trained, on which hosts (one per rank)."""
         c, d = self.config, self.derived
+        self.event(
+            "start", step, last=last, world=d.world, nodes=list(dict.fromkeys(hosts)), device=str(self.device),
+            job=os.environ.get("SLURM_JOB_ID"),
+        )  # fmt: skip
         log.info(
             "%s: %s, updates %d to %d of %d samples (%d x %d x %d), %.1f per epoch, ZeRO-%d, %s, on %s",
             c.name, c.model.name, step, last, c.train.global_batch, d.world, d.accumulation, c.train.micro_batch,
@@ -122,8 +145,15 @@ class Reporter:
         elif self._console is not None:
             self._console.live(self._line(row, None))
 
-    def evaluation(self, metrics: dict[str, float], step: int, samples: int, seconds: float) -> None:
-        """Write the row and line of one evaluation. In rows the loss is ``eval_loss``: ``loss`` is the training loss."""
+    def evaluation(
+        self,
+        metrics: dict[str, float],
+        predictions: Mapping[str, Any],
+        step: int,
+        samples: int,
+        seconds: float,
+    ) -> None:
+        """Write the row, the line and the predictions of one evaluation. In rows its loss is ``eval_loss``; ``loss`` is training's."""
         self._evaluated.add(step)
         self.pause(seconds)
         if self._metrics is None:
@@ -141,6 +171,14 @@ class Reporter:
             "step %d: %s on %d images in %s",
             step, self.task.summary(metrics), metrics["images"], duration(seconds),
         )  # fmt: skip
+        self.event("evaluation", step)
+        if predictions:
+            about = {"step": step, "data": mask(self.config.data.val or ""), "averaged": "ema_top1" in metrics}
+            try:
+                write_atomically(self._run_dir / PREDICTIONS, json.dumps({**about, **predictions}))
+            except OSError as error:
+                log.warning("%s cannot be written (%s)", self._run_dir / PREDICTIONS, reason(error))
+        self._on_evaluation(self._run_dir)
 
     def pause(self, seconds: float) -> None:
         """Leave ``seconds`` out of the rates."""
@@ -148,6 +186,7 @@ class Reporter:
 
     def end(self, status: str, step: int) -> None:
         """Say how it ended."""
+        self.event("end", step, status=status)
         log.info("%s at step %d of %d", status, step, self.derived.last_step)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ class Trainer:
         console: Console | None,
         stack: ExitStack,
         owner: Owner | None,
+        on_evaluation: Callable[[Path], None],
     ) -> None:
         self.config, self.run_dir, self.env, self.device = config, run_dir, env, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -126,6 +128,7 @@ class Trainer:
         self.reporter = Reporter(
             config, self.task, run_dir, self.derived, device, step=self.step,
             samples_per_epoch=self.samples_per_epoch, console=console, first=self.rank == 0,
+            on_evaluation=on_evaluation,
         )  # fmt: skip
         stack.callback(self.reporter.close)
         self.stragglers = Stragglers(env.host, device)
@@ -140,7 +143,7 @@ class Trainer:
     def run(self) -> Outcome:
         """Train to the end, or until all ranks agree to stop."""
         last = self.derived.last_step
-        self.reporter.begin(self.step, last)
+        self.reporter.begin(self.step, last, self.stragglers.hosts)
         self.checkpointer.prepare(self.session.engine, self.session.ema_tensors)
         if self.step and self._due(self.derived.eval_steps) and not self.reporter.evaluated(self.step):
             # Killed between a save and its evaluation.
@@ -214,6 +217,7 @@ class Trainer:
             UserError: rolling back has not helped; names the debug dump.
         """
         log.warning("step %d was not finite and was skipped (%d in a row)", self.step, decision.in_a_row)
+        self.reporter.event("skipped", self.step, in_a_row=decision.in_a_row)
         if decision.action is Action.SKIP:
             return
         folder = write_debug_dump(self.run_dir, self.step, self.session.engine, update, self.rank)
@@ -229,6 +233,7 @@ class Trainer:
         log.warning(
             "rolling back to the weights of step %d, training on past step %d", found[1].step, self.step
         )
+        self.reporter.event("rollback", self.step, to=found[1].step)
         if as_pair(found[1].meta["img_size"]) == as_pair(self.img_size):
             self.checkpointer.resume(self.session.engine, self.session.ema_tensors)
         else:
@@ -262,7 +267,10 @@ class Trainer:
         except Interrupted:
             log.info("evaluation stopped: asked to end")
             return StopRequest.STOP if self.preemption.request() == StopRequest.STOP else StopRequest.PREEMPT
-        self.reporter.evaluation(metrics, self.step, self.samples_seen, time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        self.reporter.evaluation(
+            metrics, self.evaluations.predictions, self.step, self.samples_seen, seconds
+        )
         self.watchdog.beat("evaluated")
         self.watchdog.pauses()  # left out already
         return StopRequest.NONE
@@ -288,6 +296,7 @@ class Trainer:
             self.session.engine, self.session.ema_tensors, meta, background=background
         )
         self._saved = self.step
+        self.reporter.event("save", self.step)
         self.reporter.pause(lost)
         self.watchdog.pauses()  # left out already
 
@@ -297,6 +306,7 @@ class Trainer:
         if size == self.img_size or self.step >= self.derived.last_step:
             return
         log.info("from step %d on: %s px instead of %s", self.step, size, self.img_size)
+        self.reporter.event("resize", self.step, img_size=size)
         self.save(background=False)
         found = newest_checkpoint(self.checkpointer.root, read_all=self._read_all)
         assert found is not None

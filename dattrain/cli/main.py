@@ -20,6 +20,10 @@ from dattrain.urls import mask
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("dattrain.cli.train", "train a recipe, or resume a run folder"),
     "eval": ("dattrain.cli.eval", "accuracy and more of a run or checkpoint"),
+    "report": (
+        "dattrain.cli.report",
+        "one page of a run, or of several: curves, time line, images, settings",
+    ),
     "predict": ("dattrain.cli.predict", "classes of images"),
     "viz": ("dattrain.cli.viz", "draw sampling points, offsets and attention on images"),
     "data": ("dattrain.cli.data", "pack, verify, index, list and describe shards"),

@@ -30,9 +30,6 @@ from dattrain.runtime.logging import Console
 from dattrain.tasks.base import Task
 from dattrain.urls import mask
 
-PREDICTIONS = "predictions.json"
-"""File of a run folder: what the newest evaluation found beside its metrics (``tasks.base.Evaluator.predictions``)."""
-
 log = logging.getLogger(__name__)
 
 
@@ -173,11 +170,15 @@ class Reporter:
         )  # fmt: skip
         self.event("evaluation", step)
         if predictions:
-            about = {"step": step, "data": mask(self.config.data.val or ""), "averaged": "ema_top1" in metrics}
+            about = {
+                "step": step,
+                "data": mask(self.config.data.val or ""),
+                "averaged": "ema_top1" in metrics,
+            }
             try:
-                write_atomically(self._run_dir / PREDICTIONS, json.dumps({**about, **predictions}))
+                write_atomically(self._run_dir / events.PREDICTIONS, json.dumps({**about, **predictions}))
             except OSError as error:
-                log.warning("%s cannot be written (%s)", self._run_dir / PREDICTIONS, reason(error))
+                log.warning("%s cannot be written (%s)", self._run_dir / events.PREDICTIONS, reason(error))
         self._on_evaluation(self._run_dir)
 
     def pause(self, seconds: float) -> None:

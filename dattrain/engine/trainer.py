@@ -268,9 +268,7 @@ class Trainer:
             log.info("evaluation stopped: asked to end")
             return StopRequest.STOP if self.preemption.request() == StopRequest.STOP else StopRequest.PREEMPT
         seconds = time.perf_counter() - begin
-        self.reporter.evaluation(
-            metrics, self.evaluations.predictions, self.step, self.samples_seen, seconds
-        )
+        self.reporter.evaluation(metrics, self.evaluations.predictions, self.step, self.samples_seen, seconds)
         self.watchdog.beat("evaluated")
         self.watchdog.pauses()  # left out already
         return StopRequest.NONE

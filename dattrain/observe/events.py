@@ -22,6 +22,8 @@ from dattrain.files import reason
 from dattrain.observe.metrics import parse
 
 FILE = "events.jsonl"
+PREDICTIONS = "predictions.json"
+"""Beside it: what the newest evaluation found besides its metrics (``tasks.base.Evaluator.predictions``)."""
 
 log = logging.getLogger(__name__)
 

@@ -158,9 +158,7 @@ class Accuracy:
         logits = forward(images).float()
         weight = batch.weight.double()
         losses = F.cross_entropy(logits, batch.labels, reduction="none").double()
-        self._predictions.add(
-            batch.images, logits, losses, batch.labels, weight, batch.position, batch.keys
-        )
+        self._predictions.add(batch.images, logits, losses, batch.labels, weight, batch.position, batch.keys)
         hits = logits.topk(self._top, dim=1).indices == batch.labels[:, None]
         self._sums[0] += (hits[:, 0] * weight).sum()
         self._sums[1] += (hits.any(dim=1) * weight).sum()

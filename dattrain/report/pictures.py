@@ -59,17 +59,17 @@ def evaluate(run_dir: Path, device: torch.device) -> dict[str, Any]:
     config = config_of(run_dir)
     if config is None or config.data.val is None:
         raise UserError(f"{run_dir}: data.val is not set, so there is nothing to evaluate on")
-    config = adjusted(config, Options())
+    spec, config = config.data.val, adjusted(config, Options())
     manifest = read_manifest(checkpoint.locate(run_dir))
     evaluator = create_task(config).evaluator(device, torch.float32)
-    loader = inference.open_loader(config, cfg, config.data.val, inference.Views(), device=device)
+    loader = inference.open_loader(config, cfg, spec, inference.Views(), device=device)
     with closing(loader), torch.inference_mode(), Progress(run_dir.name, "batches", shown=True) as progress:
         for number, batch in enumerate(loader, 1):
             evaluator.update(model, batch, lockstep=False)
             progress(number, len(loader))
         found = {
             "step": manifest.step,
-            "data": mask(config.data.val),
+            "data": mask(spec),
             "averaged": "ema" in manifest.states,
             **evaluator.predictions(_Alone()),
         }

@@ -7,6 +7,7 @@ nodes, and what ended them (``submit.history``). A process that was killed says 
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -103,7 +104,7 @@ def restarts(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "step": each["first_step"],
             "text": "restart" + (f" after: {before['how']}" if before["how"] else ""),
         }
-        for before, each in zip(found, found[1:])
+        for before, each in itertools.pairwise(found)
         if each["first_step"]
     ]
     marks += [
@@ -117,7 +118,7 @@ def restarts(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def trained_s(found: Sequence[Mapping[str, Any]]) -> float:
     """Seconds that the attempts took together, as far as they were heard of."""
-    return sum((each["end"] or each["last"]) - each["start"] for each in found)
+    return float(sum((each["end"] or each["last"]) - each["start"] for each in found))
 
 
 def _merged(events: Sequence[Event], jobs: Sequence[Event], starts: Sequence[Event]) -> list[Event]:
@@ -142,14 +143,13 @@ def _said(event: Event) -> str:
     kind, step = event["event"], event.get("step")
     if kind == "warning":
         return str(event.get("text"))
-    said = {
-        "evaluation": "evaluation",
-        "save": "checkpoint",
-        "skipped": "update skipped: not finite",
-        "rollback": f"rolled back to the weights of step {event.get('to')}",
-        "resize": f"from here on at {event.get('img_size')} px",
-    }[kind]
-    return f"{said} at step {step}"
+    return {
+        "evaluation": f"evaluation at step {step}",
+        "save": f"checkpoint of step {step}",
+        "skipped": f"update {step} skipped: not finite",
+        "rollback": f"rolled back at step {step} to the weights of step {event.get('to')}",
+        "resize": f"from step {step} on at {event.get('img_size')} px",
+    }[str(kind)]
 
 
 def _seconds(text: Any) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -65,6 +66,32 @@ def test_averaged_weights_are_the_default_and_checkpoints_can_be_named(run, tmp_
     assert cli.main(["eval", str(step), "--workers", "0", "--compare", str(run)]) == 0
     out = capsys.readouterr().out
     assert "step 6, EMA" in out and "+0.00 (+0.00 to +0.00)" in out
+
+
+def test_a_training_ends_with_a_page_with_its_images_and_their_sampling_points(run, tmp_path, capsys):
+    (shown,) = page_of(run / "report.html")["runs"]
+    assert [attempt["how"] for attempt in shown["attempts"]] == ["finished"]
+    assert shown["confusion"]["images"] == 60
+    assert shown["confusion"]["wrong"] == round(60 - 0.6 * logged(run)["ema_top1"])
+    assert {item["label"] for item in shown["images"]["best"]} <= set(NAMES)
+    (block, _) = shown["images"]["worst"][0]["points"]
+    assert block["label"].startswith("stage 3") and [len(group) for group in block["groups"]] == [16, 16]
+    assert (run / "results.png").is_file()
+    # The training has shown what an evaluation of its weights shows.
+    kept = json.loads((run / "predictions.json").read_text())
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints", "classes.json"):
+        (copy / name).symlink_to(run / name)
+    assert cli.main(["report", str(copy), "--device", "cpu"]) == 0
+    anew = json.loads((copy / "predictions.json").read_text())
+    assert anew["averaged"] and anew["step"] == 6 and anew["pairs"] == kept["pairs"]
+    assert [item["name"] for item in anew["worst"]] == [item["name"] for item in kept["worst"]]
+    assert "no images" not in capsys.readouterr().out
+
+
+def page_of(path):
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.DOTALL)[1])
 
 
 def test_predictions_have_the_names_of_the_class_folders(run, capsys):

@@ -286,6 +286,8 @@ class Trainer:
             "epoch": self.samples_seen / self.samples_per_epoch,
             "img_size": self.img_size,
             "metrics": self.evaluations.metrics if self.evaluations.step == self.step else {},
+            # A label set tells them; names of one's own travel with the weights.
+            "class_names": [] if self.config.data.labels else list(self.loader.classes.names),
             "health": self.policy.state(),
             "bad_samples": self.reporter.bad_samples,
             resume_rules.META: self._fixed,

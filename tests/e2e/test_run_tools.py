@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import warm
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from fashion_images import NAMES, image_folder
 
 from dattrain.cli import main as cli
+from dattrain.pretrained.weights import load_model
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo" / "pretrain.yaml"
 
@@ -146,6 +148,22 @@ def test_pictures_and_exports_of_a_run(run, tmp_path):
     assert json.loads(report.read_text())["top1"] == pytest.approx(
         logged(run)["ema_top1"], abs=100 / 60 + 1e-6
     )
+
+
+def test_a_models_card_says_how_it_was_trained_and_how_good_it_is(run, tmp_path):
+    out = tmp_path / "mine"
+    assert cli.main(["export", str(run), "--to", "hub", str(out)]) == 0
+    card = huggingface_hub.ModelCard.load(out / "README.md")
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values["top-1 accuracy"] == pytest.approx(logged(run)["ema_top1"], abs=1e-3)
+    assert "- length: 6 updates" in card.text and "- evaluated on: shards/val" in card.text
+    assert str(tmp_path.parent) not in card.text  # nobody learns where it lay
+
+
+def test_names_of_classes_travel_with_a_checkpoint(run, tmp_path):
+    (tmp_path / "config.yaml").symlink_to(run / "config.yaml")
+    (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+    assert load_model(tmp_path)[1].classes == tuple(sorted(NAMES))
 
 
 def test_a_checkpoint_without_its_config_says_so(run, tmp_path, capsys):

@@ -20,6 +20,8 @@ from dattrain.state.format import checkpoint
 from dattrain.state.format.manifest import read_manifest
 from dattrain.urls import mask
 
+_PLACES = ("train", "val", "validation", "test", "shards")
+"""Folders that every set has: not its name."""
 NAMED = 30
 """Class names at most that the card lists; ``config.json`` has all."""
 
@@ -192,8 +194,7 @@ def _set(spec: str | None) -> str:
     if not spec:
         return ""
     parts = [part for part in PurePosixPath(mask(spec).split("?")[0]).parts if not set(part) & set("*{[")]
-    while len(parts) > 1 and parts[-1] in ("train", "val", "shards", "validation"):
-        parts, last = parts[:-1], parts[-1]
-        if parts[-1] not in ("shards", "/"):
-            return f"{parts[-1]}/{last}"
-    return parts[-1] if parts and parts[-1] != "/" else ""
+    first = len(parts) - 1
+    while first > 0 and parts[first] in _PLACES:
+        first -= 1
+    return "/".join(parts[max(first, 0) :]).strip("/")

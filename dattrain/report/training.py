@@ -11,18 +11,18 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dattrain.config.schema import Config
 from dattrain.engine import train as training
-from dattrain.engine.trainer import Outcome
 from dattrain.errors import UserError
-from dattrain.observe import events
+from dattrain.observe import events, metrics
 from dattrain.report import page
 from dattrain.runtime import environment
 from dattrain.runtime.environment import Env
+
+if TYPE_CHECKING:
+    from dattrain.engine.trainer import Outcome
 
 Jobs = Callable[[Path], Sequence[Mapping[str, Any]]]
 """A run folder to the history of its jobs (``submit.history.history``)."""
@@ -50,7 +50,7 @@ def train(config: Config, run_dir: Path, jobs: Jobs, *, env: Env | None = None) 
         if outcome.status == "preempted":
             _write(run_dir, jobs)  # there is no time for more
         else:
-            finish(run_dir, jobs, environment.pick_device(env))
+            finish(run_dir, jobs, env)
     return outcome
 
 
@@ -74,28 +74,23 @@ class LivePage:
         self._took = self._written - begin
 
 
-def finish(run_dir: Path, jobs: Jobs, device: torch.device) -> None:
-    """The page with sampling points where there are images, and ``results.png``."""
-    _attempt(run_dir / events.PREDICTIONS, lambda: add_points(run_dir, device))
+def finish(run_dir: Path, jobs: Jobs, env: Env) -> None:
+    """The page with sampling points where there are images, and ``results.png`` where there are numbers."""
+    if (run_dir / events.PREDICTIONS).is_file():
+        _attempt(run_dir / events.PREDICTIONS, lambda: _add_points(run_dir, env))
     _write(run_dir, jobs)
-
-    def draw() -> None:
+    if (run_dir / metrics.FILE).is_file():
         from dattrain.report import chart
 
-        chart.write(run_dir / chart.FILE, [run_dir])
-
-    _attempt(run_dir / "results.png", draw)
+        _attempt(run_dir / chart.FILE, lambda: chart.write(run_dir / chart.FILE, [run_dir]))
 
 
-def add_points(run_dir: Path, device: torch.device) -> None:
-    """Sampling points to the images that the newest evaluation kept, unless they have them. Raises as ``pictures.with_points``."""
-    path = run_dir / events.PREDICTIONS
-    if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if "points_of" not in found:
-            from dattrain.report import pictures
+def _add_points(run_dir: Path, env: Env) -> None:
+    found: dict[str, Any] = json.loads((run_dir / events.PREDICTIONS).read_text(encoding="utf-8"))
+    if "points_of" not in found:
+        from dattrain.report import pictures
 
-            pictures.with_points(run_dir, found, device)
+        pictures.with_points(run_dir, found, environment.pick_device(env))
 
 
 def _write(run_dir: Path, jobs: Jobs, *, alive: bool = False) -> None:

@@ -280,6 +280,8 @@ class Train(Section):
     """Stop early after this many updates; the schedule keeps its length."""
     log_every: Count = 50
     """Updates between two log lines."""
+    loggers: tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """What gets the numbers of log lines and evaluations beside ``metrics.jsonl``, with sample pictures; the last two are packages to be installed."""
     gc_every: Count = 100
     """Updates between two collections of Python's garbage, on all ranks at once."""
     threads: Annotated[int, Field(ge=0)] = 0
@@ -287,6 +289,13 @@ class Train(Section):
     profile: Profile = Profile()
     health: Health = Health()
     progressive: tuple[Progressive, ...] = ()
+
+    @field_validator("loggers")
+    @classmethod
+    def _loggers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a logger twice")
+        return value
 
 
 class Checkpoint(Section):

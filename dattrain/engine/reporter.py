@@ -17,13 +17,16 @@ import torch
 
 from dattrain.clock import duration
 from dattrain.config.derive import Derived
+from dattrain.config.load import changed
 from dattrain.config.schema import Config
 from dattrain.engine.step import Update
 from dattrain.engine.step_status import Slowest, StepStatus
 from dattrain.errors import UserError
 from dattrain.files import reason, write_atomically
 from dattrain.observe import events
+from dattrain.observe.loggers import Loggers
 from dattrain.observe.metrics import Metrics
+from dattrain.observe.sheet import sheet
 from dattrain.observe.throughput import Meter, memory_gb, peak_flops
 from dattrain.runtime import collectives
 from dattrain.runtime.logging import Console
@@ -38,7 +41,7 @@ class Reporter:
 
     Args:
         step: the update that training resumes at; later rows of an attempt that was killed are removed.
-        first: whether this is rank 0; the others measure but do not write.
+        class_names: by number, or none.
         on_evaluation: called on rank 0 with the run folder once an evaluation is written down.
     """
 
@@ -53,7 +56,7 @@ class Reporter:
         step: int,
         samples_per_epoch: int,
         console: Console | None,
-        first: bool,
+        class_names: Sequence[str],
         on_evaluation: Callable[[Path], None] = lambda run_dir: None,
     ) -> None:
         self.config, self.task, self.derived, self.device = config, task, derived, device
@@ -62,15 +65,24 @@ class Reporter:
         self.meter = Meter()
         self._console, self._run_dir, self._on_evaluation = console, run_dir, on_evaluation
         self._metrics: Metrics | None = None
-        if first:
-            try:
-                self._metrics = Metrics(run_dir, step)
-            except OSError as error:
-                raise UserError(f"{run_dir}: cannot be written: {error.strerror or error}") from error
-        self._evaluated = (
-            {row["step"] for row in self._metrics.rows if "eval_images" in row} if self._metrics else set()
-        )
+        self._loggers: Loggers | None = None
+        self._class_names = class_names
+        self._evaluated: set[int] = set()
+        collectives.from_first(lambda: self._open(step))
         self._mfu_scale = _mfu_scale(config, task, derived, device)
+
+    def _open(self, step: int) -> None:
+        c = self.config
+        try:
+            self._metrics = Metrics(self._run_dir, step)
+            self._evaluated = {row["step"] for row in self._metrics.rows if "eval_images" in row}
+            self._loggers = Loggers(
+                c.train.loggers, self._run_dir, name=c.name, step=step, logged=self._metrics.logged,
+                settings={key: mask(value) if isinstance(value, str) else value for key, value in changed(c).items()},
+                metric=c.checkpoint.metric,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"{self._run_dir}: cannot be written: {error.strerror or error}") from error
 
     def event(self, event: str, step: int, **fields: Any) -> None:
         """Write down what happens (``observe.events``)."""
@@ -137,7 +149,8 @@ class Reporter:
             row["mfu"] = round(rate * self._mfu_scale, 4)
         self._metrics.write(row)
         if log_now:
-            self._metrics.scalars("train", row, step)
+            if self._loggers is not None:
+                self._loggers.scalars("train", row, step)
             log.info(self._line(row, slowest))
         elif self._console is not None:
             self._console.live(self._line(row, None))
@@ -163,7 +176,12 @@ class Reporter:
             "seconds": round(seconds, 2),
         }
         self._metrics.write(row)
-        self._metrics.scalars("eval", {k: v for k, v in row.items() if k != "epoch"}, step)
+        if self._loggers is not None:
+            named = {k.removeprefix("eval_"): v for k, v in row.items() if k != "epoch"}
+            self._loggers.scalars("val", named, step)
+            for kind in ("worst", "best"):
+                if predictions.get(kind):
+                    self._loggers.image(f"val/{kind}", sheet(predictions[kind], self._class_names), step)
         log.info(
             "step %d: %s on %d images in %s",
             step, self.task.summary(metrics), metrics["images"], duration(seconds),
@@ -194,6 +212,8 @@ class Reporter:
         """Close the files."""
         if self._metrics is not None:
             self._metrics.close()
+        if self._loggers is not None:
+            self._loggers.close()
 
     def _line(self, row: dict[str, Any], slowest: Slowest | None) -> str:
         parts = [

@@ -33,6 +33,7 @@ from dattrain.engine.step import Update, seed_all
 from dattrain.engine.step_status import StepStatus, Stragglers, reduce_status
 from dattrain.errors import REQUEUE, ConfigError, UserError
 from dattrain.models.flops import count_call
+from dattrain.observe import loggers
 from dattrain.observe.profile import Profiler
 from dattrain.runtime import environment
 from dattrain.runtime.collectives import from_first
@@ -84,6 +85,7 @@ class Trainer:
         self.preemption, self.watchdog = preemption, watchdog
         self.task: Task = create_task(config)
         check_metric(config, self.task)
+        loggers.check(config.train.loggers)
         self.step = self.samples_seen = 0
         health = config.train.health
         self.policy = NonFinitePolicy(health.max_bad_steps, health.max_rollbacks)
@@ -127,7 +129,7 @@ class Trainer:
         stack.callback(lambda: self.session.close())
         self.reporter = Reporter(
             config, self.task, run_dir, self.derived, device, step=self.step,
-            samples_per_epoch=self.samples_per_epoch, console=console, first=self.rank == 0,
+            samples_per_epoch=self.samples_per_epoch, console=console, class_names=classes.names,
             on_evaluation=on_evaluation,
         )  # fmt: skip
         stack.callback(self.reporter.close)

@@ -51,7 +51,7 @@ def training_of(path: str | Path, *, averaged: bool) -> Training:
     folder = checkpoint.locate(path)
     run, step = run_of(folder), read_manifest(folder).step
     assert run is not None
-    row = next(
+    row: dict[str, Any] = next(
         (row for row in reversed(metrics.read(run)) if row.get("step") == step and "eval_images" in row), {}
     )
     prefix = "ema_" if averaged else ""

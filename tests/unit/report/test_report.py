@@ -20,6 +20,7 @@ from fashion_images import NAMES, fashion
 
 from dattrain.cli import main as cli
 from dattrain.config.load import dump, loads
+from dattrain.errors import UserError
 from dattrain.observe import events
 from dattrain.report import curves, settings, timeline, training
 from dattrain.tasks.predictions import Predictions
@@ -393,3 +394,41 @@ def test_an_expensive_page_is_not_written_at_every_evaluation(tmp_path):
         written.append((run / "report.html").exists())
     # It took 2 s: 98 s later is too early, 298 s is not.
     assert written == [True, False, True]
+
+
+def _train(monkeypatch, run, status):
+    """A training that ends so, around which the pages are written."""
+
+    def engine(config, run_dir, *, env, on_evaluation):
+        if status == "refused":
+            raise UserError("another process has the folder")
+        events.record(run_dir, "start", step=120, world=1, nodes=["n4"])
+        on_evaluation(run_dir)
+        assert summary(run)["state"] == "running"
+        if status == "failed":
+            events.record(run_dir, "end", step=121, status="failed", error="no finite step")
+            raise UserError("no finite step")
+        events.record(run_dir, "end", step=121, status=status)
+        return SimpleNamespace(status=status)
+
+    monkeypatch.setattr(training.training, "train", engine)
+    env = SimpleNamespace(rank=0)
+    training.train(loads(CONFIG).config, run, lambda run_dir: [], env=env)
+
+
+def summary(run):
+    cells = Parsed((run / "report.html").read_text()).cells
+    return dict(zip(cells[::2], cells[1::2]))
+
+
+def test_the_page_says_how_the_training_ended(tmp_path, monkeypatch):
+    run = run_folder(tmp_path / "run")
+    with pytest.raises(UserError):
+        _train(monkeypatch, run, "refused")
+    assert not (run / "report.html").exists()
+    with pytest.raises(UserError):
+        _train(monkeypatch, run, "failed")
+    assert summary(run)["state"] == "failed: no finite step"
+    _train(monkeypatch, run, "preempted")
+    # A job that is to end has no time for pictures.
+    assert summary(run)["state"] == "preempted" and not (run / "results.png").exists()

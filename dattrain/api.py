@@ -22,7 +22,6 @@ from torch import Tensor
 from dattrain.config.load import dump, load, loads
 from dattrain.config.run import new_folder, resolve
 from dattrain.config.schema import Config
-from dattrain.engine import train as training
 from dattrain.errors import ConfigError
 from dattrain.evaluation.evaluate import Options
 from dattrain.evaluation.evaluate import evaluate as evaluate_weights
@@ -33,7 +32,9 @@ from dattrain.pretrained.predict import Prediction
 from dattrain.pretrained.predict import predict as predict_with
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 from dattrain.pretrained.weights import load_model
+from dattrain.report import training
 from dattrain.state.format.retention import lower_is_better
+from dattrain.submit import history
 
 Images = (
     str | Path | Image.Image | np.ndarray | Tensor | Sequence[str | Path | Image.Image | np.ndarray | Tensor]
@@ -122,7 +123,7 @@ def train(
         folder = folder or new_folder(config.name, os.environ)
     else:
         config, folder = resolve(os.fspath(recipe), overrides, folder, os.environ)
-    training.train(config, folder)
+    training.train(config, folder, history.history)
     return Run(folder)
 
 

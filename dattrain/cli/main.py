@@ -22,6 +22,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "finetune": ("dattrain.cli.finetune", "train weights further on a folder of images"),
     "init": ("dattrain.cli.init", "write a commented recipe for a folder of images"),
     "eval": ("dattrain.cli.eval", "accuracy and more of a run or checkpoint"),
+    "report": (
+        "dattrain.cli.report",
+        "one page of a run, or of several: curves, time line, images, settings",
+    ),
     "predict": ("dattrain.cli.predict", "classes of images"),
     "viz": ("dattrain.cli.viz", "draw sampling points, offsets and attention on images"),
     "data": ("dattrain.cli.data", "pack, verify, index, list and describe shards"),

@@ -55,12 +55,13 @@ def run(args: argparse.Namespace) -> int:
                 "--nproc starts ranks, but this process is one already (torchrun or srun started it)"
             )
         return spawn(args, run_dir)
-    from dattrain.engine.train import train
+    from dattrain.report.training import train
     from dattrain.runtime.environment import hard_exit
     from dattrain.runtime.spawn import report
+    from dattrain.submit.history import history
 
     try:
-        code = train(config, run_dir).exit_code
+        code = train(config, run_dir, history).exit_code
     except UserError as error:
         report(f"dattrain train: {error}")
         code = error.exit_code

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dattrain.data.classes import canonical
 from dattrain.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS = ("points", "offsets", "attention")
 
@@ -47,10 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw one PNG per image, and one HTML page of them all where blocks, groups and queries can be chosen."""
-    from dattrain.pretrained import preprocess
+    from dattrain.pretrained import class_names, preprocess
     from dattrain.pretrained.weights import load_model
     from dattrain.visualize import draw, html, sampling_points
-    from dattrain.visualize.draw_points import capture_image
+    from dattrain.visualize.draw_points import capture_with_logits
+    from dattrain.visualize.picture import picture_of
 
     if not all(0 <= part <= 1 for part in args.query):
         raise UserError(f"--query {args.query[0]} {args.query[1]}: fractions of the image, from 0 to 1")
@@ -63,17 +70,21 @@ def run(args: argparse.Namespace) -> int:
     )
     files = preprocess.find(args.images)
     args.out.mkdir(parents=True, exist_ok=True)
+    classes = class_names.names(cfg.num_classes, cfg.labels, cfg.classes)
     views = []
     for name, file in zip(unique_names(files), files):
-        image = preprocess.prepare(preprocess.read(file), cfg)
-        blocks = capture_image(model, image, cfg, device=args.device)
+        pixels = preprocess.read(file)
+        prepared, picture = preprocess.prepare(pixels, cfg), picture_of(pixels, cfg)
+        blocks, logits = capture_with_logits(model, prepared, cfg, device=args.device)
         chosen = sampling_points.select(blocks, stage=args.stage, block=args.block, every=args.every)
+        said = caption(file, logits.softmax(0), classes)
         title = f"{file.name}: {args.kind} of {cfg.name} ({cfg.source})" if cfg.source else file.name
-        figure = draw.sheet(args.kind, preprocess.array(image), chosen, tuple(args.query), title)
+        title = "\n".join(filter(None, (title, said)))
+        figure = draw.sheet(args.kind, picture, chosen, tuple(args.query), title)
         target = args.out / f"{name}.{args.kind}.png"
         figure.savefig(target)
-        print(target)
-        views.append(html.View(file.name, preprocess.array(image), chosen))
+        print(f"{target}  {said}".rstrip())
+        views.append(html.View(file.name, picture, chosen, said))
     target = args.out / f"{args.kind}.html"
     target.write_text(
         html.render(views, title=f"{cfg.name}: {args.kind}", kind=args.kind, query=tuple(args.query)),
@@ -81,6 +92,22 @@ def run(args: argparse.Namespace) -> int:
     )
     print(target)
     return 0
+
+
+def caption(file: Path, probabilities: Tensor, classes: Sequence[str]) -> str:
+    """What the network takes an image for, and its label where it lies in a folder that is called like a class."""
+    if not len(probabilities):
+        return ""
+    best = int(probabilities.argmax())
+    said = f"predicted {classes[best]}, {100 * float(probabilities[best]):.1f} %"
+    folder = canonical(file.absolute().parent.name)
+    label = next((number for number, name in enumerate(classes) if canonical(name) == folder), None)
+    if label is None:
+        return said
+    verdict = (
+        "right" if label == best else f"wrong; {100 * float(probabilities[label]):.1f} % {classes[label]}"
+    )
+    return f"label {classes[label]}, {said} ({verdict})"
 
 
 def unique_names(files: list[Path]) -> list[str]:

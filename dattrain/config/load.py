@@ -155,6 +155,12 @@ def flatten(config: Config) -> dict[str, Any]:
     return dict(walk(config, ""))
 
 
+def changed(config: Config) -> dict[str, Any]:
+    """Of ``flatten``, what is not as by default."""
+    usual = flatten(Config())
+    return {key: value for key, value in flatten(config).items() if value != usual[key]}
+
+
 def show(loaded: Loaded) -> str:
     """One line per key: ``key: value  # where it came from``, and what is said there."""
 

@@ -288,6 +288,8 @@ class Train(Section):
     """What counts as an improvement, in the metric's own unit (``top1`` is in percent): only more than this."""
     log_every: Count = 50
     """Updates between two log lines."""
+    loggers: tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """What gets the numbers of log lines and evaluations beside ``metrics.jsonl``, with sample pictures; the last two are packages to be installed."""
     gc_every: Count = 100
     """Updates between two collections of Python's garbage, on all ranks at once."""
     threads: Annotated[int, Field(ge=0)] = 0
@@ -304,6 +306,13 @@ class Train(Section):
                 "train.micro_batch=auto is found where a training starts; a number is needed here"
             )
         return self.micro_batch
+
+    @field_validator("loggers")
+    @classmethod
+    def _loggers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a logger twice")
+        return value
 
 
 class Checkpoint(Section):

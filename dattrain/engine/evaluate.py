@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,8 +44,8 @@ def evaluate(
     *,
     should_stop: Callable[[], bool] = lambda: False,
     beat: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Evaluate ``engine`` (its current weights): the task's metrics. Collective.
+) -> tuple[dict[str, float], Mapping[str, Any]]:
+    """Evaluate ``engine`` (its current weights): the task's metrics, and its predictions for a report. Collective.
 
     Args:
         should_stop: asked before each batch; if it says yes on one rank, all stop together.
@@ -66,7 +66,7 @@ def evaluate(
             beat()
     finally:
         engine.train()
-    return evaluator.compute(AllRanks())
+    return evaluator.compute(AllRanks()), evaluator.predictions(AllRanks())
 
 
 class Evaluations:
@@ -75,6 +75,7 @@ class Evaluations:
     Attributes:
         step: the update after which the last evaluation was, -1 before there is one.
         metrics: its result.
+        predictions: what a report shows of it; of the averaged weights where they were evaluated.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Evaluations:
         self.task, self.config, self.device = task, config, device
         self.step = -1
         self.metrics: dict[str, float] = {}
+        self.predictions: Mapping[str, Any] = {}
         self._classes, self._rank, self._world = classes, rank, world
         self._open: tuple[Size, EvalLoader[Any]] | None = None
 
@@ -115,18 +117,19 @@ class Evaluations:
             Interrupted: ``should_stop`` was true somewhere.
         """
 
-        def once() -> dict[str, float]:
+        def once() -> tuple[dict[str, float], Mapping[str, Any]]:
             return evaluate(
                 session.engine, self.loader(session.img_size), self.task, self.config, self.device,
                 should_stop=should_stop, beat=beat,
             )  # fmt: skip
 
-        metrics = once()
+        metrics, predictions = once()
         if session.ema is not None and self.config.eval.ema:
             settle()  # a skipped update has not waited for the save before it
             with session.ema.applied():
-                metrics |= {f"ema_{name}": value for name, value in once().items()}
-        self.step, self.metrics = step, metrics
+                averaged, predictions = once()
+            metrics |= {f"ema_{name}": value for name, value in averaged.items()}
+        self.step, self.metrics, self.predictions = step, metrics, predictions
         return metrics
 
     def close(self) -> None:

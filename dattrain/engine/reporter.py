@@ -1,10 +1,15 @@
-"""What a training reports: rows of ``metrics.jsonl`` and TensorBoard, the log line, the live line. Rank 0 writes."""
+"""What a training reports: rows of ``metrics.jsonl`` and loggers, events, the log line, the live line. Rank 0 writes.
+
+The page that is made of them comes from outside (``train.OnEvaluation``), since it knows more than a training does.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +17,22 @@ import torch
 
 from dattrain.clock import duration
 from dattrain.config.derive import Derived
+from dattrain.config.load import changed
 from dattrain.config.schema import Config
 from dattrain.engine import early_stopping
 from dattrain.engine.step import Update
 from dattrain.engine.step_status import Slowest, StepStatus
 from dattrain.errors import UserError
+from dattrain.files import reason, write_atomically
+from dattrain.observe import events
+from dattrain.observe.loggers import Loggers
 from dattrain.observe.metrics import Metrics, Row
+from dattrain.observe.sheet import sheet
 from dattrain.observe.throughput import Meter, memory_gb, peak_flops
 from dattrain.runtime import collectives
 from dattrain.runtime.logging import Console
 from dattrain.tasks.base import Task
+from dattrain.urls import mask
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +42,8 @@ class Reporter:
 
     Args:
         step: the update that training resumes at; later rows of an attempt that was killed are removed.
-        first: whether this is rank 0; the others measure but do not write.
+        class_names: by number, or none.
+        on_evaluation: called on rank 0 with the run folder once an evaluation is written down.
     """
 
     def __init__(
@@ -45,22 +57,19 @@ class Reporter:
         step: int,
         samples_per_epoch: int,
         console: Console | None,
-        first: bool,
+        class_names: Sequence[str],
+        on_evaluation: Callable[[Path], None] = lambda run_dir: None,
     ) -> None:
         self.config, self.task, self.derived, self.device = config, task, derived, device
         self.samples_per_epoch = samples_per_epoch
         self.bad_samples = 0
         self.meter = Meter()
-        self._console = console
+        self._console, self._run_dir, self._on_evaluation = console, run_dir, on_evaluation
         self._metrics: Metrics | None = None
-        if first:
-            try:
-                self._metrics = Metrics(run_dir, step)
-            except OSError as error:
-                raise UserError(f"{run_dir}: cannot be written: {error.strerror or error}") from error
-        self._evaluated = (
-            {row["step"] for row in self._metrics.rows if "eval_images" in row} if self._metrics else set()
-        )
+        self._loggers: Loggers | None = None
+        self._class_names = class_names
+        self._evaluated: set[int] = set()
+        collectives.from_first(lambda: self._open(step))
         self._mfu_scale = _mfu_scale(config, task, derived, device)
 
     @property
@@ -68,9 +77,31 @@ class Reporter:
         """What ``metrics.jsonl`` held at the start, up to the step that training resumes at; empty on other ranks than the first."""
         return self._metrics.rows if self._metrics else []
 
-    def begin(self, step: int, last: int) -> None:
-        """Say what is about to be trained."""
+    def _open(self, step: int) -> None:
+        c = self.config
+        try:
+            self._metrics = Metrics(self._run_dir, step)
+            self._evaluated = {row["step"] for row in self._metrics.rows if "eval_images" in row}
+            self._loggers = Loggers(
+                c.train.loggers, self._run_dir, name=c.name, step=step, logged=self._metrics.logged,
+                settings={key: mask(value) if isinstance(value, str) else value for key, value in changed(c).items()},
+                metric=c.checkpoint.metric,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"{self._run_dir}: cannot be written: {error.strerror or error}") from error
+
+    def event(self, event: str, step: int, **fields: Any) -> None:
+        """Write down what happens (``observe.events``)."""
+        if self._metrics is not None:
+            events.record(self._run_dir, event, step=step, **fields)
+
+    def begin(self, step: int, last: int, hosts: Sequence[str]) -> None:
+        """Say what is about to be trained, on which hosts (one per rank)."""
         c, d = self.config, self.derived
+        self.event(
+            "start", step, last=last, world=d.world, nodes=list(dict.fromkeys(hosts)), device=str(self.device),
+            job=os.environ.get("SLURM_JOB_ID"),
+        )  # fmt: skip
         log.info(
             "%s: %s, updates %d to %d of %d samples (%d x %d x %d), %.1f per epoch, ZeRO-%d, %s, on %s",
             c.name, c.model.name, step, last, c.train.global_batch, d.world, d.accumulation, d.micro_batch,
@@ -124,15 +155,23 @@ class Reporter:
             row["mfu"] = round(rate * self._mfu_scale, 4)
         self._metrics.write(row)
         if log_now:
-            self._metrics.scalars("train", row, step)
+            if self._loggers is not None:
+                self._loggers.scalars("train", row, step)
             log.info(self._line(row, slowest))
         elif self._console is not None:
             self._console.live(self._line(row, None))
 
     def evaluation(
-        self, metrics: dict[str, float], step: int, samples: int, seconds: float, *, waited: int
+        self,
+        metrics: dict[str, float],
+        predictions: Mapping[str, Any],
+        step: int,
+        samples: int,
+        seconds: float,
+        *,
+        waited: int,
     ) -> None:
-        """Write the row and line of one evaluation. In rows the loss is ``eval_loss``: ``loss`` is the training loss.
+        """Write the row, the line and the predictions of one evaluation. In rows its loss is ``eval_loss``; ``loss`` is training's.
 
         Args:
             waited: evaluations since the last improvement; noted under early stopping.
@@ -153,11 +192,28 @@ class Reporter:
             row[early_stopping.WAITED] = waited
             since = f"; {waited} of {patience} evaluations without improvement" if waited else ""
         self._metrics.write(row, durable=True)
-        self._metrics.scalars("eval", {k: v for k, v in row.items() if k != "epoch"}, step)
+        if self._loggers is not None:
+            named = {k.removeprefix("eval_"): v for k, v in row.items() if k != "epoch"}
+            self._loggers.scalars("val", named, step)
+            for kind in ("worst", "best"):
+                if predictions.get(kind):
+                    self._loggers.image(f"val/{kind}", sheet(predictions[kind], self._class_names), step)
         log.info(
             "step %d: %s on %d images in %s%s",
             step, self.task.summary(metrics), metrics["images"], duration(seconds), since,
         )  # fmt: skip
+        self.event("evaluation", step)
+        if predictions:
+            about = {
+                "step": step,
+                "data": mask(self.config.data.val or ""),
+                "averaged": "ema_top1" in metrics,
+            }
+            try:
+                write_atomically(self._run_dir / events.PREDICTIONS, json.dumps({**about, **predictions}))
+            except OSError as error:
+                log.warning("%s cannot be written (%s)", self._run_dir / events.PREDICTIONS, reason(error))
+        self._on_evaluation(self._run_dir)
 
     def pause(self, seconds: float) -> None:
         """Leave ``seconds`` out of the rates."""
@@ -165,12 +221,15 @@ class Reporter:
 
     def end(self, status: str, step: int) -> None:
         """Say how it ended."""
+        self.event("end", step, status=status)
         log.info("%s at step %d of %d", status, step, self.derived.last_step)
 
     def close(self) -> None:
         """Close the files."""
         if self._metrics is not None:
             self._metrics.close()
+        if self._loggers is not None:
+            self._loggers.close()
 
     def _line(self, row: dict[str, Any], slowest: Slowest | None) -> str:
         parts = [

@@ -69,8 +69,9 @@ class Stragglers:
     def __init__(self, host: str, device: torch.device) -> None:
         self._device = device
         self._own = 0.0
-        self._hosts: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(self._hosts, host)
+        self.hosts: list[str] = [""] * dist.get_world_size()
+        """Of each rank."""
+        dist.all_gather_object(self.hosts, host)
 
     def add(self, update: Update) -> None:
         """Count one update."""
@@ -79,9 +80,9 @@ class Stragglers:
     def slowest(self) -> Slowest | None:
         """The slowest rank since the last call, None for a single one. Collective."""
         own, self._own = self._own, 0.0
-        if len(self._hosts) == 1:
+        if len(self.hosts) == 1:
             return None
-        seconds = torch.zeros(len(self._hosts), dtype=torch.float64)
+        seconds = torch.zeros(len(self.hosts), dtype=torch.float64)
         seconds[dist.get_rank()] = own
         seconds = to_device(seconds, self._device)
         dist.all_reduce(seconds)
@@ -89,4 +90,4 @@ class Stragglers:
         rank = int(seconds.argmax())
         median = float(seconds.median())
         excess = float(seconds[rank]) / median - 1 if median > 0 else 0.0
-        return Slowest(rank, self._hosts[rank], excess)
+        return Slowest(rank, self.hosts[rank], excess)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,12 +20,24 @@ from dattrain.runtime import collectives, environment, preflight
 from dattrain.runtime.environment import Env
 from dattrain.runtime.health import Watchdog
 from dattrain.runtime.logging import RankLog
+from dattrain.runtime.owner import InUse
 from dattrain.runtime.signals import Preemption
+from dattrain.urls import mask
 
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
+OnEvaluation = Callable[[Path], None]
+"""Called on rank 0 with the run folder once an evaluation is written down; the other ranks train on meanwhile."""
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    *,
+    env: Env | None = None,
+    on_evaluation: OnEvaluation = lambda run_dir: None,
+) -> Outcome:
     """Train ``config`` in ``run_dir``, resuming at its newest complete checkpoint. Every rank of the job calls it.
 
     Joins the process group (and leaves it) unless the caller has done so. Signals that preempt are caught meanwhile and
@@ -52,6 +65,7 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
         health = config.train.health
         watchdog = Watchdog(health.stall_seconds, run_dir, log_file.file, env.rank, env.host).start()
         stack.callback(watchdog.close)
+        trainer: Trainer | None = None
         try:
             alone = not dist.is_initialized()
             if alone:
@@ -67,14 +81,24 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
                     log.info("%s", line, extra={"console": False})
             watchdog.attempt = collectives.broadcast(secrets.token_hex(8))
             trainer = Trainer(
-                config, run_dir, env, device, preemption, watchdog, log_file.console, stack, claim.owner
+                config, run_dir, env, device, preemption, watchdog, log_file.console, stack, claim.owner,
+                on_evaluation,
             )  # fmt: skip
             outcome = trainer.run()
             dist.barrier()
         except UserError as error:
             log.error("%s", error, extra={"console": False})
+            _note_failure(trainer, error)
             raise
-        except BaseException:
+        except BaseException as error:
+            _note_failure(trainer, error)
             log.exception("rank %d on %s failed", env.rank, env.host, extra={"console": False})
             raise
     return outcome
+
+
+def _note_failure(trainer: Trainer | None, error: BaseException) -> None:
+    """The end of a training that had begun. Of a folder that another process has now, nothing is written."""
+    if trainer is not None and not isinstance(error, InUse):
+        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        trainer.reporter.event("end", trainer.step, status="failed", error=mask(said)[:2000])

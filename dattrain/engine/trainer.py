@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from dattrain.engine.step import Update, seed_all
 from dattrain.engine.step_status import StepStatus, Stragglers, reduce_status
 from dattrain.errors import REQUEUE, ConfigError, UserError
 from dattrain.models.flops import count_call
+from dattrain.observe import loggers
 from dattrain.observe.profile import Profiler
 from dattrain.runtime import environment
 from dattrain.runtime.collectives import broadcast, from_first
@@ -77,12 +79,14 @@ class Trainer:
         console: Console | None,
         stack: ExitStack,
         owner: Owner | None,
+        on_evaluation: Callable[[Path], None],
     ) -> None:
         self.config, self.run_dir, self.env, self.device = config, run_dir, env, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.preemption, self.watchdog = preemption, watchdog
         self.task: Task = create_task(config)
         check_metric(config, self.task)
+        loggers.check(config.train.loggers)
         self.step = self.samples_seen = 0
         health = config.train.health
         self.policy = NonFinitePolicy(health.max_bad_steps, health.max_rollbacks)
@@ -132,7 +136,8 @@ class Trainer:
         stack.callback(lambda: self.session.close())
         self.reporter = Reporter(
             config, self.task, run_dir, self.derived, device, step=self.step,
-            samples_per_epoch=self.samples_per_epoch, console=console, first=self.rank == 0,
+            samples_per_epoch=self.samples_per_epoch, console=console, class_names=classes.names,
+            on_evaluation=on_evaluation,
         )  # fmt: skip
         stack.callback(self.reporter.close)
         self.stopping = EarlyStopping(config, self.reporter.rows)
@@ -148,7 +153,7 @@ class Trainer:
     def run(self) -> Outcome:
         """Train to the end, or until all ranks agree to stop."""
         last = self.derived.last_step
-        self.reporter.begin(self.step, last)
+        self.reporter.begin(self.step, last, self.stragglers.hosts)
         self.checkpointer.prepare(self.session.engine, self.session.ema_tensors)
         if self.step and self._due(self.derived.eval_steps) and not self.reporter.evaluated(self.step):
             # Killed between a save and its evaluation.
@@ -229,6 +234,7 @@ class Trainer:
             UserError: rolling back has not helped; names the debug dump.
         """
         log.warning("step %d was not finite and was skipped (%d in a row)", self.step, decision.in_a_row)
+        self.reporter.event("skipped", self.step, in_a_row=decision.in_a_row)
         if decision.action is Action.SKIP:
             return
         folder = write_debug_dump(self.run_dir, self.step, self.session.engine, update, self.rank)
@@ -244,6 +250,7 @@ class Trainer:
         log.warning(
             "rolling back to the weights of step %d, training on past step %d", found[1].step, self.step
         )
+        self.reporter.event("rollback", self.step, to=found[1].step)
         if as_pair(found[1].meta["img_size"]) == as_pair(self.img_size):
             self.checkpointer.resume(self.session.engine, self.session.ema_tensors)
         else:
@@ -277,9 +284,15 @@ class Trainer:
         except Interrupted:
             log.info("evaluation stopped: asked to end")
             return StopRequest.STOP if self.preemption.request() == StopRequest.STOP else StopRequest.PREEMPT
+        seconds = time.perf_counter() - begin
         self.stopping.add(self.step, metrics.get(self.config.checkpoint.metric))
         self.reporter.evaluation(
-            metrics, self.step, self.samples_seen, time.perf_counter() - begin, waited=self.stopping.waited
+            metrics,
+            self.evaluations.predictions,
+            self.step,
+            self.samples_seen,
+            seconds,
+            waited=self.stopping.waited,
         )
         self.watchdog.beat("evaluated")
         self.watchdog.pauses()  # left out already
@@ -302,6 +315,8 @@ class Trainer:
             "epoch": self.samples_seen / self.samples_per_epoch,
             "img_size": self.img_size,
             "metrics": self.evaluations.metrics if self.evaluations.step == self.step else {},
+            # A label set tells them; names of one's own travel with the weights.
+            "class_names": [] if self.config.data.labels else list(self.loader.classes.names),
             "health": self.policy.state(),
             "bad_samples": self.reporter.bad_samples,
             resume_rules.META: self._fixed,
@@ -310,6 +325,7 @@ class Trainer:
             self.session.engine, self.session.ema_tensors, meta, background=background
         )
         self._saved = self.step
+        self.reporter.event("save", self.step)
         self.reporter.pause(lost)
         self.watchdog.pauses()  # left out already
 
@@ -319,6 +335,7 @@ class Trainer:
         if size == self.img_size or self.step >= self.derived.last_step:
             return
         log.info("from step %d on: %s px instead of %s", self.step, size, self.img_size)
+        self.reporter.event("resize", self.step, img_size=size)
         self.save(background=False)
         found = newest_checkpoint(self.checkpointer.root, read_all=self._read_all)
         assert found is not None

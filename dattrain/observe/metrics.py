@@ -1,4 +1,4 @@
-"""Where numbers go: ``metrics.jsonl`` first, one object per line, and TensorBoard as a sink beside it. Rank 0 writes."""
+"""Where numbers go first: ``metrics.jsonl``, one object per line. Rank 0 writes; ``loggers`` get them after it."""
 
 from __future__ import annotations
 
@@ -43,31 +43,30 @@ class Metrics:
     """Writes rows, each flushed at once.
 
     A disk that takes none for a while ends no training: they follow when it does, and whether training can do without is
-    decided by the next save. TensorBoard's sink is given up where it fails.
+    decided by the next save.
 
     Args:
         run_dir: the run folder.
         step: the update that training resumes from. Rows of later ones (a killed process trained further than its last
             checkpoint, or checkpoints were lost) are moved to ``metrics.replaced.jsonl``, so the curve is that of an
             undisturbed run; where it starts over, the TensorBoard folder is renamed too.
-        tensorboard: write the TensorBoard sink as well.
+
+    Attributes:
+        rows: those up to ``step``.
+        logged: the last update that an attempt before this one had written down; ``step`` where it starts over.
 
     Raises:
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, run_dir: Path, step: int, *, tensorboard: bool = True) -> None:
+    def __init__(self, run_dir: Path, step: int) -> None:
         self.path = run_dir / FILE
         self.rows, replaced = rewind(self.path, step)
+        self.logged = max([step, *(row["step"] for row in replaced if step)])
         if replaced:
             _report_replaced(run_dir, step, replaced)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._failing = False
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1)
 
     def write(self, row: Row, *, durable: bool = False) -> None:
         """Append ``row``, and flush all to the disk if ``durable``. Numbers that are not finite become null, which JSON can hold."""
@@ -82,16 +81,6 @@ class Metrics:
                 log.warning("%s cannot be written (%s); training continues", self.path, reason(error))
             self._failing = True
 
-    def scalars(self, prefix: str, row: Row, step: int) -> None:
-        """Hand the numbers of ``row`` to TensorBoard as ``prefix/key``."""
-        if self._writer is not None:
-            try:
-                for key, value in row.items():
-                    if key not in ("step", "samples") and _number(value):
-                        self._writer.add_scalar(f"{prefix}/{key}", value, step)
-            except OSError as error:
-                self._give_up(error)
-
     def close(self) -> None:
         """Flush to the disk and close."""
         try:
@@ -101,19 +90,6 @@ class Metrics:
                 self._file.close()
         except OSError as error:
             log.warning("the last rows of %s could not be written (%s)", self.path, reason(error))
-        try:
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
-        except OSError as error:
-            self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        self._writer = None
-        log.warning(
-            "TensorBoard's events cannot be written any more (%s); all numbers are in %s",
-            reason(error), FILE,
-        )  # fmt: skip
 
 
 def rewind(path: Path, step: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -168,10 +144,6 @@ def last(rows: Iterable[Row], key: str) -> Row | None:
         if key in row:
             found = row
     return found
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _finite(row: Row) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Weights and graphs of a model for other programs, each loaded back; ``exported.compare`` says whether it gives the same logits.
 
 Formats: ``safetensors`` (ours), ``authors`` (their names, with their YAML), ``timm`` (a folder that
-``timm.create_model("local-dir:...")`` takes), ``onnx`` and ``torch.export`` (one graph per image size, any batch size).
+``timm.create_model("local-dir:...")`` takes), ``hub`` (that folder with a model card, as it is uploaded), ``onnx`` and ``torch.export`` (one graph per image size, any batch size).
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ from dattrain.models.dat import DAT
 from dattrain.pretrained import weights
 from dattrain.pretrained.export_authors import write_authors
 from dattrain.pretrained.export_graph import write_onnx, write_torch_export
-from dattrain.pretrained.export_timm import write_timm
+from dattrain.pretrained.export_timm import write_hub, write_timm
 from dattrain.pretrained.exported import EXACT, Exported
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 
 
-def write(model: DAT, cfg: PretrainedCfg, to: str, out: Path, *, opset: int = 20) -> Exported:
+def write(
+    model: DAT, cfg: PretrainedCfg, to: str, out: Path, *, opset: int = 20, source: str | Path | None = None
+) -> Exported:
     """Write one file (or timm's folder) and load it back.
 
     Args:
         model: as ``load_model`` gives it, on the CPU.
         cfg: as ``load_model`` gives it beside the model.
         to: one of ``formats.FORMATS``.
-        out: the file, or the folder for ``timm``.
+        out: the file, or the folder for ``timm`` and ``hub``.
         opset: of ONNX.
+        source: what ``load_model`` was given, for the model card.
 
     Raises:
         UserError: the format cannot hold this model, or needs a package that is not installed.
@@ -37,4 +40,6 @@ def write(model: DAT, cfg: PretrainedCfg, to: str, out: Path, *, opset: int = 20
         return write_authors(model, cfg, out)
     if to == "timm":
         return write_timm(model, cfg, out)
+    if to == "hub":
+        return write_hub(model, cfg, out, source)
     return write_onnx(model, cfg, out, opset) if to == "onnx" else write_torch_export(model, cfg, out)

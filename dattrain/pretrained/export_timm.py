@@ -10,7 +10,7 @@ import timm
 
 from dattrain.models.dat import DAT
 from dattrain.models.zoo import VARIANTS
-from dattrain.pretrained import class_names, weights
+from dattrain.pretrained import class_names, model_card, weights
 from dattrain.pretrained.exported import EXACT, Exported
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, classes_of
 
@@ -22,6 +22,16 @@ def write_timm(model: DAT, cfg: PretrainedCfg, out: Path) -> Exported:
     write_timm_config(cfg, out)
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     return Exported(out, cfg, loaded, EXACT)
+
+
+def write_hub(model: DAT, cfg: PretrainedCfg, out: Path, source: str | Path | None) -> Exported:
+    """``write_timm``, and a model card of what the run of ``source`` (as ``load_model`` takes it) says."""
+    training = model_card.Training()
+    if source is not None:
+        training = model_card.training_of(source, averaged=cfg.source.endswith("EMA"))
+    done = write_timm(model, cfg, out)
+    (out / "README.md").write_text(model_card.text(model, cfg, training, out.name), encoding="utf-8")
+    return done
 
 
 def write_timm_config(cfg: PretrainedCfg, folder: Path) -> None:
@@ -51,7 +61,6 @@ def timm_config(cfg: PretrainedCfg) -> dict[str, Any]:
             "num_classes": cfg.num_classes,
             "first_conv": "patch_embed.conv1" if arguments.get("stem") == "conv" else "patch_embed.proj",
             "classifier": "head.fc",
-            "license": "apache-2.0",
         },
         **_label_names(cfg),
     }

@@ -8,10 +8,11 @@ SUFFIX = {
     "safetensors": ".safetensors",
     "authors": ".pth",
     "timm": "",
+    "hub": "",
     "onnx": ".onnx",
     "torch.export": ".pt2",
 }
-"""Suffix of the file of each format; timm's is a folder."""
+"""Suffix of the file of each format; timm's and the hub's are folders."""
 FORMATS = tuple(SUFFIX)
 GRAPHS = ("onnx", "torch.export")
 """Those that hold one graph per image size; the others hold weights, laid out for one."""

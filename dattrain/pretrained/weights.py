@@ -6,7 +6,7 @@ Nothing is ever unpickled here; the authors' ``.pth`` files come in by ``dattrai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -134,16 +134,19 @@ def cfg_of_checkpoint(folder: Path, manifest: Manifest, *, ema: bool) -> Pretrai
         return None
     config = load_config(run / "config.yaml").config
     source = f"{run.name}, step {manifest.step}" + (", EMA" if ema else "")
-    cfg = replace(cfg_of_recipe(config, source=source), classes=class_names(run, config))
+    names = class_names(run, config, manifest.meta.get("class_names") or ())
+    cfg = replace(cfg_of_recipe(config, source=source), classes=names)
     found = {name: tuple(parameter.shape) for name, parameter in manifest.parameters.items()}
     sizes = [config.model.img_size, *(phase.img_size for phase in config.train.progressive)]
     cfgs = [replace(cfg, img_size=size) for size in dict.fromkeys(map(as_pair, sizes))]
     return next((each for each in cfgs if _shapes(build(each, meta=True).state_dict()) == found), cfgs[0])
 
 
-def class_names(run: Path, config: Config) -> tuple[str, ...]:
-    """Names of the classes of a run, as it noted them; of the training set, where it did not (an older run)."""
+def class_names(run: Path, config: Config, in_checkpoint: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of the classes, as the run or its checkpoint noted them; of the training set, where neither did (an older run)."""
     noted = read_classes(run)
+    if noted is None:
+        noted = tuple(in_checkpoint) or None
     if noted is not None:
         return noted
     if config.data.labels is not None or config.data.train is None or "://" in config.data.train:

@@ -135,6 +135,9 @@ class Evaluator(Protocol[B_contra]):
     def compute(self, ranks: Ranks) -> dict[str, float]:
         """The metrics of the complete set, the same on every rank. Collective. Among them are ``loss`` and ``images``."""
 
+    def predictions(self, ranks: Ranks) -> Mapping[str, Any]:
+        """What a report shows beside the metrics, as JSON; empty where there is nothing. The same on every rank. Collective."""
+
 
 class Task(Protocol):
     """What is trained by the engine; made of a recipe by ``dattrain.tasks.create.create_task``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from dattrain.models import flops, surgery, zoo
 from dattrain.models.dat import DAT
 from dattrain.tasks import head
 from dattrain.tasks.base import Forward, Loss, Ranks, Size
+from dattrain.tasks.predictions import Predictions
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +146,7 @@ class Accuracy:
         self._top = min(5, config.model.num_classes)
         # Correct@1, correct@5, loss, images.
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._predictions = Predictions(config.augment)
 
     def update(self, forward: Forward, batch: Batch, *, lockstep: bool) -> None:
         """Count a batch."""
@@ -155,6 +158,7 @@ class Accuracy:
         logits = forward(images).float()
         weight = batch.weight.double()
         losses = F.cross_entropy(logits, batch.labels, reduction="none").double()
+        self._predictions.add(batch.images, logits, losses, batch.labels, weight, batch.position, batch.keys)
         hits = logits.topk(self._top, dim=1).indices == batch.labels[:, None]
         self._sums[0] += (hits[:, 0] * weight).sum()
         self._sums[1] += (hits.any(dim=1) * weight).sum()
@@ -172,6 +176,10 @@ class Accuracy:
             "loss": loss / count,
             "images": images,
         }
+
+    def predictions(self, ranks: Ranks) -> dict[str, Any]:
+        """The classes that were confused, the worst and the best images; see ``tasks.predictions``."""
+        return self._predictions.gather(ranks)
 
 
 def _in_format(images: Tensor, config: Config) -> Tensor:

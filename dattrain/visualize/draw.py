@@ -12,34 +12,57 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
+from dattrain.visualize.picture import Picture, as_picture
 from dattrain.visualize.sampling_points import Deformed
 
 COLOURS = ("#ff5a36", "#18a8ff", "#ffd21f", "#3ddc84", "#c86bff", "#ff7ac2", "#00d5c8", "#ffffff")
 """One per offset group, told apart on photographs; repeated beyond eight groups."""
 
 
-def show_image(axes: Axes, image: np.ndarray) -> None:
-    """Put an H x W x 3 uint8 image on the axes, in pixels whose centres are at .5, without ticks."""
-    height, width = image.shape[:2]
+def show_image(axes: Axes, image: np.ndarray | Picture) -> Picture:
+    """Put an image (H x W x 3 uint8, or a ``Picture``) on the axes, in pixels whose centres are at .5, without ticks.
+
+    What the network did not see of it is dimmed.
+    """
+    picture = as_picture(image)
+    height, width = picture.pixels.shape[:2]
     axes.imshow(
-        image, extent=(0, width, height, 0), interpolation="nearest" if height < 128 else "antialiased"
+        picture.pixels,
+        extent=(0, width, height, 0),
+        interpolation="nearest" if height < 128 else "antialiased",
     )
+    if not picture.whole:
+        top, left, rows, columns = picture.window
+        for corner, across, down in (
+            ((0, 0), width, top),
+            ((0, top + rows), width, height - top - rows),
+            ((0, top), left, rows),
+            ((left + columns, top), width - left - columns, rows),
+        ):
+            axes.add_patch(Rectangle(corner, across, down, facecolor="black", alpha=0.55, linewidth=0))
     axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
+    return picture
 
 
 def points(
-    axes: Axes, image: np.ndarray, block: Deformed, groups: Sequence[int] | None = None, *, area: float = 16.0
+    axes: Axes,
+    image: np.ndarray | Picture,
+    block: Deformed,
+    groups: Sequence[int] | None = None,
+    *,
+    area: float = 16.0,
 ) -> None:
     """Sampling points of the groups (all when None); where attention was captured, area is proportional to it.
 
     Args:
-        image: H x W x 3 uint8.
+        image: H x W x 3 uint8, which the network saw all of; or a ``Picture``.
         area: mean area of a point, in square typographic points.
     """
-    show_image(axes, image)
+    picture = show_image(axes, image)
     for group in range(block.groups) if groups is None else groups:
-        yx = block.pixels(block.positions[group].reshape(-1, 2), image.shape[:2])
+        yx = picture.place(block, block.positions[group].reshape(-1, 2))
         sizes = np.full(len(yx), area)
         if block.attention is not None:
             sizes = area * block.received(group) * len(yx)
@@ -55,12 +78,14 @@ def points(
         )
 
 
-def offsets(axes: Axes, image: np.ndarray, block: Deformed, groups: Sequence[int] | None = None) -> None:
+def offsets(
+    axes: Axes, image: np.ndarray | Picture, block: Deformed, groups: Sequence[int] | None = None
+) -> None:
     """Arrows from the reference points to the sampling points of each group."""
-    show_image(axes, image)
-    start = block.pixels(block.reference.reshape(-1, 2), image.shape[:2])
+    picture = show_image(axes, image)
+    start = picture.place(block, block.reference.reshape(-1, 2))
     for group in range(block.groups) if groups is None else groups:
-        end = block.pixels(block.positions[group].reshape(-1, 2), image.shape[:2])
+        end = picture.place(block, block.positions[group].reshape(-1, 2))
         colour = COLOURS[group % len(COLOURS)]
         axes.scatter(start[:, 1], start[:, 0], s=4, facecolors="none", edgecolors="white", linewidths=0.5)
         axes.quiver(
@@ -77,22 +102,29 @@ def offsets(axes: Axes, image: np.ndarray, block: Deformed, groups: Sequence[int
 
 
 def attention(
-    axes: Axes, image: np.ndarray, block: Deformed, group: int, query: tuple[float, float], *, keys: int = 49
+    axes: Axes,
+    image: np.ndarray | Picture,
+    block: Deformed,
+    group: int,
+    query: tuple[float, float],
+    *,
+    keys: int = 49,
 ) -> None:
     """Lines from a query to the keys it attends to most, opacity and width by the weight (mean over the group's heads).
 
     Args:
-        query: (y, x) as fractions of the image; the token that holds it is the query.
+        query: (y, x) as fractions of what the network saw; the token that holds it is the query.
         keys: how many lines at most.
     """
-    show_image(axes, image)
+    picture = show_image(axes, image)
     row = query_index(block, query)
     weights = block.group_attention(group)[row]
-    yx = block.pixels(block.positions[group].reshape(-1, 2), image.shape[:2])
+    yx = picture.place(block, block.positions[group].reshape(-1, 2))
     order = np.argsort(weights)[::-1][:keys][::-1]
     strength = weights[order] / weights.max()
     height, width = block.map_size
-    start = (np.array([row // width, row % width]) + 0.5) * np.asarray(image.shape[:2]) / (height, width)
+    start = (np.array([row // width, row % width]) + 0.5) * picture.window[2:] / (height, width)
+    start += picture.window[:2]
     colour = COLOURS[group % len(COLOURS)]
     lines = [[(start[1], start[0]), (x, y)] for y, x in yx[order]]
     axes.add_collection(
@@ -120,14 +152,16 @@ def query_index(block: Deformed, query: tuple[float, float]) -> int:
 
 
 def sheet(
-    kind: str, image: np.ndarray, blocks: Sequence[Deformed], query: tuple[float, float], title: str
+    kind: str, image: np.ndarray | Picture, blocks: Sequence[Deformed], query: tuple[float, float], title: str
 ) -> Figure:
     """One figure of an image: a row per block; a column of all groups together (points, offsets), then one per group."""
     together = kind in ("points", "offsets")
     columns = max(b.groups for b in blocks) + together
     if together and columns == 2:
         columns = 1
-    figure = Figure(figsize=(2.6 * columns, 2.75 * len(blocks) + 0.4), layout="constrained", dpi=120)
+    height, width = as_picture(image).pixels.shape[:2]
+    row = 2.6 * min(max(height / width, 0.4), 2.0) + 0.15
+    figure = Figure(figsize=(2.6 * columns, row * len(blocks) + 0.5), layout="constrained", dpi=120)
     grid = figure.subplots(len(blocks), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()

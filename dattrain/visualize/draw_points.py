@@ -11,6 +11,7 @@ from dattrain.errors import UserError
 from dattrain.pretrained import preprocess
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 from dattrain.visualize import draw, sampling_points
+from dattrain.visualize.picture import picture_of
 
 
 def draw_points(
@@ -40,7 +41,8 @@ def draw_points(
     Raises:
         UserError: the model has no such block or group.
     """
-    prepared = preprocess.prepare(preprocess.as_pixels(image), cfg)
+    pixels = preprocess.as_pixels(image)
+    prepared = preprocess.prepare(pixels, cfg)
     blocks = capture_image(model, prepared, cfg, device=next(model.parameters()).device)
     if stage is None:
         stage = next((b.stage for b in blocks if b.groups > 1), blocks[0].stage)
@@ -48,12 +50,25 @@ def draw_points(
     if group is not None and not 1 <= group <= chosen.groups:
         raise UserError(f"group {group}: stage {stage} has groups 1 to {chosen.groups}")
     groups = None if group is None else [group - 1]
-    draw.points(axis, preprocess.array(prepared), chosen, groups, area=area)
+    draw.points(axis, picture_of(pixels, cfg), chosen, groups, area=area)
 
 
 def capture_image(
     model: nn.Module, image: Tensor, cfg: PretrainedCfg, *, device: str | torch.device = "cpu"
 ) -> list[sampling_points.Deformed]:
     """Positions and attention of every deformable block for one prepared image (3 x H x W uint8)."""
+    return capture_with_logits(model, image, cfg, device=device)[0]
+
+
+def capture_with_logits(
+    model: nn.Module, image: Tensor, cfg: PretrainedCfg, *, device: str | torch.device = "cpu"
+) -> tuple[list[sampling_points.Deformed], Tensor]:
+    """As ``capture_image``, and the logits of the same pass (float32, on the CPU; empty without a head)."""
     batch = preprocess.normalise(image[None], cfg, device)
-    return sampling_points.capture(model, batch, attention=True)[0]
+    found: list[Tensor] = []
+    handle = model.register_forward_hook(lambda module, arguments, output: found.append(output))
+    try:
+        blocks = sampling_points.capture(model, batch, attention=True)[0]
+    finally:
+        handle.remove()
+    return blocks, found[-1][0].float().cpu() if cfg.num_classes else torch.empty(0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,19 +15,21 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from dattrain.tasks.predictions import data_url
 from dattrain.visualize.draw import COLOURS
+from dattrain.visualize.picture import Picture, as_picture
 from dattrain.visualize.sampling_points import Deformed
 
 
 @dataclass(frozen=True)
 class View:
-    """One image (H x W x 3 uint8) and the blocks to show on it."""
+    """One image (H x W x 3 uint8, or a ``Picture``), the blocks to show on it, and what is said below it."""
 
     name: str
-    image: np.ndarray
+    image: np.ndarray | Picture
     blocks: Sequence[Deformed]
+    caption: str = ""
 
 
 def render(views: Sequence[View], *, title: str, kind: str, query: tuple[float, float]) -> str:
@@ -46,23 +47,24 @@ def render(views: Sequence[View], *, title: str, kind: str, query: tuple[float, 
 
 
 def _view(view: View) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    Image.fromarray(view.image).save(buffer, "PNG", optimize=True)
-    height, width = view.image.shape[:2]
+    picture = as_picture(view.image)
+    height, width = picture.pixels.shape[:2]
     return {
         "name": view.name,
-        "image": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        "caption": view.caption,
+        "image": data_url(picture.pixels),
         "height": height,
         "width": width,
-        "blocks": [_block(block, (height, width)) for block in view.blocks],
+        "window": [round(each, 2) for each in picture.window],
+        "blocks": [_block(block, picture) for block in view.blocks],
     }
 
 
-def _block(block: Deformed, size: tuple[int, int]) -> dict[str, Any]:
-    reference = block.pixels(block.reference.reshape(-1, 2), size)
+def _block(block: Deformed, picture: Picture) -> dict[str, Any]:
+    reference = picture.place(block, block.reference.reshape(-1, 2))
     groups = []
     for group in range(block.groups):
-        points = block.pixels(block.positions[group].reshape(-1, 2), size)
+        points = picture.place(block, block.positions[group].reshape(-1, 2))
         item: dict[str, Any] = {"points": points.round(1).tolist()}
         if block.attention is not None:
             weights = block.group_attention(group)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import warm
 
@@ -14,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from fashion_images import NAMES, image_folder
 
 from dattrain.cli import main as cli
+from dattrain.pretrained.weights import load_model
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo" / "pretrain.yaml"
 
@@ -65,6 +68,32 @@ def test_averaged_weights_are_the_default_and_checkpoints_can_be_named(run, tmp_
     assert cli.main(["eval", str(step), "--workers", "0", "--compare", str(run)]) == 0
     out = capsys.readouterr().out
     assert "step 6, EMA" in out and "+0.00 (+0.00 to +0.00)" in out
+
+
+def test_a_training_ends_with_a_page_with_its_images_and_their_sampling_points(run, tmp_path, capsys):
+    (shown,) = page_of(run / "report.html")["runs"]
+    assert [attempt["how"] for attempt in shown["attempts"]] == ["finished"]
+    assert shown["confusion"]["images"] == 60
+    assert shown["confusion"]["wrong"] == round(60 - 0.6 * logged(run)["ema_top1"])
+    assert {item["label"] for item in shown["images"]["best"]} <= set(NAMES)
+    (block, _) = shown["images"]["worst"][0]["points"]
+    assert block["label"].startswith("stage 3") and [len(group) for group in block["groups"]] == [16, 16]
+    assert (run / "results.png").is_file()
+    # The training has shown what an evaluation of its weights shows.
+    kept = json.loads((run / "predictions.json").read_text())
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints", "classes.json"):
+        (copy / name).symlink_to(run / name)
+    assert cli.main(["report", str(copy), "--device", "cpu"]) == 0
+    anew = json.loads((copy / "predictions.json").read_text())
+    assert anew["averaged"] and anew["step"] == 6 and anew["pairs"] == kept["pairs"]
+    assert [item["name"] for item in anew["worst"]] == [item["name"] for item in kept["worst"]]
+    assert "no images" not in capsys.readouterr().out
+
+
+def page_of(path):
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.DOTALL)[1])
 
 
 def test_predictions_have_the_names_of_the_class_folders(run, capsys):
@@ -119,6 +148,22 @@ def test_pictures_and_exports_of_a_run(run, tmp_path):
     assert json.loads(report.read_text())["top1"] == pytest.approx(
         logged(run)["ema_top1"], abs=100 / 60 + 1e-6
     )
+
+
+def test_a_models_card_says_how_it_was_trained_and_how_good_it_is(run, tmp_path):
+    out = tmp_path / "mine"
+    assert cli.main(["export", str(run), "--to", "hub", str(out)]) == 0
+    card = huggingface_hub.ModelCard.load(out / "README.md")
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values["top-1 accuracy"] == pytest.approx(logged(run)["ema_top1"], abs=1e-3)
+    assert "- length: 6 updates" in card.text and f"- evaluated on: {run.parent.name}/shards/val" in card.text
+    assert str(run.parent) not in card.text  # nobody learns where it lay
+
+
+def test_names_of_classes_travel_with_a_checkpoint(run, tmp_path):
+    (tmp_path / "config.yaml").symlink_to(run / "config.yaml")
+    (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+    assert load_model(tmp_path)[1].classes == tuple(sorted(NAMES))
 
 
 def test_a_checkpoint_without_its_config_says_so(run, tmp_path, capsys):

@@ -2,13 +2,11 @@ import json
 import math
 import resource
 
-import pytest
-
 from dattrain.observe.metrics import Metrics, read, rewind
 
 
 def test_rows_are_json_and_not_finite_numbers_are_null(tmp_path):
-    metrics = Metrics(tmp_path, 0, tensorboard=False)
+    metrics = Metrics(tmp_path, 0)
     metrics.write({"step": 1, "loss": 2.5, "grad_norm": math.inf})
     metrics.write({"step": 2, "loss": math.nan})
     # Flushed line by line: a kill loses nothing.
@@ -23,7 +21,8 @@ def test_a_resume_forgets_what_was_trained_after_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 8)]
     path.write_text("\n".join(lines) + '\n{"step": 8, "lo')
-    metrics = Metrics(tmp_path, 4, tensorboard=False)
+    metrics = Metrics(tmp_path, 4)
+    assert metrics.logged == 7  # which services have had
     metrics.write({"step": 5, "loss": 9.0})
     metrics.close()
     assert [row["step"] for row in read(tmp_path)] == [1, 2, 3, 4, 5]
@@ -34,11 +33,13 @@ def test_a_resume_forgets_what_was_trained_after_the_checkpoint(tmp_path):
 def test_a_run_that_starts_over_says_so_and_keeps_what_it_had_every_time(tmp_path, caplog):
     for attempt in (1, 2):
         metrics = Metrics(tmp_path, 0)
+        assert metrics.logged == 0
+        (tmp_path / "tensorboard").mkdir()
+        (tmp_path / "tensorboard" / f"events-{attempt}").touch()
         for step in (1, 2, 3):
             metrics.write({"step": step, "attempt": attempt})
-            metrics.scalars("train", {"loss": float(attempt)}, step)
         metrics.close()
-    Metrics(tmp_path, 0, tensorboard=False).close()
+    Metrics(tmp_path, 0).close()
     assert read(tmp_path) == []
     kept = [json.loads(line) for line in (tmp_path / "metrics.replaced.jsonl").read_text().splitlines()]
     assert [(row["attempt"], row["step"]) for row in kept] == [(a, s) for a in (1, 2) for s in (1, 2, 3)]
@@ -58,19 +59,8 @@ def test_rewinding_to_where_it_is_leaves_the_file_alone(tmp_path):
     assert path.stat().st_ino == before
 
 
-def test_tensorboard_gets_the_numbers(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    metrics = Metrics(tmp_path, 0)
-    metrics.scalars("train", {"step": 3, "loss": 0.5, "lr": 0.1, "note": "x"}, 3)
-    metrics.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert events.Tags()["scalars"] == ["train/loss", "train/lr"]
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 0.5)]
-
-
 def test_a_disk_that_takes_no_rows_for_a_while_ends_no_training(tmp_path, caplog):
-    metrics = Metrics(tmp_path, 0, tensorboard=False)
+    metrics = Metrics(tmp_path, 0)
     metrics.write({"step": 1})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -85,18 +75,3 @@ def test_a_disk_that_takes_no_rows_for_a_while_ends_no_training(tmp_path, caplog
     assert caplog.messages == [
         f"{metrics.path} cannot be written (EFBIG: File too large); training continues"
     ]
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_removed_tensorboard_folder_ends_no_training(tmp_path, caplog):
-    metrics = Metrics(tmp_path, 0)
-    # At once, as TensorBoard's thread may write another file meanwhile.
-    (tmp_path / "tensorboard").rename(tmp_path / "removed")
-    for step in (1, 2):
-        metrics.write({"step": step})
-        metrics.scalars("train", {"loss": 1.0}, step)
-    metrics.close()
-    assert [row["step"] for row in read(tmp_path)] == [1, 2]
-    assert (
-        "TensorBoard's events cannot be written any more (ENOENT: No such file or directory)" in caplog.text
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import types
 
+import huggingface_hub
 import numpy as np
 import onnx
 import onnxruntime
@@ -113,6 +114,27 @@ def test_timm_exports_take_another_head(tmp_path, small):
     assert cli.main(["export", str(small), "--to", "timm", "--out", str(tmp_path / "out")]) == 0
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=3)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_the_hubs_folder_is_timms_with_a_card_that_leaves_the_license_open(tmp_path, capsys, small):
+    out = tmp_path / "mine"
+    assert cli.main(["export", "--to", "hub", str(small), str(out)]) == 0
+    assert "states no license" in capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert "license" not in json.loads((out / "config.json").read_text())["pretrained_cfg"]
+    back = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(back(images), weights.load_model(small)[0](images))
+    assert back.pretrained_cfg["label_names"] == list("abcdefg")
+    card = huggingface_hub.ModelCard.load(out / "README.md")
+    assert card.data.library_name == "timm" and card.data.license is None and card.data.eval_results is None
+    assert "- classes: 7: a, b, c, d, e, f, g" in card.text and "accuracy: not on record" in card.text
+
+
+@pytest.mark.parametrize("words", [["bogus", "x"], ["timm"], ["timm", "a", "--out", "b"]])
+def test_a_place_to_write_to_is_named_once(small, capsys, words):
+    assert cli.main(["export", str(small), "--to", *words]) == 2
+    assert f"--to {words[0]}" in capsys.readouterr().err
 
 
 def test_authors_export_of_a_released_architecture_needs_no_yaml(tmp_path):

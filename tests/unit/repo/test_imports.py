@@ -22,14 +22,16 @@ MAY_IMPORT = {
     "observe": {"runtime", "config"},
     "tasks": {"models", "data", "config"},
     "engine": {"tasks", "state", "observe", "data", "models", "ops", "runtime", "config"},
-    "submit": {"engine", "state", "observe", "runtime", "config"},
+    "report": ENGINE | {"pretrained", "evaluation", "visualize"},
+    "submit": {"report", "engine", "state", "observe", "runtime", "config"},
     "pretrained": ENGINE,
     "evaluation": ENGINE | {"pretrained"},
     "visualize": ENGINE | {"pretrained"},
     "planning": ENGINE | {"submit"},
     "bench": ENGINE,
     "demo": ENGINE | {"pretrained", "visualize"},
-    "cli": ENGINE | {"submit", "pretrained", "evaluation", "visualize", "planning", "bench", "demo"},
+    "cli": ENGINE
+    | {"report", "submit", "pretrained", "evaluation", "visualize", "planning", "bench", "demo"},
 }
 OWNERS = {
     "deepspeed": ("engine/zero.py", "state/"),

@@ -33,7 +33,7 @@ from pathlib import Path
 Outcome = namedtuple("Outcome", "status step")
 
 
-def train(config, run, env=None):
+def train(config, run, env=None, on_evaluation=None):
     rank = int(os.environ["SUBMITIT_LOCAL_GLOBALID"])
     signalled = []
     signal.signal(signal.SIGUSR2, lambda *_: signalled.append(1))

@@ -93,6 +93,7 @@ def test_a_checkpoints_card_has_the_names_that_its_run_noted(run, tmp_path):
     assert weights.class_names(folder, config) == ("b", "a")
     (folder / classes.FILE).unlink()
     assert weights.class_names(folder, config) == ()
+    assert weights.class_names(folder, config, ["c", "d"]) == ("c", "d")
     for name in ("dog", "ant"):
         (tmp_path / "gone" / name).mkdir(parents=True)
         (tmp_path / "gone" / name / "0.jpg").write_bytes(b"x")

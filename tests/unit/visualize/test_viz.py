@@ -23,6 +23,7 @@ from dattrain.ops.deformable_attention.backend_reference import sampled_bias
 from dattrain.pretrained import preprocess
 from dattrain.visualize import draw, sampling_points
 from dattrain.visualize.draw_points import draw_points
+from dattrain.visualize.picture import picture_of
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,36 @@ def test_pixels_put_the_corner_token_half_a_token_inside():
     corners = block.pixels(np.array([[-1, -1], [1, 1], [0, 0]]), (64, 64))
     np.testing.assert_allclose(corners, [[8, 4], [56, 60], [32, 32]])
     assert draw.query_index(block, (0.0, 0.0)) == 0 and draw.query_index(block, (1.0, 1.0)) == 31
+
+
+def test_a_picture_is_drawn_whole_and_its_points_where_the_network_saw_them(cfg):
+    """A landscape of 200 x 100 at a model of 64: what is seen is the square in the middle."""
+    image = torch.zeros(3, 100, 200, dtype=torch.uint8)
+    shown = picture_of(image, cfg)
+    assert shown.pixels.shape == (100, 200, 3) and not shown.whole
+    np.testing.assert_allclose(shown.window, (0, 50, 100, 100), atol=1)
+    block = sampling_points.Deformed(
+        3, 1, np.array([[[[-1.0, -1.0], [1.0, 1.0]]]]), np.zeros((1, 2, 2)), (4, 4), None
+    )
+    axis = Figure().add_subplot()
+    draw.points(axis, shown, block)
+    drawn = np.asarray(axis.collections[0].get_offsets())  # x, y
+    np.testing.assert_allclose(drawn, [[50 + 12.5, 12.5], [50 + 87.5, 87.5]], atol=1)
+    assert axis.get_xlim() == (0, 200) and len(axis.patches) == 4  # what it did not see is dimmed
+    huge = picture_of(torch.zeros(3, 1600, 3200, dtype=torch.uint8), cfg)
+    assert huge.pixels.shape == (800, 1600, 3)
+    np.testing.assert_allclose(huge.window, (0, 400, 800, 800), atol=2)
+
+
+def test_what_is_said_below_a_picture(tmp_path):
+    classes, probabilities = ["bag", "boot"], torch.tensor([0.25, 0.75])
+    said = {
+        name: viz.caption(tmp_path / name / "x.png", probabilities, classes)
+        for name in ("bag", "boot", "new")
+    }
+    assert said["bag"] == "label bag, predicted boot, 75.0 % (wrong; 25.0 % bag)"
+    assert said["boot"] == "label boot, predicted boot, 75.0 % (right)"
+    assert said["new"] == "predicted boot, 75.0 %"
 
 
 def test_select_names_what_there_is(atto, batch):

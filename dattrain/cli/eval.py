@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
-        "model", metavar="RUN|CHECKPOINT|FILE", help="whose weights; of a run, its newest checkpoint"
+        "model",
+        metavar="RUN|CHECKPOINT|FILE",
+        help="whose weights; of a run its last checkpoint, RUN@best its best, RUN@STEP that of a step",
     )
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="OTHER", help="more of the same, in one table"

@@ -15,7 +15,7 @@ from dattrain.pretrained.formats import FORMATS, GRAPHS, LOWEST_OPSET, output_pa
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("model", metavar="RUN|CHECKPOINT|FILE")
+    parser.add_argument("model", metavar="RUN|CHECKPOINT|FILE", help="whose weights, as for dattrain eval")
     parser.add_argument("--to", choices=FORMATS, required=True, help="what to write")
     parser.add_argument("--out", type=Path, required=True, help="the file, or the folder for timm")
     parser.add_argument(

@@ -14,7 +14,12 @@ from dattrain.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    parser.add_argument("--checkpoint", required=True, metavar="RUN|CHECKPOINT|FILE")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="RUN|CHECKPOINT|FILE",
+        help="whose weights, as for dattrain eval",
+    )
     parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes per image (default: 5)")
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="write a row per image and class; - for stdout"

@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument(
-        "--checkpoint", required=True, metavar="RUN|CHECKPOINT|FILE", help="whose attention to draw"
+        "--checkpoint",
+        required=True,
+        metavar="RUN|CHECKPOINT|FILE",
+        help="whose attention to draw, as for dattrain eval",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("viz"), help="folder for the pictures (default: viz)"

@@ -316,7 +316,7 @@ class Init(Section):
     required: bool = False
     """The recipe is a fine-tune: ``train``, ``plan`` and ``submit`` refuse it without ``init.from``."""
     from_: Annotated[str | None, Field(alias="from")] = None
-    """A run folder, a checkpoint folder or a safetensors file."""
+    """A run folder (its last checkpoint; ``RUN@best``, ``RUN@STEP``), a checkpoint folder or a safetensors file."""
     ema: bool = True
     """Take the EMA weights where the source has them."""
     bias_table: Literal["resize", "sample"] = "resize"

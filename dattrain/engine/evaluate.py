@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,13 +44,13 @@ def evaluate(
     device: torch.device,
     *,
     should_stop: Callable[[], bool] = lambda: False,
-    beat: Callable[[], None] = lambda: None,
+    beat: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Evaluate ``engine`` (its current weights): the task's metrics. Collective.
 
     Args:
         should_stop: asked before each batch; if it says yes on one rank, all stop together.
-        beat: called after each batch.
+        beat: called after each batch with how many are done, of how many.
 
     Raises:
         Interrupted: ``should_stop`` was true somewhere.
@@ -57,13 +58,13 @@ def evaluate(
     engine.eval()
     evaluator = task.evaluator(device, precision.WEIGHTS[config.train.precision])
     try:
-        for batch in loader:
+        for done, batch in enumerate(loader, 1):
             asked = to_device(torch.tensor(float(should_stop())), device)
             dist.all_reduce(asked)
             if asked.item() > 0:
                 raise Interrupted
             evaluator.update(engine, batch, lockstep=config.zero.stage == 3)
-            beat()
+            beat(done, len(loader))
     finally:
         engine.train()
     return evaluator.compute(AllRanks())
@@ -102,30 +103,32 @@ class Evaluations:
         step: int,
         *,
         should_stop: Callable[[], bool],
-        beat: Callable[[], None],
+        beat: Callable[[str, int, int], None],
         settle: Callable[[], None],
     ) -> dict[str, float]:
         """Evaluate the weights, and under ``eval.ema`` their averages (``ema_`` before each name). Collective.
 
         Args:
-            should_stop, beat: as for ``evaluate``.
+            should_stop: as for ``evaluate``.
+            beat: called after each batch with whose weights are evaluated (nothing, or words that follow "evaluating"), how many
+                batches are done, of how many.
             settle: waits for a background save, before the weights are exchanged for their averages.
 
         Raises:
             Interrupted: ``should_stop`` was true somewhere.
         """
 
-        def once() -> dict[str, float]:
+        def once(what: str) -> dict[str, float]:
             return evaluate(
                 session.engine, self.loader(session.img_size), self.task, self.config, self.device,
-                should_stop=should_stop, beat=beat,
+                should_stop=should_stop, beat=partial(beat, what),
             )  # fmt: skip
 
-        metrics = once()
+        metrics = once("")
         if session.ema is not None and self.config.eval.ema:
             settle()  # a skipped update has not waited for the save before it
             with session.ema.applied():
-                metrics |= {f"ema_{name}": value for name, value in once().items()}
+                metrics |= {f"ema_{name}": value for name, value in once(" the averages").items()}
         self.step, self.metrics = step, metrics
         return metrics
 

@@ -12,6 +12,7 @@ import torch
 from dattrain.clock import duration
 from dattrain.config.derive import Derived
 from dattrain.config.schema import Config
+from dattrain.engine.closing import closing_lines, scores
 from dattrain.engine.step import Update
 from dattrain.engine.step_status import Slowest, StepStatus
 from dattrain.errors import UserError
@@ -49,16 +50,16 @@ class Reporter:
         self.samples_per_epoch = samples_per_epoch
         self.bad_samples = 0
         self.meter = Meter()
-        self._console = console
+        self._console, self._run_dir = console, run_dir
         self._metrics: Metrics | None = None
         if first:
             try:
                 self._metrics = Metrics(run_dir, step)
             except OSError as error:
                 raise UserError(f"{run_dir}: cannot be written: {error.strerror or error}") from error
-        self._evaluated = (
-            {row["step"] for row in self._metrics.rows if "eval_images" in row} if self._metrics else set()
-        )
+        evaluations = [row for row in self._metrics.rows if "eval_images" in row] if self._metrics else []
+        self._evaluated = {row["step"] for row in evaluations}
+        self._scores = scores(evaluations, config.checkpoint.metric)
         self._mfu_scale = _mfu_scale(config, task, derived, device)
 
     def begin(self, step: int, last: int) -> None:
@@ -118,6 +119,8 @@ class Reporter:
         self._metrics.write(row)
         if log_now:
             self._metrics.scalars("train", row, step)
+            if self._console is not None:
+                self._console.clear()  # or it would be drawn again below, an update or more behind
             log.info(self._line(row, slowest))
         elif self._console is not None:
             self._console.live(self._line(row, None))
@@ -136,6 +139,9 @@ class Reporter:
             "seconds": round(seconds, 2),
         }
         self._metrics.write(row)
+        self._scores |= scores([row], self.config.checkpoint.metric)
+        if self._console is not None:
+            self._console.clear()
         self._metrics.scalars("eval", {k: v for k, v in row.items() if k != "epoch"}, step)
         log.info(
             "step %d: %s on %d images in %s",
@@ -146,9 +152,22 @@ class Reporter:
         """Leave ``seconds`` out of the rates."""
         self.meter.pause(seconds)
 
-    def end(self, status: str, step: int) -> None:
-        """Say how it ended."""
-        log.info("%s at step %d of %d", status, step, self.derived.last_step)
+    def evaluating(self, step: int, what: str, done: int, total: int) -> None:
+        """Show how far an evaluation is, on a terminal."""
+        if self._console is not None:
+            self._console.live(f"step {step}: evaluating{what}, batch {done} of {total}")
+
+    def end(self, status: str, why: str, step: int, seconds: float) -> None:
+        """Say how it ended, and what can be done next."""
+        if self._metrics is None:
+            return
+        if self._console is not None:
+            self._console.clear()
+        log.info(
+            "%s at step %d of %d in %s (%s)", status, step, self.derived.last_step, duration(seconds), why
+        )
+        for line, style in closing_lines(self._run_dir, self.config, status, self._scores):
+            log.info("%s", line, extra={"style": style})
 
     def close(self) -> None:
         """Close the files."""

@@ -15,13 +15,17 @@ from dattrain.engine import resume_rules, zero
 from dattrain.engine.rank_zero import Claim
 from dattrain.engine.trainer import Outcome, Trainer
 from dattrain.errors import UserError
-from dattrain.runtime import collectives, environment, preflight
+from dattrain.files import shown
+from dattrain.runtime import collectives, environment, preflight, process
 from dattrain.runtime.environment import Env
 from dattrain.runtime.health import Watchdog
 from dattrain.runtime.logging import RankLog
-from dattrain.runtime.signals import Preemption
+from dattrain.runtime.signals import STOP_FILE, Preemption
 
 log = logging.getLogger(__name__)
+
+BY_HAND = ("single", "local", "torchrun")
+"""Launchers whose start is typed. A job may be told to stop while it waits; its submission clears what is older."""
 
 
 def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
@@ -46,13 +50,18 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
         preemption = Preemption(run_dir).install()
         stack.callback(preemption.restore)
         claim = Claim(run_dir, env, preemption)
-        stack.callback(claim.release)
+        refused = False
+        stack.callback(lambda: claim.release(undo=refused))
         log_file = RankLog(run_dir, env.rank, env.host)
         stack.callback(log_file.close)
         health = config.train.health
         watchdog = Watchdog(health.stall_seconds, run_dir, log_file.file, env.rank, env.host).start()
         stack.callback(watchdog.close)
+        trainer: Trainer | None = None
         try:
+            log.info("run folder: %s", shown(run_dir))
+            if env.rank == 0 and env.launcher in BY_HAND and preemption.clear_old_stop_file(process.began()):
+                log.warning("%s was left from before this start; it is removed", run_dir / STOP_FILE)
             alone = not dist.is_initialized()
             if alone:
                 preflight.reach(env)
@@ -73,8 +82,14 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
             dist.barrier()
         except UserError as error:
             log.error("%s", error, extra={"console": False})
+            # Nothing has been trained: a folder that this start has made would only be in the way of the next.
+            refused = trainer is None
+            if trainer is not None:
+                trainer.failed(str(error))
             raise
-        except BaseException:
+        except BaseException as error:
             log.exception("rank %d on %s failed", env.rank, env.host, extra={"console": False})
+            if trainer is not None:
+                trainer.failed(f"{type(error).__name__}: {error}")
             raise
     return outcome

@@ -34,7 +34,7 @@ from dattrain.errors import REQUEUE, ConfigError, UserError
 from dattrain.models.flops import count_call
 from dattrain.observe.profile import Profiler
 from dattrain.runtime import environment
-from dattrain.runtime.collectives import from_first
+from dattrain.runtime.collectives import all_gather, from_first
 from dattrain.runtime.environment import Env
 from dattrain.runtime.health import Action, Decision, NonFinitePolicy, Watchdog
 from dattrain.runtime.logging import Console
@@ -55,6 +55,8 @@ class Outcome:
     status: Literal["finished", "preempted", "stopped"]
     step: int
     samples_seen: int
+    why: str = ""
+    """The limit, signal or file that ended it."""
 
     @property
     def exit_code(self) -> int:
@@ -87,6 +89,7 @@ class Trainer:
         self.policy = NonFinitePolicy(health.max_bad_steps, health.max_rollbacks)
         self._bad_before = 0  # skipped samples of the attempts before this one
         self._saved = -1
+        self._seconds_before, self._begun = 0.0, time.monotonic()
         self.checkpointer = Checkpointer.from_config(run_dir, config, owner)
         # Across sizes all of a checkpoint is read beforehand, since the one before it may need another model.
         self._read_all = bool(config.train.progressive)
@@ -120,7 +123,8 @@ class Trainer:
         if config.data.val is not None:
             self.evaluations.loader(self.img_size)  # what is wrong with it is said now, not after an epoch
         device_name = environment.device_name(device)
-        from_first(lambda: run_folder.open_run(run_dir, config, classes, env, device_name))
+        position = {"step": self.step, "last_step": self.derived.last_step}
+        from_first(lambda: run_folder.open_run(run_dir, config, classes, env, device_name, position))
         self.session = self._open_session(found)
         stack.callback(lambda: self.session.close())
         self.reporter = Reporter(
@@ -152,18 +156,24 @@ class Trainer:
             status = self.step_boundary(update)
             if status.request:
                 return self.save_and_exit(status.request)
+            if self._due(self.derived.checkpoint_steps) and not self.policy.in_a_row:
+                # In a row of bad steps the weights may be what is wrong: a rollback must find those before it.
+                self.save()
+            # After the save of this step, which an evaluation that fails then cannot lose.
             if self._due(self.derived.eval_steps):
                 request = self.evaluate()
                 if request:
                     return self.save_and_exit(request)
-            if self._due(self.derived.checkpoint_steps) and not self.policy.in_a_row:
-                # In a row of bad steps the weights may be what is wrong: a rollback must find those before it.
-                self.save()
             self.change_size()
             if self.step % self.config.train.gc_every == 0:
                 gc.collect()
         self.checkpointer.wait()
-        return self._end("finished")
+        limit = self.config.train.max_steps
+        stopped = limit is not None and last < self.derived.total_steps
+        return self._end(
+            "finished",
+            f"train.max_steps={limit}" if stopped else f"schedule.epochs={self.config.schedule.epochs:g}",
+        )
 
     def update(self) -> Update:
         """One update at the current position, which then moves on whatever became of it."""
@@ -239,9 +249,12 @@ class Trainer:
     def save_and_exit(self, request: StopRequest) -> Outcome:
         """Save, and say how it ended."""
         self.save(background=False)
+        asked = all_gather((self.rank, self.env.host, self.preemption.why(look_for_file=self.rank == 0)))
         if self.rank == 0:
             self.preemption.clear_stop_file()
-        return self._end("stopped" if request == StopRequest.STOP else "preempted")
+        rank, host, why = next((each for each in asked if each[2]), (0, "", "asked to end"))
+        where = f" to rank {rank} on {host}" if self.world > 1 and not why.startswith("the file") else ""
+        return self._end("stopped" if request == StopRequest.STOP else "preempted", why + where)
 
     # Between updates ----------------------------------------------------------------------------------------------
 
@@ -256,16 +269,25 @@ class Trainer:
                 self.session,
                 self.step,
                 should_stop=lambda: bool(self.preemption.request(look_for_file=self.rank == 0)),
-                beat=lambda: self.watchdog.beat("evaluating"),
+                beat=self._beat_evaluating,
                 settle=self.checkpointer.wait_for_staging,
             )
         except Interrupted:
             log.info("evaluation stopped: asked to end")
             return StopRequest.STOP if self.preemption.request() == StopRequest.STOP else StopRequest.PREEMPT
+        except Exception:
+            self.checkpointer.let_finish()
+            raise
         self.reporter.evaluation(metrics, self.step, self.samples_seen, time.perf_counter() - begin)
+        if self.rank == 0:
+            self.checkpointer.record(self.step, metrics)
         self.watchdog.beat("evaluated")
         self.watchdog.pauses()  # left out already
         return StopRequest.NONE
+
+    def _beat_evaluating(self, what: str, done: int, total: int) -> None:
+        self.watchdog.beat("evaluating")
+        self.reporter.evaluating(self.step, what, done, total)
 
     def save(self, *, background: bool | None = None) -> None:
         """Save this position, unless that is done."""
@@ -280,6 +302,7 @@ class Trainer:
             "epoch": self.samples_seen / self.samples_per_epoch,
             "img_size": self.img_size,
             "metrics": self.evaluations.metrics if self.evaluations.step == self.step else {},
+            "seconds": round(self.seconds, 1),
             "health": self.policy.state(),
             "bad_samples": self.reporter.bad_samples,
             resume_rules.META: self._fixed,
@@ -313,6 +336,7 @@ class Trainer:
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
         self.policy.restore(meta["health"])
         self._bad_before = meta["bad_samples"]
+        self._seconds_before = meta.get("seconds", 0.0)
         self._saved = self.step
 
     def _open_loader(self) -> TrainLoader[Any]:
@@ -354,9 +378,21 @@ class Trainer:
     def _resume_at_new_resolution(self, session: Session, folder: Path) -> None:
         resume_at_new_resolution(session.engine, session.ema_tensors, self.task, session.img_size, folder)
 
-    def _end(self, status: Literal["finished", "preempted", "stopped"]) -> Outcome:
-        self.reporter.end(status, self.step)
-        return Outcome(status, self.step, self.samples_seen)
+    @property
+    def seconds(self) -> float:
+        """Of all starts of the run together, without what was lost behind their last checkpoints."""
+        return self._seconds_before + time.monotonic() - self._begun
+
+    def _end(self, status: Literal["finished", "preempted", "stopped"], why: str) -> Outcome:
+        if self.rank == 0:
+            run_folder.note_end(self.run_dir, status, why, self.step)
+        self.reporter.end(status, why, self.step, self.seconds)
+        return Outcome(status, self.step, self.samples_seen, why)
+
+    def failed(self, why: str) -> None:
+        """Note that an error has ended the training. Not collective."""
+        if self.rank == 0 and not self.checkpointer.owner_lost:
+            run_folder.note_end(self.run_dir, "failed", why.splitlines()[0] if why else "", self.step)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.derived.last_step

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dattrain.errors import ConfigError
+from dattrain.files import shown
+
+relative = shown
 
 
 def find(given: Sequence[str]) -> list[Path]:
@@ -31,11 +34,3 @@ def find(given: Sequence[str]) -> list[Path]:
                 raise ConfigError(f"{folder}: no run folder, and none below it")
             found += below
     return found
-
-
-def relative(path: Path) -> str:
-    """The path as seen from the working folder where it lies below it, for messages."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

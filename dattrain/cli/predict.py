@@ -8,6 +8,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from dattrain.cli.loading import loading
 from dattrain.errors import UserError
 
 
@@ -44,9 +45,10 @@ def run(args: argparse.Namespace) -> int:
     """Print a block per image, or write CSV. An image that cannot be read is an error, after the others are done."""
     from dataclasses import replace
 
-    from dattrain.pretrained import class_names, preprocess
-    from dattrain.pretrained.predict import predict
-    from dattrain.pretrained.weights import load_model
+    with loading("torch"):
+        from dattrain.pretrained import class_names, preprocess
+        from dattrain.pretrained.predict import predict
+        from dattrain.pretrained.weights import load_model
 
     if args.topk < 1 or args.batch < 1:
         raise UserError(f"--topk {args.topk} and --batch {args.batch} must be at least 1", exit_code=2)

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
+from dattrain.cli.loading import loading
 from dattrain.errors import ConfigError, UserError
 
 
@@ -43,9 +44,10 @@ def run(args: argparse.Namespace) -> int:
                 "--nproc starts ranks, but this process is one already (torchrun or srun started it)"
             )
         return spawn(args, run_dir)
-    from dattrain.engine.train import train
-    from dattrain.runtime.environment import hard_exit
-    from dattrain.runtime.spawn import report
+    with loading("torch, DeepSpeed", always=True):
+        from dattrain.engine.train import train
+        from dattrain.runtime.environment import hard_exit
+        from dattrain.runtime.spawn import report
 
     try:
         code = train(config, run_dir).exit_code

@@ -6,6 +6,7 @@ import argparse
 from itertools import count
 from pathlib import Path
 
+from dattrain.cli.loading import loading
 from dattrain.errors import UserError
 
 KINDS = ("points", "offsets", "attention")
@@ -50,10 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw one PNG per image, and one HTML page of them all where blocks, groups and queries can be chosen."""
-    from dattrain.pretrained import preprocess
-    from dattrain.pretrained.weights import load_model
-    from dattrain.visualize import draw, html, sampling_points
-    from dattrain.visualize.draw_points import capture_image
+    with loading("torch"):
+        from dattrain.pretrained import preprocess
+        from dattrain.pretrained.weights import load_model
+        from dattrain.visualize import draw, html, sampling_points
+        from dattrain.visualize.draw_points import capture_image
 
     if not all(0 <= part <= 1 for part in args.query):
         raise UserError(f"--query {args.query[0]} {args.query[1]}: fractions of the image, from 0 to 1")

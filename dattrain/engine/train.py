@@ -24,6 +24,10 @@ from dattrain.runtime.signals import STOP_FILE, Preemption
 
 log = logging.getLogger(__name__)
 
+EMULATED = (
+    "train.precision={} is emulated on this CPU (it has neither AVX512_BF16 nor AMX), about four times slower than fp32: use "
+    "train.precision=fp32"
+)
 BY_HAND = ("single", "local", "torchrun")
 """Launchers whose start is typed. A job may be told to stop while it waits; its submission clears what is older."""
 
@@ -62,6 +66,8 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
             log.info("run folder: %s", shown(run_dir))
             if env.rank == 0 and env.launcher in BY_HAND and preemption.clear_old_stop_file(process.began()):
                 log.warning("%s was left from before this start; it is removed", run_dir / STOP_FILE)
+            if device.type == "cpu" and settings.precision.startswith("bf16") and environment.emulates_bf16():
+                log.warning("%s", EMULATED.format(settings.precision))
             alone = not dist.is_initialized()
             if alone:
                 preflight.reach(env)

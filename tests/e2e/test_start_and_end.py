@@ -1,7 +1,9 @@
 """Before the first update and after the last: what is refused, what is left, what is said, and that it works as it is typed."""
 
+import contextlib
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -150,3 +152,22 @@ def test_an_old_stop_file_stops_nothing_and_a_new_one_says_so(home):
     )
     ends = [start["end"]["status"] for start in json.loads((run / "env.json").read_text())["starts"]]
     assert ends == ["finished", "stopped"]
+
+
+def test_on_a_terminal_no_line_steps_back(home):
+    """The first live line is of step 1, and the log line of step 2 comes next: below that, step 1 must not come again."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "dattrain", "train", "recipe.yaml", *DATA, *SETTINGS]
+    command += ["train.log_every=2", "train.max_steps=4", "--run", "runs/terminal"]
+    with warm.Popen(command, cwd=home, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        # A terminal whose other side is closed is an error to whoever reads on.
+        with contextlib.suppress(OSError):
+            while part := os.read(ours, 1 << 16):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0, shown
+    steps = [int(number) for number in re.findall(rb"step (\d+)/4", shown)]
+    assert steps[:2] == [1, 2] and steps == sorted(steps), shown
+    assert b"loading torch" in shown and shown.index(b"loading torch") < shown.index(b"run folder")

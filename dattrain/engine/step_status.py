@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from dattrain.data.to_device import to_device
 from dattrain.engine.step import Update
-from dattrain.runtime.signals import StopRequest
+from dattrain.runtime.collectives import all_gather, rank_and_world
+from dattrain.runtime.signals import Preemption, StopRequest
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,14 @@ class StepStatus:
     """Skipped samples over all ranks, in this process's life."""
     parts: dict[str, float] = field(default_factory=dict)
     """Named components of ``loss``, where the task has any; NaN where ``loss`` is."""
+
+
+def stopped_by(preemption: Preemption, host: str) -> str:
+    """What a request came from, and at several ranks where it arrived. Collective."""
+    rank, world = rank_and_world()
+    asked = all_gather((rank, host, preemption.why(look_for_file=rank == 0)))
+    rank, host, why = next((each for each in asked if each[2]), (0, "", ""))
+    return f"{why} at rank {rank} on {host}" if world > 1 and rank else why or "asked to end"
 
 
 def reduce_status(

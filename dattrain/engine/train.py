@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dattrain.config.schema import Config
-from dattrain.engine import resume_rules, zero
+from dattrain.engine import resume_rules, starts, zero
 from dattrain.engine.rank_zero import Claim
 from dattrain.engine.trainer import Outcome, Trainer
 from dattrain.errors import UserError
@@ -28,8 +28,6 @@ EMULATED = (
     "train.precision={} is emulated on this CPU (it has neither AVX512_BF16 nor AMX), about four times slower than fp32: use "
     "train.precision=fp32"
 )
-BY_HAND = ("single", "local", "torchrun")
-"""Launchers whose start is typed. A job may be told to stop while it waits; its submission clears what is older."""
 
 
 def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
@@ -64,7 +62,9 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
         trainer: Trainer | None = None
         try:
             log.info("run folder: %s", shown(run_dir))
-            if env.rank == 0 and env.launcher in BY_HAND and preemption.clear_old_stop_file(process.began()):
+            # A job may be told to stop while it waits; its submission clears what is older.
+            by_hand = env.rank == 0 and env.launcher in starts.BY_HAND
+            if by_hand and preemption.clear_old_stop_file(process.began()):
                 log.warning("%s was left from before this start; it is removed", run_dir / STOP_FILE)
             if device.type == "cpu" and settings.precision.startswith("bf16") and environment.emulates_bf16():
                 log.warning("%s", EMULATED.format(settings.precision))

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from dattrain.config.derive import check_source, derive
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
-from dattrain.engine import precision, resume_rules, run_folder, schedule, zero
+from dattrain.engine import precision, resume_rules, run_folder, schedule, starts, zero
 from dattrain.engine.debug_dump import write_debug_dump
 from dattrain.engine.evaluate import Evaluations, Interrupted
 from dattrain.engine.new_resolution import resume_at_new_resolution, size_at
@@ -29,12 +29,12 @@ from dattrain.engine.rank_zero import newest_checkpoint
 from dattrain.engine.reporter import Reporter
 from dattrain.engine.session import Session, open_session
 from dattrain.engine.step import Update, seed_all
-from dattrain.engine.step_status import StepStatus, Stragglers, reduce_status
+from dattrain.engine.step_status import StepStatus, Stragglers, reduce_status, stopped_by
 from dattrain.errors import REQUEUE, ConfigError, UserError
 from dattrain.models.flops import count_call
 from dattrain.observe.profile import Profiler
 from dattrain.runtime import environment
-from dattrain.runtime.collectives import all_gather, from_first
+from dattrain.runtime.collectives import from_first
 from dattrain.runtime.environment import Env
 from dattrain.runtime.health import Action, Decision, NonFinitePolicy, Watchdog
 from dattrain.runtime.logging import Console
@@ -168,12 +168,9 @@ class Trainer:
             if self.step % self.config.train.gc_every == 0:
                 gc.collect()
         self.checkpointer.wait()
-        limit = self.config.train.max_steps
-        stopped = limit is not None and last < self.derived.total_steps
-        return self._end(
-            "finished",
-            f"train.max_steps={limit}" if stopped else f"schedule.epochs={self.config.schedule.epochs:g}",
-        )
+        cut = last < self.derived.total_steps
+        limit = f"train.max_steps={last}" if cut else f"schedule.epochs={self.config.schedule.epochs:g}"
+        return self._end("finished", limit)
 
     def update(self) -> Update:
         """One update at the current position, which then moves on whatever became of it."""
@@ -249,12 +246,10 @@ class Trainer:
     def save_and_exit(self, request: StopRequest) -> Outcome:
         """Save, and say how it ended."""
         self.save(background=False)
-        asked = all_gather((self.rank, self.env.host, self.preemption.why(look_for_file=self.rank == 0)))
+        why = stopped_by(self.preemption, self.env.host)
         if self.rank == 0:
             self.preemption.clear_stop_file()
-        rank, host, why = next((each for each in asked if each[2]), (0, "", "asked to end"))
-        where = f" to rank {rank} on {host}" if self.world > 1 and not why.startswith("the file") else ""
-        return self._end("stopped" if request == StopRequest.STOP else "preempted", why + where)
+        return self._end("stopped" if request == StopRequest.STOP else "preempted", why)
 
     # Between updates ----------------------------------------------------------------------------------------------
 
@@ -385,14 +380,14 @@ class Trainer:
 
     def _end(self, status: Literal["finished", "preempted", "stopped"], why: str) -> Outcome:
         if self.rank == 0:
-            run_folder.note_end(self.run_dir, status, why, self.step)
+            starts.end(self.run_dir, status, why, self.step)
         self.reporter.end(status, why, self.step, self.seconds)
         return Outcome(status, self.step, self.samples_seen, why)
 
     def failed(self, why: str) -> None:
         """Note that an error has ended the training. Not collective."""
         if self.rank == 0 and not self.checkpointer.owner_lost:
-            run_folder.note_end(self.run_dir, "failed", why.splitlines()[0] if why else "", self.step)
+            starts.end(self.run_dir, "failed", why.partition("\n")[0], self.step)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.derived.last_step

@@ -8,10 +8,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from dattrain.clock import duration
 from dattrain.config.load import load
+from dattrain.engine import starts
 from dattrain.observe.metrics import parse as parse_rows
 from dattrain.runtime import owner
 from dattrain.submit import history, job_state, local, queue
@@ -23,7 +25,7 @@ from dattrain.text import columns
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run. ``state`` is ours: ``finished``, ``running``, ``waiting``, ``stopped``, ``cancelled``, ``failed``, ``unknown``."""
+    """One run. ``state`` is ours: ``finished``, ``running``, ``waiting``, ``stopped``, ``cancelled``, ``failed``, ``crashed``, ``unknown``."""
 
     run: Path
     state: str
@@ -33,6 +35,8 @@ class RunStatus:
     """Reason of the state, where there is one to give."""
     step: int | None
     last_step: int | None
+    epoch: float | None
+    """Epochs of the training set done, as the log lines of the training have them."""
     images_per_s: float | None
     loss: float | None
     eta_s: float | None
@@ -73,7 +77,7 @@ def status_of(run: Path, states: Mapping[str, JobState], *, local_alive: bool = 
     """Put the status of one run together."""
     events = history.history(run)
     job, slurm = _current(events, states)
-    state, why = state_of(events, slurm, local_alive=local_alive)
+    state, why = _by_hand(run, events) or state_of(events, slurm, local_alive=local_alive)
     if state == "failed" and not why and job is not None:
         why = why_failed(run, job, slurm)
     if state not in ("running", "waiting"):
@@ -89,6 +93,7 @@ def status_of(run: Path, states: Mapping[str, JobState], *, local_alive: bool = 
         why=why,
         step=metrics.get("step"),
         last_step=_last_step(run, metrics),
+        epoch=metrics.get("epoch"),
         images_per_s=metrics.get("images_per_s") if live else None,
         loss=metrics.get("loss"),
         eta_s=metrics.get("eta_s") if live else None,
@@ -99,11 +104,36 @@ def status_of(run: Path, states: Mapping[str, JobState], *, local_alive: bool = 
     )
 
 
+def _by_hand(run: Path, events: Sequence[Event]) -> tuple[str, str] | None:
+    """State and reason of a run whose newest start was typed, after whatever was submitted; None where there is no such start.
+
+    That it runs is for ``_without_job`` to see.
+    """
+    newest = next(reversed(starts.read(run)), None)
+    if newest is None or newest.get("launcher") not in starts.BY_HAND:
+        return None
+    if events and starts.began(newest) < events[-1].get("time", 0):
+        return None
+    step = history.newest_checkpoint(run)
+    again = f"dattrain train {quote(relative(run))} goes on" + ("" if step is None else f" from step {step}")
+    end = newest.get("end")
+    if end is None:
+        return (
+            "crashed",
+            f"its process is gone without a word (killed, out of memory, or the machine went down); {again}",
+        )
+    if end["status"] == "finished":
+        return "finished", ""
+    return ("failed" if end["status"] == "failed" else "stopped"), f"{end['status']}: {end['why']}; {again}"
+
+
 def _without_job(run: Path, state: str, why: str) -> tuple[str, str]:
     """State and reason of a run that a process trains without a job of ours, or whose jobs are another folder's."""
     found = owner.current_owner(run)
     if found is not None and found[1] == "alive" and found[0].purpose == owner.TRAINED:
         return "running", f"trained by {found[0].who()}"
+    if state == "crashed" and found is not None:  # its process cannot be seen from here
+        return "unknown", f"{found[0].who()} has the folder, or had it when it died"
     reasons = [why, history.origin(run)]
     jobs = history.submitted_jobs(history.history(run))
     if found is not None and not (found[1] == "unknown" and found[0].job in jobs):
@@ -246,7 +276,10 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 
 def _last_step(run: Path, metrics: Mapping[str, Any]) -> int | None:
-    """All updates of the run, by the recipe and the epoch that the metrics state."""
+    """All updates of the run as its newest start counted them; of older versions, by the recipe and the epoch that the metrics state."""
+    newest = next(reversed(starts.read(run)), None)
+    if newest is not None and isinstance(newest.get("last_step"), int):
+        return int(newest["last_step"])
     if not (run / "config.yaml").is_file() or not metrics.get("epoch"):
         return None
     config = load(run / "config.yaml").config
@@ -266,7 +299,9 @@ def _evaluation(run: Path) -> float | None:
 
 def render(statuses: Sequence[RunStatus]) -> str:
     """A line for each run, and below it its restarts and the reason of its state."""
-    rows = [("RUN", "STATE", "JOB", "STEP", "IMAGES/S", "LOSS", "ETA", "TOP-1", "CHECKPOINT", "RESTARTS")]
+    rows = [
+        ("RUN", "STATE", "JOB", "STEP", "EPOCH", "IMAGES/S", "LOSS", "ETA", "TOP-1", "CHECKPOINT", "RESTARTS")
+    ]
     for r in statuses:
         step = "-" if r.step is None else f"{r.step}/{r.last_step}" if r.last_step else str(r.step)
         rows.append(
@@ -275,6 +310,7 @@ def render(statuses: Sequence[RunStatus]) -> str:
                 r.state,
                 f"{r.job or '-'}" + (f" {r.slurm.nodes}" if r.slurm.nodes and r.state == "running" else ""),
                 step,
+                "-" if r.epoch is None else f"{r.epoch:.2f}",
                 "-" if r.images_per_s is None else f"{r.images_per_s:.1f}",
                 "-" if r.loss is None else f"{r.loss:.4f}",
                 "-" if r.eta_s is None else duration(r.eta_s),

@@ -38,6 +38,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "config": ("dattrain.cli.config", "list the recipes, show a resolved one, or the difference of two"),
     "demo": ("dattrain.cli.demo", "train, fine-tune and evaluate on Fashion-MNIST, in minutes on a laptop"),
     "doctor": ("dattrain.cli.doctor", "what this machine has, and whether it works"),
+    "completion": ("dattrain.cli.completion", "what Tab completes in bash, zsh or fish"),
 }
 
 

@@ -82,7 +82,7 @@ def script(shell: str, verbs: Mapping[str, Words]) -> str:
     return HOW[shell] + {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](verbs)
 
 
-def _cases(verbs: Mapping[str, Words], quotes: str) -> str:
+def _cases(verbs: Mapping[str, Words], quotes: tuple[str, str]) -> str:
     """The branches of a ``case`` over verbs that sets ``options``, ``first`` and ``keys``; none of the words needs quotes of its own."""
     begin, end = quotes
     return "".join(
@@ -106,7 +106,7 @@ def _bash(verbs: Mapping[str, Words]) -> str:
     offered='{" ".join(verbs)} --help --version'
   else
     case "${{typed[1]}}" in
-{_cases(verbs, "''")}    esac
+{_cases(verbs, ("'", "'"))}    esac
     case "$word" in
       -*) offered="$options" ;;
       *) offered="$keys"; [ "${{#typed[@]}}" -eq 3 ] && offered="$first" ;;
@@ -131,7 +131,7 @@ def _zsh(verbs: Mapping[str, Words]) -> str:
     return
   fi
   case "$words[2]" in
-{_cases(verbs, "()")}  esac
+{_cases(verbs, ("(", ")"))}  esac
   if [[ "$words[CURRENT]" == -* ]]; then
     compadd -- $options
     return

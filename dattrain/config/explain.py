@@ -50,15 +50,15 @@ def _line(item: Any, model: type[BaseModel], source: str, places: Mapping[str, s
         return f"{place}: unknown key {'.'.join(loc)}; {hint}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "model_type" and model is Config and len(loc) == 1:
-        known = [key for key in _leaves(Config) if key.startswith(f"{loc[0]}.")]
-        keys_here = meant(loc[0], known) or known[:1]
-        return f"{place}: {key} is a section, and cannot be {item['input']!r}; did you mean {keys_here[0]}={item['input']}?"
+        inside = [key for key in _leaves(Config) if key.startswith(f"{loc[0]}.")]
+        near_key = (meant(loc[0], inside) or inside)[0]
+        return f"{place}: {key} is a section, and cannot be {item['input']!r}; did you mean {near_key}={item['input']}?"
     if not loc:
         if places is None:
             return f"{source}: {message}"
         named = dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_]+)+", message))
-        found = "; ".join(f"{key}: {places[key]}" for key in named if key in places)
-        return f"{message} ({found})" if found else message
+        set_at = "; ".join(f"{key}: {places[key]}" for key in named if key in places)
+        return f"{message} ({set_at})" if set_at else message
     seen = "" if item["type"] == "missing" else f" (found {item['input']!r})"
     return f"{place}: {key}: {message[0].lower()}{message[1:]}{seen}"
 

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
+
+
+def seconds(text: str) -> float:
+    """Seconds of ``30s``, ``2m`` or ``1.5h``. Raises ValueError."""
+    found = _DURATION.fullmatch(text)
+    if found is None or not float(found[1]):
+        raise ValueError(f"write a number of updates from 1 on, or a time as 30s, 2m or 1h, not {text}")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _interval(value: int | str) -> int | str:
+    if isinstance(value, str) or value < 1:
+        seconds(str(value))
+    return value
+
+
+Interval = Annotated[int | str, AfterValidator(_interval)]
+"""Updates, or time."""
 Size = int | tuple[int, int]
 """Pixels: a side, or height and width."""
 
@@ -278,8 +298,8 @@ class Train(Section):
     """torch.use_deterministic_algorithms: equal bits on equal CUDA devices too, slower; what cannot do that raises."""
     max_steps: Count | None = None
     """Stop early after this many updates; the schedule keeps its length."""
-    log_every: Count = 50
-    """Updates between two log lines."""
+    log_every: Interval = 50
+    """Updates between two log lines; or time, as ``30s``, ``2m`` or ``1h``."""
     gc_every: Count = 100
     """Updates between two collections of Python's garbage, on all ranks at once."""
     threads: Annotated[int, Field(ge=0)] = 0

@@ -15,8 +15,19 @@ from dattrain.data.classes import Classes
 from dattrain.data.to_device import to_device
 from dattrain.engine import precision
 from dattrain.engine.session import Session
+from dattrain.errors import ConfigError
 from dattrain.runtime import collectives
 from dattrain.tasks.base import EvalLoader, Size, Task
+
+
+def check_metric(config: Config, task: Task) -> None:
+    """Refuse a ``checkpoint.metric`` that no evaluation has: no checkpoint would be kept as the best, in silence."""
+    wanted, known = config.checkpoint.metric, task.metrics
+    names = [*known, *(f"ema_{name}" for name in known)]
+    if wanted not in names:
+        raise ConfigError(
+            f"checkpoint.metric={wanted} is no number of the evaluation; it has {', '.join(names)}"
+        )
 
 
 class Interrupted(Exception):

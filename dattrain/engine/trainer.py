@@ -23,14 +23,15 @@ from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
 from dattrain.engine import precision, resume_rules, run_folder, schedule, starts, zero
 from dattrain.engine.debug_dump import write_debug_dump
-from dattrain.engine.evaluate import Evaluations, Interrupted
+from dattrain.engine.evaluate import Evaluations, Interrupted, check_metric
+from dattrain.engine.log_interval import LogInterval
 from dattrain.engine.new_resolution import resume_at_new_resolution, size_at
 from dattrain.engine.rank_zero import newest_checkpoint
 from dattrain.engine.reporter import Reporter
 from dattrain.engine.session import Session, open_session
 from dattrain.engine.step import Update, seed_all
 from dattrain.engine.step_status import StepStatus, Stragglers, reduce_status, stopped_by
-from dattrain.errors import REQUEUE, ConfigError, UserError
+from dattrain.errors import REQUEUE, UserError
 from dattrain.models.flops import count_call
 from dattrain.observe.profile import Profiler
 from dattrain.runtime import environment
@@ -132,6 +133,7 @@ class Trainer:
             samples_per_epoch=self.samples_per_epoch, console=console, first=self.rank == 0,
         )  # fmt: skip
         stack.callback(self.reporter.close)
+        self.log_interval = LogInterval(config.train.log_every, first=self.rank == 0)
         self.stragglers = Stragglers(env.host, device)
         self.profiler = Profiler(
             config.train.profile.steps, run_dir / "profile", self.rank, device,
@@ -195,12 +197,15 @@ class Trainer:
             save_failed=self.checkpointer.failed,
             bad_samples=self.loader.skipped.count,
             device=self.device,
+            log_due=self.log_interval.due(self.step),
         )
         self.reporter.pause(self.watchdog.pauses())
         if status.save_failed:
             self.checkpointer.wait()
         self.stragglers.add(update)
-        logs_now = self.step % self.config.train.log_every == 0 or self.step == self.derived.last_step
+        logs_now = status.log_due or self.step == self.derived.last_step
+        if logs_now:
+            self.log_interval.logged()
         scale = zero.loss_scale(self.session.engine)
         # A dynamic loss scale overflows now and then by design; that is only an event when it cannot be lowered further.
         finite = status.finite and (update.applied or (scale is not None and scale > 1))
@@ -396,13 +401,3 @@ class Trainer:
         """End the data workers. Not collective: also after a failure."""
         gc.enable()
         self.loader.close()
-
-
-def check_metric(config: Config, task: Task) -> None:
-    """Refuse a ``checkpoint.metric`` that no evaluation has: no checkpoint would be kept as the best, in silence."""
-    wanted, known = config.checkpoint.metric, task.metrics
-    names = [*known, *(f"ema_{name}" for name in known)]
-    if wanted not in names:
-        raise ConfigError(
-            f"checkpoint.metric={wanted} is no number of the evaluation; it has {', '.join(names)}"
-        )

@@ -19,7 +19,7 @@ from dattrain.errors import ConfigError
 def resolve(
     recipe: str | Path, overrides: Overrides, run_dir: Path | None, environ: Mapping[str, str]
 ) -> tuple[Config, Path]:
-    """The config, its paths made absolute, and the run folder that are meant.
+    """The config and the run folder that are meant.
 
     Args:
         recipe: a recipe (file, or name of a shipped one), or a run folder to resume.
@@ -44,8 +44,8 @@ def resolve(
             raise ConfigError(f"{path} is not a run folder: it has no config.yaml")
         if run_dir is not None and run_dir.absolute() != path.absolute():
             raise ConfigError(f"{path} is a run folder already; leave out --run {run_dir}")
-        return absolute(load(path, overrides).config), path
-    config = absolute(load(path, overrides).config)
+        return load(path, overrides).config, path
+    config = load(path, overrides).config
     return config, run_dir or new_folder(config.name, environ)
 
 

@@ -51,7 +51,7 @@ def closing_lines(
         elif best not in kept:
             lines.append(
                 (
-                    f"the checkpoint of step {best} was not kept (checkpoint.keep_best, checkpoint.every_epochs)",
+                    f"no checkpoint of step {best} is kept (checkpoint.every_epochs, checkpoint.keep_best)",
                     "",
                 )
             )

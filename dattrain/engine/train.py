@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from dattrain.config.run import absolute
 from dattrain.config.schema import Config
 from dattrain.engine import resume_rules, starts, zero
 from dattrain.engine.rank_zero import Claim
@@ -40,7 +41,7 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
         InUse: (a UserError, on every rank) another job trains in ``run_dir``, or has taken it over.
         UserError: what the user can put right: data, settings, disk, a run that no longer yields finite steps.
     """
-    run_dir = run_dir.absolute()
+    run_dir, config = run_dir.absolute(), absolute(config)
     resume_rules.check_folder(run_dir)
     env = env or environment.resolve(os.environ)
     settings = config.train

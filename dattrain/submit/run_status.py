@@ -124,7 +124,9 @@ def _by_hand(run: Path, events: Sequence[Event]) -> tuple[str, str] | None:
         )
     if end["status"] == "finished":
         return "finished", ""
-    return ("failed" if end["status"] == "failed" else "stopped"), f"{end['status']}: {end['why']}; {again}"
+    if end["status"] == "failed":
+        return "failed", f"{end['why']}; {again}"
+    return "stopped", f"{'preempted: ' if end['status'] == 'preempted' else ''}{end['why']}; {again}"
 
 
 def _without_job(run: Path, state: str, why: str) -> tuple[str, str]:

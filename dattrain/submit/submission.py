@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dattrain.config.load import dump
+from dattrain.config.run import absolute
 from dattrain.errors import ConfigError, UserError
 from dattrain.files import write_text
 from dattrain.runtime import owner
@@ -130,7 +131,7 @@ def prepare(stage: Stage, dependents: Sequence[Path] = ()) -> None:
     folder = stage.placement().folder
     for run, loaded in zip(stage.runs, stage.loaded):
         (run / "submit").mkdir(parents=True, exist_ok=True)
-        write_text(run / "config.yaml", dump(loaded.config))
+        write_text(run / "config.yaml", dump(absolute(loaded.config)))
         snapshot.create(run)
         with contextlib.suppress(FileNotFoundError):
             (run / "stop").unlink()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,22 +35,25 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def begin(run_dir: Path, start: Mapping[str, Any]) -> None:
-    """Add a start; its ``time`` is now. Raises OSError."""
-    _write(run_dir, [*read(run_dir), {"time": _now(), **start}])
+    """Add a start: now, by this process. Raises OSError."""
+    _write(run_dir, [*read(run_dir), {"time": _now(), "pid": os.getpid(), **start}])
 
 
-def end(run_dir: Path, status: str, why: str, step: int) -> None:
-    """Note how the newest start ended. Where the file cannot be written, a warning says so: what ended the run matters more.
+def end(run_dir: Path, status: str, why: str, step: int | None) -> None:
+    """Note how this process's start ended, if it is the newest.
+
+    Where that cannot be written, a warning says so: what ended the run matters more.
 
     Args:
         status: ``finished``, ``stopped``, ``preempted`` or ``failed``.
         why: the limit, signal, file or error that ended it.
-        step: updates done.
+        step: updates done; None where none was.
     """
     starts = read(run_dir)
-    if not starts:
+    if not starts or starts[-1].get("pid") != os.getpid():
         return
-    starts[-1]["end"] = {"time": _now(), "status": status, "why": why, "step": step}
+    done = starts[-1].get("step") if step is None else step
+    starts[-1]["end"] = {"time": _now(), "status": status, "why": why.partition("\n")[0], "step": done}
     try:
         _write(run_dir, starts)
     except OSError as error:

@@ -91,12 +91,21 @@ def train(config: Config, run_dir: Path, *, env: Env | None = None) -> Outcome:
             log.error("%s", error, extra={"console": False})
             # Nothing has been trained: a folder that this start has made would only be in the way of the next.
             refused = trainer is None
-            if trainer is not None:
-                trainer.failed(str(error))
+            _note_failure(claim, trainer, "failed", str(error))
+            raise
+        except KeyboardInterrupt:
+            _note_failure(
+                claim, trainer, "stopped", "Ctrl-C, at once: what came after the last checkpoint is lost"
+            )
             raise
         except BaseException as error:
             log.exception("rank %d on %s failed", env.rank, env.host, extra={"console": False})
-            if trainer is not None:
-                trainer.failed(f"{type(error).__name__}: {error}")
+            _note_failure(claim, trainer, "failed", f"{type(error).__name__}: {error}")
             raise
     return outcome
+
+
+def _note_failure(claim: Claim, trainer: Trainer | None, status: str, why: str) -> None:
+    """Note in ``env.json`` what has ended the training, where this is the rank that owns the run folder. Not collective."""
+    if claim.owner is not None and not claim.owner.lost:
+        starts.end(claim.owner.path.parent, status, why, None if trainer is None else trainer.step)

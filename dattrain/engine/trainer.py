@@ -389,11 +389,6 @@ class Trainer:
         self.reporter.end(status, why, self.step, self.seconds)
         return Outcome(status, self.step, self.samples_seen, why)
 
-    def failed(self, why: str) -> None:
-        """Note that an error has ended the training. Not collective."""
-        if self.rank == 0 and not self.checkpointer.owner_lost:
-            starts.end(self.run_dir, "failed", why.partition("\n")[0], self.step)
-
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.derived.last_step
 

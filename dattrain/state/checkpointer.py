@@ -125,12 +125,7 @@ class Checkpointer:
 
         For the ranks to agree on before ``wait`` raises.
         """
-        return self._task.failed or self.owner_lost
-
-    @property
-    def owner_lost(self) -> bool:
-        """Whether another process has taken the run folder."""
-        return self._owner is not None and self._owner.lost
+        return self._task.failed or (self._owner is not None and self._owner.lost)
 
     def save(
         self,

@@ -113,6 +113,24 @@ def test_what_is_refused_leaves_no_run_folder(home, change, message):
     assert (home / "runs" / "kept" / "notes.txt").exists()
 
 
+def test_a_start_that_is_refused_late_says_so_in_what_was_there(home):
+    """Weights of nothing show when the model is built: the start is noted by then."""
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    save_file({"nothing": zeros(1)}, home / "nothing.safetensors")
+    run = home / "runs" / "late"
+    (run / "logs").mkdir(parents=True)
+    (run / "logs" / "old.log").touch()
+    os.utime(run / "logs" / "old.log", (time.time() - 60,) * 2)
+    settings = [*DATA, *SETTINGS, "init.from=nothing.safetensors"]
+    done = dattrain(home, "train", "recipe.yaml", *settings, "--run", run)
+    assert done.returncode in (1, 2) and "nothing.safetensors" in done.stderr, done.stderr
+    assert (run / "logs" / "old.log").exists()
+    found = json.loads(dattrain(home, "status", run, "--json").stdout)
+    assert found["state"] == "failed" and "nothing.safetensors" in found["why"], found
+
+
 def test_an_evaluation_that_fails_loses_no_epoch_and_is_made_up_for(home):
     """The header can be listed and read; that the picture cannot be decoded shows in the evaluation alone."""
     bad = next((home / "photos/val").rglob("*.png"))

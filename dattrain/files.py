@@ -37,6 +37,14 @@ def reason(error: OSError) -> str:
     return f"{name}: {text}" if name else text
 
 
+def shown(path: Path) -> str:
+    """The path as seen from the working folder where it lies below it, for messages."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
+    except (ValueError, OSError):
+        return str(path)
+
+
 def readable_size(nbytes: float) -> str:
     """``1.235 MB``: bytes for people, in powers of 1,000."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -1,8 +1,13 @@
-"""Tables of text, for a terminal. Standard library alone."""
+"""Tables and colours of text, for a terminal. Standard library alone."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import IO, Any
+
+STYLES = {"error": "31", "warning": "33", "good": "1;32", "faint": "2"}
+"""Sequences of ECMA-48 by what is said."""
 
 
 def columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
@@ -15,3 +20,15 @@ def columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[
         ).rstrip()
         for row in rows
     ]
+
+
+def has_colour(stream: IO[str] | Any, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether what is written to ``stream`` may be coloured: a terminal that has colours, and no ``NO_COLOR`` (no-color.org)."""
+    terminal = bool(getattr(stream, "isatty", lambda: False)())
+    return terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
+def styled(text: str, style: str, stream: IO[str] | Any) -> str:
+    """``text`` in a style of ``STYLES`` where ``stream`` has colours, else as it is; so for a style that is none."""
+    code = STYLES.get(style)
+    return f"\x1b[{code}m{text}\x1b[0m" if code and text and has_colour(stream) else text

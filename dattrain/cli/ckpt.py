@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ls.add_argument("--json", action="store_true", help="as JSON")
 
     inspect = actions.add_parser("inspect", help="everything that a checkpoint says of itself")
-    inspect.add_argument("path", metavar="RUN|CHECKPOINT")
+    inspect.add_argument("path", metavar="RUN|CHECKPOINT", help="RUN@best and RUN@STEP name a checkpoint too")
     inspect.add_argument("--tensors", action="store_true", help="list every parameter and buffer")
     inspect.add_argument("--json", action="store_true", help="as JSON")
 
@@ -121,7 +121,7 @@ def _row(entry: CheckpointInfo, metric: str, kept: str) -> dict[str, Any]:
         "step": entry.step,
         "samples_seen": m.samples_seen if m else None,
         "epoch": m.meta.get("epoch") if m else None,
-        "metric": m.metric(metric) if m else None,
+        "metric": entry.metric(metric),
         "bytes": m.nbytes if m else None,
         "world": m.world if m else None,
         "stage": m.stage if m else None,
@@ -133,9 +133,9 @@ def _row(entry: CheckpointInfo, metric: str, kept: str) -> dict[str, Any]:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from dattrain.state.format import checkpoint
+    from dattrain.state.format import checkpoint, named
 
-    folder = checkpoint.locate(Path(args.path))
+    folder = named.find(args.path)
     m = checkpoint.check(folder)
     facts: dict[str, Any] = {
         "folder": str(folder),
@@ -154,7 +154,7 @@ def _inspect(args: argparse.Namespace) -> int:
         "versions": dict(m.versions),
         "engine": dict(m.engine),
         "groups": [dict(g) for g in m.groups],
-        "meta": dict(m.meta),
+        "meta": {**m.meta, "metrics": {**m.meta.get("metrics", {}), **checkpoint.read_metrics(folder)}},
         "files": {name: digest.size for name, digest in m.files.items()},
     }
     if args.tensors:
@@ -182,11 +182,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from dattrain.config.run import split_checkpoint
     from dattrain.errors import Damaged
-    from dattrain.state.format import checkpoint
+    from dattrain.state.format import checkpoint, named
     from dattrain.state.format.manifest import MANIFEST
 
-    path = Path(args.path)
+    path = named.find(args.path) if split_checkpoint(args.path)[1] is not None else Path(args.path)
     if (path / MANIFEST).exists() or path.name.startswith("step_"):
         folders = [path]
     else:
@@ -211,9 +212,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _pin(args: argparse.Namespace) -> int:
-    from dattrain.state.format import checkpoint
+    from dattrain.state.format import checkpoint, named
 
-    folder = checkpoint.locate(Path(args.path))
+    folder = named.find(args.path)
     mark = folder / checkpoint.PIN
     if args.off:
         mark.unlink(missing_ok=True)

@@ -83,9 +83,9 @@ def import_(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Write a checkpoint for another program."""
-    from dattrain.state.format import checkpoint
+    from dattrain.state.format import checkpoint, named
 
-    folder, out = checkpoint.locate(Path(args.path)), Path(args.out)
+    folder, out = named.find(args.path, hint=True), Path(args.out)
     manifest = checkpoint.check(folder)
     if args.to == "deepspeed" and args.ema:
         raise UserError(

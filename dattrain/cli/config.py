@@ -7,6 +7,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from dattrain.errors import ConfigError
 from dattrain.urls import mask
 
 if TYPE_CHECKING:
@@ -23,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("config", metavar="CONFIG|RUN")
     one.add_argument("overrides", nargs="*", metavar="key=value")
     one.add_argument("--yaml", action="store_true", help="plain YAML, ready to be saved")
-    actions.add_parser("keys", help="every key with its type, default and meaning, as Markdown")
+    keys = actions.add_parser(
+        "keys", help="every key with its type, default and meaning, as Markdown; or those of a FILTER"
+    )
+    keys.add_argument(
+        "filter", nargs="?", metavar="FILTER", help="a part of a key or of its meaning, e.g. mixup"
+    )
     two = actions.add_parser("diff", help="keys whose values differ")
     two.add_argument("a", metavar="A")
     two.add_argument("b", metavar="B")
@@ -31,13 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; ``diff`` gives 1 where something differs, as diff(1) does."""
-    from dattrain.config.load import diff, dump, load, reference, show
+    from dattrain.config import reference
+    from dattrain.config.load import diff, dump, load, show
 
     if args.action == "list":
         print(_list(), end="")
         return 0
     if args.action == "keys":
-        print(reference(), end="")
+        if args.filter is None:
+            print(reference.markdown(), end="")
+            return 0
+        found = reference.find(args.filter)
+        if not found:
+            raise ConfigError(
+                f"no key of a recipe has to do with {args.filter!r}; dattrain config keys lists all"
+            )
+        print(reference.listing(found), end="")
         return 0
     if args.action == "show":
         loaded = load(args.config, args.overrides)

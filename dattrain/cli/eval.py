@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dattrain.cli.loading import loading
 from dattrain.data.labels import TEST_SETS
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
-        "model", metavar="RUN|CHECKPOINT|FILE", help="whose weights; of a run, its newest checkpoint"
+        "model",
+        metavar="RUN|CHECKPOINT|FILE",
+        help="whose weights; of a run its last checkpoint, RUN@best its best, RUN@STEP that of a step",
     )
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="OTHER", help="more of the same, in one table"
@@ -95,17 +98,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate each model in turn; rank 0 prints, and writes what was asked for."""
-    from dattrain.evaluation import summary
-    from dattrain.evaluation.evaluate import Options, evaluate
-    from dattrain.pretrained.preprocess import image_size
-    from dattrain.runtime.environment import (
-        device_called,
-        hard_exit,
-        pick_device,
-        process_group,
-        raise_open_files,
-        resolve,
-    )
+    with loading("torch"):
+        from dattrain.evaluation import summary
+        from dattrain.evaluation.evaluate import Options, evaluate
+        from dattrain.pretrained.preprocess import image_size
+        from dattrain.runtime.environment import (
+            device_called,
+            hard_exit,
+            pick_device,
+            process_group,
+            raise_open_files,
+            resolve,
+        )
 
     options = Options(
         data=args.data,

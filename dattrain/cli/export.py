@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dattrain.cli.loading import loading
 from dattrain.errors import ConfigError, UserError
 from dattrain.pretrained.formats import FORMATS, GRAPHS, LOWEST_OPSET, output_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("model", nargs="?", metavar="RUN|CHECKPOINT|FILE")
+    parser.add_argument(
+        "model", nargs="?", metavar="RUN|CHECKPOINT|FILE", help="whose weights, as for dattrain eval"
+    )
     parser.add_argument(
         "--to",
         nargs="+",
@@ -49,10 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write, load back, compare; an export that does not give the model's logits is an error."""
-    from dattrain.pretrained.export import write
-    from dattrain.pretrained.exported import compare, images_for
-    from dattrain.pretrained.preprocess import image_size
-    from dattrain.pretrained.weights import load_model
+    with loading("torch"):
+        from dattrain.pretrained.export import write
+        from dattrain.pretrained.exported import compare, images_for
+        from dattrain.pretrained.preprocess import image_size
+        from dattrain.pretrained.weights import load_model
 
     source, to, path = _target(args.model, args.to, args.out)
     sizes = [image_size(values) for values in args.img_size or [None]]

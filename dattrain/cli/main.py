@@ -14,7 +14,9 @@ from types import TracebackType
 from typing import NoReturn
 
 from dattrain import __version__
+from dattrain.cli import suggest
 from dattrain.errors import UserError
+from dattrain.text import styled
 from dattrain.urls import mask
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -43,6 +45,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "config": ("dattrain.cli.config", "list the recipes, show a resolved one, or the difference of two"),
     "demo": ("dattrain.cli.demo", "train, fine-tune and evaluate on Fashion-MNIST, in minutes on a laptop"),
     "doctor": ("dattrain.cli.doctor", "what this machine has, and whether it works"),
+    "completion": ("dattrain.cli.completion", "what Tab completes in bash, zsh or fish"),
 }
 
 
@@ -50,7 +53,8 @@ class _Parser(argparse.ArgumentParser):
     """Shows no secrets of URLs; the parsers of verbs are of this class too."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(mask(message))
+        self.print_usage(sys.stderr)
+        self.exit(2, styled(f"{self.prog}: error: ", "error", sys.stderr) + mask(message) + "\n")
 
 
 def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -70,12 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"dattrain {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     asked = next((word for word in argv if not word.startswith("-")), None)
+    if asked is not None and asked not in VERBS and argv[0] == asked:
+        parser.error(suggest.verb(asked, VERBS))
     for verb, (module, help_text) in VERBS.items():
         sub = verbs.add_parser(verb, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
         if verb == asked:
             loaded = importlib.import_module(module)
             loaded.add_arguments(sub)
             sub.set_defaults(run=loaded.run)
+            if message := suggest.unknown_option(argv[argv.index(verb) + 1 :], verb, sub):
+                sub.error(message)
     args, rest = parser.parse_known_args(argv)
     # argparse takes only the first run of positionals; options may stand before a recipe and between our overrides.
     if getattr(args, "config", "") is None:
@@ -94,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         return code
     except UserError as error:
-        print(f"dattrain {args.verb}: {error}", file=sys.stderr)
+        print(styled(f"dattrain {args.verb}: ", "error", sys.stderr) + str(error), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # The reader (head, less) has gone; point stdout elsewhere so that the interpreter's flush at exit is quiet.

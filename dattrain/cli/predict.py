@@ -8,13 +8,19 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from dattrain.cli.loading import loading
 from dattrain.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    parser.add_argument("--checkpoint", required=True, metavar="RUN|CHECKPOINT|FILE")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="RUN|CHECKPOINT|FILE",
+        help="whose weights, as for dattrain eval",
+    )
     parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes per image (default: 5)")
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="write a row per image and class; - for stdout"
@@ -39,9 +45,10 @@ def run(args: argparse.Namespace) -> int:
     """Print a block per image, or write CSV. An image that cannot be read is an error, after the others are done."""
     from dataclasses import replace
 
-    from dattrain.pretrained import class_names, preprocess
-    from dattrain.pretrained.predict import predict
-    from dattrain.pretrained.weights import load_model
+    with loading("torch"):
+        from dattrain.pretrained import class_names, preprocess
+        from dattrain.pretrained.predict import predict
+        from dattrain.pretrained.weights import load_model
 
     if args.topk < 1 or args.batch < 1:
         raise UserError(f"--topk {args.topk} and --batch {args.batch} must be at least 1", exit_code=2)

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; 1 where a run has failed."""
+    """Exit code 0; 1 where a run has failed or crashed."""
     import json
     from dataclasses import asdict
 
@@ -31,4 +31,4 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps({**asdict(status), "run": str(status.run)}))
     else:
         print(run_status.render(statuses))
-    return 1 if any(status.state == "failed" for status in statuses) else 0
+    return 1 if any(status.state in ("failed", "crashed") for status in statuses) else 0

@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 from dattrain.cli import own_images
+from dattrain.cli.loading import loading
 from dattrain.errors import ConfigError, UserError
 
 
@@ -55,10 +56,11 @@ def run(args: argparse.Namespace) -> int:
                 "--nproc starts ranks, but this process is one already (torchrun or srun started it)"
             )
         return spawn(args, run_dir)
-    from dattrain.report.training import train
-    from dattrain.runtime.environment import hard_exit
-    from dattrain.runtime.spawn import report
-    from dattrain.submit.history import history
+    with loading("torch, DeepSpeed", always=True):
+        from dattrain.report.training import train
+        from dattrain.runtime.environment import hard_exit
+        from dattrain.runtime.spawn import report
+        from dattrain.submit.history import history
 
     try:
         code = train(config, run_dir, history).exit_code

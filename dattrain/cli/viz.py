@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dattrain.cli.loading import loading
 from dattrain.data.classes import canonical
 from dattrain.errors import UserError
 
@@ -24,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument(
-        "--checkpoint", required=True, metavar="RUN|CHECKPOINT|FILE", help="whose attention to draw"
+        "--checkpoint",
+        required=True,
+        metavar="RUN|CHECKPOINT|FILE",
+        help="whose attention to draw, as for dattrain eval",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("viz"), help="folder for the pictures (default: viz)"
@@ -53,11 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw one PNG per image, and one HTML page of them all where blocks, groups and queries can be chosen."""
-    from dattrain.pretrained import class_names, preprocess
-    from dattrain.pretrained.weights import load_model
-    from dattrain.visualize import draw, html, sampling_points
-    from dattrain.visualize.draw_points import capture_with_logits
-    from dattrain.visualize.picture import picture_of
+    with loading("torch"):
+        from dattrain.pretrained import class_names, preprocess
+        from dattrain.pretrained.weights import load_model
+        from dattrain.visualize import draw, html, sampling_points
+        from dattrain.visualize.draw_points import capture_with_logits
+        from dattrain.visualize.picture import picture_of
 
     if not all(0 <= part <= 1 for part in args.query):
         raise UserError(f"--query {args.query[0]} {args.query[1]}: fractions of the image, from 0 to 1")

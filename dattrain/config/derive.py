@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import ceil, isqrt
 from pathlib import Path
 
+from dattrain.config.run import split_checkpoint
 from dattrain.config.schema import Config
 from dattrain.errors import ConfigError, UserError
 
@@ -99,7 +100,8 @@ def check_early_stopping(config: Config) -> None:
 
 
 def _check_there(path: Path) -> None:
-    if path.is_dir():
+    run, which = split_checkpoint(path)
+    if path.is_dir() or (which is not None and run.is_dir()):
         return
     try:
         with open(path, "rb") as file:

@@ -10,7 +10,8 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from dattrain.config.schema import RENAMED
+from dattrain.config.habits import meant
+from dattrain.config.schema import RENAMED, Config
 
 
 def explain(
@@ -42,16 +43,22 @@ def _line(item: Any, model: type[BaseModel], source: str, places: Mapping[str, s
     if item["type"] == "extra_forbidden":
         names = _names(model, loc[:-1])
         keys = {**{name: ".".join([*loc[:-1], name]) for name in names}, **_renamed(".".join(loc[:-1]))}
-        near = difflib.get_close_matches(loc[-1], keys, 1, cutoff=0.5)
-        hint = f"did you mean {keys[near[0]]}?" if near else f"known here: {', '.join(names)}"
+        close, far = (difflib.get_close_matches(loc[-1], keys, 1, cutoff=cutoff) for cutoff in (0.8, 0.5))
+        elsewhere = meant(".".join(loc), _leaves(Config)) if model is Config else []
+        found = [keys[name] for name in close] or elsewhere or [keys[name] for name in far]
+        hint = f"did you mean {' or '.join(found)}?" if found else f"known here: {', '.join(names)}"
         return f"{place}: unknown key {'.'.join(loc)}; {hint}"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "model_type" and model is Config and len(loc) == 1:
+        inside = [key for key in _leaves(Config) if key.startswith(f"{loc[0]}.")]
+        near_key = (meant(loc[0], inside) or inside)[0]
+        return f"{place}: {key} is a section, and cannot be {item['input']!r}; did you mean {near_key}={item['input']}?"
     if not loc:
         if places is None:
             return f"{source}: {message}"
         named = dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_]+)+", message))
-        found = "; ".join(f"{key}: {places[key]}" for key in named if key in places)
-        return f"{message} ({found})" if found else message
+        set_at = "; ".join(f"{key}: {places[key]}" for key in named if key in places)
+        return f"{message} ({set_at})" if set_at else message
     seen = "" if item["type"] == "missing" else f" (found {item['input']!r})"
     return f"{place}: {key}: {message[0].lower()}{message[1:]}{seen}"
 
@@ -64,6 +71,17 @@ def _place(loc: Sequence[str], source: str, places: Mapping[str, str]) -> tuple[
         if hits:
             return hits[-1], key
     return source, ".".join(loc)
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted keys of every value of a schema."""
+    found = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        nested = isinstance(inner, type) and issubclass(inner, BaseModel)
+        key = prefix + (field.alias or name)
+        found += _leaves(inner, f"{key}.") if nested else [key]  # type: ignore[arg-type]
+    return found
 
 
 def _renamed(section: str) -> dict[str, str]:

@@ -17,7 +17,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dattrain.config import comments, shipped
-from dattrain.config.explain import explain, section
+from dattrain.config.explain import explain
+from dattrain.config.reference import scalar
 from dattrain.config.schema import RENAMED, Config
 from dattrain.errors import ConfigError
 
@@ -168,49 +169,16 @@ def show(loaded: Loaded) -> str:
         place = origin(loaded, key)
         return f"{place}: {loaded.comments[place]}" if place in loaded.comments else place
 
-    rows = [(f"{key}: {_scalar(value)}", place(key)) for key, value in flatten(loaded.config).items()]
+    rows = [(f"{key}: {scalar(value)}", place(key)) for key, value in flatten(loaded.config).items()]
     width = min(60, max(len(row) for row, _ in rows))
     return "\n".join(f"{row:<{width}}  # {place}" for row, place in rows)
-
-
-def reference() -> str:
-    """Every key with its type, default and meaning, as Markdown: ``docs/keys.md`` is this text."""
-    lines = [
-        "# Every key of a recipe",
-        "",
-        "Written by `dattrain config keys`; the meanings live in `dattrain/config/sections.py`.",
-    ]
-    for name, top in Config.model_fields.items():
-        part = section(top.annotation)
-        if part is None:
-            continue
-        lines += ["", f"## {name}", "", " ".join((part.__doc__ or "").split()), ""]
-        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-        for inner, info in part.model_fields.items():
-            nested = section(info.annotation)
-            if nested and isinstance(info.default, BaseModel):
-                for leaf, sub in nested.model_fields.items():
-                    lines.append(_row(f"{name}.{inner}.{leaf}", sub, nested))
-            else:
-                lines.append(_row(f"{name}.{info.alias or inner}", info, nested))
-    return "\n".join(lines) + "\n"
-
-
-def _row(key: str, info: Any, section: type[BaseModel] | None) -> str:
-    kind = re.sub(
-        r"typing\.|Annotated\[|dattrain\.config\.sections\.|<class '|'>|NoneType", "", str(info.annotation)
-    )
-    kind = kind.replace(" | None", "").replace("|", "\\|")
-    default = _scalar(info.default).replace("|", "\\|")
-    meaning = info.description or (section.__doc__ if section else "") or ""
-    return f"| `{key}` | {kind} | `{default}` | {' '.join(meaning.split())} |".replace("|  |", "| |")
 
 
 def diff(a: Loaded, b: Loaded) -> list[tuple[str, str, str]]:
     """Keys whose values differ: (key, value in a with its place, value in b with its place)."""
     left, right = flatten(a.config), flatten(b.config)
     return [
-        (key, f"{_scalar(left[key])}  ({origin(a, key)})", f"{_scalar(right[key])}  ({origin(b, key)})")
+        (key, f"{scalar(left[key])}  ({origin(a, key)})", f"{scalar(right[key])}  ({origin(b, key)})")
         for key in left
         if left[key] != right[key]
     ]
@@ -222,12 +190,6 @@ def origin(loaded: Loaded, key: str) -> str:
         place for known, place in loaded.provenance.items() if known == key or known.startswith(key + ".")
     ]
     return places[-1] if places else DEFAULT
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, tuple):
-        value = [item.model_dump() if isinstance(item, BaseModel) else item for item in value]
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).strip().removesuffix("...").strip()
 
 
 def _read(path: Path, chain: tuple[Path, ...], asked: str = "") -> _Tree:

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dattrain.errors import ConfigError
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
+
+
+def seconds(text: str) -> float:
+    """Seconds of ``30s``, ``2m`` or ``1.5h``. Raises ValueError."""
+    found = _DURATION.fullmatch(text)
+    if found is None or not float(found[1]):
+        raise ValueError(f"write a number of updates from 1 on, or a time as 30s, 2m or 1h, not {text}")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _interval(value: int | str) -> int | str:
+    if isinstance(value, str) or value < 1:
+        seconds(str(value))
+    return value
+
+
+Interval = Annotated[int | str, AfterValidator(_interval)]
+"""Updates, or time."""
 Size = int | tuple[int, int]
 """Pixels: a side, or height and width."""
 
@@ -286,8 +306,8 @@ class Train(Section):
     """Evaluations in a row without an improvement of ``checkpoint.metric`` after which the run has finished; null trains to the end."""
     early_stopping_min_delta: Annotated[float, Field(ge=0.0)] = 0.0
     """What counts as an improvement, in the metric's own unit (``top1`` is in percent): only more than this."""
-    log_every: Count = 50
-    """Updates between two log lines."""
+    log_every: Interval = 50
+    """Updates between two log lines; or time, as ``30s``, ``2m`` or ``1h``."""
     loggers: tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...] = ("tensorboard",)
     """What gets the numbers of log lines and evaluations beside ``metrics.jsonl``, with sample pictures; the last two are packages to be installed."""
     gc_every: Count = 100
@@ -342,7 +362,7 @@ class Init(Section):
     required: bool = False
     """The recipe is a fine-tune: ``train``, ``plan`` and ``submit`` refuse it without ``init.from``."""
     from_: Annotated[str | None, Field(alias="from")] = None
-    """A run folder, a checkpoint folder or a safetensors file."""
+    """A run folder (its last checkpoint; ``RUN@best``, ``RUN@STEP``), a checkpoint folder or a safetensors file."""
     ema: bool = True
     """Take the EMA weights where the source has them."""
     bias_table: Literal["resize", "sample"] = "resize"

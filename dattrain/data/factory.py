@@ -97,6 +97,11 @@ def eval_loader(
     feed = EvalFeed(dataset.counts, config.eval.batch, rank, world)
     transform = EvalTransform(config.eval.resize, config.eval.crop_pct, config.augment.interpolation)
 
+    # What can be listed may still not be there to be read: an evaluation would find that out only after an epoch.
+    fetch(
+        dataset, feed.request(0), num_classes=config.model.num_classes, skip_bad=config.data.on_bad == "skip"
+    )
+
     def decoder() -> Decoder:
         return _decoder(config, dataset, feed, size=size, device=device, transform=transform, count=len(feed))
 

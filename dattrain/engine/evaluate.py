@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dattrain.config.derive import check_early_stopping
 from dattrain.config.schema import Config
 from dattrain.data.classes import Classes
 from dattrain.data.to_device import to_device
 from dattrain.engine import precision
 from dattrain.engine.session import Session
+from dattrain.errors import ConfigError
 from dattrain.runtime import collectives
 from dattrain.tasks.base import EvalLoader, Size, Task
+
+
+def check_metric(config: Config, task: Task) -> None:
+    """Refuse a ``checkpoint.metric`` that no evaluation has: no checkpoint would be kept as the best, in silence."""
+    wanted, known = config.checkpoint.metric, task.metrics
+    names = [*known, *(f"ema_{name}" for name in known)]
+    if wanted not in names:
+        raise ConfigError(
+            f"checkpoint.metric={wanted} is no number of the evaluation; it has {', '.join(names)}"
+        )
+    check_early_stopping(config)
 
 
 class Interrupted(Exception):
@@ -43,13 +57,13 @@ def evaluate(
     device: torch.device,
     *,
     should_stop: Callable[[], bool] = lambda: False,
-    beat: Callable[[], None] = lambda: None,
+    beat: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, float], Mapping[str, Any]]:
     """Evaluate ``engine`` (its current weights): the task's metrics, and its predictions for a report. Collective.
 
     Args:
         should_stop: asked before each batch; if it says yes on one rank, all stop together.
-        beat: called after each batch.
+        beat: called after each batch with how many are done, of how many.
 
     Raises:
         Interrupted: ``should_stop`` was true somewhere.
@@ -57,13 +71,13 @@ def evaluate(
     engine.eval()
     evaluator = task.evaluator(device, precision.WEIGHTS[config.train.precision])
     try:
-        for batch in loader:
+        for done, batch in enumerate(loader, 1):
             asked = to_device(torch.tensor(float(should_stop())), device)
             dist.all_reduce(asked)
             if asked.item() > 0:
                 raise Interrupted
             evaluator.update(engine, batch, lockstep=config.zero.stage == 3)
-            beat()
+            beat(done, len(loader))
     finally:
         engine.train()
     return evaluator.compute(AllRanks()), evaluator.predictions(AllRanks())
@@ -104,30 +118,32 @@ class Evaluations:
         step: int,
         *,
         should_stop: Callable[[], bool],
-        beat: Callable[[], None],
+        beat: Callable[[str, int, int], None],
         settle: Callable[[], None],
     ) -> dict[str, float]:
         """Evaluate the weights, and under ``eval.ema`` their averages (``ema_`` before each name). Collective.
 
         Args:
-            should_stop, beat: as for ``evaluate``.
+            should_stop: as for ``evaluate``.
+            beat: called after each batch with whose weights are evaluated (nothing, or words that follow "evaluating"), how many
+                batches are done, of how many.
             settle: waits for a background save, before the weights are exchanged for their averages.
 
         Raises:
             Interrupted: ``should_stop`` was true somewhere.
         """
 
-        def once() -> tuple[dict[str, float], Mapping[str, Any]]:
+        def once(what: str) -> tuple[dict[str, float], Mapping[str, Any]]:
             return evaluate(
                 session.engine, self.loader(session.img_size), self.task, self.config, self.device,
-                should_stop=should_stop, beat=beat,
+                should_stop=should_stop, beat=partial(beat, what),
             )  # fmt: skip
 
-        metrics, predictions = once()
+        metrics, predictions = once("")
         if session.ema is not None and self.config.eval.ema:
             settle()  # a skipped update has not waited for the save before it
             with session.ema.applied():
-                averaged, predictions = once()
+                averaged, predictions = once(" the averages")
             metrics |= {f"ema_{name}": value for name, value in averaged.items()}
         self.step, self.metrics, self.predictions = step, metrics, predictions
         return metrics

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from pathlib import Path
 
 from dattrain.errors import UserError
-from dattrain.runtime import collectives, owner
+from dattrain.runtime import collectives, owner, process
 from dattrain.runtime.environment import Env
 from dattrain.runtime.owner import Owner
 from dattrain.runtime.signals import Preemption, StopRequest
@@ -24,6 +26,7 @@ class Claim:
         self._refusal: UserError | None = None
         if env.rank != 0:
             return
+        self._fresh = _is_fresh(run_dir)
         try:
             self.owner = owner.acquire(
                 run_dir, give_up=lambda: preemption.request(look_for_file=False) == StopRequest.STOP
@@ -38,10 +41,33 @@ class Claim:
         if self._refusal is not None:
             raise self._refusal
 
-    def release(self) -> None:
-        """Let go of the folder."""
-        if self.owner is not None:
-            self.owner.release()
+    def release(self, *, undo: bool = False) -> None:
+        """Let go of the folder; ``undo`` removes what a start has written that was refused, where it found no folder, or an empty one."""
+        if self.owner is None:
+            return
+        folder = self.owner.path.parent
+        undo = undo and self._fresh and not self.owner.lost
+        if undo:
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != owner.NAME:
+                    path.unlink(missing_ok=True)
+        self.owner.release()
+        if undo:
+            with contextlib.suppress(OSError):  # somebody else has begun there
+                folder.rmdir()
+
+
+def _is_fresh(folder: Path) -> bool:
+    """Whether nothing is in ``folder`` but the logs of ranks that were faster than this one."""
+    try:
+        if any(path.name != "logs" for path in folder.iterdir()):
+            return False
+        began = process.began()
+        return all(path.stat().st_mtime >= began for path in (folder / "logs").glob("*"))
+    except OSError:
+        return not folder.exists()
 
 
 def newest_checkpoint(root: Path, *, read_all: bool = False) -> tuple[Path, Manifest] | None:

@@ -20,6 +20,7 @@ from dattrain.config.derive import Derived
 from dattrain.config.load import changed
 from dattrain.config.schema import Config
 from dattrain.engine import early_stopping
+from dattrain.engine.closing import closing_lines, scores
 from dattrain.engine.step import Update
 from dattrain.engine.step_status import Slowest, StepStatus
 from dattrain.errors import UserError
@@ -68,8 +69,10 @@ class Reporter:
         self._metrics: Metrics | None = None
         self._loggers: Loggers | None = None
         self._class_names = class_names
-        self._evaluated: set[int] = set()
         collectives.from_first(lambda: self._open(step))
+        evaluations = [row for row in self.rows if "eval_images" in row]
+        self._evaluated = {row["step"] for row in evaluations}
+        self._scores = scores(evaluations, config.checkpoint.metric)
         self._mfu_scale = _mfu_scale(config, task, derived, device)
 
     @property
@@ -81,7 +84,6 @@ class Reporter:
         c = self.config
         try:
             self._metrics = Metrics(self._run_dir, step)
-            self._evaluated = {row["step"] for row in self._metrics.rows if "eval_images" in row}
             self._loggers = Loggers(
                 c.train.loggers, self._run_dir, name=c.name, step=step, logged=self._metrics.logged,
                 settings={key: mask(value) if isinstance(value, str) else value for key, value in changed(c).items()},
@@ -157,6 +159,8 @@ class Reporter:
         if log_now:
             if self._loggers is not None:
                 self._loggers.scalars("train", row, step)
+            if self._console is not None:
+                self._console.clear()  # or it would be drawn again below, an update or more behind
             log.info(self._line(row, slowest))
         elif self._console is not None:
             self._console.live(self._line(row, None))
@@ -192,6 +196,9 @@ class Reporter:
             row[early_stopping.WAITED] = waited
             since = f"; {waited} of {patience} evaluations without improvement" if waited else ""
         self._metrics.write(row, durable=True)
+        self._scores |= scores([row], self.config.checkpoint.metric)
+        if self._console is not None:
+            self._console.clear()
         if self._loggers is not None:
             named = {k.removeprefix("eval_"): v for k, v in row.items() if k != "epoch"}
             self._loggers.scalars("val", named, step)
@@ -219,10 +226,23 @@ class Reporter:
         """Leave ``seconds`` out of the rates."""
         self.meter.pause(seconds)
 
-    def end(self, status: str, step: int) -> None:
-        """Say how it ended."""
+    def evaluating(self, step: int, what: str, done: int, total: int) -> None:
+        """Show how far an evaluation is, on a terminal."""
+        if self._console is not None:
+            self._console.live(f"step {step}: evaluating{what}, batch {done} of {total}")
+
+    def end(self, status: str, why: str, step: int, seconds: float) -> None:
+        """Say how it ended, and what can be done next."""
         self.event("end", step, status=status)
-        log.info("%s at step %d of %d", status, step, self.derived.last_step)
+        if self._metrics is None:
+            return
+        if self._console is not None:
+            self._console.clear()
+        log.info(
+            "%s at step %d of %d in %s (%s)", status, step, self.derived.last_step, duration(seconds), why
+        )
+        for line, style in closing_lines(self._run_dir, self.config, status, self._scores):
+            log.info("%s", line, extra={"style": style})
 
     def close(self) -> None:
         """Close the files."""

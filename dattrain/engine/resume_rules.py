@@ -18,6 +18,7 @@ from typing import Any
 
 from dattrain.config.load import flatten
 from dattrain.config.load import load as load_config
+from dattrain.config.run import check_folder_name
 from dattrain.config.schema import Config
 from dattrain.data import classes as class_names
 from dattrain.data import identity
@@ -48,8 +49,9 @@ def check_folder(run: Path) -> None:
     """Refuse to begin a run in a folder of images or shards; other files, as of a job's script, may be there.
 
     Raises:
-        ConfigError: the folder holds them, or nothing but class folders.
+        ConfigError: the folder holds them, or nothing but class folders; it can be no folder.
     """
+    check_folder_name(run)
     if (run / CONFIG).is_file() or not run.is_dir():
         return
     entries = _some_entries(run)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import logging
 import os
 import platform
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from dattrain.config.load import dump, flatten, load, reasons
 from dattrain.config.schema import Config
 from dattrain.data.classes import Classes
 from dattrain.data.classes import write as write_classes
+from dattrain.engine import starts
 from dattrain.engine.resume_rules import CONFIG
 from dattrain.errors import UserError
 from dattrain.files import write_text
@@ -24,15 +24,16 @@ from dattrain.runtime.environment import Env
 from dattrain.state.checkpointer import versions
 from dattrain.urls import mask
 
-CODE, ENVIRONMENT = "code.json", "env.json"
-
-log = logging.getLogger(__name__)
+CODE = "code.json"
 
 
-def open_run(run_dir: Path, config: Config, classes: Classes, env: Env, device_name: str) -> None:
+def open_run(
+    run_dir: Path, config: Config, classes: Classes, env: Env, device_name: str, position: Mapping[str, Any]
+) -> None:
     """Write ``config.yaml``, ``classes.json``, ``code.json`` with its diff, and ``env.json``.
 
     Rank 0 calls it, once the recipe is known to run; a recipe that passed ``resume_rules.check_settings`` replaces the one before.
+    ``position`` is noted with the start: ``step``, ``last_step``.
 
     Raises:
         UserError: the folder cannot be written.
@@ -46,7 +47,20 @@ def open_run(run_dir: Path, config: Config, classes: Classes, env: Env, device_n
             if diff:
                 (run_dir / revision.DIFF).write_bytes(diff)
             write_text(run_dir / CODE, json.dumps(code, indent=2) + "\n")
-        _note_start(run_dir / ENVIRONMENT, env, device_name)
+        starts.begin(
+            run_dir,
+            {
+                "command": [mask(word) for word in sys.argv],
+                "launcher": env.launcher,
+                "world": env.world,
+                "host": socket.gethostname(),
+                "platform": platform.platform(),
+                "device": device_name,
+                "versions": versions(),
+                "slurm_job": os.environ.get("SLURM_JOB_ID"),
+                **position,
+            },
+        )
     except OSError as error:
         raise UserError(f"{run_dir}: the run folder cannot be written: {error.strerror or error}") from error
 
@@ -59,26 +73,3 @@ def _reasons(path: Path, config: Config) -> dict[str, str]:
         return {}
     old, new = flatten(before.config), flatten(config)
     return {key: said for key, said in reasons(before).items() if old.get(key) == new.get(key)}
-
-
-def _note_start(path: Path, env: Env, device_name: str) -> None:
-    starts: list[dict[str, Any]] = []
-    if path.is_file():
-        try:
-            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
-        except (ValueError, KeyError, TypeError):
-            log.warning("%s is not readable; it is written anew", path)
-    starts.append(
-        {
-            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": [mask(word) for word in sys.argv],
-            "launcher": env.launcher,
-            "world": env.world,
-            "host": socket.gethostname(),
-            "platform": platform.platform(),
-            "device": device_name,
-            "versions": versions(),
-            "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        }
-    )
-    write_text(path, json.dumps({"starts": starts}, indent=2) + "\n")

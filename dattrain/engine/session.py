@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,6 +19,8 @@ from dattrain.engine import activation_checkpointing, initial_weights, optim, ze
 from dattrain.engine import compile as compiling
 from dattrain.engine.ema import Ema
 from dattrain.engine.step import TrainStep
+from dattrain.runtime.collectives import from_first
+from dattrain.state.format import named
 from dattrain.state.format.manifest import Manifest
 from dattrain.state.partition import LocalState
 from dattrain.tasks.base import Size, Task
@@ -72,8 +73,10 @@ def open_session(
     shapes = None if manifest is None else {name: p.shape for name, p in manifest.parameters.items()}
     model = task.build(img_size, shapes)
     if manifest is None and config.init.from_ is not None:
-        tensors, what = initial_weights.shared_source(Path(config.init.from_), ema=config.init.ema)
-        status = task.initialise(model, tensors, Path(config.init.from_), classes)
+        given = config.init.from_
+        source = from_first(lambda: named.weights(given, hint=True))
+        tensors, what = initial_weights.shared_source(source, ema=config.init.ema)
+        status = task.initialise(model, tensors, source, classes)
         log.info("init.from=%s (%s): %s", config.init.from_, what, status)
     activation_checkpointing.apply(model, config.train.activation_checkpointing)
     scales = optim.layer_scales(model, config.optim.layer_decay) if config.optim.layer_decay < 1 else None

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from dattrain.data.to_device import to_device
 from dattrain.engine.step import Update
-from dattrain.runtime.signals import StopRequest
+from dattrain.runtime.collectives import all_gather, rank_and_world
+from dattrain.runtime.signals import Preemption, StopRequest
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,28 @@ class StepStatus:
     """Whether a background save has failed somewhere."""
     bad_samples: int
     """Skipped samples over all ranks, in this process's life."""
+    log_due: bool = False
+    """Whether it is time for a log line."""
     parts: dict[str, float] = field(default_factory=dict)
     """Named components of ``loss``, where the task has any; NaN where ``loss`` is."""
 
 
+def stopped_by(preemption: Preemption, host: str) -> str:
+    """What a request came from, and at several ranks where it arrived. Collective."""
+    rank, world = rank_and_world()
+    asked = all_gather((rank, host, preemption.why(look_for_file=rank == 0)))
+    rank, host, why = next((each for each in asked if each[2]), (0, "", ""))
+    return f"{why} at rank {rank} on {host}" if world > 1 and rank else why or "asked to end"
+
+
 def reduce_status(
-    update: Update, *, request: StopRequest, save_failed: bool, bad_samples: int, device: torch.device
+    update: Update,
+    *,
+    request: StopRequest,
+    save_failed: bool,
+    bad_samples: int,
+    device: torch.device,
+    log_due: bool = False,
 ) -> StepStatus:
     """Sum every rank's status. Collective. A flag that is up on one rank is up for all."""
     finite = math.isfinite(update.loss_sum)
@@ -43,14 +60,15 @@ def reduce_status(
         1.0 if request == StopRequest.STOP else 0.0,
         1.0 if save_failed else 0.0,
         float(bad_samples),
+        1.0 if log_due else 0.0,
         *update.parts.values(),
     ]
     reduced = to_device(torch.tensor(local, dtype=torch.float64), device)
     dist.all_reduce(reduced)
-    loss, weight, broken, preempt, stop, failed, bad, *parts = reduced.tolist()
+    loss, weight, broken, preempt, stop, failed, bad, due, *parts = reduced.tolist()
     wanted = StopRequest.STOP if stop else StopRequest.PREEMPT if preempt else StopRequest.NONE
     mean, *means = (math.nan if broken else total / max(weight, 1.0) for total in (loss, *parts))
-    return StepStatus(mean, not broken, wanted, failed > 0, int(bad), dict(zip(update.parts, means)))
+    return StepStatus(mean, not broken, wanted, failed > 0, int(bad), due > 0, dict(zip(update.parts, means)))
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,26 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from dattrain.config.run import absolute
 from dattrain.config.schema import Config
-from dattrain.engine import resume_rules, zero
+from dattrain.engine import resume_rules, starts, zero
 from dattrain.engine.rank_zero import Claim
 from dattrain.engine.trainer import Outcome, Trainer
 from dattrain.errors import UserError
-from dattrain.runtime import collectives, environment, preflight
+from dattrain.files import shown
+from dattrain.runtime import collectives, environment, preflight, process
 from dattrain.runtime.environment import Env
 from dattrain.runtime.health import Watchdog
 from dattrain.runtime.logging import RankLog
-from dattrain.runtime.owner import InUse
-from dattrain.runtime.signals import Preemption
+from dattrain.runtime.signals import STOP_FILE, Preemption
 from dattrain.urls import mask
 
 log = logging.getLogger(__name__)
+
+EMULATED = (
+    "train.precision={} is emulated on this CPU (it has neither AVX512_BF16 nor AMX), about four times slower than fp32: use "
+    "train.precision=fp32"
+)
 
 
 OnEvaluation = Callable[[Path], None]
@@ -47,7 +53,7 @@ def train(
         InUse: (a UserError, on every rank) another job trains in ``run_dir``, or has taken it over.
         UserError: what the user can put right: data, settings, disk, a run that no longer yields finite steps.
     """
-    run_dir = run_dir.absolute()
+    run_dir, config = run_dir.absolute(), absolute(config)
     resume_rules.check_folder(run_dir)
     env = env or environment.resolve(os.environ)
     settings = config.train
@@ -59,7 +65,8 @@ def train(
         preemption = Preemption(run_dir).install()
         stack.callback(preemption.restore)
         claim = Claim(run_dir, env, preemption)
-        stack.callback(claim.release)
+        refused = False
+        stack.callback(lambda: claim.release(undo=refused))
         log_file = RankLog(run_dir, env.rank, env.host)
         stack.callback(log_file.close)
         health = config.train.health
@@ -67,6 +74,13 @@ def train(
         stack.callback(watchdog.close)
         trainer: Trainer | None = None
         try:
+            log.info("run folder: %s", shown(run_dir))
+            # A job may be told to stop while it waits; its submission clears what is older.
+            by_hand = env.rank == 0 and env.launcher in starts.BY_HAND
+            if by_hand and preemption.clear_old_stop_file(process.began()):
+                log.warning("%s was left from before this start; it is removed", run_dir / STOP_FILE)
+            if device.type == "cpu" and settings.precision.startswith("bf16") and environment.emulates_bf16():
+                log.warning("%s", EMULATED.format(settings.precision))
             alone = not dist.is_initialized()
             if alone:
                 preflight.reach(env)
@@ -88,17 +102,25 @@ def train(
             dist.barrier()
         except UserError as error:
             log.error("%s", error, extra={"console": False})
-            _note_failure(trainer, error)
+            # Nothing has been trained: a folder that this start has made would only be in the way of the next.
+            refused = trainer is None
+            _note_failure(claim, trainer, "failed", str(error))
+            raise
+        except KeyboardInterrupt:
+            _note_failure(
+                claim, trainer, "stopped", "Ctrl-C, at once: what came after the last checkpoint is lost"
+            )
             raise
         except BaseException as error:
-            _note_failure(trainer, error)
             log.exception("rank %d on %s failed", env.rank, env.host, extra={"console": False})
+            _note_failure(claim, trainer, "failed", f"{type(error).__name__}: {error}")
             raise
     return outcome
 
 
-def _note_failure(trainer: Trainer | None, error: BaseException) -> None:
-    """The end of a training that had begun. Of a folder that another process has now, nothing is written."""
-    if trainer is not None and not isinstance(error, InUse):
-        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        trainer.reporter.event("end", trainer.step, status="failed", error=mask(said)[:2000])
+def _note_failure(claim: Claim, trainer: Trainer | None, status: str, why: str) -> None:
+    """Note what has ended the training, where this is the rank that owns the run folder. Not collective."""
+    if claim.owner is not None and not claim.owner.lost:
+        starts.end(claim.owner.path.parent, status, why, None if trainer is None else trainer.step)
+        if trainer is not None:
+            trainer.reporter.event("end", trainer.step, status=status, error=mask(why)[:2000])

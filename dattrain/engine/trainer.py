@@ -19,20 +19,21 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from dattrain.config.derive import check_early_stopping, check_source, derive
+from dattrain.config.derive import check_source, derive
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
-from dattrain.engine import micro_batch, precision, resume_rules, run_folder, schedule, zero
+from dattrain.engine import micro_batch, precision, resume_rules, run_folder, schedule, starts, zero
 from dattrain.engine.debug_dump import write_debug_dump
 from dattrain.engine.early_stopping import EarlyStopping
-from dattrain.engine.evaluate import Evaluations, Interrupted
+from dattrain.engine.evaluate import Evaluations, Interrupted, check_metric
+from dattrain.engine.log_interval import LogInterval
 from dattrain.engine.new_resolution import resume_at_new_resolution, size_at
 from dattrain.engine.rank_zero import newest_checkpoint
 from dattrain.engine.reporter import Reporter
 from dattrain.engine.session import Session, open_session
 from dattrain.engine.step import Update, seed_all
-from dattrain.engine.step_status import StepStatus, Stragglers, reduce_status
-from dattrain.errors import REQUEUE, ConfigError, UserError
+from dattrain.engine.step_status import StepStatus, Stragglers, reduce_status, stopped_by
+from dattrain.errors import REQUEUE, UserError
 from dattrain.models.flops import count_call
 from dattrain.observe import loggers
 from dattrain.observe.profile import Profiler
@@ -58,6 +59,8 @@ class Outcome:
     status: Literal["finished", "preempted", "stopped"]
     step: int
     samples_seen: int
+    why: str = ""
+    """The limit, signal or file that ended it."""
 
     @property
     def exit_code(self) -> int:
@@ -92,6 +95,7 @@ class Trainer:
         self.policy = NonFinitePolicy(health.max_bad_steps, health.max_rollbacks)
         self._bad_before = 0  # skipped samples of the attempts before this one
         self._saved = -1
+        self._seconds_before, self._begun = 0.0, time.monotonic()
         self.checkpointer = Checkpointer.from_config(run_dir, config, owner)
         # Across sizes all of a checkpoint is read beforehand, since the one before it may need another model.
         self._read_all = bool(config.train.progressive)
@@ -131,7 +135,8 @@ class Trainer:
         if config.data.val is not None:
             self.evaluations.loader(self.img_size)  # what is wrong with it is said now, not after an epoch
         device_name = environment.device_name(device)
-        from_first(lambda: run_folder.open_run(run_dir, asked, classes, env, device_name))
+        position = {"step": self.step, "last_step": self.derived.last_step}
+        from_first(lambda: run_folder.open_run(run_dir, asked, classes, env, device_name, position))
         self.session = self._open_session(found)
         stack.callback(lambda: self.session.close())
         self.reporter = Reporter(
@@ -141,6 +146,7 @@ class Trainer:
         )  # fmt: skip
         stack.callback(self.reporter.close)
         self.stopping = EarlyStopping(config, self.reporter.rows)
+        self.log_interval = LogInterval(config.train.log_every, first=self.rank == 0)
         self.stragglers = Stragglers(env.host, device)
         self.profiler = Profiler(
             config.train.profile.steps, run_dir / "profile", self.rank, device,
@@ -166,14 +172,15 @@ class Trainer:
             status = self.step_boundary(update)
             if status.request:
                 return self.save_and_exit(status.request)
+            if self._due(self.derived.checkpoint_steps) and not self.policy.in_a_row:
+                # In a row of bad steps the weights may be what is wrong: a rollback must find those before it.
+                self.save()
+            # After the save of this step, which an evaluation that fails then cannot lose.
             if self._due(self.derived.eval_steps):
                 request = self.evaluate()
                 if request:
                     return self.save_and_exit(request)
                 done = self.stopped_early()
-            if self._due(self.derived.checkpoint_steps) and not self.policy.in_a_row:
-                # In a row of bad steps the weights may be what is wrong: a rollback must find those before it.
-                self.save()
             if done:
                 break
             self.change_size()
@@ -181,9 +188,10 @@ class Trainer:
                 gc.collect()
         if done:
             self.save(background=False)
-            log.info("%s", self.stopping.reason())
         self.checkpointer.wait()
-        return self._end("finished")
+        cut = last < self.derived.total_steps
+        limit = f"train.max_steps={last}" if cut else f"schedule.epochs={self.config.schedule.epochs:g}"
+        return self._end("finished", self.stopping.reason() if done else limit)
 
     def update(self) -> Update:
         """One update at the current position, which then moves on whatever became of it."""
@@ -208,12 +216,15 @@ class Trainer:
             save_failed=self.checkpointer.failed,
             bad_samples=self.loader.skipped.count,
             device=self.device,
+            log_due=self.log_interval.due(self.step),
         )
         self.reporter.pause(self.watchdog.pauses())
         if status.save_failed:
             self.checkpointer.wait()
         self.stragglers.add(update)
-        logs_now = self.step % self.config.train.log_every == 0 or self.step == self.derived.last_step
+        logs_now = status.log_due or self.step == self.derived.last_step
+        if logs_now:
+            self.log_interval.logged()
         scale = zero.loss_scale(self.session.engine)
         # A dynamic loss scale overflows now and then by design; that is only an event when it cannot be lowered further.
         finite = status.finite and (update.applied or (scale is not None and scale > 1))
@@ -261,9 +272,10 @@ class Trainer:
     def save_and_exit(self, request: StopRequest) -> Outcome:
         """Save, and say how it ended."""
         self.save(background=False)
+        why = stopped_by(self.preemption, self.env.host)
         if self.rank == 0:
             self.preemption.clear_stop_file()
-        return self._end("stopped" if request == StopRequest.STOP else "preempted")
+        return self._end("stopped" if request == StopRequest.STOP else "preempted", why)
 
     # Between updates ----------------------------------------------------------------------------------------------
 
@@ -278,12 +290,15 @@ class Trainer:
                 self.session,
                 self.step,
                 should_stop=lambda: bool(self.preemption.request(look_for_file=self.rank == 0)),
-                beat=lambda: self.watchdog.beat("evaluating"),
+                beat=self._beat_evaluating,
                 settle=self.checkpointer.wait_for_staging,
             )
         except Interrupted:
             log.info("evaluation stopped: asked to end")
             return StopRequest.STOP if self.preemption.request() == StopRequest.STOP else StopRequest.PREEMPT
+        except Exception:
+            self.checkpointer.let_finish()
+            raise
         seconds = time.perf_counter() - begin
         self.stopping.add(self.step, metrics.get(self.config.checkpoint.metric))
         self.reporter.evaluation(
@@ -294,6 +309,8 @@ class Trainer:
             seconds,
             waited=self.stopping.waited,
         )
+        if self.rank == 0:
+            self.checkpointer.record(self.step, metrics)
         self.watchdog.beat("evaluated")
         self.watchdog.pauses()  # left out already
         return StopRequest.NONE
@@ -301,6 +318,10 @@ class Trainer:
     def stopped_early(self) -> bool:
         """Whether the evaluations so far say that the run is done (``train.early_stopping_patience``). Collective: rank 0 decides."""
         return self.stopping.patience is not None and bool(broadcast(self.stopping.reached))
+
+    def _beat_evaluating(self, what: str, done: int, total: int) -> None:
+        self.watchdog.beat("evaluating")
+        self.reporter.evaluating(self.step, what, done, total)
 
     def save(self, *, background: bool | None = None) -> None:
         """Save this position, unless that is done."""
@@ -317,6 +338,7 @@ class Trainer:
             "metrics": self.evaluations.metrics if self.evaluations.step == self.step else {},
             # A label set tells them; names of one's own travel with the weights.
             "class_names": [] if self.config.data.labels else list(self.loader.classes.names),
+            "seconds": round(self.seconds, 1),
             "health": self.policy.state(),
             "bad_samples": self.reporter.bad_samples,
             resume_rules.META: self._fixed,
@@ -352,6 +374,7 @@ class Trainer:
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
         self.policy.restore(meta["health"])
         self._bad_before = meta["bad_samples"]
+        self._seconds_before = meta.get("seconds", 0.0)
         self._saved = self.step
 
     def _open_loader(self) -> TrainLoader[Any]:
@@ -393,9 +416,16 @@ class Trainer:
     def _resume_at_new_resolution(self, session: Session, folder: Path) -> None:
         resume_at_new_resolution(session.engine, session.ema_tensors, self.task, session.img_size, folder)
 
-    def _end(self, status: Literal["finished", "preempted", "stopped"]) -> Outcome:
-        self.reporter.end(status, self.step)
-        return Outcome(status, self.step, self.samples_seen)
+    @property
+    def seconds(self) -> float:
+        """Of all starts of the run together, without what was lost behind their last checkpoints."""
+        return self._seconds_before + time.monotonic() - self._begun
+
+    def _end(self, status: Literal["finished", "preempted", "stopped"], why: str) -> Outcome:
+        if self.rank == 0:
+            starts.end(self.run_dir, status, why, self.step)
+        self.reporter.end(status, why, self.step, self.seconds)
+        return Outcome(status, self.step, self.samples_seen, why)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.derived.last_step
@@ -404,14 +434,3 @@ class Trainer:
         """End the data workers. Not collective: also after a failure."""
         gc.enable()
         self.loader.close()
-
-
-def check_metric(config: Config, task: Task) -> None:
-    """Refuse a ``checkpoint.metric`` that no evaluation has: no checkpoint would be kept as the best, in silence."""
-    wanted, known = config.checkpoint.metric, task.metrics
-    names = [*known, *(f"ema_{name}" for name in known)]
-    if wanted not in names:
-        raise ConfigError(
-            f"checkpoint.metric={wanted} is no number of the evaluation; it has {', '.join(names)}"
-        )
-    check_early_stopping(config)

@@ -47,8 +47,15 @@ def devices() -> list[str]:
     """CUDA devices, or the CPU."""
     import torch
 
+    from dattrain.runtime.environment import emulates_bf16
+
     if not torch.cuda.is_available():
-        return [f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads; no CUDA device"]
+        bf16 = (
+            "bf16: emulated, slower than fp32: use train.precision=fp32"
+            if emulates_bf16()
+            else "bf16: by the CPU"
+        )
+        return [f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads; {bf16}; no CUDA device"]
     found = [f"CUDA {torch.version.cuda}, driver through torch; bf16: {torch.cuda.is_bf16_supported()}"]
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)

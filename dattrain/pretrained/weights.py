@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dattrain.config.load import load as load_config
-from dattrain.config.run import run_of
+from dattrain.config.run import run_of, split_checkpoint
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
 from dattrain.data.classes import read as read_classes
@@ -27,9 +27,10 @@ from dattrain.files import replacing
 from dattrain.models.dat import DAT
 from dattrain.models.surgery import adopt_tables
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, build, cfg_of_recipe, differences
+from dattrain.runtime import collectives
 from dattrain.runtime.environment import device_called
 from dattrain.state import gather
-from dattrain.state.format import checkpoint
+from dattrain.state.format import named
 from dattrain.state.format.manifest import Manifest, read_manifest
 
 METADATA_KEY = "dattrain"
@@ -46,8 +47,9 @@ def load_model(
     """Open weights as a model in evaluation mode, fp32.
 
     Args:
-        path: a run folder or its ``checkpoints`` (the newest complete checkpoint is taken), a checkpoint folder, a
-            safetensors file that ``dattrain import`` or ``export`` wrote, or a folder from ``export --to timm``.
+        path: a run folder or its ``checkpoints`` (the newest complete checkpoint is taken; ``RUN@best`` and ``RUN@STEP`` name
+            another), a checkpoint folder, a safetensors file that ``dattrain import`` or ``export`` wrote, or a folder from
+            ``export --to timm``.
         ema: the averaged weights; None takes them where a checkpoint has them. A file holds one set of weights.
         img_size: lay the model out for another size; None keeps that of the weights.
         bias_table: at another size, ``resize`` window and deformable tables bicubically, or leave the continuous
@@ -61,6 +63,7 @@ def load_model(
     path = Path(path)
     if path.is_dir() and (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
+    path = named.weights(path, hint=collectives.rank_and_world()[0] == 0)
     if path.is_dir():
         model, cfg = _from_checkpoint(path, ema)
     elif path.is_file():
@@ -119,7 +122,7 @@ def _check_same(path: Path, tmp_path: Path, model: DAT) -> None:
 
 def config_of(path: str | Path) -> Config | None:
     """The recipe of the run that a run folder, checkpoint or ``checkpoints`` folder belongs to; None for a file."""
-    path = Path(path)
+    path, _ = split_checkpoint(path)
     run = run_of(path) if path.is_dir() else None
     return None if run is None else load_config(run / "config.yaml").config
 
@@ -160,8 +163,7 @@ def class_names(run: Path, config: Config, in_checkpoint: Sequence[str] = ()) ->
     return names if len(names) == config.model.num_classes else ()
 
 
-def _from_checkpoint(path: Path, ema: bool | None) -> tuple[DAT, PretrainedCfg]:
-    folder = checkpoint.locate(path)
+def _from_checkpoint(folder: Path, ema: bool | None) -> tuple[DAT, PretrainedCfg]:
     manifest = read_manifest(folder)
     if ema is None:
         ema = "ema" in manifest.states

@@ -273,6 +273,21 @@ def _cache_on_the_node() -> None:
             os.environ["TRITON_CACHE_DIR"] = str(folder)
 
 
+def emulates_bf16(cpuinfo: str | None = None) -> bool:
+    """Whether this CPU multiplies bf16 by way of fp32, several times slower than fp32 itself; False where nothing tells.
+
+    Args:
+        cpuinfo: text of ``/proc/cpuinfo``; None reads it.
+    """
+    if cpuinfo is None:
+        try:
+            cpuinfo = Path("/proc/cpuinfo").read_text()
+        except OSError:
+            return False
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    return found is not None and not {"avx512_bf16", "amx_bf16", "bf16"} & set(found[1].split())
+
+
 def device_name(device: torch.device) -> str:
     """What the vendor calls it; ``cpu``."""
     import torch

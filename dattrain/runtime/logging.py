@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from dattrain.text import styled
 from dattrain.urls import mask
 
 _FORMAT = "%(asctime)s %(levelname).1s {who} %(name)s: %(message)s"
@@ -43,6 +44,17 @@ class Console(_StreamHandler):
         if self._live:
             self._live = ""
             self._write("\r\x1b[K")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line; warnings and errors coloured where there are colours, others by their ``style``."""
+        level = (
+            "error"
+            if record.levelno >= logging.ERROR
+            else "warning"
+            if record.levelno >= logging.WARNING
+            else ""
+        )
+        return styled(super().format(record), level or getattr(record, "style", ""), self.stream)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record above the live line."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 
@@ -27,6 +28,15 @@ def start_time(pid: int) -> str | None:
     """
     found = _stat(pid)
     return None if found is None or (found[0] in "ZX" and int(found[17]) <= 1) else found[19]
+
+
+def began() -> float:
+    """When this process began, in seconds of ``time.time``; now, where that is not known."""
+    ticks = start_time(os.getpid())
+    up = _text("/proc/uptime").partition(" ")[0]
+    if ticks is None or not up:
+        return time.time()
+    return time.time() - max(0.0, float(up) - int(ticks) / os.sysconf("SC_CLK_TCK"))
 
 
 def suspended(pid: int) -> bool:

@@ -61,9 +61,27 @@ class Preemption:
             return StopRequest.STOP
         return StopRequest.NONE if self.received is None else StopRequest.PREEMPT
 
+    def why(self, look_for_file: bool = True) -> str:
+        """What this rank's request came from: a signal or the file; empty where there is none."""
+        if self._interrupted:
+            return "Ctrl-C (SIGINT)"
+        if look_for_file and self._stop_file.exists():
+            return f"the file {self._stop_file}"
+        return "" if self.received is None else signal.Signals(self.received).name
+
     def clear_stop_file(self) -> None:
         """Remove the stop file, so that the next start trains."""
         self._stop_file.unlink(missing_ok=True)
+
+    def clear_old_stop_file(self, began: float) -> bool:
+        """Remove a stop file that was there before ``began`` (``time.time``): it was meant for an earlier start. Whether there was one."""
+        try:
+            old = self._stop_file.stat().st_mtime < began
+        except OSError:
+            return False
+        if old:
+            self.clear_stop_file()
+        return old
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:

@@ -15,6 +15,7 @@ import json
 import logging
 import platform
 import secrets
+import threading
 import time
 import weakref
 from collections.abc import Mapping
@@ -27,12 +28,13 @@ import torch
 from torch import Tensor
 
 from dattrain.errors import Damaged, UserError
+from dattrain.files import reason
 from dattrain.runtime import collectives
-from dattrain.runtime.owner import Owner, current_owner
+from dattrain.runtime.owner import InUse, Owner, current_owner
 from dattrain.state import load
 from dattrain.state.background import BackgroundTask, HostBuffer, StagingCopy
 from dattrain.state.format import checkpoint, retention
-from dattrain.state.format.manifest import Manifest
+from dattrain.state.format.manifest import MANIFEST, Manifest
 from dattrain.state.format.retention import Policy
 from dattrain.state.partition import MOMENTS, LocalState
 from dattrain.state.writer import Staged, Writer, lay_out, stage
@@ -95,6 +97,10 @@ class Checkpointer:
         self._copy: StagingCopy | None = None
         self._hooked: weakref.WeakSet[Any] = weakref.WeakSet()
         self._saves = 0
+        # Who comes second writes the metrics of a step down: the thread that has published it, or its evaluation.
+        self._lock = threading.Lock()
+        self._writing: int | None = None
+        self._metrics: tuple[int, Mapping[str, float]] | None = None
         token = ""
         if self.rank == 0:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -153,11 +159,43 @@ class Checkpointer:
         self._hook_steps(local)
         self._saves += 1
         folder = checkpoint.temporary_folder(self.root, manifest.step, f"{self._token}-{self._saves}")
+        self._writing = manifest.step
         self._task.start(lambda: self._write(folder, manifest, staged))
         self._copy = staged.copy
         if not background:
             self.wait()
         return time.perf_counter() - begin
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note the evaluation of the checkpoint of ``step``, if there is one; retention keeps the best by it. Rank 0 calls it.
+
+        At once, or by the thread that is still writing that checkpoint. A disk that takes no more is a warning: numbers that
+        cannot be noted end no training.
+        """
+        with self._lock:
+            self._metrics = step, metrics
+            if self._writing is None:
+                self._note_metrics()
+
+    def _note_metrics(self) -> None:
+        if self._metrics is None:
+            return
+        (step, metrics), self._metrics = self._metrics, None
+        folder = self.root / checkpoint.folder_name(step)
+        try:
+            if (folder / MANIFEST).exists():
+                self._confirm()
+                checkpoint.write_metrics(folder, metrics)
+                self._prune()
+        except InUse:  # ``failed`` says so, for all ranks to agree on
+            return
+        except OSError as error:
+            log.warning("%s: the evaluation cannot be noted there (%s)", folder, reason(error))
+
+    def let_finish(self) -> None:
+        """Let this rank's part of a save that is under way be written, before an error ends the process. Not collective."""
+        with contextlib.suppress(Exception):  # another error is on its way already
+            self._task.wait()
 
     def wait_for_staging(self) -> None:
         """Return when weights, moments and averages may be changed: the last save has them in host memory. Not collective."""
@@ -218,16 +256,27 @@ class Checkpointer:
 
     def _write(self, folder: Path, manifest: Manifest, staged: Staged) -> None:
         """The thread's work: write, and on rank 0 remove what the policy does not keep."""
-        final = self._writer.write(folder, manifest, staged)
-        if final is None:
-            return
+        final = None
         try:
+            final = self._writer.write(folder, manifest, staged)
+            if final is None:
+                return
             self._confirm()
             self._damaged.discard(final.name)
-            for name in retention.prune(self.root, self.policy, self._damaged):
-                log.info("removed %s", name)
+            self._prune()
         except OSError as e:
+            if final is None:
+                raise
             raise UserError(f"checkpoints under {self.root} could not be pruned: {e}") from e
+        finally:
+            with self._lock:
+                self._writing = None
+                if final is not None:
+                    self._note_metrics()
+
+    def _prune(self) -> None:
+        for name in retention.prune(self.root, self.policy, self._damaged):
+            log.info("removed %s", name)
 
     # Restoring
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dattrain.errors import UserError
+from dattrain.files import shown
 from dattrain.submit import history
-from dattrain.submit.run_folders import relative
 
 
 def follow(
@@ -50,7 +50,7 @@ def follow(
         return 0
     others = ", ".join(run.name for run in bad[1:])
     raise UserError(
-        f"{relative(bad[0])} has not ended well: {_why(bad[0])}{f'; not finished either: {others}' if others else ''}. "
+        f"{shown(bad[0])} has not ended well: {_why(bad[0])}{f'; not finished either: {others}' if others else ''}. "
         f"Go on, once the cause is mended, with: {again}"
     )
 
@@ -78,4 +78,4 @@ def _why(run: Path) -> str:
     if history.cancelled(events):
         return "cancelled"
     ends = [e for e in events if e["event"] == "end"]
-    return str(ends[-1]["why"]) if ends else f"see {relative(run / 'submit' / 'local.log')}"
+    return str(ends[-1]["why"]) if ends else f"see {shown(run / 'submit' / 'local.log')}"

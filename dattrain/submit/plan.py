@@ -17,10 +17,10 @@ from dattrain.config import shipped
 from dattrain.config.derive import derive
 from dattrain.config.load import Loaded, load
 from dattrain.errors import ConfigError
+from dattrain.files import shown
 from dattrain.submit import array, chain, cluster, slurm
 from dattrain.submit.cluster import Profile, minutes
 from dattrain.submit.dependency import dependency_on
-from dattrain.submit.run_folders import relative
 from dattrain.submit.slurm import Placement
 
 
@@ -227,7 +227,7 @@ def describe(planned: SubmissionPlan) -> str:
         ]
         for folder, loaded in zip(stage.runs, stage.loaded):
             config = loaded.config
-            lines.append(f"  run folder {relative(folder)}")
+            lines.append(f"  run folder {shown(folder)}")
             if stage.action == "train":
                 world = high * tasks
                 derived = derive(config, world=world, samples_per_epoch=config.train.global_batch)

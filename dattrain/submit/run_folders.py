@@ -33,14 +33,6 @@ def find(given: Sequence[str]) -> list[Path]:
     return found
 
 
-def relative(path: Path) -> str:
-    """The path as seen from the working folder where it lies below it, for messages."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
 def titles(folders: Sequence[Path]) -> list[str]:
     """The last parts of the paths, as many as tell them apart."""
     parts = [folder.absolute().parts for folder in folders]

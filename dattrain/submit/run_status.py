@@ -8,23 +8,24 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from dattrain.clock import duration
 from dattrain.config.load import load
-from dattrain.engine import early_stopping
+from dattrain.engine import early_stopping, starts
+from dattrain.files import shown
 from dattrain.observe.metrics import parse as parse_rows
 from dattrain.runtime import owner
 from dattrain.submit import history, job_state, local, queue
 from dattrain.submit.history import Event
 from dattrain.submit.queue import UNKNOWN, JobState
-from dattrain.submit.run_folders import relative
 from dattrain.text import columns
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run. ``state`` is ours: ``finished``, ``running``, ``waiting``, ``stopped``, ``cancelled``, ``failed``, ``unknown``."""
+    """One run. ``state`` is ours: ``finished``, ``running``, ``waiting``, ``stopped``, ``cancelled``, ``failed``, ``crashed``, ``unknown``."""
 
     run: Path
     state: str
@@ -34,6 +35,8 @@ class RunStatus:
     """Reason of the state, where there is one to give."""
     step: int | None
     last_step: int | None
+    epoch: float | None
+    """Epochs of the training set done, as the log lines of the training have them."""
     images_per_s: float | None
     loss: float | None
     eta_s: float | None
@@ -74,7 +77,7 @@ def status_of(run: Path, states: Mapping[str, JobState], *, local_alive: bool = 
     """Put the status of one run together."""
     events = history.history(run)
     job, slurm = _current(events, states)
-    state, why = state_of(events, slurm, local_alive=local_alive)
+    state, why = _by_hand(run, events) or state_of(events, slurm, local_alive=local_alive)
     if state == "failed" and not why and job is not None:
         why = why_failed(run, job, slurm)
     if state not in ("running", "waiting"):
@@ -92,6 +95,7 @@ def status_of(run: Path, states: Mapping[str, JobState], *, local_alive: bool = 
         why=why,
         step=metrics.get("step"),
         last_step=_last_step(run, metrics),
+        epoch=metrics.get("epoch"),
         images_per_s=metrics.get("images_per_s") if live else None,
         loss=metrics.get("loss"),
         eta_s=metrics.get("eta_s") if live else None,
@@ -102,11 +106,38 @@ def status_of(run: Path, states: Mapping[str, JobState], *, local_alive: bool = 
     )
 
 
+def _by_hand(run: Path, events: Sequence[Event]) -> tuple[str, str] | None:
+    """State and reason of a run whose newest start was typed, after whatever was submitted; None where there is no such start.
+
+    That it runs is for ``_without_job`` to see.
+    """
+    newest = next(reversed(starts.read(run)), None)
+    if newest is None or newest.get("launcher") not in starts.BY_HAND:
+        return None
+    if events and starts.began(newest) < events[-1].get("time", 0):
+        return None
+    step = history.newest_checkpoint(run)
+    again = f"dattrain train {quote(shown(run))} goes on" + ("" if step is None else f" from step {step}")
+    end = newest.get("end")
+    if end is None:
+        return (
+            "crashed",
+            f"its process is gone without a word (killed, out of memory, or the machine went down); {again}",
+        )
+    if end["status"] == "finished":
+        return "finished", ""
+    if end["status"] == "failed":
+        return "failed", f"{end['why']}; {again}"
+    return "stopped", f"{'preempted: ' if end['status'] == 'preempted' else ''}{end['why']}; {again}"
+
+
 def _without_job(run: Path, state: str, why: str) -> tuple[str, str]:
     """State and reason of a run that a process trains without a job of ours, or whose jobs are another folder's."""
     found = owner.current_owner(run)
     if found is not None and found[1] == "alive" and found[0].purpose == owner.TRAINED:
         return "running", f"trained by {found[0].who()}"
+    if state == "crashed" and found is not None:  # its process cannot be seen from here
+        return "unknown", f"{found[0].who()} has the folder, or had it when it died"
     reasons = [why, history.origin(run)]
     jobs = history.submitted_jobs(history.history(run))
     if found is not None and not (found[1] == "unknown" and found[0].job in jobs):
@@ -137,7 +168,7 @@ def state_of(events: Sequence[Event], slurm: JobState, *, local_alive: bool = Fa
     if local_alive:
         behind = now[0].get("behind")
         if behind and not begun and last is None:
-            return "waiting", f"behind {relative(Path(behind))} on this machine"
+            return "waiting", f"behind {shown(Path(behind))} on this machine"
         return "running", ""
     if str(now[0].get("job", "")).startswith("local"):
         return "failed", "its supervisor on the machine that started it is gone; see submit/local.log"
@@ -252,7 +283,10 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 
 def _last_step(run: Path, metrics: Mapping[str, Any]) -> int | None:
-    """All updates of the run, by the recipe and the epoch that the metrics state."""
+    """All updates of the run as its newest start counted them; of older versions, by the recipe and the epoch that the metrics state."""
+    newest = next(reversed(starts.read(run)), None)
+    if newest is not None and isinstance(newest.get("last_step"), int):
+        return int(newest["last_step"])
     if not (run / "config.yaml").is_file() or not metrics.get("epoch"):
         return None
     config = load(run / "config.yaml").config
@@ -280,15 +314,18 @@ def _evaluation(run: Path) -> float | None:
 
 def render(statuses: Sequence[RunStatus]) -> str:
     """A line for each run, and below it its restarts and the reason of its state."""
-    rows = [("RUN", "STATE", "JOB", "STEP", "IMAGES/S", "LOSS", "ETA", "TOP-1", "CHECKPOINT", "RESTARTS")]
+    rows = [
+        ("RUN", "STATE", "JOB", "STEP", "EPOCH", "IMAGES/S", "LOSS", "ETA", "TOP-1", "CHECKPOINT", "RESTARTS")
+    ]
     for r in statuses:
         step = "-" if r.step is None else f"{r.step}/{r.last_step}" if r.last_step else str(r.step)
         rows.append(
             (
-                relative(r.run),
+                shown(r.run),
                 r.state,
                 f"{r.job or '-'}" + (f" {r.slurm.nodes}" if r.slurm.nodes and r.state == "running" else ""),
                 step,
+                "-" if r.epoch is None else f"{r.epoch:.2f}",
                 "-" if r.images_per_s is None else f"{r.images_per_s:.1f}",
                 "-" if r.loss is None else f"{r.loss:.4f}",
                 "-" if r.eta_s is None else duration(r.eta_s),
@@ -297,9 +334,9 @@ def render(statuses: Sequence[RunStatus]) -> str:
                 str(len(r.restarts)),
             )
         )
-    header, *shown = columns(rows)
+    header, *table = columns(rows)
     lines = [header]
-    for line, one in zip(shown, statuses):
+    for line, one in zip(table, statuses):
         lines.append(line)
         lines += [f"    {one.state}: {one.why}"] if one.why else []
         lines += [f"    warning: {text}" for text in one.warnings]

@@ -14,15 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from dattrain.config.load import dump, reasons
+from dattrain.config.run import absolute
 from dattrain.errors import UserError
-from dattrain.files import write_text
+from dattrain.files import shown, write_text
 from dattrain.runtime import owner
 from dattrain.submit import checks, command, history, local, local_turns, queue, slurm, snapshot
 from dattrain.submit.cluster import Profile
 from dattrain.submit.dependency import dependency_on
 from dattrain.submit.job import Job
 from dattrain.submit.plan import Stage, SubmissionPlan, SubmitRequest, describe, plan
-from dattrain.submit.run_folders import relative
 from dattrain.submit.slurm import Placement
 
 
@@ -82,9 +82,9 @@ def submit(request: SubmitRequest) -> int:
         if upstream is not None:
             add_dependents(upstream, planned.stages[0].runs)
     first = planned.stages[0].runs
-    shown = relative(planned.root or (first[0] if len(first) == 1 else first[0].parent))
+    all_of_it = shown(planned.root or (first[0] if len(first) == 1 else first[0].parent))
     print(
-        f"dattrain status {shown}    dattrain logs {relative(first[0])} -f    dattrain cancel {shown}",
+        f"dattrain status {all_of_it}    dattrain logs {shown(first[0])} -f    dattrain cancel {all_of_it}",
         flush=True,
     )
     if supervisor is not None and len(planned.runs) > 1:
@@ -96,7 +96,7 @@ def _start_here(planned: SubmissionPlan) -> subprocess.Popen[bytes]:
     supervisor = local.start(planned.runs, planned.stages[0].profile)
     for stage in planned.stages:
         for run in stage.runs:
-            print(f"{stage.name}: job {local.job_of(supervisor)}, run folder {relative(run)}")
+            print(f"{stage.name}: job {local.job_of(supervisor)}, run folder {shown(run)}")
     return supervisor
 
 
@@ -123,13 +123,13 @@ def _submit_stages(planned: SubmissionPlan) -> None:
             if not jobs:
                 raise
             # A limit on a user's jobs meets a chain in its middle.
-            after = f" --after {relative(planned.stages[need].runs[0])}" if need is not None else ""
+            after = f" --after {shown(planned.stages[need].runs[0])}" if need is not None else ""
             raise UserError(
                 f"{stage.name}: {error}. What is printed above is queued; submit the rest once Slurm takes it: "
-                f"dattrain submit {relative(stage.runs[0])}{after}, and so on, with the same --cluster and size"
+                f"dattrain submit {shown(stage.runs[0])}{after}, and so on, with the same --cluster and size"
             ) from None
         for run, job in zip(stage.runs, jobs[-1]):
-            print(f"{stage.name}: job {job}, run folder {relative(run)}")
+            print(f"{stage.name}: job {job}, run folder {shown(run)}")
 
 
 def _print_notes(lines: Sequence[str]) -> None:
@@ -165,7 +165,7 @@ def prepare(stage: Stage, dependents: Sequence[Path] = ()) -> None:
     folder = stage.placement().folder
     for run, loaded in zip(stage.runs, stage.loaded):
         (run / "submit").mkdir(parents=True, exist_ok=True)
-        write_text(run / "config.yaml", dump(loaded.config, reasons(loaded)))
+        write_text(run / "config.yaml", dump(absolute(loaded.config), reasons(loaded)))
         snapshot.create(run)
         with contextlib.suppress(FileNotFoundError):
             (run / "stop").unlink()

@@ -85,6 +85,9 @@ class EvalLoader(Protocol[B_co]):
     Every rank yields as many batches; the last ones may be empty.
     """
 
+    def __len__(self) -> int:
+        """How many batches a rank yields."""
+
     def __iter__(self) -> Iterator[B_co]:
         """The batches from the first on; can be asked for again."""
 

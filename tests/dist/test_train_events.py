@@ -78,6 +78,15 @@ def test_the_stop_file_saves_and_ends_for_good(folder):
     assert not (folder / "events" / "stop").exists()
 
 
+def test_each_start_says_how_it_ended_and_which_rank_was_asked(folder):
+    starts = json.loads((folder / "events" / "env.json").read_text())["starts"]
+    assert [(start["step"], start["last_step"], start["end"]["step"]) for start in starts] == [(0, 5, 3), (3, 5, 4), (4, 5, 5)]  # fmt: skip
+    ends = [(start["end"]["status"], start["end"]["why"]) for start in starts]
+    assert [status for status, _ in ends] == ["preempted", "stopped", "finished"]
+    assert ends[0][1].startswith("SIGUSR2 at rank 1 on ")
+    assert ends[1][1] == f"the file {folder}/events/stop" and ends[2][1] == "train.max_steps=5"
+
+
 def test_whatever_interrupted_it_the_run_is_the_undisturbed_one(folder):
     assert said(folder, "ended")["status"] == "finished"
     # The undisturbed one was evaluated after every update, its weights swapped for the averages and back.

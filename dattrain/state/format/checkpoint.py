@@ -8,20 +8,25 @@ byte of it is on the disk. docs/checkpoints.md describes the format for readers 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dattrain.errors import Damaged, UserError
-from dattrain.files import doing, sync
+from dattrain.files import doing, sync, write_atomically
 from dattrain.state.format.manifest import MANIFEST, Manifest, read_manifest
 from dattrain.state.format.rank_file import BLOCK, Reader, check_regular, open_regular, read_block
 
 PIN = "pinned"
 """An empty file of this name in a checkpoint's folder keeps retention away from it."""
+METRICS = "metrics.json"
+"""The evaluation of a checkpoint that was evaluated after it was published: a JSON object of numbers by name."""
 _FOLDER = re.compile(r"step_(\d{8,})")
 
 
@@ -69,12 +74,38 @@ class CheckpointInfo:
     manifest: Manifest | None
     reason: str = ""
     pinned: bool = False
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """What ``METRICS`` holds; what the manifest has of the kind (older versions) is not in it."""
 
     @property
     def step(self) -> int:
         """The step that its name tells."""
         match = _FOLDER.fullmatch(self.folder.name)
         return int(match[1]) if match else -1
+
+    def metric(self, name: str) -> float | None:
+        """A number of its evaluation; None where there is none, or it is not finite."""
+        if self.manifest is None:
+            return None
+        value = self.metrics.get(name)
+        if not isinstance(value, (int, float)):
+            return self.manifest.metric(name)
+        return float(value) if math.isfinite(value) else None
+
+
+def write_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
+    """Note the evaluation of a published checkpoint beside its manifest: all of it or nothing. Raises OSError."""
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    write_atomically(folder / METRICS, json.dumps(finite, indent=2) + "\n", durable=True)
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """What ``write_metrics`` wrote; empty where nothing did."""
+    try:
+        found = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def list_all(root: Path) -> list[CheckpointInfo]:
@@ -84,7 +115,7 @@ def list_all(root: Path) -> list[CheckpointInfo]:
         if _FOLDER.fullmatch(folder.name) and folder.is_dir():
             pinned = (folder / PIN).exists()
             try:
-                found.append(CheckpointInfo(folder, check(folder), "", pinned))
+                found.append(CheckpointInfo(folder, check(folder), "", pinned, read_metrics(folder)))
             except Damaged as e:
                 found.append(CheckpointInfo(folder, None, str(e), pinned))
     return sorted(found, key=lambda e: e.step)

@@ -38,6 +38,13 @@ def lower_is_better(metric: str) -> bool:
     return "loss" in metric
 
 
+def by_metric(entries: Sequence[CheckpointInfo], metric: str) -> list[CheckpointInfo]:
+    """Those that were evaluated by ``metric``, the best first, of equals the newest."""
+    sign = 1.0 if lower_is_better(metric) else -1.0
+    scored = [(sign * value, -e.step, e) for e in entries if (value := e.metric(metric)) is not None]
+    return [entry for _, _, entry in sorted(scored, key=lambda each: each[:2])]
+
+
 def kept(entries: Sequence[CheckpointInfo], policy: Policy) -> dict[str, str]:
     """The complete checkpoints among ``entries`` (oldest first) that ``policy`` keeps: name to reason.
 
@@ -60,10 +67,7 @@ def kept(entries: Sequence[CheckpointInfo], policy: Policy) -> dict[str, str]:
             if period >= 1 and period not in seen:
                 seen.add(period)
                 reasons.setdefault(entry.folder.name, f"every {policy.keep_every_epochs:g} epochs")
-    scored = [(m.metric(policy.metric), e) for e, m in complete]
-    sign = 1.0 if lower_is_better(policy.metric) else -1.0
-    best = sorted(((sign * v, -e.step, e) for v, e in scored if v is not None), key=lambda t: t[:2])
-    for _, _, entry in best[: policy.keep_best]:
+    for entry in by_metric([e for e, _ in complete], policy.metric)[: policy.keep_best]:
         reasons.setdefault(entry.folder.name, f"best {policy.metric}")
     return reasons
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from dattrain.cli import main as cli
+from dattrain.config import reference
 from dattrain.config.derive import derive, micro_batch
-from dattrain.config.load import diff, dump, load, loads, origin, reference, show
+from dattrain.config.load import diff, dump, load, loads, origin, show
 from dattrain.errors import ConfigError
 
 
@@ -228,7 +229,7 @@ def test_derive_refuses_what_does_not_divide():
 
 def test_the_page_of_keys_is_current():
     page = Path(__file__).parents[3] / "docs" / "keys.md"
-    assert page.read_text() == reference(), "dattrain config keys > docs/keys.md"
+    assert page.read_text() == reference.markdown(), "dattrain config keys > docs/keys.md"
 
 
 def test_a_renamed_key_is_read_and_a_line_names_the_new_one(tmp_path, caplog):

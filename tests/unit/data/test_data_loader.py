@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -288,6 +289,22 @@ def test_settings_that_name_nothing(make_shards, tmp_path):
         read(config(tmp_path / "empty"), batches=1)
     with pytest.raises(ConfigError, match="cannot be split over 5 devices"):
         read(config(make_shards()), world=5, batches=1)
+
+
+def test_an_evaluation_set_that_cannot_be_read_is_refused_when_it_is_opened(tmp_path, jpegs):
+    """Not after an epoch: its files are listed, and there is nothing behind one of them."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_bytes(jpegs[0])
+    (tmp_path / "a" / "1.jpg").symlink_to(tmp_path / "gone.jpg")
+    for on_bad, refused in (("error", True), ("skip", False)):
+        config = Config.model_validate(
+            {"model": {"num_classes": 2}, "data": {"val": str(tmp_path), "on_bad": on_bad}}
+        )
+        with pytest.raises(UserError, match="1.jpg: a link to") if refused else contextlib.nullcontext():
+            eval_loader(
+                config, Classes(2, ("a", "b")), rank=0, world=1, device=torch.device("cpu"), img_size=32
+            ).close()
 
 
 def test_a_shard_that_changes_under_the_run_stops_it(make_shards):

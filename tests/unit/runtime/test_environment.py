@@ -13,6 +13,7 @@ from dattrain.runtime.environment import (
     PORTS,
     configure,
     device_called,
+    emulates_bf16,
     first_host,
     port_of,
     process_group,
@@ -236,3 +237,13 @@ def test_a_device_that_is_not_there_is_named_with_what_is(name, count, says, mon
     assert str(error.value) == says
     assert device_called("cpu") == torch.device("cpu")
     assert count == 0 or device_called(f"cuda:{count - 1}").index == count - 1
+
+
+def test_a_cpu_says_whether_it_multiplies_bf16():
+    x86 = "processor : 0\nflags : fpu avx2 avx512f {}\nbogomips : 1\n"
+    assert emulates_bf16(x86.format("")) and emulates_bf16(x86.format("avx512_bf16x"))
+    assert not emulates_bf16(x86.format("avx512_bf16"))
+    assert not emulates_bf16(x86.format("amx_tile amx_bf16"))
+    assert emulates_bf16("Features : fp asimd\n")
+    assert not emulates_bf16("Features : fp asimd i8mm bf16\n")
+    assert not emulates_bf16("nothing of the kind")

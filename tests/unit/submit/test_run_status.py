@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from dattrain.cli import main as cli
+from dattrain.engine import starts
+from dattrain.runtime import owner
 from dattrain.submit import history, run_status
 from dattrain.submit.queue import FORGOTTEN, UNKNOWN, JobState
 
@@ -181,3 +183,41 @@ def test_a_run_that_stopped_early_says_so(tmp_path: Path) -> None:
     assert "finished: stopped early: top1 has not improved for 2 evaluations" in shown
     (tmp_path / "metrics.jsonl").write_text(json.dumps({**row, "evaluations_without_improvement": 1}) + "\n")
     assert "stopped early" not in run_status.render([run_status.status_of(tmp_path, {})])
+
+
+def test_a_run_by_hand_is_known_by_its_starts_and_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (run / "config.yaml").write_text("name: a\n")
+    (run / "metrics.jsonl").write_text(
+        '{"step": 3, "samples": 96, "epoch": 1.5, "loss": 2.0, "images_per_s": 50.0, "eta_s": 61.0}\n'
+    )
+    starts.begin(run, {"launcher": "single", "step": 0, "last_step": 7})
+
+    def now() -> tuple[str, str]:
+        one = run_status.status_of(run, {})
+        return one.state, one.why
+
+    with owner.acquire(run):
+        one = run_status.status_of(run, {})
+        assert (one.state, one.step, one.last_step, one.epoch) == ("running", 3, 7, 1.5)
+        assert (one.images_per_s, one.eta_s) == (50.0, 61.0) and "3/7   1.50   50.0" in run_status.render(
+            [one]
+        )
+    state, why = now()
+    assert state == "crashed" and "dattrain train runs/a goes on" in why
+    assert cli.main(["status"]) == 1 and "crashed" in capsys.readouterr().out
+    for status, why, shown in (
+        ("stopped", "Ctrl-C (SIGINT)", "stopped"),
+        ("preempted", "SIGTERM", "stopped"),
+        ("failed", "no room", "failed"),
+        ("finished", "schedule.epochs=3", "finished"),
+    ):
+        starts.end(run, status, why, 3)
+        found = now()
+        assert found[0] == shown and (why in found[1]) == (status != "finished")
+    assert cli.main(["status"]) == 0
+    # What was submitted afterwards counts, and what was typed after that.
+    history.record(run, "submit", job="1", by="user", time=starts.began(starts.read(run)[-1]) + 1)
+    assert run_status.status_of(run, {"1": JobState("PENDING", "Resources")}).state == "waiting"

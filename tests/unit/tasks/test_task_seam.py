@@ -9,10 +9,9 @@ import torch.distributed as dist
 from torch import nn
 
 from dattrain.config.load import loads
-from dattrain.engine.evaluate import evaluate
+from dattrain.engine.evaluate import check_metric, evaluate
 from dattrain.engine.step import TrainStep
 from dattrain.engine.step_status import reduce_status
-from dattrain.engine.trainer import check_metric
 from dattrain.errors import ConfigError
 from dattrain.runtime.signals import StopRequest
 from dattrain.tasks.base import Loss

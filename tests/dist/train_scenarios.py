@@ -161,6 +161,7 @@ def layer_decay(folder: str) -> dict[str, object]:
 
 class _Derived:
     accumulation = 1
+    micro_batch = 1
 
 
 def main(plan: Path) -> None:

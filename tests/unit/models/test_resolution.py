@@ -159,3 +159,19 @@ def test_the_blocks_are_what_they_are_taken_for():
     first, second = model(TRAINED).stages[2].blocks
     assert isinstance(first.attn, WindowAttention) and first.attn.window == (8, 8)
     assert isinstance(second.attn, DeformableAttention) and second.attn.size == (8, 8)
+
+
+@pytest.mark.parametrize("img_size, told", [(64, False), (96, True), (128, False), (160, True)])
+def test_without_tables_quarters_are_told_by_the_phase_of_the_last_patches_alone(img_size, told):
+    """Where the last map but one has an odd half (14 at 224), the middle of the image falls inside a 2 x 2 patch of the last
+    downsampling, and which half of it a place is in tells the quarters apart: docs/benchmarks/resolution.md."""
+    torch.manual_seed(0)
+    model = create("dat_atto", num_classes=10, img_size=img_size, offsets=False, blocks=["L", "L", "LD", "D"])
+    model = model.double().eval()
+    image = torch.randn(1, 3, img_size, img_size, dtype=torch.float64)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "table" in name:
+                parameter.zero_()
+        difference = (model(image) - model(image.roll((img_size // 2,) * 2, (-2, -1)))).abs().max().item()
+    assert difference > 0.01 if told else difference < 1e-14

@@ -117,14 +117,19 @@ def test_a_run_folder_holds_them_for_its_owner_alone_and_only_where_going_on_nee
 
     monkeypatch.setattr("sys.argv", ["dattrain", "train", "x.yaml", f"data.train={URL}"])
     config = loads(f"data: {{train: '{URL}'}}").config
-    open_run(tmp_path / "run", config, Classes(1000), resolve({}), "cpu")
+    open_run(tmp_path / "run", config, Classes(1000), resolve({}), "cpu", {})
     assert load(tmp_path / "run" / "config.yaml").config.data.train == URL
     assert stat.S_IMODE((tmp_path / "run" / "config.yaml").stat().st_mode) == 0o600
     holds = [p.name for p in (tmp_path / "run").rglob("*") if p.is_file() and S in p.read_text()]
     assert holds == ["config.yaml"]
     assert json.loads((tmp_path / "run" / "env.json").read_text())["starts"][0]["command"][3].endswith(SHOWN)
     open_run(
-        tmp_path / "other", loads("data: {train: 's3://b/a.tar'}").config, Classes(1000), resolve({}), "cpu"
+        tmp_path / "other",
+        loads("data: {train: 's3://b/a.tar'}").config,
+        Classes(1000),
+        resolve({}),
+        "cpu",
+        {},
     )
     mask_of_all = os.umask(0)
     os.umask(mask_of_all)

@@ -15,7 +15,11 @@ from dattrain.engine.train import train
 from dattrain.errors import ConfigError
 from dattrain.planning import plan
 
-BASE = "name: tune\nmodel: {name: dat_atto, img_size: 32}\ntrain: {global_batch: 8, micro_batch: 8}\n"
+BASE = """name: tune
+model: {name: dat_atto, img_size: 32}
+data: {train: "https://host/a.tar", cache_dir: cache}
+train: {global_batch: 8, micro_batch: 8}
+"""
 REFUSED = r"tune is a fine-tune \({}\).*init.from=RUN_OR_WEIGHTS, for example init.from="
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from dattrain.config.schema import Config
 from dattrain.data.decode.images import is_image_name
+from dattrain.data.source import split_file
+from dattrain.errors import UserError
 from dattrain.files import shown
 from dattrain.state.format import checkpoint
 from dattrain.state.format.retention import lower_is_better
@@ -77,7 +79,13 @@ def next_commands(run: str, at: str, config: Config) -> Sequence[str]:
 
 
 def _picture(spec: str | None) -> str | None:
-    """A picture of an image folder; None where there is none to be seen at once."""
+    """A picture of an image folder or of a list of its files; None where there is none to be seen at once."""
+    if spec is not None and spec.endswith(split_file.SUFFIX):
+        try:
+            root, classes = split_file.read(spec)
+        except UserError:
+            return None
+        return next((shown(root / files[0]) for files in classes.values() if files), None)
     if spec is None or not os.path.isdir(spec):
         return None
     looked = 0

@@ -8,12 +8,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dattrain.config.choose import Weights
+from dattrain.config.run import split_checkpoint
 from dattrain.data.classes import canonical
 from dattrain.errors import UserError
 from dattrain.models.dat import DAT
 from dattrain.models.zoo import VARIANTS
 from dattrain.pretrained import import_authors, weights
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, classes_of
+from dattrain.state.format import named
 
 RELEASED = "https://github.com/LeapLabTHU/DAT"
 """Where the authors publish their weights: the tables of its README."""
@@ -31,16 +33,18 @@ class Start:
     """
 
     def __init__(self, word: str) -> None:
-        """Open what ``word`` names: a path, or the name of a run below ``runs``.
+        """Open what ``word`` names: a path, or the name of a run below ``runs``, either perhaps with ``@best`` or the like.
 
         Raises:
             UserError: nothing is there, or no weights of a DAT; says where the authors' are.
         """
-        path = Path(word)
-        if not path.exists() and (Path("runs") / word).is_dir():
-            path = Path("runs") / word
+        path, which = split_checkpoint(word)
+        if not path.exists() and (Path("runs") / path).is_dir():
+            path = Path("runs") / path
         if not path.exists():
             raise UserError(f"{word}: {_absent(word)}")
+        if which is not None:
+            path = named.find(f"{path}@{which}")
         if path.is_dir() and (path / "model.safetensors").is_file():
             path = path / "model.safetensors"
         self._model: DAT | None = None

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "unit"))
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +60,9 @@ def command(wheel, tmp_path_factory):
     # A new home, but the machine's cache: compiling the library takes half a minute.
     clean.setdefault("XDG_CACHE_HOME", str(Path.home() / ".cache"))
 
-    def run(cwd: Path, *words: str) -> str:
+    def run(cwd: Path, *words: str, program: str = "dattrain") -> str:
         done = subprocess.run(
-            [home / "bin" / "dattrain", *words], cwd=cwd, capture_output=True, text=True, timeout=500,
+            [home / "bin" / program, *words], cwd=cwd, capture_output=True, text=True, timeout=500,
             env={**clean, "HOME": str(cwd), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -105,6 +107,44 @@ def test_it_trains_a_recipe_by_its_name(command, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
     assert json.loads((tmp_path / "run" / "code.json").read_text())["revision"] is None
+
+
+def test_the_first_hour(command, tmp_path):
+    """From a folder of pictures to weights that timm loads, by the commands that each one's last lines name."""
+    from fashion_images import image_folder
+
+    image_folder(tmp_path / "my photos", 60, names=("cat", "dog") * 5)
+    said = command(tmp_path, "train", "--data", "my photos", "--run", "first", "train.max_steps=4")
+    screen, lines = said.split("step 4/")[0], said.splitlines()
+    assert "classes  2: cat" in screen and "rate" in screen
+    assert lines[-1] == "run folder: first" and any(line.startswith("top1: best ") for line in lines)
+    following = [shlex.split(line) for line in lines if line.startswith("  dattrain ")]
+    assert [words[1] for words in following] == ["eval", "predict", "report", "export"]
+    for words in following:
+        command(tmp_path, *words[1:])
+    command(
+        tmp_path,
+        "finetune",
+        "first@best",
+        "--data",
+        "my photos",
+        "model.img_size=96",
+        "--run",
+        "second",
+        "train.max_steps=2",
+    )
+    command(tmp_path, "report", "first", "second", "--out", "both.html")
+    assert (tmp_path / "both.html").stat().st_size > 50_000 and (tmp_path / "first" / "results.png").exists()
+    command(tmp_path, "export", "second", "--to", "hub", "hub")
+    code = "\n".join(
+        [
+            "import dattrain.models, timm, torch",
+            'model = timm.create_model("local-dir:hub", pretrained=True).eval()',
+            'print(model(torch.zeros(1, 3, 96, 96)).shape[1], *model.pretrained_cfg["label_names"])',
+        ]
+    )
+    loaded = command(tmp_path, "-c", code, program="python")
+    assert loaded.split() == ["2", "cat", "dog"]
 
 
 def test_the_demo_goes_the_whole_road(command, tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dattrain.cli.loading import loading
 from dattrain.errors import UserError
 
 FILE = "recipe.yaml"
@@ -27,9 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the recipe, and beside it what it names (lists of what is held out, weights); refuses to overwrite."""
     from dattrain.cli import own_images
-    from dattrain.config.load import flatten
-    from dattrain.data.prepare.own_images import find
-    from dattrain.pretrained.start_from import Start
+
+    with loading("torch"):
+        from dattrain.config.load import flatten
+        from dattrain.data.prepare.own_images import find
+        from dattrain.pretrained.start_from import Start
 
     folder: Path = args.folder
     file = folder / FILE

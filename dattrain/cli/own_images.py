@@ -11,8 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from dattrain.cli.loading import loading
 from dattrain.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -64,12 +66,13 @@ def begin(args: argparse.Namespace, weights: str | None = None) -> Path:
         ConfigError: ranks that were started already, settings that do not fit, or a run folder of other images.
         UserError: images or weights that cannot be used.
     """
-    from dattrain.config.load import dump, given
-    from dattrain.config.run import is_rank, new_folder
-    from dattrain.data.prepare.own_images import find
-    from dattrain.engine import resume_rules
-    from dattrain.files import write_text
-    from dattrain.pretrained.start_from import Start
+    with loading("torch", always=True):
+        from dattrain.config.load import dump, given
+        from dattrain.config.run import is_rank, new_folder
+        from dattrain.data.prepare.own_images import find
+        from dattrain.engine import resume_rules
+        from dattrain.files import write_text
+        from dattrain.pretrained.start_from import Start
 
     take_words(args)
     if args.run_dir is not None and (args.run_dir / "config.yaml").is_file():
@@ -253,14 +256,14 @@ def screen(
         ("rate", f"peak {d.peak_lr:.3g} after {d.warmup_steps} updates, {config.schedule.kind} to {d.min_lr:.3g}"),
         ("device", f"{_device(machine)}, {config.train.precision}"),
         ("run", f"{folder}; a checkpoint has {size:,.0f} MB, up to {kept} are kept"),
-        ("why", f"each value has its reason in {folder}/config.yaml (`dattrain config show {folder}`)"),
+        ("why", f"each value has its reason in {folder}/config.yaml (`dattrain config show {quote(str(folder))}`)"),
     ]  # fmt: skip
     if start is None and n < _few():
         rows.append(
             (
                 "note",
-                f"{n:,} images are few to learn from nothing: a fine-tune is far better, `dattrain finetune WEIGHTS --data {data}` "
-                "(docs/own_images.md says where weights are)",
+                f"{n:,} images are few to learn from nothing: a fine-tune is far better, `dattrain finetune WEIGHTS --data {quote(str(data))}` "
+                "(the authors' weights: github.com/LeapLabTHU/DAT)",
             )
         )
     return [f"{name:<9}{text}" for name, text in rows]
@@ -359,8 +362,8 @@ def _warnings(train: Mapping[str, int]) -> list[str]:
     least, most = min(train.values()), max(train.values())
     if most >= IMBALANCE * least:
         found.append(
-            f"the largest class has {most // least} times the images of the smallest: accuracy will lean to it; `dattrain eval RUN` "
-            "says the accuracy of each class"
+            f"the largest class has {most // least} times the images of the smallest: accuracy will lean to it; `dattrain eval RUN "
+            "--csv FOLDER` writes the accuracy of each class"
         )
     if small := [name for name, count in train.items() if count < SMALL_CLASS]:
         from dattrain.data.classes import few

@@ -105,8 +105,7 @@ def choose(
     )
     epochs, seen = _epochs(n, cpu, tuned, small)
     epochs = take("schedule.epochs", epochs, f"{seen}: {epochs * n:,} images on {where}")
-    rounds = max(1, round(epochs / 10))
-    take("eval.every_epochs", rounds, "about ten evaluations")
+    rounds = take("eval.every_epochs", max(1, round(epochs / 10)), "about ten evaluations")
     base, at = (2e-3, 128) if small else (1e-3, 1024)
     peak = base * sqrt(batch / at) * (0.4 if tuned else 1.0)
     rule = f"{base:g} at a batch of {at}, by the square root of the batch"

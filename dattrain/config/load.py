@@ -86,7 +86,22 @@ def load(path: str | Path, overrides: Overrides = ()) -> Loaded:
     """
     found = shipped.find(path)
     recorded = found / "config.yaml"
-    return _resolve(_read(recorded if recorded.is_file() else found, ()), overrides)
+    file = recorded if recorded.is_file() else found
+    tree = _read(file, ())
+    if file.name == "config.yaml":
+        _find_beside(tree, file.absolute().parent)
+    return _resolve(tree, overrides)
+
+
+def _find_beside(tree: _Tree, run: Path) -> None:
+    """Point what a run has in its own folder (``cli.own_images``) to where that folder is now: it may have been moved."""
+    for section, key in (("data", "train"), ("data", "val"), ("init", "from")):
+        values = tree.values.get(section)
+        name = values.get(key) if isinstance(values, dict) else None
+        if isinstance(name, str) and name.endswith((".images.json", "/init.safetensors")):
+            beside = run / Path(name).name
+            if beside.is_file():
+                values[key] = str(beside)
 
 
 def _given(overrides: Overrides) -> _Tree:

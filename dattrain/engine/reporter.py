@@ -109,6 +109,11 @@ class Reporter:
             c.name, c.model.name, step, last, c.train.global_batch, d.world, d.accumulation, d.micro_batch,
             d.steps_per_epoch, c.zero.stage, c.train.precision, self.device,
         )  # fmt: skip
+        if 2 * d.warmup_steps > d.total_steps:
+            log.warning(
+                "schedule.warmup_epochs=%g is more than half of schedule.epochs=%g: the rate hardly falls again",
+                c.schedule.warmup_epochs, c.schedule.epochs,
+            )  # fmt: skip
         self.meter = Meter()
 
     def evaluated(self, step: int) -> bool:

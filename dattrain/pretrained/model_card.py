@@ -10,13 +10,15 @@ from typing import Any
 import yaml
 
 from dattrain.config.run import run_of
+from dattrain.data.source import split_file
+from dattrain.errors import UserError
 from dattrain.models import flops
 from dattrain.models.dat import DAT
 from dattrain.observe import metrics
 from dattrain.pretrained import class_names
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 from dattrain.pretrained.weights import config_of
-from dattrain.state.format import checkpoint
+from dattrain.state.format import named
 from dattrain.state.format.manifest import read_manifest
 from dattrain.urls import mask
 
@@ -48,7 +50,7 @@ def training_of(path: str | Path, *, averaged: bool) -> Training:
     config = config_of(path)
     if config is None:
         return Training()
-    folder = checkpoint.locate(path)
+    folder = named.weights(path)
     run, step = run_of(folder), read_manifest(folder).step
     assert run is not None
     row: dict[str, Any] = next(
@@ -193,6 +195,11 @@ def _set(spec: str | None) -> str:
     """A set or run by its own name: where it lay is nobody's business."""
     if not spec:
         return ""
+    if spec.endswith(split_file.SUFFIX):
+        try:
+            spec = str(split_file.read(spec)[0])
+        except UserError:
+            return ""
     parts = [part for part in PurePosixPath(mask(spec).split("?")[0]).parts if not set(part) & set("*{[")]
     first = len(parts) - 1
     while first > 0 and parts[first] in _PLACES:

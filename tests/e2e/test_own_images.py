@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def test_own_images_in_five_minutes(home):
     recipe = (home / "mine" / "recipe.yaml").read_text()
     values = [line for line in recipe.splitlines() if re.match(r" +\w+: \S", line)]
     assert len(values) > 15 and all("  # " in line for line in values)
-    assert yaml.safe_load((home / "runs/mine/config.yaml").read_text())["schedule"]["epochs"] == 5
+    assert yaml.safe_load((home / "runs/mine/config.yaml").read_text())["optim"]["lr"] == 5e-4
     assert "exists; choose another DIR" in dattrain(home, "init", "mine", "--data", "photos", code=1)
     assert (home / "mine" / "recipe.yaml").read_text() == recipe
 
@@ -187,3 +188,16 @@ def test_what_does_not_go_is_refused_and_leaves_nothing(home):
         "data.workers=0",
     )
     assert "finished at step 2" in said
+
+
+def test_a_moved_run_keeps_its_own_images_whatever_has_its_name_now(home):
+    quick = ["train.max_steps=1", "data.workers=0", "model.img_size=32"]
+    dattrain(home, "train", "--data", "photos", "--run", "runs/a", *quick)
+    (home / "runs" / "a").rename(home / "elsewhere")
+    # The same names the other way round, by a run of the same name.
+    shutil.copytree(home / "photos" / "cat", home / "swapped" / "dog")
+    shutil.copytree(home / "photos" / "dog", home / "swapped" / "cat")
+    dattrain(home, "train", "--data", "swapped", "--run", "runs/a", *quick)
+    said = dattrain(home, "eval", "elsewhere")
+    assert "elsewhere/val.images.json: 4 images" in said
+    assert "resumed from" in dattrain(home, "train", "elsewhere", "train.max_steps=2")

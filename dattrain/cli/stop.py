@@ -12,11 +12,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0."""
+    from shlex import quote
+
     from dattrain.submit import run_folders
+    from dattrain.submit.history import history
 
     for folder in run_folders.find(args.runs):
         (folder / "stop").touch()
-        print(
-            f"{folder}: will save and stop; continue with: dattrain submit {folder}  (or dattrain train {folder})"
-        )
+        jobs = [str(event["job"]) for event in history(folder) if event.get("job")]
+        verb = "submit" if jobs else "train"
+        where = " --cluster local" if jobs and jobs[-1].startswith("local") else ""
+        print(f"{folder}: will save and stop; it goes on with: dattrain {verb} {quote(str(folder))}{where}")
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dattrain.cli import own_images
 from dattrain.cli.loading import loading
+from dattrain.cli.run_argument import run_folder
 from dattrain.errors import ConfigError, UserError
 
 
@@ -31,7 +32,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--run-dir",
         dest="run_dir",
         metavar="DIR",
-        type=Path,
+        type=run_folder,
         help="the run folder; an existing one is resumed (default: runs/<recipe>-<time>)",
     )
     parser.add_argument(

@@ -97,7 +97,9 @@ def _find_beside(tree: _Tree, run: Path) -> None:
     """Point what a run has in its own folder (``cli.own_images``) to where that folder is now: it may have been moved."""
     for section, key in (("data", "train"), ("data", "val"), ("init", "from")):
         values = tree.values.get(section)
-        name = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(values, dict):
+            continue
+        name = values.get(key)
         if isinstance(name, str) and name.endswith((".images.json", "/init.safetensors")):
             beside = run / Path(name).name
             if beside.is_file():

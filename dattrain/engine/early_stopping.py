@@ -57,7 +57,7 @@ class EarlyStopping:
     def reason(self) -> str:
         """One line on why it is."""
         return reason(self.metric, self.waited) + (
-            "" if self.best is None else f"; the best was {self.best:g} at step {self.best_step}"
+            "" if self.best is None else f"; the best was {self.best:g}"
         )
 
     def _gain(self, value: Any, best: float) -> float:

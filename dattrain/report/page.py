@@ -115,7 +115,9 @@ def _summary(
     }
     evaluations = [row for row in rows if isinstance(row.get(key), (int, float)) and "eval_images" in row]
     if evaluations:
-        best = (min if lower_is_better(metric) else max)(evaluations, key=lambda row: row[key])
+        # Of equals the newest, as the checkpoints have it (state.format.retention).
+        sign = -1 if lower_is_better(metric) else 1
+        best = max(evaluations, key=lambda row: (sign * row[key], row["step"]))
         for name, row in (("best", best), ("last", evaluations[-1])):
             unit = "" if lower_is_better(metric) else " %"
             summary[f"{name} {metric}"] = f"{row[key]:.2f}{unit} at step {row['step']}"

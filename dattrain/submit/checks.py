@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,13 @@ def check(planned: SubmissionPlan, request: SubmitRequest, *, needs_data: bool =
             stage, request.images_per_second, waits=need is not None, yes=request.yes, needs_data=needs_data,
             prefix=f"{stage.runs[0].name}." if planned.chain else "",
         )  # fmt: skip
+
+
+def _check_data_is_here(config: Config) -> None:
+    """Of a job on this machine. Elsewhere a path may be one of the nodes alone."""
+    for key, spec in (("data.train", config.data.train), ("data.val", config.data.val)):
+        if spec and not re.search(r"[*?\[{|]|::|:/|^pipe:", spec) and not os.path.lexists(spec):
+            raise UserError(f"{key}={spec}: there is no such file or folder (from {Path.cwd()})")
 
 
 def check_stage(
@@ -85,6 +93,8 @@ def check_stage(
         if history.newest_checkpoint(run) is None:
             check_source(loaded.config, waits=waits or stage.after is not None)
         check_early_stopping(loaded.config)
+        if profile.kind == "local":
+            _check_data_is_here(loaded.config)
         samples = _samples(loaded.config)
         for nodes in range(stage.nodes[0], stage.nodes[1] + 1):
             try:

@@ -277,8 +277,8 @@ def find(name: str) -> Path:
             return folder / f"{name}.yaml"
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
-    raise ConfigError(f"--cluster {name}: no such profile; {hint} Your own go to {user_folder()}/NAME.yaml")
+    hint = f"did you mean {near[0]}" if near else f"known: {', '.join(known) or 'none'}"
+    raise ConfigError(f"--cluster {name}: no such profile; {hint}. Your own go to {user_folder()}/NAME.yaml")
 
 
 def load(name: str, overrides: Mapping[str, Any] | None = None) -> Profile:

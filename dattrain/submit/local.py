@@ -32,6 +32,8 @@ from dattrain.submit.job import Job
 
 GRACE_S = 30.0
 """Seconds between asking tasks to end and ending them, as scancel has it."""
+AGAIN_S = 5.0
+"""Seconds after which they are asked again."""
 
 
 def start(runs: Sequence[Path], profile: Profile) -> subprocess.Popen[bytes]:
@@ -239,11 +241,14 @@ def _ended_well(job: Any, rank: int, folder: Path) -> bool:
 
 def _end_tasks(job: Any) -> None:
     tasks = _children(job._process.pid)
-    for pid in tasks:
-        _kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S
+    # Again and again: until a training has begun submitit's handler takes the signal, and does nothing.
     while time.monotonic() < deadline and any(start_time(pid) is not None for pid in tasks):
-        time.sleep(0.2)
+        for pid in tasks:
+            _kill(pid, signal.SIGTERM)
+        until = time.monotonic() + AGAIN_S
+        while time.monotonic() < until and any(start_time(pid) is not None for pid in tasks):
+            time.sleep(0.2)
     for pid in tasks:
         _kill(pid, signal.SIGKILL)
     job._process.wait(timeout=10)

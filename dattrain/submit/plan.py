@@ -16,6 +16,7 @@ from typing import Literal
 from dattrain.config import shipped
 from dattrain.config.derive import derive
 from dattrain.config.load import Loaded, load
+from dattrain.config.run import check_folder_name
 from dattrain.errors import ConfigError
 from dattrain.files import shown
 from dattrain.submit import array, chain, cluster, slurm
@@ -104,6 +105,8 @@ def plan(request: SubmitRequest) -> SubmissionPlan:
     Raises:
         ConfigError: anything about the recipe, the chain, the profile or the command line.
     """
+    if request.folder is not None:
+        check_folder_name(request.folder)
     path = shipped.find(request.config, shipped.CHAINS)
     if path.is_file() and chain.is_chain(path):
         return _plan_chain(request, path)

@@ -96,6 +96,10 @@ def test_the_verb_takes_the_words_behind_array(home: Path, capsys: pytest.Captur
         "local",
         "--dry-run",
     ]
+    assert (
+        main(words) == 1 and "data.train=shards: there is no such file or folder" in capsys.readouterr().err
+    )
+    (home / "shards").mkdir()
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert shown.count("run folder") == 4
@@ -116,6 +120,7 @@ def test_a_dry_run_prints_plan_and_script_and_writes_nothing(
 def test_a_dry_run_on_this_machine_speaks_of_no_cluster(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (home / "shards").mkdir()
     submission.submit(replace(ASKED, cluster="local", dry_run=True))
     shown = capsys.readouterr().out
     assert "demo: 1 node(s) x 1 task(s), profile local\n" in shown

@@ -1,7 +1,7 @@
 """``dattrain demo``: from raw images to a fine-tuned network, in minutes on a laptop.
 
-Pack Fashion-MNIST into shards, pre-train dat_atto at 64 x 64 on two local ranks, kill the run on purpose, resume it,
-fine-tune at 96 x 96, evaluate both, and draw curves and sampling points. Every step is a command that it prints first.
+Pack Fashion-MNIST into shards, pre-train dat_atto at 32 x 32 on two local ranks, kill the run on purpose, resume it,
+fine-tune at 64 x 64, evaluate both, and draw curves and sampling points. Every step is a command that it prints first.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     )
     trained = time.perf_counter() - trained
     rows = [("1-nearest neighbour on pixels", nearest_neighbour(*read(train), *read(val)))]
-    for name, folder in (("dat_atto, 64 x 64", pretrain), ("fine-tuned, 96 x 96", finetune)):
+    for name, folder in (("dat_atto, 32 x 32", pretrain), ("fine-tuned, 64 x 64", finetune)):
         report = out / f"{folder.name}-eval.json"
         execute([*dattrain(), "eval", str(folder), "--json", str(report)])
         rows.append((name, json.loads(report.read_text())["top1"]))

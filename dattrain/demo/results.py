@@ -56,7 +56,7 @@ def picture(file: Path, pretrain: Path, finetune: Path, images: np.ndarray, labe
     curves, sheet = np.asarray(figure.subfigures(2, 1, height_ratios=(1, 1.15)))
     loss, accuracy = curves.subplots(1, 2)
     seen = 0
-    for name, folder in (("pre-training, 64 x 64", pretrain), ("fine-tuning, 96 x 96", finetune)):
+    for name, folder in (("pre-training, 32 x 32", pretrain), ("fine-tuning, 64 x 64", finetune)):
         rows = metrics.read(folder)
         for axis, key, style in ((loss, "loss", "-"), (accuracy, "top1", "o-")):
             points = [(seen + row["samples"], row[key]) for row in rows if key in row]

@@ -73,7 +73,7 @@ def test_own_images_in_five_minutes(home):
     assert [row["step"] for row in rows if "loss" in row] == [1, 2] and sum(
         "top1" in row for row in rows
     ) == 1
-    assert "dat_atto at 64 px" in said[4] and "train.micro_batch=64 is an upper bound: 32" in said[4]
+    assert "dat_atto at 32 px" in said[4] and "train.micro_batch=64 is an upper bound: 32" in said[4]
     recipe = (home / "mine" / "recipe.yaml").read_text()
     values = [line for line in recipe.splitlines() if re.match(r" +\w+: \S", line)]
     assert len(values) > 15 and all("  # " in line for line in values)

@@ -80,8 +80,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
 def test_the_readmes_lines_work_as_typed(tmp_path):
     from fashion_images import image_folder
 
-    image_folder(tmp_path / "photos" / "train", 300)
-    image_folder(tmp_path / "photos" / "val", 60, 1000)
+    image_folder(tmp_path / "photos" / "train", 300, names=("cat", "dog") * 5)
+    image_folder(tmp_path / "photos" / "val", 60, 1000, names=("cat", "dog") * 5)
     image_folder(tmp_path / "photos" / "new", 1, 2000, names=("",) * 10)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert '"train.max_steps": 200' in code

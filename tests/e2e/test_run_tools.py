@@ -77,7 +77,7 @@ def test_a_training_ends_with_a_page_with_its_images_and_their_sampling_points(r
     assert shown["confusion"]["wrong"] == round(60 - 0.6 * logged(run)["ema_top1"])
     assert {item["label"] for item in shown["images"]["best"]} <= set(NAMES)
     (block, _) = shown["images"]["worst"][0]["points"]
-    assert block["label"].startswith("stage 3") and [len(group) for group in block["groups"]] == [16, 16]
+    assert block["label"].startswith("stage 3") and [len(group) for group in block["groups"]] == [4, 4]
     assert (run / "results.png").is_file()
     # The training has shown what an evaluation of its weights shows.
     kept = json.loads((run / "predictions.json").read_text())

@@ -33,7 +33,7 @@ from dattrain.pretrained.predict import predict as predict_with
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 from dattrain.pretrained.weights import load_model
 from dattrain.report import training
-from dattrain.state.format.retention import lower_is_better
+from dattrain.state.format.retention import best_step
 from dattrain.submit import history
 
 Images = (
@@ -68,12 +68,11 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The evaluation that is best by ``checkpoint.metric``, the first of equals; None before there is one."""
+        """The evaluation that is best by ``checkpoint.metric``, the newest of equals; None before there is one."""
         metric = self.config.checkpoint.metric
-        name = "eval_loss" if metric == "loss" else metric
-        rows = [row for row in self.metrics if isinstance(row.get(name), (int, float))]
-        better = min if lower_is_better(metric) else max
-        return better(rows, key=lambda row: row[name], default=None)
+        rows = [row for row in self.metrics if metrics.scores([row], metric)]
+        best = best_step(metrics.scores(rows, metric), metric) if rows else None
+        return next((row for row in rows if row["step"] == best), None)
 
     def evaluate(self, **options: Any) -> dict[str, Any]:
         """Evaluate the newest weights; see ``dattrain.evaluate``."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from dattrain.cli.run_argument import run_folder
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run",
         dest="folder",
         metavar="DIR",
+        type=run_folder,
         help="run folder (runs/NAME; of an array or a chain: their parent)",
     )
     parser.add_argument(

@@ -93,6 +93,12 @@ def load(path: str | Path, overrides: Overrides = ()) -> Loaded:
     return _resolve(tree, overrides)
 
 
+SPLIT_SUFFIX = ".images.json"
+"""What the name of a list of images ends in (``data.source.split_file``)."""
+OWN_WEIGHTS = "init.safetensors"
+"""In a run folder: the authors' weights in our names, which that run started from (``pretrained.start_from``)."""
+
+
 def _find_beside(tree: _Tree, run: Path) -> None:
     """Point what a run has in its own folder (``cli.own_images``) to where that folder is now: it may have been moved."""
     for section, key in (("data", "train"), ("data", "val"), ("init", "from")):
@@ -100,7 +106,7 @@ def _find_beside(tree: _Tree, run: Path) -> None:
         if not isinstance(values, dict):
             continue
         name = values.get(key)
-        if isinstance(name, str) and name.endswith((".images.json", "/init.safetensors")):
+        if isinstance(name, str) and name.endswith((SPLIT_SUFFIX, f"/{OWN_WEIGHTS}")):
             beside = run / Path(name).name
             if beside.is_file():
                 values[key] = str(beside)

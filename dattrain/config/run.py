@@ -90,15 +90,12 @@ def split_checkpoint(word: str | os.PathLike[str]) -> tuple[Path, str | None]:
     return path.with_name(run), which
 
 
-def check_folder_name(word: str | Path) -> None:
+def check_folder_name(folder: Path) -> None:
     """Refuse what can become no run folder.
 
     Raises:
-        ConfigError: a file, something in a file, a URL, nothing at all, a name that the file system does not take.
+        ConfigError: a file, something in a file, a URL, a name that the file system does not take.
     """
-    if not str(word).strip():
-        raise ConfigError("--run: names no folder (a variable that is not set?)")
-    folder = Path(word)
     if re.match(r"[A-Za-z][A-Za-z0-9+.\-]*:/", str(folder)):
         raise ConfigError(
             f"--run {folder}: a run folder is local, and this is a URL; give a folder on a disk that all ranks see"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from dattrain.config.schema import Config
 from dattrain.data.decode.images import is_image_name
@@ -14,16 +13,10 @@ from dattrain.data.source import split_file
 from dattrain.errors import UserError
 from dattrain.files import shown
 from dattrain.state.format import checkpoint
-from dattrain.state.format.retention import lower_is_better
+from dattrain.state.format.retention import best_step
 
 _LOOK_AT = 1000
 """Files and folders at most that are looked at to find a picture."""
-
-
-def scores(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
-    """``checkpoint.metric`` by step, out of rows of evaluations (``observe.metrics``), where it is a number."""
-    key = "eval_loss" if metric == "loss" else metric
-    return {row["step"]: row[key] for row in rows if isinstance(row.get(key), (int, float))}
 
 
 def closing_lines(
@@ -33,14 +26,12 @@ def closing_lines(
 
     Args:
         status: as of ``trainer.Outcome``.
-        found: ``scores`` of the run.
+        found: ``observe.metrics.scores`` of the run.
     """
     run, metric = shown(run_dir), config.checkpoint.metric
     at, lines = "", []
     if found:
-        last = max(found)
-        sign = -1 if lower_is_better(metric) else 1
-        best = max(found, key=lambda step: (sign * found[step], step))
+        last, best = max(found), best_step(found, metric)
         lines.append(
             (
                 f"{metric}: best {found[best]:.4g} at step {best}, last {found[last]:.4g} at step {last}",

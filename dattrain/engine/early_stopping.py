@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dattrain.config.schema import Config
-from dattrain.observe.metrics import Row
+from dattrain.observe.metrics import Row, key_of
 from dattrain.state.format.retention import lower_is_better
 
 WAITED = "evaluations_without_improvement"
@@ -36,7 +36,7 @@ class EarlyStopping:
         self._min_delta = config.train.early_stopping_min_delta
         self.best: float | None = None
         self.best_step = self.waited = 0
-        key = f"eval_{self.metric}" if self.metric == "loss" else self.metric
+        key = key_of(self.metric)
         for row in rows:
             if "eval_images" in row:
                 self.add(row["step"], row.get(key))

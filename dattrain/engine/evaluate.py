@@ -22,7 +22,11 @@ from dattrain.tasks.base import EvalLoader, Size, Task
 
 
 def check_metric(config: Config, task: Task) -> None:
-    """Refuse a ``checkpoint.metric`` that no evaluation has: no checkpoint would be kept as the best, in silence."""
+    """Refuse a ``checkpoint.metric`` that no evaluation has: no checkpoint would be kept as the best, in silence.
+
+    Raises:
+        ConfigError: that, or early stopping that has nothing to look at (``config.derive.check_early_stopping``).
+    """
     wanted, known = config.checkpoint.metric, task.metrics
     names = [*known, *(f"ema_{name}" for name in known)]
     if wanted not in names:

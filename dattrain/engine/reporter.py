@@ -20,14 +20,14 @@ from dattrain.config.derive import Derived
 from dattrain.config.load import changed
 from dattrain.config.schema import Config
 from dattrain.engine import early_stopping
-from dattrain.engine.closing import closing_lines, scores
+from dattrain.engine.closing import closing_lines
 from dattrain.engine.step import Update
 from dattrain.engine.step_status import Slowest, StepStatus
 from dattrain.errors import UserError
 from dattrain.files import reason, write_atomically
 from dattrain.observe import events
 from dattrain.observe.loggers import Loggers
-from dattrain.observe.metrics import Metrics, Row
+from dattrain.observe.metrics import Metrics, Row, scores
 from dattrain.observe.sheet import sheet
 from dattrain.observe.throughput import Meter, memory_gb, peak_flops
 from dattrain.runtime import collectives

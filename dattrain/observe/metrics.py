@@ -146,5 +146,16 @@ def last(rows: Iterable[Row], key: str) -> Row | None:
     return found
 
 
+def key_of(metric: str) -> str:
+    """``checkpoint.metric`` as rows of evaluations name it: ``loss`` is training's there."""
+    return "eval_loss" if metric == "loss" else metric
+
+
+def scores(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """``checkpoint.metric`` by step, of the evaluations among ``rows`` that have it as a number."""
+    key = key_of(metric)
+    return {row["step"]: row[key] for row in rows if isinstance(row.get(key), (int, float))}
+
+
 def _finite(row: Row) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

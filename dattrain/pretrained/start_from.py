@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dattrain.config.choose import Weights
+from dattrain.config.load import OWN_WEIGHTS
 from dattrain.config.run import split_checkpoint
 from dattrain.data.classes import canonical
 from dattrain.errors import UserError
@@ -19,8 +20,6 @@ from dattrain.state.format import named
 
 RELEASED = "https://github.com/LeapLabTHU/DAT"
 """Where the authors publish their weights: the tables of its README."""
-FILE = "init.safetensors"
-"""In a run folder: the authors' weights in our names, which that run started from."""
 
 
 class Start:
@@ -68,7 +67,7 @@ class Start:
     def write(self, folder: Path) -> Path:
         """What ``init.from`` is to name; a file of the authors is written into ``folder`` in our names first."""
         if self._model is not None:
-            self.path = (folder / FILE).absolute()
+            self.path = (folder / OWN_WEIGHTS).absolute()
             weights.save(self.path, self._model.state_dict(), self.cfg, model=self._model)
         assert self.path is not None
         return self.path
@@ -77,7 +76,7 @@ class Start:
         """What ``config.choose`` is told; ``folder`` is where ``write`` would put them."""
         height, width = self.cfg.img_size
         return Weights(
-            path=str(self.path or (folder / FILE).absolute()),
+            path=str(self.path or (folder / OWN_WEIGHTS).absolute()),
             name=self.cfg.name,
             img_size=height if height == width else (height, width),
             overrides=_plain(self.cfg),

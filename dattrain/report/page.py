@@ -24,7 +24,7 @@ from dattrain.files import write_atomically
 from dattrain.observe import events, metrics
 from dattrain.pretrained import class_names
 from dattrain.report import curves, settings, timeline
-from dattrain.state.format.retention import lower_is_better
+from dattrain.state.format.retention import best_step, lower_is_better
 from dattrain.text import columns
 from dattrain.urls import mask
 
@@ -104,7 +104,6 @@ def _summary(
 ) -> dict[str, str]:
     """What a run came to, by name, as text."""
     metric = config.checkpoint.metric
-    key = "eval_loss" if metric == "loss" else metric
     sizes = [
         as_pair(size) for size in (config.model.img_size, *(p.img_size for p in config.train.progressive))
     ]
@@ -113,14 +112,11 @@ def _summary(
         "state": _state(found),
         "model": f"{config.model.name}, {height} x {width}, {config.model.num_classes} classes",
     }
-    evaluations = [row for row in rows if isinstance(row.get(key), (int, float)) and "eval_images" in row]
-    if evaluations:
-        # Of equals the newest, as the checkpoints have it (state.format.retention).
-        sign = -1 if lower_is_better(metric) else 1
-        best = max(evaluations, key=lambda row: (sign * row[key], row["step"]))
-        for name, row in (("best", best), ("last", evaluations[-1])):
+    evaluations = [row for row in rows if "eval_images" in row]
+    if scores := metrics.scores(evaluations, metric):
+        for name, step in (("best", best_step(scores, metric)), ("last", max(scores))):
             unit = "" if lower_is_better(metric) else " %"
-            summary[f"{name} {metric}"] = f"{row[key]:.2f}{unit} at step {row['step']}"
+            summary[f"{name} {metric}"] = f"{scores[step]:.2f}{unit} at step {step}"
         images = predictions.get("images") or int(evaluations[-1]["eval_images"])
         summary["evaluated on"] = f"{images:,} images of {mask(config.data.val or '?')}"
     updates = [row for row in rows if "loss" in row]

@@ -41,7 +41,7 @@ class SubmitRequest:
     array: tuple[str, ...] = ()
     """``key=v1,v2`` words; their product is the runs."""
     array_parallel: int | None = None
-    folder: str | None = None
+    folder: str | Path | None = None
     images_per_second: float | None = None
     dry_run: bool = False
     yes: bool = False
@@ -106,7 +106,7 @@ def plan(request: SubmitRequest) -> SubmissionPlan:
         ConfigError: anything about the recipe, the chain, the profile or the command line.
     """
     if request.folder is not None:
-        check_folder_name(request.folder)
+        check_folder_name(Path(request.folder))
     path = shipped.find(request.config, shipped.CHAINS)
     if path.is_file() and chain.is_chain(path):
         return _plan_chain(request, path)

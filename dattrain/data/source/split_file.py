@@ -10,12 +10,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dattrain.config.load import SPLIT_SUFFIX
 from dattrain.data.source.folders import FolderDataset
 from dattrain.errors import UserError
 from dattrain.files import write_text
 
-SUFFIX = ".images.json"
-"""What the name of such a file ends in."""
+SUFFIX = SPLIT_SUFFIX
 
 
 class SplitDataset(FolderDataset):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +36,12 @@ class Policy:
 def lower_is_better(metric: str) -> bool:
     """Whether less of ``metric`` is better: where its name has ``loss`` in it."""
     return "loss" in metric
+
+
+def best_step(scores: Mapping[int, float], metric: str) -> int:
+    """The step with the best of ``metric``, of equals the newest; ``scores`` by step, not empty."""
+    sign = -1 if lower_is_better(metric) else 1
+    return max(scores, key=lambda step: (sign * scores[step], step))
 
 
 def by_metric(entries: Sequence[CheckpointInfo], metric: str) -> list[CheckpointInfo]:

@@ -250,7 +250,7 @@ def screen(
         ("model", f"{config.model.name} at {_pixels(config.model.img_size)}, {weights / 1e6:.2f} M parameters, {source}"),
         (
             "batch",
-            f"{config.train.global_batch} ({machine.devices} device(s), {at_a_time}{passes}); {config.schedule.epochs:g} epochs of "
+            f"{config.train.global_batch} ({machine.devices} device(s), {at_a_time}{passes}); {config.schedule.length} of "
             f"{d.steps_per_epoch:.1f} updates, {d.last_step:,} in all",
         ),
         ("rate", f"peak {d.peak_lr:.3g} after {d.warmup_steps} updates, {config.schedule.kind} to {d.min_lr:.3g}"),

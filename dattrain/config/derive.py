@@ -184,9 +184,10 @@ def derive(config: Config, *, world: int, samples_per_epoch: int) -> Derived:
     check_samples(config, samples_per_epoch)
     scale = train.global_batch / optim.lr_batch
     per_epoch = samples_per_epoch / train.global_batch
-    total = ceil(schedule.epochs * per_epoch)
+    total = schedule.updates or ceil(schedule.epochs * per_epoch)
+    warmup = schedule.warmup_updates
     save = config.checkpoint.every_steps or max(1, round(config.checkpoint.every_epochs * per_epoch))
-    evaluate = max(1, round(config.eval.every_epochs * per_epoch))
+    evaluate = config.eval.every_steps or max(1, round(config.eval.every_epochs * per_epoch))
     last = min(total, train.max_steps or total)
     if train.fast_dev_run:
         # Whatever their intervals, both come after the last update.
@@ -198,7 +199,7 @@ def derive(config: Config, *, world: int, samples_per_epoch: int) -> Derived:
         steps_per_epoch=per_epoch,
         total_steps=total,
         last_step=last,
-        warmup_steps=round(schedule.warmup_epochs * per_epoch),
+        warmup_steps=round(schedule.warmup_epochs * per_epoch) if warmup is None else warmup,
         peak_lr=optim.lr * scale,
         min_lr=schedule.min_lr * scale,
         warmup_lr=schedule.warmup_lr * scale,

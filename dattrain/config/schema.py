@@ -12,11 +12,13 @@ from dattrain.config.sections import (
     Checkpoint,
     Data,
     Eval,
+    Geometry,
     Init,
     Model,
     Optim,
     Schedule,
     Section,
+    Task,
     Train,
     Zero,
     as_pair,
@@ -24,6 +26,8 @@ from dattrain.config.sections import (
 
 RENAMED = {"train.remat": "train.activation_checkpointing"}
 """Keys of former versions, which recipes and run folders may still have, and their names now."""
+_EVAL_DENSE = ("mode", "stride", "scales", "flip")
+"""Keys of ``eval`` that classification does not read."""
 
 
 class Config(Section):
@@ -33,8 +37,10 @@ class Config(Section):
     """Name of the run folder and the Slurm job."""
     description: str = ""
     """Source of the values, expected devices and hours, and whether we have run it."""
+    task: Task = Task()
     model: Model = Model()
     data: Data = Data()
+    geometry: Geometry = Geometry()
     augment: Augment = Augment()
     eval: Eval = Eval()
     optim: Optim = Optim()
@@ -88,10 +94,11 @@ class Config(Section):
                     raise ValueError(f"img_size={size} must be a multiple of 32 (the network's total stride)")
         if list(t.progressive) != sorted(t.progressive, key=lambda p: p.epoch):
             raise ValueError("train.progressive must be in order of epoch")
-        if self.schedule.warmup_epochs > self.schedule.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs={self.schedule.warmup_epochs} is longer than schedule.epochs={self.schedule.epochs}"
-            )
+        self._length()
+        if self.task.kind == "classification":
+            self._not_of_segmentation()
+        else:
+            self._of_segmentation()
         if (z.stage < 1 and z.offload.optimizer) or (z.stage < 3 and z.offload.param):
             raise ValueError(
                 f"zero.offload needs zero.stage 1-3 (optimizer) or 3 (param), not zero.stage={z.stage}"
@@ -101,3 +108,66 @@ class Config(Section):
                 "data.reader=webdataset decodes on the CPU; data.decoder=dali needs data.reader=index"
             )
         return self
+
+    def _length(self) -> None:
+        s = self.schedule
+        if (s.updates is None) != (s.warmup_updates is None):
+            raise ValueError(
+                "schedule.updates and schedule.warmup_updates go together (or schedule.epochs and schedule.warmup_epochs): "
+                f"updates={s.updates}, warmup_updates={s.warmup_updates}"
+            )
+        if s.updates is not None and s.warmup_updates is not None and s.warmup_updates > s.updates:
+            raise ValueError(
+                f"schedule.warmup_updates={s.warmup_updates} is longer than schedule.updates={s.updates}"
+            )
+        if s.updates is None and s.warmup_epochs > s.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs={s.warmup_epochs} is longer than schedule.epochs={s.epochs}"
+            )
+
+    def _not_of_segmentation(self) -> None:
+        """What only dense prediction reads would be ignored."""
+        for name, section in (("task", self.task), ("geometry", self.geometry)):
+            if changed := [key for key, value in section if value != type(section).model_fields[key].default]:
+                raise ValueError(
+                    f"{name}.{changed[0]} has no meaning for task.kind=classification: leave it out, or set task.kind=segmentation"
+                )
+        if changed := [
+            key for key in _EVAL_DENSE if getattr(self.eval, key) != Eval.model_fields[key].default
+        ]:
+            raise ValueError(
+                f"eval.{changed[0]} is of segmentation, and this is task.kind=classification: leave it out"
+            )
+
+    def _of_segmentation(self) -> None:
+        """What only classification reads must be off, lest a recipe say what is not done."""
+        a, g = self.augment, self.geometry
+        on = {
+            "augment.mix_prob": (a.mixes, 0),
+            "augment.randaugment": (a.randaugment is not None, "null"),
+            "augment.color_jitter": (a.color_jitter > 0, 0),
+            "augment.erase_prob": (a.erase_prob > 0, 0),
+            "augment.label_smoothing": (a.label_smoothing > 0, 0),
+            "train.progressive": (bool(self.train.progressive), "[]"),
+            "data.reader": (self.data.reader != "index", "index"),
+            "data.decoder": (self.data.decoder != "cpu", "cpu"),
+            "eval.batch": (self.eval.batch != 1, 1),
+            "optim.freeze_backbone": (self.optim.freeze_backbone, "false"),
+        }
+        if wrong := [f"{key}={off}" for key, (is_on, off) in on.items() if is_on]:
+            raise ValueError(
+                f"task.kind=segmentation cannot use what is set here; it takes {' '.join(wrong)} "
+                "(extend base/segmentation.yaml, which sets them all)"
+            )
+        if self.eval.mode == "slide" and g.crop is None:
+            raise ValueError("eval.mode=slide needs geometry.crop, the size of its windows")
+        if self.eval.mode == "whole" and self.eval.stride is not None:
+            raise ValueError("eval.stride is of eval.mode=slide: leave it out, or set that")
+        if g.scale[0] > g.scale[1]:
+            raise ValueError(f"geometry.scale={list(g.scale)}: the first must not be above the second")
+        if not self.eval.scales:
+            raise ValueError("eval.scales is empty: [1.0] evaluates at one size")
+        if self.model.num_classes > 255:
+            raise ValueError(
+                f"model.num_classes={self.model.num_classes}: a map of classes has a byte per pixel, and 255 is void; 255 at most"
+            )

@@ -76,6 +76,42 @@ class Model(Section):
         return self
 
 
+class Task(Section):
+    """What is learned: the class of an image, or of every pixel. The head's settings are of ``kind: segmentation``."""
+
+    kind: Literal["classification", "segmentation"] = "classification"
+    """``segmentation`` puts a decoder on the backbone's four maps; ``model.img_size`` is then the layout of its windows and tables alone."""
+    head: Literal["upernet", "semantic_fpn"] = "upernet"
+    """The decoder: UperNet (Xiao et al., ECCV 2018), or the Semantic FPN of Panoptic FPN (Kirillov et al., CVPR 2019)."""
+    norm: Literal["sync", "group", "batch"] = "sync"
+    """Of the decoder: BatchNorm over all GPUs (the recipes'), GroupNorm (the same at every world size, and on CPUs), or BatchNorm of each device's micro-batch."""
+    channels: Count | None = None
+    """Of the decoder; null takes the papers': 512 (UperNet), 256 in the pyramid and half of it after (Semantic FPN)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Share of channels dropped before the classifier."""
+    aux_weight: Annotated[float, Field(ge=0.0)] = 0.4
+    """Weight of the loss of UperNet's auxiliary head on the stride-16 map; 0 leaves that head out."""
+
+
+class Geometry(Section):
+    """Sizes of images in dense prediction. Drawn per sample from (seed, epoch, sample), like all augmentation."""
+
+    short_side: Count = 512
+    """Pixels that the shorter side is resized to, the ratio kept, unless the longer one would exceed ``long_side``."""
+    long_side: Count = 2048
+    """Most pixels of the longer side."""
+    scale: tuple[Positive, Positive] = (0.5, 2.0)
+    """In training both are multiplied by a number drawn uniformly from here."""
+    crop: Size | None = 512
+    """Pixels of the training crop (padded where the image is smaller), and of the sliding window; null trains on whole images."""
+    max_class_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
+    """A crop in which one class has more of the labelled pixels is drawn anew, up to ten times."""
+    distortion: bool = True
+    """Photometric distortion: brightness, contrast, saturation and hue, each with probability 1/2 (SSD, Liu et al., ECCV 2016)."""
+    pad_to: Count = 32
+    """Whole images of a micro-batch are padded at the right and at the bottom to its largest sides, rounded up to a multiple of this."""
+
+
 class Data(Section):
     """Where images come from and in which order they are seen."""
 
@@ -181,14 +217,24 @@ class Eval(Section):
 
     every_epochs: Positive = 1.0
     """Epochs between two evaluations during training; the last update is always evaluated."""
+    every_steps: Count | None = None
+    """Updates between two evaluations; null means ``every_epochs``."""
     batch: Count = 64
-    """Images per device."""
+    """Images per device; 1 for dense prediction, where padding would change the result."""
     resize: Literal["shorter", "squash"] = "shorter"
     """``shorter`` keeps the aspect ratio; ``squash`` does not."""
     crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 0.875
     """The central crop is img_size of img_size / crop_pct pixels."""
     ema: bool = True
     """Evaluate the EMA weights too, when there are any."""
+    mode: Literal["whole", "slide"] = "whole"
+    """Segmentation: the whole image at once, or windows of ``geometry.crop`` whose logits are averaged where they overlap."""
+    stride: Size | None = None
+    """Pixels between two windows of ``slide``; null takes two thirds of the window."""
+    scales: tuple[Positive, ...] = (1.0,)
+    """Segmentation: probabilities are averaged over images resized by these factors (the paper's multi-scale: .5, .75, 1, 1.25, 1.5, 1.75)."""
+    flip: bool = False
+    """Segmentation: and over their mirror images."""
 
 
 class Optim(Section):
@@ -215,16 +261,27 @@ class Optim(Section):
 class Schedule(Section):
     """Learning rate by update. Epochs are of ``data.train``; rates are stated at ``optim.lr_batch`` like ``optim.lr``."""
 
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    kind: Literal["cosine", "linear", "poly", "constant"] = "cosine"
+    """Shape after the warm-up; under ``poly`` what is left of (1 - done) ** ``power``, warm-up included (mmcv)."""
     epochs: Positive = 300.0
     """Length; the last update may run into the next epoch by less than a batch."""
+    updates: Count | None = None
+    """Length in updates; null means ``epochs``. Needs ``warmup_updates``."""
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 20.0
     """Linear warm-up; the cosine runs under it (timm, warmup_prefix False)."""
+    warmup_updates: Annotated[int, Field(ge=0)] | None = None
+    """Warm-up in updates; null means ``warmup_epochs``."""
+    power: Positive = 0.9
+    """Exponent of ``poly``; 1 is a straight line."""
     min_lr: Annotated[float, Field(ge=0.0)] = 5e-6
     """Rate at the end."""
     warmup_lr: Annotated[float, Field(ge=0.0)] = 5e-7
     """Rate at the start."""
+
+    @property
+    def length(self) -> str:
+        """For messages: ``300 epochs`` or ``160000 updates``."""
+        return f"{self.epochs:g} epochs" if self.updates is None else f"{self.updates} updates"
 
 
 class Progressive(Section):
@@ -349,7 +406,7 @@ class Checkpoint(Section):
     keep_best: Annotated[int, Field(ge=0)] = 1
     """Best ones by ``metric`` kept."""
     metric: str = "top1"
-    """A number of the evaluation (``top1``, ``top5``, ``loss``, each also ``ema_``); higher is better, but for losses."""
+    """A number of the evaluation (``top1``, ``top5``, ``loss``; ``miou``, ``macc``, ``aacc``, ``loss``; each also ``ema_``); higher is better, but for losses."""
     background: bool = True
     """Write in the background of training."""
     verify: bool = True

@@ -111,8 +111,8 @@ class Reporter:
         )  # fmt: skip
         if 2 * d.warmup_steps > d.total_steps:
             log.warning(
-                "schedule.warmup_epochs=%g is more than half of schedule.epochs=%g: the rate hardly falls again",
-                c.schedule.warmup_epochs, c.schedule.epochs,
+                "the warm-up (%d updates) is more than half of the schedule (%s): the rate hardly falls again",
+                d.warmup_steps, c.schedule.length,
             )  # fmt: skip
         self.meter = Meter()
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from dattrain.config.derive import Derived
+from dattrain.config.sections import Schedule
 
-Kind = Literal["cosine", "linear", "constant"]
 
-
-def rate(kind: Kind, derived: Derived, update: int) -> float:
+def rate(schedule: Schedule, derived: Derived, update: int) -> float:
     """Learning rate of the 0-based ``update``.
 
     During the first ``warmup_steps`` it grows linearly from ``warmup_lr`` towards ``peak_lr``. ``cosine`` then follows the
     half period over all of ``total_steps``, warm-up included (timm's CosineLRScheduler with ``warmup_prefix=False``, one
     cycle, which the authors and Swin use); ``linear`` falls from the end of the warm-up to ``min_lr`` at ``total_steps``
-    (Swin's linear schedule); ``constant`` stays.
+    (Swin's linear schedule); ``constant`` stays. ``poly`` is mmcv's: ``min_lr`` and (1 - update / total_steps) ** ``power`` of what
+    is above it, which the warm-up multiplies by a factor that grows linearly from ``warmup_lr / peak_lr`` to 1.
     """
-    d = derived
+    d, kind = derived, schedule.kind
+    if kind == "poly":
+        left = max(0.0, 1 - update / d.total_steps) ** schedule.power
+        decayed = d.min_lr + (d.peak_lr - d.min_lr) * left
+        if update >= d.warmup_steps:
+            return decayed
+        return decayed * (1 - (1 - update / d.warmup_steps) * (1 - d.warmup_lr / d.peak_lr))
     if update < d.warmup_steps:
         return d.warmup_lr + update * ((d.peak_lr - d.warmup_lr) / d.warmup_steps)
     if kind == "constant":

@@ -190,14 +190,14 @@ class Trainer:
             self.save(background=False)
         self.checkpointer.wait()
         cut = last < self.derived.total_steps
-        limit = f"train.max_steps={last}" if cut else f"schedule.epochs={self.config.schedule.epochs:g}"
+        limit = f"train.max_steps={last}" if cut else self.config.schedule.length
         return self._end("finished", self.stopping.reason() if done else limit)
 
     def update(self) -> Update:
         """One update at the current position, which then moves on whatever became of it."""
         self.watchdog.beat("reading and updating")
         seed_all(self.config.train.seed, self.samples_seen, self.rank)
-        lr = schedule.rate(self.config.schedule.kind, self.derived, self.step)
+        lr = schedule.rate(self.config.schedule, self.derived, self.step)
         with self.profiler.step(self.step, self.session.engine.module):
             update = self.session.train_step(self.loader, lr)
         if update.applied and self.session.ema is not None:

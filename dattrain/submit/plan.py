@@ -239,7 +239,7 @@ def describe(planned: SubmissionPlan) -> str:
                     passes = f"{derived.micro_batch}, as many at a time as fit"
                 lines.append(
                     f"  batch {config.train.global_batch} = {world} device(s) x {passes}; peak learning rate {derived.peak_lr:g}; "
-                    f"{config.schedule.epochs:g} epochs"
+                    f"{config.schedule.length}"
                 )
         forgiven = f"{stage.retries} crash(es) forgiven, each only after a new checkpoint"
         if stage.profile.kind == "slurm":

@@ -290,6 +290,8 @@ def _last_step(run: Path, metrics: Mapping[str, Any]) -> int | None:
     if not (run / "config.yaml").is_file() or not metrics.get("epoch"):
         return None
     config = load(run / "config.yaml").config
+    if config.schedule.updates is not None:
+        return min(config.schedule.updates, config.train.max_steps or config.schedule.updates)
     per_epoch = metrics["samples"] / metrics["epoch"] / config.train.global_batch
     # The epoch is rounded to six digits, which is most at the start: an integer must not become the next one.
     exact = config.schedule.epochs * per_epoch

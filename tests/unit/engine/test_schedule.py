@@ -3,6 +3,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 
 from dattrain.config.derive import Derived
+from dattrain.config.sections import Schedule
 from dattrain.engine.schedule import rate
 
 
@@ -39,14 +40,28 @@ def test_cosine_is_timms_for_every_update(warmup):
     )
     for update in range(d.total_steps + 5):
         timm.step_update(update)
-        assert rate("cosine", d, update) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), update
+        assert rate(Schedule(kind="cosine"), d, update) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-12
+        ), update
 
 
 def test_linear_ends_at_the_minimum_and_constant_stays():
     d = derived()
-    assert rate("linear", d, 0) == d.warmup_lr
-    assert rate("linear", d, 7) == d.peak_lr
-    assert rate("linear", d, 50) == pytest.approx(d.min_lr)
+    assert rate(Schedule(kind="linear"), d, 0) == d.warmup_lr
+    assert rate(Schedule(kind="linear"), d, 7) == d.peak_lr
+    assert rate(Schedule(kind="linear"), d, 50) == pytest.approx(d.min_lr)
     # Half way between the end of the warm-up and the end.
-    assert rate("linear", derived(total=27), 17) == pytest.approx((d.peak_lr + d.min_lr) / 2)
-    assert {rate("constant", d, update) for update in range(7, 60)} == {d.peak_lr}
+    assert rate(Schedule(kind="linear"), derived(total=27), 17) == pytest.approx((d.peak_lr + d.min_lr) / 2)
+    assert {rate(Schedule(kind="constant"), d, update) for update in range(7, 60)} == {d.peak_lr}
+
+
+@pytest.mark.parametrize("power", (0.9, 1.0))
+def test_poly_is_mmcvs_poly_policy_under_its_linear_warm_up(power):
+    d, updates = derived(peak=6e-5, low=0.0, start=6e-11), 50
+    ratio = d.warmup_lr / d.peak_lr  # mmcv's warmup_ratio
+    for update in range(updates):
+        regular = d.peak_lr * (1 - update / updates) ** power
+        warm = 1 - (1 - update / 7) * (1 - ratio) if update < 7 else 1
+        found = rate(Schedule(kind="poly", power=power), d, update)
+        assert found == pytest.approx(regular * warm, rel=1e-12), update
+    assert rate(Schedule(kind="poly"), d, 60) == 0

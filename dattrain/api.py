@@ -23,8 +23,8 @@ from dattrain.config.load import dump, load, loads
 from dattrain.config.run import new_folder, resolve
 from dattrain.config.schema import Config
 from dattrain.errors import ConfigError
-from dattrain.evaluation.evaluate import Options
 from dattrain.evaluation.evaluate import evaluate as evaluate_weights
+from dattrain.evaluation.options import Options
 from dattrain.models.dat import DAT
 from dattrain.observe import metrics
 from dattrain.pretrained import preprocess
@@ -134,7 +134,7 @@ def evaluate(
     Args:
         weights: a run, its folder, a checkpoint or a weights file.
         device: None takes a GPU where there is one.
-        options: fields of ``dattrain.evaluation.evaluate.Options``: ``data``, ``img_size``, ``batch``, ``knn`` ...
+        options: fields of ``dattrain.evaluation.options.Options``: ``data``, ``img_size``, ``batch``, ``knn`` ...
 
     Raises:
         ConfigError: options that do not go together.

@@ -32,36 +32,41 @@ def train_sample(image: Tensor, classes: Tensor, plan: DensePlan, sample: int) -
         long_side=plan.long_side,
         scale=float(plan.scale[sample]),
     )
-    classes = nearest(classes, size)
-    box = choose_crop(classes, plan, sample)
-    image, classes = resize(image, size, plan.interpolation)[:, box[0], box[1]], classes[box]
+    (rows, columns), classes = choose_crop(classes, size, plan, sample)
+    image = resize(image, size, plan.interpolation)[:, rows, columns]
     if plan.flip[sample]:
         image, classes = image.flip(2), classes.flip(1)
     return distort(image, plan, sample), classes
 
 
-def choose_crop(classes: Tensor, plan: DensePlan, sample: int) -> tuple[slice, slice]:
-    """Rows and columns of the crop of a resized map (H x W uint8).
+def choose_crop(
+    classes: Tensor, size: tuple[int, int], plan: DensePlan, sample: int
+) -> tuple[tuple[slice, slice], Tensor]:
+    """Rows and columns of the crop of a map (H x W uint8) that is resized to ``size``, and the crop.
 
     Of the places drawn the first is taken where no class has more than ``max_class_share`` of the labelled pixels, else the
     last; one without labelled pixels does not count as such. mmseg's RandomCrop, ``cat_max_ratio``.
     """
     if plan.crop is None:
-        return slice(None), slice(None)
-    height, width = classes.shape
-    room = [max(side - crop, 0) for side, crop in zip((height, width), plan.crop)]
+        return (slice(0, size[0]), slice(0, size[1])), nearest(classes, size)
+    room = [max(side - crop, 0) for side, crop in zip(size, plan.crop)]
     boxes = []
-    for place in plan.place[sample]:
+    for place in plan.place[sample].tolist():
         # A draw is below 1, but times a whole number it may round up to that number.
-        top, left = (min(int(u * (free + 1)), free) for u, free in zip(place.tolist(), room))
-        boxes.append((slice(top, top + plan.crop[0]), slice(left, left + plan.crop[1])))
+        top, left = (min(int(u * (free + 1)), free) for u, free in zip(place, room))
+        rows, columns = (
+            slice(start, min(start + crop, side))
+            for start, crop, side in zip((top, left), plan.crop, size)
+        )
+        boxes.append((rows, columns))
     if plan.max_class_share == 1 or room == [0, 0]:
-        return boxes[0]
+        boxes = boxes[:1]
     for box in boxes[:-1]:
-        counts = torch.bincount(classes[box].reshape(-1), minlength=VOID + 1)[:VOID]
+        crop = nearest(classes, size, box)
+        counts = torch.bincount(crop.reshape(-1), minlength=VOID + 1)[:VOID]
         if 0 < int(counts.max()) <= plan.max_class_share * int(counts.sum()):
-            return box
-    return boxes[-1]
+            return box, crop
+    return boxes[-1], nearest(classes, size, boxes[-1])
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
@@ -76,14 +81,17 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def nearest(classes: Tensor, size: tuple[int, int]) -> Tensor:
-    """H x W resized to ``size`` by taking the pixel that holds the centre of each new one, as Pillow does."""
-    rows, columns = (
+def nearest(classes: Tensor, size: tuple[int, int], box: tuple[slice, slice] | None = None) -> Tensor:
+    """H x W resized to ``size`` by taking the pixel that holds the centre of each new one, as Pillow does.
+
+    ``box`` (rows, columns) is the part that is wanted; None is all.
+    """
+    parts = box or (slice(0, size[0]), slice(0, size[1]))
+    for axis, (old, new, part) in enumerate(zip(classes.shape, size, parts)):
+        wanted = torch.arange(part.start, part.stop, device=classes.device)
         # In whole numbers, so that it is the same everywhere.
-        (2 * torch.arange(new, device=classes.device) + 1) * old // (2 * new)
-        for old, new in zip(classes.shape, size)
-    )
-    return classes[rows][:, columns]
+        classes = classes.index_select(axis, (2 * wanted + 1) * old // (2 * new))
+    return classes
 
 
 def distort(image: Tensor, plan: DensePlan, sample: int) -> Tensor:
@@ -112,35 +120,40 @@ def distort(image: Tensor, plan: DensePlan, sample: int) -> Tensor:
 
 
 def saturate(pixels: Tensor, factor: float) -> Tensor:
-    """HSV's saturation times ``factor``, at most 1, of 3 x H x W float32; hue and value stay.
+    """HSV's saturation times ``factor``, at most 1, of 3 x H x W float32, in place; hue and value stay.
 
     With value V and saturation S a channel is V - V S f, f being of the hue alone: so its distance from V is multiplied by
     min(factor, 1 / S), and S = (V - least) / V.
     """
-    value = pixels.amax(0)
-    chroma = value - pixels.amin(0)
+    value, chroma = _value_and_chroma(pixels)
     times = torch.where(chroma * factor > value, value / chroma.clamp(min=1e-6), factor)
-    return value - (value - pixels) * times
+    return pixels.sub_(value).mul_(times).add_(value)
 
 
 def turn_hue(pixels: Tensor, degrees: float) -> Tensor:
-    """HSV's hue plus ``degrees``, of 3 x H x W float32; saturation and value stay."""
+    """HSV's hue plus ``degrees``, of 3 x H x W float32, in place; saturation and value stay."""
     red, green, blue = pixels
-    value = pixels.amax(0)
-    chroma = value - pixels.amin(0)
+    value, chroma = _value_and_chroma(pixels)
     # Hue in sixths of the circle, by which channel is the largest (Smith, "Color gamut transform pairs", SIGGRAPH 1978).
-    hue = torch.where(
+    sixths = torch.where(
         value == red,
         green - blue,
-        torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma),
-    ) / chroma.clamp(min=1e-6)
-    hue += degrees / 60
-    # A channel is V - chroma * max(0, min(k, 4 - k, 1)), k = (n + hue) mod 6, n = 5, 3, 1.
-    out = torch.empty_like(pixels)
-    for channel, n in enumerate((5, 3, 1)):
-        k = (hue + n).remainder_(6)
-        out[channel] = value - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma)
-    return out
+        torch.where(value == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)),
+    )
+    sixths = sixths.div_(chroma.clamp(min=1e-6)).add_(degrees / 60).remainder_(6)
+    least = value.sub_(chroma)
+    # Of the way from the least channel to the largest: a trapezoid around each colour's own place on the circle.
+    pixels[0] = (sixths - 3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(least)
+    pixels[1] = (sixths - 2).abs_().neg_().add_(2).clamp_(0, 1).mul_(chroma).add_(least)
+    pixels[2] = (sixths - 4).abs_().neg_().add_(2).clamp_(0, 1).mul_(chroma).add_(least)
+    return pixels
+
+
+def _value_and_chroma(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest channel, and how far the least is from it: H x W each."""
+    red, green, blue = pixels
+    value = torch.maximum(torch.maximum(red, green), blue)
+    return value, value - torch.minimum(torch.minimum(red, green), blue)
 
 
 def normalised(

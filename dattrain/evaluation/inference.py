@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dattrain.config.schema import Config
+from dattrain.data.batch import Batch
 from dattrain.data.factory import eval_loader
 from dattrain.data.loader import EvalLoader
 from dattrain.errors import UserError
@@ -66,7 +67,7 @@ class Result:
 
 def open_loader(
     config: Config, cfg: PretrainedCfg, spec: str, views: Views, *, device: torch.device
-) -> EvalLoader:
+) -> EvalLoader[Batch]:
     """A loader over ``spec`` that prepares images as ``cfg`` says; under torchrun, this rank's part."""
     augment = config.augment.model_copy(
         update={"mean": cfg.mean, "std": cfg.std, "interpolation": cfg.interpolation}
@@ -95,7 +96,7 @@ def open_loader(
 def classify(
     model: nn.Module,
     cfg: PretrainedCfg,
-    loader: EvalLoader,
+    loader: EvalLoader[Batch],
     *,
     device: torch.device,
     views: Views = Views(),
@@ -152,7 +153,7 @@ def classify(
 def features(
     model: nn.Module,
     cfg: PretrainedCfg,
-    loader: EvalLoader,
+    loader: EvalLoader[Batch],
     *,
     device: torch.device,
     limit: int | None = None,

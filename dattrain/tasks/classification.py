@@ -100,7 +100,7 @@ class Classification:
 
     def train_loader(
         self, *, rank: int, world: int, samples_seen: int, device: torch.device, img_size: Size
-    ) -> TrainLoader:
+    ) -> TrainLoader[Batch]:
         """Images decoded, cropped and augmented; erasing and mixing is left to ``loss``, on the device."""
         return factory.train_loader(
             self.config, rank=rank, world=world, samples_seen=samples_seen, device=device, img_size=img_size
@@ -108,7 +108,7 @@ class Classification:
 
     def eval_loader(
         self, classes: Classes, *, rank: int, world: int, device: torch.device, img_size: Size
-    ) -> EvalLoader:
+    ) -> EvalLoader[Batch]:
         """Images resized and cropped as ``eval`` says; labels are numbers in ``classes``."""
         return factory.eval_loader(
             self.config, classes, rank=rank, world=world, device=device, img_size=img_size

@@ -17,7 +17,13 @@ from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg
 
 
 def write(
-    model: Network, cfg: PretrainedCfg, to: str, out: Path, *, opset: int = 20, source: str | Path | None = None
+    model: Network,
+    cfg: PretrainedCfg,
+    to: str,
+    out: Path,
+    *,
+    opset: int = 20,
+    source: str | Path | None = None,
 ) -> Exported:
     """Write one file (or timm's folder) and load it back.
 

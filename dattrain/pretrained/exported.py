@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dattrain.data.prepare.arrays import read_idx
 from dattrain.data.augment.cpu_transforms import resize_window
+from dattrain.data.prepare.arrays import read_idx
 from dattrain.pretrained import preprocess
 from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg
 

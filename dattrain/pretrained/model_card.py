@@ -122,7 +122,9 @@ def text(model: Network, cfg: PretrainedCfg, training: Training, name: str) -> s
 
 
 def _front_matter(cfg: PretrainedCfg, training: Training, name: str) -> dict[str, Any]:
-    task, library = ("image-classification", "timm") if cfg.segmentation is None else ("image-segmentation", "dattrain")
+    task, library = (
+        ("image-classification", "timm") if cfg.segmentation is None else ("image-segmentation", "dattrain")
+    )
     found: dict[str, Any] = {
         "library_name": library,
         "pipeline_tag": task,
@@ -169,7 +171,9 @@ def _references(cfg: PretrainedCfg) -> list[str]:
     if cfg.name.startswith("swin_"):
         found.append("Swin Transformer, Liu et al., ICCV 2021 (arXiv 2103.14030)")
     if cfg.name.startswith("pvt_"):
-        found.append("PVT v2: Improved Baselines with Pyramid Vision Transformer, Wang et al., 2022 (arXiv 2106.13797)")
+        found.append(
+            "PVT v2: Improved Baselines with Pyramid Vision Transformer, Wang et al., 2022 (arXiv 2106.13797)"
+        )
     if cfg.segmentation is not None:
         found.append(
             "Unified Perceptual Parsing for Scene Understanding, Xiao et al., ECCV 2018 (arXiv 1807.10221)"
@@ -201,7 +205,9 @@ def _trained(cfg: PretrainedCfg, training: Training) -> str:
         and f"{training.step:,} updates" + (f", {training.epochs:.1f} epochs" if training.epochs else ""),
         "evaluated on": training.val,
         **{
-            said.removesuffix(" accuracy"): f"{training.figures[key]:.2f} % of {training.figures['images']:,} images"
+            said.removesuffix(
+                " accuracy"
+            ): f"{training.figures[key]:.2f} % of {training.figures['images']:,} images"
             for key, (_, said) in _METRICS.items()
             if key in training.figures
         },
@@ -209,7 +215,9 @@ def _trained(cfg: PretrainedCfg, training: Training) -> str:
         "code": training.code,
     }
     if not training.figures:
-        facts["accuracy" if cfg.segmentation is None else "mIoU"] = "not on record; `dattrain eval` of this folder measures it"
+        facts["accuracy" if cfg.segmentation is None else "mIoU"] = (
+            "not on record; `dattrain eval` of this folder measures it"
+        )
     return _list({key: str(value) for key, value in facts.items() if value})
 
 

@@ -124,7 +124,11 @@ def build(cfg: PretrainedCfg, *, meta: bool = False) -> Network:
     with torch.device("meta" if meta else "cpu"):
         if cfg.segmentation is None:
             return create(
-                cfg.name, num_classes=cfg.num_classes, img_size=cfg.img_size, in_chans=cfg.in_chans, **overrides
+                cfg.name,
+                num_classes=cfg.num_classes,
+                img_size=cfg.img_size,
+                in_chans=cfg.in_chans,
+                **overrides,
             )
         dense = cfg.segmentation
         backbone = create_backbone(cfg.name, img_size=cfg.img_size, in_chans=cfg.in_chans, **overrides)

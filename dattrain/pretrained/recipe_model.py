@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
-from dattrain.errors import UserError
 from dattrain.engine.optim import freeze_backbone
+from dattrain.errors import UserError
 from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg, build, cfg_of_recipe
 
 
@@ -50,4 +50,6 @@ def segmentation_recipe(cfg: PretrainedCfg) -> Config:
     try:
         return Config.model_validate(sections)
     except ValueError as error:
-        raise UserError(f"{cfg.source or cfg.name}: no recipe can have what its metadata says: {error}") from None
+        raise UserError(
+            f"{cfg.source or cfg.name}: no recipe can have what its metadata says: {error}"
+        ) from None

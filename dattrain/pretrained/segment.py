@@ -50,7 +50,9 @@ class Segmentation:
         """The classes that are there, the largest first."""
         counts = np.bincount(self.classes.reshape(-1), minlength=len(self.names))
         order = sorted(np.flatnonzero(counts).tolist(), key=lambda number: (-counts[number], number))
-        return [Share(self.names[number], float(counts[number] / self.classes.size), number) for number in order]
+        return [
+            Share(self.names[number], float(counts[number] / self.classes.size), number) for number in order
+        ]
 
     def overlay(self) -> NDArray[np.uint8]:
         """The image under the colours of its classes (``dattrain.palette``), H x W x 3 uint8 RGB."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from dattrain.config.schema import Config
 from dattrain.errors import ConfigError
 from dattrain.evaluation import inference, metrics, probe, segmentation, test_sets
-from dattrain.evaluation.options import Options, adjusted, autocast
+from dattrain.evaluation.options import DEFAULTS, Options, adjusted, autocast
 from dattrain.models import flops
 from dattrain.models.dat import DAT
 from dattrain.pretrained import class_names
@@ -51,7 +51,7 @@ class Evaluation:
 
 def evaluate(
     path: str | Path,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
     *,
     device: str | torch.device | None = None,
     on_open: Callable[[dict[str, Any]], object] | None = None,
@@ -85,6 +85,7 @@ def evaluate(
     views = inference.Views(bool(options.flip), options.crops)
     report: dict[str, Any] = {
         "model": str(path),
+        "task": "classification",
         "name": cfg.name,
         "source": cfg.source,
         "img_size": list(cfg.img_size),

@@ -84,6 +84,8 @@ class Options:
             )
 
 
+DEFAULTS = Options()
+"""As the run says."""
 _NETWORK = {"classification": "an image classifier", "segmentation": "a segmentation network"}
 _CLASSIFICATION = {
     "test_set": "--labels",

@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-VOID = 255
-"""In a map of classes: no class, not counted."""
+from dattrain.data.annotations.semantic import VOID
 
 
 def confusion(truth: Tensor, predicted: Tensor, num_classes: int) -> Tensor:

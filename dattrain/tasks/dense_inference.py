@@ -153,7 +153,6 @@ def decide(views: Sequence[View], size: tuple[int, int], truth: Tensor | None = 
     def mean(some: slice) -> Tensor:
         probability = sum((view.at(some, size) - total).exp_() for view, total in zip(views, totals))
         assert isinstance(probability, Tensor)
-        # As logarithms, what is added to the smallest of numbers would be lost: they stay far from underflow.
         return (probability / len(views)).log_()
 
     best, classes, own, _ = _scan(mean, views[0], truth)

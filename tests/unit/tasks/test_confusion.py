@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dattrain.tasks.confusion import VOID, confusion, scores
+from dattrain.data.annotations.semantic import VOID
+from dattrain.tasks.confusion import confusion, scores
 
 
 def brute_force(truth, predicted, classes):

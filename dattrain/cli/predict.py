@@ -68,8 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a block per image, or write CSV. An image that cannot be read is an error, after the others are done."""
     with loading("torch"):
+        from dattrain.models.dense.segmenter import Segmenter
         from dattrain.pretrained import class_names, preprocess
-        from dattrain.pretrained.weights import classifier, load_model
+        from dattrain.pretrained.weights import load_model
 
     if args.topk < 1 or (args.batch is not None and args.batch < 1):
         raise UserError(f"--topk {args.topk} and --batch {args.batch} must be at least 1", exit_code=2)
@@ -78,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
     files = preprocess.find(args.images)
     names = class_names.read(args.classes, cfg.num_classes) if args.classes else None
     _check_options(args, segmentation=cfg.segmentation is not None)
-    if cfg.segmentation is None:
-        bad = _classify(args, classifier(model, args.checkpoint, "this"), cfg, files, names)
-    else:
+    if isinstance(model, Segmenter):
         bad = _segment(args, model, cfg, files, names)
+    else:
+        bad = _classify(args, model, cfg, files, names)
     if bad:
         raise UserError("; ".join(bad))
     return 0

@@ -22,9 +22,10 @@ from dattrain.evaluation import inference, metrics, probe, segmentation, test_se
 from dattrain.evaluation.options import DEFAULTS, Options, adjusted, autocast
 from dattrain.models import flops
 from dattrain.models.dat import DAT
+from dattrain.models.dense.segmenter import Segmenter
 from dattrain.pretrained import class_names
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
-from dattrain.pretrained.weights import classifier, config_of, load_model
+from dattrain.pretrained.weights import config_of, load_model
 from dattrain.runtime.environment import device_called
 from dattrain.urls import mask
 
@@ -71,9 +72,8 @@ def evaluate(
     model, cfg = load_model(
         path, ema=options.ema, device=device, img_size=options.img_size, bias_table=options.bias_table
     )
-    if cfg.segmentation is not None:
+    if isinstance(model, Segmenter):
         return Evaluation(segmentation.evaluate(path, model, cfg, options, device, on_open), cfg)
-    model = classifier(model, path, "this")
     options.check_task("classification", path)
     if not cfg.num_classes:
         raise ConfigError(f"{path}: has no classification head to evaluate")

@@ -25,10 +25,11 @@ from dattrain.evaluation import inference, segmentation
 from dattrain.evaluation.options import Options, adjusted
 from dattrain.files import write_atomically
 from dattrain.models.dat import DAT
+from dattrain.models.dense.segmenter import Segmenter
 from dattrain.observe.events import PREDICTIONS
 from dattrain.pretrained import preprocess
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
-from dattrain.pretrained.weights import classifier, config_of, load_classifier, load_model
+from dattrain.pretrained.weights import config_of, load_classifier, load_model
 from dattrain.report import segmented
 from dattrain.runtime.progress import Progress
 from dattrain.state.format import checkpoint
@@ -54,10 +55,10 @@ def evaluate(run_dir: Path, device: torch.device) -> dict[str, Any]:
         raise UserError(f"{run_dir}: data.val is not set, so there is nothing to evaluate on")
     spec, config = config.data.val, adjusted(config, Options())
     manifest = read_manifest(checkpoint.locate(run_dir))
-    if cfg.segmentation is not None:
+    if isinstance(model, Segmenter):
         _, predictions, _ = segmentation.run(config, model, cfg, spec, device)
     else:
-        predictions = _classified(config, classifier(model, run_dir, "this"), cfg, spec, device, run_dir.name)
+        predictions = _classified(config, model, cfg, spec, device, run_dir.name)
     about = {"step": manifest.step, "data": mask(spec), "averaged": "ema" in manifest.states}
     found = {**about, **predictions}
     write_atomically(run_dir / PREDICTIONS, json.dumps(found))

@@ -184,7 +184,8 @@ class Task(Protocol):
 
     def noise_width(self, model: nn.Module) -> int:
         """Numbers in [0, 1) that a sample's forward pass takes in training, for what is dropped; 0 where nothing is, or ``model``
-        draws by itself."""
+        draws by itself.
+        """
 
     def input_size(self, img_size: Size) -> Size:
         """Of the largest image that a training step may see; ``img_size`` is as for ``build``."""

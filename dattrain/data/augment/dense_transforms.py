@@ -55,8 +55,7 @@ def choose_crop(
         # A draw is below 1, but times a whole number it may round up to that number.
         top, left = (min(int(u * (free + 1)), free) for u, free in zip(place, room))
         rows, columns = (
-            slice(start, min(start + crop, side))
-            for start, crop, side in zip((top, left), plan.crop, size)
+            slice(start, min(start + crop, side)) for start, crop, side in zip((top, left), plan.crop, size)
         )
         boxes.append((rows, columns))
     if plan.max_class_share == 1 or room == [0, 0]:

@@ -42,12 +42,12 @@ def write_set(root: Path, count: int, *, classes: int = 6, split: str = "trainin
     return root / "images" / split
 
 
-def recipe(train: Path, *, classes: int = 6, **sections: dict) -> Config:
+def recipe(folder: Path, /, *, classes: int = 6, **sections: dict) -> Config:
     """A recipe of segmentation on small images; ``sections`` are merged into it."""
     base: dict[str, dict] = {
         "task": {"kind": "segmentation", "norm": "group"},
         "model": {"num_classes": classes},
-        "data": {"train": str(train), "val": str(train), "workers": 0, "lanes": 4, "window": 1},
+        "data": {"train": str(folder), "val": str(folder), "workers": 0, "lanes": 4, "window": 1},
         "geometry": {"short_side": 48, "long_side": 96, "crop": 32},
         "augment": {
             "mix_prob": 0.0,

@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from host_waits import fake_cuda
 from PIL import Image
 from scenes import COLOURS, scene
 
@@ -18,6 +19,7 @@ from dattrain.data.augment.dense_transforms import (
     nearest,
     normalised,
     resize,
+    resize_floats,
     train_sample,
 )
 from dattrain.data.augment.mixup import Normalize
@@ -77,12 +79,13 @@ def test_nearest_is_pillows(size):
     np.testing.assert_array_equal(nearest(torch.from_numpy(numbers), size, box), want[box])
 
 
-def test_resize_is_pillows_to_a_level(photo):
+@pytest.mark.parametrize("size", [(70, 40), (20, 90)])
+def test_resize_is_pillows_to_a_level(photo, size):
     image = photo.crop((100, 100, 163, 150))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    want = np.asarray(image.resize((40, 70), Image.Resampling.BILINEAR)).astype(int)
-    got = resize(pixels, (70, 40), "bilinear").permute(1, 2, 0).numpy().astype(int)
-    assert np.abs(got - want).max() <= 1
+    want = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
+    for got in (resize(pixels, size, "bilinear"), resize_floats(pixels[None], size, "bilinear")[0]):
+        assert np.abs(got.permute(1, 2, 0).numpy().astype(int) - want).max() <= 1
 
 
 def _first_allowed(numbers: np.ndarray, plan: DensePlan, sample: int, share: float) -> np.ndarray:
@@ -226,3 +229,37 @@ def test_normalised_then_padded():
     assert torch.equal(normalised(batch, AUGMENT.mean, AUGMENT.std, torch.bfloat16), want.bfloat16())
     none = dataclasses.replace(batch, images=images[:0], sizes=sizes[:0])
     assert normalised(none, AUGMENT.mean, AUGMENT.std).shape == (0, 3, 8, 10)
+
+
+def test_the_host_waits_for_nothing_when_it_normalises():
+    with fake_cuda() as waits:
+        batch = SegmentationBatch(
+            torch.empty(2, 3, 8, 10, dtype=torch.uint8, device="cuda"),
+            torch.empty(2, 8, 10, dtype=torch.uint8, device="cuda"),
+            torch.empty(2, 2, dtype=torch.int64),
+            torch.empty(2, device="cuda"),
+            torch.arange(2),
+            ["a", "b"],
+        )
+        assert normalised(batch, AUGMENT.mean, AUGMENT.std).shape == (2, 3, 8, 10)
+    assert not waits.found, waits.report()
+
+
+def test_a_plan_is_carried_out_where_the_pixels_are():
+    """On a device all steps stay there; only a crop's counts are read back."""
+    whole, crop = (
+        plan_of(8, short_side=40, long_side=60, crop=size, distortion=True, max_class_share=1.0)
+        for size in (None, (20, 30))
+    )
+    numbers = scene(np.random.default_rng(7), 30, 40)
+    for plan in (whole, crop):
+        for i in range(8):
+            want = train_sample(*pair(numbers), plan, i)
+            with fake_cuda() as waits:
+                image = torch.empty(3, 30, 40, dtype=torch.uint8, device="cuda")
+                classes = torch.empty(30, 40, dtype=torch.uint8, device="cuda")
+                got = train_sample(image, classes, plan, i)
+            assert [(x.shape, x.dtype, x.device.type) for x in got] == [
+                (x.shape, x.dtype, "cuda") for x in want
+            ]
+            assert not waits.found, waits.report()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scenes import COLOURS, recipe, write_scene, write_set
+from small_scenes import COLOURS, recipe, write_scene, write_set
 
 from dattrain.config.schema import Config
 from dattrain.data import factory

@@ -8,7 +8,7 @@ import pytest
 import torch
 from host_waits import fake_cuda
 from PIL import Image
-from scenes import COLOURS, scene
+from small_scenes import COLOURS, scene
 
 from dattrain.config.sections import Augment, Geometry
 from dattrain.data.annotations.semantic import VOID

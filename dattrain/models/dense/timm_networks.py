@@ -113,11 +113,12 @@ def run(body: Any, x: Tensor, scale: Tensor | None, recomputed: str | None) -> l
         scale: factors of the residual branches, B x (2 * blocks), or None.
         recomputed: ``stage`` or ``block``: what keeps no activations.
     """
-    if isinstance(body, SwinTransformer):  # timm refuses what patches do not divide; Swin's dense code pads
+    swin = isinstance(body, SwinTransformer)
+    if swin:  # timm refuses what patches do not divide; Swin's dense code pads
         height, width = body.patch_embed.patch_size
         x = F.pad(x, (0, -x.shape[3] % width, 0, -x.shape[2] % height))
     x = body.patch_embed(x)
-    run_stage = _swin_stage if isinstance(body, SwinTransformer) else _pvt_stage
+    run_stage = _swin_stage if swin else _pvt_stage
     maps, first = [], 0
     for stage in stages(body):
         columns = None if scale is None else scale[:, first : first + 2 * len(stage.blocks)]

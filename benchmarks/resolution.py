@@ -182,7 +182,7 @@ def paired(a: Tensor, b: Tensor, digits: int) -> str:
 
 def table(run: Path, sizes: Sequence[int]) -> str:
     """Markdown: the run at its own size and at square ``sizes``, a column per treatment of the tables."""
-    trained, cfg = weights.load_model(run)
+    trained, cfg = weights.load_classifier(run, "this table")
     own = cfg.img_size if isinstance(cfg.img_size, tuple) else (cfg.img_size, cfg.img_size)
     base, _ = score(trained, cfg, *images(run, cfg))
     spread = ", ".join(

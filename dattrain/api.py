@@ -23,14 +23,15 @@ from dattrain.config.load import dump, load, loads
 from dattrain.config.run import new_folder, resolve
 from dattrain.config.schema import Config
 from dattrain.errors import ConfigError
-from dattrain.evaluation.evaluate import Options
 from dattrain.evaluation.evaluate import evaluate as evaluate_weights
-from dattrain.models.dat import DAT
+from dattrain.evaluation.options import Options
+from dattrain.models.dense.segmenter import Segmenter
 from dattrain.observe import metrics
 from dattrain.pretrained import preprocess
 from dattrain.pretrained.predict import Prediction
 from dattrain.pretrained.predict import predict as predict_with
-from dattrain.pretrained.pretrained_cfg import PretrainedCfg
+from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg
+from dattrain.pretrained.segment import Segmentation, segment
 from dattrain.pretrained.weights import load_model
 from dattrain.report import training
 from dattrain.state.format.retention import best_step
@@ -82,13 +83,13 @@ class Run:
         self,
         images: Images,
         *,
-        topk: int = 5,
+        topk: int | None = None,
         device: str | torch.device | None = None,
-    ) -> list[list[Prediction]]:
-        """Classify images with the newest weights; see ``dattrain.predict``."""
+    ) -> list[list[Prediction]] | list[Segmentation]:
+        """Classify or segment images with the newest weights; see ``dattrain.predict``."""
         return predict(self, images, topk=topk, device=device)
 
-    def load_model(self, **options: Any) -> tuple[DAT, PretrainedCfg]:
+    def load_model(self, **options: Any) -> tuple[Network, PretrainedCfg]:
         """Open the newest weights; see ``dattrain.load_model``."""
         return load_model(self.folder, **options)
 
@@ -131,13 +132,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate weights: accuracy in percent (``top1``, ``top5``, with ``top1_low`` and ``top1_high``), ``loss``, calibration, speed.
 
+    Of a segmentation network ``miou``, ``macc`` and ``aacc`` in percent, ``loss``, speed, and ``per_class``: a row with ``name``,
+    ``iou``, ``accuracy`` and ``pixels`` for each class.
+
     Args:
         weights: a run, its folder, a checkpoint or a weights file.
         device: None takes a GPU where there is one.
-        options: fields of ``dattrain.evaluation.evaluate.Options``: ``data``, ``img_size``, ``batch``, ``knn`` ...
+        options: fields of ``dattrain.evaluation.options.Options``: ``data``, ``img_size``, ``batch``, ``knn``, ``scales`` ...
 
     Raises:
-        ConfigError: options that do not go together.
+        ConfigError: options that do not go together, or are of the other task.
         UserError: weights or images that cannot be read.
     """
     known = [field.name for field in fields(Options)]
@@ -152,17 +156,22 @@ def predict(
     weights: str | os.PathLike[str],
     images: Images,
     *,
-    topk: int = 5,
+    topk: int | None = None,
     device: str | torch.device | None = None,
-) -> list[list[Prediction]]:
+) -> list[list[Prediction]] | list[Segmentation]:
     """Classify images: for each its ``topk`` most likely classes as (name, probability, number), the most likely first.
+
+    By a segmentation network a ``Segmentation`` for each: ``classes``, a number for every pixel, ``shares()`` of the image by class,
+    and ``overlay()``, the image in their colours.
 
     Args:
         weights: a run, its folder, a checkpoint or a weights file.
         images: a file or a folder of them; a PIL image, an array uint8 H x W x 3 or a tensor uint8 3 x H x W; or a sequence of such.
+        topk: 5 where it is not given; a classifier's alone.
         device: None takes a GPU where there is one.
 
     Raises:
+        ConfigError: ``topk`` for a segmentation network.
         UserError: weights or images that cannot be read, or weights without classes.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -174,7 +183,11 @@ def predict(
         many = [images]
     else:
         many = list(images)
-    return predict_with(model, cfg, many, topk=topk)
+    if isinstance(model, Segmenter):
+        if topk is not None:
+            raise ConfigError(f"{weights}: topk is for image classifiers, and this is a segmentation network")
+        return list(segment(model, cfg, many))
+    return predict_with(model, cfg, many, topk=5 if topk is None else topk)
 
 
 def _plain(value: Any) -> Any:

@@ -13,12 +13,11 @@ import torch
 from dattrain.bench.step_parts import replaced
 from dattrain.config.derive import derive
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
-from dattrain.data.augment.plan import draw
-from dattrain.data.batch import Batch
 from dattrain.engine import compile as compiling
 from dattrain.engine.session import Session, open_session
 from dattrain.errors import UserError
+from dattrain.tasks.base import Batch
+from dattrain.tasks.create import create_task
 
 BASELINE = "recipe"
 BATCHES = 4
@@ -30,25 +29,17 @@ SETTLE = 20
 class Batches:
     """What the trainer's loader is to an update, from memory: ``BATCHES`` micro-batches over and over.
 
-    Images are uniform bytes, labels uniform, plans drawn as for a run's first positions.
+    Images are uniform bytes, labels uniform, augmentation that is left to the device drawn as for a run's first positions.
     """
 
     wait_s = 0.0
 
     def __init__(self, config: Config, device: torch.device) -> None:
-
-        generator = torch.Generator().manual_seed(config.train.seed)
-        height, width = as_pair(config.model.img_size)
-        count = config.train.samples_a_pass
-        self._batches: list[Batch] = []
-        for number in range(BATCHES):
-            pixels = torch.randint(256, (count, height, width, 3), generator=generator, dtype=torch.uint8)
-            labels = torch.randint(config.model.num_classes, (count,), generator=generator)
-            position = torch.arange(number * count, (number + 1) * count)
-            plan = draw(config.augment, config.train.seed, position.numpy(), (height, width))
-            names = [f"synthetic:{int(p)}" for p in position]
-            batch = Batch(pixels.permute(0, 3, 1, 2), labels, torch.ones(count), position, names, plan)
-            self._batches.append(batch.to(device))
+        task, count = create_task(config), config.train.samples_a_pass
+        self._batches: list[Batch] = [
+            task.example(count, config.model.img_size, device, first=number * count)
+            for number in range(BATCHES)
+        ]
         self._next = 0
 
     def __next__(self) -> Batch:

@@ -20,6 +20,7 @@ from dattrain.bench.defaults import VARY
 from dattrain.bench.step_parts import take_apart
 from dattrain.config.load import dump, flatten, load, loads
 from dattrain.config.schema import Config
+from dattrain.engine.micro_batch import shown
 from dattrain.errors import ConfigError
 from dattrain.runtime import environment
 
@@ -152,8 +153,9 @@ def variants(config: Config, vary: Sequence[str]) -> dict[str, Config]:
 
 def describe(config: Config) -> str:
     """The conditions of ``config`` as a case's name."""
-    m, t = config.model, config.train
-    size = m.img_size if isinstance(m.img_size, int) else "x".join(map(str, m.img_size))
+    t = config.train
+    found = shown(config, config.model.img_size)
+    size = found if isinstance(found, int) else "x".join(map(str, found))
     recomputed = t.activation_checkpointing
     more = [f"activation checkpointing {recomputed}"] * (recomputed != "none")
     more += [f"compile {t.compile}"] * (t.compile != "none")

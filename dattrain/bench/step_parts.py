@@ -32,10 +32,11 @@ def take_apart(
     """
     watch = Stopwatch(synchronize or (lambda: None), clock)
     turns: list[dict[str, float]] = []
+    mixes = hasattr(session.train_step.task, "mixer")
     with ExitStack() as stack:
         for owner, names in (
             (session.train_step, {"forward": FORWARD}),
-            (session.train_step.task, {"mixer": MIXING}),
+            (session.train_step.task if mixes else None, {"mixer": MIXING}),
             (session.engine, {"backward": BACKWARD, "step": OPTIMIZER}),
             (session.ema, {"update": EMA}),
         ):
@@ -47,7 +48,8 @@ def take_apart(
             watch.spent = dict.fromkeys(PARTS, 0.0)
             update()
             turns.append(watch.spent)
-    shown = [part for part in PARTS if part != EMA or session.ema is not None]
+    absent = [*([EMA] if session.ema is None else []), *([] if mixes else [MIXING])]
+    shown = [part for part in PARTS if part not in absent]
     return {part: common.Spread.from_values([turn[part] for turn in turns]) for part in shown}
 
 

@@ -1,4 +1,4 @@
-"""``dattrain eval``: accuracy, calibration, speed and features of one model, or of several beside each other.
+"""``dattrain eval``: accuracy, calibration, speed and features of one classifier, mIoU of a segmentation network, or of several beside each other.
 
 Runs in one process, or under torchrun and srun, where rank 0 prints.
 """
@@ -10,10 +10,11 @@ import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dattrain.cli.loading import loading
 from dattrain.data.labels import TEST_SETS
+from dattrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from dattrain.evaluation.evaluate import Evaluation
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", nargs="+", default=[], metavar="OTHER", help="more of the same, in one table"
     )
     parser.add_argument(
-        "--data", metavar="PATH", help="shards or an image folder (default: the run's data.val)"
+        "--data", metavar="PATH", help="shards or a folder of images (default: the run's data.val)"
     )
     parser.add_argument(
         "--labels",
@@ -50,10 +51,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--crop-pct", type=float, metavar="P", help="crop's share of the resized side (default: the run's)"
     )
-    parser.add_argument("--flip", action="store_true", help="average with the mirror image")
+    parser.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="average with the mirror image (default: no; segmentation: as the run evaluates)",
+    )
     parser.add_argument("--crops", type=int, choices=(1, 5), default=1, help="average over five crops")
     parser.add_argument(
-        "--csv", type=Path, metavar="DIR", help="tables per class and image, confusion, calibration; pictures"
+        "--scales",
+        type=_scales,
+        metavar="S,S,...",
+        help="segmentation: average over the image resized by these factors, as 0.5,0.75,1,1.25,1.5,1.75 (default: the run's)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("whole", "slide"),
+        help="segmentation: the whole image at once, or windows of geometry.crop (default: the run's)",
+    )
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        metavar="DIR",
+        help="tables per class and image, confusion, calibration; pictures (segmentation: the table of classes)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="the metrics, for programs")
     parser.add_argument(
@@ -100,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate each model in turn; rank 0 prints, and writes what was asked for."""
     with loading("torch"):
         from dattrain.evaluation import summary
-        from dattrain.evaluation.evaluate import Options, evaluate
+        from dattrain.evaluation.evaluate import evaluate
+        from dattrain.evaluation.options import Options
         from dattrain.pretrained.preprocess import image_size
         from dattrain.runtime.environment import (
             device_called,
@@ -120,6 +140,8 @@ def run(args: argparse.Namespace) -> int:
         crop_pct=args.crop_pct,
         flip=args.flip,
         crops=args.crops,
+        scales=args.scales,
+        mode=args.mode,
         knn=args.knn,
         linear_probe=args.linear_probe,
         train=args.train,
@@ -135,17 +157,25 @@ def run(args: argparse.Namespace) -> int:
     raise_open_files()
     env = resolve(os.environ)
     device = device_called(args.device) if args.device else pick_device(env)
-    found = []
+    found: list[Evaluation] = []
+    tasks: list[str] = []
+
+    def opened(report: dict[str, Any]) -> None:
+        tasks.append(report["task"])
+        if tasks[0] != tasks[-1]:
+            raise ConfigError(
+                f"{report['model']}: is of {tasks[-1]}, and {args.model} of {tasks[0]}: they have no metric in common to compare"
+            )
+        if not env.rank:
+            print(summary.headline(report))
+
     with process_group(env, device) if env.world > 1 else nullcontext():
         for path in [args.model, *args.compare]:
+            one = evaluate(path, options, device=device, on_open=opened)
             if env.rank:
-                evaluate(path, options, device=device)
                 continue
-            one = evaluate(
-                path, options, device=device, on_open=lambda report: print(summary.headline(report))
-            )
-            print(summary.corruptions(one.report) if one.records is None else summary.summary(one.report))
-            if args.csv and one.records is not None:
+            print(summary.results(one.report))
+            if args.csv:
                 _write_tables(args.csv / _slug(path) if args.compare else args.csv, one)
             found.append(one)
     if len(found) > 1:
@@ -163,10 +193,17 @@ def _write_tables(folder: Path, evaluation: Evaluation) -> None:
     from dattrain.evaluation import charts
 
     cfg, records = evaluation.cfg, evaluation.records
-    assert records is not None
+    if cfg.segmentation is not None:
+        print(charts.write_classes(folder, evaluation.report["per_class"]))
+    if records is None:
+        return
     title = cfg.source or cfg.name
     for file in charts.write_all(folder, records, evaluation.class_names(), evaluation.keys, title):
         print(file)
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
 
 
 def _slug(path: str) -> str:

@@ -123,8 +123,9 @@ def render(config: Config, p: dict[str, Any]) -> str:
     t = config.train
     asked = p["micro_batch_asked"]
     bound = "" if asked == p["micro_batch"] else f" (train.micro_batch={asked})"
+    decoder = f" with {config.task.head}" if config.task.kind == "segmentation" else ""
     lines = [
-        f"{config.name}: {config.model.name} at {config.model.img_size}, {p['parameters'] / 1e6:.3f} M parameters, "
+        f"{config.name}: {config.model.name}{decoder} at {p['img_size']}, {p['parameters'] / 1e6:.3f} M parameters, "
         f"{p['flops_per_image'] / 1e9:.3f} GFLOPs an image forward (about three times that to train)",
         f"batch {t.global_batch} = {p['world']} devices x {p['micro_batch']} x {p['accumulation']} accumulated{bound}; "
         f"{p['samples_per_epoch']:,} images an epoch ({p['samples_from']}); {p['steps']:,} steps",

@@ -1,15 +1,26 @@
-"""``dattrain predict IMAGES...``: the most likely classes of images, with their names."""
+"""``dattrain predict IMAGES...``: the most likely classes of images, or by a segmentation network the class of every pixel."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dattrain.cli.loading import loading
-from dattrain.errors import UserError
+from dattrain.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from dattrain.models.dat import DAT
+    from dattrain.models.dense.segmenter import Segmenter
+    from dattrain.pretrained.pretrained_cfg import PretrainedCfg
+
+BATCH = 16
+OUT = Path("predictions")
+LISTED = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN|CHECKPOINT|FILE",
         help="whose weights, as for dattrain eval",
     )
-    parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes per image (default: 5)")
+    parser.add_argument(
+        "--topk", type=int, default=LISTED, metavar="K", help=f"classes per image (default: {LISTED})"
+    )
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="write a row per image and class; - for stdout"
     )
@@ -37,56 +50,155 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)"
     )
-    parser.add_argument("--batch", type=int, default=16, help="images at a time (default: 16)")
+    parser.add_argument("--batch", type=int, help=f"images at a time (default: {BATCH})")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"segmentation: folder for a coloured picture of each image (default: {OUT})",
+    )
+    parser.add_argument(
+        "--maps",
+        action="store_true",
+        help="segmentation: beside each picture its map, a PNG of the number of every pixel's class",
+    )
     parser.add_argument("--device", default="cpu")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a block per image, or write CSV. An image that cannot be read is an error, after the others are done."""
-    from dataclasses import replace
-
     with loading("torch"):
+        from dattrain.models.dense.segmenter import Segmenter
         from dattrain.pretrained import class_names, preprocess
-        from dattrain.pretrained.predict import predict
         from dattrain.pretrained.weights import load_model
 
-    if args.topk < 1 or args.batch < 1:
+    if args.topk < 1 or (args.batch is not None and args.batch < 1):
         raise UserError(f"--topk {args.topk} and --batch {args.batch} must be at least 1", exit_code=2)
-    model, cfg = load_model(
-        args.checkpoint, ema=args.ema, device=args.device, img_size=preprocess.image_size(args.img_size)
-    )
+    size = preprocess.image_size(args.img_size)
+    model, cfg = load_model(args.checkpoint, ema=args.ema, device=args.device, img_size=size)
     files = preprocess.find(args.images)
+    names = class_names.read(args.classes, cfg.num_classes) if args.classes else None
+    _check_options(args, segmentation=cfg.segmentation is not None)
+    if isinstance(model, Segmenter):
+        bad = _segment(args, model, cfg, files, names)
+    else:
+        bad = _classify(args, model, cfg, files, names)
+    if bad:
+        raise UserError("; ".join(bad))
+    return 0
+
+
+def _check_options(args: argparse.Namespace, *, segmentation: bool) -> None:
+    """Raise ConfigError for what only the other task knows."""
+    given = {
+        True: {"--resize": args.resize, "--batch": args.batch},
+        False: {"--out": args.out, "--maps": args.maps},
+    }[segmentation]
+    kind = "a segmentation network" if segmentation else "an image classifier"
+    for name, value in given.items():
+        if value:
+            raise ConfigError(f"{args.checkpoint}: is {kind}, for which {name} has no meaning: leave it out")
+
+
+def _classify(
+    args: argparse.Namespace, model: DAT, cfg: PretrainedCfg, files: Sequence[Path], names: list[str] | None
+) -> list[str]:
+    """Returns what was wrong with images."""
+    from dataclasses import replace
+
+    from dattrain.pretrained import preprocess
+    from dattrain.pretrained.predict import predict
+
     if not cfg.num_classes:
         raise UserError(f"{args.checkpoint}: has no classification head, so it knows no classes")
     if args.resize:
         cfg = replace(cfg, resize=args.resize)
-    names = class_names.read(args.classes, cfg.num_classes) if args.classes else None
-    to_stdout = args.csv == Path("-")
-    bad: list[str] = []
-    with ExitStack() as stack:
-        table = csv.writer(sys.stdout) if to_stdout else None
-        if args.csv and not to_stdout:
-            table = csv.writer(stack.enter_context(open(args.csv, "w", newline="", encoding="utf-8")))
-        if table:
-            table.writerow(["image", "rank", "class", "name", "probability"])
-        for first in range(0, len(files), args.batch):
+    batch, bad = args.batch or BATCH, []
+    with _table(args.csv, "probability") as table:
+        for first in range(0, len(files), batch):
             read = []
-            for file in files[first : first + args.batch]:
+            for file in files[first : first + batch]:
                 try:
                     read.append((file, preprocess.read(file)))
                 except UserError as error:
                     bad.append(str(error))
-            predictions = predict(
-                model, cfg, [image for _, image in read], topk=args.topk, batch=args.batch, names=names
+            found = predict(
+                model, cfg, [image for _, image in read], topk=args.topk, batch=batch, names=names
             )
-            for (file, _), best in zip(read, predictions):
-                if not to_stdout:
+            for (file, _), best in zip(read, found):
+                if not _to_stdout(args.csv):
                     print(file)
-                for rank, found in enumerate(best, 1):
-                    if table:
-                        table.writerow([file, rank, found.number, found.name, f"{found.probability:.6f}"])
-                    if not to_stdout:
-                        print(f"  {100 * found.probability:6.2f} %  {found.name}")
-    if bad:
-        raise UserError("; ".join(bad))
-    return 0
+                for rank, each in enumerate(best, 1):
+                    table.writerow([file, rank, each.number, each.name, f"{each.probability:.6f}"])
+                    if not _to_stdout(args.csv):
+                        print(f"  {100 * each.probability:6.2f} %  {each.name}")
+    return bad
+
+
+def _segment(
+    args: argparse.Namespace,
+    model: Segmenter,
+    cfg: PretrainedCfg,
+    files: Sequence[Path],
+    names: list[str] | None,
+) -> list[str]:
+    """Returns what was wrong with images."""
+    from PIL import Image
+
+    from dattrain.cli.viz import unique_names
+    from dattrain.pretrained.segment import segment
+    from dattrain.visualize.legend import with_legend
+
+    out: Path = args.out or OUT
+    if out.is_file():
+        raise UserError(f"--out {out}: is a file; name a folder, for a picture of each image", exit_code=2)
+    bad = []
+    with _table(args.csv, "share") as table:
+        for stem, file in zip(unique_names(files), files):
+            try:
+                (found,) = segment(model, cfg, [file], names=names)
+            except UserError as error:
+                bad.append(str(error))
+                continue
+            out.mkdir(parents=True, exist_ok=True)
+            target = out / f"{stem}.png"
+            with_legend(found).save(target)
+            if args.maps:
+                Image.fromarray(found.classes).save(out / f"{stem}.map.png")
+            shares = found.shares()
+            if not _to_stdout(args.csv):
+                print(f"{file} -> {target}")
+            for rank, each in enumerate(shares[: args.topk], 1):
+                table.writerow([file, rank, each.number, each.name, f"{each.share:.6f}"])
+                if not _to_stdout(args.csv):
+                    print(f"  {100 * each.share:6.2f} %  {each.name}")
+            if len(shares) > args.topk and not _to_stdout(args.csv):
+                rest = sum(each.share for each in shares[args.topk :])
+                print(f"  {100 * rest:6.2f} %  {len(shares) - args.topk} more")
+    return bad
+
+
+def _to_stdout(path: Path | None) -> bool:
+    return path == Path("-")
+
+
+class _Nowhere:
+    def writerow(self, row: Sequence[object]) -> None:
+        """Not asked for."""
+
+
+@contextmanager
+def _table(path: Path | None, value: str) -> Iterator[Any]:
+    """What takes rows of (image, rank, class, name, ``value``): a CSV at ``path``, or nothing."""
+    head = ["image", "rank", "class", "name", value]
+    if path is None:
+        yield _Nowhere()
+    elif _to_stdout(path):
+        table = csv.writer(sys.stdout)
+        table.writerow(head)
+        yield table
+    else:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(head)
+            yield table

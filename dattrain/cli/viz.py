@@ -115,7 +115,7 @@ def caption(file: Path, probabilities: Tensor, classes: Sequence[str]) -> str:
     return f"label {classes[label]}, {said} ({verdict})"
 
 
-def unique_names(files: list[Path]) -> list[str]:
+def unique_names(files: Sequence[Path]) -> list[str]:
     """A file-name stem per image; images of the same name in several folders are numbered."""
     names: list[str] = []
     for file in files:

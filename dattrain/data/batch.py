@@ -46,6 +46,11 @@ class Batch:
         small = (self.labels.cpu().numpy(), self.weight.cpu().numpy(), self.position.numpy())
         return _rebuild, (images, *small, self.keys, self.plan, self.bad)
 
+    @property
+    def device_tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that ``to`` moves."""
+        return self.images, self.labels, self.weight
+
     def pin_memory(self) -> Batch:
         """In page-locked memory, from where copies to a GPU do not block (called by torch's pinning thread)."""
         return replace(

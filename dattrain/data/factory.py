@@ -12,6 +12,8 @@ from dattrain.config.derive import check_samples, micro_batch
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
 from dattrain.data import identity
+from dattrain.data.annotations.kinds import CLASSIFICATION, SEGMENTATION, check_kind
+from dattrain.data.batch import Batch
 from dattrain.data.classes import Classes, absent, bare_numbers, canonical, check_sampled_names, decide, few
 from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
 from dattrain.data.feed import Encoded, EvalFeed, RankShare, TrainFeed, fetch
@@ -39,7 +41,7 @@ def train_loader(
     samples_seen: int,
     device: torch.device,
     img_size: int | tuple[int, int],
-) -> TrainLoader:
+) -> TrainLoader[Batch]:
     """The training loader of one rank, from ``samples_seen`` on; its workers start at once.
 
     Raises:
@@ -68,7 +70,7 @@ def train_loader(
         samples_per_epoch=order.samples,
         identity=identity.of_dataset(dataset),
         device=device,
-        before=Prefetch(dataset, feed) if dataset.prefetches else lambda served: None,
+        before=Prefetch(dataset, order, share) if dataset.prefetches else lambda served: None,
         close=dataset.close,
     )
 
@@ -81,7 +83,7 @@ def eval_loader(
     world: int,
     device: torch.device,
     img_size: int | tuple[int, int],
-) -> EvalLoader:
+) -> EvalLoader[Batch]:
     """The evaluation loader of one rank over ``data.val``; its workers start when it is iterated.
 
     Args:
@@ -102,7 +104,7 @@ def eval_loader(
         dataset, feed.request(0), num_classes=config.model.num_classes, skip_bad=config.data.on_bad == "skip"
     )
 
-    def decoder() -> Decoder:
+    def decoder() -> Decoder[Batch]:
         return _decoder(config, dataset, feed, size=size, device=device, transform=transform, count=len(feed))
 
     return EvalLoader(dataset, feed, decoder, device)
@@ -124,6 +126,8 @@ def open_split(
         spec, cache_dir=data.cache_dir, cache_gb=data.cache_gb, verify=data.verify, rank=rank, world=world
     )
     try:
+        wanted = CLASSIFICATION if config.task.kind == "classification" else SEGMENTATION
+        check_kind(dataset, wanted, f"data.{split}={dataset.name}", config.task.kind)
         if split == "train" and isinstance(dataset, ShardDataset):
             check_train_glob(spec, dataset.shards.paths)
         classes, notes = assign_class_numbers(config, split, dataset, classes)
@@ -181,21 +185,21 @@ def assign_class_numbers(
 class Prefetch:
     """Tells a data set which shards come next, every few updates; called with the number of micro-batches served."""
 
-    def __init__(self, dataset: Dataset, feed: TrainFeed) -> None:
-        self._dataset, self._feed = dataset, feed
+    def __init__(self, dataset: Dataset, order: Order, share: RankShare) -> None:
+        self._dataset, self._order, self._share = dataset, order, share
 
     def __call__(self, served: int) -> None:
         """Hint, where an update of the right number begins."""
-        share, order = self._feed.share, self._feed.order
+        share = self._share
         if served % (share.accumulation * _UPDATES_PER_PREFETCH) == 0:
             seen, _ = share.place(served)
-            shards = order.shards_to_prefetch(seen, share.global_batch, share.rank, share.world)
+            shards = self._order.shards_to_prefetch(seen, share.global_batch, share.rank, share.world)
             self._dataset.prefetch(shards)
 
 
 def _webdataset_loader(
     config: Config, share: RankShare, *, device: torch.device, size: tuple[int, int]
-) -> TrainLoader:
+) -> TrainLoader[Batch]:
     data = config.data
     if data.train is None:
         raise ConfigError(
@@ -238,7 +242,7 @@ def _decoder(
     device: torch.device,
     transform: EvalTransform | None = None,
     count: int | None = None,
-) -> Decoder:
+) -> Decoder[Batch]:
     """The decoder that ``data.decoder`` names, at work."""
     data = config.data
     skip_bad = data.on_bad == "skip"

@@ -6,6 +6,7 @@ and reads the bytes. So any process can serve any micro-batch, and resuming is s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from dattrain.config.sections import Augment
 from dattrain.data.augment.plan import AugmentPlan, draw, mates
 from dattrain.data.order import Order
-from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset
+from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, Sample
 from dattrain.errors import UserError
 
 
@@ -133,7 +134,7 @@ class EvalFeed:
 
 
 def fetch(dataset: Dataset, request: BatchRequest, *, num_classes: int, skip_bad: bool) -> Encoded:
-    """Read the encoded images of a request.
+    """Read the encoded images of a request, and their labels.
 
     Args:
         num_classes: labels must be below it.
@@ -142,28 +143,67 @@ def fetch(dataset: Dataset, request: BatchRequest, *, num_classes: int, skip_bad
     Raises:
         UserError: a bad sample without ``skip_bad``; always for a damaged shard or a label that does not fit.
     """
+
+    def check(sample: Sample) -> None:
+        if sample.label == NO_LABEL:
+            raise BadSample(f"{sample.where}: has no label (no .cls member)")
+        if not 0 <= sample.label < num_classes:
+            raise UserError(
+                f"{sample.where}: label {sample.label}, but model.num_classes={num_classes}; "
+                "the data set and the head do not fit"
+            )
+
+    found = read_samples(dataset, request, check, skip_bad=skip_bad)
+    return Encoded(
+        request,
+        [None if sample is None else sample.data for sample in found.samples],
+        np.array([0 if sample is None else sample.label for sample in found.samples], dtype=np.int64),
+        found.keys,
+        found.where,
+        found.bad,
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was read of a request: by place the sample (None for a bad one, whose reason is in ``bad``), its key, and where it is."""
+
+    samples: list[Sample | None]
+    keys: list[str]
+    where: list[str]
+    bad: dict[int, str]
+
+
+def read_samples(
+    dataset: Dataset,
+    request: BatchRequest,
+    check: Callable[[Sample], None] = lambda sample: None,
+    *,
+    skip_bad: bool,
+) -> Found:
+    """Read the samples of a request.
+
+    Args:
+        check: raises BadSample for a sample that cannot be used, or UserError for one that must not be passed over.
+        skip_bad: note a bad sample and read the others, else raise.
+
+    Raises:
+        UserError: a bad sample without ``skip_bad``; always for a damaged shard, or as ``check`` raises it.
+    """
     n = len(request.positions)
-    data: list[bytes | None] = [None] * n
-    labels = np.zeros(n, dtype=np.int64)
-    keys, where, bad = [""] * n, [""] * n, {}
+    found = Found([None] * n, [""] * n, [""] * n, {})
     for i, (shard, number) in enumerate(zip(request.shards.tolist(), request.samples.tolist())):
-        keys[i] = where[i] = dataset.key(shard, number)
+        found.keys[i] = found.where[i] = dataset.key(shard, number)
         try:
             sample = dataset.read(shard, number)
-            where[i] = sample.where
-            if sample.label == NO_LABEL:
-                raise BadSample(f"{sample.where}: has no label (no .cls member)")
-            if not 0 <= sample.label < num_classes:
-                raise UserError(
-                    f"{sample.where}: label {sample.label}, but model.num_classes={num_classes}; "
-                    "the data set and the head do not fit"
-                )
-            data[i], labels[i] = sample.data, sample.label
+            found.where[i] = sample.where
+            check(sample)
+            found.samples[i] = sample
         except BadSample as error:
-            bad[i] = str(error)
+            found.bad[i] = str(error)
             if not skip_bad:
                 raise UserError(bad_sample_message(str(error))) from error
-    return Encoded(request, data, labels, keys, where, bad)
+    return found
 
 
 def bad_sample_message(reason: str) -> str:

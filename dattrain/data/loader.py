@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from dattrain.data import identity
-from dattrain.data.batch import Batch
 from dattrain.data.classes import Classes
 from dattrain.data.feed import EvalFeed
 from dattrain.data.source.dataset import Dataset
@@ -19,12 +18,31 @@ _NAMES_KEPT = 1000
 _SHARDS_PER_PREFETCH = 8
 
 
-class Decoder(Protocol):
+class HostBatch(Protocol):
+    """What a loader must know of a batch; what else it holds is between a decoder and a task."""
+
+    @property
+    def bad(self) -> tuple[tuple[str, str], ...]:
+        """(key, reason) of the samples that were skipped."""
+
+    @property
+    def device_tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that ``to`` moves."""
+
+    def to(self, device: torch.device) -> Any:
+        """The batch with these tensors on ``device``."""
+
+
+B = TypeVar("B", bound=HostBatch)
+B_co = TypeVar("B_co", bound=HostBatch, covariant=True)
+
+
+class Decoder(Protocol[B_co]):
     """An iterator of decoded batches. Raises UserError from ``__next__``."""
 
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __iter__(self) -> Iterator[B_co]: ...
 
-    def __next__(self) -> Batch: ...
+    def __next__(self) -> B_co: ...
 
     def close(self) -> None:
         """End processes and threads."""
@@ -44,7 +62,7 @@ class SkippedSamples:
         self.samples += samples[: _NAMES_KEPT - len(self.samples)]
 
 
-class TrainLoader:
+class TrainLoader(Generic[B]):
     """Micro-batches of one rank, for ever. See docs/design/contracts.md.
 
     Args:
@@ -62,7 +80,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder[B],
         classes: Classes,
         *,
         samples_per_epoch: int,
@@ -82,10 +100,10 @@ class TrainLoader:
         self._waited = 0.0
         self._served = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[B]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> B:
         self._before(self._served)
         start = time.perf_counter()
         batch = next(self._decoder)
@@ -106,7 +124,7 @@ class TrainLoader:
         self._close()
 
 
-class EvalLoader:
+class EvalLoader(Generic[B]):
     """Batches of one rank over the whole evaluation set, each image once over all ranks, in a fixed order.
 
     Every rank yields ``len(loader)`` batches; the last ones may be shorter or empty. It can be iterated repeatedly.
@@ -121,7 +139,7 @@ class EvalLoader:
     """
 
     def __init__(
-        self, dataset: Dataset, feed: EvalFeed, decoder: Callable[[], Decoder], device: torch.device
+        self, dataset: Dataset, feed: EvalFeed, decoder: Callable[[], Decoder[B]], device: torch.device
     ) -> None:
         self.dataset = dataset
         self.samples = int(dataset.counts.sum())
@@ -134,7 +152,7 @@ class EvalLoader:
     def __len__(self) -> int:
         return len(self._feed)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[B]:
         decoder = self._open()
         try:
             for number in range(len(self)):
@@ -167,15 +185,17 @@ class DevicePrefetcher:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: B) -> B:
         """The batch on the device; on CUDA its copies may still be on their way, which the current stream waits for."""
+        moved: B
         if self._stream is None:
-            return batch.to(self.device)
+            moved = batch.to(self.device)
+            return moved
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._stream):
             moved = batch.to(self.device)
         current.wait_stream(self._stream)
-        for tensor in (moved.images, moved.labels, moved.weight):
+        for tensor in moved.device_tensors:
             # The allocator must not hand the memory out again before the consumer's stream is done with it.
             tensor.record_stream(current)
         return moved

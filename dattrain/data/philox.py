@@ -32,6 +32,10 @@ class Stream(IntEnum):
     MIX = 8
     DROP_PATH = 9
     PACK = 10
+    DENSE_SCALE = 11
+    DENSE_CROP = 12
+    DENSE_FLIP = 13
+    DISTORTION = 14
 
 
 def philox4x32(

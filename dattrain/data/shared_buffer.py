@@ -63,3 +63,23 @@ class SharedBatchBuffer:
 def buffer(number: int) -> SharedBatchBuffer:
     """The buffer of that number, which is alive as long as its decoder."""
     return _buffers[number]
+
+
+def room(among: SharedBatchBuffer | None, count: int) -> tuple[torch.Tensor, tuple[int, int] | None]:
+    """``count`` uninitialised bytes (uint8) for a batch that is being made, and which slot of which buffer they are.
+
+    In a worker they are in shared memory, and go to the trainer without a copy: in a slot of ``among`` where one is free and
+    large enough, else in memory of their own (slot None).
+    """
+    worker = torch.utils.data.get_worker_info()
+    fits = among is not None and 0 < count <= among.nbytes
+    slot = among.take(worker.id if worker else 0) if among is not None and fits else None
+    if among is not None and slot is not None:
+        if worker is None:
+            return among.read(slot, count), None
+        return among.write(slot, count), (among.number, slot)
+    if worker is None or not count:
+        return torch.empty(count, dtype=torch.uint8), None
+    storage = torch.UntypedStorage._new_shared(count, device="cpu")
+    own: torch.Tensor = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (count,))  # type: ignore[call-overload]
+    return own, None

@@ -9,17 +9,32 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dattrain.errors import UserError
+from dattrain.models.dense.backbone import TimmBackbone
+
 log = logging.getLogger(__name__)
 
 
-def apply(model: nn.Module, unit: Literal["none", "block", "stage"], *, graphs_on: str | None = None) -> int:
-    """Compile the blocks or stages of ``model`` in place (names stay); returns how many.
+def apply(
+    model: nn.Module,
+    unit: Literal["none", "block", "stage"],
+    *,
+    graphs_on: str | None = None,
+    training_only: bool = False,
+) -> int:
+    """Compile the blocks or stages of ``model``, or of its backbone's body, in place (names stay); returns how many.
 
     Nothing is compiled before its first call; if that fails all of them run uncompiled from there on.
 
     With ``graphs_on="cuda"`` what is compiled is recorded and replayed as CUDA graphs, by inductor's graph trees: parameters
     stay where they are, and a call of ``model`` begins a generation, so that outputs and gradients from before it must not
     be read any more. On another type of device a line says that there are none.
+
+    Args:
+        training_only: in evaluation run uncompiled, where images come in so many sizes that compiling would never end.
+
+    Raises:
+        UserError: the network's stages are not called as modules, so that compiling them would do nothing.
     """
     if unit == "none":
         return 0
@@ -36,14 +51,20 @@ def apply(model: nn.Module, unit: Literal["none", "block", "stage"], *, graphs_o
     replay = graphs_on == "cuda"
     switch = _Switch(unit, "reduce-overhead" if replay else None)
     for module in targets:
-        module.forward = switch.guard(module.forward)
+        module.forward = switch.guard(module, training_only)
     if replay:
         model.register_forward_pre_hook(_Generations())
     return len(targets)
 
 
 def _units(model: nn.Module, unit: str) -> Iterator[nn.Module]:
-    stages: Any = model.stages
+    backbone = getattr(model, "backbone", None)
+    body = model if backbone is None else backbone.body
+    if unit == "stage" and isinstance(backbone, TimmBackbone):
+        raise UserError(
+            f"train.compile=stage is for DAT, whose stages are modules that are called; choose block or none for {backbone.name}"
+        )
+    stages: Any = body.layers if hasattr(body, "layers") else body.stages
     for stage in stages:
         if unit == "stage":
             yield stage
@@ -58,13 +79,14 @@ class _Switch:
         self._unit, self._mode = unit, mode
         self.failed = False
 
-    def guard(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def guard(self, module: nn.Module, training_only: bool) -> Callable[..., Any]:
+        forward = module.forward
         # Stages differ in shape, which by default makes torch go over to symbolic shapes from the second on: slower code,
         # and reshapes that it cannot always compile.
         compiled = torch.compile(forward, dynamic=False, mode=self._mode)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self.failed:
+            if self.failed or (training_only and not module.training):
                 return forward(*args, **kwargs)
             try:
                 return compiled(*args, **kwargs)

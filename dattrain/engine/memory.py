@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dattrain.config.derive import with_micro_batch
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
 from dattrain.engine import activation_checkpointing
 from dattrain.engine.precision import GRADIENTS, REDUCE_BUCKET, STAGE_0_BUCKET, WEIGHTS
+from dattrain.tasks.create import create_task
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def activations(
     img_size: int | tuple[int, int] | None = None,
     device: str = "cuda",
 ) -> Activations:
-    """Follow one micro-batch through forward and backward on fake tensors; ``model`` is left alone.
+    """Follow one micro-batch (``Task.example``) through the task's loss and backward on fake tensors; ``model`` is left alone.
 
     On ``cuda`` what forward keeps is that of CUDA's kernels and autocast rules; backward cannot run on fake CUDA tensors
     without a driver, so its working memory is that of the CPU's.
@@ -135,11 +136,11 @@ def _follow(
 
     precision = config.train.precision
     dtype = WEIGHTS[precision]
-    height, width = as_pair(size)
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     }
     meta_model = copy.deepcopy(model, memo).to("meta").train()
+    keep_statistics_local(meta_model)
     activation_checkpointing.apply(meta_model, config.train.activation_checkpointing)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
@@ -152,11 +153,14 @@ def _follow(
         if config.train.channels_last:
             meta_model.to(memory_format=torch.channels_last)
         ledger = stack.enter_context(Ledger([*meta_model.parameters(), *meta_model.buffers()]))
-        images = torch.empty(micro_batch, config.model.in_chans, height, width, dtype=dtype, device=device)
-        targets = torch.empty(micro_batch, config.model.num_classes, device=device)
-        with _autocast(device) if precision == "bf16" else nullcontext():
-            logits = meta_model(images)
-        loss = -(targets * logits.float().log_softmax(dim=-1)).sum()
+        task = create_task(with_micro_batch(config, micro_batch))
+        batch = task.example(micro_batch, size, torch.device(device), dtype=dtype)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with _autocast(device) if precision == "bf16" else nullcontext():
+                return meta_model(*args, **kwargs)
+
+        loss = task.loss(forward, batch, noise=None, dtype=dtype).value
         kept = ledger.current
         if not backward:
             return Activations(kept, ledger.peak)
@@ -165,6 +169,13 @@ def _follow(
             parameter.register_post_accumulate_grad_hook(drop)
         loss.backward()
         return Activations(kept, ledger.peak)
+
+
+def keep_statistics_local(model: nn.Module) -> None:
+    """Turn BatchNorm over all ranks into one over the device's own samples, in place: to measure, where not all ranks take part."""
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.__class__ = nn.BatchNorm2d
 
 
 def drop(parameter: Tensor) -> None:
@@ -213,6 +224,8 @@ class Ledger(TorchDispatchMode):
         self._known = list(known)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._pin_memory.default:  # the host's memory, which fake tensors cannot have
+            return args[0]
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):

@@ -10,6 +10,7 @@ import gc
 import logging
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,9 +64,10 @@ def settle(config: Config, world: int, device: torch.device, local_world: int) -
     fits = by_memory(config, world, device=device.type, budget=min(collectives.all_gather(budget)))
     while device.type == "cuda" and not all(collectives.all_gather(_trial(config, fits[-1], world, device))):
         if len(fits) == 1:
+            smaller = "geometry.crop" if config.task.kind == "segmentation" else "model.img_size"
             raise UserError(
-                f"train.micro_batch=auto: not even {fits[0]} sample(s) of {config.model.name} at {config.model.img_size} fit "
-                f"{device}; use train.activation_checkpointing, a smaller model.img_size, or a device with more memory"
+                f"train.micro_batch=auto: not even {fits[0]} sample(s) of {config.model.name} at {shown(config, largest_size(config))} fit "
+                f"{device}; use train.activation_checkpointing, a smaller {smaller}, or a device with more memory"
             )
         log.info("train.micro_batch=auto: a trial step of %d did not fit", fits[-1])
         fits.pop()
@@ -103,6 +105,12 @@ def largest_size(config: Config) -> Size:
     return max(sizes, key=lambda size: math.prod(as_pair(size)))
 
 
+def shown(config: Config, img_size: Size) -> Size:
+    """Pixels of a training step's images (``Task.input_size``), for people: a side, or height and width."""
+    height, width = as_pair(create_task(config).input_size(img_size))
+    return height if height == width else (height, width)
+
+
 def _states(model: nn.Module, config: Config, world: int, device: str) -> memory.States:
     return memory.states(
         sum(p.numel() for p in model.parameters()),
@@ -119,6 +127,7 @@ def _trial(config: Config, count: int, world: int, device: torch.device) -> bool
     """Whether one forward and backward pass fits beside what DeepSpeed will hold. Nothing of it stays on the device."""
     fits = True
     try:
+        config = with_micro_batch(config, count)
         _pass(create_task(config), config, count, world, device)
     except torch.OutOfMemoryError:
         fits = False
@@ -135,16 +144,19 @@ def _pass(task: Task, config: Config, count: int, world: int, device: torch.devi
     model = task.build(size).to(device, dtype).train()
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    memory.keep_statistics_local(model)  # a rank without memory would leave the others waiting
     activation_checkpointing.apply(model, train.activation_checkpointing)
     states = _states(model, config, world, device.type)
     # Weights are the model's own; gradients are dropped as they come, as DeepSpeed takes them.
     beside = torch.empty(max(0, states.total - states.weights), dtype=torch.uint8, device=device)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(memory.drop)
-    images = torch.zeros(count, config.model.in_chans, *as_pair(size), dtype=dtype, device=device)
-    autocast = torch.autocast(device.type, torch.bfloat16) if train.precision == "bf16" else nullcontext()
-    with autocast:
-        logits = model(images)
-    logits.float().log_softmax(dim=-1).sum().backward()
+    batch = task.example(count, size, device, dtype=dtype)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device.type, torch.bfloat16) if train.precision == "bf16" else nullcontext():
+            return model(*args, **kwargs)
+
+    task.loss(forward, batch, noise=None, dtype=dtype).value.backward()
     torch.cuda.synchronize(device)
     del beside

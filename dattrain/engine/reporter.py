@@ -219,7 +219,7 @@ class Reporter:
             about = {
                 "step": step,
                 "data": mask(self.config.data.val or ""),
-                "averaged": "ema_top1" in metrics,
+                "averaged": any(name.startswith("ema_") for name in metrics),
             }
             try:
                 write_atomically(self._run_dir / events.PREDICTIONS, json.dumps({**about, **predictions}))

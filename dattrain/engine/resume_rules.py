@@ -32,7 +32,12 @@ from dattrain.state.format.manifest import read_manifest
 META = "fixed"
 CONFIG = "config.yaml"
 DEPENDS = {
+    "task.": "the weights depend",
     "model.": "the weights depend",
+    "geometry.crop": "what a training image is depends",
+    "geometry.short_side": "what a training image is depends",
+    "geometry.long_side": "what a training image is depends",
+    "geometry.scale": "what a training image is depends",
     "data.lanes": "the order of the data depends",
     "data.window": "the order of the data depends",
     "data.shuffle": "the order of the data depends",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,13 +81,18 @@ def open_session(
     activation_checkpointing.apply(model, config.train.activation_checkpointing)
     scales = optim.layer_scales(model, config.optim.layer_decay) if config.optim.layer_decay < 1 else None
     optimizer = optim.build(model, config, device)
-    compiling.apply(model, config.train.compile, graphs_on=device.type if config.train.cuda_graphs else None)
+    compiling.apply(
+        model,
+        config.train.compile,
+        graphs_on=device.type if config.train.cuda_graphs else None,
+        training_only=config.task.kind == "segmentation",
+    )
     engine = zero.initialize(model, optimizer, zero.ds_config(config, derived, device=device.type), device)
     if scales is not None:
         assert isinstance(optimizer, optim.AdamW)
         optim.apply_layer_decay(optimizer, LocalState(engine), scales)
     ema = Ema(engine, config.train.ema_decay) if config.train.ema_decay > 0 else None
-    drop_path = cast(int, getattr(model, "num_drop_path", 0)) if config.model.drop_path > 0 else 0
+    noise_width = task.noise_width(model)
     engine.train()
-    step = TrainStep(engine, task, config, derived.accumulation, drop_path, device)
+    step = TrainStep(engine, task, config, derived.accumulation, noise_width, device)
     return Session(img_size, engine, ema, step)

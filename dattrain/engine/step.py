@@ -62,19 +62,25 @@ class TrainStep:
         task: whose loss it is.
         config: the recipe.
         accumulation: micro-batches per rank and update.
-        drop_path: residual branches that draw noise (``model.num_drop_path``), 0 for none.
+        noise_width: numbers drawn for each sample (``Task.noise_width``).
         device: of the batches.
     """
 
     def __init__(
-        self, engine: Any, task: Task, config: Config, accumulation: int, drop_path: int, device: torch.device
+        self,
+        engine: Any,
+        task: Task,
+        config: Config,
+        accumulation: int,
+        noise_width: int,
+        device: torch.device,
     ) -> None:
         self.engine = engine
         self.task = task
         self.accumulation = accumulation
         self._dtype = precision.WEIGHTS[config.train.precision]
         self._seed = config.train.seed
-        self._drop_path = drop_path
+        self._noise_width = noise_width
         self._device = device
         self._stage = config.zero.stage
         self._clock: _HostClock | _CudaClock = _CudaClock() if device.type == "cuda" else _HostClock()
@@ -124,8 +130,8 @@ class TrainStep:
         agreed on by what reduces gradients, at no cost.
         """
         noise = None
-        if self._drop_path:
-            drawn = uniform32(self._seed, Stream.DROP_PATH, batch.position.numpy(), self._drop_path)
+        if self._noise_width:
+            drawn = uniform32(self._seed, Stream.DROP_PATH, batch.position.numpy(), self._noise_width)
             noise = to_device(drawn, self._device)
         loss = self.task.loss(self.engine, batch, noise=noise, dtype=self._dtype)
         nan_if_nonfinite = torch.where(torch.isfinite(loss.total), 1.0, float("nan"))

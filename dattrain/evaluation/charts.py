@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -81,6 +82,15 @@ def write_all(
     reliability_picture(calibration, title).savefig(folder / "reliability.png")
     tables, pictures = ("per_class", "confusion", "calibration", "predictions"), ("confusion", "reliability")
     return [folder / f"{name}.csv" for name in tables] + [folder / f"{name}.png" for name in pictures]
+
+
+def write_classes(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write ``per_class.csv`` of a segmentation (``evaluation.segmentation``): IoU and accuracy in percent, and pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    head = ["class", "name", "iou", "accuracy", "pixels", "predicted"]
+    path = folder / "per_class.csv"
+    _table(path, head, [["" if row[key] is None else row[key] for key in head] for row in rows])
+    return path
 
 
 def confusion_picture(records: Records, names: Sequence[str], title: str) -> Figure:

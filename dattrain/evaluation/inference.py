@@ -16,13 +16,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dattrain.config.schema import Config
+from dattrain.data.batch import Batch
 from dattrain.data.factory import eval_loader
 from dattrain.data.loader import EvalLoader
+from dattrain.engine.evaluate import AllRanks
 from dattrain.errors import UserError
 from dattrain.evaluation import metrics
 from dattrain.pretrained.preprocess import normalise
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, classes_of
 from dattrain.runtime.progress import Progress
+from dattrain.tasks.base import Ranks
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Result:
 
 def open_loader(
     config: Config, cfg: PretrainedCfg, spec: str, views: Views, *, device: torch.device
-) -> EvalLoader:
+) -> EvalLoader[Batch]:
     """A loader over ``spec`` that prepares images as ``cfg`` says; under torchrun, this rank's part."""
     augment = config.augment.model_copy(
         update={"mean": cfg.mean, "std": cfg.std, "interpolation": cfg.interpolation}
@@ -95,7 +98,7 @@ def open_loader(
 def classify(
     model: nn.Module,
     cfg: PretrainedCfg,
-    loader: EvalLoader,
+    loader: EvalLoader[Batch],
     *,
     device: torch.device,
     views: Views = Views(),
@@ -152,7 +155,7 @@ def classify(
 def features(
     model: nn.Module,
     cfg: PretrainedCfg,
-    loader: EvalLoader,
+    loader: EvalLoader[Batch],
     *,
     device: torch.device,
     limit: int | None = None,
@@ -194,6 +197,22 @@ def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+class Alone:
+    """The exchanges of one process; see ``dattrain.tasks.base.Ranks``."""
+
+    def sum(self, values: Tensor) -> None:
+        """They are the sum."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Its own."""
+        return [value]
+
+
+def ranks() -> Ranks:
+    """The exchanges of the process group, or of this process without one."""
+    return AllRanks() if rank_and_world()[1] > 1 else Alone()
 
 
 def gather(item: object) -> list[Any] | None:

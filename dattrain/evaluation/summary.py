@@ -14,15 +14,24 @@ from dattrain.text import columns
 def headline(report: Mapping[str, Any]) -> str:
     """What is evaluated, in one line."""
     height, width = report["img_size"]
+    dense = report["task"] == "segmentation"
+    size = f"shorter side {height}, longer at most {width}" if dense else f"{height} x {width}"
     origin = f" ({report['source']})" if report["source"] else ""
     return (
-        f"{report['model']}{origin}: {report['name']}, {height} x {width}, {report['classes']} classes, "
+        f"{report['model']}{origin}: {report['name']}, {size}, {report['classes']} classes, "
         f"{report['parameters'] / 1e6:.3f}M parameters, {_cost(report['gflops'])} FLOPs"
     )
 
 
+def results(report: Mapping[str, Any]) -> str:
+    """The metrics of one model, whatever was evaluated."""
+    if report["task"] == "segmentation":
+        return segmentation(report)
+    return corruptions(report) if "corruptions" in report else summary(report)
+
+
 def summary(report: Mapping[str, Any]) -> str:
-    """The metrics of one model."""
+    """The metrics of one classifier."""
     bad = f", {report['bad']} could not be read" if report["bad"] else ""
     views = f", {report['views']} views each" if report["views"] > 1 else ""
     lines = [
@@ -49,6 +58,35 @@ def summary(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def segmentation(report: Mapping[str, Any]) -> str:
+    """The metrics of a segmentation network, with a table of its classes."""
+    bad = f", {report['bad']} could not be used" if report["bad"] else ""
+    ways = [
+        *(["windows"] if report["mode"] == "slide" else []),
+        *(
+            [f"scales {', '.join(f'{scale:g}' for scale in report['scales'])}"]
+            if report["scales"] != [1.0]
+            else []
+        ),
+        *(["mirrored too"] if report["flip"] else []),
+    ]
+    rows = [["class", "IoU", "Acc", "pixels"]]
+    total = sum(row["pixels"] for row in report["per_class"]) or 1
+    for row in report["per_class"]:
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.2f}"
+        rows.append([row["name"], f"{row['iou']:.2f}", accuracy, f"{100 * row['pixels'] / total:.2f} %"])
+    absent = report["classes"] - len(report["per_class"])
+    lines = [
+        f"  {report['data']}: {report['images']} images{bad}" + (f"; {'; '.join(ways)}" if ways else ""),
+        f"  mIoU {report['miou']:.2f} %   mAcc {report['macc']:.2f} %   aAcc {report['aacc']:.2f} %   loss {report['loss']:.4f}",
+        *(f"    {line}" for line in columns(rows, right=(1, 2, 3))),
+        *([f"    {absent} more neither in these images nor predicted"] if absent else []),
+        f"  network {report['network_images_per_s']:.2f} images/s, with data {report['images_per_s']:.2f} images/s "
+        f"({report['device']}, {report['precision']})",
+    ]
+    return "\n".join(lines)
+
+
 def corruptions(report: Mapping[str, Any]) -> str:
     """ImageNet-C: a line per corruption, and the means."""
     lines = [
@@ -60,7 +98,9 @@ def corruptions(report: Mapping[str, Any]) -> str:
 
 
 def comparison(reports: Sequence[Mapping[str, Any]], all_records: Sequence[Records | None]) -> str:
-    """One table of several models; where they saw the same images, the difference to the first, pair by pair."""
+    """One table of several models of one task; where classifiers saw the same images, the difference to the first, pair by pair."""
+    if reports[0]["task"] == "segmentation":
+        return _segmentations(reports)
     head = [
         "model",
         "size",
@@ -98,6 +138,23 @@ def comparison(reports: Sequence[Mapping[str, Any]], all_records: Sequence[Recor
             ]
         )
     return "\n".join(columns(rows, right=range(1, len(head) - 1)))
+
+
+def _segmentations(reports: Sequence[Mapping[str, Any]]) -> str:
+    rows = [["model", "size", "params", "FLOPs", "mIoU", "mAcc", "aAcc", "loss", "images/s"]]
+    for report in reports:
+        rows.append(
+            [
+                report["model"],
+                " x ".join(map(str, report["img_size"])),
+                f"{report['parameters'] / 1e6:.2f}M",
+                _cost(report["gflops"]),
+                *(f"{report[key]:.2f}" for key in ("miou", "macc", "aacc")),
+                f"{report['loss']:.4f}",
+                f"{report['network_images_per_s']:.2f}",
+            ]
+        )
+    return "\n".join(columns(rows, right=range(1, len(rows[0]))))
 
 
 def finite(value: Any) -> Any:

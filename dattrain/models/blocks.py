@@ -58,6 +58,33 @@ def check_images(x: Tensor, channels: int, only_size: tuple[int, int] | None) ->
         )
 
 
+def drop_path_rates(depth: int, last: float, device: torch.device | None = None) -> Tensor:
+    """Rate of each residual branch of ``depth`` blocks of two, 2 * depth fp32: from 0 to ``last``, linear over the blocks."""
+    return torch.linspace(0, last, depth, device=device).repeat_interleave(2)
+
+
+def drop_scale(x: Tensor, rates: Tensor, noise: Tensor | None) -> Tensor:
+    """Factor of each branch (or channel) of each sample: 0 where it is dropped, else 1 / (1 - rate).
+
+    Args:
+        x: the batch, B x ...; its length and device are used.
+        rates: n fp32, in [0, 1).
+        noise: B x n fp32 uniforms in [0, 1): dropped where below the rate. None draws from torch's generator.
+
+    Returns:
+        B x n fp32.
+
+    Raises:
+        ValueError: noise of another shape.
+    """
+    wanted = (x.shape[0], len(rates))
+    if noise is None:
+        noise = torch.rand(wanted, device=x.device)
+    elif tuple(noise.shape) != wanted:
+        raise ValueError(f"drop_path_noise is {tuple(noise.shape)}, not {wanted}")
+    return torch.where(noise < rates, torch.zeros_like(rates), 1 / (1 - rates))
+
+
 class MapConv(nn.Module):
     """Weight and bias of a convolution, shaped and drawn as ``nn.Conv2d``'s, for B x H x W x C maps.
 

@@ -29,7 +29,17 @@ from dattrain.models.arguments import (
     per_stage,
 )
 from dattrain.models.attention import Shift, SpatialReductionAttention, WindowAttention
-from dattrain.models.blocks import Block, Downsample, Mlp, PatchEmbed, Stage, has_dropout, recompute
+from dattrain.models.blocks import (
+    Block,
+    Downsample,
+    Mlp,
+    PatchEmbed,
+    Stage,
+    drop_path_rates,
+    drop_scale,
+    has_dropout,
+    recompute,
+)
 from dattrain.models.datpp import ConvDownsample, ConvMlp, ConvStem, LocalPerception, NeighborhoodAttention
 from dattrain.models.deformable import (
     Conventions,
@@ -237,22 +247,15 @@ class DAT(TimmProtocol):
 
     def drop_path_rates(self, device: torch.device | None = None) -> Tensor:
         """Rate of each residual branch, num_drop_path, fp32: 0 to ``drop_path_rate`` over the blocks."""
-        return torch.linspace(0, self.drop_path_rate, sum(self.depths), device=device).repeat_interleave(2)
+        return drop_path_rates(sum(self.depths), self.drop_path_rate, device)
 
     def _drop_path_scale(self, x: Tensor, noise: Tensor | None) -> Tensor | None:
         if not self.training or self.drop_path_rate == 0:
             return None
-        if noise is None:
-            noise = torch.rand(x.shape[0], self.num_drop_path, device=x.device)
-        elif tuple(noise.shape) != (x.shape[0], self.num_drop_path):
-            raise ValueError(
-                f"drop_path_noise is {tuple(noise.shape)}, not {(x.shape[0], self.num_drop_path)}"
-            )
-        rates = self.drop_path_rates(x.device)
-        return torch.where(noise < rates, torch.zeros_like(rates), 1 / (1 - rates))
+        return drop_scale(x, self.drop_path_rates(x.device), noise)
 
-    def _run_stages(self, x: Tensor, noise: Tensor | None, count: int) -> list[Tensor]:
-        """Maps after the stem and the first ``count`` stages, one per stage."""
+    def stage_maps(self, x: Tensor, noise: Tensor | None, count: int) -> list[Tensor]:
+        """Maps after the stem and the first ``count`` stages, one per stage, B x H x W x C; ``noise`` as in ``forward``."""
         scale = self._drop_path_scale(x, noise)
         x = self.patch_embed(x)
         maps, first = [], 0
@@ -268,7 +271,7 @@ class DAT(TimmProtocol):
 
     def forward_features(self, x: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
         """Normalised map of the last stage: B x 3 x H x W -> B x H/32 x W/32 x C."""
-        out: Tensor = self.norm(self._run_stages(x, drop_path_noise, len(self.stages))[-1])
+        out: Tensor = self.norm(self.stage_maps(x, drop_path_noise, len(self.stages))[-1])
         return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -297,6 +300,7 @@ class DAT(TimmProtocol):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        drop_path_noise: Tensor | None = None,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Maps of the stages ``indices`` (the last n for an int, all for None), B x C x H x W or B x H x W x C.
 
@@ -305,11 +309,12 @@ class DAT(TimmProtocol):
             stop_early: do not run the stages after the last one asked for.
             output_fmt: ``NCHW`` or ``NHWC``.
             intermediates_only: leave out the final map (B x H x W x C) that otherwise comes first.
+            drop_path_noise: as in ``forward``.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NHWC'")
         wanted, last = feature_take_indices(len(self.stages), indices)
-        maps = self._run_stages(x, None, last + 1 if stop_early else len(self.stages))
+        maps = self.stage_maps(x, drop_path_noise, last + 1 if stop_early else len(self.stages))
         complete = len(maps) == len(self.depths)
         final = self.norm(maps[-1]) if complete else maps[-1]
         if norm and complete:

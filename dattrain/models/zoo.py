@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from dattrain.errors import UserError
@@ -176,6 +177,22 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+class Features(FeatureGetterNet):
+    """timm's wrapper for ``features_only=True``, with drop path as a function of the sample."""
+
+    def forward(self, x: torch.Tensor, drop_path_noise: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Maps of the stages asked for, B x C x H x W; ``drop_path_noise`` as in ``DAT.forward``."""
+        maps: list[torch.Tensor] = self.model.forward_intermediates(  # type: ignore[operator]
+            x,
+            indices=self.out_indices,
+            norm=self.norm,
+            output_fmt=self.output_fmt,
+            intermediates_only=True,
+            drop_path_noise=drop_path_noise,
+        )
+        return maps
+
+
 def _build(
     name: str,
     pretrained: bool,
@@ -198,7 +215,7 @@ def _build(
             name,
             pretrained,
             pretrained_filter_fn=surgery.checkpoint_filter_fn,
-            feature_cfg={"out_indices": out_indices, "feature_cls": "getter", "flatten_sequential": True},
+            feature_cfg={"out_indices": out_indices, "feature_cls": Features, "flatten_sequential": True},
             **{**arguments, **kwargs},
         )
     return model if dtype is None else model.to(dtype=dtype)

@@ -15,7 +15,7 @@ from dattrain.data.factory import assign_class_numbers
 from dattrain.data.source.dataset import ShardDataset, open_dataset
 from dattrain.data.source.listing import is_remote
 from dattrain.data.source.sample import Dataset
-from dattrain.engine import memory
+from dattrain.engine import memory, micro_batch
 from dattrain.engine.micro_batch import BESIDE, by_memory, largest_size
 from dattrain.errors import ConfigError, UserError
 from dattrain.models import flops
@@ -69,14 +69,14 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
     world = resources.nodes * per_node
     samples, samples_from, image_bytes, bytes_from = _data(config, resources.samples)
     derived = derive(config, world=world, samples_per_epoch=samples)
-    asked, largest = config.train.micro_batch, largest_size(config)
+    asked = config.train.micro_batch
     if asked == "auto":
         budget = resources.device_gb * 1e9 - (BESIDE if resources.device == "cuda" else 0)
         config = with_micro_batch(
             config, by_memory(config, world, device=resources.device, budget=budget)[-1]
         )
         derived = derive(config, world=world, samples_per_epoch=samples)
-    task = create_task(config)
+    task, largest = create_task(config), largest_size(config)
     with torch.device("meta"):
         parameters = flops.parameters(task.build(config.model.img_size))
         model = task.build(largest)
@@ -133,7 +133,8 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
         },
         "states_by_stage": {str(stage): s.total for stage, s in states.items()},
         "activations_by_mode": {mode: {"kept": a.kept, "peak": a.peak} for mode, a in kept.items()},
-        "activations_img_size": largest,
+        "img_size": micro_batch.shown(config, config.model.img_size),
+        "activations_img_size": micro_batch.shown(config, largest),
         "checkpoint_bytes": saved,
         "save_s": save_s,
         "write_mb_per_s": resources.write_mb_per_s,

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dattrain.models.dat import DAT
 from dattrain.pretrained import weights
 from dattrain.pretrained.export_authors import write_authors
 from dattrain.pretrained.export_graph import write_onnx, write_torch_export
 from dattrain.pretrained.export_timm import write_hub, write_timm
 from dattrain.pretrained.exported import EXACT, Exported
-from dattrain.pretrained.pretrained_cfg import PretrainedCfg
+from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg
 
 
 def write(
-    model: DAT, cfg: PretrainedCfg, to: str, out: Path, *, opset: int = 20, source: str | Path | None = None
+    model: Network,
+    cfg: PretrainedCfg,
+    to: str,
+    out: Path,
+    *,
+    opset: int = 20,
+    source: str | Path | None = None,
 ) -> Exported:
     """Write one file (or timm's folder) and load it back.
 
@@ -32,14 +37,16 @@ def write(
 
     Raises:
         UserError: the format cannot hold this model, or needs a package that is not installed.
+        ConfigError: a segmentation network in another format than ``safetensors`` and ``hub``.
     """
     if to == "safetensors":
         weights.save(out, model.state_dict(), cfg)
         return Exported(out, cfg, weights.load_model(out)[0], EXACT)
+    if to == "hub":
+        return write_hub(model, cfg, out, source)
+    model = weights.classifier(model, source or cfg.source or cfg.name, f"--to {to}")
     if to == "authors":
         return write_authors(model, cfg, out)
     if to == "timm":
         return write_timm(model, cfg, out)
-    if to == "hub":
-        return write_hub(model, cfg, out, source)
     return write_onnx(model, cfg, out, opset) if to == "onnx" else write_torch_export(model, cfg, out)

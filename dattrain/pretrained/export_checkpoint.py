@@ -28,7 +28,7 @@ def export_dcp(folder: Path, manifest: Manifest, out: Path) -> Path:
 
 
 def export_safetensors(folder: Path, manifest: Manifest, out: Path, *, ema: bool) -> PretrainedCfg | None:
-    """Write ``model.safetensors``, and timm's ``config.json`` beside it where a run's ``config.yaml`` names the model.
+    """Write ``model.safetensors``, and timm's ``config.json`` beside it where a run's ``config.yaml`` names an image classifier.
 
     Args:
         folder: the checkpoint.
@@ -54,7 +54,8 @@ def export_safetensors(folder: Path, manifest: Manifest, out: Path, *, ema: bool
     out.mkdir(parents=True, exist_ok=True)
     if cfg is not None:
         metadata[METADATA_KEY] = cfg.to_json()
-        write_timm_config(cfg, out)
+        if cfg.segmentation is None:
+            write_timm_config(cfg, out)
     tensors = chain(gather.iter_tensors(folder, state), buffers.items())
     offline.stream_file(out / "model.safetensors", tensors, shapes, metadata)
     return cfg

@@ -12,7 +12,7 @@ from dattrain.models.dat import DAT
 from dattrain.models.zoo import VARIANTS
 from dattrain.pretrained import class_names, model_card, weights
 from dattrain.pretrained.exported import EXACT, Exported
-from dattrain.pretrained.pretrained_cfg import PretrainedCfg, classes_of
+from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg, classes_of
 
 
 def write_timm(model: DAT, cfg: PretrainedCfg, out: Path) -> Exported:
@@ -24,12 +24,19 @@ def write_timm(model: DAT, cfg: PretrainedCfg, out: Path) -> Exported:
     return Exported(out, cfg, loaded, EXACT)
 
 
-def write_hub(model: DAT, cfg: PretrainedCfg, out: Path, source: str | Path | None) -> Exported:
-    """``write_timm``, and a model card of what the run of ``source`` (as ``load_model`` takes it) says."""
+def write_hub(model: Network, cfg: PretrainedCfg, out: Path, source: str | Path | None) -> Exported:
+    """``write_timm``, and a model card of what the run of ``source`` (as ``load_model`` takes it) says.
+
+    A segmentation network, of which timm knows nothing, is ``model.safetensors`` and the card.
+    """
     training = model_card.Training()
     if source is not None:
         training = model_card.training_of(source, averaged=cfg.source.endswith("EMA"))
-    done = write_timm(model, cfg, out)
+    if isinstance(model, DAT):
+        done = write_timm(model, cfg, out)
+    else:
+        weights.save(out / "model.safetensors", model.state_dict(), cfg)
+        done = Exported(out, cfg, weights.load_model(out)[0], EXACT)
     (out / "README.md").write_text(model_card.text(model, cfg, training, out.name), encoding="utf-8")
     return done
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dattrain.data.augment.cpu_transforms import resize_window
 from dattrain.data.prepare.arrays import read_idx
-from dattrain.models.dat import DAT
 from dattrain.pretrained import preprocess
-from dattrain.pretrained.pretrained_cfg import PretrainedCfg
+from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg
 
 EXACT, GRAPH = 1e-6, 1e-3
 """Largest difference of logits that is accepted, relative to their largest. The same numbers may lie otherwise in memory, where
@@ -30,8 +30,8 @@ class Exported:
     tolerance: float
 
 
-def compare(model: DAT, item: Exported, images: Tensor) -> tuple[float, str]:
-    """Largest difference of logits relative to the largest logit, and on how many images the best class is the same.
+def compare(model: Network, item: Exported, images: Tensor) -> tuple[float, str]:
+    """Largest difference of logits relative to the largest logit, and on how many images the best class (of every pixel) is the same.
 
     All together and the first alone, so that a graph with a frozen batch size shows.
     """
@@ -39,7 +39,7 @@ def compare(model: DAT, item: Exported, images: Tensor) -> tuple[float, str]:
         expected, found = model(images), item.run(images)
         alone, found_alone = model(images[:1]), item.run(images[:1])
     difference = max(float((found - expected).abs().max()), float((found_alone - alone).abs().max()))
-    same = int((found.argmax(1) == expected.argmax(1)).sum())
+    same = int((found.argmax(1) == expected.argmax(1)).reshape(len(images), -1).all(1).sum())
     return difference / float(expected.abs().max()), f"{same} of {len(images)} images"
 
 
@@ -51,7 +51,13 @@ def images_for(cfg: PretrainedCfg, paths: Sequence[str] | None) -> Tensor:
         file = resources.files("dattrain") / "demo" / "t10k-images-idx3-ubyte.gz"
         with resources.as_file(file) as path:
             pixels = [preprocess.from_array(image) for image in read_idx(str(path))[:8]]
-    prepared = torch.stack([preprocess.prepare(each, cfg) for each in pixels])
+    if cfg.segmentation is None:
+        prepared = torch.stack([preprocess.prepare(each, cfg) for each in pixels])
+    else:  # of one size, and the smallest that is sure to fit will do
+        size = cfg.img_size
+        prepared = torch.stack(
+            [resize_window(each, size, (0, 0), size, cfg.interpolation) for each in pixels]
+        )
     if cfg.in_chans in (1, 3):
         return preprocess.normalise(prepared, cfg)
     # Of other channels (depth, infrared) there are no files here: red, green and blue again and again will do to compare.

@@ -13,10 +13,9 @@ from dattrain.config.run import run_of
 from dattrain.data.source import split_file
 from dattrain.errors import UserError
 from dattrain.models import flops
-from dattrain.models.dat import DAT
 from dattrain.observe import metrics
 from dattrain.pretrained import class_names
-from dattrain.pretrained.pretrained_cfg import PretrainedCfg
+from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg
 from dattrain.pretrained.weights import config_of
 from dattrain.state.format import named
 from dattrain.state.format.manifest import read_manifest
@@ -25,7 +24,15 @@ from dattrain.urls import mask
 _PLACES = ("train", "val", "validation", "test", "shards")
 """Folders that every set has: not its name."""
 NAMED = 30
-"""Class names at most that the card lists; ``config.json`` has all."""
+"""Class names at most that the card lists; the metadata of the weights have all."""
+_METRICS = {
+    "top1": ("accuracy", "top-1 accuracy"),
+    "top5": ("accuracy", "top-5 accuracy"),
+    "miou": ("mean_iou", "mIoU"),
+    "macc": ("mean_accuracy", "mean accuracy of classes"),
+    "aacc": ("accuracy", "accuracy of pixels"),
+}
+"""Numbers of an evaluation that are stated: their type on the hub, and their name."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Training:
     step: int | None = None
     epochs: float | None = None
     figures: dict[str, float] = field(default_factory=dict)
-    """``top1``, ``top5`` in percent, of ``images`` images."""
+    """Those of ``_METRICS`` that there are, in percent, of ``images`` images."""
     code: str = ""
     started_from: str = ""
 
@@ -57,7 +64,7 @@ def training_of(path: str | Path, *, averaged: bool) -> Training:
         (row for row in reversed(metrics.read(run)) if row.get("step") == step and "eval_images" in row), {}
     )
     prefix = "ema_" if averaged else ""
-    figures = {key: row[prefix + key] for key in ("top1", "top5") if row.get(prefix + key) is not None}
+    figures = {key: row[prefix + key] for key in _METRICS if row.get(prefix + key) is not None}
     if figures:
         figures["images"] = int(row["eval_images"])
     epoch = next(
@@ -74,7 +81,7 @@ def training_of(path: str | Path, *, averaged: bool) -> Training:
     )  # fmt: skip
 
 
-def text(model: DAT, cfg: PretrainedCfg, training: Training, name: str) -> str:
+def text(model: Network, cfg: PretrainedCfg, training: Training, name: str) -> str:
     """The card.
 
     Args:
@@ -85,46 +92,52 @@ def text(model: DAT, cfg: PretrainedCfg, training: Training, name: str) -> str:
         f"# {name}\n",
         _about(cfg),
     ]
+    dense = cfg.segmentation
+    size = cfg.img_size if dense is None else (dense.short_side, dense.long_side)
     parts += [
         "## Architecture\n",
         _list(
             {
-                "model": f"`{cfg.name}`" + (f" with {_arguments(cfg)}" if cfg.overrides else ""),
-                "image size": f"{cfg.img_size[0]} x {cfg.img_size[1]}",
+                "model" if dense is None else "backbone": f"`{cfg.name}`"
+                + (f" with {_arguments(cfg)}" if cfg.overrides else ""),
+                **({} if dense is None else {"decoder": f"`{dense.head}`, {_NORMS[dense.norm]}"}),
+                "image size": f"{size[0]} x {size[1]}" if dense is None else "any",
                 "parameters": f"{flops.parameters(model) / 1e6:.2f} M",
-                "multiply-adds": f"{flops.flops(model, cfg.img_size, cfg.in_chans) / 1e9:.3g} G per image",
+                "multiply-adds": f"{flops.flops(model, size, cfg.in_chans) / 1e9:.3g} G per image"
+                + ("" if dense is None else f" of {size[0]} x {size[1]}"),
                 "classes": _classes(cfg),
             }
         ),
         "## Training and evaluation\n",
         _trained(cfg, training),
         "## How to load it\n",
-        _usage(name),
+        _usage(name) if dense is None else _usage_dense(name),
         "## License\n",
         "Not stated. Who publishes these weights chooses one that their data and the weights they began with allow, and adds it "
         "to the block at the top of this file: `license: ...`.\n",
         "## References\n",
-        "Vision Transformer with Deformable Attention, Xia et al., CVPR 2022 (arXiv 2201.00520)"
-        + ("; DAT++: Spatially Dynamic Vision Transformer with Deformable Attention (arXiv 2309.01430)" if "pp" in cfg.name else "")
-        + ".\n",
+        f"{'; '.join(_references(cfg))}.\n",
     ]  # fmt: skip
     return "\n".join(parts)
 
 
 def _front_matter(cfg: PretrainedCfg, training: Training, name: str) -> dict[str, Any]:
+    task, library = (
+        ("image-classification", "timm") if cfg.segmentation is None else ("image-segmentation", "dattrain")
+    )
     found: dict[str, Any] = {
-        "library_name": "timm",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "timm", "deformable-attention"],
+        "library_name": library,
+        "pipeline_tag": task,
+        "tags": [task, library, "deformable-attention"],
     }
     if training.figures:
         rows = [
-            {"type": "accuracy", "name": f"top-{key[3:]} accuracy", "value": round(training.figures[key], 3)}
-            for key in ("top1", "top5")
+            {"type": kind, "name": said, "value": round(training.figures[key], 3)}
+            for key, (kind, said) in _METRICS.items()
             if key in training.figures
         ]
         result = {
-            "task": {"type": "image-classification"},
+            "task": {"type": task},
             "dataset": {"type": "other", "name": training.val or "the run's validation set"},
             "metrics": rows,
         }
@@ -134,9 +147,40 @@ def _front_matter(cfg: PretrainedCfg, training: Training, name: str) -> dict[str
 
 def _about(cfg: PretrainedCfg) -> str:
     kind = "DAT++" if "pp" in cfg.name else "DAT, a Vision Transformer with Deformable Attention"
+    if not cfg.name.startswith("dat_"):
+        kind = f"`{cfg.name}`"
     origin = f" ({cfg.source})" if cfg.source else ""
     task = "An image classifier" if cfg.num_classes else "A backbone without classification head"
+    if cfg.segmentation is not None:
+        task, kind = "A semantic segmentation network", f"{_HEADS[cfg.segmentation.head]} on {kind}"
     return f"{task}: {kind}, trained with dattrain{origin}.\n"
+
+
+_HEADS = {"upernet": "UperNet", "semantic_fpn": "Semantic FPN"}
+_NORMS = {"sync": "SyncBatchNorm", "batch": "BatchNorm", "group": "GroupNorm"}
+
+
+def _references(cfg: PretrainedCfg) -> list[str]:
+    found = []
+    if cfg.name.startswith("dat_"):
+        found.append("Vision Transformer with Deformable Attention, Xia et al., CVPR 2022 (arXiv 2201.00520)")
+    if cfg.name.startswith("dat_pp_"):
+        found.append(
+            "DAT++: Spatially Dynamic Vision Transformer with Deformable Attention (arXiv 2309.01430)"
+        )
+    if cfg.name.startswith("swin_"):
+        found.append("Swin Transformer, Liu et al., ICCV 2021 (arXiv 2103.14030)")
+    if cfg.name.startswith("pvt_"):
+        found.append(
+            "PVT v2: Improved Baselines with Pyramid Vision Transformer, Wang et al., 2022 (arXiv 2106.13797)"
+        )
+    if cfg.segmentation is not None:
+        found.append(
+            "Unified Perceptual Parsing for Scene Understanding, Xiao et al., ECCV 2018 (arXiv 1807.10221)"
+            if cfg.segmentation.head == "upernet"
+            else "Panoptic Feature Pyramid Networks, Kirillov et al., CVPR 2019 (arXiv 1901.02446)"
+        )
+    return found
 
 
 def _arguments(cfg: PretrainedCfg) -> str:
@@ -147,7 +191,8 @@ def _classes(cfg: PretrainedCfg) -> str:
     names = class_names.names(cfg.num_classes, cfg.labels, cfg.classes)
     if not cfg.classes and not cfg.labels:
         return f"{cfg.num_classes}, whose names are not known"
-    more = f" and {len(names) - NAMED} more (`label_names` in config.json)" if len(names) > NAMED else ""
+    where = "`label_names` in config.json" if cfg.segmentation is None else "in the metadata of the weights"
+    more = f" and {len(names) - NAMED} more ({where})" if len(names) > NAMED else ""
     return f"{cfg.num_classes}: {', '.join(names[:NAMED])}{more}"
 
 
@@ -160,16 +205,19 @@ def _trained(cfg: PretrainedCfg, training: Training) -> str:
         and f"{training.step:,} updates" + (f", {training.epochs:.1f} epochs" if training.epochs else ""),
         "evaluated on": training.val,
         **{
-            f"top-{key[3:]}": f"{training.figures[key]:.2f} % of {training.figures['images']:,} images"
-            for key in ("top1", "top5")
+            said.removesuffix(
+                " accuracy"
+            ): f"{training.figures[key]:.2f} % of {training.figures['images']:,} images"
+            for key, (_, said) in _METRICS.items()
             if key in training.figures
         },
-        "preparation of images": f"{'squashed' if cfg.resize == 'squash' else 'shorter side resized'}, central crop of "
-        f"{cfg.crop_pct:g}, {cfg.interpolation}, mean {list(cfg.mean)}, std {list(cfg.std)}",
+        "preparation of images": f"{_prepared(cfg)}, {cfg.interpolation}, mean {list(cfg.mean)}, std {list(cfg.std)}",
         "code": training.code,
     }
     if not training.figures:
-        facts["accuracy"] = "not on record; `dattrain eval` of this folder measures it"
+        facts["accuracy" if cfg.segmentation is None else "mIoU"] = (
+            "not on record; `dattrain eval` of this folder measures it"
+        )
     return _list({key: str(value) for key, value in facts.items() if value})
 
 
@@ -184,6 +232,32 @@ def _usage(name: str) -> str:
         'names = model.pretrained_cfg.get("label_names")\n'
         "```\n\n"
         f"`dattrain predict IMAGE --checkpoint {name}`, `dattrain eval {name} --data SET` and `init.from={name}` take the folder too.\n"
+    )
+
+
+def _prepared(cfg: PretrainedCfg) -> str:
+    dense = cfg.segmentation
+    if dense is None:
+        how = "squashed" if cfg.resize == "squash" else "shorter side resized"
+        return f"{how}, central crop of {cfg.crop_pct:g}"
+    found = f"shorter side resized to {dense.short_side}, the longer at most {dense.long_side}"
+    if dense.mode == "slide" and dense.crop is not None:
+        found += f", in windows of {dense.crop[0]} x {dense.crop[1]}"
+    if dense.scales != (1.0,):
+        found += f", at scales {', '.join(f'{scale:g}' for scale in dense.scales)}"
+    return found + (", and mirrored" if dense.flip else "")
+
+
+def _usage_dense(name: str) -> str:
+    return (
+        "```python\n"
+        "import dattrain\n\n"
+        f'(found,) = dattrain.predict("{name}", "photo.jpg")\n'
+        "found.classes  # H x W uint8, the number of each pixel's class in found.names\n"
+        "found.shares()  # the classes that are there, with their shares of the pixels\n"
+        "```\n\n"
+        f"`dattrain predict IMAGE --checkpoint {name}`, `dattrain eval {name} --data SET` and `init.from={name}/model.safetensors` "
+        "take it too.\n"
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dattrain.data.augment.cpu_transforms import resize_window
@@ -21,6 +22,8 @@ from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 
 _NAMED = 5
 """Skipped files that are named."""
+_ORIENTATION = 0x0112
+"""The tag of EXIF 2.32, 4.6.4."""
 
 
 def find(paths: Iterable[str | Path]) -> list[Path]:
@@ -50,25 +53,43 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def read(path: Path) -> Tensor:
-    """RGB pixels of a file, 3 x H x W uint8. Raises UserError for what is not an image."""
+def read(path: Path, *, upright: bool = False) -> Tensor:
+    """RGB pixels of a file, 3 x H x W uint8; ``upright`` turns them as its EXIF orientation says. Raises UserError for what is not an image."""
     try:
-        return images.decode(read_file(path))
+        data = read_file(path)
+        pixels = images.decode(data)
+        return _turned(pixels, data) if upright else pixels
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except images.BadImage as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def as_pixels(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:
+def _turned(pixels: Tensor, data: bytes) -> Tensor:
+    """``pixels`` of an encoded image, as its EXIF orientation has them shown."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow raises many types; the pixels have been decoded
+        return pixels
+    if value in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 2)
+    axes = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(value, ())
+    return pixels.flip(axes)
+
+
+def as_pixels(image: str | Path | Image.Image | np.ndarray | Tensor, *, upright: bool = False) -> Tensor:
     """RGB pixels 3 x H x W uint8 of a file, a PIL image, an array (H x W or H x W x 3 uint8) or such a tensor.
+
+    ``upright``: a file or a PIL image is turned as its EXIF orientation says.
 
     Raises:
         UserError: a file that is not an image; an array or tensor of another shape or dtype; anything else.
     """
     if isinstance(image, (str, Path)):
-        return read(Path(image))
+        return read(Path(image), upright=upright)
     if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image) if upright else image
         image = np.asarray(image.convert("RGB"))
     if not isinstance(image, (np.ndarray, Tensor)):
         raise UserError(f"an image that is {image!r}: give a file, a PIL image, an array or a tensor")

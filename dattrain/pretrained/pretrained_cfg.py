@@ -20,7 +20,10 @@ from dattrain.data.classes import Classes
 from dattrain.errors import UserError
 from dattrain.models.dat import DAT
 from dattrain.models.deformable import Conventions
+from dattrain.models.dense.backbone import create_backbone
+from dattrain.models.dense.segmenter import Segmenter, create_segmenter
 from dattrain.models.zoo import create, variant_of
+from dattrain.pretrained.segmentation_cfg import SegmentationCfg, segmentation_of
 
 _SETTINGS = (
     "patch_size",
@@ -51,6 +54,12 @@ _USED_BY = {
 """Kinds of block that a setting matters to."""
 
 FORMAT = 1
+"""Of an image classifier's, which every version reads."""
+FORMAT_DENSE = 2
+"""Of a network for dense prediction's: what versions before it must not take for a classifier's."""
+
+Network = DAT | Segmenter
+"""What ``load_model`` opens: an image classifier (or its backbone), or a segmentation network."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,9 @@ class PretrainedCfg:
     ``name`` to ``in_chans`` and ``overrides`` are arguments of ``zoo.create``; ``mean``, ``std``, ``resize`` and
     ``crop_pct`` say how images are prepared; ``labels`` names a label set of ``data.labels``; ``classes`` holds a name
     per class, or nothing; ``source`` tells where the weights came from.
+
+    ``segmentation`` is set for a segmentation network. ``name`` and ``overrides`` are its backbone's then, ``img_size`` lays out
+    windows and tables alone, and ``resize`` and ``crop_pct`` mean nothing.
     """
 
     name: str
@@ -75,35 +87,58 @@ class PretrainedCfg:
     labels: str | None = None
     classes: tuple[str, ...] = ()
     source: str = ""
+    segmentation: SegmentationCfg | None = None
 
     def to_json(self) -> str:
         """As kept in a file's metadata."""
-        return json.dumps({"format": FORMAT, **asdict(self)})
+        content = asdict(self)
+        if self.segmentation is None:
+            del content["segmentation"]
+        return json.dumps({"format": FORMAT if self.segmentation is None else FORMAT_DENSE, **content})
 
     @classmethod
     def from_json(cls, text: str) -> PretrainedCfg:
         """The reverse of ``to_json``. Raises ValueError for anything else."""
         content = json.loads(text)
-        if content.pop("format", None) != FORMAT:
-            raise ValueError(f"not of format {FORMAT}")
+        found = content.pop("format", None)
+        if found != (FORMAT_DENSE if "segmentation" in content else FORMAT):
+            raise ValueError(f"of format {found}, and {FORMAT} and {FORMAT_DENSE} are known")
         for key in ("img_size", "mean", "std", "classes"):
             content[key] = tuple(content[key])
         content["overrides"] = _tuples(content.get("overrides") or {})
         try:
+            if "segmentation" in content:
+                content["segmentation"] = SegmentationCfg(**_tuples(content["segmentation"]))
             return cls(**content)
         except TypeError as error:
             raise ValueError(str(error)) from None
 
 
-def build(cfg: PretrainedCfg, *, meta: bool = False) -> DAT:
-    """The network that ``cfg`` describes, with fresh weights, or without any memory (``meta``)."""
+def build(cfg: PretrainedCfg, *, meta: bool = False) -> Network:
+    """The network that ``cfg`` describes, with fresh weights, or without any memory (``meta``).
+
+    A decoder's SyncBatchNorm is built as BatchNorm, which has the same parameters, does the same in evaluation mode, and runs on
+    CPUs too.
+    """
+    overrides = _tuples(cfg.overrides or {})
     with torch.device("meta" if meta else "cpu"):
-        return create(
-            cfg.name,
-            num_classes=cfg.num_classes,
-            img_size=cfg.img_size,
-            in_chans=cfg.in_chans,
-            **_tuples(cfg.overrides or {}),
+        if cfg.segmentation is None:
+            return create(
+                cfg.name,
+                num_classes=cfg.num_classes,
+                img_size=cfg.img_size,
+                in_chans=cfg.in_chans,
+                **overrides,
+            )
+        dense = cfg.segmentation
+        backbone = create_backbone(cfg.name, img_size=cfg.img_size, in_chans=cfg.in_chans, **overrides)
+        return create_segmenter(
+            backbone,
+            dense.head,
+            cfg.num_classes,
+            norm="batch" if dense.norm == "sync" else dense.norm,
+            channels=dense.channels,
+            aux=dense.aux,
         )
 
 
@@ -123,6 +158,7 @@ def cfg_of_recipe(config: Config, *, source: str = "") -> PretrainedCfg:
         interpolation=config.augment.interpolation,
         labels=config.data.labels,
         source=source,
+        segmentation=segmentation_of(config),
     )
 
 

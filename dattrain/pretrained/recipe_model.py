@@ -1,4 +1,4 @@
-"""A recipe's network without memory: names, shapes and what is trained, for what reads and writes checkpoints."""
+"""From a recipe to its network without memory (names, shapes and what is trained), and from weights without a run to a recipe."""
 
 from __future__ import annotations
 
@@ -8,13 +8,48 @@ from dataclasses import replace
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
 from dattrain.engine.optim import freeze_backbone
-from dattrain.models.dat import DAT
-from dattrain.pretrained.pretrained_cfg import build, cfg_of_recipe
+from dattrain.errors import UserError
+from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg, build, cfg_of_recipe
 
 
-def network(config: Config, img_size: int | Sequence[int]) -> DAT:
+def network(config: Config, img_size: int | Sequence[int]) -> Network:
     """The recipe's model laid out for ``img_size``, on the meta device, frozen as the recipe says."""
     net = build(replace(cfg_of_recipe(config), img_size=as_pair(img_size)), meta=True)
     if config.optim.freeze_backbone:
         freeze_backbone(net)
     return net
+
+
+def segmentation_recipe(cfg: PretrainedCfg) -> Config:
+    """A recipe whose network, images and evaluation are those of a segmentation network's weights without a run.
+
+    Raises:
+        UserError: settings that no recipe can have, so that the file was written by something else.
+    """
+    dense = cfg.segmentation
+    assert dense is not None
+    off = dict.fromkeys(("color_jitter", "mixup", "cutmix", "erase_prob", "label_smoothing"), 0)
+    sections = {
+        "task": {
+            "kind": "segmentation", "head": dense.head, "norm": dense.norm, "channels": dense.channels,
+            **({} if dense.aux else {"aux_weight": 0}),
+        },
+        "model": {
+            "name": cfg.name, "img_size": cfg.img_size, "num_classes": cfg.num_classes, "in_chans": cfg.in_chans,
+            "overrides": cfg.overrides or {},
+        },
+        "geometry": {"short_side": dense.short_side, "long_side": dense.long_side, "crop": dense.crop},
+        "augment": {
+            **off, "randaugment": None, "mean": cfg.mean, "std": cfg.std, "interpolation": cfg.interpolation,
+        },
+        "eval": {
+            "batch": 1, "mode": dense.mode, "stride": dense.stride, "scales": dense.scales, "flip": dense.flip,
+        },
+        "checkpoint": {"metric": "miou"},
+    }  # fmt: skip
+    try:
+        return Config.model_validate(sections)
+    except ValueError as error:
+        raise UserError(
+            f"{cfg.source or cfg.name}: no recipe can have what its metadata says: {error}"
+        ) from None

@@ -59,7 +59,7 @@ class Start:
             self.said = f"{path}: {self.cfg.source}, architecture {origin}; every tensor survives the way to our names and back"
         else:
             self.path = path.absolute()
-            _, self.cfg = weights.load_model(path)
+            _, self.cfg = weights.load_classifier(path, "`dattrain finetune`")
             self.said = f"{path}: {self.cfg.source or 'weights'}"
         if self.cfg.in_chans != 3:
             raise UserError(f"{path}: takes {self.cfg.in_chans} channels, and images have 3")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,11 +22,11 @@ from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
 from dattrain.data.classes import read as read_classes
 from dattrain.data.source.dataset import open_dataset
-from dattrain.errors import UserError
+from dattrain.errors import ConfigError, UserError
 from dattrain.files import replacing
 from dattrain.models.dat import DAT
 from dattrain.models.surgery import adopt_tables
-from dattrain.pretrained.pretrained_cfg import PretrainedCfg, build, cfg_of_recipe, differences
+from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg, build, cfg_of_recipe, differences
 from dattrain.runtime import collectives
 from dattrain.runtime.environment import device_called
 from dattrain.state import gather
@@ -43,21 +43,22 @@ def load_model(
     device: str | torch.device = "cpu",
     img_size: int | tuple[int, int] | None = None,
     bias_table: Literal["resize", "sample"] = "resize",
-) -> tuple[DAT, PretrainedCfg]:
-    """Open weights as a model in evaluation mode, fp32.
+) -> tuple[Network, PretrainedCfg]:
+    """Open weights as a model in evaluation mode, fp32: an image classifier, or where ``cfg.segmentation`` is set, a ``Segmenter``.
 
     Args:
         path: a run folder or its ``checkpoints`` (the newest complete checkpoint is taken; ``RUN@best`` and ``RUN@STEP`` name
             another), a checkpoint folder, a safetensors file that ``dattrain import`` or ``export`` wrote, or a folder from
             ``export --to timm``.
         ema: the averaged weights; None takes them where a checkpoint has them. A file holds one set of weights.
-        img_size: lay the model out for another size; None keeps that of the weights.
+        img_size: lay a classifier out for another size; None keeps that of the weights.
         bias_table: at another size, ``resize`` window and deformable tables bicubically, or leave the continuous
             deformable tables as they are and ``sample`` them (windows then keep their size too).
 
     Raises:
         UserError: there is nothing to open, it is damaged, the tensors are not those of the model it names, or there is no such
             device.
+        ConfigError: ``img_size`` for a segmentation network, which takes images of any size.
     """
     device = device_called(device)
     path = Path(path)
@@ -72,10 +73,36 @@ def load_model(
         raise UserError(f"{path}: no such run folder, checkpoint or safetensors file")
     if img_size is not None:
         size = as_pair(img_size)
+        if not isinstance(model, DAT):
+            raise ConfigError(
+                f"{path}: is a segmentation network, which takes images of any size: leave the image size out"
+            )
         if bias_table == "resize":
             model.set_input_size(size)
         cfg = replace(cfg, img_size=size)
     return model.to(device).eval(), cfg
+
+
+def load_classifier(path: str | Path, purpose: str, **options: Any) -> tuple[DAT, PretrainedCfg]:
+    """``load_model`` where only an image classifier, or its backbone, will do; its arguments and errors.
+
+    Args:
+        path: as for ``load_model``.
+        purpose: what only these are good for, for the message: ``"--to onnx"``.
+        options: as for ``load_model``.
+
+    Raises:
+        ConfigError: they are weights of a segmentation network.
+    """
+    model, cfg = load_model(path, **options)
+    return classifier(model, path, purpose), cfg
+
+
+def classifier(model: Network, path: str | Path, purpose: str) -> DAT:
+    """``model``, which ``path`` holds. Raises ConfigError where it is a segmentation network; arguments of ``load_classifier``."""
+    if not isinstance(model, DAT):
+        raise ConfigError(f"{path}: is a segmentation network, and {purpose} is for image classifiers")
+    return model
 
 
 def save(
@@ -110,6 +137,7 @@ def _check_same(path: Path, tmp_path: Path, model: DAT) -> None:
             f"{path}: not written, since it could not be read back ({error}); please report this"
         ) from error
     written, found = model.state_dict(), back.state_dict()
+    assert isinstance(back, DAT)  # as the pretrained config says
     differing = [
         *(name for name, tensor in written.items() if not torch.equal(_wide(tensor), found[name])),
         *differences(model, back),
@@ -142,6 +170,8 @@ def cfg_of_checkpoint(folder: Path, manifest: Manifest, *, ema: bool) -> Pretrai
     found = {name: tuple(parameter.shape) for name, parameter in manifest.parameters.items()}
     sizes = [config.model.img_size, *(phase.img_size for phase in config.train.progressive)]
     cfgs = [replace(cfg, img_size=size) for size in dict.fromkeys(map(as_pair, sizes))]
+    if len(cfgs) == 1:
+        return cfg
     return next((each for each in cfgs if _shapes(build(each, meta=True).state_dict()) == found), cfgs[0])
 
 
@@ -163,7 +193,7 @@ def class_names(run: Path, config: Config, in_checkpoint: Sequence[str] = ()) ->
     return names if len(names) == config.model.num_classes else ()
 
 
-def _from_checkpoint(folder: Path, ema: bool | None) -> tuple[DAT, PretrainedCfg]:
+def _from_checkpoint(folder: Path, ema: bool | None) -> tuple[Network, PretrainedCfg]:
     manifest = read_manifest(folder)
     if ema is None:
         ema = "ema" in manifest.states
@@ -174,10 +204,10 @@ def _from_checkpoint(folder: Path, ema: bool | None) -> tuple[DAT, PretrainedCfg
             "give the run folder, or put the run's config.yaml beside its checkpoints"
         )
     state = gather.load_tensors(folder, "ema" if ema else "param")
-    return _filled(build(cfg, meta=True), state, str(folder)), cfg
+    return _filled(cfg, state, str(folder)), cfg
 
 
-def _from_file(path: Path) -> tuple[DAT, PretrainedCfg]:
+def _from_file(path: Path) -> tuple[Network, PretrainedCfg]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -195,11 +225,12 @@ def _from_file(path: Path) -> tuple[DAT, PretrainedCfg]:
         cfg = PretrainedCfg.from_json(metadata[METADATA_KEY])
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: its metadata is not of this version of dattrain ({error})") from None
-    return _filled(build(cfg, meta=True), state, str(path)), cfg
+    return _filled(cfg, state, str(path)), cfg
 
 
-def _filled(model: DAT, state: Mapping[str, Tensor], source: str) -> DAT:
-    """Give the (meta) model its tensors; every one must be there, of its shape, and none left over."""
+def _filled(cfg: PretrainedCfg, state: Mapping[str, Tensor], source: str) -> Network:
+    """The model with its tensors; every one must be there, of its shape, and none left over."""
+    model = build(cfg, meta=True)
     # Continuous tables that were not resized (init.bias_table=sample) keep the shapes of the resolution before.
     adopt_tables(model, _shapes(state))
     expected = _shapes(model.state_dict())
@@ -212,6 +243,9 @@ def _filled(model: DAT, state: Mapping[str, Tensor], source: str) -> DAT:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{source}: the tensors are not those of its model: {'; '.join(wrong[:3])}{more}")
+    if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in expected):
+        model = build(cfg)  # timm's networks compute buffers where they are built, and no file has them
+        adopt_tables(model, _shapes(state))
     model.load_state_dict({name: _wide(tensor) for name, tensor in state.items()}, assign=True)
     return model
 

@@ -24,10 +24,22 @@ def write(path: Path, runs: Sequence[Path], titles: Sequence[str] = ()) -> None:
 
 
 def picture(runs: Sequence[Path], titles: Sequence[str]) -> Figure:
-    """A panel for each of ``curves.PANELS``; runs have colours of their own, the curves of one in a panel other lines."""
+    """A panel for each of ``curves.PANELS``; runs have colours of their own, the curves of one in a panel other lines.
+
+    Of tasks that none of the runs is of there is none.
+    """
     tables = [curves.panels(metrics.read(run)) for run in runs]
-    figure = Figure(figsize=(13, 7.4), layout="constrained", dpi=110)
-    for number, (axes, panel) in enumerate(zip(figure.subplots(2, 3).flat, curves.PANELS)):
+    numbers = [
+        n
+        for n, panel in enumerate(curves.PANELS)
+        if panel.title not in curves.TASKS or any(table[n]["curves"] for table in tables)
+    ]
+    figure = Figure(figsize=(13 * -(-len(numbers) // 2) / 3, 7.4), layout="constrained", dpi=110)
+    grid = figure.subplots(2, -(-len(numbers) // 2)).flat
+    for empty in list(grid)[len(numbers) :]:
+        empty.set_axis_off()
+    for axes, number in zip(grid, numbers):
+        panel = curves.PANELS[number]
         positive = True
         for which, (title, table) in enumerate(zip(titles, tables)):
             for place, curve in enumerate(table[number]["curves"]):

@@ -33,11 +33,22 @@ PANELS = (
         "Accuracy", "%",
         {"top1": "top-1", "top5": "top-5", "ema_top1": "top-1, averaged weights", "ema_top5": "top-5, averaged weights"},
     ),
+    Panel(
+        "Segmentation", "%",
+        {
+            "miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "ema_miou": "mIoU, averaged weights",
+            "ema_macc": "mAcc, averaged weights", "ema_aacc": "aAcc, averaged weights",
+        },
+    ),
     Panel("Learning rate", "", {"lr": "learning rate"}, log=True),
     Panel("Throughput", "images/s", {"images_per_s": "images/s"}),
     Panel("Waiting for data", "% of the time", {"data_wait": "waiting"}, factor=100),
     Panel("Gradient norm", "", {"grad_norm": "gradient norm"}, log=True),
 )  # fmt: skip
+
+
+TASKS = ("Accuracy", "Segmentation")
+"""Titles of those that one task has."""
 
 
 def panels(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

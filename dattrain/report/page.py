@@ -23,7 +23,7 @@ from dattrain.errors import UserError
 from dattrain.files import write_atomically
 from dattrain.observe import events, metrics
 from dattrain.pretrained import class_names
-from dattrain.report import curves, settings, timeline
+from dattrain.report import curves, segmented, settings, timeline
 from dattrain.state.format.retention import best_step, lower_is_better
 from dattrain.text import columns
 from dattrain.urls import mask
@@ -67,6 +67,8 @@ def collect(
         "environment": settings.environment(starts, _json(run_dir / "code.json")),
         "confusion": _confusion(predictions, names),
         "images": _images(predictions, names),
+        "classes": segmented.classes(predictions, names),
+        "segmented": segmented.images(predictions, names),
     }
     return {**run, "summary": _summary(config, rows, found, predictions)}
 
@@ -104,14 +106,7 @@ def _summary(
 ) -> dict[str, str]:
     """What a run came to, by name, as text."""
     metric = config.checkpoint.metric
-    sizes = [
-        as_pair(size) for size in (config.model.img_size, *(p.img_size for p in config.train.progressive))
-    ]
-    height, width = sizes[-1]
-    summary = {
-        "state": _state(found),
-        "model": f"{config.model.name}, {height} x {width}, {config.model.num_classes} classes",
-    }
+    summary = {"state": _state(found), "model": _model(config)}
     evaluations = [row for row in rows if "eval_images" in row]
     if scores := metrics.scores(evaluations, metric):
         for name, step in (("best", best_step(scores, metric)), ("last", max(scores))):
@@ -143,6 +138,18 @@ def _summary(
     return summary
 
 
+def _model(config: Config) -> str:
+    model, geometry = config.model, config.geometry
+    if config.task.kind == "segmentation":
+        side = f"shorter side {geometry.short_side}"
+        if geometry.crop is not None:
+            side = "crops of {} x {}".format(*as_pair(geometry.crop))
+        return f"{model.name} with {config.task.head}, {side}, {model.num_classes} classes"
+    last = [model.img_size, *(phase.img_size for phase in config.train.progressive)][-1]
+    height, width = as_pair(last)
+    return f"{model.name}, {height} x {width}, {model.num_classes} classes"
+
+
 def _state(found: Sequence[Mapping[str, Any]]) -> str:
     if not found:
         return "not started"
@@ -157,7 +164,7 @@ def _names(run_dir: Path, config: Config) -> list[str]:
 
 def _confusion(predictions: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
     """The most confused pairs, and the matrix of the classes in them, as shares of the row's images; None before an evaluation."""
-    if not predictions.get("classes"):
+    if not predictions.get("classes") or "kind" in predictions:  # of a segmentation: ``segmented``
         return None
     total = {label: images for label, images, _ in predictions["classes"]}
     right = {label: n for label, _, n in predictions["classes"]}
@@ -179,7 +186,7 @@ def _confusion(predictions: Mapping[str, Any], names: Sequence[str]) -> dict[str
 
 
 def _images(predictions: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
-    if not (predictions.get("worst") or predictions.get("best")):
+    if not (predictions.get("worst") or predictions.get("best")) or "kind" in predictions:
         return None
 
     def shown(kind: str) -> Iterator[dict[str, Any]]:

@@ -19,13 +19,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dattrain.config.schema import Config
 from dattrain.errors import UserError
-from dattrain.evaluation import inference
-from dattrain.evaluation.evaluate import Options, adjusted
+from dattrain.evaluation import inference, segmentation
+from dattrain.evaluation.options import Options, adjusted
 from dattrain.files import write_atomically
+from dattrain.models.dat import DAT
+from dattrain.models.dense.segmenter import Segmenter
 from dattrain.observe.events import PREDICTIONS
 from dattrain.pretrained import preprocess
-from dattrain.pretrained.weights import config_of, load_model
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg
+from dattrain.pretrained.weights import config_of, load_classifier, load_model
+from dattrain.report import segmented
 from dattrain.runtime.progress import Progress
 from dattrain.state.format import checkpoint
 from dattrain.state.format.manifest import read_manifest
@@ -36,17 +41,6 @@ from dattrain.visualize.sampling_points import Deformed, capture, select
 
 _AREA, _COVERED = 0.0012, 0.08
 """Mean area of a point at most, and of all together, as shares of the image."""
-
-
-class _Alone:
-    """The exchanges of one process; see ``dattrain.tasks.base.Ranks``."""
-
-    def sum(self, values: Tensor) -> None:
-        """They are the sum."""
-
-    def gather(self, value: Any) -> list[Any]:
-        """Its own."""
-        return [value]
 
 
 def evaluate(run_dir: Path, device: torch.device) -> dict[str, Any]:
@@ -61,31 +55,40 @@ def evaluate(run_dir: Path, device: torch.device) -> dict[str, Any]:
         raise UserError(f"{run_dir}: data.val is not set, so there is nothing to evaluate on")
     spec, config = config.data.val, adjusted(config, Options())
     manifest = read_manifest(checkpoint.locate(run_dir))
+    if isinstance(model, Segmenter):
+        _, predictions, _ = segmentation.run(config, model, cfg, spec, device)
+    else:
+        predictions = _classified(config, model, cfg, spec, device, run_dir.name)
+    about = {"step": manifest.step, "data": mask(spec), "averaged": "ema" in manifest.states}
+    found = {**about, **predictions}
+    write_atomically(run_dir / PREDICTIONS, json.dumps(found))
+    return found
+
+
+def _classified(
+    config: Config, model: DAT, cfg: PretrainedCfg, spec: str, device: torch.device, title: str
+) -> dict[str, Any]:
     evaluator = create_task(config).evaluator(device, torch.float32)
     loader = inference.open_loader(config, cfg, spec, inference.Views(), device=device)
-    with closing(loader), torch.inference_mode(), Progress(run_dir.name, "batches", shown=True) as progress:
+    with closing(loader), torch.inference_mode(), Progress(title, "batches", shown=True) as progress:
         for number, batch in enumerate(loader, 1):
             evaluator.update(model, batch, lockstep=False)
             progress(number, len(loader))
-        found = {
-            "step": manifest.step,
-            "data": mask(spec),
-            "averaged": "ema" in manifest.states,
-            **evaluator.predictions(_Alone()),
-        }
-    write_atomically(run_dir / PREDICTIONS, json.dumps(found))
-    return found
+    return dict(evaluator.predictions(inference.Alone()))
 
 
 def with_points(run_dir: Path, found: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """``found`` (predictions) with ``points`` for each image that it shows, and where they are from; written down too.
 
     Of the checkpoint of the evaluation's step; where that was removed, of the newest. Per block: ``label`` and ``groups``, of each its
-    points as [x, y, radius] in thousandths of the width, the height and the width; the area is the attention received.
+    points as [x, y, radius] in thousandths of the width, the height and the width; the area is the attention received. Those of a
+    segmentation are as they are: its images were kept too small for the network to look at them as it did.
 
     Raises:
         UserError: no weights there; ``model`` has no deformable attention.
     """
+    if found.get("kind") == segmented.KIND:
+        return dict(found)
     folder = run_dir / "checkpoints" / checkpoint.folder_name(found["step"])
     source = folder if (folder / "manifest.json").is_file() else checkpoint.locate(run_dir)
     shown = [item for kind in ("worst", "best") for item in found[kind]]
@@ -93,7 +96,9 @@ def with_points(run_dir: Path, found: Mapping[str, Any], device: torch.device) -
         return dict(found)
     pixels = [_pixels(item["picture"]) for item in shown]
     height, width = pixels[0].shape[1:]
-    model, cfg = load_model(source, ema=bool(found["averaged"]), device=device, img_size=(height, width))
+    model, cfg = load_classifier(
+        source, "this", ema=bool(found["averaged"]), device=device, img_size=(height, width)
+    )
     points = []
     for image in pixels:
         # One at a time: the attention of a batch of large images would not fit a small device.

@@ -60,10 +60,23 @@ def bound(config: Config, *, samples: int, tasks: int, cores: int) -> CpuTime | 
     """
     if config.model.name not in GFLOPS:
         return None
-    height, width = as_pair(config.model.img_size)
-    forward = GFLOPS[config.model.name] * 1e9 * height * width / 224**2
+    forward = GFLOPS[config.model.name] * 1e9 * _pixels(config) / 224**2
     # A multiply-add is two operations, and backward costs twice the forward.
     rate = tasks * cores * CORE / (6 * forward)
     steps = derive(config, world=tasks, samples_per_epoch=samples).last_step
     images = math.ceil(steps * config.train.global_batch)
     return CpuTime(images / rate, images, rate)
+
+
+def _pixels(config: Config) -> float:
+    """Of an image, at least. What a decoder does, and that attention grows with the square, only makes the time longer."""
+    g = config.geometry
+    if config.task.kind == "classification":
+        size = as_pair(config.model.img_size)
+    elif g.crop is not None:
+        size = as_pair(g.crop)
+    else:
+        # A square, the smallest of an image's sizes, times the mean square of scales drawn uniformly.
+        low, high = g.scale
+        return min(g.short_side, g.long_side) ** 2 * (low * low + low * high + high * high) / 3
+    return size[0] * size[1]

@@ -182,6 +182,14 @@ class Task(Protocol):
     def resize(self, tensors: Mapping[str, Tensor], img_size: Size) -> Iterator[tuple[str, Tensor]]:
         """Parameters by name as a model of ``img_size`` has them, from those of a model of another size."""
 
+    def noise_width(self, model: nn.Module) -> int:
+        """Numbers in [0, 1) that a sample's forward pass takes in training, for what is dropped; 0 where nothing is, or ``model``
+        draws by itself.
+        """
+
+    def input_size(self, img_size: Size) -> Size:
+        """Of the largest image that a training step may see; ``img_size`` is as for ``build``."""
+
     def flops(self, img_size: Size) -> float:
         """Multiply-adds of the forward pass of one image; NaN where they are not known."""
 
@@ -206,6 +214,24 @@ class Task(Protocol):
             classes: of the model's outputs (``TrainLoader.classes``).
         """
 
+    def example(
+        self,
+        count: int,
+        img_size: Size,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.uint8,
+        first: int = 0,
+    ) -> Any:
+        """A micro-batch without a data set, of ``input_size``, to measure with: ``loss`` takes it.
+
+        Args:
+            dtype: of the images: uint8 as the loaders give them, with the augmentation of positions ``first`` on; or a float
+                dtype, as normalised already and with nothing left to be done to them, which makes no use of NumPy: also under
+                torch's fake tensors.
+            first: position of the first sample.
+        """
+
     # The loss and the metrics
 
     def loss(self, forward: Forward, batch: Any, *, noise: Tensor | None, dtype: torch.dtype) -> Loss:
@@ -213,8 +239,7 @@ class Task(Protocol):
 
         Args:
             forward: the model, in training mode.
-            noise: uniform in [0, 1), B x ``num_drop_path`` float32, a function of each sample's position, for drop path;
-                None where the model drops nothing.
+            noise: uniform in [0, 1), B x ``noise_width`` float32, a function of each sample's position; None where that is 0.
             dtype: of the model's input.
         """
 

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
 from dattrain.data import factory
 from dattrain.data.augment.mixup import MixupCutmix, Normalize
+from dattrain.data.augment.plan import draw
 from dattrain.data.batch import Batch
 from dattrain.data.classes import Classes
 from dattrain.data.loader import EvalLoader, TrainLoader
@@ -90,6 +92,14 @@ class Classification:
         surgery.resize_for(scratch, tensors, bias_table=self.config.init.bias_table)
         yield from ((name, p.detach()) for name, p in scratch.named_parameters())
 
+    def noise_width(self, model: nn.Module) -> int:
+        """The residual branches that drop path may drop."""
+        return int(getattr(model, "num_drop_path", 0)) if self.config.model.drop_path > 0 else 0
+
+    def input_size(self, img_size: Size) -> Size:
+        """The model's own."""
+        return img_size
+
     def flops(self, img_size: Size) -> float:
         """Multiply-adds of the forward pass of one image."""
         with torch.device("meta"):
@@ -100,7 +110,7 @@ class Classification:
 
     def train_loader(
         self, *, rank: int, world: int, samples_seen: int, device: torch.device, img_size: Size
-    ) -> TrainLoader:
+    ) -> TrainLoader[Batch]:
         """Images decoded, cropped and augmented; erasing and mixing is left to ``loss``, on the device."""
         return factory.train_loader(
             self.config, rank=rank, world=world, samples_seen=samples_seen, device=device, img_size=img_size
@@ -108,11 +118,35 @@ class Classification:
 
     def eval_loader(
         self, classes: Classes, *, rank: int, world: int, device: torch.device, img_size: Size
-    ) -> EvalLoader:
+    ) -> EvalLoader[Batch]:
         """Images resized and cropped as ``eval`` says; labels are numbers in ``classes``."""
         return factory.eval_loader(
             self.config, classes, rank=rank, world=world, device=device, img_size=img_size
         )
+
+    def example(
+        self,
+        count: int,
+        img_size: Size,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.uint8,
+        first: int = 0,
+    ) -> Batch:
+        """Noise under random labels."""
+        height, width = as_pair(img_size)
+        generator = torch.Generator().manual_seed(self.config.train.seed + first)
+        position = torch.arange(first, first + count)
+        plan = None
+        if dtype == torch.uint8:
+            pixels = torch.randint(256, (count, height, width, 3), generator=generator, dtype=dtype)
+            plan = draw(self.config.augment, self.config.train.seed, position.numpy(), (height, width))
+            images = pixels.permute(0, 3, 1, 2)
+        else:
+            images = torch.zeros(count, 3, height, width, dtype=dtype)
+        labels = torch.randint(self.config.model.num_classes, (count,), generator=generator)
+        names = [f"synthetic:{first + number}" for number in range(count)]
+        return Batch(images, labels, torch.ones(count), position, names, plan).to(device)
 
     # The loss and the metrics
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dattrain.config.schema import Config
 from dattrain.tasks.base import Task
 from dattrain.tasks.classification import Classification
+from dattrain.tasks.segmentation import Segmentation
 
 
 def create_task(config: Config) -> Task:
-    """Make the task of ``config``: classification, the only one so far."""
-    return Classification(config)
+    """Make the task that ``task.kind`` names. Raises ConfigError for settings that it cannot use."""
+    return Segmentation(config) if config.task.kind == "segmentation" else Classification(config)

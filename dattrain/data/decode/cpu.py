@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from dattrain.data.augment.cpu_transforms import eval_image, train_image
 from dattrain.data.batch import Batch
 from dattrain.data.decode import images
 from dattrain.data.feed import Encoded, bad_sample_message
-from dattrain.data.shared_buffer import SharedBatchBuffer
+from dattrain.data.shared_buffer import SharedBatchBuffer, room
 from dattrain.data.worker_progress import note
 from dattrain.errors import UserError
 
@@ -59,7 +60,9 @@ class CpuDecoder:
     def decode(self, encoded: Encoded) -> Batch:
         """Decode what was read. Raises UserError for a bad image without ``skip_bad``."""
         bad = dict(encoded.bad)
-        pixels, slot = self._empty(len(encoded.data))
+        shape = (len(encoded.data), *self.size, 3)
+        memory, slot = room(self.buffer, math.prod(shape))
+        pixels = memory.view(shape)
         for i, data in enumerate(encoded.data):
             note(encoded.where[i])
             reason = None if data is None else decode_sample(encoded, i, self.transform, pixels[i])
@@ -71,25 +74,6 @@ class CpuDecoder:
                 pixels[i].zero_()
         batch = assemble(pixels.permute(0, 3, 1, 2), encoded, bad)
         return batch if slot is None else replace(batch, slot=slot)
-
-    def _empty(self, images: int) -> tuple[torch.Tensor, tuple[int, int] | None]:
-        """Uninitialised pixels, B x H x W x 3 uint8, and which slot of which buffer they are.
-
-        In a worker, they are in shared memory, and go to the trainer without a copy.
-        """
-        shape = (images, *self.size, 3)
-        count = int(np.prod(shape))
-        worker = torch.utils.data.get_worker_info()
-        fits = self.buffer is not None and 0 < count <= self.buffer.nbytes
-        slot = self.buffer.take(worker.id if worker else 0) if self.buffer is not None and fits else None
-        if self.buffer is not None and slot is not None:
-            if worker is None:
-                return self.buffer.read(slot, count).view(shape), None
-            return self.buffer.write(slot, count).view(shape), (self.buffer.number, slot)
-        if worker is None or not count:
-            return torch.empty(shape, dtype=torch.uint8), None
-        storage = torch.UntypedStorage._new_shared(count, device="cpu")
-        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape), None  # type: ignore[call-overload]
 
 
 def decode_sample(encoded: Encoded, i: int, transform: EvalTransform | None, out: torch.Tensor) -> str | None:

@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
+from dattrain.data.annotations.map_folder import MapFolder, map_folder
 from dattrain.data.source.files import read_file
 from dattrain.data.source.folders import FolderDataset
 from dattrain.data.source.index import NO_LABEL, ShardIndex
@@ -119,6 +120,7 @@ def open_dataset(
 ) -> Dataset:
     """Open what ``data.train`` or ``data.val`` names: shards (local or remote) or an image folder.
 
+    A folder of images beside which one of maps lies (``images/training`` and ``annotations/training``) is read with these.
     With ``verify``, the sizes of this rank's part of the shards are compared with their indexes. ``problems`` takes
     messages about local shards that cannot be used, and which are then left out, instead of an error.
 
@@ -141,7 +143,8 @@ def open_dataset(
         named = class_names(source.urls, read, lists)
         dataset: Dataset = ShardDataset(mask(spec), shards, source, named=named)
     elif os.path.isdir(spec) and not holds_shards(spec):
-        dataset = FolderDataset(spec)
+        beside = map_folder(spec)
+        dataset = FolderDataset(spec) if beside is None else MapFolder(spec, beside)
     elif spec.endswith(SUFFIX):
         dataset = SplitDataset(spec)
     else:

@@ -67,7 +67,7 @@ class FolderDataset(ImageFiles):
             names += encoded
             ends.append(len(names))
             labels.append(label)
-            keys.append(_scrambled(encoded))
+            keys.append(scrambled(encoded))
         if not labels:
             raise UserError(f"{name}: has neither tar shards nor class folders with images")
         # One string of all names: a list of 14 million would take gigabytes, and be copied in every worker by its counts.
@@ -207,7 +207,7 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name in _HIDDEN
 
 
-def _scrambled(name: bytes) -> int:
+def scrambled(name: bytes) -> int:
     """A fixed pseudo-random number of a name, the same on every machine."""
     return int.from_bytes(blake2b(name, digest_size=8).digest(), "big")
 

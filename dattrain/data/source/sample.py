@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +21,23 @@ class BadSample(Exception):
         super().__init__(mask(message))
 
 
+Annotations = Literal["none", "maps", "instances"]
+"""What lies beside the images of a set: nothing, a map of class numbers each, or the objects in each."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """Where a sample is, and what it holds.
 
-    ``key`` is ``shard:key``; ``where`` adds the offset; ``label`` may be ``NO_LABEL``; ``data`` is the encoded image.
+    ``key`` is ``shard:key``; ``where`` adds the offset; ``label`` may be ``NO_LABEL``; ``data`` is the encoded image;
+    ``annotation`` is what ``dattrain.data.annotations`` reads, empty in a set without annotations.
     """
 
     key: str
     where: str
     label: int
     data: bytes
+    annotation: bytes = b""
 
 
 class Dataset(Protocol):
@@ -50,6 +56,10 @@ class Dataset(Protocol):
     """What was left out, or looks odd: one line each, for whoever opened the set to print."""
     prefetches: bool
     """Whether ``prefetch`` does anything."""
+    annotations: Annotations
+    """What its samples hold beside the image; with any, ``classes`` are those of pixels or objects, and there are no labels."""
+    numbers: NDArray[np.int64] | None
+    """What ``renumber`` was given: class numbers by the set's own; None before."""
 
     def key(self, shard: int, sample: int) -> str:
         """``shard:key`` of a sample."""
@@ -88,7 +98,8 @@ class BaseDataset:
     used: Collection[int] | None = None
     notes: Sequence[str] = ()
     prefetches: bool = False
-    _numbers: NDArray[np.int64] | None = None
+    annotations: Annotations = "none"
+    numbers: NDArray[np.int64] | None = None
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """See ``Dataset.prefetch``."""
@@ -98,19 +109,19 @@ class BaseDataset:
 
     def renumber(self, numbers: NDArray[np.int64]) -> None:
         """See ``Dataset.renumber``."""
-        self._numbers = numbers
+        self.numbers = numbers
         self.max_label = int(numbers.max(initial=NO_LABEL))
 
     def _number(self, label: int, where: str) -> int:
         """The class number of one of the set's own labels."""
-        named = self.classes if self._numbers is None else self._numbers
+        named = self.classes if self.numbers is None else self.numbers
         if named is None or label == NO_LABEL:
             return label
         if not 0 <= label < len(named):
             raise UserError(f"{where}: has label {label}, but its set names {len(named)} classes")
-        if self._numbers is None:
+        if self.numbers is None:
             return label
-        number = int(self._numbers[label])
+        number = int(self.numbers[label])
         if number == NO_LABEL:
             raise UserError(
                 f"{where}: has label {label}, of which its manifest counts no samples; pack the set again"

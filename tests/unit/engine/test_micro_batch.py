@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from dattrain.config.derive import with_micro_batch
 from dattrain.config.load import loads
 from dattrain.engine import micro_batch, resume_rules
 from dattrain.errors import UserError
@@ -87,7 +88,7 @@ def test_the_trial_step_is_one_that_runs_beside_what_deepspeed_holds(monkeypatch
         [f"zero.stage={stage}", "train.progressive=[{epoch: 1, img_size: 64}]"],
     ).config
     seen, made, empty = [], [], torch.empty
-    task = micro_batch.create_task(config)
+    task = micro_batch.create_task(with_micro_batch(config, 2))
     build = task.build
 
     def watched(size):

@@ -1,0 +1,189 @@
+"""A folder of images beside one of maps, as ADE20K is given out: ``DIR/images/training`` and ``DIR/annotations/training``.
+
+Names of the classes stand in ``DIR``: ``objectInfo150.txt`` (ADE20K's own: a map's 0 is void, 1 is the first class), or ``classes.txt``
+(one name a line; a map's 0 is the first, 255 is void).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from dattrain.data.annotations import maps
+from dattrain.data.annotations.ade20k import ADE20K
+from dattrain.data.annotations.annotated import AnnotatedFiles
+from dattrain.data.classes import few
+from dattrain.data.decode.images import is_image_name
+from dattrain.data.source.files import explained, listing, read_file
+from dattrain.data.source.sample import Annotations, BadSample
+from dattrain.errors import UserError
+
+PAIRS = {"images": "annotations", "img_dir": "ann_dir"}
+"""Names of the folders of images, and of those of maps that lie beside them (ADE20K's, mmseg's)."""
+ADE_NAMES, OWN_NAMES = "objectInfo150.txt", "classes.txt"
+_RELEASE = "ADEChallengeData2016"
+
+
+def map_folder(folder: str) -> Path | None:
+    """Where the maps of a folder of images lie; None where it is no such folder.
+
+    Raises:
+        UserError: ``folder`` holds ``images`` and ``annotations`` itself, or ``images`` lie in it without maps beside.
+    """
+    here = Path(folder).absolute()
+    for own, other in PAIRS.items():
+        if (here / own).is_dir() and (here / other).is_dir():
+            splits = [entry.name for entry in listing(here / own) if entry.is_dir()] or [""]
+            raise UserError(
+                f"{folder}: holds {own} and {other}; name the images of one split, as {os.path.join(folder, own, splits[0])}"
+                + (f" (it has {few(splits)})" if len(splits) > 1 else "")
+            )
+    for level, part in reversed(list(enumerate(here.parts))):
+        if part not in PAIRS:
+            continue
+        beside = Path(*here.parts[:level], PAIRS[part], *here.parts[level + 1 :])
+        holds_images = any(is_image_name(entry.name) and not entry.is_dir() for entry in listing(here))
+        if beside.is_dir() and (holds_images or any(beside.rglob("*.png"))):
+            return beside
+        if holds_images:
+            raise UserError(
+                f"{folder}: its images lie in it directly, and there are no maps of their classes in {beside}; put these there to "
+                "segment, or the images of each class into a folder of its own to classify"
+            )
+    return None
+
+
+class MapFolder(AnnotatedFiles):
+    """Images below ``root``, each with a PNG of the same path and stem below ``beside``.
+
+    Args:
+        root: folder of one split's images.
+        beside: ``map_folder(root)``.
+        names: of the classes, and whether a map's 0 is void and its 1 the first class; None reads them from the set.
+
+    Raises:
+        UserError: nothing names the classes, or there are no images.
+    """
+
+    annotations: Annotations = "maps"
+
+    def __init__(self, root: str, beside: Path, names: tuple[Sequence[str], bool] | None = None) -> None:
+        own = Path(root).absolute()
+        self.classes, self._from_one = class_names(root, beside) if names is None else names
+        self.maps = beside
+        found = sorted(_files(own, is_image_name))
+        super().__init__(root, own, found)
+        there = {os.path.splitext(file)[0]: size for file, size in _sizes(beside)}
+        stems = [os.path.splitext(file)[0] for file in found]
+        sizes = np.asarray([there.get(stems[i], -1) for i in self.place.tolist()], dtype="<i8")
+        self._digest = sha256(sizes.tobytes()).hexdigest()
+        without, spare = int((sizes < 0).sum()), sorted(set(there) - set(stems))
+        self.notes = tuple(
+            note
+            for count, note in (
+                (without, f"{root}: {without} of {len(found)} images have no map in {beside}"),
+                (len(spare), f"{beside}: {len(spare)} maps have no image in {root}: {few(spare)}"),
+            )
+            if count
+        )
+
+    @property
+    def annotation_digest(self) -> str:
+        """Of the maps' sizes in bytes."""
+        return self._digest
+
+    def annotation(self, sample: int) -> bytes:
+        """The map, its numbers being those of ``classes``."""
+        path = self.maps / (os.path.splitext(self.file(sample))[0] + ".png")
+        try:
+            data = read_file(path)
+        except OSError as error:
+            raise BadSample(
+                f"{self.root / self.file(sample)}: its map cannot be read: {path} ({error.strerror}); a map is a PNG of that name"
+            ) from error
+        return _from_zero(data, str(path)) if self._from_one else data
+
+    def annotated_size(self, annotation: bytes) -> tuple[int, int] | None:
+        """See ``AnnotatedFiles.annotated_size``."""
+        head = maps.header(annotation)
+        return None if head is None else (head.height, head.width)
+
+
+def class_names(root: str, beside: Path) -> tuple[list[str], bool]:
+    """Names of the classes of a folder's maps, and whether a map's 0 is void and its 1 the first class.
+
+    Raises:
+        UserError: nothing names them.
+    """
+    top = Path(os.path.commonpath([Path(root).absolute(), beside]))
+    if (top / ADE_NAMES).is_file():
+        return _ade_names(top / ADE_NAMES), True
+    if (top / OWN_NAMES).is_file():
+        with explained(top / OWN_NAMES):
+            lines = (top / OWN_NAMES).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        names = [line.strip() for line in lines if line.strip()]
+        if not 0 < len(names) <= maps.VOID:
+            raise UserError(f"{top / OWN_NAMES}: names {len(names)} classes; a map holds 1 to {maps.VOID}")
+        return names, False
+    if top.name.startswith(_RELEASE):
+        return list(ADE20K), True
+    raise UserError(
+        f"{root}: nothing names the classes of its maps; put {top / OWN_NAMES} there (one name a line: the first is number 0 of the maps, "
+        f"and {maps.VOID} is void), or ADE20K's own {ADE_NAMES} (0 is void, 1 the first class)"
+    )
+
+
+def _ade_names(path: Path) -> list[str]:
+    """First names of the rows of ``objectInfo150.txt``: number, share, images of each split, names with commas between."""
+    with explained(path):
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    rows = [line.split("\t") for line in lines[1:] if line.strip()]
+    numbers = [row[0].strip() for row in rows]
+    if not rows or numbers != [str(i + 1) for i in range(len(rows))] or len(rows) >= maps.VOID:
+        raise UserError(
+            f"{path}: its rows must be numbered 1, 2, ... in its first column (by tabs), and the last one name the class; it has "
+            f"{few(numbers)}"
+        )
+    names = [row[-1].strip() for row in rows]
+    first = [re.split(r"[,;]", name)[0].strip() for name in names]
+    return first if len(set(first)) == len(first) else names
+
+
+def _from_zero(data: bytes, where: str) -> bytes:
+    """A map whose 0 is void and whose 1 is the first class, with the numbers that are used here: 0 the first, 255 void."""
+    numbers = maps.read(data, where)
+    # In eight bits 0 - 1 is 255. A 255 there would have to be class 254, which no such set has.
+    if (numbers == maps.VOID).any():
+        y, x = (int(place[0]) for place in np.nonzero(numbers == maps.VOID))
+        raise BadSample(
+            f"{where}: has {maps.VOID} at x={x}, y={y}; by the {ADE_NAMES} of its set 0 is void, and 1 the first class. Where its "
+            f"maps count from 0, name its classes in {OWN_NAMES} instead"
+        )
+    return maps.write(numbers - np.uint8(1), level=1)
+
+
+def _files(root: Path, wanted: Callable[[str], bool]) -> Iterator[str]:
+    """Paths below the root of the files whose names are wanted; hidden folders are left alone."""
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        for entry in listing(root / folder):
+            path = os.path.join(folder, entry.name)
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                waiting.append(path)
+            elif wanted(entry.name):
+                yield path
+
+
+def _sizes(root: Path) -> Iterator[tuple[str, int]]:
+    """Path below the root and size in bytes of every PNG."""
+    for path in _files(root, lambda name: name.endswith(".png")):
+        with explained(root / path):
+            yield path, os.stat(root / path).st_size

@@ -1,0 +1,163 @@
+"""Images with their maps on the CPU: from the number of a micro-batch to the finished ``SegmentationBatch``, run by worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dattrain.data.annotations.semantic import VOID, semantic_map
+from dattrain.data.augment.dense_plan import DensePlan
+from dattrain.data.augment.dense_transforms import train_sample
+from dattrain.data.decode import images
+from dattrain.data.dense_batch import SegmentationBatch, empty
+from dattrain.data.feed import BatchRequest, Found, bad_sample_message, read_samples
+from dattrain.data.shared_buffer import SharedBatchBuffer
+from dattrain.data.source.sample import BadSample, Dataset, Sample
+from dattrain.data.worker_progress import note
+from dattrain.errors import UserError
+
+_NOTHING = 32
+"""Pixels of a side of what stands in a bad sample's place, where the crop is not smaller."""
+_Pixels = tuple[torch.Tensor, torch.Tensor]
+"""An image (3 x H x W uint8) and its map (H x W uint8)."""
+
+
+@dataclass(frozen=True)
+class EncodedMaps:
+    """Encoded images and maps of one micro-batch.
+
+    Attributes:
+        request: which samples.
+        found: their bytes.
+        plan: what is done to them in training; None in evaluation, where both stay as they are.
+        numbers: the class number of each of the set's own classes; None where they are the network's.
+    """
+
+    request: BatchRequest
+    found: Found
+    plan: DensePlan | None
+    numbers: NDArray[np.int64] | None
+
+
+def fetch(dataset: Dataset, request: BatchRequest, plan: DensePlan | None, *, skip_bad: bool) -> EncodedMaps:
+    """Read the images and maps of a request.
+
+    Raises:
+        UserError: a bad sample without ``skip_bad``; always for a damaged shard.
+    """
+    return EncodedMaps(request, read_samples(dataset, request, skip_bad=skip_bad), plan, dataset.numbers)
+
+
+class SegmentationDecoder:
+    """Map from the number of a micro-batch to the decoded batch.
+
+    Args:
+        read: delivers the encoded images and maps of a micro-batch.
+        pad_to: whole images are padded to the largest of their micro-batch, rounded up to a multiple of this.
+        skip_bad: keep a bad sample's place with zero weight; else it is an error.
+        buffer: where worker processes put their batches; None gives each batch memory of its own.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], EncodedMaps],
+        *,
+        pad_to: int,
+        skip_bad: bool,
+        buffer: SharedBatchBuffer | None = None,
+    ) -> None:
+        self.read = read
+        self.pad_to = pad_to
+        self.skip_bad = skip_bad
+        self.buffer = buffer
+
+    def __call__(self, number: int) -> SegmentationBatch:
+        """Read and decode micro-batch ``number``. Raises UserError as ``read`` does, and as ``decode``."""
+        return self.decode(self.read(number))
+
+    def decode(self, encoded: EncodedMaps) -> SegmentationBatch:
+        """Decode what was read. Raises UserError for a bad image or map without ``skip_bad``."""
+        found, plan = encoded.found, encoded.plan
+        bad = dict(found.bad)
+        done: list[_Pixels] = []
+        for i, sample in enumerate(found.samples):
+            pixels = None
+            if sample is not None:
+                note(found.where[i])
+                try:
+                    pixels = decode_sample(sample, encoded.numbers)
+                except BadSample as error:
+                    if not self.skip_bad:
+                        raise UserError(bad_sample_message(str(error))) from error
+                    bad[i] = str(error)
+            if pixels is None:
+                done.append(_nothing(plan))
+            else:
+                done.append(pixels if plan is None else train_sample(*pixels, plan, i))
+        return self._batch(done, encoded, bad)
+
+    def _batch(self, done: list[_Pixels], encoded: EncodedMaps, bad: dict[int, str]) -> SegmentationBatch:
+        sizes = torch.tensor([classes.shape for _, classes in done], dtype=torch.int64).view(-1, 2)
+        pixels, maps, slot = empty((len(done), *self._size(sizes, encoded.plan)), self.buffer)
+        for i, (image, classes) in enumerate(done):
+            height, width = classes.shape
+            pixels[i, :, :height, :width] = image
+            pixels[i, :, height:].zero_()
+            pixels[i, :, :height, width:].zero_()
+            maps[i, :height, :width] = classes
+            maps[i, height:].fill_(VOID)
+            maps[i, :height, width:].fill_(VOID)
+        weight = torch.ones(len(done))
+        weight[list(bad)] = 0.0
+        keys = encoded.found.keys
+        return SegmentationBatch(
+            images=pixels,
+            maps=maps,
+            sizes=sizes,
+            weight=weight,
+            position=torch.from_numpy(encoded.request.positions),
+            keys=keys,
+            bad=tuple((keys[i], bad[i]) for i in sorted(bad)),
+            slot=slot,
+        )
+
+    def _size(self, sizes: torch.Tensor, plan: DensePlan | None) -> tuple[int, int]:
+        """Height and width of a batch."""
+        if plan is not None and plan.crop is not None:
+            return plan.crop
+        if not len(sizes):
+            return _NOTHING, _NOTHING
+        height, width = sizes.amax(0).tolist()
+        if plan is None:
+            return height, width
+        return -(-height // self.pad_to) * self.pad_to, -(-width // self.pad_to) * self.pad_to
+
+
+def decode_sample(sample: Sample, numbers: NDArray[np.int64] | None) -> _Pixels:
+    """The image and the map of class numbers of a sample, as large as each other.
+
+    Raises:
+        BadSample: either cannot be used, or they do not fit each other.
+    """
+    try:
+        image = images.decode(sample.data)
+    except images.BadImage as error:
+        raise BadSample(f"{sample.where}: {error}") from error
+    height, width = image.shape[1:]
+    classes = semantic_map(sample.annotation, (height, width), numbers, sample.where)
+    return image, torch.from_numpy(classes)
+
+
+def _nothing(plan: DensePlan | None) -> _Pixels:
+    """What stands in a bad sample's place: black, and nothing labelled."""
+    height, width = (
+        min(_NOTHING, side) for side in (plan.crop if plan and plan.crop else (_NOTHING, _NOTHING))
+    )
+    return (
+        torch.zeros((3, height, width), dtype=torch.uint8),
+        torch.full((height, width), VOID, dtype=torch.uint8),
+    )

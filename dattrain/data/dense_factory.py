@@ -1,0 +1,131 @@
+"""Makes the loaders of a dense recipe, as ``factory`` those of classification: the same order, set, classes and workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from dattrain.config.derive import check_samples, micro_batch
+from dattrain.config.schema import Config
+from dattrain.config.sections import Geometry, as_pair
+from dattrain.data import identity
+from dattrain.data.augment.dense_plan import DensePlan, draw
+from dattrain.data.classes import Classes
+from dattrain.data.decode.dense import EncodedMaps, SegmentationDecoder, fetch
+from dattrain.data.dense_batch import SegmentationBatch, bytes_of
+from dattrain.data.factory import Prefetch, open_split, patience
+from dattrain.data.feed import BatchRequest, EvalFeed, RankShare
+from dattrain.data.loader import Decoder, EvalLoader, TrainLoader
+from dattrain.data.order import Order
+from dattrain.data.shared_buffer import SharedBatchBuffer
+from dattrain.data.workers import Workers
+
+
+def train_loader(
+    config: Config, *, rank: int, world: int, samples_seen: int, device: torch.device
+) -> TrainLoader[SegmentationBatch]:
+    """The training loader of one rank, from ``samples_seen`` on; its workers start at once.
+
+    Raises:
+        ConfigError: no ``data.train``; classes that do not fit the head; a batch that does not divide.
+        UserError: nothing there, no maps in it, or a shard that does not fit its index.
+    """
+    train, data = config.train, config.data
+    share = RankShare(train.global_batch, micro_batch(config, world), rank, world, samples_seen)
+    dataset, classes = open_split(config, "train", None, rank=rank, world=world)
+    order = Order(dataset.counts, seed=train.seed, lanes=data.lanes, window=data.window, shuffle=data.shuffle)
+    check_samples(config, order.samples)
+
+    def read(number: int) -> EncodedMaps:
+        request, plan = request_of(config, order, share, number)
+        return fetch(dataset, request, plan, skip_bad=data.on_bad == "skip")
+
+    height, width = largest(config.geometry)
+    return TrainLoader(
+        _decoder(config, read, device, nbytes=bytes_of((share.micro_batch, height, width))),
+        classes,
+        samples_per_epoch=order.samples,
+        identity=identity.of_dataset(dataset),
+        device=device,
+        before=Prefetch(dataset, order, share) if dataset.prefetches else lambda served: None,
+        close=dataset.close,
+    )
+
+
+def eval_loader(
+    config: Config, classes: Classes, *, rank: int, world: int, device: torch.device
+) -> EvalLoader[SegmentationBatch]:
+    """The evaluation loader of one rank over ``data.val``; its workers start when it is iterated.
+
+    A batch is one image as it was stored, with its map, or has none (0 x 3 x 32 x 32), so that all ranks have as many.
+
+    Args:
+        classes: of the network: ``TrainLoader.classes``, or those of a run or weights file; those of the set are asked for by
+            name.
+
+    Raises:
+        ConfigError: no ``data.val``, or classes that do not fit the head.
+        UserError: nothing there, no maps in it, a class that the network has not, or a shard that does not fit its index.
+    """
+    dataset, _ = open_split(config, "val", classes, rank=rank, world=world)
+    feed = EvalFeed(dataset.counts, 1, rank, world)
+
+    def read(number: int) -> EncodedMaps:
+        return fetch(dataset, feed.request(number), None, skip_bad=config.data.on_bad == "skip")
+
+    # What can be listed may still not be there to be read: an evaluation would find that out only after an epoch.
+    read(0)
+
+    def decoder() -> Decoder[SegmentationBatch]:
+        # Stored images are as large as they like; larger ones get memory of their own.
+        side = config.geometry.short_side, config.geometry.long_side
+        return _decoder(config, read, device, nbytes=bytes_of((1, *side)), count=len(feed))
+
+    return EvalLoader(dataset, feed, decoder, device)
+
+
+def request_of(config: Config, order: Order, share: RankShare, number: int) -> tuple[BatchRequest, DensePlan]:
+    """Which samples micro-batch ``number`` of a rank has, and what is done to them: a pure function."""
+    seen, start = share.place(number)
+    positions = order.batch_positions(seen, share.global_batch)[start : start + share.micro_batch]
+    plan = draw(config.geometry, config.augment, config.train.seed, positions)
+    return BatchRequest(positions, *order.locate(positions), None), plan
+
+
+def largest(geometry: Geometry) -> tuple[int, int]:
+    """Height and width that a training micro-batch has room for: the crop, or the largest whole image, lying.
+
+    Whole images of both orientations together may need more.
+    """
+    if geometry.crop is not None:
+        return as_pair(geometry.crop)
+    height, width = (
+        -(-int(side * geometry.scale[1]) // geometry.pad_to) * geometry.pad_to
+        for side in (geometry.short_side, geometry.long_side)
+    )
+    return height, width
+
+
+def _decoder(
+    config: Config,
+    read: Callable[[int], EncodedMaps],
+    device: torch.device,
+    *,
+    nbytes: int,
+    count: int | None = None,
+) -> Workers[SegmentationBatch]:
+    """The workers at work, as ``factory`` sets them up."""
+    data = config.data
+    buffer = SharedBatchBuffer(max(1, data.workers), data.prefetch + 2, nbytes)
+    return Workers(
+        SegmentationDecoder(
+            read, pad_to=config.geometry.pad_to, skip_bad=data.on_bad == "skip", buffer=buffer
+        ),
+        count=count,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        pin=device.type == "cuda",
+        patience=patience(config),
+        unit="micro-batch",
+    )

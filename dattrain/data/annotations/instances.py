@@ -62,16 +62,22 @@ def parse(annotation: bytes, where: str) -> Instances:
     objects = [
         _object(one, f"{where}: object {i} of its annotation") for i, one in enumerate(content["annotations"])
     ]
-    height, width = content.get("height"), content.get("width")
-    known = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
     return Instances(
         boxes=np.asarray([one.box for one in objects], dtype=np.float64).reshape(-1, 4),
         classes=np.asarray([one.class_index for one in objects], dtype=np.int64),
         area=np.asarray([one.area for one in objects], dtype=np.float64),
         crowd=np.asarray([one.crowd for one in objects], dtype=np.bool_),
         segmentations=tuple(one.segmentation for one in objects),
-        size=(height, width) if known else None,  # type: ignore[arg-type]
+        size=_size(content),
     )
+
+
+def size_of(annotation: bytes) -> tuple[int, int] | None:
+    """``Instances.size``, without a look at the objects; None too where it does not parse."""
+    try:
+        return _size(json.loads(annotation))
+    except (ValueError, RecursionError):
+        return None
 
 
 def is_annotation(content: object) -> bool:
@@ -117,16 +123,22 @@ def mask(segmentation: Segmentation, size: tuple[int, int], where: str) -> NDArr
         BadSample: run lengths of another size, or what is no segmentation.
     """
     if isinstance(segmentation, Mapping):
-        counts, own = _runs(segmentation, where)
-        if own != size:
-            raise BadSample(
-                f"{where}: its mask has {own[1]} x {own[0]} pixels, its image {size[1]} x {size[0]}; both must be of one size"
-            )
-        return _decoded(counts, own, where)
+        check_size(segmentation, size, where)
+        return rle.decode(_runs(segmentation, where)[0], *size)
     found = np.zeros(size, dtype=np.bool_)
     for polygon in segmentation:
         polygons.paint(found, np.asarray(polygon, dtype=np.float64).reshape(-1, 2))
     return found
+
+
+def check_size(segmentation: Segmentation, size: tuple[int, int], where: str) -> None:
+    """Raise BadSample where run lengths are of another size than the image (height and width)."""
+    if isinstance(segmentation, Mapping):
+        own = _runs(segmentation, where)[1]
+        if own != size:
+            raise BadSample(
+                f"{where}: its mask has {own[1]} x {own[0]} pixels, its image {size[1]} x {size[0]}; both must be of one size"
+            )
 
 
 def painted(
@@ -182,6 +194,12 @@ def _content(annotation: bytes, where: str) -> dict[str, Any]:
     return content
 
 
+def _size(content: object) -> tuple[int, int] | None:
+    fields = content if isinstance(content, dict) else {}
+    height, width = fields.get("height"), fields.get("width")
+    return (height, width) if type(height) is int and type(width) is int and min(height, width) > 0 else None
+
+
 def _object(one: Mapping[str, Any], where: str) -> _Object:
     index = one.get("class", one.get("category_id"))
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= MAX_LABEL:
@@ -208,6 +226,20 @@ def read_box(box: object) -> tuple[float, ...] | None:
     if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in box):
         return None
     return tuple(map(float, box))
+
+
+def box_of(segmentation: Segmentation) -> tuple[float, ...]:
+    """x, y, width and height of the smallest box around a segmentation that ``read_segmentation`` accepted; zeros for an empty one."""
+    if isinstance(segmentation, Mapping):
+        counts, (height, width) = _runs(segmentation, "")
+        ys, xs = np.nonzero(rle.decode(counts, height, width))
+        if not len(xs):
+            return (0.0, 0.0, 0.0, 0.0)
+        low, high = np.array([xs.min(), ys.min()]), np.array([xs.max() + 1, ys.max() + 1])
+    else:
+        corners = np.concatenate([np.asarray(one, dtype=np.float64).reshape(-1, 2) for one in segmentation])
+        low, high = corners.min(axis=0), corners.max(axis=0)
+    return (*map(float, low), *map(float, high - low))
 
 
 def read_segmentation(value: object, where: str) -> Segmentation | None:
@@ -261,13 +293,6 @@ def _runs(segmentation: Mapping[str, Any], where: str) -> tuple[NDArray[np.int64
     except (ValueError, OverflowError) as error:
         raise BadSample(f"{where} has a segmentation that cannot be read ({error})") from error
     return runs, (size[0], size[1])
-
-
-def _decoded(counts: NDArray[np.int64], size: tuple[int, int], where: str) -> NDArray[np.bool_]:
-    try:
-        return rle.decode(counts, *size)
-    except ValueError as error:
-        raise BadSample(f"{where} has a segmentation that cannot be read ({error})") from error
 
 
 def _numbered(own: int, numbers: NDArray[np.int64], where: str) -> int:

@@ -10,7 +10,7 @@ from dattrain.data.annotations.maps import VOID
 from dattrain.data.source.index import NO_LABEL
 from dattrain.data.source.sample import BadSample
 
-__all__ = ["VOID", "semantic_map"]
+__all__ = ["VOID", "annotated_size", "semantic_map"]
 
 
 def semantic_map(
@@ -32,7 +32,7 @@ def semantic_map(
     """
     if not annotation:
         raise BadSample(f"{where}: has no annotation")
-    if annotation[:1].isspace() or annotation[:1] == b"{":
+    if _is_json(annotation):
         objects = instances.parse(annotation, where)
         if objects.size is not None:
             _check_size(objects.size, size, where)
@@ -42,6 +42,18 @@ def semantic_map(
         _check_size((head.height, head.width), size, where)
     found = maps.read(annotation, where)
     return found if numbers is None else _numbered(found, numbers, where)
+
+
+def annotated_size(annotation: bytes) -> tuple[int, int] | None:
+    """Height and width of the image as whoever annotated it saw it; None where that is not said, or cannot be read."""
+    if _is_json(annotation):
+        return instances.size_of(annotation)
+    head = maps.header(annotation)
+    return None if head is None else (head.height, head.width)
+
+
+def _is_json(annotation: bytes) -> bool:
+    return annotation[:1].isspace() or annotation[:1] == b"{"
 
 
 def _check_size(own: tuple[int, int], size: tuple[int, int], where: str) -> None:

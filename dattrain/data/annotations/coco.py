@@ -72,7 +72,7 @@ class CocoDataset(AnnotatedFiles):
                 for i in self.place.tolist()
             ]
         )
-        self._digest = sha256(self._rows.bytes).hexdigest()
+        self._digest = sha256(self._rows.bytes.data).hexdigest()
         self.notes = tuple(notes)
 
     @property
@@ -121,7 +121,7 @@ def image_folder(path: str, files: Sequence[str], images: str | None) -> Path:
 class _Categories(NamedTuple):
     names: Sequence[str]
     """Of the classes, the background first."""
-    index: Mapping[int, int]
+    of_id: Mapping[int, int]
     """Class by category id."""
 
 
@@ -200,13 +200,13 @@ def _objects(
         image = one.get("image_id")
         if image not in sizes:
             raise UserError(f"{path}: {where} is of image {image!r}, which its images do not list")
-        if one.get("category_id") not in categories.index:
+        if one.get("category_id") not in categories.of_id:
             raise UserError(
                 f"{path}: {where} of image {image} has category_id {one.get('category_id')!r}; its categories are "
-                f"{few([f'{key} ({categories.names[i]})' for key, i in categories.index.items()])}"
+                f"{few([f'{key} ({categories.names[i]})' for key, i in categories.of_id.items()])}"
             )
         why, kept_as = _kept(
-            one, sizes[image], categories.index[one["category_id"]], f"{path}: {where} of image {image}"
+            one, sizes[image], categories.of_id[one["category_id"]], f"{path}: {where} of image {image}"
         )
         if kept_as is None:
             dropped[why] += 1
@@ -215,7 +215,7 @@ def _objects(
             kept.setdefault(image, []).append(kept_as)
     empty = sum(row["id"] not in kept for row in images)
     notes = [
-        f"{path}: {count:,} objects left out, with {why}: {first[why]}"
+        f"{path}: {count:,} object{'s' if count > 1 else ''} left out, with {why}: {first[why]}"
         for why, count in dropped.most_common()
     ]
     if empty:

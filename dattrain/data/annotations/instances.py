@@ -131,6 +131,29 @@ def mask(segmentation: Segmentation, size: tuple[int, int], where: str) -> NDArr
     return found
 
 
+def check(
+    annotation: bytes, size: tuple[int, int], numbers: NDArray[np.int64] | None, where: str
+) -> Instances:
+    """The objects of an image of that height and width, after a look at the size of each mask and, by ``numbers``, each class.
+
+    Raises:
+        BadSample: one does not fit.
+    """
+    found = parse(annotation, where)
+    if found.size is not None and found.size != size:
+        raise BadSample(
+            f"{where}: its annotation has {found.size[1]} x {found.size[0]} pixels, its image {size[1]} x {size[0]}; both must be of "
+            "one size"
+        )
+    for i, segmentation in enumerate(found.segmentations):
+        what = f"{where}: object {i} of its annotation"
+        if segmentation is not None:
+            check_size(segmentation, size, what)
+        if numbers is not None:
+            _numbered(int(found.classes[i]), numbers, what)
+    return found
+
+
 def check_size(segmentation: Segmentation, size: tuple[int, int], where: str) -> None:
     """Raise BadSample where run lengths are of another size than the image (height and width)."""
     if isinstance(segmentation, Mapping):
@@ -209,14 +232,9 @@ def _object(one: Mapping[str, Any], where: str) -> _Object:
     if box is None:
         raise BadSample(f"{where} has the bbox {one.get('bbox')!r}, not x, y, width and height")
     area = one.get("area")
-    known = isinstance(area, (int, float)) and math.isfinite(area)
-    return _Object(
-        box,
-        index,
-        float(area) if known else box[2] * box[3],
-        bool(one.get("iscrowd", 0)),
-        segmentation,  # type: ignore[arg-type]
-    )
+    if not isinstance(area, (int, float)) or not math.isfinite(area):
+        area = box[2] * box[3]
+    return _Object(box, index, float(area), bool(one.get("iscrowd", 0)), segmentation)
 
 
 def read_box(box: object) -> tuple[float, ...] | None:

@@ -102,7 +102,7 @@ class MapFolder(AnnotatedFiles):
         """The map, its numbers being those of ``classes``."""
         path = self.maps / (os.path.splitext(self.file(sample))[0] + ".png")
         data = read_map(path, self.root / self.file(sample))
-        return _from_zero(data, str(path)) if self._from_one else data
+        return _from_zero(data, len(self.classes or ()), str(path)) if self._from_one else data
 
 
 def read_map(path: Path, image: Path) -> bytes:
@@ -160,16 +160,16 @@ def _ade_names(path: Path) -> list[str]:
     return first if len(set(first)) == len(first) else names
 
 
-def _from_zero(data: bytes, where: str) -> bytes:
+def _from_zero(data: bytes, classes: int, where: str) -> bytes:
     """A map whose 0 is void and whose 1 is the first class, with the numbers that are used here: 0 the first, 255 void."""
     numbers = maps.read(data, where)
-    # In eight bits 0 - 1 is 255. A 255 there would have to be class 254, which no such set has.
-    if (numbers == maps.VOID).any():
-        y, x = (int(place[0]) for place in np.nonzero(numbers == maps.VOID))
+    if numbers.max(initial=0) > classes:
+        y, x = (int(place[0]) for place in np.nonzero(numbers > classes))
         raise BadSample(
-            f"{where}: has {maps.VOID} at x={x}, y={y}; by the {ADE_NAMES} of its set 0 is void, and 1 the first class. Where its "
-            f"maps count from 0, name its classes in {OWN_NAMES} instead"
+            f"{where}: has {numbers[y, x]} at x={x}, y={y}; by the {ADE_NAMES} of its set 0 is void, and 1 to {classes} are the classes. "
+            f"Where its maps count from 0, name its classes in {OWN_NAMES} instead"
         )
+    # In eight bits 0 - 1 is 255.
     return maps.write(numbers - np.uint8(1), level=1)
 
 

@@ -33,9 +33,7 @@ def semantic_map(
     if not annotation:
         raise BadSample(f"{where}: has no annotation")
     if _is_json(annotation):
-        objects = instances.parse(annotation, where)
-        if objects.size is not None:
-            _check_size(objects.size, size, where)
+        objects = instances.check(annotation, size, None, where)
         return instances.painted(objects, size, numbers, where, VOID)
     head = maps.header(annotation)
     if head is not None:

@@ -32,6 +32,8 @@ from dattrain.data.annotations.map_folder import ADE_NAMES
 from dattrain.data.annotations.maps import VOID
 from dattrain.data.decode import images
 from dattrain.data.dense_factory import train_loader
+from dattrain.data.prepare.pack import pack
+from dattrain.data.prepare.write_shard import PackOptions
 from dattrain.data.source.dataset import open_dataset
 from dattrain.data.source.sample import Sample
 
@@ -64,10 +66,12 @@ def write_set(root: Path, count: int, size: tuple[int, int] = SIZE) -> Path:
 
 
 def contenders(folder: Path, count: int, crop: int = CROP) -> dict[str, Callable[[], object]]:
-    """Functions that each make ``count`` crops of the set, in this process."""
-    with closing(open_dataset(str(folder))) as dataset:
+    """Functions that each make ``count`` crops of the set, packed into shards beside it, in this process."""
+    shards = folder.parents[1] / "shards"
+    pack(open_dataset(str(folder)), shards, PackOptions(check=False))
+    with closing(open_dataset(str(shards))) as dataset:
         samples = [dataset.read(0, i) for i in range(count)]
-    config = recipe(folder, count, crop)
+    config = recipe(shards, count, crop)
     transform = v2.Compose(
         [
             v2.ScaleJitter((LONG, SHORT), (0.5, 2.0), v2.InterpolationMode.BILINEAR, antialias=True),
@@ -101,14 +105,14 @@ def contenders(folder: Path, count: int, crop: int = CROP) -> dict[str, Callable
     return {DECODING: decoding, TORCHVISION: torchvision, OURS: ours}
 
 
-def recipe(folder: Path, count: int, crop: int) -> Config:
+def recipe(shards: Path, count: int, crop: int) -> Config:
     """ADE20K's, of one process and micro-batches of one."""
     off: dict[str, Any] = {"mix_prob": 0, "randaugment": None, "erase_prob": 0, "label_smoothing": 0}
     return Config.model_validate(
         {
             "task": {"kind": "segmentation"},
             "model": {"num_classes": CLASSES},
-            "data": {"train": str(folder), "workers": 0},
+            "data": {"train": str(shards), "workers": 0},
             "geometry": {"short_side": SHORT, "long_side": LONG, "crop": crop},
             "augment": {**off, "interpolation": "bilinear"},
             "eval": {"batch": 1},

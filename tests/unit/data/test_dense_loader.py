@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from dattrain.data.classes import Classes
 from dattrain.data.dense_batch import SegmentationBatch
 from dattrain.data.dense_factory import eval_loader, largest, train_loader
 from dattrain.data.loader import DevicePrefetcher
+from dattrain.data.prepare.pack import pack
+from dattrain.data.prepare.write_shard import PackOptions
+from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import ConfigError, UserError
 
 CPU = torch.device("cpu")
@@ -159,6 +163,47 @@ def test_classes_are_asked_for_by_name(folder):
         assert torch.equal(b.maps[labelled], 5 - a.maps[labelled]) and (b.maps[~labelled] == VOID).all()
     with pytest.raises(UserError, match="is no class of"):
         eval_loader(recipe(folder), Classes(6, (*NAMES[1:], "other")), rank=0, world=1, device=CPU)
+
+
+def test_packed_shards_and_objects_are_served_like_a_folder(folder, tmp_path):
+    pack(open_dataset(str(folder)), tmp_path / "packed", PackOptions(per_shard=8, check=False))
+
+    def by_name(spec: Path, names: tuple[str, ...]) -> dict[str, SegmentationBatch]:
+        loader = eval_loader(
+            recipe(spec, classes=len(names)), Classes(len(names), names), rank=0, world=1, device=CPU
+        )
+        found = {Path(batch.keys[0].split(":")[1]).stem: batch for batch in loader}
+        loader.close()
+        return found
+
+    def content(found: dict[str, SegmentationBatch]) -> set[tuple[bytes, bytes]]:
+        return {(batch.images.numpy().tobytes(), batch.maps.numpy().tobytes()) for batch in found.values()}
+
+    # Packing gives samples new names.
+    own, packed = by_name(folder, NAMES), by_name(tmp_path / "packed", NAMES)
+    assert len(own) == SAMPLES and content(own) == content(packed)
+
+    size = {"width": 50, "height": 40}
+    box = {"category_id": 7, "bbox": [10, 5, 20, 30], "area": 600, "iscrowd": 0, "id": 3, "image_id": 9}
+    box["segmentation"] = [[10, 5, 30, 5, 30, 35, 10, 35]]
+    listed = {
+        "images": [{"id": 9, "file_name": "a.png", **size}, {"id": 12, "file_name": "b.png", **size}],
+        "annotations": [box],
+        "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
+    }
+    for name in ("a", "b"):
+        Image.new("RGB", (50, 40), (9, 99, 199)).save(tmp_path / f"{name}.png")
+    (tmp_path / "set.json").write_text(json.dumps(listed))
+    # The network has a class more than the set, and its own order.
+    names = ("dog", "background", "bird", "cat")
+    objects = by_name(tmp_path / "set.json", names)
+    want = torch.full((1, 40, 50), 1, dtype=torch.uint8)
+    assert torch.equal(objects["b"].maps, want)
+    want[:, 5:35, 10:30] = 3
+    assert torch.equal(objects["a"].maps, want)
+    cfg = recipe(tmp_path / "set.json", classes=3, train={"global_batch": 2})
+    (batch,) = read(cfg, batches=1)
+    assert batch.maps.shape == (2, 32, 32) and {0} < set(batch.maps.unique().tolist()) <= {0, 1, 2, VOID}
 
 
 # --- what is wrong with the data -------------------------------------------------------------------------------------

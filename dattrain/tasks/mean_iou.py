@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dattrain.config.schema import Config
-from dattrain.data.annotations.semantic import VOID
 from dattrain.data.dense_batch import SegmentationBatch
 from dattrain.errors import UserError
 from dattrain.tasks.base import Forward, Ranks

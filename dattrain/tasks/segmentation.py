@@ -317,6 +317,11 @@ def _check(config: Config) -> None:
             f"train.compile={train.compile} compiles anew for every size, and geometry.crop=null trains on images of many; set "
             "geometry.crop, or train.compile=none"
         )
+    if config.task.norm == "batch" and config.task.head == "upernet" and train.micro_batch == 1:
+        raise ConfigError(
+            "task.norm=batch with train.micro_batch=1: UperNet pools maps to one value a channel, of which a device's one sample of a "
+            "micro-batch has no statistics; use a micro-batch of 2 or more, or task.norm=group"
+        )
     if train.cuda_graphs:
         raise ConfigError(
             "train.cuda_graphs replays small micro-batches, and is not for task.kind=segmentation; leave it out"

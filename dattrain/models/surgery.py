@@ -161,7 +161,7 @@ def resize_for(
     return report
 
 
-def adopt_tables(model: DAT, shapes: Mapping[str, Sequence[int]]) -> None:
+def adopt_tables(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
     """Give deformable tables the shapes that they have in a checkpoint (after ``bias_table="sample"``), values undefined.
 
     Args:

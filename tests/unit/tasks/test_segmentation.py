@@ -95,7 +95,12 @@ def test_bad_and_void_samples_give_nothing_and_nothing_infinite():
     maps[0] = 255
     loss = task.loss(lambda x: logits, batch(maps, weight=[1.0, 0.0]), noise=None, dtype=torch.float32)
     loss.value.backward()
-    assert (float(loss.value.detach()), float(loss.total), float(loss.weight), loss.parts) == (0.0, 0.0, 1.0, {})
+    assert (float(loss.value.detach()), float(loss.total), float(loss.weight), loss.parts) == (
+        0.0,
+        0.0,
+        1.0,
+        {},
+    )
     assert torch.equal(logits.grad, torch.zeros_like(logits))
     # A bad sample counts in the divisor.
     loss = task.loss(
@@ -157,9 +162,8 @@ def test_memory_of_a_step_is_found_without_a_device_also_with_sync_norm():
         (device, count): memory.activations(model, config, micro_batch=count, device=device).peak
         for device, count in (("cpu", 2), ("cpu", 4), ("cuda", 2))
     }
-    assert (
-        1.3 * found["cpu", 1] < found["cpu", 2] < 2.1 * found["cpu", 1] and found["cuda", 2] > found["cpu", 1]
-    )
+    assert 1.3 * found["cpu", 2] < found["cpu", 4] < 2.1 * found["cpu", 2]
+    assert found["cuda", 2] > found["cpu", 2] / 2
     whole = recipe("geometry.crop=null")
     # 96 x 192 at the largest scale, 4.5 times the crop.
     assert 3 < memory.activations(model, whole, micro_batch=2, device="cuda").peak / found["cuda", 2] < 12
@@ -222,7 +226,10 @@ def test_a_decoder_is_kept_by_the_names_of_its_classes(monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["task.norm=batch", "train.micro_batch=1"], "a device's one sample of a micro-batch has no statistics"),
+        (
+            ["task.norm=batch", "train.micro_batch=1"],
+            "a device's one sample of a micro-batch has no statistics",
+        ),
         (["eval.mode=slide", "eval.stride=65"], r"eval.stride=65 is more than geometry.crop=64"),
         (["geometry.crop=null", "train.compile=block"], "train.compile=block compiles anew for every size"),
         (["train.compile=block", "train.cuda_graphs=true"], "train.cuda_graphs replays small micro-batches"),

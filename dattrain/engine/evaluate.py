@@ -143,6 +143,7 @@ class Evaluations:
                 should_stop=should_stop, beat=partial(beat, what),
             )  # fmt: skip
 
+        session.train_step.statistics.average()
         metrics, predictions = once("")
         if session.ema is not None and self.config.eval.ema:
             settle()  # a skipped update has not waited for the save before it

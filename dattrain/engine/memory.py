@@ -175,7 +175,15 @@ def keep_statistics_local(model: nn.Module) -> None:
     """Turn BatchNorm over all ranks into one over the device's own samples, in place: to measure, where not all ranks take part."""
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm):
-            module.__class__ = nn.BatchNorm2d
+            module.__class__ = _LocalBatchNorm
+
+
+class _LocalBatchNorm(nn.BatchNorm2d):
+    """Of any number of values: one alone is refused by torch's, and over all ranks there would be more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        args = self.weight, self.bias, self.running_mean, self.running_var, True, 0.1, self.eps, False
+        return torch.batch_norm(x, *args)
 
 
 def drop(parameter: Tensor) -> None:

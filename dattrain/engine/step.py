@@ -19,6 +19,7 @@ from dattrain.config.schema import Config
 from dattrain.data.philox import Stream, uniform32
 from dattrain.data.to_device import to_device
 from dattrain.engine import precision
+from dattrain.engine.running_statistics import RunningStatistics
 from dattrain.tasks.base import Batch, Loss, Task
 
 
@@ -57,6 +58,9 @@ class Update:
 class TrainStep:
     """Runs updates on a DeepSpeed engine.
 
+    Attributes:
+        statistics: the model's running statistics, to be averaged before they are saved or evaluated.
+
     Args:
         engine: of ``zero.initialize``.
         task: whose loss it is.
@@ -77,6 +81,7 @@ class TrainStep:
     ) -> None:
         self.engine = engine
         self.task = task
+        self.statistics = RunningStatistics(engine.module)
         self.accumulation = accumulation
         self._dtype = precision.WEIGHTS[config.train.precision]
         self._seed = config.train.seed
@@ -95,6 +100,7 @@ class TrainStep:
         names: list[str] = []
         keys: list[str] = []
         reduced: tuple[list[float], float] | None = None
+        self.statistics.remember()
         for micro in range(self.accumulation):
             batch = next(loader)
             keys += batch.keys
@@ -110,11 +116,14 @@ class TrainStep:
                 reduced = self._guard(sums)
             engine.step()
         (loss_sum, weight, *parts), norm = reduced or _fetch(sums, self._norm())
+        applied = math.isfinite(norm) if reduced else not self._overflowed()
+        if not applied:
+            self.statistics.restore()
         waited = loader.wait_s
         return Update(
             loss_sum=loss_sum,
             weight=weight,
-            applied=math.isfinite(norm) if reduced else not self._overflowed(),
+            applied=applied,
             grad_norm=norm,
             data_wait_s=waited,
             own_s=waited + self._clock.read(),

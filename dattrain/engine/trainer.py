@@ -343,6 +343,7 @@ class Trainer:
             "bad_samples": self.reporter.bad_samples,
             resume_rules.META: self._fixed,
         }
+        self.session.train_step.statistics.average()
         lost = self.checkpointer.save(
             self.session.engine, self.session.ema_tensors, meta, background=background
         )

@@ -1,8 +1,9 @@
 """Parameters and FLOPs in the paper's convention, which is fvcore's.
 
-Multiply-accumulates of convolutions, linear layers and attention, 5 per number that a LayerNorm writes, 4 per number that
-bilinear sampling writes. Attention and sampling are counted from their sizes (``core_flops``), so the count does not depend
-on which backend runs or on what a kernel fuses away.
+Multiply-accumulates of convolutions, linear layers and attention, 5 per number that a LayerNorm or GroupNorm writes, 1 per
+number of a BatchNorm, 4 per number that bilinear sampling writes. Attention and sampling are counted from their sizes
+(``core_flops``), so the count does not depend on which backend runs or on what a kernel fuses away. Pooling and resizing of
+maps count nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from timm.models import pvt_v2, swin_transformer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dattrain.models.blocks import MapConv
 
@@ -37,31 +40,53 @@ def by_module(model: nn.Module, img_size: int | tuple[int, int], in_chans: int =
     counts: dict[str, int] = {}
 
     def hook(name: str) -> Any:
-        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            counts[name] = counts.get(name, 0) + count_call(module, inputs[0], output)
+        def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            counted = count_call(module, inputs, output)
+            if counted:
+                counts[name] = counts.get(name, 0) + counted
 
         return count
 
     for name, module in meta_model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, MapConv, nn.LayerNorm)) or hasattr(module, "core_flops"):
-            module.register_forward_hook(hook(name))
+        module.register_forward_hook(hook(name))
     with torch.no_grad():
         meta_model(torch.empty(1, in_chans, height, width, device="meta"))
     return counts
 
 
-def count_call(module: nn.Module, x: Tensor, output: Tensor) -> int:
-    """Multiply-accumulates (5 per number of a LayerNorm, 4 per sampled one) of one call of ``module`` itself, over the batch.
+def count_call(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> int:
+    """Multiply-accumulates (and what stands for norms and sampling) of one call of ``module`` itself, over the batch.
 
     From its settings, since ZeRO-3 may have partitioned its weights.
     """
-    if isinstance(module, nn.LayerNorm):
-        return 5 * output.numel()
+    written: int = output.numel() if isinstance(output, Tensor) else 0
+    if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+        return 5 * written
+    if isinstance(module, _BatchNorm):
+        return written
     if isinstance(module, nn.Linear):
-        return output.numel() * module.in_features
+        return written * module.in_features
+    if isinstance(module, nn.ConvTranspose2d):
+        # Every input channel goes into this many outputs.
+        read: int = inputs[0].numel()
+        height, width = module.kernel_size
+        return read * module.out_channels // module.groups * height * width
     if isinstance(module, (nn.Conv2d, MapConv)):
         # Every output channel is a sum over this many inputs, wherever the channels lie in memory.
         height, width = module.kernel_size
-        return output.numel() * module.in_channels // module.groups * height * width
-    core = getattr(module, "core_flops", None)
-    return 0 if core is None else x.shape[0] * core(*x.shape[1:3])
+        return written * module.in_channels // module.groups * height * width
+    if isinstance(module, swin_transformer.WindowAttention):
+        return 2 * inputs[0].shape[1] * inputs[0].shape[:2].numel() * module.proj.in_features
+    if isinstance(module, pvt_v2.Attention):
+        return 2 * written * _pvt_keys(module, *inputs[1])
+    if not hasattr(module, "core_flops"):
+        return 0
+    core: int = inputs[0].shape[0] * module.core_flops(*inputs[0].shape[1:3])  # type: ignore[operator]
+    return core
+
+
+def _pvt_keys(module: Any, height: int, width: int) -> int:
+    if module.pool is not None:  # PVT v2 Li
+        return int(module.pool.output_size) ** 2
+    rows, columns = (1, 1) if module.sr is None else module.sr.stride
+    return (height // rows) * (width // columns)

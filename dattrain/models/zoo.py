@@ -182,7 +182,7 @@ class Features(FeatureGetterNet):
 
     def forward(self, x: torch.Tensor, drop_path_noise: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Maps of the stages asked for, B x C x H x W; ``drop_path_noise`` as in ``DAT.forward``."""
-        maps: list[torch.Tensor] = self.model.forward_intermediates(
+        maps: list[torch.Tensor] = self.model.forward_intermediates(  # type: ignore[operator]
             x,
             indices=self.out_indices,
             norm=self.norm,

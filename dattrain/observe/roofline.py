@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Count = Callable[[nn.Module, Tensor, Any], int]
-"""Multiply-accumulates of a call of a module itself, without what is inside it."""
+Count = Callable[[nn.Module, tuple[Any, ...], Any], int]
+"""Multiply-accumulates of a call of a module itself, without what is inside it, from its inputs and output."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Work:
         x = next((each for each in inputs if isinstance(each, Tensor)), None)
         if x is None or not isinstance(output, Tensor) or output is x:
             return
-        flops = 2 * self._count(module, x, output)
+        flops = 2 * self._count(module, inputs, output)
         leaf = next(module.children(), None) is None
         moved = x.nbytes + output.nbytes if leaf or flops else 0
         if leaf:

@@ -183,9 +183,7 @@ class Task(Protocol):
         """Parameters by name as a model of ``img_size`` has them, from those of a model of another size."""
 
     def noise_width(self, model: nn.Module) -> int:
-        """Numbers in [0, 1) that a sample's forward pass takes in training, for what is dropped; 0 where nothing is, or ``model``
-        draws by itself.
-        """
+        """Numbers in [0, 1) that a sample's forward pass takes in training, for what is dropped; 0 where it takes none."""
 
     def input_size(self, img_size: Size) -> Size:
         """Of the largest image that a training step may see; ``img_size`` is as for ``build``."""

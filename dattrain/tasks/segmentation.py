@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from dattrain.data.loader import EvalLoader, TrainLoader
 from dattrain.data.to_device import to_device
 from dattrain.errors import ConfigError, UserError
 from dattrain.models import flops, surgery
+from dattrain.models.blocks import recompute
 from dattrain.models.dense.backbone import create_backbone
 from dattrain.models.dense.segmenter import Segmenter, create_segmenter
 from dattrain.models.dense.weights import initialise
@@ -249,46 +249,19 @@ class Segmentation:
 def pixel_cross_entropy(logits: Tensor, maps: Tensor) -> Tensor:
     """Sum over the pixels of each sample of the cross-entropy of bilinearly enlarged logits: B float32, nats; void gives 0.
 
+    The enlarged scores, which would be most of the memory of a step of 150 classes at 512 x 512 (157 MB a sample, three times),
+    are there for one sample at a time: they are computed anew in the backward pass.
+
     Args:
         logits: B x K x h x w.
         maps: B x H x W uint8, ``VOID`` where there is no class.
     """
-    sums: Tensor = _PixelCrossEntropy.apply(logits, maps)
-    return sums
+    return torch.stack([recompute(_sum, one, truth) for one, truth in zip(logits.split(1), maps.split(1))])
 
 
-class _PixelCrossEntropy(torch.autograd.Function):
-    """Gradients are made in the forward pass, sample by sample, at the size of the logits.
-
-    So the enlarged scores, which are what a step of 150 classes at 512 x 512 would need most of its memory for (three times
-    157 MB a sample), are there for one sample at a time, and nothing is computed twice.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, maps: Tensor) -> Tensor:
-        """The sums."""
-        sums, gradients = [], []
-        for one, truth in zip(logits.detach().split(1), maps.split(1)):
-            with torch.enable_grad():
-                small = one.float().detach().requires_grad_(ctx.needs_input_grad[0])
-                large = F.interpolate(small, size=truth.shape[1:], mode="bilinear", align_corners=False)
-                losses = F.cross_entropy(large, truth.long(), ignore_index=VOID, reduction="none")
-                del large
-                total = losses.sum()
-            sums.append(total.detach())
-            if ctx.needs_input_grad[0]:
-                gradients += torch.autograd.grad(total, small)
-        if gradients:
-            ctx.save_for_backward(torch.cat(gradients))
-        ctx.dtype = logits.dtype
-        return torch.stack(sums)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_sums: Tensor) -> tuple[Tensor, None]:
-        """The gradient of the logits."""
-        (gradients,) = ctx.saved_tensors
-        return (gradients * of_sums.view(-1, 1, 1, 1)).to(ctx.dtype), None
+def _sum(logits: Tensor, maps: Tensor) -> Tensor:
+    large = F.interpolate(logits.float(), size=maps.shape[1:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(large, maps.long(), ignore_index=VOID, reduction="none").sum()
 
 
 def _mapped(model: Segmenter, tensors: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
@@ -316,6 +289,11 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"train.compile={train.compile} compiles anew for every size, and geometry.crop=null trains on images of many; set "
             "geometry.crop, or train.compile=none"
+        )
+    if config.task.norm == "batch" and config.task.head == "upernet" and train.micro_batch == 1:
+        raise ConfigError(
+            "task.norm=batch with train.micro_batch=1: UperNet pools maps to one value a channel, of which a device's one sample of a "
+            "micro-batch has no statistics; use a micro-batch of 2 or more, or task.norm=group"
         )
     if train.cuda_graphs:
         raise ConfigError(

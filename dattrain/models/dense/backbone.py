@@ -129,7 +129,7 @@ class TimmBackbone(Backbone):
     def __init__(self, name: str, body: nn.Module, drop_path_rate: float, outs: Sequence[int]) -> None:
         check_rates(drop_path_rate=drop_path_rate)
         self._has_output_norms = not name.startswith("pvt_")
-        depths = [len(stage.blocks) for stage in timm_networks.stages(body)]  # type: ignore[arg-type]
+        depths = [len(stage.blocks) for stage in timm_networks.stages(body)]
         super().__init__(body, timm_networks.channels(body), depths, outs)
         self.name = name
         self.drop_path_rate = drop_path_rate

@@ -33,15 +33,18 @@ def create_norm(kind: Norm, channels: int) -> nn.Module:
 
 
 class ConvNormReLU(nn.Sequential):
-    """mmcv's ConvModule: a convolution without bias that keeps the size, norm, ReLU; B x C x H x W.
+    """mmcv's ConvModule: a convolution that keeps the size, norm, ReLU; B x C x H x W. It has a bias where there is no norm.
 
     Weights are drawn as there: Kaiming normal over fan-out (``mmcv/cnn/bricks/conv_module.py``).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, norm: Norm) -> None:
-        conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, norm: Norm | None) -> None:
+        conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=norm is None)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        super().__init__(conv, create_norm(norm, out_channels), nn.ReLU(inplace=True))
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+        between = [] if norm is None else [create_norm(norm, out_channels)]
+        super().__init__(conv, *between, nn.ReLU(inplace=True))
 
 
 class Classifier(nn.Module):

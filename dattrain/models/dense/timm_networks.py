@@ -61,7 +61,7 @@ def create(name: str, *, img_size: int | tuple[int, int], in_chans: int, **overr
         if each not in arguments:
             raise UserError(f"model.overrides.{each} is not an argument of timm's {name}")
     layout = {"img_size": img_size, "strict_img_size": False, "always_partition": True} if swin else {}
-    body: nn.Module = timm.create_model(
+    body: Any = timm.create_model(
         name,
         pretrained=False,
         num_classes=0,
@@ -73,26 +73,26 @@ def create(name: str, *, img_size: int | tuple[int, int], in_chans: int, **overr
         body.norm = nn.Identity()
     for block in blocks(body):
         block.drop_path1, block.drop_path2 = DropPath(), DropPath()
-    return body
+    made: nn.Module = body
+    return made
 
 
-def stages(body: nn.Module) -> nn.Sequential:
+def stages(body: Any) -> list[Any]:
     """The stages, each with ``downsample`` and ``blocks``."""
-    found: nn.Sequential = body.layers if isinstance(body, SwinTransformer) else body.stages
-    return found
+    return list(body.layers if isinstance(body, SwinTransformer) else body.stages)
 
 
-def blocks(body: nn.Module) -> list[nn.Module]:
+def blocks(body: Any) -> list[Any]:
     """All blocks, from the stem on."""
     return [block for stage in stages(body) for block in stage.blocks]
 
 
-def channels(body: nn.Module) -> tuple[int, ...]:
+def channels(body: Any) -> tuple[int, ...]:
     """Of the map of each stage."""
-    return tuple(each["num_chs"] for each in body.feature_info)  # type: ignore[union-attr]
+    return tuple(each["num_chs"] for each in body.feature_info)
 
 
-def run_block(block: nn.Module, x: Tensor, scale: Tensor | None, *others: Any) -> Tensor:
+def run_block(block: Any, x: Tensor, scale: Tensor | None, *others: Any) -> Tensor:
     """``block(x, *others)`` with its branches scaled by ``scale`` (B x 2): the same when called anew in the backward pass."""
     paths = (block.drop_path1, block.drop_path2)
     for column, path in enumerate(paths):
@@ -105,7 +105,7 @@ def run_block(block: nn.Module, x: Tensor, scale: Tensor | None, *others: Any) -
             path.scale = None
 
 
-def run(body: nn.Module, x: Tensor, scale: Tensor | None, recomputed: str | None) -> list[Tensor]:
+def run(body: Any, x: Tensor, scale: Tensor | None, recomputed: str | None) -> list[Tensor]:
     """Maps of all stages, B x H x W x C, sides of the image divided by 4, 8, 16, 32 and rounded up.
 
     Args:
@@ -113,11 +113,12 @@ def run(body: nn.Module, x: Tensor, scale: Tensor | None, recomputed: str | None
         scale: factors of the residual branches, B x (2 * blocks), or None.
         recomputed: ``stage`` or ``block``: what keeps no activations.
     """
-    if isinstance(body, SwinTransformer):  # timm refuses what patches do not divide; Swin's dense code pads
+    swin = isinstance(body, SwinTransformer)
+    if swin:  # timm refuses what patches do not divide; Swin's dense code pads
         height, width = body.patch_embed.patch_size
         x = F.pad(x, (0, -x.shape[3] % width, 0, -x.shape[2] % height))
-    x = body.patch_embed(x)  # type: ignore[operator]
-    run_stage = _swin_stage if isinstance(body, SwinTransformer) else _pvt_stage
+    x = body.patch_embed(x)
+    run_stage = _swin_stage if swin else _pvt_stage
     maps, first = [], 0
     for stage in stages(body):
         columns = None if scale is None else scale[:, first : first + 2 * len(stage.blocks)]

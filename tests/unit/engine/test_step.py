@@ -20,6 +20,10 @@ RECIPE = "model: {num_classes: 3}\naugment: {label_smoothing: 0.0}\ntrain: {glob
 class Net(nn.Module):
     """Logits are the mean of the image's channels; keeps the noise that it was given."""
 
+    def __init__(self):
+        super().__init__()
+        self.__dict__["module"] = self  # as an engine has it, and not as a submodule
+
     def forward(self, x, drop_path_noise=None):
         self.noise = drop_path_noise
         return x.mean((2, 3)) * torch.ones((), requires_grad=True)

@@ -2,7 +2,7 @@
 
 A set is a list of parts (``A::B`` has two), each a JSON object: ``set``, what the names of its shards have in common;
 ``shards`` and ``samples``, how many; and SHA-256 of the names, of the samples per shard, of the sizes and of the contents, all
-in order. What is not known (the contents of shards without index, the sizes of a stream) is null. Folders and servers are not
+in order; of files with annotations, what tells these from others. What is not known (the contents of shards without index, the sizes of a stream) is null. Folders and servers are not
 in it: data may move.
 """
 
@@ -14,6 +14,7 @@ from hashlib import sha256
 from itertools import groupby
 from typing import Any
 
+from dattrain.data.annotations.annotated import AnnotatedFiles
 from dattrain.data.source.dataset import Dataset, FolderDataset, ShardDataset
 from dattrain.data.source.inventory import set_of
 from dattrain.data.source.shards import Shards
@@ -28,15 +29,22 @@ _DIGESTS = {
     "counts": "other numbers of samples in them",
     "sizes": "other sizes",
     "contents": "other contents",
+    "annotations": "other annotations",
 }
+_OPTIONAL = ("annotations",)
+"""What only annotated files have: those of shards are in their contents."""
 
 
 def of_dataset(dataset: Dataset) -> list[Part]:
     """The identity of a set that is open."""
     if isinstance(dataset, ShardDataset):
         return of_shards(dataset.shards)
-    names = dataset.digest if isinstance(dataset, FolderDataset) else None
-    return [_part("files", len(dataset.counts), int(dataset.counts.sum()), names=names)]
+    digests: dict[str, str | None] = {}
+    if isinstance(dataset, FolderDataset):
+        digests = {"names": dataset.digest}
+    elif isinstance(dataset, AnnotatedFiles):
+        digests = {"names": dataset.digest, "annotations": dataset.annotation_digest}
+    return [_part("files", len(dataset.counts), int(dataset.counts.sum()), **digests)]
 
 
 def of_shards(shards: Shards) -> list[Part]:
@@ -88,7 +96,13 @@ def difference(then: Sequence[Part], now: Sequence[Part]) -> str | None:
 
 
 def _part(name: str, shards: int, samples: int, **digests: str | None) -> Part:
-    return {"set": name, "shards": shards, "samples": samples, **dict.fromkeys(_DIGESTS), **digests}
+    return {
+        "set": name,
+        "shards": shards,
+        "samples": samples,
+        **dict.fromkeys(key for key in _DIGESTS if key not in _OPTIONAL),
+        **digests,
+    }
 
 
 def _groups(rows: Sequence[tuple[str, int, int, str]]) -> list[tuple[str, list[tuple[str, int, int, str]]]]:

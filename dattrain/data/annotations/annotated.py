@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.data.annotations.orientation import upright
+from dattrain.data.annotations.semantic import annotated_size
 from dattrain.data.source.folders import scrambled
 from dattrain.data.source.image_files import ImageFiles, read_file
 from dattrain.data.source.index import NO_LABEL
@@ -44,9 +45,13 @@ class AnnotatedFiles(ImageFiles):
         name: for messages and keys.
         root: folder that the files' paths are relative to.
         files: those paths.
+        origin: see ``ImageFiles``.
+
+    Raises:
+        UserError: there are no files.
     """
 
-    def __init__(self, name: str, root: Path, files: Sequence[str]) -> None:
+    def __init__(self, name: str, root: Path, files: Sequence[str], *, origin: str = "") -> None:
         encoded = [os.fsencode(file) for file in files]
         keys = np.asarray([scrambled(file) for file in encoded], dtype=np.uint64)
         self.place: NDArray[np.intp] = np.lexsort((np.arange(len(keys)), keys))
@@ -55,7 +60,7 @@ class AnnotatedFiles(ImageFiles):
         self.digest = sha256(keys[self.place].astype("<u8").tobytes()).hexdigest()
         if not files:
             raise UserError(f"{name}: has no images")
-        super().__init__(name, root, np.broadcast_to(np.int64(NO_LABEL), len(files)))
+        super().__init__(name, root, np.broadcast_to(np.int64(NO_LABEL), len(files)), origin=origin)
 
     @property
     @abstractmethod
@@ -65,10 +70,6 @@ class AnnotatedFiles(ImageFiles):
     @abstractmethod
     def annotation(self, sample: int) -> bytes:
         """See ``Sample.annotation``. Raises BadSample."""
-
-    @abstractmethod
-    def annotated_size(self, annotation: bytes) -> tuple[int, int] | None:
-        """Height and width of the image as whoever annotated it saw it; None where that is not said."""
 
     def file(self, sample: int) -> str:
         """See ``ImageFiles.file``."""
@@ -80,5 +81,5 @@ class AnnotatedFiles(ImageFiles):
         note(str(path))
         data = read_file(path, self._origin)
         annotation = self.annotation(sample)
-        data = upright(data, self.annotated_size(annotation), str(path))
+        data = upright(data, annotated_size(annotation), str(path))
         return Sample(self.key(shard, sample), str(path), NO_LABEL, data, annotation)

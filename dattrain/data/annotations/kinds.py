@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from dattrain.data.source.sample import Annotations, Dataset
+from dattrain.data.source.annotation_index import Annotations
+from dattrain.data.source.sample import Dataset
 from dattrain.errors import UserError
 
 _HOLDS = {

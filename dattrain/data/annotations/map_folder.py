@@ -19,8 +19,9 @@ from dattrain.data.annotations.ade20k import ADE20K
 from dattrain.data.annotations.annotated import AnnotatedFiles
 from dattrain.data.classes import few
 from dattrain.data.decode.images import is_image_name
+from dattrain.data.source.annotation_index import Annotations
 from dattrain.data.source.files import explained, listing, read_file
-from dattrain.data.source.sample import Annotations, BadSample
+from dattrain.data.source.sample import BadSample
 from dattrain.errors import UserError
 
 PAIRS = {"images": "annotations", "img_dir": "ann_dir"}
@@ -100,18 +101,28 @@ class MapFolder(AnnotatedFiles):
     def annotation(self, sample: int) -> bytes:
         """The map, its numbers being those of ``classes``."""
         path = self.maps / (os.path.splitext(self.file(sample))[0] + ".png")
-        try:
-            data = read_file(path)
-        except OSError as error:
-            raise BadSample(
-                f"{self.root / self.file(sample)}: its map cannot be read: {path} ({error.strerror}); a map is a PNG of that name"
-            ) from error
+        data = read_map(path, self.root / self.file(sample))
         return _from_zero(data, str(path)) if self._from_one else data
 
-    def annotated_size(self, annotation: bytes) -> tuple[int, int] | None:
-        """See ``AnnotatedFiles.annotated_size``."""
-        head = maps.header(annotation)
-        return None if head is None else (head.height, head.width)
+
+def read_map(path: Path, image: Path) -> bytes:
+    """The bytes of the map of an image. Raises BadSample where there is none."""
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise BadSample(
+            f"{image}: its map cannot be read: {path} ({error.strerror}); a map is a PNG of that name"
+        ) from error
+
+
+def named_classes(path: Path) -> list[str]:
+    """The classes that a file names, one a line in the order of their numbers. Raises UserError for none, or too many for a map."""
+    with explained(path):
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    names = [line.strip() for line in lines if line.strip()]
+    if not 0 < len(names) <= maps.VOID:
+        raise UserError(f"{path}: names {len(names)} classes; a map holds 1 to {maps.VOID}")
+    return names
 
 
 def class_names(root: str, beside: Path) -> tuple[list[str], bool]:
@@ -124,12 +135,7 @@ def class_names(root: str, beside: Path) -> tuple[list[str], bool]:
     if (top / ADE_NAMES).is_file():
         return _ade_names(top / ADE_NAMES), True
     if (top / OWN_NAMES).is_file():
-        with explained(top / OWN_NAMES):
-            lines = (top / OWN_NAMES).read_text(encoding="utf-8-sig", errors="replace").splitlines()
-        names = [line.strip() for line in lines if line.strip()]
-        if not 0 < len(names) <= maps.VOID:
-            raise UserError(f"{top / OWN_NAMES}: names {len(names)} classes; a map holds 1 to {maps.VOID}")
-        return names, False
+        return named_classes(top / OWN_NAMES), False
     if top.name.startswith(_RELEASE):
         return list(ADE20K), True
     raise UserError(

@@ -5,36 +5,55 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dattrain.data.annotations import maps
+from dattrain.data.annotations import instances, maps
 from dattrain.data.annotations.maps import VOID
 from dattrain.data.source.index import NO_LABEL
 from dattrain.data.source.sample import BadSample
 
-__all__ = ["VOID", "semantic_map"]
+__all__ = ["VOID", "annotated_size", "semantic_map"]
 
 
 def semantic_map(
     annotation: bytes, size: tuple[int, int], numbers: NDArray[np.int64] | None, where: str
 ) -> NDArray[np.uint8]:
-    """The class of each pixel, H x W; ``VOID`` where there is none.
+    """The class of each pixel, H x W; ``VOID`` where there is none, and where objects overlap or are a crowd.
+
+    Pixels of no object have the set's class 0, the background.
 
     Args:
-        annotation: ``Sample.annotation``: a PNG of the set's own class numbers.
+        annotation: ``Sample.annotation``: a PNG of the set's own class numbers, or the JSON of objects that ``instances`` reads.
         size: height and width of the image as it was decoded.
         numbers: ``Dataset.numbers``, the network's class for each of the set's; None takes the set's own as they are.
         where: ``Sample.where``, for messages.
 
     Raises:
-        BadSample: no annotation, one that does not decode or of another size than the image, or a class that the set does not
-            name.
+        BadSample: no annotation, one that does not decode or of another size than the image, a class that the set does not
+            name, or an object without mask.
     """
     if not annotation:
         raise BadSample(f"{where}: has no annotation")
+    if _is_json(annotation):
+        objects = instances.parse(annotation, where)
+        if objects.size is not None:
+            _check_size(objects.size, size, where)
+        return instances.painted(objects, size, numbers, where, VOID)
     head = maps.header(annotation)
     if head is not None:
         _check_size((head.height, head.width), size, where)
     found = maps.read(annotation, where)
     return found if numbers is None else _numbered(found, numbers, where)
+
+
+def annotated_size(annotation: bytes) -> tuple[int, int] | None:
+    """Height and width of the image as whoever annotated it saw it; None where that is not said, or cannot be read."""
+    if _is_json(annotation):
+        return instances.size_of(annotation)
+    head = maps.header(annotation)
+    return None if head is None else (head.height, head.width)
+
+
+def _is_json(annotation: bytes) -> bool:
+    return annotation[:1].isspace() or annotation[:1] == b"{"
 
 
 def _check_size(own: tuple[int, int], size: tuple[int, int], where: str) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dattrain.data.annotations.annotated import AnnotatedFiles
 from dattrain.data.philox import Stream, words
 from dattrain.data.prepare.dedup import find_duplicates
 from dattrain.data.prepare.write_shard import PackedShard, PackOptions, ShardWriter
@@ -62,6 +63,8 @@ def pack(
             f"{out}: lies among the class folders of {source.name}, and would be taken for one of them, or for the set itself, "
             "when this is run again; pack into another folder"
         )
+    if source.annotations != "none":
+        _check_annotated(source, options)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         total = int(source.counts.sum())
@@ -146,6 +149,7 @@ def _publish(writer: ShardWriter, split: str, shards: list[PackedShard]) -> dict
             }
             for shard in shards
         ],
+        **_annotated(writer.source),
         "bad": [{"key": key, "reason": reason} for shard in shards for key, reason in shard.bad],
         "source": writer.source.name,
         "options": asdict(writer.options),
@@ -166,6 +170,25 @@ def _publish(writer: ShardWriter, split: str, shards: list[PackedShard]) -> dict
     write_atomically(info_path, json.dumps(info, indent=2).encode())
     write_atomically(folder / f"_{split}.manifest.json", to_json(manifest, indent=1))
     return manifest
+
+
+def _check_annotated(source: Dataset, options: PackOptions) -> None:
+    """Raise UserError for settings that would part images from their annotations."""
+    for given, name, why in (
+        (options.resize, "--resize", "it would resize images and not what lies beside them; training resizes both (geometry.short_side)"),
+        (options.dedup, "--dedup", "images with equal bytes may have other annotations"),
+        (options.label_set, "--label-set", "it numbers the classes of images; those of pixels and objects have the set's own names"),
+        (options.label, "--label", "its samples have annotations instead of labels"),
+    ):  # fmt: skip
+        if given:
+            raise UserError(f"{source.name}: has annotations, with which {name} does not go: {why}")
+
+
+def _annotated(source: Dataset) -> dict[str, Any]:
+    """What a manifest says of annotations. Which classes the samples have is not counted: that reads each of them."""
+    if source.annotations == "none":
+        return {}
+    return {"annotations": source.annotations, "histogram": None, "notes": list(source.notes)}
 
 
 def _permute(items: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:
@@ -189,6 +212,8 @@ def _same_settings(folder: Path, source: Dataset, options: PackOptions) -> None:
                     "utf-8", "surrogateescape"
                 )
             )
+    if isinstance(source, AnnotatedFiles):
+        digest.update(source.annotation_digest.encode())
     settings = {**asdict(options), "source": source.name, "content": digest.hexdigest()}
     path = folder / f".{options.split}.settings.json"
     noted = read_json(path)

@@ -16,9 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dattrain.data.annotations import instances, maps
+from dattrain.data.annotations.semantic import semantic_map
 from dattrain.data.decode import images
 from dattrain.data.source import tar
-from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, locate
+from dattrain.data.source.annotation_index import AnnotationIndex
+from dattrain.data.source.build_index import MAP_EXTENSION
+from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, Sample, locate
 from dattrain.data.source.fields import fields
 from dattrain.data.source.index import (
     CatalogueEntry,
@@ -81,6 +85,18 @@ class PackedShard:
     bad: list[tuple[str, str]]
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """A sample as it is written: members by extension, the image first; ``annotation`` is the extension of what annotates it."""
+
+    label: int
+    key: str
+    members: tuple[tuple[str, bytes], ...]
+    annotation: str | None = None
+    height: int = 0
+    width: int = 0
+
+
 class ShardWriter:
     """Writes shards; lives in each process."""
 
@@ -91,12 +107,16 @@ class ShardWriter:
         self.folder = folder
         self.options = options
         self.classes = None if classes is None else list(classes)
+        self._numbers = source.numbers
+        if self._numbers is None and classes is not None:
+            self._numbers = np.arange(len(classes), dtype=np.int64)
 
     def write(self, name: str, items: NDArray[np.int64]) -> PackedShard:
         """Write one shard under another name, then publish its index and itself, in that order."""
         note(name)
         path = self.folder / name
         offsets, lengths, labels, keys, bad = [], [], [], [], []
+        annotations: list[tuple[int, int, int, int]] = []
         digest = sha256()
         try:
             with replacing(path, durable=True) as part, open(part, "wb") as file:
@@ -107,7 +127,7 @@ class ShardWriter:
 
                 for item in items.tolist():
                     try:
-                        label, key, extension, data, info = self._encode(item)
+                        packed = self._encode(item)
                     except BadSample as error:
                         bad.append((self.source.key(*locate(self.source, item)), str(error)))
                         if not self.options.skip_bad:
@@ -115,18 +135,29 @@ class ShardWriter:
                                 f"{error}; remove it, or pack with --on-bad skip to leave out and name such samples"
                             ) from error
                         continue
-                    offsets.append(file.tell() + tar.BLOCK)
-                    lengths.append(len(data))
-                    labels.append(label)
-                    keys.append(key)
-                    meta = to_json(info)
-                    for suffix, content in ((extension, data), ("cls", b"%d" % label), ("json", meta)):
-                        put(tar.header(f"{key}.{suffix}", len(content)))
+                    labels.append(packed.label)
+                    keys.append(packed.key)
+                    for suffix, content in packed.members:
+                        put(tar.header(f"{packed.key}.{suffix}", len(content)))
+                        if suffix == packed.members[0][0]:
+                            offsets.append(file.tell())
+                            lengths.append(len(content))
+                        elif suffix == packed.annotation:
+                            annotations.append((file.tell(), len(content), packed.height, packed.width))
                         put(content)
                         put(tar.padding(len(content)))
                 put(tar.END)
                 size = file.tell()
-                index = ShardIndex.build(offsets, lengths, labels, keys, size=size, sha256=digest.hexdigest())
+                kind = self.source.annotations
+                index = ShardIndex.build(
+                    offsets,
+                    lengths,
+                    labels,
+                    keys,
+                    size=size,
+                    sha256=digest.hexdigest(),
+                    annotated=None if kind == "none" else AnnotationIndex.build(kind, annotations),
+                )
                 # A tar without index could be taken for a foreign shard; an index without tar says nothing.
                 if bad:
                     write_atomically(self.folder / f".{name}.bad", json.dumps(bad).encode())
@@ -152,14 +183,14 @@ class ShardWriter:
             return None
 
     def _describe(self, name: str, index: ShardIndex, bad: list[tuple[str, str]]) -> PackedShard:
-        labels, counts = np.unique(index.labels, return_counts=True)
+        labels, counts = np.unique(index.labels[index.labels != NO_LABEL], return_counts=True)
         return PackedShard(name, CatalogueEntry.of(index), dict(zip(labels.tolist(), counts.tolist())), bad)
 
-    def _encode(self, item: int) -> tuple[int, str, str, bytes, dict[str, Any]]:
-        """Label, key, extension, bytes and ``.json`` of one sample. Raises BadSample."""
-        options = self.options
+    def _encode(self, item: int) -> _Packed:
+        """One sample as it is written. Raises BadSample."""
+        options, annotated = self.options, self.source.annotations != "none"
         sample = self.source.read(*locate(self.source, item))
-        if sample.label == NO_LABEL:
+        if sample.label == NO_LABEL and not annotated:
             raise BadSample(f"{sample.where}: has no label")
         data = sample.data
         try:
@@ -173,14 +204,42 @@ class ShardWriter:
         except images.BadImage as error:
             raise BadSample(f"{sample.where}: {error}") from error
         name = sample.key.partition(":")[2]
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.splitext(os.path.basename(name))[0])[:64]
+        key = f"{item:08d}" if stem == str(item) else f"{item:08d}-{stem}"
+        members: tuple[tuple[str, bytes], ...]
+        if self.source.annotations == "instances":
+            return self._with_objects(
+                sample, key, wanted, data, {"filename": name, "height": height, "width": width}
+            )
         # What the source's own .json says stays, but where it is about what this packing decides.
         info = {"filename": name, **fields(self.source, *locate(self.source, item))}
+        if annotated:
+            own = "png" if wanted != "png" else MAP_EXTENSION
+            found = semantic_map(sample.annotation, (height, width), self._numbers, sample.where)
+            info.update({"height": height, "width": width})
+            members = ((wanted, data), (own, maps.write(found)), ("json", to_json(info)))
+            return _Packed(NO_LABEL, key, members, own, height, width)
         info.update({"label": sample.label, "height": height, "width": width})
         if self.classes:
             info["class"] = self.classes[sample.label]
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.splitext(os.path.basename(name))[0])[:64]
-        key = f"{item:08d}" if stem == str(item) else f"{item:08d}-{stem}"
-        return sample.label, key, wanted, data, info
+        members = ((wanted, data), ("cls", b"%d" % sample.label), ("json", to_json(info)))
+        return _Packed(sample.label, key, members)
+
+    def _with_objects(
+        self, sample: Sample, key: str, wanted: str, data: bytes, also: dict[str, Any]
+    ) -> _Packed:
+        """A sample whose ``.json`` holds the objects of its image."""
+        size = int(also["height"]), int(also["width"])
+        found = instances.parse(sample.annotation, sample.where)
+        if found.size not in (None, size):
+            raise BadSample(
+                f"{sample.where}: its annotation is for {found.size}, and its image has {size} pixels"
+            )
+        for i, segmentation in enumerate(found.segmentations):
+            if segmentation is not None:
+                instances.check_size(segmentation, size, f"{sample.where}: object {i} of its annotation")
+        content = instances.renumbered(sample.annotation, self._numbers, also, sample.where)
+        return _Packed(NO_LABEL, key, ((wanted, data), ("json", content)), "json", *size)
 
 
 def _encode_anew(data: bytes, options: PackOptions, kind: str) -> tuple[bytes, int, int]:

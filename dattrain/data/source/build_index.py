@@ -2,7 +2,8 @@
 
 Layouts: a sample is the consecutive members of one key (the name up to the first dot of its last part); its image is
 the member with an image's extension; its label stands in ``.cls``, or in a field of ``.json``. ``--image`` and
-``--label`` name others. Members that no sample has are counted by kind.
+``--label`` name others. Its annotation is a map (``.seg.png``, or a ``.png`` of numbers beside an image of another format), or objects
+in ``.json`` where that holds no label. Members that no sample has are counted by kind.
 """
 
 from __future__ import annotations
@@ -11,14 +12,21 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from dattrain.data.annotations import instances, maps
+from dattrain.data.decode import images as image_bytes
 from dattrain.data.decode.images import IMAGE_EXTENSIONS
 from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
 from dattrain.data.source import inventory, tar
+from dattrain.data.source.annotation_index import AnnotationIndex, Annotations
 from dattrain.data.source.files import explained, open_file, sha256_of
 from dattrain.data.source.index import NO_LABEL, LeftOut, ShardIndex, leave_out
 from dattrain.errors import UserError
 
+MAP_EXTENSION = "seg.png"
+"""Of a map whose image may be a PNG too."""
 _REASONS_KEPT = 10
+_HEADER = 64 * 1024
+"""Bytes of an image that hold its size, but where EXIF is longer."""
 _TEXT_LIMIT, _JSON_LIMIT = 4096, 64 << 20
 """Bytes of a .cls and of a .json; larger ones hold something else."""
 
@@ -41,8 +49,8 @@ def build(
         unterminated: accept a tar without its end marker.
 
     Raises:
-        UserError: an incomplete tar; a sample with two images, or a label that is no number; a member's name that is not to be
-            trusted.
+        UserError: an incomplete tar; a sample with two images, or a label that is no number; labels and annotations, or
+            annotations of two kinds; a member's name that is not to be trusted.
     """
     with explained(path), open(open_file(path), "rb", buffering=0) as file:
         index = _Builder(path, file.fileno(), image, label).index(unterminated)
@@ -57,11 +65,13 @@ class _Builder:
         self.label = label
         self.left_out: dict[str, LeftOut] = {}
         self.why: dict[str, str] = {}
+        self.kinds: dict[Annotations, str] = {}
 
     def index(self, unterminated: bool) -> ShardIndex:
         path = self.path
         offsets, lengths, labels, linked = [], [], [], []
         keys: list[str] = []
+        annotations: list[tuple[int, int, int, int]] = []
         seen: set[str] = set()
         for key, members in self._samples(tar.scan(path, unterminated=unterminated)):
             if key in seen:
@@ -71,14 +81,19 @@ class _Builder:
                     "unique within a shard"
                 )
             seen.add(key)
-            image = self._image(key, members)
-            label = self._label(key, members)
+            image, annotation = self._image(key, members)
+            label = NO_LABEL
+            if annotation is None:
+                label, annotation = self._label(key, members)
             if image is not None and image.kind == tar.HARD_LINK:
                 linked.append(len(keys))
             offsets.append(image.offset if image else 0)
             lengths.append(image.size if image else 0)
             labels.append(label)
             keys.append(key)
+            place = (annotation.offset, annotation.size) if annotation else (0, 0)
+            annotations.append((*place, *self._size(image, annotation)))
+        self._check_kinds(labels, keys)
         if not keys and self.left_out:
             raise UserError(
                 inventory.no_shard_message(path)
@@ -95,7 +110,19 @@ class _Builder:
             linked=linked,
             left_out=self.left_out.values(),
             why=self.why,
+            annotated=AnnotationIndex.build(next(iter(self.kinds)), annotations) if self.kinds else None,
         )
+
+    def _check_kinds(self, labels: list[int], keys: list[str]) -> None:
+        """Raise UserError where annotations are of two kinds, or some samples have a label instead."""
+        found: list[tuple[str, str]] = list(self.kinds.items())
+        found += [("a label", key) for key, label in zip(keys, labels) if label != NO_LABEL][:1]
+        if self.kinds and len(found) > 1:
+            (one, first), (two, second) = found[:2]
+            raise UserError(
+                f"{self.path}: sample {first!r} has {one}, and sample {second!r} has {two}; the samples of a set hold one kind of "
+                "annotations, or labels: write them into shards of their own"
+            )
 
     def _samples(self, members: Iterable[tar.Member]) -> Iterator[tuple[str, list[tar.Member]]]:
         key, group = None, []
@@ -115,7 +142,9 @@ class _Builder:
         if key is not None:
             yield key, group
 
-    def _image(self, key: str, members: list[tar.Member]) -> tar.Member | None:
+    def _image(self, key: str, members: list[tar.Member]) -> tuple[tar.Member | None, tar.Member | None]:
+        """The image of a sample, and the map beside it."""
+
         def wanted(member: tar.Member) -> bool:
             extension = tar.split_name(member.name)[1].lower()
             if self.image is not None:
@@ -124,27 +153,56 @@ class _Builder:
 
         candidates = [m for m in members if wanted(m)]
         images = [m for m in candidates if m.readable]
+        beside = self._map(members, images)
+        images = [m for m in images if m is not beside]
         if len(images) > 1:
             raise UserError(
                 f"{self.path}: sample {key!r} at offset {images[0].offset} has {len(images)} images "
-                f"({', '.join(os.path.basename(m.name) for m in images)}); it must have one. Keys end at the first dot; "
-                "`--image EXTENSION` says which of a sample's images to take"
+                f"({', '.join(os.path.basename(m.name) for m in images)}); it must have one, and at most a map of class numbers (.seg.png, "
+                "or a .png of one channel of 8 bits) beside. Keys end at the first dot; `--image EXTENSION` says which of a sample's "
+                "images to take"
             )
+        if beside is not None:
+            self.kinds.setdefault("maps", key)
         for member in members:
             extension = tar.split_name(member.name)[1].lower()
             if not member.readable:
                 read = member in candidates or extension in ("cls", "json")
                 leave_out(self.left_out, member.kind, member.name, lost=read)
             elif (
-                member not in images and extension not in ("cls", "json") and not self._holds_label(extension)
+                member not in (*images, beside)
+                and extension not in ("cls", "json")
+                and not self._holds_label(extension)
             ):
                 unread_picture = not images and extension.rpartition(".")[2] in UNREAD_PICTURES
                 leave_out(self.left_out, f".{extension}", member.name, lost=unread_picture)
         if not images:
             self._note(key, members)
-        return images[0] if images else None
+        return images[0] if images else None, beside
 
-    def _label(self, key: str, members: list[tar.Member]) -> int:
+    def _map(self, members: list[tar.Member], images: list[tar.Member]) -> tar.Member | None:
+        """The map of the classes of a sample's pixels; None where it has none."""
+        by_extension = {tar.split_name(m.name)[1].lower(): m for m in members if m.readable}
+        for extension in (MAP_EXTENSION, "png"):
+            found = by_extension.get(extension)
+            if found is not None and (extension == MAP_EXTENSION or [m for m in images if m is not found]):
+                head = maps.header(os.pread(self.fd, min(found.size, 64), found.offset))
+                if head is not None and head.holds_numbers:
+                    return found
+        return None
+
+    def _size(self, image: tar.Member | None, annotation: tar.Member | None) -> tuple[int, int]:
+        """Height and width of an annotated image; zeros where its header cannot be read."""
+        for limit in (_HEADER, None) if image and annotation else ():
+            assert image is not None
+            try:
+                return image_bytes.size(os.pread(self.fd, min(image.size, limit or image.size), image.offset))
+            except image_bytes.BadImage:  # its header may lie beyond what was read
+                continue
+        return 0, 0
+
+    def _label(self, key: str, members: list[tar.Member]) -> tuple[int, tar.Member | None]:
+        """The label of a sample, or the member that holds its objects instead."""
         by_extension = {tar.split_name(m.name)[1].lower(): m for m in members if m.readable}
         where = f"{self.path}: sample {key!r}"
         text = next((x for x in by_extension if _is_text(x) and self._holds_label(x)), None)
@@ -155,11 +213,11 @@ class _Builder:
             label = as_label(content.decode("utf-8", "replace"), where)
             if label is None or member.size > _TEXT_LIMIT:
                 raise UserError(f"{where}: its .{text} holds {content[:40]!r}, not a number")
-            return label
+            return label, None
         field = None if self.label is None or _is_text(self.label) else self.label
         if "json" not in by_extension or (self.label is not None and field is None):
             self._note(key, members)
-            return NO_LABEL
+            return NO_LABEL, None
         member = by_extension["json"]
         where = f"{where} at offset {member.offset}"
         if member.size > _JSON_LIMIT:
@@ -167,14 +225,17 @@ class _Builder:
         content = parse_json(os.pread(self.fd, member.size, member.offset), where)
         label, seen = label_of(content, (field,) if field else LABEL_FIELDS, where)
         if label is not None:
-            return label
+            return label, None
+        if instances.is_annotation(content) and field is None:
+            self.kinds.setdefault("instances", key)
+            return NO_LABEL, member
         if field:
             raise UserError(
                 f"{where}: its .json has no integer field {field!r}" + (f", but {seen}" if seen else "")
             )
         none = f"none of {', '.join(LABEL_FIELDS)}"
         self._note(key, members, f"its .json has {f'{seen}, not a number' if seen else none}")
-        return NO_LABEL
+        return NO_LABEL, None
 
     def _holds_label(self, extension: str) -> bool:
         """Whether members of this extension are read for a label."""

@@ -11,7 +11,11 @@ from functools import lru_cache, partial
 
 import numpy as np
 
+from dattrain.data.annotations.coco import CocoDataset
 from dattrain.data.annotations.map_folder import MapFolder, map_folder
+from dattrain.data.annotations.orientation import upright
+from dattrain.data.annotations.semantic import annotated_size
+from dattrain.data.annotations.voc import VocDataset, split_of
 from dattrain.data.source.files import read_file
 from dattrain.data.source.folders import FolderDataset
 from dattrain.data.source.index import NO_LABEL, ShardIndex
@@ -34,6 +38,8 @@ from dattrain.errors import UserError
 from dattrain.urls import mask, parts, split_query
 
 _INDEXES_KEPT = 512
+_NEAR = 64 * 1024
+"""Bytes between an image and its annotation that are read along, rather than that there are two reads."""
 
 
 class ShardDataset(BaseDataset):
@@ -45,6 +51,7 @@ class ShardDataset(BaseDataset):
             self.classes, self.used = list(named.classes), named.used
         self.shards = shards
         self.counts = shards.samples
+        self.annotations = shards.annotations
         self.max_label = int(shards.max_labels.max(initial=NO_LABEL))
         self.source = source
         self.prefetches = not isinstance(source, LocalSource)
@@ -62,7 +69,8 @@ class ShardDataset(BaseDataset):
         """See ``Dataset.read``.
 
         The tar header before the image is read along with it and compared with the index: a shard that was written
-        anew with the same size is noticed.
+        anew with the same size is noticed. An annotation beside it comes by the same read; an image that its EXIF orientation turns
+        to the annotation's size comes turned.
         """
         note(f"{self.shards.paths[shard]}: sample {sample}")
         index = self.index(shard)
@@ -76,13 +84,36 @@ class ShardDataset(BaseDataset):
         where = f"{path}: sample {key!r} at offset {offset}"
         if length == 0:
             raise BadSample(f"{where}: the image has zero bytes")
-        data = self.source.read(shard, offset - BLOCK, length + BLOCK)
-        if not _header_fits(data[:BLOCK], None if index.linked[sample] else key, length):
-            raise UserError(
-                f"{where}: the tar header there is not this sample's, so the shard is not the one that was indexed; "
-                "restore it, or index it anew with `dattrain data index --force`"
+        start, end, place = offset - BLOCK, offset + length, (0, 0)
+        if index.annotated is not None:
+            place = int(index.annotated.offsets[sample]), int(index.annotated.lengths[sample])
+            if not all(place):
+                why = f" ({index.why[key]})" if key in index.why else ""
+                raise BadSample(f"{where}: has no annotation{why}")
+            if abs(place[0] - offset) <= length + place[1] + _NEAR:
+                start, end = min(start, place[0] - BLOCK), max(end, sum(place))
+        data = self.source.read(shard, start, end - start)
+
+        def member(at: int, size: int, of: str | None) -> bytes:
+            """A member's bytes, after a look at its header."""
+            near = start <= at - BLOCK and at + size <= end
+            found = (
+                data[at - BLOCK - start : at + size - start]
+                if near
+                else self.source.read(shard, at - BLOCK, size + BLOCK)
             )
-        return Sample(name, where, self._number(int(index.labels[sample]), where), data[BLOCK:])
+            if not _header_fits(found[:BLOCK], of, size):
+                raise UserError(
+                    f"{where}: the tar header there is not this sample's, so the shard is not the one that was indexed; "
+                    "restore it, or index it anew with `dattrain data index --force`"
+                )
+            return found[BLOCK:]
+
+        image = member(offset, length, None if index.linked[sample] else key)
+        if index.annotated is None:
+            return Sample(name, where, self._number(int(index.labels[sample]), where), image)
+        annotation = member(*place, None)
+        return Sample(name, where, NO_LABEL, upright(image, annotated_size(annotation), where), annotation)
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard, checked against the catalogue."""
@@ -120,7 +151,8 @@ def open_dataset(
 ) -> Dataset:
     """Open what ``data.train`` or ``data.val`` names: shards (local or remote) or an image folder.
 
-    A folder of images beside which one of maps lies (``images/training`` and ``annotations/training``) is read with these.
+    Sets with annotations are read as they are given out: a folder of images beside which one of maps lies (ADE20K's
+    ``images/training`` and ``annotations/training``), a COCO JSON, a list in VOC's ``ImageSets/Segmentation``.
     With ``verify``, the sizes of this rank's part of the shards are compared with their indexes. ``problems`` takes
     messages about local shards that cannot be used, and which are then left out, instead of an error.
 
@@ -142,6 +174,10 @@ def open_dataset(
         lists = [part for part in parts(spec) if split_query(part)[0].endswith(".txt")]
         named = class_names(source.urls, read, lists)
         dataset: Dataset = ShardDataset(mask(spec), shards, source, named=named)
+    elif split_of(spec):
+        dataset = VocDataset(spec)
+    elif spec.endswith(".json") and not spec.endswith(SUFFIX):
+        dataset = CocoDataset(spec)
     elif os.path.isdir(spec) and not holds_shards(spec):
         beside = map_folder(spec)
         dataset = FolderDataset(spec) if beside is None else MapFolder(spec, beside)

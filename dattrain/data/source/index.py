@@ -21,11 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain import files
+from dattrain.data.source.annotation_index import AnnotationIndex, Annotations, as_annotations
 from dattrain.data.source.files import explained, read_file
 from dattrain.data.source.tar import BLOCK
 from dattrain.errors import UserError
 
-FORMAT = 1
+FORMAT, ANNOTATED_FORMAT = 1, 2
+"""Of indexes: without annotations, which older versions read too, and with them. Catalogues have the first."""
 CATALOGUE = "_catalogue.json"
 NO_LABEL = -1
 MAX_LABEL = 2**24 - 1
@@ -67,7 +69,8 @@ class ShardIndex:
         sha256: of the whole tar, or "" where it was not computed.
         linked: n bool, whether the image is that of an earlier member, to which the sample's own is a hard link.
         left_out: members that no sample has, by kind.
-        why: key to why it has no image or label, for the first such samples.
+        why: key to why it has no image, label or annotation, for the first such samples.
+        annotated: where annotations lie; None where it has none.
     """
 
     offsets: NDArray[np.int64]
@@ -80,6 +83,7 @@ class ShardIndex:
     linked: NDArray[np.bool_]
     left_out: tuple[LeftOut, ...] = ()
     why: Mapping[str, str] = field(default_factory=dict)
+    annotated: AnnotationIndex | None = None
 
     @classmethod
     def build(
@@ -94,6 +98,7 @@ class ShardIndex:
         linked: Iterable[int] = (),
         left_out: Iterable[LeftOut] = (),
         why: Mapping[str, str] | None = None,
+        annotated: AnnotationIndex | None = None,
     ) -> ShardIndex:
         """An index from one entry per sample; ``linked`` are the numbers of those that are hard links."""
         encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
@@ -108,6 +113,7 @@ class ShardIndex:
             np.isin(np.arange(len(encoded)), list(linked)),
             tuple(left_out),
             dict(why or {}),
+            annotated,
         )
 
     def __len__(self) -> int:
@@ -123,7 +129,7 @@ class ShardIndex:
         buffer = io.BytesIO()
         np.savez(
             buffer,
-            format=np.int64(FORMAT),
+            format=np.int64(FORMAT if self.annotated is None else ANNOTATED_FORMAT),
             offsets=self.offsets,
             lengths=self.lengths,
             labels=self.labels,
@@ -141,7 +147,7 @@ class ShardIndex:
         if self.left_out or self.why:
             notes = {"left_out": [astuple(some) for some in self.left_out], "why": self.why}
             found["notes"] = np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)
-        return found
+        return found if self.annotated is None else {**found, **self.annotated.arrays()}
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> ShardIndex:
@@ -154,9 +160,9 @@ class ShardIndex:
             if not zipfile.is_zipfile(io.BytesIO(data)):  # what numpy says of that is to load it unsafely
                 raise ValueError(f"it begins with {data[:16]!r}")
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                if int(file["format"]) != FORMAT:
+                if int(file["format"]) not in (FORMAT, ANNOTATED_FORMAT):
                     raise UserError(
-                        f"{name}: index format {int(file['format'])}, this version reads {FORMAT}; "
+                        f"{name}: index format {int(file['format'])}, this version reads {FORMAT} and {ANNOTATED_FORMAT}; "
                         "build it anew with `dattrain data index --force`"
                     )
                 offsets = file["offsets"]
@@ -174,6 +180,7 @@ class ShardIndex:
                         LeftOut(str(k), int(n), str(f), bool(x)) for k, n, f, x in notes.get("left_out", ())
                     ),
                     {str(key): str(why) for key, why in notes.get("why", {}).items()},
+                    AnnotationIndex.of_arrays(file) if int(file["format"]) == ANNOTATED_FORMAT else None,
                 )
                 consistent = index._consistent()
         except UserError:
@@ -213,6 +220,7 @@ class ShardIndex:
                 )
             )
             and (self._key_ends[-1] if n else 0) == len(self._key_bytes)
+            and (self.annotated is None or self.annotated.consistent(n, self.size))
         )
 
 
@@ -224,11 +232,20 @@ class CatalogueEntry:
     size: int
     sha256: str
     max_label: int = NO_LABEL
+    annotations: Annotations = "none"
 
     @classmethod
     def of(cls, index: ShardIndex) -> CatalogueEntry:
         """The entry of an indexed shard."""
-        return cls(len(index), index.size, index.sha256, int(index.labels.max(initial=NO_LABEL)))
+        kind: Annotations = "none" if index.annotated is None else index.annotated.kind
+        return cls(len(index), index.size, index.sha256, int(index.labels.max(initial=NO_LABEL)), kind)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a catalogue holds of it; that it has no annotations is not said, as by older versions."""
+        found = asdict(self)
+        if self.annotations == "none":
+            del found["annotations"]
+        return found
 
 
 def index_path(shard: str) -> str:
@@ -289,7 +306,8 @@ def _entry(content: Mapping[str, object]) -> CatalogueEntry:
         and NO_LABEL <= label <= MAX_LABEL  # type: ignore[operator]
     ):
         raise ValueError(f"samples {samples!r}, size {size!r}, max_label {label!r}")
-    return CatalogueEntry(samples, size, str(content["sha256"]), label)  # type: ignore[arg-type]
+    kind = as_annotations(content.get("annotations", "none"))
+    return CatalogueEntry(samples, size, str(content["sha256"]), label, kind)  # type: ignore[arg-type]
 
 
 def read_catalogue(folder: str | Path) -> dict[str, CatalogueEntry]:
@@ -345,7 +363,7 @@ def write_catalogue(
     folder: str | Path, entries: Mapping[str, CatalogueEntry], *, dropped: Iterable[str] | None = None
 ) -> None:
     """Publish the catalogue of a local folder; ``dropped`` as for ``read_dropped``, and kept when None."""
-    shards = {name: asdict(entry) for name, entry in sorted(entries.items())}
+    shards = {name: entry.to_dict() for name, entry in sorted(entries.items())}
     content: dict[str, object] = {"format": FORMAT, "shards": shards}
     gone = set(read_dropped(folder) if dropped is None else dropped) - set(entries)
     if gone:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dattrain.data.source.annotation_index import Annotations
 from dattrain.data.source.index import NO_LABEL
 from dattrain.errors import UserError
 from dattrain.urls import mask
@@ -19,10 +20,6 @@ class BadSample(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(mask(message))
-
-
-Annotations = Literal["none", "maps", "instances"]
-"""What lies beside the images of a set: nothing, a map of class numbers each, or the objects in each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from dattrain.data.decode.images import is_image_name
 from dattrain.data.source import inventory, tar
+from dattrain.data.source.annotation_index import Annotations
 from dattrain.data.source.files import OpenFile, explained, listing, open_file
 from dattrain.data.source.folders import OTHER_SPLITS
 from dattrain.data.source.index import (
@@ -49,6 +50,7 @@ class Shards:
         sizes: bytes per shard, int64.
         sha256: per shard, "" where unknown.
         max_labels: largest label per shard, int64; ``NO_LABEL`` where there is none or it is unknown.
+        annotations: what the samples of all hold beside the image.
     """
 
     paths: tuple[str, ...]
@@ -56,16 +58,29 @@ class Shards:
     sizes: NDArray[np.int64]
     sha256: tuple[str, ...]
     max_labels: NDArray[np.int64]
+    annotations: Annotations = "none"
 
     @classmethod
     def build(cls, paths: Sequence[str], entries: Sequence[CatalogueEntry]) -> Shards:
-        """From one catalogue entry per path."""
+        """From one catalogue entry per path.
+
+        Raises:
+            UserError: they hold annotations of several kinds, or some hold none.
+        """
+        kinds = {entry.annotations: path for path, entry in zip(paths, entries) if entry.samples}
+        if len(kinds) > 1:
+            (one, path), (two, other) = list(kinds.items())[:2]
+            raise UserError(
+                f"{path} holds {'no annotations' if one == 'none' else one} beside its images, and {other} "
+                f"{'none' if two == 'none' else two}; a set holds one kind: name them apart, or pack them anew"
+            )
         return cls(
             tuple(paths),
             np.asarray([e.samples for e in entries], dtype=np.int64),
             np.asarray([e.size for e in entries], dtype=np.int64),
             tuple(e.sha256 for e in entries),
             np.asarray([e.max_label for e in entries], dtype=np.int64),
+            next(iter(kinds), "none"),
         )
 
 

@@ -1,0 +1,285 @@
+"""A COCO JSON as a data set: ``instances_train2017.json`` and what labelling tools export in its form.
+
+It is read once. The objects of each image become the bytes that ``instances`` reads, all in one array that forked workers share.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dattrain.data.annotations import instances
+from dattrain.data.annotations.annotated import AnnotatedFiles, Rows
+from dattrain.data.annotations.instances import BACKGROUND
+from dattrain.data.classes import few, unique
+from dattrain.data.source.annotation_index import Annotations
+from dattrain.data.source.files import explained, listing, read_file
+from dattrain.data.source.index import to_json
+from dattrain.data.source.sample import BadSample
+from dattrain.errors import UserError
+
+_BACKGROUNDS = frozenset({"background", "_background_", "__background__"})
+"""What tools call a category of the background (labelme's has the id 0)."""
+
+
+class CocoDataset(AnnotatedFiles):
+    """Images of a COCO JSON with their objects; images without objects are samples too.
+
+    ``classes`` are the background and the categories by their ids, which may begin anywhere and have gaps. Objects that have no
+    area, a side below a pixel, or a box beyond their image are left out (as mmdetection does), and counted in ``notes``.
+
+    Args:
+        path: of the JSON.
+        images: folder of the images; None looks beside the JSON (``image_folder``).
+
+    Raises:
+        UserError: no such JSON; no folder with its images; an object of an image or category that it does not list.
+    """
+
+    annotations: Annotations = "instances"
+
+    def __init__(self, path: str, images: str | None = None) -> None:
+        content = _read(path)
+        rows = [_image(path, i, row) for i, row in enumerate(_list(path, content, "images"))]
+        categories = _categories(path, _list(path, content, "categories"))
+        self.classes = list(categories.names)
+        files = [str(row["file_name"]) for row in rows]
+        _check_once(path, [row["id"] for row in rows], "id")
+        _check_once(path, files, "file_name")
+        root = image_folder(path, files, images)
+        objects, notes = _objects(path, _list(path, content, "annotations"), rows, categories)
+        if lost := _missing(root, files):
+            notes.append(f"{path}: {len(lost):,} of its {len(files):,} images are not in {root}: {few(lost)}")
+        super().__init__(path, root, files, origin=f" (from {path})")
+        self._rows = Rows(
+            [
+                to_json(
+                    {
+                        "filename": files[i],
+                        "image_id": rows[i]["id"],
+                        "height": rows[i].get("height"),
+                        "width": rows[i].get("width"),
+                        "annotations": objects.get(rows[i]["id"], []),
+                    }
+                )
+                for i in self.place.tolist()
+            ]
+        )
+        self._digest = sha256(self._rows.bytes).hexdigest()
+        self.notes = tuple(notes)
+
+    @property
+    def annotation_digest(self) -> str:
+        """Of all annotations, in order."""
+        return self._digest
+
+    def annotation(self, sample: int) -> bytes:
+        """JSON of the objects of an image."""
+        return self._rows[sample]
+
+
+def image_folder(path: str, files: Sequence[str], images: str | None) -> Path:
+    """The folder that holds the images of a JSON.
+
+    Without ``images`` it is looked for beside the JSON and one level above: the folder that the JSON is named after
+    (``instances_train2017.json``: ``train2017``), alone or in ``images``; ``images``; the JSON's own.
+
+    Raises:
+        UserError: none of these holds any of the first images; all are named.
+    """
+    here = Path(path).absolute().parent
+    if images is not None:
+        places = [Path(images)]
+    else:
+        stem = Path(path).stem
+        after = re.sub(r"^[^_]*_", "", stem) if "_" in stem else stem
+        tops = (here, here.parent)
+        places = [top / name for name in dict.fromkeys((after, stem)) for top in tops if name]
+        places += [top / "images" / name for name in dict.fromkeys((after, stem)) for top in tops if name]
+        places += [top / "images" for top in tops] + [here]
+    some = [*files[:50], *files[-50:]]
+    best = max(places, key=lambda place: sum((place / file).is_file() for file in some))
+    if not any((best / file).is_file() for file in some):
+        raise UserError(
+            f"{path}: its images ({few(files)}) are in none of {', '.join(map(str, places))}; "
+            + (
+                "name the folder that they are in"
+                if images
+                else "move them to one of these, or pack with --images DIR"
+            )
+        )
+    return best
+
+
+class _Categories(NamedTuple):
+    names: Sequence[str]
+    """Of the classes, the background first."""
+    index: Mapping[int, int]
+    """Class by category id."""
+
+
+def _read(path: str) -> dict[str, Any]:
+    with explained(path):
+        data = read_file(path)
+    # Millions of small objects, none of them garbage: looking through them again and again doubles the time.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: does not parse as JSON ({error})") from error
+    finally:
+        if enabled:
+            gc.enable()
+    if not isinstance(content, dict) or not {"images", "categories"} <= content.keys():
+        keys = few(list(content)) if isinstance(content, dict) else type(content).__name__
+        raise UserError(
+            f"{path}: is no COCO JSON of objects: it has {keys}; `images`, `annotations` and `categories` are needed"
+        )
+    return content
+
+
+def _list(path: str, content: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    rows = content.get(name, [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: its {name!r} are no list of objects; a COCO JSON has one")
+    return rows
+
+
+def _image(path: str, number: int, row: dict[str, Any]) -> dict[str, Any]:
+    file = row.get("file_name")
+    if not isinstance(row.get("id"), (int, str)) or not isinstance(file, str) or not file:
+        raise UserError(
+            f"{path}: image {number} has id {row.get('id')!r} and file_name {file!r}; both are needed"
+        )
+    if os.path.isabs(file) or ".." in file.replace("\\", "/").split("/"):
+        raise UserError(
+            f"{path}: image {row['id']} has the file_name {file!r}; a path below the folder of the images is needed"
+        )
+    return row
+
+
+def _categories(path: str, rows: Sequence[Mapping[str, Any]]) -> _Categories:
+    for row in rows:
+        if (
+            not isinstance(row.get("id"), int)
+            or not isinstance(row.get("name"), str)
+            or not row["name"].strip()
+        ):
+            raise UserError(f"{path}: has the category {dict(row)!r}; each needs an integer id and a name")
+    _check_once(path, [row["id"] for row in rows], "id", "categories")
+    rows = sorted(rows, key=lambda row: row["id"])
+    grounds = [row for row in rows if row["name"].strip().lower() in _BACKGROUNDS]
+    others = [row for row in rows if row not in grounds]
+    if not others:
+        raise UserError(f"{path}: lists no categories of objects")
+    if len(grounds) > 1:
+        raise UserError(f"{path}: has {len(grounds)} categories of the background; it must have one at most")
+    names = unique([BACKGROUND, *(row["name"] for row in others)], path)
+    index = {row["id"]: i + 1 for i, row in enumerate(others)}
+    return _Categories(names, {**index, **{row["id"]: 0 for row in grounds}})
+
+
+def _objects(
+    path: str, found: Sequence[dict[str, Any]], images: Sequence[Mapping[str, Any]], categories: _Categories
+) -> tuple[dict[Any, list[dict[str, Any]]], list[str]]:
+    """Objects by image id as samples hold them; and what was left out."""
+    sizes = {row["id"]: (row.get("height"), row.get("width")) for row in images}
+    kept: dict[Any, list[dict[str, Any]]] = {}
+    dropped: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for number, one in enumerate(found):
+        where = f"annotation {one.get('id', f'number {number}')}"
+        image = one.get("image_id")
+        if image not in sizes:
+            raise UserError(f"{path}: {where} is of image {image!r}, which its images do not list")
+        if one.get("category_id") not in categories.index:
+            raise UserError(
+                f"{path}: {where} of image {image} has category_id {one.get('category_id')!r}; its categories are "
+                f"{few([f'{key} ({categories.names[i]})' for key, i in categories.index.items()])}"
+            )
+        why, kept_as = _kept(
+            one, sizes[image], categories.index[one["category_id"]], f"{path}: {where} of image {image}"
+        )
+        if kept_as is None:
+            dropped[why] += 1
+            first.setdefault(why, f"{where} of image {image}")
+        else:
+            kept.setdefault(image, []).append(kept_as)
+    empty = sum(row["id"] not in kept for row in images)
+    notes = [
+        f"{path}: {count:,} objects left out, with {why}: {first[why]}"
+        for why, count in dropped.most_common()
+    ]
+    if empty:
+        notes.append(
+            f"{path}: {empty:,} of its {len(images):,} images have no objects; they are background alone"
+        )
+    return kept, notes
+
+
+def _kept(
+    one: dict[str, Any], size: tuple[Any, Any], index: int, where: str
+) -> tuple[str, dict[str, Any] | None]:
+    """An object as a sample holds it, or why it is left out."""
+    try:
+        segmentation = instances.read_segmentation(one.get("segmentation"), where)
+        if segmentation is not None:
+            segmentation = instances.stored(segmentation, where)
+    except BadSample as error:
+        raise UserError(f"{error}; correct it, or remove it") from error
+    box = instances.read_box(one.get("bbox"))
+    if box is None and segmentation is not None and "bbox" not in one:
+        box = instances.box_of(segmentation)
+    if box is None:
+        raise UserError(f"{where} has the bbox {one.get('bbox')!r}, not x, y, width and height")
+    x, y, width, height = box
+    area = one.get("area", width * height)
+    if not isinstance(area, (int, float)) or not area > 0:
+        return f"an area of {area!r}", None
+    if width < 1 or height < 1:
+        return "a side below one pixel", None
+    if all(isinstance(side, int) for side in size) and (
+        x + width <= 0 or y + height <= 0 or x >= size[1] or y >= size[0]
+    ):
+        return "a box beyond their image", None
+    kept = {
+        "class": index,
+        "bbox": one.get("bbox", list(box)),
+        "area": area,
+        "iscrowd": int(bool(one.get("iscrowd", 0))),
+    }
+    if "id" in one:
+        kept["id"] = one["id"]
+    if segmentation is not None:
+        kept["segmentation"] = segmentation
+    return "", kept
+
+
+def _missing(root: Path, files: Sequence[str]) -> list[str]:
+    """Images that are not there, by a listing of their folders."""
+    there: dict[str, frozenset[str]] = {}
+
+    def names(folder: str) -> frozenset[str]:
+        if folder not in there:
+            place = root / folder
+            there[folder] = (
+                frozenset(entry.name for entry in listing(place)) if place.is_dir() else frozenset()
+            )
+        return there[folder]
+
+    return [file for file in files if os.path.basename(file) not in names(os.path.dirname(file))]
+
+
+def _check_once(path: str, values: Sequence[Any], what: str, of: str = "images") -> None:
+    """Raise UserError where two have the same."""
+    if len(set(values)) < len(values):
+        (value, _), *_ = Counter(values).most_common(1)
+        raise UserError(f"{path}: two of its {of} have the {what} {value!r}; each must have its own")

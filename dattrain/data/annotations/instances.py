@@ -1,0 +1,308 @@
+"""The objects of one image as a sample holds them: JSON, its fields named as COCO's are.
+
+``{"image_id": 9, "height": 480, "width": 640, "annotations": [{"class": 51, "bbox": [x, y, width, height], "area": 120.5, "iscrowd": 0,
+"segmentation": ...}]}``. ``class`` is an index of the set's classes, which begin with the background; ``bbox`` is in pixels, as given;
+``segmentation`` is a list of polygons (x, y, x, y, ...), or COCO's run lengths, compressed: ``{"size": [height, width], "counts": "..."}``;
+it is missing where there is a box alone. Shards that others wrote may say ``category_id`` for ``class``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dattrain.data.annotations import polygons, rle
+from dattrain.data.source.index import MAX_LABEL, to_json
+from dattrain.data.source.sample import BadSample
+
+BACKGROUND = "background"
+"""Class 0 of a set of objects: that of the pixels of none, where it is segmented."""
+
+Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]
+"""Polygons, or run lengths: a compressed string (or its bytes), or a list."""
+
+
+@dataclass(frozen=True)
+class Instances:
+    """N objects of an image.
+
+    Attributes:
+        boxes: N x 4 float64: x and y of the upper left corner, width, height, in pixels.
+        classes: N int64, of the set's own.
+        area: N float64, pixels.
+        crowd: N bool, whether it stands for many objects that nobody told apart.
+        segmentations: N, None for a box alone.
+        size: height and width of the image that was annotated; None where nobody says.
+    """
+
+    boxes: NDArray[np.float64]
+    classes: NDArray[np.int64]
+    area: NDArray[np.float64]
+    crowd: NDArray[np.bool_]
+    segmentations: tuple[Segmentation | None, ...]
+    size: tuple[int, int] | None
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+
+def parse(annotation: bytes, where: str) -> Instances:
+    """The objects of ``Sample.annotation``.
+
+    Raises:
+        BadSample: no such JSON, or an object without box or class.
+    """
+    content = _content(annotation, where)
+    objects = [
+        _object(one, f"{where}: object {i} of its annotation") for i, one in enumerate(content["annotations"])
+    ]
+    return Instances(
+        boxes=np.asarray([one.box for one in objects], dtype=np.float64).reshape(-1, 4),
+        classes=np.asarray([one.class_index for one in objects], dtype=np.int64),
+        area=np.asarray([one.area for one in objects], dtype=np.float64),
+        crowd=np.asarray([one.crowd for one in objects], dtype=np.bool_),
+        segmentations=tuple(one.segmentation for one in objects),
+        size=_size(content),
+    )
+
+
+def size_of(annotation: bytes) -> tuple[int, int] | None:
+    """``Instances.size``, without a look at the objects; None too where it does not parse."""
+    try:
+        return _size(json.loads(annotation))
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_annotation(content: object) -> bool:
+    """Whether the content of a ``.json`` is one of objects: it has a list of ``annotations`` with boxes or masks, maybe empty."""
+    objects = content.get("annotations") if isinstance(content, dict) else None
+    return isinstance(objects, list) and all(
+        isinstance(one, dict) and ("bbox" in one or "segmentation" in one) for one in objects
+    )
+
+
+def renumbered(
+    annotation: bytes, numbers: NDArray[np.int64] | None, also: Mapping[str, Any], where: str
+) -> bytes:
+    """The JSON with other class numbers, masks in the forms that are kept, and the fields of ``also``. Raises BadSample."""
+    content = _content(annotation, where)
+    objects = []
+    for i, one in enumerate(content["annotations"]):
+        what = f"{where}: object {i} of its annotation"
+        found = _object(one, what)
+        kept = {key: value for key, value in one.items() if key != "category_id"}
+        kept["class"] = found.class_index if numbers is None else _numbered(found.class_index, numbers, what)
+        if found.segmentation is not None:
+            kept["segmentation"] = stored(found.segmentation, what)
+        objects.append(kept)
+    return to_json({**content, **also, "annotations": objects})
+
+
+def stored(segmentation: Segmentation, where: str) -> Segmentation:
+    """A segmentation as it is kept: polygons as they are, run lengths of any form compressed. Raises BadSample."""
+    if not isinstance(segmentation, Mapping):
+        return segmentation
+    counts, (height, width) = _runs(segmentation, where)
+    return {"size": [height, width], "counts": rle.to_string(counts)}
+
+
+def mask(segmentation: Segmentation, size: tuple[int, int], where: str) -> NDArray[np.bool_]:
+    """The pixels of an object, H x W.
+
+    Args:
+        size: height and width of the image.
+
+    Raises:
+        BadSample: run lengths of another size, or what is no segmentation.
+    """
+    if isinstance(segmentation, Mapping):
+        check_size(segmentation, size, where)
+        return rle.decode(_runs(segmentation, where)[0], *size)
+    found = np.zeros(size, dtype=np.bool_)
+    for polygon in segmentation:
+        polygons.paint(found, np.asarray(polygon, dtype=np.float64).reshape(-1, 2))
+    return found
+
+
+def check_size(segmentation: Segmentation, size: tuple[int, int], where: str) -> None:
+    """Raise BadSample where run lengths are of another size than the image (height and width)."""
+    if isinstance(segmentation, Mapping):
+        own = _runs(segmentation, where)[1]
+        if own != size:
+            raise BadSample(
+                f"{where}: its mask has {own[1]} x {own[0]} pixels, its image {size[1]} x {size[0]}; both must be of one size"
+            )
+
+
+def painted(
+    found: Instances, size: tuple[int, int], numbers: NDArray[np.int64] | None, where: str, void: int
+) -> NDArray[np.uint8]:
+    """The class of each pixel, H x W: ``void`` where objects overlap and in crowds, class 0 (the background) where there is none.
+
+    As in torchvision's reference for COCO (``references/segmentation/coco_utils.py``), but that its crowds are of their class.
+
+    Raises:
+        BadSample: an object without mask, or of a class that the set does not name.
+    """
+    places = [where, *(f"{where}: object {i} of its annotation" for i in range(len(found)))]
+    table = [0, *found.classes.tolist()]
+    if numbers is not None:
+        table = [_numbered(number, numbers, place) for number, place in zip(table, places)]
+    if max(table) >= void:
+        raise BadSample(f"{where}: has class {max(table)}; a map holds numbers below {void}")
+    out = np.full(size, table[0], dtype=np.uint8)
+    seen = np.zeros(size, dtype=np.bool_)
+    unclear = np.zeros(size, dtype=np.bool_)
+    for i, segmentation in enumerate(found.segmentations):
+        what = places[i + 1]
+        if segmentation is None:
+            raise BadSample(f"{what} has a box and no mask; segmentation learns from masks")
+        pixels = mask(segmentation, size, what)
+        unclear |= pixels if found.crowd[i] else pixels & seen
+        seen |= pixels
+        out[pixels] = table[i + 1]
+    out[unclear] = void
+    return out
+
+
+@dataclass(frozen=True)
+class _Object:
+    box: tuple[float, ...]
+    class_index: int
+    area: float
+    crowd: bool
+    segmentation: Segmentation | None
+
+
+def _content(annotation: bytes, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(annotation)
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"{where}: its annotation does not parse ({error})") from error
+    if not is_annotation(content):
+        raise BadSample(
+            f"{where}: its annotation holds {annotation[:60]!r}; objects are a list of `annotations`, each with a bbox or segmentation"
+        )
+    assert isinstance(content, dict)
+    return content
+
+
+def _size(content: object) -> tuple[int, int] | None:
+    fields = content if isinstance(content, dict) else {}
+    height, width = fields.get("height"), fields.get("width")
+    return (height, width) if type(height) is int and type(width) is int and min(height, width) > 0 else None
+
+
+def _object(one: Mapping[str, Any], where: str) -> _Object:
+    index = one.get("class", one.get("category_id"))
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= MAX_LABEL:
+        raise BadSample(f"{where} has the class {index!r}, not a number from 0 on")
+    segmentation = read_segmentation(one.get("segmentation"), where)
+    box = read_box(one.get("bbox"))
+    if box is None:
+        raise BadSample(f"{where} has the bbox {one.get('bbox')!r}, not x, y, width and height")
+    area = one.get("area")
+    known = isinstance(area, (int, float)) and math.isfinite(area)
+    return _Object(
+        box,
+        index,
+        float(area) if known else box[2] * box[3],
+        bool(one.get("iscrowd", 0)),
+        segmentation,  # type: ignore[arg-type]
+    )
+
+
+def read_box(box: object) -> tuple[float, ...] | None:
+    """Four finite numbers, or None."""
+    if not isinstance(box, (list, tuple)) or len(box) != 4:
+        return None
+    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in box):
+        return None
+    return tuple(map(float, box))
+
+
+def box_of(segmentation: Segmentation) -> tuple[float, ...]:
+    """x, y, width and height of the smallest box around a segmentation that ``read_segmentation`` accepted; zeros for an empty one."""
+    if isinstance(segmentation, Mapping):
+        counts, (height, width) = _runs(segmentation, "")
+        ys, xs = np.nonzero(rle.decode(counts, height, width))
+        if not len(xs):
+            return (0.0, 0.0, 0.0, 0.0)
+        low, high = np.array([xs.min(), ys.min()]), np.array([xs.max() + 1, ys.max() + 1])
+    else:
+        corners = np.concatenate([np.asarray(one, dtype=np.float64).reshape(-1, 2) for one in segmentation])
+        low, high = corners.min(axis=0), corners.max(axis=0)
+    return (*map(float, low), *map(float, high - low))
+
+
+def read_segmentation(value: object, where: str) -> Segmentation | None:
+    """A segmentation as COCO's files have it; None where there is none, as an empty list is.
+
+    Polygons of fewer than three corners cover nothing and are left out. Raises BadSample for anything else.
+    """
+    if value is None or value == [] or value == {}:
+        return None
+    if isinstance(value, Mapping):
+        _runs(value, where)
+        return value
+    if isinstance(value, list) and all(isinstance(x, (int, float)) for x in value):
+        value = [value]  # one polygon that is not in a list of its own
+    if not isinstance(value, list) or not all(_is_polygon(one) for one in value):
+        raise BadSample(f"{where} has the segmentation {_short(value)}, neither polygons nor run lengths")
+    return [one for one in value if len(one) >= 6] or None
+
+
+def _is_polygon(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) % 2 == 0
+        and all(isinstance(x, (int, float)) and math.isfinite(x) and abs(x) < 2**24 for x in value)
+    )
+
+
+def _runs(segmentation: Mapping[str, Any], where: str) -> tuple[NDArray[np.int64], tuple[int, int]]:
+    """Run lengths and the mask's height and width."""
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if (
+        not isinstance(size, (list, tuple))
+        or len(size) != 2
+        or not all(type(x) is int and x > 0 for x in size)
+    ):
+        raise BadSample(f"{where} has run lengths of the size {_short(size)}, not height and width")
+    try:
+        if isinstance(counts, (str, bytes)):
+            # What str() made of bytes, as json.dumps(default=str) writes them.
+            text = counts[2:-1] if isinstance(counts, str) and counts[:2] in ("b'", 'b"') else counts
+            if text is not counts:
+                assert isinstance(text, str)
+                text = text.replace("\\\\", "\\")
+            runs = rle.from_string(text)
+        elif isinstance(counts, list) and all(type(x) is int for x in counts):
+            runs = np.asarray(counts, dtype=np.int64)
+        else:
+            raise ValueError(f"counts {_short(counts)}")
+        if (runs < 0).any() or runs.sum() != size[0] * size[1]:
+            raise ValueError(f"run lengths of {int(runs.sum())} pixels, for a mask of {size[1]} x {size[0]}")
+    except (ValueError, OverflowError) as error:
+        raise BadSample(f"{where} has a segmentation that cannot be read ({error})") from error
+    return runs, (size[0], size[1])
+
+
+def _numbered(own: int, numbers: NDArray[np.int64], where: str) -> int:
+    if not 0 <= own < len(numbers) or numbers[own] < 0:
+        raise BadSample(
+            f"{where} has class {own}, but its set names {len(numbers)} classes: 0 to {len(numbers) - 1} are right"
+        )
+    return int(numbers[own])
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,94 @@
+"""PASCAL VOC as it is given out: a list of names in ``ImageSets/Segmentation`` says which images, and what lies beside it the rest.
+
+``JPEGImages/NAME.jpg`` are the images, ``SegmentationClass/NAME.png`` maps with a palette: index 0 is the background, 255 void.
+"""
+
+from __future__ import annotations
+
+import os
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from dattrain.data.annotations.annotated import AnnotatedFiles
+from dattrain.data.annotations.map_folder import named_classes, read_map
+from dattrain.data.classes import few
+from dattrain.data.source.annotation_index import Annotations
+from dattrain.data.source.files import explained, listing
+from dattrain.errors import UserError
+
+VOC = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+"""Classes 0 to 20 (Everingham et al., IJCV 2010, in the order of the development kit's maps)."""
+NAMES = "class_names.txt"
+"""In the folder of a set with other classes (as labelme writes it): one name a line, the first is number 0 of the maps."""
+_LISTS = os.path.join("ImageSets", "Segmentation")
+_IMAGES, _MAPS = "JPEGImages", "SegmentationClass"
+
+
+def split_of(spec: str) -> bool:
+    """Whether ``spec`` is a list of names in ``ImageSets/Segmentation``.
+
+    Raises:
+        UserError: it is the folder that holds these; the lists in it are named.
+    """
+    path = Path(spec).absolute()
+    if (path / _IMAGES).is_dir() and (path / _MAPS).is_dir():
+        raise UserError(
+            f"{spec}: is a VOC folder; name the list of one split, as {os.path.join(spec, _LISTS, 'train.txt')} (it has "
+            f"{few(lists(path)) or 'none'})"
+        )
+    return path.suffix == ".txt" and path.parent.parts[-2:] == tuple(Path(_LISTS).parts)
+
+
+def lists(folder: Path) -> list[str]:
+    """File names of the lists of a VOC folder."""
+    place = folder / _LISTS
+    return [entry.name for entry in listing(place) if entry.name.endswith(".txt")] if place.is_dir() else []
+
+
+class VocDataset(AnnotatedFiles):
+    """The images that a list names, with the maps of their classes.
+
+    Args:
+        path: ``DIR/ImageSets/Segmentation/train.txt``.
+
+    Raises:
+        UserError: no such list, or it names nothing; a name comes twice.
+    """
+
+    annotations: Annotations = "maps"
+
+    def __init__(self, path: str) -> None:
+        top = Path(path).absolute().parents[2]
+        with explained(path):
+            lines = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+        stems = [line.strip() for line in lines if line.strip()]
+        if len(set(stems)) < len(stems):
+            twice = next(stem for stem in stems if stems.count(stem) > 1)
+            raise UserError(f"{path}: names {twice!r} twice")
+        self.maps = top / _MAPS
+        self.classes = named_classes(top / NAMES) if (top / NAMES).is_file() else list(VOC)
+        super().__init__(path, top / _IMAGES, [f"{stem}.jpg" for stem in stems], origin=f" (from {path})")
+        there = {entry.name: entry.stat().st_size for entry in listing(self.maps)}
+        sizes = [there.get(self._map(sample), -1) for sample in range(len(stems))]
+        self._digest = sha256(np.asarray(sizes, dtype="<i8").tobytes()).hexdigest()
+        if without := [self._map(sample) for sample, size in enumerate(sizes) if size < 0]:
+            self.notes = (
+                f"{path}: {len(without)} of its {len(stems)} images have no map in {self.maps}: {few(without)}",
+            )
+
+    @property
+    def annotation_digest(self) -> str:
+        """Of the maps' sizes in bytes."""
+        return self._digest
+
+    def annotation(self, sample: int) -> bytes:
+        """The map."""
+        return read_map(self.maps / self._map(sample), self.root / self.file(sample))
+
+    def _map(self, sample: int) -> str:
+        return f"{os.path.splitext(self.file(sample))[0]}.png"

@@ -20,7 +20,7 @@ class SegmentationBatch:
     """B images with their maps, those smaller than the largest padded at the right and at the bottom.
 
     Attributes:
-        images: B x 3 x H x W uint8 RGB, in channels-last memory; 0 in the padding. On the device.
+        images: B x 3 x H x W uint8 RGB; 0 in the padding. On the device.
         maps: B x H x W uint8 on the device, the class of each pixel; 255 (void) where there is none, and in the padding.
         sizes: B x 2 int64 on the CPU, height and width without the padding.
         weight: B float32 on the device: 0 for a bad sample, in whose place stands a small black image of nothing but void, else 1.
@@ -88,7 +88,8 @@ def empty(
 
 def _split(memory: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = 3 * math.prod(shape)
-    return memory[:pixels].view(*shape, 3).permute(0, 3, 1, 2), memory[pixels:].view(shape)
+    # Planes, and not channels last as the decoder gives them: that is what the distortion computes on and the network's input is.
+    return memory[:pixels].view(shape[0], 3, *shape[1:]), memory[pixels:].view(shape)
 
 
 def _rebuild(

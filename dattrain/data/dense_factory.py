@@ -78,9 +78,10 @@ def eval_loader(
     read(0)
 
     def decoder() -> Decoder[SegmentationBatch]:
-        # Stored images are as large as they like; larger ones get memory of their own.
-        side = config.geometry.short_side, config.geometry.long_side
-        return _decoder(config, read, device, nbytes=bytes_of((1, *side)), count=len(feed))
+        # Stored images are as large as they like. Pages of a slot that no image needs are never touched; a larger image goes
+        # through /dev/shm, which containers keep small.
+        side = config.geometry.long_side
+        return _decoder(config, read, device, nbytes=bytes_of((1, side, side)), count=len(feed))
 
     return EvalLoader(dataset, feed, decoder, device)
 

@@ -12,6 +12,7 @@ from dattrain.config.derive import check_samples, micro_batch
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
 from dattrain.data import identity
+from dattrain.data.annotations.kinds import CLASSIFICATION, SEGMENTATION, check_kind
 from dattrain.data.batch import Batch
 from dattrain.data.classes import Classes, absent, bare_numbers, canonical, check_sampled_names, decide, few
 from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
@@ -125,6 +126,8 @@ def open_split(
         spec, cache_dir=data.cache_dir, cache_gb=data.cache_gb, verify=data.verify, rank=rank, world=world
     )
     try:
+        wanted = CLASSIFICATION if config.task.kind == "classification" else SEGMENTATION
+        check_kind(dataset, wanted, f"data.{split}={dataset.name}", config.task.kind)
         if split == "train" and isinstance(dataset, ShardDataset):
             check_train_glob(spec, dataset.shards.paths)
         classes, notes = assign_class_numbers(config, split, dataset, classes)

@@ -75,8 +75,12 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     batch = image[None].contiguous(memory_format=torch.channels_last)
     if image.device.type == "cpu":
         return F.interpolate(batch, size=size, mode=interpolation, antialias=True)[0]
-    # Kernels elsewhere have no uint8.
-    resized = F.interpolate(batch.float(), size=size, mode=interpolation, antialias=True)[0]
+    return resize_floats(batch, size, interpolation)[0]
+
+
+def resize_floats(batch: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """The same of B x 3 x H x W by kernels of floats, as devices other than the CPU have alone: it differs by a level at most."""
+    resized = F.interpolate(batch.float(), size=size, mode=interpolation, antialias=True)
     return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -171,11 +175,7 @@ def normalised(
         for values in (1.0 / (255.0 * torch.tensor(std)), -torch.tensor(mean) / torch.tensor(std))
     )
     pixels = batch.images.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).add_(shift)
-    height, width = pixels.shape[2:]
-    if bool((batch.sizes != torch.tensor([height, width])).any()):
-        sizes = to_device(batch.sizes, device)
-        for axis, side in ((0, height), (1, width)):
-            outside = torch.arange(side, device=device) >= sizes[:, axis, None]
-            shape = (-1, 1, side, 1) if axis == 0 else (-1, 1, 1, side)
-            pixels.masked_fill_(outside.view(shape), 0.0)
-    return pixels.to(dtype)
+    rows, columns = (torch.arange(side, device=device) for side in pixels.shape[2:])
+    heights, widths = to_device(batch.sizes, device)[:, :, None].unbind(1)
+    padding = (rows >= heights)[:, :, None] | (columns >= widths)[:, None, :]
+    return pixels.masked_fill_(padding[:, None], 0.0).to(dtype)

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         prepared, picture = preprocess.prepare(pixels, cfg), picture_of(pixels, cfg)
         blocks, logits = capture_with_logits(model, prepared, cfg, device=args.device)
         chosen = sampling_points.select(blocks, stage=args.stage, block=args.block, every=args.every)
-        said = caption(file, logits.softmax(0), classes)
+        said = covered(logits, classes) if cfg.segmentation else caption(file, logits.softmax(0), classes)
         title = f"{file.name}: {args.kind} of {cfg.name} ({cfg.source})" if cfg.source else file.name
         title = "\n".join(filter(None, (title, said)))
         figure = draw.sheet(args.kind, picture, chosen, tuple(args.query), title)
@@ -97,6 +97,17 @@ def run(args: argparse.Namespace) -> int:
     )
     print(target)
     return 0
+
+
+def covered(logits: Tensor, classes: Sequence[str]) -> str:
+    """The largest classes that a segmentation network (logits K x h x w) finds in an image."""
+    shares = logits.argmax(0).reshape(-1).bincount(minlength=len(classes)) / logits[0].numel()
+    best = shares.topk(min(3, len(classes)))
+    return ", ".join(
+        f"{classes[number]} {100 * share:.1f} %"
+        for share, number in zip(best.values.tolist(), best.indices.tolist())
+        if share
+    )
 
 
 def caption(file: Path, probabilities: Tensor, classes: Sequence[str]) -> str:

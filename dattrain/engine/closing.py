@@ -65,7 +65,7 @@ def next_commands(run: str, at: str, config: Config) -> Sequence[str]:
         *evaluated,
         f"predict {quote(picture)} --checkpoint {weights}",
         f"report {quote(run)}",
-        f"export {weights} --to timm --out {quote(f'{run}/export')}",
+        f"export {weights} --to {'timm' if config.task.kind == 'classification' else 'hub'} --out {quote(f'{run}/export')}",
     ]
 
 

@@ -44,7 +44,9 @@ def write(
         return Exported(out, cfg, weights.load_model(out)[0], EXACT)
     if to == "hub":
         return write_hub(model, cfg, out, source)
-    model = weights.classifier(model, source or cfg.source or cfg.name, f"--to {to}")
+    model = weights.classifier(
+        model, source or cfg.source or cfg.name, f"--to {to} (--to safetensors and --to hub take both)"
+    )
     if to == "authors":
         return write_authors(model, cfg, out)
     if to == "timm":

@@ -21,7 +21,7 @@ from dattrain.state.format import named
 from dattrain.state.format.manifest import read_manifest
 from dattrain.urls import mask
 
-_PLACES = ("train", "val", "validation", "test", "shards")
+_PLACES = ("train", "training", "val", "validation", "test", "shards", "images")
 """Folders that every set has: not its name."""
 NAMED = 30
 """Class names at most that the card lists; the metadata of the weights have all."""

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dattrain.data.augment.cpu_transforms import resize_window
+from dattrain.data.augment.dense_plan import resized_size
 from dattrain.data.augment.plan import eval_geometry
 from dattrain.data.decode import images
 from dattrain.data.decode.images import is_image_name
@@ -107,8 +108,12 @@ def as_pixels(image: str | Path | Image.Image | np.ndarray | Tensor, *, upright:
 
 
 def prepare(image: Tensor, cfg: PretrainedCfg) -> Tensor:
-    """Resize and centre crop for evaluation: 3 x H x W uint8 to 3 x ``cfg.img_size`` uint8."""
+    """Resize and centre crop for evaluation: 3 x H x W uint8 to 3 x ``cfg.img_size`` uint8; for segmentation the whole, its ratio kept."""
     height, width = image.shape[1:]
+    if cfg.segmentation is not None:
+        sides = cfg.segmentation.short_side, cfg.segmentation.long_side
+        size = resized_size(height, width, short_side=sides[0], long_side=sides[1])
+        return resize_window(image, size, (0, 0), size, cfg.interpolation)
     resized, corner = eval_geometry(height, width, cfg.img_size, resize=cfg.resize, crop_pct=cfg.crop_pct)
     return resize_window(image, resized, corner, cfg.img_size, cfg.interpolation)
 

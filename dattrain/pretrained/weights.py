@@ -61,7 +61,7 @@ def load_model(
         ConfigError: ``img_size`` for a segmentation network, which takes images of any size.
     """
     device = device_called(device)
-    path = Path(path)
+    asked = path = Path(path)
     if path.is_dir() and (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
     path = named.weights(path, hint=collectives.rank_and_world()[0] == 0)
@@ -75,7 +75,7 @@ def load_model(
         size = as_pair(img_size)
         if not isinstance(model, DAT):
             raise ConfigError(
-                f"{path}: is a segmentation network, which takes images of any size: leave the image size out"
+                f"{asked}: is a segmentation network, which takes images of any size: leave img_size (--img-size) out"
             )
         if bias_table == "resize":
             model.set_input_size(size)

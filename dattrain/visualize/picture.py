@@ -46,8 +46,11 @@ def as_picture(image: np.ndarray | Picture) -> Picture:
 def picture_of(image: Tensor, cfg: PretrainedCfg) -> Picture:
     """The picture of an image (3 x H x W uint8) that ``preprocess.prepare`` prepares for a model."""
     sides = height, width = image.shape[1:]
-    resized, corner = eval_geometry(height, width, cfg.img_size, resize=cfg.resize, crop_pct=cfg.crop_pct)
-    (top, left), (bottom, right) = source_edges(sides, resized, corner, cfg.img_size)
+    if cfg.segmentation is not None:
+        (top, left), (bottom, right) = (0.0, 0.0), sides
+    else:
+        resized, corner = eval_geometry(height, width, cfg.img_size, resize=cfg.resize, crop_pct=cfg.crop_pct)
+        (top, left), (bottom, right) = source_edges(sides, resized, corner, cfg.img_size)
     pixels, scale = preprocess.array(image), min(1.0, LONGEST / max(sides))
     if scale < 1:
         size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -1,16 +1,20 @@
-"""Real images in small numbers, and weights to look at them with."""
+"""Real images in small numbers, with and without maps of their classes, and weights to look at them with."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from fashion_images import NAMES, image_folder
+from fashion_images import MAP_NAMES, NAMES, image_folder, map_folder
 
+from dattrain.config.load import loads
 from dattrain.models import create
+from dattrain.models.dense.segmenter import Segmenter
 from dattrain.pretrained import weights
-from dattrain.pretrained.pretrained_cfg import PretrainedCfg
+from dattrain.pretrained.pretrained_cfg import PretrainedCfg, build, cfg_of_recipe
+from dattrain.report import training
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +46,58 @@ def weights_file(tmp_path_factory, atto, cfg) -> Path:
     path = tmp_path_factory.mktemp("weights") / "atto.safetensors"
     weights.save(path, atto.state_dict(), cfg)
     return path
+
+
+SEGMENTATION = """
+extends: base/segmentation.yaml
+name: scenes
+task: {head: semantic_fpn, norm: group, channels: 32}
+model: {name: dat_atto, num_classes: 11, img_size: 64}
+geometry: {short_side: 64, long_side: 96, crop: 64}
+train: {global_batch: 4, micro_batch: 4, precision: fp32, ema_decay: 0.9, loggers: []}
+data: {workers: 0}
+schedule: {kind: poly, updates: 2, warmup_updates: 0}
+"""
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """Scenes of items on a ground, ADE20K's layout: the folder above ``images`` and ``annotations``."""
+    folder = tmp_path_factory.mktemp("scenes")
+    map_folder(folder, "training", 6, seed=0)
+    map_folder(folder, "validation", 5, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dense_cfg() -> PretrainedCfg:
+    return replace(cfg_of_recipe(loads(SEGMENTATION).config, source="a test"), classes=MAP_NAMES)
+
+
+@pytest.fixture(scope="session")
+def segmenter(dense_cfg) -> Segmenter:
+    """That takes scenes for many classes."""
+    torch.manual_seed(0)
+    model = build(dense_cfg).eval()
+    assert isinstance(model, Segmenter)
+    torch.nn.init.normal_(model.head.classifier.conv.weight)
+    return model
+
+
+@pytest.fixture(scope="session")
+def segmenter_file(tmp_path_factory, segmenter, dense_cfg) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "segmenter.safetensors"
+    weights.save(path, segmenter.state_dict(), dense_cfg)
+    return path
+
+
+@pytest.fixture(scope="session")
+def segmentation_run(tmp_path_factory, scenes) -> Path:
+    """A training of two updates with its evaluation."""
+    folder = tmp_path_factory.mktemp("runs") / "scenes"
+    sets = {
+        f"data.{key}": str(scenes / "images" / split)
+        for key, split in (("train", "training"), ("val", "validation"))
+    }
+    training.train(loads(SEGMENTATION, sets).config, folder, lambda run: [])
+    return folder

@@ -18,14 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.data.annotations import polygons, rle
+from dattrain.data.decode import images
 from dattrain.data.source.index import MAX_LABEL, to_json
 from dattrain.data.source.sample import BadSample
 
 BACKGROUND = "background"
 """Class 0 of a set of objects: that of the pixels of none, where it is segmented."""
 
-_FAR = 2**24
-"""Pixels; corners beyond are no corners."""
+_FAR = 8 * images.MAX_SIDE
+"""Pixels; corners beyond are no corners, and walking to them would take memory."""
 
 Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]
 """Polygons, or run lengths: a compressed string (or its bytes), or a list."""
@@ -316,6 +317,10 @@ def _runs(segmentation: Mapping[str, Any], where: str) -> tuple[NDArray[np.int64
             raise ValueError(f"counts {_short(counts)}")
         if (runs < 0).any() or runs.sum() != size[0] * size[1]:
             raise ValueError(f"run lengths of {int(runs.sum())} pixels, for a mask of {size[1]} x {size[0]}")
+        if size[0] * size[1] > images.MAX_PIXELS:
+            raise ValueError(
+                f"a mask of {size[1]} x {size[0]} pixels; the limit is {images.MAX_PIXELS} in all"
+            )
     except (ValueError, OverflowError) as error:
         raise BadSample(f"{where} has a segmentation that cannot be read ({error})") from error
     return runs, (size[0], size[1])

@@ -173,7 +173,7 @@ def _from_zero(data: bytes, classes: int, where: str) -> bytes:
             f"Where its maps count from 0, name its classes in {OWN_NAMES} instead"
         )
     # In eight bits 0 - 1 is 255.
-    return maps.write(numbers - np.uint8(1), level=1)
+    return maps.write(numbers - np.uint8(1), level=0)  # it is read again at once
 
 
 def _files(root: Path, wanted: Callable[[str], bool]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from dattrain.data.annotations.semantic import semantic_map
 from dattrain.data.decode import images
 from dattrain.data.factory import assign_class_numbers
 from dattrain.data.prepare.pack import PackOptions, pack
-from dattrain.data.prepare.sources import open_annotated
+from dattrain.data.prepare.sources import open_annotated, open_source
 from dattrain.data.prepare.stats import measure
 from dattrain.data.prepare.verify import verify
 from dattrain.data.source.build_index import build
@@ -184,6 +184,8 @@ def test_voc_is_packed_by_split(tmp_path, capsys):
         ]
         assert main(args) == 0
         assert found_in(str(tmp_path / f"out/{split}-*.tar")) == {stem: numbers.tolist()}
+    pack(open_source(str(tmp_path / "VOC/ImageSets/Segmentation/val.txt")), tmp_path / "named", PackOptions())
+    assert found_in(str(tmp_path / "named")) == {"b": numbers.tolist()}
     assert main([*args[:-4], "--split", "test", "--jobs", "1"]) != 0
     assert "has no split 'test'; --split names one of train, val" in capsys.readouterr().err
 

@@ -55,23 +55,12 @@ class CocoDataset(AnnotatedFiles):
         _check_once(path, files, "file_name")
         root = image_folder(path, files, images)
         objects, notes = _objects(path, _list(path, content, "annotations"), rows, categories)
+        del content
         if lost := _missing(root, files):
             notes.append(f"{path}: {len(lost):,} of its {len(files):,} images are not in {root}: {few(lost)}")
         super().__init__(path, root, files, origin=f" (from {path})")
-        self._rows = Rows(
-            [
-                to_json(
-                    {
-                        "filename": files[i],
-                        "image_id": rows[i]["id"],
-                        "height": rows[i].get("height"),
-                        "width": rows[i].get("width"),
-                        "annotations": objects.get(rows[i]["id"], []),
-                    }
-                )
-                for i in self.place.tolist()
-            ]
-        )
+        # Objects are let go of as they become bytes: of a large file they are most of what is in memory.
+        self._rows = Rows(_row(rows[i], objects.pop(rows[i]["id"], [])) for i in self.place.tolist())
         self._digest = sha256(self._rows.bytes.data).hexdigest()
         self.notes = tuple(notes)
 
@@ -126,13 +115,12 @@ class _Categories(NamedTuple):
 
 
 def _read(path: str) -> dict[str, Any]:
-    with explained(path):
-        data = read_file(path)
     # Millions of small objects, none of them garbage: looking through them again and again doubles the time.
     enabled = gc.isenabled()
     gc.disable()
     try:
-        content = json.loads(data)
+        with explained(path):
+            content = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: does not parse as JSON ({error})") from error
     finally:
@@ -261,6 +249,19 @@ def _kept(
     if segmentation is not None:
         kept["segmentation"] = segmentation
     return "", kept
+
+
+def _row(image: Mapping[str, Any], objects: Sequence[Mapping[str, Any]]) -> bytes:
+    """The annotation of an image, as ``instances`` reads it."""
+    return to_json(
+        {
+            "filename": image["file_name"],
+            "image_id": image["id"],
+            "height": image.get("height"),
+            "width": image.get("width"),
+            "annotations": objects,
+        }
+    )
 
 
 def _missing(root: Path, files: Sequence[str]) -> list[str]:

@@ -48,7 +48,10 @@ def map_folder(folder: str) -> Path | None:
         if part not in PAIRS:
             continue
         beside = Path(*here.parts[:level], PAIRS[part], *here.parts[level + 1 :])
-        holds_images = any(is_image_name(entry.name) and not entry.is_dir() for entry in listing(here))
+        inside = [entry for entry in listing(here) if not entry.name.startswith(".")]
+        # Beside folders of classes images may stray, which are told elsewhere.
+        flat = not any(entry.is_dir() for entry in inside)
+        holds_images = flat and any(is_image_name(entry.name) for entry in inside)
         if beside.is_dir() and (holds_images or any(beside.rglob("*.png"))):
             return beside
         if holds_images:
@@ -170,7 +173,7 @@ def _from_zero(data: bytes, classes: int, where: str) -> bytes:
             f"Where its maps count from 0, name its classes in {OWN_NAMES} instead"
         )
     # In eight bits 0 - 1 is 255.
-    return maps.write(numbers - np.uint8(1), level=1)
+    return maps.write(numbers - np.uint8(1), level=0)  # it is read again at once
 
 
 def _files(root: Path, wanted: Callable[[str], bool]) -> Iterator[str]:

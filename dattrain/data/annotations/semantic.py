@@ -51,7 +51,7 @@ def annotated_size(annotation: bytes) -> tuple[int, int] | None:
 
 
 def _is_json(annotation: bytes) -> bool:
-    return annotation[:1].isspace() or annotation[:1] == b"{"
+    return annotation[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
 
 
 def _check_size(own: tuple[int, int], size: tuple[int, int], where: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dattrain.data.annotations.coco import CocoDataset
 from dattrain.data.annotations.map_folder import PAIRS, MapFolder, map_folder
-from dattrain.data.annotations.voc import LISTS, VocDataset, lists
+from dattrain.data.annotations.voc import LISTS, VocDataset, lists, split_of
 from dattrain.data.classes import few
 from dattrain.data.prepare.arrays import ArrayDataset, labels_beside, read_idx, read_npz
 from dattrain.data.prepare.list_file import ListDataset
@@ -56,7 +56,7 @@ def open_source(
 def _open(path: str, labels: str | None, root: str | None, cache_dir: str | None, jobs: int) -> Dataset:
     if is_remote(path):
         return open_dataset(path, cache_dir=cache_dir)
-    if os.path.isfile(path):
+    if os.path.isfile(path) and not split_of(path):
         if path.endswith(".npz"):
             return read_npz(path)
         if re.search(r"idx[0-9]-ubyte(\.gz)?$|\.idx3?(\.gz)?$", path):

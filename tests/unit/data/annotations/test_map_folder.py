@@ -81,6 +81,7 @@ def test_class_folders_below_images_stay_class_folders(tmp_path, jpegs):
         (tmp_path / "images" / "train" / name / "x.jpg").write_bytes(jpegs[0])
     (tmp_path / "annotations" / "train").mkdir(parents=True)
     (tmp_path / "annotations" / "train" / "x.xml").write_text("boxes")
+    (tmp_path / "images" / "train" / "stray.jpg").write_bytes(jpegs[0])
     dataset = open_dataset(str(tmp_path / "images" / "train"))
     assert isinstance(dataset, FolderDataset) and dataset.annotations == "none"
 

@@ -15,11 +15,13 @@ from pictures import encode, write_tar
 from PIL import Image
 
 from dattrain.cli.main import main
+from dattrain.config.schema import Config
 from dattrain.data.annotations import maps
 from dattrain.data.annotations.semantic import semantic_map
 from dattrain.data.decode import images
+from dattrain.data.factory import assign_class_numbers
 from dattrain.data.prepare.pack import PackOptions, pack
-from dattrain.data.prepare.sources import open_annotated
+from dattrain.data.prepare.sources import open_annotated, open_source
 from dattrain.data.prepare.stats import measure
 from dattrain.data.prepare.verify import verify
 from dattrain.data.source.build_index import build
@@ -182,6 +184,8 @@ def test_voc_is_packed_by_split(tmp_path, capsys):
         ]
         assert main(args) == 0
         assert found_in(str(tmp_path / f"out/{split}-*.tar")) == {stem: numbers.tolist()}
+    pack(open_source(str(tmp_path / "VOC/ImageSets/Segmentation/val.txt")), tmp_path / "named", PackOptions())
+    assert found_in(str(tmp_path / "named")) == {"b": numbers.tolist()}
     assert main([*args[:-4], "--split", "test", "--jobs", "1"]) != 0
     assert "has no split 'test'; --split names one of train, val" in capsys.readouterr().err
 
@@ -282,6 +286,11 @@ def test_foreign_shards_of_maps_are_indexed(tmp_path, members):
     assert sample.data == next(data for name, data in members if name.endswith("jpg") or data != MAP)
     assert semantic_map(sample.annotation, (2, 2), None, "").tolist() == NUMBERS.tolist()
     assert dataset.index(0).annotated.heights.tolist() == [2]
+    # Nothing names its classes, so they are the network's own numbers, of which 2 has none here.
+    config = Config.model_validate({"model": {"num_classes": 2}})
+    assign_class_numbers(config, "train", dataset, None)
+    with pytest.raises(BadSample, match="has class 2 at x=0, y=1"):
+        semantic_map(sample.annotation, (2, 2), dataset.numbers, "")
 
 
 def test_foreign_shards_of_objects_are_indexed(tmp_path):

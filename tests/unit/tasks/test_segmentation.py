@@ -158,13 +158,13 @@ def test_enlarged_scores_are_there_for_one_sample_at_a_time():
 
 
 def test_memory_of_a_step_is_found_without_a_device_also_with_sync_norm():
-    small = ["train.micro_batch=auto", "train.precision=bf16", "task.head=semantic_fpn", "task.channels=16"]
+    small = ["train.micro_batch=auto", "task.head=semantic_fpn", "task.channels=16"]
     config = recipe("task.norm=sync", *small)
     model = create_task(config).build(64)
     crop = memory.activations(model, config, micro_batch=2, device="cuda")
     whole = memory.activations(model, recipe("geometry.crop=null", *small), micro_batch=2, device="cpu")
     # 96 x 192 at the largest scale, 4.5 times the crop.
-    assert 0 < crop.kept < crop.peak and 2 < whole.peak / crop.peak < 9
+    assert 0 < crop.kept < crop.peak and 3 < whole.kept / crop.kept < 7
 
 
 def test_an_example_is_what_a_loader_gives():

@@ -45,6 +45,8 @@ class RunStatus:
     """Of the newest evaluation, in percent."""
     restarts: tuple[str, ...]
     """Why each attempt but the last ended."""
+    miou: float | None = None
+    """Of a segmentation, in place of ``top1``."""
     warnings: tuple[str, ...] = ()
     """What keeps the run from resuming by itself after this attempt."""
 
@@ -100,7 +102,8 @@ def status_of(run: Path, states: Mapping[str, JobState], *, local_alive: bool = 
         loss=metrics.get("loss"),
         eta_s=metrics.get("eta_s") if live else None,
         checkpoint=history.newest_checkpoint(run),
-        top1=_evaluation(run) or metrics.get("top1"),
+        top1=_evaluation(run, "top1") or metrics.get("top1"),
+        miou=_evaluation(run, "miou") or metrics.get("miou"),
         restarts=tuple(_restart(e) for e in ends),
         warnings=tuple(text for text in _warnings(events) if text not in why),
     )
@@ -307,17 +310,19 @@ def _stopped_early(run: Path, metrics: Mapping[str, Any]) -> str:
     return early_stopping.stopped_early(load(run / "config.yaml").config, metrics) or ""
 
 
-def _evaluation(run: Path) -> float | None:
+def _evaluation(run: Path, metric: str) -> float | None:
     try:
-        return float(json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["top1"])
+        return float(json.loads((run / "evaluation.json").read_text(encoding="utf-8"))[metric])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def render(statuses: Sequence[RunStatus]) -> str:
     """A line for each run, and below it its restarts and the reason of its state."""
+    kinds = {"TOP-1" if r.miou is None else "MIOU" for r in statuses}
+    score = "/".join(sorted(kinds, reverse=True)) or "TOP-1"
     rows = [
-        ("RUN", "STATE", "JOB", "STEP", "EPOCH", "IMAGES/S", "LOSS", "ETA", "TOP-1", "CHECKPOINT", "RESTARTS")
+        ("RUN", "STATE", "JOB", "STEP", "EPOCH", "IMAGES/S", "LOSS", "ETA", score, "CHECKPOINT", "RESTARTS")
     ]
     for r in statuses:
         step = "-" if r.step is None else f"{r.step}/{r.last_step}" if r.last_step else str(r.step)
@@ -331,7 +336,7 @@ def render(statuses: Sequence[RunStatus]) -> str:
                 "-" if r.images_per_s is None else f"{r.images_per_s:.1f}",
                 "-" if r.loss is None else f"{r.loss:.4f}",
                 "-" if r.eta_s is None else duration(r.eta_s),
-                "-" if r.top1 is None else f"{r.top1:.2f}",
+                next((f"{value:.2f}" for value in (r.top1, r.miou) if value is not None), "-"),
                 "-" if r.checkpoint is None else f"step {r.checkpoint}",
                 str(len(r.restarts)),
             )

@@ -185,6 +185,18 @@ def test_a_run_that_stopped_early_says_so(tmp_path: Path) -> None:
     assert "stopped early" not in run_status.render([run_status.status_of(tmp_path, {})])
 
 
+def test_a_segmentation_shows_its_miou(tmp_path: Path) -> None:
+    rows = {"a": {"top1": 71.5}, "b": {"miou": 43.21}}
+    for name, metrics in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(
+            json.dumps({"step": 6, "samples": 48, **metrics}) + "\n"
+        )
+    both = [run_status.status_of(tmp_path / name, {}) for name in rows]
+    assert " MIOU " in run_status.render(both[1:]) and "43.21" in run_status.render(both[1:])
+    assert " TOP-1 " in run_status.render(both[:1]) and " TOP-1/MIOU " in run_status.render(both)
+
+
 def test_a_run_by_hand_is_known_by_its_starts_and_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     run = tmp_path / "runs" / "a"
     run.mkdir(parents=True)

@@ -175,7 +175,7 @@ def keep_statistics_local(model: nn.Module) -> None:
     """Turn BatchNorm over all ranks into one over the device's own samples, in place: to measure, where not all ranks take part."""
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm):
-            module.__class__ = _LocalBatchNorm
+            module.__class__ = _LocalBatchNorm  # type: ignore[assignment]
 
 
 class _LocalBatchNorm(nn.BatchNorm2d):

@@ -19,7 +19,7 @@ def rate(schedule: Schedule, derived: Derived, update: int) -> float:
     """
     d, kind = derived, schedule.kind
     if kind == "poly":
-        left = max(0.0, 1 - update / d.total_steps) ** schedule.power
+        left: float = max(0.0, 1 - update / d.total_steps) ** schedule.power
         decayed = d.min_lr + (d.peak_lr - d.min_lr) * left
         if update >= d.warmup_steps:
             return decayed

@@ -86,9 +86,13 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
         changed = config.model_copy(
             update={"train": config.train.model_copy(update={"activation_checkpointing": mode})}
         )
-        kept[mode] = memory.activations(
-            model, changed, micro_batch=derived.micro_batch, img_size=largest, device=resources.device
-        )
+        try:
+            kept[mode] = memory.activations(
+                model, changed, micro_batch=derived.micro_batch, img_size=largest, device=resources.device
+            )
+        except UserError:  # a network that cannot recompute in this way, nor was asked to
+            if mode == config.train.activation_checkpointing:
+                raise
     ema = config.train.ema_decay > 0
     states = {
         stage: memory.states(

@@ -11,10 +11,10 @@ import yaml
 from state_ranks import assert_same, finished, spawn, states
 from train_worker import curve, rows
 
-STEPS, CUT = 4, 2
+STEPS, CUT = 3, 1
 WORKER = str(Path(__file__).parent / "train_worker.py")
 RANKS_BOUND = 2e-5
-"""Of the fp32 loss, relative, between a run that changed ranks and one that did not: the order of sums alone, over six updates."""
+"""Of the fp32 loss, relative, between a run that changed ranks and one that did not: the order of sums alone, over three updates."""
 
 
 def run_jobs(folder, world, jobs):
@@ -29,31 +29,36 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("segmentation")
     train, val = scenes.write(folder / "data")
     # In this order rank 1 of two gets the second half of every eight.
-    void = scenes.write(folder / "void", train=16, void=tuple(n for n in range(16) if n % 8 >= 4))
+    void = scenes.write(folder / "void", train=16, val=3, void=tuple(n for n in range(16) if n % 8 >= 4))
     path = str(folder / "recipe.yaml")
     Path(path).write_text(yaml.safe_dump(scenes.RECIPE))
 
     def job(name, *overrides):
         return [path, str(folder / name), [train, *overrides]]
 
-    elastic = [job("elastic", f"train.max_steps={steps}", "train.micro_batch=4") for steps in (2, 4, 6)]
-    run_jobs(folder, 1, [job("undisturbed", "train.max_steps=6", "train.micro_batch=4"), elastic[0]])
+    small = ["task.channels=16", "train.micro_batch=8", "eval.every_steps=1000"]
+    elastic = [job("elastic", f"train.max_steps={steps}", *small) for steps in (1, 2, 3)]
+    run_jobs(folder, 1, [job("undisturbed", "train.max_steps=3", *small), elastic[0]])
     two = [elastic[1]]
-    for stage in range(4):
-        settings = [f"zero.stage={stage}", *(["train.precision=bf16"] if stage in (0, 2) else [])]
-        two += [
-            job(f"z{stage}-whole", *settings),
-            job(f"z{stage}-parts", *settings, f"train.max_steps={CUT}"),
-            job(f"z{stage}-parts", *settings),
+
+    def halves(name, *settings):
+        both = [*small, f"train.max_steps={STEPS}", *settings]
+        return [
+            job(f"{name}-whole", *both),
+            job(f"{name}-parts", *both, f"train.max_steps={CUT}"),
+            job(f"{name}-parts", *both),
         ]
-    batch = ["task.norm=batch", "task.head=semantic_fpn", "zero.stage=1", val]
+
+    two += halves("norm", "task.norm=batch", "task.head=semantic_fpn", "zero.stage=1", "train.micro_batch=2", val)
+    two += halves("z0", "zero.stage=0", "train.precision=bf16")
+    two += halves("z1", "zero.stage=1", "train.micro_batch=2")
+    two += halves("z2", "zero.stage=2", "train.precision=bf16")
+    # Last, since it changes torch's linear layers for the rest of the process.
+    two += halves("z3", "zero.stage=3", "task.head=semantic_fpn")
+    # Three images over two ranks: one rank has none at the end, and under stage 3 both must call the model as often.
     two += [
-        job("norm-whole", *batch),
-        job("norm-parts", *batch, f"train.max_steps={CUT}"),
-        job("norm-parts", *batch),
-        # Five images over two ranks: one rank has none at the end, and under stage 3 both must call the model as often.
-        job("void", *void, "data.shuffle=false", "data.lanes=1", "zero.stage=3", "train.max_steps=2",
-            "eval.mode=slide", "geometry.crop=48", "eval.scales=[1.0,1.5]", "eval.flip=true"),
+        job("void", *small, *void, "data.shuffle=false", "data.lanes=1", "zero.stage=3", "train.max_steps=1",
+            "eval.mode=slide", "geometry.crop=48", "eval.scales=[1.0,1.5]", "train.ema_decay=0")
     ]  # fmt: skip
     run_jobs(folder, 2, two)
     run_jobs(folder, 1, [elastic[2]])
@@ -76,19 +81,19 @@ def test_the_parts_of_the_loss_are_logged(trained):
 
 def test_ranks_change_and_the_losses_do_not(trained):
     losses = [[row["loss"] for row in rows(trained / name)] for name in ("undisturbed", "elastic")]
-    assert len(losses[0]) == len(losses[1]) == 6
+    assert len(losses[0]) == len(losses[1]) == 3
     worst = max(abs(a - b) / a for a, b in zip(*losses))
     print(f"largest relative difference of a loss: {worst:.2e}")
     assert worst < RANKS_BOUND
 
 
 def test_a_rank_that_sees_no_class_keeps_up(trained):
-    found = rows(trained / "void")
-    assert len(found) == 2 and all(math.isfinite(row["grad_norm"]) and row["grad_norm"] > 0 for row in found)
+    (found,) = rows(trained / "void")
+    assert math.isfinite(found["grad_norm"]) and found["grad_norm"] > 0
     # Half of the samples give 0: about half of ln 4 and of .4 times that.
-    assert found[0]["loss"] == pytest.approx(0.5 * 1.4 * math.log(4), rel=0.35)
+    assert found["loss"] == pytest.approx(0.5 * 1.4 * math.log(4), rel=0.35)
     (metrics,) = rows(trained / "void", "miou")
-    assert metrics["eval_images"] == 5 and 0 <= metrics["miou"] <= 100
+    assert metrics["eval_images"] == 3 and 0 <= metrics["miou"] <= 100
     assert json.loads((trained / "void" / "predictions.json").read_text())["kind"] == "segmentation"
 
 

@@ -23,6 +23,10 @@ from dattrain.submit.queue import UNKNOWN, JobState
 from dattrain.text import columns
 
 
+QUALITY = {"top1": "TOP-1", "miou": "MIOU"}
+"""The number of each task's evaluation that is shown, and its title."""
+
+
 @dataclass(frozen=True)
 class RunStatus:
     """One run. ``state`` is ours: ``finished``, ``running``, ``waiting``, ``stopped``, ``cancelled``, ``failed``, ``crashed``, ``unknown``."""
@@ -41,8 +45,8 @@ class RunStatus:
     loss: float | None
     eta_s: float | None
     checkpoint: int | None
-    top1: float | None
-    """Of the newest evaluation, in percent."""
+    quality: tuple[str, float] | None
+    """Of the newest evaluation, in percent, behind its name: one of ``QUALITY``."""
     restarts: tuple[str, ...]
     """Why each attempt but the last ended."""
     warnings: tuple[str, ...] = ()
@@ -100,7 +104,7 @@ def status_of(run: Path, states: Mapping[str, JobState], *, local_alive: bool = 
         loss=metrics.get("loss"),
         eta_s=metrics.get("eta_s") if live else None,
         checkpoint=history.newest_checkpoint(run),
-        top1=_evaluation(run) or metrics.get("top1"),
+        quality=_quality(_evaluation(run)) or _quality(metrics),
         restarts=tuple(_restart(e) for e in ends),
         warnings=tuple(text for text in _warnings(events) if text not in why),
     )
@@ -307,17 +311,27 @@ def _stopped_early(run: Path, metrics: Mapping[str, Any]) -> str:
     return early_stopping.stopped_early(load(run / "config.yaml").config, metrics) or ""
 
 
-def _evaluation(run: Path) -> float | None:
+def _evaluation(run: Path) -> Mapping[str, Any]:
+    """What a chain's evaluation wrote; empty where there is none that can be read."""
     try:
-        return float(json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["top1"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _quality(found: Mapping[str, Any]) -> tuple[str, float] | None:
+    return next(
+        ((name, float(found[name])) for name in QUALITY if isinstance(found.get(name), (int, float))), None
+    )
 
 
 def render(statuses: Sequence[RunStatus]) -> str:
     """A line for each run, and below it its restarts and the reason of its state."""
+    there = [QUALITY[name] for name in QUALITY if any(r.quality and r.quality[0] == name for r in statuses)]
+    title = "/".join(there) or QUALITY["top1"]
     rows = [
-        ("RUN", "STATE", "JOB", "STEP", "EPOCH", "IMAGES/S", "LOSS", "ETA", "TOP-1", "CHECKPOINT", "RESTARTS")
+        ("RUN", "STATE", "JOB", "STEP", "EPOCH", "IMAGES/S", "LOSS", "ETA", title, "CHECKPOINT", "RESTARTS")
     ]
     for r in statuses:
         step = "-" if r.step is None else f"{r.step}/{r.last_step}" if r.last_step else str(r.step)
@@ -331,7 +345,7 @@ def render(statuses: Sequence[RunStatus]) -> str:
                 "-" if r.images_per_s is None else f"{r.images_per_s:.1f}",
                 "-" if r.loss is None else f"{r.loss:.4f}",
                 "-" if r.eta_s is None else duration(r.eta_s),
-                "-" if r.top1 is None else f"{r.top1:.2f}",
+                "-" if r.quality is None else f"{r.quality[1]:.2f}",
                 "-" if r.checkpoint is None else f"step {r.checkpoint}",
                 str(len(r.restarts)),
             )

@@ -221,3 +221,20 @@ def test_a_run_by_hand_is_known_by_its_starts_and_its_owner(tmp_path: Path, monk
     # What was submitted afterwards counts, and what was typed after that.
     history.record(run, "submit", job="1", by="user", time=starts.began(starts.read(run)[-1]) + 1)
     assert run_status.status_of(run, {"1": JobState("PENDING", "Resources")}).state == "waiting"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "evaluation", "title", "value"),
+    [
+        ({"top1": 61.256}, None, "TOP-1", "61.26"),
+        ({"miou": 33.5, "aacc": 80.0}, None, "MIOU", "33.50"),
+        ({"miou": 33.5}, {"miou": 34.25, "per_class": []}, "MIOU", "34.25"),
+        ({}, None, "TOP-1", "-"),
+    ],
+)
+def test_each_task_has_its_number(tmp_path: Path, numbers, evaluation, title, value) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 6, "epoch": 0.5, **numbers}) + "\n")
+    if evaluation is not None:
+        (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    head, row, *_ = run_status.render([run_status.status_of(tmp_path, {})]).splitlines()
+    assert row[head.index(title) :].split()[0] == value

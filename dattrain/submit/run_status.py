@@ -23,10 +23,6 @@ from dattrain.submit.queue import UNKNOWN, JobState
 from dattrain.text import columns
 
 
-QUALITY = {"top1": "TOP-1", "miou": "MIOU"}
-"""The number of each task's evaluation that is shown, and its title."""
-
-
 @dataclass(frozen=True)
 class RunStatus:
     """One run. ``state`` is ours: ``finished``, ``running``, ``waiting``, ``stopped``, ``cancelled``, ``failed``, ``crashed``, ``unknown``."""
@@ -45,10 +41,12 @@ class RunStatus:
     loss: float | None
     eta_s: float | None
     checkpoint: int | None
-    quality: tuple[str, float] | None
-    """Of the newest evaluation, in percent, behind its name: one of ``QUALITY``."""
+    top1: float | None
+    """Of the newest evaluation, in percent."""
     restarts: tuple[str, ...]
     """Why each attempt but the last ended."""
+    miou: float | None = None
+    """Of a segmentation, in place of ``top1``."""
     warnings: tuple[str, ...] = ()
     """What keeps the run from resuming by itself after this attempt."""
 
@@ -104,7 +102,8 @@ def status_of(run: Path, states: Mapping[str, JobState], *, local_alive: bool = 
         loss=metrics.get("loss"),
         eta_s=metrics.get("eta_s") if live else None,
         checkpoint=history.newest_checkpoint(run),
-        quality=_quality(_evaluation(run)) or _quality(metrics),
+        top1=_evaluation(run, "top1") or metrics.get("top1"),
+        miou=_evaluation(run, "miou") or metrics.get("miou"),
         restarts=tuple(_restart(e) for e in ends),
         warnings=tuple(text for text in _warnings(events) if text not in why),
     )
@@ -311,27 +310,19 @@ def _stopped_early(run: Path, metrics: Mapping[str, Any]) -> str:
     return early_stopping.stopped_early(load(run / "config.yaml").config, metrics) or ""
 
 
-def _evaluation(run: Path) -> Mapping[str, Any]:
-    """What a chain's evaluation wrote; empty where there is none that can be read."""
+def _evaluation(run: Path, metric: str) -> float | None:
     try:
-        found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _quality(found: Mapping[str, Any]) -> tuple[str, float] | None:
-    return next(
-        ((name, float(found[name])) for name in QUALITY if isinstance(found.get(name), (int, float))), None
-    )
+        return float(json.loads((run / "evaluation.json").read_text(encoding="utf-8"))[metric])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def render(statuses: Sequence[RunStatus]) -> str:
     """A line for each run, and below it its restarts and the reason of its state."""
-    there = [QUALITY[name] for name in QUALITY if any(r.quality and r.quality[0] == name for r in statuses)]
-    title = "/".join(there) or QUALITY["top1"]
+    kinds = {"TOP-1" if r.miou is None else "MIOU" for r in statuses}
+    score = "/".join(sorted(kinds, reverse=True)) or "TOP-1"
     rows = [
-        ("RUN", "STATE", "JOB", "STEP", "EPOCH", "IMAGES/S", "LOSS", "ETA", title, "CHECKPOINT", "RESTARTS")
+        ("RUN", "STATE", "JOB", "STEP", "EPOCH", "IMAGES/S", "LOSS", "ETA", score, "CHECKPOINT", "RESTARTS")
     ]
     for r in statuses:
         step = "-" if r.step is None else f"{r.step}/{r.last_step}" if r.last_step else str(r.step)
@@ -345,7 +336,7 @@ def render(statuses: Sequence[RunStatus]) -> str:
                 "-" if r.images_per_s is None else f"{r.images_per_s:.1f}",
                 "-" if r.loss is None else f"{r.loss:.4f}",
                 "-" if r.eta_s is None else duration(r.eta_s),
-                "-" if r.quality is None else f"{r.quality[1]:.2f}",
+                next((f"{value:.2f}" for value in (r.top1, r.miou) if value is not None), "-"),
                 "-" if r.checkpoint is None else f"step {r.checkpoint}",
                 str(len(r.restarts)),
             )

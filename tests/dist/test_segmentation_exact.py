@@ -13,6 +13,8 @@ from train_worker import curve, rows
 
 STEPS, CUT = 3, 1
 WORKER = str(Path(__file__).parent / "train_worker.py")
+GOLDEN = [1.793594, 1.753494, 1.787593]
+"""Losses of the undisturbed run in fp32: no change of order, drawing or numerics goes unseen."""
 RANKS_BOUND = 2e-5
 """Of the fp32 loss, relative, between a run that changed ranks and one that did not: the order of sums alone, over three updates."""
 
@@ -85,6 +87,13 @@ def test_ranks_change_and_the_losses_do_not(trained):
     worst = max(abs(a - b) / a for a, b in zip(*losses))
     print(f"largest relative difference of a loss: {worst:.2e}")
     assert worst < RANKS_BOUND
+
+
+def test_the_losses_are_what_they_were(trained):
+    """After a change that is meant, take what this prints, and say in the commit why it moved."""
+    losses = [row["loss"] for row in rows(trained / "undisturbed")]
+    print(losses)
+    assert losses == pytest.approx(GOLDEN, rel=1e-4)
 
 
 def test_a_rank_that_sees_no_class_keeps_up(trained):

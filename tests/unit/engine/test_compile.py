@@ -1,9 +1,13 @@
 import logging
 
+import pytest
 import torch
 from torch import nn
 
 from dattrain.engine import compile as compiling
+from dattrain.errors import UserError
+from dattrain.models.dense.backbone import create_backbone
+from dattrain.models.dense.segmenter import create_segmenter
 
 
 class Stage(nn.Module):
@@ -118,3 +122,29 @@ def test_an_error_of_the_model_itself_is_not_taken_for_one_of_the_compiler(monke
 def test_cuda_graphs_on_another_device_are_left_out_with_one_line(caplog):
     compiling.apply(Net(), "stage", graphs_on="cpu")
     assert len(caplog.records) == 1 and "train.cuda_graphs: the device is cpu" in caplog.text
+
+
+def test_a_backbones_blocks_are_compiled_in_training_alone(monkeypatch):
+    """Whole images of an evaluation have a size each; heads are left as they are."""
+    calls = []
+
+    def compile_(forward, **_):
+        def compiled(*args):
+            calls.append(args[0].shape)
+            return forward(*args)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    for name, size in (("dat_atto", 64), ("swin_tiny_patch4_window7_224", 224)):
+        backbone = create_backbone(name, img_size=size)
+        model = create_segmenter(backbone, "semantic_fpn", 3, norm="group", channels=8)
+        blocks = sum(backbone.depths)
+        assert compiling.apply(model, "block", training_only=True) == blocks
+        model.eval()(torch.rand(1, 3, 64, 64))
+        assert not calls
+        model.train()(torch.rand(1, 3, 64, 64))
+        assert len(calls) == blocks
+        calls.clear()
+    with pytest.raises(UserError, match="train.compile=stage is for DAT.*choose block or none for swin_tiny"):
+        compiling.apply(model, "stage")

@@ -1,8 +1,11 @@
 """What a resumed run may not change is judged by what its newest manifest recorded, not by a file that anybody may edit."""
 
 import json
+from pathlib import Path
 
 import pytest
+import scenes
+import yaml
 
 from dattrain.config.load import dump, loads
 from dattrain.data import identity
@@ -153,3 +156,29 @@ def test_class_numbers_are_judged_by_the_manifest_and_named_by_the_file(run):
     write_classes(run, CLASSES)
     with pytest.raises(UserError, match="class 1 was 'bee' in this run, and is 'cow'"):
         resume_rules.check_classes(run, name, meta, other)
+
+
+def test_a_decoder_and_the_sizes_of_its_images_stay_and_what_is_drawn_may_change():
+    recipe = yaml.safe_dump(scenes.RECIPE)
+    settings = resume_rules.settings(loads(recipe).config)
+    for key in (
+        "task.kind",
+        "task.norm",
+        "task.aux_weight",
+        "geometry.crop",
+        "geometry.scale",
+        "geometry.short_side",
+    ):
+        assert key in settings
+    assert not {"geometry.distortion", "geometry.max_class_share", "geometry.pad_to"} & set(settings)
+    meta = {resume_rules.META: {"settings": json.loads(json.dumps(settings))}}
+    with pytest.raises(
+        ConfigError, match=r"of task\.norm=group .* says task\.norm=batch; the weights depend"
+    ):
+        resume_rules.check_settings(Path(), loads(recipe, ["task.norm=batch"]).config, "step_00000020", meta)
+    with pytest.raises(ConfigError, match=r"of geometry\.crop=64 .* says geometry\.crop=\[64, 96\]"):
+        resume_rules.check_settings(
+            Path(), loads(recipe, ["geometry.crop=[64,96]"]).config, "step_00000020", meta
+        )
+    free = ["eval.mode=slide", "eval.flip=true", "geometry.distortion=false"]
+    resume_rules.check_settings(Path(), loads(recipe, free).config, "step_00000020", meta)

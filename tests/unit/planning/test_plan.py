@@ -10,20 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scenes
 import torch
 import warm
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "dist"))
 from state_ranks import finished, spawn
 
 from dattrain.cli import plan as verb
 from dattrain.cli.plan import render
+from dattrain.config.load import dump, loads
 from dattrain.config.schema import Config
 from dattrain.engine import activation_checkpointing, memory
 from dattrain.errors import ConfigError, UserError
 from dattrain.models import flops, zoo
 from dattrain.planning import plan
 from dattrain.submit import cpu_time
+from dattrain.tasks.create import create_task
 
 WITHIN = 0.15
 
@@ -198,6 +202,39 @@ def test_a_plan_of_cpus_alone_says_how_long_it_takes_at_least() -> None:
     assert found["cpu_time"]["seconds"] == pytest.approx(days * 86400)
     assert f"on 2 CPU task(s) of 4 core(s): at least {days / 365.25:,.0f} years" in verb.render(config, found)
     assert plan.plan(config, plan.Resources(gpus_per_node=1, device="cpu"))["cpu_time"] is None
+
+
+def test_a_plan_of_a_segmentation_counts_the_decoder_and_the_crop() -> None:
+    """On CPUs the bound is of the backbone at the size of the crop."""
+    overrides = ["geometry.crop=[64,96]", "schedule.warmup_updates=0", "model.name=dat_atto"]
+    config = loads(yaml.safe_dump(scenes.RECIPE), overrides).config
+    resources = plan.Resources(nodes=1, gpus_per_node=1, cpu_cores=2, samples=100, device="cpu")
+    found = plan.plan(config, resources)
+    model = create_task(config).build(64)
+    assert found["parameters"] == sum(p.numel() for p in model.parameters()) and found["steps"] == 4
+    assert found["flops_per_image"] == flops.flops(model, (64, 96))
+    # Per image and class 64 x 96 scores, their logarithms and their gradients, for one image at a time.
+    assert found["bytes_per_device"]["activations_peak"] > 3 * 4 * 4 * 64 * 96
+    seconds = 4 * 8 * 6 * 0.303e9 * 64 * 96 / 224**2 / (2 * cpu_time.CORE)
+    assert found["cpu_time"]["seconds"] == pytest.approx(seconds)
+    assert "scenes: dat_atto with upernet at (64, 96), " in verb.render(config, found)
+
+
+def test_a_network_that_cannot_recompute_everything_is_planned_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def activations(model: torch.nn.Module, config: Config, **_: Any) -> memory.Activations:
+        activation_checkpointing.apply(model, config.train.activation_checkpointing)
+        return memory.Activations(1, 2)
+
+    monkeypatch.setattr(memory, "activations", activations)
+    overrides = ["model.name=swin_tiny_patch4_window7_224", "model.img_size=224", "geometry.crop=64"]
+    config = loads(yaml.safe_dump(scenes.RECIPE), overrides).config
+    resources = plan.Resources(nodes=1, gpus_per_node=1, samples=100, device="cpu")
+    assert list(plan.plan(config, resources)["activations_by_mode"]) == ["none", "block", "stage"]
+    chosen = loads(dump(config), ["train.activation_checkpointing=selective"]).config
+    with pytest.raises(UserError, match="selective is for DAT's blocks"):
+        plan.plan(chosen, resources)
 
 
 def test_what_does_not_fit_is_called_a_problem(tmp_path: Path) -> None:

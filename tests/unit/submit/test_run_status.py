@@ -185,6 +185,18 @@ def test_a_run_that_stopped_early_says_so(tmp_path: Path) -> None:
     assert "stopped early" not in run_status.render([run_status.status_of(tmp_path, {})])
 
 
+def test_a_segmentation_shows_its_miou(tmp_path: Path) -> None:
+    rows = {"a": {"top1": 71.5}, "b": {"miou": 43.21}}
+    for name, metrics in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(
+            json.dumps({"step": 6, "samples": 48, **metrics}) + "\n"
+        )
+    both = [run_status.status_of(tmp_path / name, {}) for name in rows]
+    assert " MIOU " in run_status.render(both[1:]) and "43.21" in run_status.render(both[1:])
+    assert " TOP-1 " in run_status.render(both[:1]) and " TOP-1/MIOU " in run_status.render(both)
+
+
 def test_a_run_by_hand_is_known_by_its_starts_and_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     run = tmp_path / "runs" / "a"
     run.mkdir(parents=True)
@@ -221,20 +233,3 @@ def test_a_run_by_hand_is_known_by_its_starts_and_its_owner(tmp_path: Path, monk
     # What was submitted afterwards counts, and what was typed after that.
     history.record(run, "submit", job="1", by="user", time=starts.began(starts.read(run)[-1]) + 1)
     assert run_status.status_of(run, {"1": JobState("PENDING", "Resources")}).state == "waiting"
-
-
-@pytest.mark.parametrize(
-    ("numbers", "evaluation", "title", "value"),
-    [
-        ({"top1": 61.256}, None, "TOP-1", "61.26"),
-        ({"miou": 33.5, "aacc": 80.0}, None, "MIOU", "33.50"),
-        ({"miou": 33.5}, {"miou": 34.25, "per_class": []}, "MIOU", "34.25"),
-        ({}, None, "TOP-1", "-"),
-    ],
-)
-def test_each_task_has_its_number(tmp_path: Path, numbers, evaluation, title, value) -> None:
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 6, "epoch": 0.5, **numbers}) + "\n")
-    if evaluation is not None:
-        (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
-    head, row, *_ = run_status.render([run_status.status_of(tmp_path, {})]).splitlines()
-    assert row[head.index(title) :].split()[0] == value

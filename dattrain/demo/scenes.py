@@ -103,5 +103,5 @@ def _instances(made: Scene) -> Iterator[dict[str, Any]]:
             "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
             "area": int(mask.sum()),
             "iscrowd": 0,
-            "segmentation": rle.encode(mask),
+            "segmentation": {"size": list(mask.shape), "counts": rle.to_string(rle.encode(mask))},
         }

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crops", type=int, choices=(1, 5), default=1, help="average over five crops")
     parser.add_argument(
         "--scales",
-        type=_scales,
+        type=scales,
         metavar="S,S,...",
         help="segmentation: average over the image resized by these factors, as 0.5,0.75,1,1.25,1.5,1.75 (default: the run's)",
     )
@@ -202,7 +202,8 @@ def _write_tables(folder: Path, evaluation: Evaluation) -> None:
         print(file)
 
 
-def _scales(text: str) -> tuple[float, ...]:
+def scales(text: str) -> tuple[float, ...]:
+    """Numbers with commas between. Raises ValueError."""
     return tuple(map(float, text.split(",")))
 
 

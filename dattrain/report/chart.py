@@ -35,8 +35,8 @@ def picture(runs: Sequence[Path], titles: Sequence[str]) -> Figure:
         if panel.title not in curves.TASKS or any(table[n]["curves"] for table in tables)
     ]
     figure = Figure(figsize=(13 * -(-len(numbers) // 2) / 3, 7.4), layout="constrained", dpi=110)
-    grid = figure.subplots(2, -(-len(numbers) // 2)).flat
-    for empty in list(grid)[len(numbers) :]:
+    grid = list(figure.subplots(2, -(-len(numbers) // 2)).flat)
+    for empty in grid[len(numbers) :]:
         empty.set_axis_off()
     for axes, number in zip(grid, numbers):
         panel = curves.PANELS[number]

@@ -26,7 +26,10 @@ class Panel:
 PANELS = (
     Panel(
         "Loss", "nats",
-        {"loss": "training", "eval_loss": "evaluation", "ema_loss": "evaluation, averaged weights"},
+        {
+            "loss": "training", "eval_loss": "evaluation", "ema_loss": "evaluation, averaged weights",
+            "loss_decode": "training, decoder", "loss_aux": "training, auxiliary head",
+        },
         log=True,
     ),
     Panel(

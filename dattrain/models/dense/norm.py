@@ -18,7 +18,7 @@ def create_norm(kind: Norm, channels: int) -> nn.Module:
 
     ``sync`` takes its statistics over the micro-batches of all ranks (on CUDA devices alone, as torch's), ``batch`` over one
     device's, ``group`` over groups of a sample's own channels: 32, or the most below that divide the channels into groups of
-    two or more (one channel of a 1 x 1 map would be normalised to nothing).
+    eight or more. In groups of two a small decoder hardly learns: each pair keeps little but which of them is larger.
 
     Raises:
         UserError: another kind.
@@ -28,7 +28,7 @@ def create_norm(kind: Norm, channels: int) -> nn.Module:
         return nn.SyncBatchNorm(channels)
     if kind == "batch":
         return nn.BatchNorm2d(channels)
-    most = min(32, max(1, channels // 2))
+    most = min(32, max(1, channels // 8))
     return nn.GroupNorm(max(each for each in range(1, most + 1) if channels % each == 0), channels)
 
 

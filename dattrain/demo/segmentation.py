@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dattrain.data.annotations.semantic import semantic_map
 from dattrain.data.decode.images import decode
 from dattrain.data.source.dataset import locate, open_dataset
+from dattrain.models.dense.segmenter import Segmenter
 from dattrain.observe import metrics
 from dattrain.palette import overlay, palette
 from dattrain.pretrained.segment import segment
@@ -42,7 +43,9 @@ def picture(file: Path, segmented: Path, scratch: Path, val: str) -> None:
     for axis, image, numbers in zip(grid[1], pixels, truth):
         axis.imshow(overlay(image, numbers, len(names)))
     for row, (_, folder) in zip(grid[2:], runs):
-        for axis, found in zip(row, segment(*load_model(folder), pixels)):
+        model, cfg = load_model(folder)
+        assert isinstance(model, Segmenter)
+        for axis, found in zip(row, segment(model, cfg, pixels)):
             axis.imshow(found.overlay())
     for row, title in zip(grid, ("scene", "truth", *(name for name, _ in runs))):
         row[0].set_ylabel(title, fontsize=9)

@@ -19,9 +19,9 @@ from PIL import Image
 from dattrain.data.annotations import rle
 
 _SIDES = (96, 112, 128)
-_ITEM = (22, 64)
+_ITEM = (28, 72)
 """Pixels of an item's side: the least, and the first that is too many."""
-_MOST_ITEMS = 5
+_MOST_ITEMS = 4
 _EMPTY = 0.05
 """Share of scenes without any item."""
 _INK = 24
@@ -40,10 +40,10 @@ class Scene:
 
 
 def scene(items: NDArray[np.uint8], labels: NDArray[np.uint8], seed: int, index: int) -> Scene:
-    """Scene ``index`` of the ``items`` (n x 28 x 28, with their ``labels``): 96 to 128 pixels a side, up to five items."""
+    """Scene ``index`` of the ``items`` (n x 28 x 28, with their ``labels``): 96 to 128 pixels a side, up to four items."""
     draw = np.random.default_rng((seed, index))
     height, width = (int(side) for side in draw.choice(_SIDES, 2))
-    first, last = draw.uniform(20, 140, (2, 3))
+    first, last = draw.uniform(0, 70, (2, 3))
     across, down = draw.uniform(0, 1, 2)
     along = np.linspace(0, across, width)[None, :, None] + np.linspace(0, down, height)[:, None, None]
     pixels = first + (last - first) * np.clip(along, 0, 1) + draw.normal(0, 8, (height, width, 3))
@@ -52,7 +52,7 @@ def scene(items: NDArray[np.uint8], labels: NDArray[np.uint8], seed: int, index:
     for _ in range(0 if draw.random() < _EMPTY else int(draw.integers(1, _MOST_ITEMS + 1))):
         number, side = int(draw.integers(len(items))), int(draw.integers(*_ITEM))
         top, left = (int(draw.integers(-side // 5, size - side + side // 5 + 1)) for size in (height, width))
-        tint = draw.uniform(0.4, 1, 3)
+        tint = draw.uniform(0.6, 1, 3)
         item = np.asarray(Image.fromarray(items[number]).resize((side, side), Image.Resampling.BILINEAR))
         rows = slice(max(0, top), min(height, top + side))
         columns = slice(max(0, left), min(width, left + side))

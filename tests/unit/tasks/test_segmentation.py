@@ -144,7 +144,7 @@ def test_the_loss_is_the_same_however_the_batch_is_cut(head):
         distance = (found[size][1] - found[4][1]).norm() / found[4][1].norm()
         assert distance < 1e-4
     other = base.loss(model, whole, noise=torch.rand_like(noise), dtype=torch.float32)
-    assert abs(float(other.value.detach()) - found[4][0]) > 5e-5, "the noise is used"
+    assert abs(float(other.value.detach()) - found[4][0]) > 1e-5, "the noise is used"
 
 
 def test_enlarged_scores_are_there_for_one_sample_at_a_time():

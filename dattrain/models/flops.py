@@ -8,6 +8,7 @@ maps count nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -76,13 +77,16 @@ def count_call(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> int:
         height, width = module.kernel_size
         return written * module.in_channels // module.groups * height * width
     if isinstance(module, swin_transformer.WindowAttention):
-        return 2 * inputs[0].shape[1] * inputs[0].shape[:2].numel() * module.proj.in_features
+        # B * windows x tokens x channels; what is written has as many numbers.
+        tokens: int = inputs[0].shape[1]
+        return 2 * tokens * written
     if isinstance(module, pvt_v2.Attention):
         return 2 * written * _pvt_keys(module, *inputs[1])
     if not hasattr(module, "core_flops"):
         return 0
-    core: int = inputs[0].shape[0] * module.core_flops(*inputs[0].shape[1:3])  # type: ignore[operator]
-    return core
+    core: Callable[[int, int], int] = module.core_flops  # type: ignore[assignment]
+    batch: int = inputs[0].shape[0]
+    return batch * core(*inputs[0].shape[1:3])
 
 
 def _pvt_keys(module: Any, height: int, width: int) -> int:

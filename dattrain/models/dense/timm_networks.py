@@ -6,12 +6,15 @@ timm's own loops cannot hand anything to a block, and its DropPath draws from to
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import pvt_v2
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
@@ -22,6 +25,8 @@ from dattrain.models.zoo import VARIANTS
 
 FAMILIES = ("swin_", "pvt_v2_")
 """How the names begin that this module builds."""
+BUFFERS = ("relative_position_index", "attn_mask")
+"""What files of Swin hold beside weights."""
 
 
 class DropPath(nn.Module):
@@ -90,6 +95,25 @@ def blocks(body: Any) -> list[Any]:
 def channels(body: Any) -> tuple[int, ...]:
     """Of the map of each stage."""
     return tuple(each["num_chs"] for each in body.feature_info)
+
+
+def renamed(body: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the same network under timm's names, whether they have these or those of the authors of Swin and PVT v2.
+
+    Buffers that Swin's files hold are left out; what else does not belong here stays, under its name.
+    """
+    if not isinstance(body, SwinTransformer):
+        found: dict[str, Tensor] = pvt_v2.checkpoint_filter_fn(dict(tensors), body)
+        return found
+    # Theirs end a stage with the downsampling that begins timm's next.
+    later = "layers.0.downsample.reduction.weight" in tensors
+    return {
+        re.sub(
+            r"^layers\.(\d+)\.downsample", lambda found: f"layers.{int(found[1]) + later}.downsample", name
+        ): value
+        for name, value in tensors.items()
+        if not name.endswith(BUFFERS)
+    }
 
 
 def run_block(block: Any, x: Tensor, scale: Tensor | None, *others: Any) -> Tensor:

@@ -12,6 +12,7 @@ from dattrain.errors import UserError
 from dattrain.models import surgery
 from dattrain.models.authors.names import some
 from dattrain.models.dat import DAT
+from dattrain.models.dense import timm_networks
 from dattrain.models.dense.backbone import Backbone
 
 BODY, NORMS = "backbone.body.", "backbone.norms."
@@ -39,7 +40,7 @@ def initialise(
     """Load ``tensors`` into ``model``; nothing is written unless everything fits.
 
     Args:
-        tensors: of a classification training or of the authors by our names (timm's for its networks): they go into the
+        tensors: of a classification training or of the authors by our names (for timm's networks by timm's or their authors'): they go into the
             backbone, whose output norms and heads stay as drawn, while final norm and classifier are dropped. Or of a dense
             training, by its names (``backbone.body.*``).
         bias_table: how DAT's tables of another size are taken, see ``surgery.resize_for``.
@@ -83,7 +84,8 @@ def initialise(
                 f"the source has tensors that the model has no place for: {some(left)}; choose init.head=new"
             )
     for entry in _load_body(model.backbone.body, body, bias_table).entries:
-        report.add(BODY + entry.name, entry.status, entry.detail)
+        own_name = entry.name if entry.status == "dropped" else BODY + entry.name
+        report.add(own_name, entry.status, entry.detail)
     for name, tensor in beside.items():
         report.add(name, "dropped", f"{_shape(tensor)}, the model has no such tensor")
     for own, source in updates:
@@ -96,23 +98,23 @@ def _load_body(
 ) -> surgery.LoadReport:
     if isinstance(body, DAT):
         return surgery.resize_for(body, tensors, bias_table=bias_table)
-    own, report = body.state_dict(), surgery.LoadReport()
-    missing, left = (
-        [name for name in own if name not in tensors],
-        [name for name in tensors if name not in own],
-    )
+    own, report, found = body.state_dict(), surgery.LoadReport(), timm_networks.renamed(body, tensors)
+    missing, left = [name for name in own if name not in found], [name for name in found if name not in own]
     if missing or left:
         raise UserError(
             f"not the weights of this backbone: they lack {some(missing)}, and have {some(left)} that it has no place for"
         )
     for name, parameter in own.items():
-        if tensors[name].shape != parameter.shape:
+        if found[name].shape != parameter.shape:
             raise UserError(
-                f"{name} is {tuple(tensors[name].shape)} in the source, {tuple(parameter.shape)} in the model"
+                f"{name} is {tuple(found[name].shape)} in the source, {tuple(parameter.shape)} in the model"
             )
     for name, parameter in own.items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(found[name])
         report.add(name, "kept")
+    for name in tensors:
+        if name.endswith(timm_networks.BUFFERS):
+            report.add(name, "dropped", "computed from the size")
     return report
 
 

@@ -16,7 +16,12 @@ SWIN, PVT = "swin_tiny_patch4_window7_224", "pvt_v2_b0"
 # Small ones of each kind; depths of timm's are overridden for speed.
 SMALL = {
     "dat_atto": {"img_size": 64},
-    "dat_pp_tiny": {"img_size": 64, "blocks": ("N", "ND", "D", "D")},
+    "dat_pp_tiny": {
+        "img_size": 64,
+        "blocks": ("N", "ND", "D", "D"),
+        "dims": (16, 32, 64, 128),
+        "heads": (1, 2, 4, 8),
+    },
     SWIN: {"embed_dim": 24, "depths": (1, 1, 2, 2)},
     PVT: {"depths": (1, 1, 1, 2)},
 }

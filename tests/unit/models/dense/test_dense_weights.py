@@ -110,13 +110,14 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(source, keep, messa
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_timm_networks_take_their_own_names_alone():
+def body_of(model) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    return {name.removeprefix("backbone.body."): value for name, value in state.items() if ".body." in name}
+
+
+def test_timm_networks_take_their_own_weights_alone():
     model = segmenter(name="pvt_v2_b0")
-    state = {
-        name.removeprefix("backbone.body."): value
-        for name, value in model.state_dict().items()
-        if "body" in name
-    }
+    state = body_of(model)
     report = initialise(model, {**state, "head.weight": torch.zeros(10, 256), "head.bias": torch.zeros(10)})
     assert set(report.names("dropped")) == {"head.weight", "head.bias"}
     with pytest.raises(UserError, match="not the weights of this backbone"):
@@ -124,3 +125,21 @@ def test_timm_networks_take_their_own_names_alone():
     state["patch_embed.proj.weight"] = torch.zeros(1)
     with pytest.raises(UserError, match=r"patch_embed.proj.weight is \(1,\) in the source"):
         initialise(model, state)
+
+
+def test_names_of_swin_s_authors_are_read():
+    """Theirs end stages with the downsampling that begins timm's, and hold buffers."""
+    tiny = {"name": "swin_tiny_patch4_window7_224", "embed_dim": 24, "depths": (1, 1, 1, 2)}
+    source, model = body_of(segmenter(seed=0, **tiny)), segmenter(**tiny)
+    theirs = {
+        f"layers.{int(name[7]) - 1}{name[8:]}" if "downsample" in name else name: value
+        for name, value in source.items()
+    }
+    assert "layers.0.downsample.reduction.weight" in theirs
+    buffer = "layers.0.blocks.0.attn.relative_position_index"
+    report = initialise(model, {**theirs, buffer: torch.zeros(49, 49), "norm.weight": torch.zeros(192)})
+    assert set(report.names("dropped")) == {buffer, "norm.weight"}
+    assert all(torch.equal(value, source[name]) for name, value in body_of(model).items())
+    table = "layers.0.blocks.0.attn.relative_position_bias_table"
+    with pytest.raises(UserError, match=rf"{table} is \(529, 3\) in the source, \(169, 3\) in the model"):
+        initialise(model, {**source, table: torch.zeros(23 * 23, 3)})

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dattrain.errors import UserError
 from dattrain.files import readable_size
@@ -38,7 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         help="image folder, list file (path, label), IDX file, .npz, shards, or ImageNet's tars of a class each",
     )
-    p.add_argument("out", metavar="OUT", help="folder of the shards")
+    out = p.add_argument("out", metavar="OUT", help="folder of the shards")
+    annotated = p.add_mutually_exclusive_group()
+    for name, metavar, what in (
+        ("--ade", "DIR", "ADE20K (images/training and annotations/training, by --split)"),
+        ("--coco", "JSON", "objects in COCO's form"),
+        ("--voc", "DIR", "PASCAL VOC (ImageSets/Segmentation/train.txt, by --split)"),
+    ):
+        annotated.add_argument(
+            name, metavar=metavar, action=_InsteadOfSource, out=out, help=f"instead of SRC: {what}"
+        )
+    p.add_argument("--images", metavar="DIR", help="of --coco: where its images are (default: beside it)")
     p.add_argument("--labels", metavar="FILE", help="IDX file of labels (default: beside the images)")
     p.add_argument(
         "--label-set",
@@ -49,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--label", metavar="FIELD", help="of shards: field of .json with the label (default: their index's)"
     )
     p.add_argument("--root", metavar="DIR", help="where a list file's paths begin (default: its own folder)")
-    p.add_argument("--split", default="train", metavar="NAME", help="prefix of the shards (default: train)")
+    p.add_argument(
+        "--split",
+        metavar="NAME",
+        help="prefix of the shards (default: train; of --coco: what the JSON's name says)",
+    )
     p.add_argument(
         "--holdout", type=int, default=0, metavar="N", help="samples that go to another split, by the seed"
     )
@@ -116,13 +131,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _pack(args: argparse.Namespace) -> int:
     from dattrain.data.prepare.pack import pack
-    from dattrain.data.prepare.sources import open_source
     from dattrain.data.prepare.write_shard import PackOptions
     from dattrain.data.source.dataset import ShardDataset
     from dattrain.data.source.fields import Relabelled
 
+    source, split = _source(args)
     options = PackOptions(
-        split=args.split,
+        split=split,
         holdout=args.holdout,
         holdout_split=args.holdout_split,
         per_shard=args.per_shard,
@@ -136,14 +151,6 @@ def _pack(args: argparse.Namespace) -> int:
         label_set=args.label_set,
         label=args.label,
     )
-    source = open_source(
-        args.source,
-        labels=args.labels,
-        root=args.root,
-        label=args.label,
-        cache_dir=args.cache_dir,
-        jobs=args.jobs,
-    )
     _say(source)
     with Progress("packing") as progress:
         manifests = pack(source, args.out, options, jobs=args.jobs, progress=progress)
@@ -151,7 +158,8 @@ def _pack(args: argparse.Namespace) -> int:
         shards, bad = m["shards"], m["bad"]
         print(
             f"{args.out}/{m['split']}-*.tar: {m['samples']:,} samples in {len(shards)} shards, {readable_size(m['bytes'])}, "
-            f"{len(m['histogram'])} classes"
+            f"{len(m['classes'] if m['histogram'] is None else m['histogram'])} classes"
+            + (f", {m['annotations']}" if m.get("annotations") else "")
         )
         for entry in bad:
             print(f"left out: {entry['reason']}", file=sys.stderr)
@@ -167,6 +175,33 @@ def _pack(args: argparse.Namespace) -> int:
     if isinstance(shards, ShardDataset):
         left_out = [some for i in range(len(shards.counts)) for some in shards.index(i).left_out]
     return 1 if _say_left_out(left_out) else 0
+
+
+def _source(args: argparse.Namespace) -> tuple[Dataset, str]:
+    """What is to be packed, and the prefix of its shards."""
+    from dattrain.data.prepare.sources import open_annotated, open_source
+
+    given = [name for name in ("ade", "coco", "voc") if getattr(args, name) is not None]
+    if given and args.out is not None:
+        raise UserError(
+            f"both SRC ({args.source}) and --{given[0]} say what to pack; `dattrain data pack --{given[0]} ... OUT` packs one",
+            exit_code=2,
+        )
+    if given:
+        args.out = args.source
+    if args.images is not None and args.coco is None:
+        raise UserError(f"--images {args.images}: goes with --coco alone", exit_code=2)
+    if given:
+        return open_annotated(given[0], getattr(args, given[0]), split=args.split, images=args.images)
+    source = open_source(
+        args.source,
+        labels=args.labels,
+        root=args.root,
+        label=args.label,
+        cache_dir=args.cache_dir,
+        jobs=args.jobs,
+    )
+    return source, args.split or "train"
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -222,6 +257,7 @@ def _index(args: argparse.Namespace) -> int:
     for what, keys in (
         ("samples have no image", [f"{s.path}: {key}" for s in shards for key in s.no_image]),
         ("samples have no label", [f"{s.path}: {key}" for s in shards for key in s.no_label]),
+        ("samples have no annotation", [f"{s.path}: {key}" for s in shards for key in s.no_annotation]),
         ("shards have no samples", [s.path for s in shards if not s.entry.samples]),
         ("shards are missing between others", inventory.gaps(paths)),
         ("missing shards dropped from the catalogue", missing if args.drop else []),
@@ -287,6 +323,9 @@ def _ls(args: argparse.Namespace) -> int:
 
 def _per_class(dataset: Dataset) -> str:
     names = dataset.classes or ()
+    if dataset.annotations != "none":
+        print("\n".join(names))
+        return f", {len(names):,} classes, {dataset.annotations}"
     counts = [0] * len(names)
     for i in range(int(dataset.counts[0])):
         counts[dataset.label(0, i)] += 1
@@ -316,6 +355,27 @@ def _say(dataset: Dataset) -> None:
     """What was left out of a set, on stderr."""
     for line in dataset.notes:
         print(line, file=sys.stderr)
+
+
+class _InsteadOfSource(argparse.Action):
+    """An option that says what to pack: one positional argument is then enough, and is OUT."""
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, *, out: argparse.Action, **kwargs: Any
+    ) -> None:
+        super().__init__(option_strings, dest, **kwargs)
+        self.out = out
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Take the value. ``argparse`` looks for what is required when all is read."""
+        setattr(namespace, self.dest, values)
+        self.out.required = False
 
 
 def _positive(text: str) -> int:

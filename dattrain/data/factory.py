@@ -174,6 +174,9 @@ def assign_class_numbers(
         notes += bare_numbers(classes, said, what)
         if decides and not classes.names:
             classes = replace(classes, said=frozenset((label, canonical(name)) for _, label, name in said))
+        if dataset.annotations != "none":
+            # A class beyond the network's is a bad sample then.
+            dataset.renumber(np.arange(num_classes, dtype=np.int64))
     if dataset.max_label >= num_classes:
         raise ConfigError(
             f"{what} has labels up to {dataset.max_label}, but model.num_classes={num_classes}; "

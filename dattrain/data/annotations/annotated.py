@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,13 @@ from dattrain.errors import UserError
 class Rows:
     """Byte strings in one array: workers that were forked share its pages, which a list's counts of references would copy."""
 
-    def __init__(self, rows: Sequence[bytes]) -> None:
-        self.bytes: NDArray[np.uint8] = np.frombuffer(b"".join(rows), dtype=np.uint8)
-        self._ends = np.fromiter(accumulate(map(len, rows), initial=0), dtype=np.int64, count=len(rows) + 1)
+    def __init__(self, rows: Iterable[bytes]) -> None:
+        joined, ends = bytearray(), array("q", [0])
+        for row in rows:
+            joined += row
+            ends.append(len(joined))
+        self.bytes: NDArray[np.uint8] = np.frombuffer(joined, dtype=np.uint8)
+        self._ends = np.frombuffer(ends, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -56,7 +60,7 @@ class AnnotatedFiles(ImageFiles):
         keys = np.asarray([scrambled(file) for file in encoded], dtype=np.uint64)
         self.place: NDArray[np.intp] = np.lexsort((np.arange(len(keys)), keys))
         """Number in ``files`` of each sample."""
-        self._files = Rows([encoded[i] for i in self.place.tolist()])
+        self._files = Rows(encoded[i] for i in self.place.tolist())
         self.digest = sha256(keys[self.place].astype("<u8").tobytes()).hexdigest()
         if not files:
             raise UserError(f"{name}: has no images")

@@ -55,24 +55,13 @@ class CocoDataset(AnnotatedFiles):
         _check_once(path, files, "file_name")
         root = image_folder(path, files, images)
         objects, notes = _objects(path, _list(path, content, "annotations"), rows, categories)
+        del content
         if lost := _missing(root, files):
             notes.append(f"{path}: {len(lost):,} of its {len(files):,} images are not in {root}: {few(lost)}")
         super().__init__(path, root, files, origin=f" (from {path})")
-        self._rows = Rows(
-            [
-                to_json(
-                    {
-                        "filename": files[i],
-                        "image_id": rows[i]["id"],
-                        "height": rows[i].get("height"),
-                        "width": rows[i].get("width"),
-                        "annotations": objects.get(rows[i]["id"], []),
-                    }
-                )
-                for i in self.place.tolist()
-            ]
-        )
-        self._digest = sha256(self._rows.bytes).hexdigest()
+        # Objects are let go of as they become bytes: of a large file they are most of what is in memory.
+        self._rows = Rows(_row(rows[i], objects.pop(rows[i]["id"], [])) for i in self.place.tolist())
+        self._digest = sha256(self._rows.bytes.data).hexdigest()
         self.notes = tuple(notes)
 
     @property
@@ -121,18 +110,17 @@ def image_folder(path: str, files: Sequence[str], images: str | None) -> Path:
 class _Categories(NamedTuple):
     names: Sequence[str]
     """Of the classes, the background first."""
-    index: Mapping[int, int]
+    of_id: Mapping[int, int]
     """Class by category id."""
 
 
 def _read(path: str) -> dict[str, Any]:
-    with explained(path):
-        data = read_file(path)
     # Millions of small objects, none of them garbage: looking through them again and again doubles the time.
     enabled = gc.isenabled()
     gc.disable()
     try:
-        content = json.loads(data)
+        with explained(path):
+            content = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: does not parse as JSON ({error})") from error
     finally:
@@ -200,13 +188,13 @@ def _objects(
         image = one.get("image_id")
         if image not in sizes:
             raise UserError(f"{path}: {where} is of image {image!r}, which its images do not list")
-        if one.get("category_id") not in categories.index:
+        if one.get("category_id") not in categories.of_id:
             raise UserError(
                 f"{path}: {where} of image {image} has category_id {one.get('category_id')!r}; its categories are "
-                f"{few([f'{key} ({categories.names[i]})' for key, i in categories.index.items()])}"
+                f"{few([f'{key} ({categories.names[i]})' for key, i in categories.of_id.items()])}"
             )
         why, kept_as = _kept(
-            one, sizes[image], categories.index[one["category_id"]], f"{path}: {where} of image {image}"
+            one, sizes[image], categories.of_id[one["category_id"]], f"{path}: {where} of image {image}"
         )
         if kept_as is None:
             dropped[why] += 1
@@ -215,7 +203,7 @@ def _objects(
             kept.setdefault(image, []).append(kept_as)
     empty = sum(row["id"] not in kept for row in images)
     notes = [
-        f"{path}: {count:,} objects left out, with {why}: {first[why]}"
+        f"{path}: {count:,} object{'s' if count > 1 else ''} left out, with {why}: {first[why]}"
         for why, count in dropped.most_common()
     ]
     if empty:
@@ -261,6 +249,19 @@ def _kept(
     if segmentation is not None:
         kept["segmentation"] = segmentation
     return "", kept
+
+
+def _row(image: Mapping[str, Any], objects: Sequence[Mapping[str, Any]]) -> bytes:
+    """The annotation of an image, as ``instances`` reads it."""
+    return to_json(
+        {
+            "filename": image["file_name"],
+            "image_id": image["id"],
+            "height": image.get("height"),
+            "width": image.get("width"),
+            "annotations": objects,
+        }
+    )
 
 
 def _missing(root: Path, files: Sequence[str]) -> list[str]:

@@ -18,11 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.data.annotations import polygons, rle
+from dattrain.data.decode import images
 from dattrain.data.source.index import MAX_LABEL, to_json
 from dattrain.data.source.sample import BadSample
 
 BACKGROUND = "background"
 """Class 0 of a set of objects: that of the pixels of none, where it is segmented."""
+
+_FAR = 8 * images.MAX_SIDE
+"""Pixels; corners beyond are no corners, and walking to them would take memory."""
 
 Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]
 """Polygons, or run lengths: a compressed string (or its bytes), or a list."""
@@ -131,6 +135,29 @@ def mask(segmentation: Segmentation, size: tuple[int, int], where: str) -> NDArr
     return found
 
 
+def check(
+    annotation: bytes, size: tuple[int, int], numbers: NDArray[np.int64] | None, where: str
+) -> Instances:
+    """The objects of an image of that height and width, after a look at the size of each mask and, by ``numbers``, each class.
+
+    Raises:
+        BadSample: one does not fit.
+    """
+    found = parse(annotation, where)
+    if found.size is not None and found.size != size:
+        raise BadSample(
+            f"{where}: its annotation has {found.size[1]} x {found.size[0]} pixels, its image {size[1]} x {size[0]}; both must be of "
+            "one size"
+        )
+    for i, segmentation in enumerate(found.segmentations):
+        what = f"{where}: object {i} of its annotation"
+        if segmentation is not None:
+            check_size(segmentation, size, what)
+        if numbers is not None:
+            _numbered(int(found.classes[i]), numbers, what)
+    return found
+
+
 def check_size(segmentation: Segmentation, size: tuple[int, int], where: str) -> None:
     """Raise BadSample where run lengths are of another size than the image (height and width)."""
     if isinstance(segmentation, Mapping):
@@ -209,14 +236,9 @@ def _object(one: Mapping[str, Any], where: str) -> _Object:
     if box is None:
         raise BadSample(f"{where} has the bbox {one.get('bbox')!r}, not x, y, width and height")
     area = one.get("area")
-    known = isinstance(area, (int, float)) and math.isfinite(area)
-    return _Object(
-        box,
-        index,
-        float(area) if known else box[2] * box[3],
-        bool(one.get("iscrowd", 0)),
-        segmentation,  # type: ignore[arg-type]
-    )
+    if not isinstance(area, (int, float)) or not math.isfinite(area):
+        area = box[2] * box[3]
+    return _Object(box, index, float(area), bool(one.get("iscrowd", 0)), segmentation)
 
 
 def read_box(box: object) -> tuple[float, ...] | None:
@@ -252,7 +274,7 @@ def read_segmentation(value: object, where: str) -> Segmentation | None:
     if isinstance(value, Mapping):
         _runs(value, where)
         return value
-    if isinstance(value, list) and all(isinstance(x, (int, float)) for x in value):
+    if isinstance(value, list) and set(map(type, value)) <= {int, float}:
         value = [value]  # one polygon that is not in a list of its own
     if not isinstance(value, list) or not all(_is_polygon(one) for one in value):
         raise BadSample(f"{where} has the segmentation {_short(value)}, neither polygons nor run lengths")
@@ -260,10 +282,15 @@ def read_segmentation(value: object, where: str) -> Segmentation | None:
 
 
 def _is_polygon(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) % 2 == 0
-        and all(isinstance(x, (int, float)) and math.isfinite(x) and abs(x) < 2**24 for x in value)
+    # Millions of them are looked at where a COCO file is opened, so nothing here is a loop of Python's.
+    return isinstance(value, list) and (
+        not value
+        or (
+            len(value) % 2 == 0
+            and set(map(type, value)) <= {int, float}
+            and math.isfinite(sum(value))
+            and -_FAR < min(value) <= max(value) < _FAR
+        )
     )
 
 
@@ -290,6 +317,10 @@ def _runs(segmentation: Mapping[str, Any], where: str) -> tuple[NDArray[np.int64
             raise ValueError(f"counts {_short(counts)}")
         if (runs < 0).any() or runs.sum() != size[0] * size[1]:
             raise ValueError(f"run lengths of {int(runs.sum())} pixels, for a mask of {size[1]} x {size[0]}")
+        if size[0] * size[1] > images.MAX_PIXELS:
+            raise ValueError(
+                f"a mask of {size[1]} x {size[0]} pixels; the limit is {images.MAX_PIXELS} in all"
+            )
     except (ValueError, OverflowError) as error:
         raise BadSample(f"{where} has a segmentation that cannot be read ({error})") from error
     return runs, (size[0], size[1])

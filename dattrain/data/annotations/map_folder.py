@@ -48,7 +48,10 @@ def map_folder(folder: str) -> Path | None:
         if part not in PAIRS:
             continue
         beside = Path(*here.parts[:level], PAIRS[part], *here.parts[level + 1 :])
-        holds_images = any(is_image_name(entry.name) and not entry.is_dir() for entry in listing(here))
+        inside = [entry for entry in listing(here) if not entry.name.startswith(".")]
+        # Beside folders of classes images may stray, which are told elsewhere.
+        flat = not any(entry.is_dir() for entry in inside)
+        holds_images = flat and any(is_image_name(entry.name) for entry in inside)
         if beside.is_dir() and (holds_images or any(beside.rglob("*.png"))):
             return beside
         if holds_images:
@@ -102,7 +105,7 @@ class MapFolder(AnnotatedFiles):
         """The map, its numbers being those of ``classes``."""
         path = self.maps / (os.path.splitext(self.file(sample))[0] + ".png")
         data = read_map(path, self.root / self.file(sample))
-        return _from_zero(data, str(path)) if self._from_one else data
+        return _from_zero(data, len(self.classes or ()), str(path)) if self._from_one else data
 
 
 def read_map(path: Path, image: Path) -> bytes:
@@ -160,17 +163,17 @@ def _ade_names(path: Path) -> list[str]:
     return first if len(set(first)) == len(first) else names
 
 
-def _from_zero(data: bytes, where: str) -> bytes:
+def _from_zero(data: bytes, classes: int, where: str) -> bytes:
     """A map whose 0 is void and whose 1 is the first class, with the numbers that are used here: 0 the first, 255 void."""
     numbers = maps.read(data, where)
-    # In eight bits 0 - 1 is 255. A 255 there would have to be class 254, which no such set has.
-    if (numbers == maps.VOID).any():
-        y, x = (int(place[0]) for place in np.nonzero(numbers == maps.VOID))
+    if numbers.max(initial=0) > classes:
+        y, x = (int(place[0]) for place in np.nonzero(numbers > classes))
         raise BadSample(
-            f"{where}: has {maps.VOID} at x={x}, y={y}; by the {ADE_NAMES} of its set 0 is void, and 1 the first class. Where its "
-            f"maps count from 0, name its classes in {OWN_NAMES} instead"
+            f"{where}: has {numbers[y, x]} at x={x}, y={y}; by the {ADE_NAMES} of its set 0 is void, and 1 to {classes} are the classes. "
+            f"Where its maps count from 0, name its classes in {OWN_NAMES} instead"
         )
-    return maps.write(numbers - np.uint8(1), level=1)
+    # In eight bits 0 - 1 is 255.
+    return maps.write(numbers - np.uint8(1), level=0)  # it is read again at once
 
 
 def _files(root: Path, wanted: Callable[[str], bool]) -> Iterator[str]:

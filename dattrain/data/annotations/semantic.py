@@ -33,9 +33,7 @@ def semantic_map(
     if not annotation:
         raise BadSample(f"{where}: has no annotation")
     if _is_json(annotation):
-        objects = instances.parse(annotation, where)
-        if objects.size is not None:
-            _check_size(objects.size, size, where)
+        objects = instances.check(annotation, size, None, where)
         return instances.painted(objects, size, numbers, where, VOID)
     head = maps.header(annotation)
     if head is not None:
@@ -53,7 +51,7 @@ def annotated_size(annotation: bytes) -> tuple[int, int] | None:
 
 
 def _is_json(annotation: bytes) -> bool:
-    return annotation[:1].isspace() or annotation[:1] == b"{"
+    return annotation[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
 
 
 def _check_size(own: tuple[int, int], size: tuple[int, int], where: str) -> None:

@@ -25,7 +25,7 @@ VOC = (
 """Classes 0 to 20 (Everingham et al., IJCV 2010, in the order of the development kit's maps)."""
 NAMES = "class_names.txt"
 """In the folder of a set with other classes (as labelme writes it): one name a line, the first is number 0 of the maps."""
-_LISTS = os.path.join("ImageSets", "Segmentation")
+LISTS = os.path.join("ImageSets", "Segmentation")
 _IMAGES, _MAPS = "JPEGImages", "SegmentationClass"
 
 
@@ -38,15 +38,15 @@ def split_of(spec: str) -> bool:
     path = Path(spec).absolute()
     if (path / _IMAGES).is_dir() and (path / _MAPS).is_dir():
         raise UserError(
-            f"{spec}: is a VOC folder; name the list of one split, as {os.path.join(spec, _LISTS, 'train.txt')} (it has "
+            f"{spec}: is a VOC folder; name the list of one split, as {os.path.join(spec, LISTS, 'train.txt')} (it has "
             f"{few(lists(path)) or 'none'})"
         )
-    return path.suffix == ".txt" and path.parent.parts[-2:] == tuple(Path(_LISTS).parts)
+    return path.suffix == ".txt" and path.parent.parts[-2:] == tuple(Path(LISTS).parts)
 
 
 def lists(folder: Path) -> list[str]:
     """File names of the lists of a VOC folder."""
-    place = folder / _LISTS
+    place = folder / LISTS
     return [entry.name for entry in listing(place) if entry.name.endswith(".txt")] if place.is_dir() else []
 
 

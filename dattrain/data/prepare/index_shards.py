@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dattrain.data.classes import few
 from dattrain.data.source import inventory
 from dattrain.data.source.build_index import build
@@ -34,7 +36,8 @@ class IndexedShard:
 
     Attributes:
         path, entry: of the shard.
-        no_image, no_label: keys of samples that lack one, with the reason of the first of them.
+        no_image, no_label, no_annotation: keys of samples that lack one, with the reason of the first of them. In annotated
+            shards none has a label, and in others none an annotation.
         left_out: members that no sample has, by kind.
         together: share of neighbours with the same label; near 1 where the shard was written class by class.
     """
@@ -43,6 +46,7 @@ class IndexedShard:
     entry: CatalogueEntry
     no_image: list[str]
     no_label: list[str]
+    no_annotation: list[str]
     left_out: tuple[LeftOut, ...]
     together: float
 
@@ -96,10 +100,20 @@ def index_shards(
                 advice = elsewhere(os.path.dirname(path))
                 raise UserError(f"{error}; {advice}" if advice else str(error)) from error
         no_image = [_named(index, i) for i in range(len(index)) if not index.offsets[i]]
-        no_label = [_named(index, i) for i in range(len(index)) if index.labels[i] == NO_LABEL]
+        annotated = index.annotated
+        if annotated is None:
+            no_label = [_named(index, i) for i in range(len(index)) if index.labels[i] == NO_LABEL]
+            no_annotation = []
+        else:
+            no_label, no_annotation = (
+                [],
+                [_named(index, i) for i in np.flatnonzero(annotated.offsets == 0).tolist()],
+            )
         same = index.labels[1:] == index.labels[:-1]
         together = float(same.mean()) if len(same) else 0.0
-        return IndexedShard(path, CatalogueEntry.of(index), no_image, no_label, index.left_out, together)
+        return IndexedShard(
+            path, CatalogueEntry.of(index), no_image, no_label, no_annotation, index.left_out, together
+        )
 
     done: list[IndexedShard] = []
     try:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dattrain.data.annotations import instances, maps
 from dattrain.data.decode import images
 from dattrain.data.philox import Stream, words
-from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, locate
+from dattrain.data.source.annotation_index import Annotations
+from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, Sample, locate
 from dattrain.data.workers import Workers
 
 _CHUNK = 256
@@ -31,6 +33,11 @@ class Stats:
         heights, widths, nbytes: of those, int64 each.
         kinds: how many of those are ``jpeg``, ``png``, ...
         unreadable: how many of those have no readable header.
+        annotations: what is beside the images.
+        classes: names of the classes of pixels or objects, where they are known.
+        per_class: pixels or objects of each class in those samples: int64.
+        images_per_class: how many of those samples have it: int64.
+        void: pixels of no class in those, in maps; crowds, of objects.
     """
 
     samples: int
@@ -43,6 +50,11 @@ class Stats:
     nbytes: NDArray[np.int64]
     kinds: dict[str, int]
     unreadable: int
+    annotations: Annotations = "none"
+    classes: Sequence[str] = ()
+    per_class: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    images_per_class: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    void: int = 0
 
     def lines(self) -> list[str]:
         """The figures as text."""
@@ -53,11 +65,13 @@ class Stats:
             if len(present)
             else "classes      none: no sample has a label",
         ]
+        if self.annotations != "none":
+            out[1:] = self._annotation_lines()
         if len(present):
             out.append(
                 f"per class    {present.min():,} to {present.max():,}, median {np.median(present):,.0f}"
             )
-        if self.unlabelled:
+        if self.unlabelled and self.annotations == "none":
             out.append(f"no label     {self.unlabelled:,}")
         if len(self.heights):
             out += [
@@ -70,6 +84,26 @@ class Stats:
             ]
         return out
 
+    def _annotation_lines(self) -> list[str]:
+        """What the annotations of the measured samples hold."""
+        maps = self.annotations == "maps"
+        what, other = ("pixels", "void") if maps else ("objects", "crowds")
+        total = int(self.per_class.sum())
+        whole = total + self.void if maps else total
+        names = [*self.classes, *(str(i) for i in range(len(self.classes), len(self.per_class)))]
+        first = 0 if maps else 1  # of objects, class 0 is what is left
+        out = [
+            f"classes      {int((self.per_class > 0).sum()):,} of {len(names) - first:,} present, in {self.annotations}",
+            f"{what:<12} {total:,} in {self.measured:,} images, {self.void:,} {other}"
+            + (f" ({self.void / max(1, whole):.1%})" if whole else ""),
+        ]
+        for i in range(first, len(names)):
+            count, images = (
+                int(row[i]) if i < len(row) else 0 for row in (self.per_class, self.images_per_class)
+            )
+            out.append(f"  {names[i]:<20} {count:>14,} {count / max(1, total):>7.2%} {images:>9,} images")
+        return out
+
 
 def measure(
     dataset: Dataset,
@@ -78,7 +112,10 @@ def measure(
     jobs: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Stats:
-    """Count the labels of the whole set, and read the headers of ``limit`` samples drawn at random (None: of all)."""
+    """Count the labels of the whole set, and read the headers of ``limit`` samples drawn at random (None: of all).
+
+    Of those, annotations are counted too.
+    """
     total = int(dataset.counts.sum())
     items = np.arange(total, dtype=np.int64)
     if limit is not None and limit < total:
@@ -91,31 +128,36 @@ def measure(
     def labels(shard: int) -> NDArray[np.int64]:
         return np.asarray([dataset.label(shard, i) for i in range(dataset.counts[shard])], dtype=np.int64)
 
-    def sizes(number: int) -> list[tuple[str, int, int, int]]:
-        rows = []
+    def sizes(number: int) -> tuple[list[tuple[str, int, int, int]], list[NDArray[np.int64]]]:
+        rows, contents = [], []
         for item in items[number * _CHUNK : (number + 1) * _CHUNK].tolist():
             try:
-                data = dataset.read(*locate(dataset, item)).data
+                sample = dataset.read(*locate(dataset, item))
+                data = sample.data
                 height, width = images.size(data)
+                if dataset.annotations != "none":
+                    contents.append(_contents(dataset, sample))
                 rows.append((images.sniff(data), height, width, len(data)))
             except (BadSample, images.BadImage):
                 rows.append(("", 0, 0, 0))
-        return rows
+        return rows, contents
 
     workers = jobs if jobs > 1 else 0
     histogram, unlabelled, done = np.zeros(0, np.int64), 0, 0
     with Workers(labels, count=len(dataset.counts), workers=workers, in_order=False) as found:
         for part in found:
             counts = np.bincount(part[part != NO_LABEL])
-            size = max(len(histogram), len(counts))
-            histogram = np.pad(histogram, (0, size - len(histogram))) + np.pad(
-                counts, (0, size - len(counts))
-            )
+            histogram = _added(histogram, counts)
             unlabelled += int((part == NO_LABEL).sum())
     rows: list[tuple[str, int, int, int]] = []
+    per_class, images_per_class, void = np.zeros(0, np.int64), np.zeros(0, np.int64), 0
     with Workers(sizes, count=-(-len(items) // _CHUNK), workers=workers) as measured:
-        for chunk in measured:
+        for chunk, contents in measured:
             rows += chunk
+            for counts in contents:
+                void += int(counts[0])
+                per_class = _added(per_class, counts[1:])
+                images_per_class = _added(images_per_class, (counts[1:] > 0).astype(np.int64))
             done += len(chunk)
             progress(done, len(items))
     good = [row for row in rows if row[0]]
@@ -131,7 +173,29 @@ def measure(
         nbytes=table[:, 2],
         kinds=Counter(kind for kind, *_ in good),
         unreadable=len(rows) - len(good),
+        annotations=dataset.annotations,
+        classes=dataset.classes or (),
+        per_class=per_class,
+        images_per_class=images_per_class,
+        void=void,
     )
+
+
+def _contents(dataset: Dataset, sample: Sample) -> NDArray[np.int64]:
+    """Pixels or objects of each class, after those that are void or crowds. Raises BadSample."""
+    if dataset.annotations == "maps":
+        counts = np.bincount(maps.read(sample.annotation, sample.where).ravel(), minlength=maps.VOID + 1)
+        void, counts = int(counts[maps.VOID]), np.trim_zeros(counts[: maps.VOID], "b")
+    else:
+        found = instances.parse(sample.annotation, sample.where)
+        void, counts = int(found.crowd.sum()), np.bincount(found.classes)
+    return np.concatenate(([void], counts)).astype(np.int64)
+
+
+def _added(one: NDArray[np.int64], two: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The sum of two counts by class, of which either may be longer."""
+    size = max(len(one), len(two))
+    return np.pad(one, (0, size - len(one))) + np.pad(two, (0, size - len(two)))
 
 
 def draw(stats: Stats, path: str | os.PathLike[str]) -> None:
@@ -142,11 +206,11 @@ def draw(stats: Stats, path: str | os.PathLike[str]) -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(1, 3)
-    present = np.sort(stats.histogram[stats.histogram > 0])[::-1]
+    counts = stats.histogram if stats.annotations == "none" else stats.per_class
+    present = np.sort(counts[counts > 0])[::-1]
+    what = {"maps": "pixels", "instances": "objects"}.get(stats.annotations, "samples")
     axes[0].fill_between(np.arange(len(present)), present, step="mid")
-    axes[0].set(
-        xlabel="classes, by size", ylabel="samples", title=f"{len(present):,} classes", ylim=(0, None)
-    )
+    axes[0].set(xlabel="classes, by size", ylabel=what, title=f"{len(present):,} classes", ylim=(0, None))
     axes[1].hist2d(stats.widths, stats.heights, bins=60, cmin=1)
     axes[1].set(xlabel="width", ylabel="height", title=f"pixels of {len(stats.widths):,} images")
     axes[2].hist(stats.nbytes / 1024, bins=60)

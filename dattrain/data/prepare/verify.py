@@ -1,13 +1,17 @@
-"""Checking shards and folders: every byte is read, every image decoded, and what is bad is named."""
+"""Checking shards and folders: every byte is read, every image and annotation decoded, and what is bad is named."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from dattrain.data.annotations import instances
+from dattrain.data.annotations.semantic import semantic_map
 from dattrain.data.decode import images
 from dattrain.data.source import tar
-from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, ShardDataset
+from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, Sample, ShardDataset
 from dattrain.data.source.files import explained, open_file, sha256_of
 from dattrain.data.source.index import LeftOut
 from dattrain.data.source.shards import LocalSource, check_size, local_size
@@ -51,7 +55,7 @@ def verify(
     """Check every sample of ``dataset``, in ``jobs`` processes; whatever is found, all others are checked too.
 
     Of a local shard, the size, the SHA-256 where its index has one, and the tar's own headers are compared with the
-    index too. With ``num_classes``, labels must be below it.
+    index too. With ``num_classes``, labels and the classes of annotations must be below it.
     """
     report, counts = VerifyReport(), dataset.counts.tolist()
     # Of a shard of another size nothing can be counted on; its catalogue may claim any number of samples.
@@ -108,8 +112,10 @@ def _check(dataset: Dataset, shard: int, start: int, end: int, num_classes: int 
         report.samples += 1
         try:
             found = dataset.read(shard, sample)
-            images.decode(found.data)
-            if found.label == NO_LABEL:
+            pixels = images.decode(found.data)
+            if dataset.annotations != "none":
+                _check_annotation(dataset, found, (pixels.shape[1], pixels.shape[2]), num_classes)
+            elif found.label == NO_LABEL:
                 raise BadSample(f"{found.where}: has no label")
             if num_classes is not None and found.label >= num_classes:
                 raise BadSample(f"{found.where}: label {found.label} is not below {num_classes}")
@@ -119,6 +125,18 @@ def _check(dataset: Dataset, shard: int, start: int, end: int, num_classes: int 
         except (BadSample, UserError) as error:
             report.bad.append((dataset.key(shard, sample), str(error)))
     return report
+
+
+def _check_annotation(
+    dataset: Dataset, found: Sample, size: tuple[int, int], num_classes: int | None
+) -> None:
+    """Raise BadSample where an annotation does not fit its image of that height and width, or has a class that is not named."""
+    classes = len(dataset.classes) if dataset.classes is not None else num_classes
+    numbers = None if classes is None else np.arange(min(classes, num_classes or classes), dtype=np.int64)
+    if dataset.annotations == "maps":
+        semantic_map(found.annotation, size, numbers, found.where)
+    else:
+        instances.check(found.annotation, size, numbers, found.where)
 
 
 def _check_shard(dataset: ShardDataset, shard: int) -> None:
@@ -137,6 +155,15 @@ def _check_shard(dataset: ShardDataset, shard: int) -> None:
         for member in tar.scan(path, unterminated=True)
         if member.readable
     }
+    annotated = index.annotated
+    for sample, place in enumerate(
+        zip(annotated.offsets.tolist(), annotated.lengths.tolist()) if annotated else ()
+    ):
+        if place[0] and (index.key(sample), *place) not in there:
+            raise UserError(
+                f"{path}: has no annotation of {place[1]} bytes at offset {place[0]} for sample {index.key(sample)!r}, as its "
+                "index says; index it anew with `dattrain data index --force`, or fetch it anew"
+            )
     for sample, place in enumerate(zip(index.offsets.tolist(), index.lengths.tolist())):
         if place[0] and (index.key(sample), *place) not in there:
             raise UserError(

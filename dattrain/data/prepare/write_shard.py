@@ -230,14 +230,7 @@ class ShardWriter:
     ) -> _Packed:
         """A sample whose ``.json`` holds the objects of its image."""
         size = int(also["height"]), int(also["width"])
-        found = instances.parse(sample.annotation, sample.where)
-        if found.size not in (None, size):
-            raise BadSample(
-                f"{sample.where}: its annotation is for {found.size}, and its image has {size} pixels"
-            )
-        for i, segmentation in enumerate(found.segmentations):
-            if segmentation is not None:
-                instances.check_size(segmentation, size, f"{sample.where}: object {i} of its annotation")
+        instances.check(sample.annotation, size, None, sample.where)
         content = instances.renumbered(sample.annotation, self._numbers, also, sample.where)
         return _Packed(NO_LABEL, key, ((wanted, data), ("json", content)), "json", *size)
 

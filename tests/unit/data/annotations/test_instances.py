@@ -102,6 +102,11 @@ def test_objects_become_a_map():
     )
 
 
+def test_a_byte_order_mark_is_no_map():
+    data = b"\xef\xbb\xbf" + annotation(box(1, [SQUARE]))
+    assert semantic_map(data, (4, 5), None, "w")[0].tolist() == [1, 1, 0, 0, 0]
+
+
 def test_all_forms_of_run_lengths_are_one():
     runs = rle.encode(np.arange(20).reshape(4, 5) % 3 == 0)
     text = rle.to_string(runs)
@@ -133,6 +138,12 @@ def test_all_forms_of_run_lengths_are_one():
         (annotation(height=5), r"its annotation has 5 x 5 pixels, its image 5 x 4"),
         (b'{"label": 3}', r"holds b'{\"label\": 3}'; objects are a list"),
         (b'{"annotations": [', r"does not parse"),
+        (
+            annotation(box(1, [[0, 0, 1e6, 0, 1, 1]])),
+            r"has the segmentation .*, neither polygons nor run lengths",
+        ),
+        (annotation(box(1, [[0, 0, float("nan"), 0, 1, 1]])), r"neither polygons nor run lengths"),
+        (annotation(box(1, {"size": [10**6, 10**6], "counts": [10**12]})), r"the limit is 89478485 in all"),
     ],
 )
 def test_annotations_that_cannot_be_used(data, message):

@@ -1,0 +1,397 @@
+"""Packing sets with annotations: nothing lost, one read for both, the same bytes after a kill, and foreign shards of the kind."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from given import ade, coco, noise, turned, voc
+from pictures import encode, write_tar
+from PIL import Image
+
+from dattrain.cli.main import main
+from dattrain.config.schema import Config
+from dattrain.data.annotations import maps
+from dattrain.data.annotations.semantic import semantic_map
+from dattrain.data.decode import images
+from dattrain.data.factory import assign_class_numbers
+from dattrain.data.prepare.pack import PackOptions, pack
+from dattrain.data.prepare.sources import open_annotated, open_source
+from dattrain.data.prepare.stats import measure
+from dattrain.data.prepare.verify import verify
+from dattrain.data.source.build_index import build
+from dattrain.data.source.dataset import ShardDataset, open_dataset
+from dattrain.data.source.index import NO_LABEL, ShardIndex, read_catalogue, read_index
+from dattrain.data.source.sample import BadSample
+from dattrain.errors import UserError
+
+
+def some_maps(n: int = 5, classes: int = 3) -> dict[str, np.ndarray]:
+    """Maps of an ADE-like folder, of sizes of their own."""
+    random = np.random.default_rng(3)
+    return {f"im_{i}": random.integers(0, classes + 1, (9 + i, 12), np.uint8) for i in range(n)}
+
+
+def found_in(spec: str) -> dict[str, list[list[int]]]:
+    """Map of every sample, by the stem of its key."""
+    dataset = open_dataset(spec)
+    found = {}
+    for shard, count in enumerate(dataset.counts.tolist()):
+        for i in range(count):
+            sample = dataset.read(shard, i)
+            height, width = images.size(sample.data)
+            stem = sample.key.rpartition("-")[2].rpartition("/")[2].rpartition(":")[2].partition(".")[0]
+            assert sample.label == NO_LABEL and stem not in found
+            found[stem] = semantic_map(sample.annotation, (height, width), dataset.numbers, "").tolist()
+    return found
+
+
+def test_ade_is_packed_whole(tmp_path, capsys):
+    folder = ade(tmp_path / "ADE", some_maps())
+    (folder / "im_2.jpg").write_bytes(noise(11, 12, kind="PNG"))  # a PNG, whatever it is called
+    out = tmp_path / "out"
+    assert (
+        main(["data", "pack", "--ade", str(tmp_path / "ADE"), str(out), "--per-shard", "3", "--jobs", "1"])
+        == 0
+    )
+    assert "5 samples in 2 shards" in (said := capsys.readouterr().out) and "3 classes, maps" in said
+    expected = {name: (numbers - np.uint8(1)).tolist() for name, numbers in some_maps().items()}
+    assert found_in(str(out)) == expected == found_in(str(folder))
+    manifest = json.loads((out / "_train.manifest.json").read_text())
+    assert manifest["classes"] == ["wall", "building", "sky"] and manifest["annotations"] == "maps"
+    dataset = open_dataset(str(out))
+    assert (dataset.annotations, dataset.classes) == ("maps", ["wall", "building", "sky"])
+    assert {entry.annotations for entry in read_catalogue(out).values()} == {"maps"}
+    for path in sorted(out.glob("*.tar")):
+        index = read_index(str(path))
+        # What a scan of the tar finds is what packing noted.
+        assert build(str(path), checksum=True).to_bytes() == index.to_bytes()
+        with tarfile.open(path) as file:
+            names = file.getnames()
+        for i in range(len(index)):
+            ends = [name.partition(".")[2] for name in names if name.startswith(index.key(i) + ".")]
+            assert ends == (["png", "seg.png", "json"] if "im_2" in index.key(i) else ["jpg", "png", "json"])
+            assert index.annotated.widths[i] == 12 and index.annotated.heights[i] == 9 + int(index.key(i)[-1])
+    assert main(["data", "verify", str(out), "--jobs", "1"]) == 0
+    assert main(["data", "ls", str(out)]) == 0 and main(["data", "ls", str(folder)]) == 0
+
+
+def test_image_and_map_come_by_one_read(tmp_path):
+    out = tmp_path / "out"
+    source, _ = open_annotated("ade", str(ade(tmp_path / "ADE", some_maps(2))))
+    pack(source, out, PackOptions())
+    dataset = open_dataset(str(out))
+    assert isinstance(dataset, ShardDataset)
+    read, calls = dataset.source.read, []
+    dataset.source.read = lambda *where: calls.append(where) or read(*where)
+    sample = dataset.read(0, 1)
+    index = dataset.index(0)
+    assert len(calls) == 1 and sample.annotation and images.size(sample.data)
+    assert calls[0][2] == index.annotated.offsets[1] + index.annotated.lengths[1] - index.offsets[1] + 512
+
+
+def test_packing_resumes_with_the_same_bytes(tmp_path):
+    folder = str(ade(tmp_path / "ADE", some_maps(7)))
+
+    def packed(out: Path, jobs: int = 1) -> list[bytes]:
+        pack(open_annotated("ade", folder)[0], out, PackOptions(per_shard=2), jobs=jobs)
+        return [path.read_bytes() for path in sorted(out.glob("*.tar"))]
+
+    whole = packed(tmp_path / "a")
+    assert packed(tmp_path / "b", jobs=2) == whole and len(whole) == 4
+    # As a kill leaves it: one shard without its tar, one without its index.
+    (tmp_path / "a/train-0001.tar").unlink()
+    (tmp_path / "a/train-0002.index.npz").unlink()
+    assert packed(tmp_path / "a") == whole
+    Image.fromarray(np.zeros((9, 12), np.uint8)).save(tmp_path / "ADE/annotations/training/im_0.png")
+    with pytest.raises(UserError, match="holds the shards of another packing"):
+        packed(tmp_path / "a")
+
+
+COCO = {
+    "images": [
+        {"id": 4, "file_name": "a.jpg", "height": 6, "width": 8},
+        {"id": 9, "file_name": "b.jpg", "height": 6, "width": 8},
+    ],
+    "categories": [{"id": 18, "name": "dog"}, {"id": 3, "name": "cat"}],
+    "annotations": [
+        {"id": 1, "image_id": 4, "category_id": 18, "bbox": [0, 0, 2, 2], "area": 4, "iscrowd": 0,
+         "segmentation": [[0, 0, 2, 0, 2, 2, 0, 2]]},
+        {"id": 2, "image_id": 4, "category_id": 3, "bbox": [7, 4, 1, 2], "area": 2, "iscrowd": 1,
+         "segmentation": {"size": [6, 8], "counts": [46, 2]}},
+        {"id": 3, "image_id": 4, "category_id": 3, "bbox": [7, 4, 0, 2], "area": 0, "iscrowd": 0, "segmentation": []},
+    ],
+}  # fmt: skip
+
+
+def test_coco_is_packed_whole(tmp_path, capsys):
+    path = coco(tmp_path / "coco", COCO, "val2017", "instances_val2017.json")
+    out = tmp_path / "out"
+    assert main(["data", "pack", "--coco", str(path), str(out), "--jobs", "1"]) == 0
+    said = capsys.readouterr()
+    assert "val-*.tar: 2 samples" in said.out, "the split is that of its name"
+    assert "1 object left out, with an area of 0: annotation 3 of image 4" in said.err
+    assert found_in(str(out)) == found_in(str(path)) and found_in(str(out))["b"] == [[0] * 8] * 6
+    dataset = open_dataset(str(out))
+    assert (dataset.annotations, dataset.classes) == ("instances", ["background", "cat", "dog"])
+    shard = str(out / "val-0000.tar")
+    assert build(shard, checksum=True).to_bytes() == read_index(shard).to_bytes()
+    (content,) = [
+        c for c in (json.loads(dataset.read(0, i).annotation) for i in range(2)) if c["annotations"]
+    ]
+    assert (content["image_id"], content["filename"]) == (4, "a.jpg")
+    assert content["annotations"][1]["segmentation"]["counts"] == "^1" + "2", "compressed, whatever it was"
+    assert json.loads((out / "_val.manifest.json").read_text())["notes"] == list(
+        open_dataset(str(path)).notes
+    )
+    # Packed anew it is what it was; under numbers of another split they are told by name.
+    pack(dataset, tmp_path / "again", PackOptions(split="val"))
+    assert found_in(str(tmp_path / "again")) == found_in(str(path))
+
+
+def test_splits_of_a_folder_number_classes_alike(tmp_path):
+    first = coco(tmp_path / "one", COCO)
+    turned_about = {**COCO, "categories": [{"id": 18, "name": "cat"}, {"id": 3, "name": "dog"}]}
+    second = coco(tmp_path / "two", turned_about, "val2017", "instances_val2017.json")
+    for path in (first, second):
+        source, split = open_annotated("coco", str(path))
+        pack(source, tmp_path / "out", PackOptions(split=split))
+    train, val = (found_in(str(tmp_path / f"out/{split}-*.tar"))["a"] for split in ("train", "val"))
+    assert train[0][0] == 2 and val[0][0] == 1
+    assert open_dataset(str(tmp_path / "out/val-*.tar")).classes == ["background", "cat", "dog"]
+
+
+def test_voc_is_packed_by_split(tmp_path, capsys):
+    numbers = np.array([[0, 20, 255], [15, 0, 1]], np.uint8)
+    voc(tmp_path / "VOC", {"a": numbers})
+    voc(tmp_path / "VOC", {"b": numbers}, "val")
+    for split, stem in (("train", "a"), ("val", "b")):
+        args = [
+            "data",
+            "pack",
+            "--voc",
+            str(tmp_path / "VOC"),
+            str(tmp_path / "out"),
+            "--split",
+            split,
+            "--jobs",
+            "1",
+        ]
+        assert main(args) == 0
+        assert found_in(str(tmp_path / f"out/{split}-*.tar")) == {stem: numbers.tolist()}
+    pack(open_source(str(tmp_path / "VOC/ImageSets/Segmentation/val.txt")), tmp_path / "named", PackOptions())
+    assert found_in(str(tmp_path / "named")) == {"b": numbers.tolist()}
+    assert main([*args[:-4], "--split", "test", "--jobs", "1"]) != 0
+    assert "has no split 'test'; --split names one of train, val" in capsys.readouterr().err
+
+
+def test_what_was_annotated_turned_is_packed_turned(tmp_path):
+    folder = ade(tmp_path / "ADE", {"a": np.ones((32, 16), np.uint8)})
+    (folder / "a.jpg").write_bytes(turned((32, 16), 6))
+    pack(open_annotated("ade", str(folder))[0], tmp_path / "out", PackOptions())
+    sample = open_dataset(str(tmp_path / "out")).read(0, 0)
+    pixels = images.decode(sample.data)
+    assert tuple(pixels.shape) == (3, 32, 16) and pixels[:, 2, 13].min() > 200
+
+
+def test_bad_samples_stop_or_are_left_out_by_name(tmp_path, capsys):
+    folder = ade(tmp_path / "ADE", some_maps(6))
+    beside = tmp_path / "ADE/annotations/training"
+    Image.fromarray(np.full((9, 12), 7, np.uint8)).save(beside / "im_0.png")
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(beside / "im_1.png")
+    Image.new("RGB", (12, 11)).save(beside / "im_2.png")
+    (beside / "im_3.png").unlink()
+    (folder / "im_4.jpg").write_bytes(noise(13, 12)[:300])
+    args = ["data", "pack", "--ade", str(tmp_path / "ADE"), str(tmp_path / "out"), "--jobs", "1"]
+    assert main(args) != 0
+    assert "remove it, or pack with --on-bad skip" in capsys.readouterr().err
+    args[4] += "-2"  # settings of one folder stay
+    assert main([*args, "--on-bad", "skip"]) == 0
+    lines = sorted(line for line in capsys.readouterr().err.splitlines() if line.startswith("left out"))
+    assert len(lines) == 5
+    for name, why in (
+        (
+            "annotations/training/im_0.png",
+            "has 7 at x=0, y=0; by the objectInfo150.txt of its set 0 is void, and 1 to 3",
+        ),
+        ("images/training/im_1.jpg", "its annotation is for 5 x 5 pixels, and the image has 12 x 10"),
+        ("annotations/training/im_2.png", "its map holds RGB colours"),
+        ("images/training/im_3.jpg", "its map cannot be read"),
+        ("images/training/im_4.jpg", ""),
+    ):
+        assert [line for line in lines if f"{name}: {why}" in line], (name, lines)
+    assert list(found_in(str(tmp_path / "out-2"))) == ["im_5"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--resize", "8"], r"has annotations, with which --resize does not go"),
+        (["--dedup"], r"has annotations, with which --dedup does not go"),
+        (["--label-set", "imagenet-1k"], r"with which --label-set does not go"),
+        (["--images", "x"], r"--images x: goes with --coco alone"),
+    ],
+)
+def test_options_that_would_part_images_and_annotations_are_refused(tmp_path, capsys, option, message):
+    ade(tmp_path / "ADE", some_maps(1))
+    assert (
+        main(["data", "pack", "--ade", str(tmp_path / "ADE"), str(tmp_path / "out"), "--jobs", "1", *option])
+        != 0
+    )
+    assert message.replace("\\", "") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_source_is_named(tmp_path, capsys):
+    assert main(["data", "pack", str(tmp_path), "--ade", "x", str(tmp_path / "out")]) == 2
+    assert "both SRC" in capsys.readouterr().err
+    for given in ([], ["--ade", "x", "--voc", "y"]):
+        with pytest.raises(SystemExit):
+            main(["data", "pack", *given, str(tmp_path / "out")])
+        assert "OUT" in (said := capsys.readouterr().err) or "not allowed with" in said
+    # Options may stand between SRC and OUT, and before and after OUT alone.
+    ade(tmp_path / "ADE", some_maps(1))
+    for number, args in enumerate((["--ade", "ADE", "out"], ["out", "--ade", "ADE"])):
+        places = {"ADE": str(tmp_path / "ADE"), "out": str(tmp_path / f"out{number}")}
+        assert main(["data", "pack", *(places.get(arg, arg) for arg in args), "--jobs", "1"]) == 0
+        assert found_in(str(tmp_path / f"out{number}"))
+    assert main(["data", "pack", str(tmp_path / "out0"), "--jobs", "1", str(tmp_path / "again")]) == 0
+
+
+NUMBERS = np.array([[0, 1], [2, 255]], np.uint8)
+MAP = maps.write(NUMBERS)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("a.jpg", noise(2, 2)), ("a.png", MAP)],
+        [("a.png", MAP), ("a.jpg", noise(2, 2))],
+        [("a.png", noise(2, 2, kind="PNG")), ("a.seg.png", MAP)],
+        [("a.jpg", noise(2, 2)), ("a.txt", b"x" * 99_000), ("a.png", MAP), ("a.json", b'{"scene": "room"}')],
+    ],
+    ids=["map", "first", "seg", "apart"],
+)
+def test_foreign_shards_of_maps_are_indexed(tmp_path, members):
+    shard = write_tar(tmp_path / "t-0.tar", members)
+    assert main(["data", "index", str(shard), "--jobs", "1"]) == 0
+    dataset = open_dataset(str(shard))
+    sample = dataset.read(0, 0)
+    assert (dataset.annotations, dataset.classes, sample.label) == ("maps", None, NO_LABEL)
+    assert sample.data == next(data for name, data in members if name.endswith("jpg") or data != MAP)
+    assert semantic_map(sample.annotation, (2, 2), None, "").tolist() == NUMBERS.tolist()
+    assert dataset.index(0).annotated.heights.tolist() == [2]
+    # Nothing names its classes, so they are the network's own numbers, of which 2 has none here.
+    config = Config.model_validate({"model": {"num_classes": 2}})
+    assign_class_numbers(config, "train", dataset, None)
+    with pytest.raises(BadSample, match="has class 2 at x=0, y=1"):
+        semantic_map(sample.annotation, (2, 2), dataset.numbers, "")
+
+
+def test_foreign_shards_of_objects_are_indexed(tmp_path):
+    objects = {
+        "annotations": [{"category_id": 1, "bbox": [0, 0, 1, 2], "segmentation": [[0, 0, 1, 0, 1, 2, 0, 2]]}]
+    }
+    shard = write_tar(
+        tmp_path / "t-0.tar", [("a.jpg", noise(2, 2)), ("a.json", json.dumps(objects).encode())]
+    )
+    assert main(["data", "index", str(shard), "--jobs", "1"]) == 0
+    dataset = open_dataset(str(shard))
+    assert dataset.annotations == "instances"
+    assert semantic_map(dataset.read(0, 0).annotation, (2, 2), None, "").tolist() == [[1, 0], [1, 0]]
+    # A label makes it a set of classes, whatever else stands there.
+    labelled = json.dumps({**objects, "label": 3}).encode()
+    shard = write_tar(tmp_path / "u-0.tar", [("a.jpg", noise(2, 2)), ("a.json", labelled)])
+    index = build(str(shard))
+    assert index.annotated is None and index.labels.tolist() == [3]
+
+
+def test_foreign_shards_that_are_of_two_kinds(tmp_path, capsys):
+    mixed = [("a.jpg", noise(2, 2)), ("a.png", MAP), ("b.jpg", noise(2, 2)), ("b.cls", b"3")]
+    with pytest.raises(
+        UserError, match=r"sample 'a' has maps, and sample 'b' has a label; the samples of a set"
+    ):
+        build(str(write_tar(tmp_path / "t-0.tar", mixed)))
+    colours = encode(Image.new("RGB", (2, 2)), "PNG")
+    with pytest.raises(UserError, match=r"has 2 images .*and at most a map of class numbers"):
+        build(str(write_tar(tmp_path / "t-0.tar", [("a.jpg", noise(2, 2)), ("a.png", colours)])))
+    shard = write_tar(tmp_path / "t-0.tar", [*mixed[:2], ("b.jpg", noise(2, 2))])
+    assert main(["data", "index", str(shard), "--jobs", "1"]) == 0
+    assert "1 samples have no annotation: " in capsys.readouterr().err
+    dataset = open_dataset(str(shard))
+    with pytest.raises(BadSample, match=r"sample 'b' at offset .*: has no annotation"):
+        dataset.read(0, 1)
+    other = write_tar(tmp_path / "t-1.tar", mixed[2:])
+    assert main(["data", "index", str(other), "--jobs", "1"]) == 0
+    with pytest.raises(UserError, match=r"t-0.tar holds maps beside its images, and .*t-1.tar none"):
+        open_dataset(str(tmp_path))
+
+
+def test_an_annotated_index_survives_its_file_and_a_plain_one_stays_as_it_was(tmp_path):
+    shard = write_tar(tmp_path / "t-0.tar", [("a.jpg", noise(2, 2)), ("a.png", MAP)])
+    index = build(str(shard))
+    again = ShardIndex.from_bytes(index.to_bytes(), "x")
+    assert again.annotated.kind == "maps" and again.to_bytes() == index.to_bytes()
+    assert again.annotated.offsets.tolist() == index.annotated.offsets.tolist()
+    plain = ShardIndex.build([512], [3], [5], ["a"], size=9999)
+    with np.load(io.BytesIO(plain.to_bytes())) as file:
+        assert int(file["format"]) == 1 and "annotations" not in file
+    wrong = index.annotated.lengths + 10**9
+    bad = ShardIndex.build(
+        [512],
+        [3],
+        [NO_LABEL],
+        ["a"],
+        size=9999,
+        annotated=replace(index.annotated, lengths=wrong),
+    )
+    with pytest.raises(UserError, match="contradicts itself"):
+        ShardIndex.from_bytes(bad.to_bytes(), "x")
+
+
+def test_a_changed_shard_is_noticed(tmp_path):
+    pack(open_annotated("ade", str(ade(tmp_path / "ADE", some_maps(1))))[0], tmp_path / "out", PackOptions())
+    shard = tmp_path / "out/train-0000.tar"
+    index = read_index(str(shard))
+    data = bytearray(shard.read_bytes())
+    data[int(index.annotated.offsets[0]) - 512] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="the tar header there is not this sample's"):
+        open_dataset(str(shard)).read(0, 0)
+
+
+def test_verify_and_stats(tmp_path, capsys):
+    folder = ade(
+        tmp_path / "ADE", {"a": np.array([[0, 1, 1], [3, 3, 3]], np.uint8), "b": np.full((2, 3), 1, np.uint8)}
+    )
+    pack(open_annotated("ade", str(folder))[0], tmp_path / "out", PackOptions())
+    for spec in (str(folder), str(tmp_path / "out")):
+        stats = measure(open_dataset(spec))
+        assert stats.per_class.tolist() == [8, 0, 3] and stats.void == 1
+        assert stats.images_per_class.tolist() == [2, 0, 1] and stats.unreadable == 0
+    assert main(["data", "stats", str(folder), "--jobs", "1", "--out", str(tmp_path / "s.png")]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "2 of 3 present, in maps" in said and "11 in 2 images, 1 void (8.3%)" in said and "building" in said
+    )
+    path = coco(tmp_path / "coco", COCO)
+    stats = measure(open_dataset(str(path)))
+    assert (
+        stats.per_class.tolist() == [0, 1, 1]
+        and stats.void == 1
+        and stats.images_per_class.tolist() == [0, 1, 1]
+    )
+    assert main(["data", "stats", str(path), "--jobs", "1"]) == 0
+    assert "2 of 2 present, in instances" in capsys.readouterr().out
+    assert verify(open_dataset(str(path))).good
+    Image.fromarray(np.full((2, 3), 9, np.uint8)).save(tmp_path / "ADE/annotations/training/b.png")
+    report = verify(open_dataset(str(folder)))
+    assert [(key, "b.png: has 9 at x=0, y=0" in reason) for key, reason in report.bad] == [
+        ("training:b.jpg", True)
+    ]
+    assert not verify(open_dataset(str(tmp_path / "out")), num_classes=2).good

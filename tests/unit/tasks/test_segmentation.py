@@ -212,6 +212,19 @@ def test_weights_of_a_classification_go_into_the_backbone_whatever_the_head(monk
         Segmentation(recipe("init.head=map")).initialise(model, source.state_dict(), Path("x"), None)
 
 
+def test_tables_that_are_sampled_keep_their_shape_through_a_resume():
+    task = Segmentation(recipe("model.img_size=128", "init.bias_table=sample"))
+    source = zoo.create("dat_atto", num_classes=7, img_size=64).state_dict()
+    started, fresh = task.build(128), {name: p.shape for name, p in task.build(128).named_parameters()}
+    said = task.initialise(started, source, Path("somewhere"), None)
+    shapes = {name: p.shape for name, p in started.named_parameters()}
+    assert "read at the displacements of" in said and shapes != fresh
+    resumed = task.build(128, shapes)
+    resumed.load_state_dict(started.state_dict())
+    x = torch.rand(1, 3, 64, 96)
+    assert torch.equal(resumed.eval()(x), started.eval()(x))
+
+
 def test_a_decoder_is_kept_by_the_names_of_its_classes(monkeypatch):
     source = Segmentation(recipe("train.seed=1")).build(64)
     for name, tensor in source.state_dict().items():

@@ -47,7 +47,7 @@ def picture_of(image: Tensor, cfg: PretrainedCfg) -> Picture:
     """The picture of an image (3 x H x W uint8) that ``preprocess.prepare`` prepares for a model."""
     sides = height, width = image.shape[1:]
     if cfg.segmentation is not None:
-        (top, left), (bottom, right) = (0.0, 0.0), sides
+        (top, left), (bottom, right) = (0.0, 0.0), (float(height), float(width))
     else:
         resized, corner = eval_geometry(height, width, cfg.img_size, resize=cfg.resize, crop_pct=cfg.crop_pct)
         (top, left), (bottom, right) = source_edges(sides, resized, corner, cfg.img_size)

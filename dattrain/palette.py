@@ -52,12 +52,15 @@ def overlay(
     Returns:
         H x W x 3.
     """
-    table = np.zeros((256, 3), np.float32)
-    table[:classes] = opacity * palette(classes)
-    weight = np.full((256, 1), 1.0, np.float32)
-    weight[:classes] = 1 - opacity
-    mixed: NDArray[np.uint8] = (weight[numbers] * pixels + table[numbers] + 0.5).astype(np.uint8)
-    return mixed
+    # In 256ths, which 16 bits hold: photographs are large.
+    part = round(256 * opacity)
+    table, weight = np.full((256, 3), 128, np.uint16), np.full((256, 1), 256, np.uint16)
+    table[:classes] += np.uint16(part) * palette(classes)
+    weight[:classes] -= np.uint16(part)
+    mixed: NDArray[np.uint16] = weight[numbers] * pixels
+    mixed += table[numbers]
+    mixed >>= 8
+    return mixed.astype(np.uint8)
 
 
 def _lab(colours: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -103,7 +103,7 @@ def run(
         closing(loader),
         torch.inference_mode(),
         autocast(device, precision),
-        Progress(spec, "images", shown=rank == 0) as progress,
+        Progress(mask(spec), "images", shown=rank == 0) as progress,
     ):
         for number, batch in enumerate(loader, 1):
             before = inference.now(device)

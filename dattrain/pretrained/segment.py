@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dattrain.errors import UserError
+from dattrain.errors import ConfigError, UserError
 from dattrain.models.dense.segmenter import Segmenter
 from dattrain.palette import overlay
 from dattrain.pretrained import class_names, preprocess
-from dattrain.pretrained.pretrained_cfg import PretrainedCfg
+from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg
 from dattrain.pretrained.recipe_model import segmentation_recipe
 from dattrain.tasks.dense_inference import Inference, decide
 
@@ -60,7 +60,7 @@ class Segmentation:
 
 
 def segment(
-    model: Segmenter,
+    model: Network,
     cfg: PretrainedCfg,
     images: Sequence[str | Path | Image.Image | np.ndarray | Tensor],
     *,
@@ -69,7 +69,7 @@ def segment(
     """Find the class of every pixel; images are prepared as the weights want them, and each is run alone.
 
     Args:
-        model: in evaluation mode, as ``load_model`` gives it, on the device that is to be used.
+        model: a segmentation network in evaluation mode, as ``load_model`` gives it, on the device that is to be used.
         cfg: as ``load_model`` gives it beside the model.
         images: files and PIL images, turned as their EXIF orientation says; arrays uint8 (H x W, or H x W x 3, RGB) or tensors
             uint8 (3 x H x W). Of any sizes.
@@ -79,8 +79,11 @@ def segment(
         One for each image, when it is asked for: a photograph's arrays take a hundred megabytes.
 
     Raises:
+        ConfigError: an image classifier.
         UserError: a file that cannot be read as an image, or weights that take other images than of three channels.
     """
+    if not isinstance(model, Segmenter):
+        raise ConfigError(f"{cfg.source or cfg.name}: is an image classifier, not a segmentation network")
     if cfg.in_chans != 3:
         raise UserError(f"this model takes {cfg.in_chans} channels, and an image file gives 3")
     known = tuple(names or class_names.names(cfg.num_classes, cfg.labels, cfg.classes))

@@ -28,7 +28,7 @@ PANELS = (
         "Loss", "nats",
         {
             "loss": "training", "eval_loss": "evaluation", "ema_loss": "evaluation, averaged weights",
-            "loss_decode": "training, decoder", "loss_aux": "training, auxiliary head",
+            "loss_aux": "training, auxiliary head",
         },
         log=True,
     ),
@@ -40,7 +40,6 @@ PANELS = (
         "Segmentation", "%",
         {
             "miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "ema_miou": "mIoU, averaged weights",
-            "ema_macc": "mAcc, averaged weights", "ema_aacc": "aAcc, averaged weights",
         },
     ),
     Panel("Learning rate", "", {"lr": "learning rate"}, log=True),

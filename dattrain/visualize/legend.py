@@ -18,7 +18,7 @@ _NARROW = 240
 def with_legend(found: Segmentation, *, listed: int = LISTED) -> Image.Image:
     """The overlay at the image's own size over its legend, the largest classes first."""
     height, width = found.classes.shape
-    size = max(12, min(32, width // 40))
+    size = max(12, min(64, width // 40))
     font = ImageFont.load_default(size)
     lines = _lines(found.shares(), listed)
     total = max(width, _NARROW)

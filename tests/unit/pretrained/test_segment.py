@@ -94,7 +94,9 @@ def test_a_legend_names_the_largest_and_sums_up_the_rest():
     assert not {tuple(each) for each in palette(count)[LISTED:].tolist()} & colours
 
 
-def test_options_of_the_other_task_are_refused(tmp_path, capsys, segmenter_file, weights_file, photo):
+def test_options_of_the_other_task_are_refused(
+    tmp_path, capsys, segmenter_file, weights_file, photo, atto, cfg
+):
     photo.save(tmp_path / "a.png")
     for file, option in ((segmenter_file, ["--batch", "2"]), (segmenter_file, ["--resize", "squash"]),
                          (weights_file, ["--maps"]), (weights_file, ["--out", "x"])):  # fmt: skip
@@ -102,4 +104,6 @@ def test_options_of_the_other_task_are_refused(tmp_path, capsys, segmenter_file,
         assert f"for which {option[0]} has no meaning" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="topk is for image classifiers"):
         api.predict(segmenter_file, photo, topk=3, device="cpu")
+    with pytest.raises(ConfigError, match="is an image classifier"):
+        next(segment(atto, cfg, [photo]))
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

@@ -18,10 +18,10 @@ from PIL import Image
 
 from dattrain.data.annotations import rle
 
-_SIDES = (96, 112, 128)
-_ITEM = (28, 72)
+_SIDES = (64, 80, 96)
+_ITEM = (40, 65)
 """Pixels of an item's side: the least, and the first that is too many."""
-_MOST_ITEMS = 4
+_MOST_ITEMS = 3
 _EMPTY = 0.05
 """Share of scenes without any item."""
 _INK = 24
@@ -40,25 +40,25 @@ class Scene:
 
 
 def scene(items: NDArray[np.uint8], labels: NDArray[np.uint8], seed: int, index: int) -> Scene:
-    """Scene ``index`` of the ``items`` (n x 28 x 28, with their ``labels``): 96 to 128 pixels a side, up to four items."""
+    """Scene ``index`` of the ``items`` (n x 28 x 28, with their ``labels``): 64 to 96 pixels a side, up to three items."""
     draw = np.random.default_rng((seed, index))
     height, width = (int(side) for side in draw.choice(_SIDES, 2))
-    first, last = draw.uniform(0, 70, (2, 3))
+    first, last = draw.uniform(0, 40, (2, 3))
     across, down = draw.uniform(0, 1, 2)
     along = np.linspace(0, across, width)[None, :, None] + np.linspace(0, down, height)[:, None, None]
-    pixels = first + (last - first) * np.clip(along, 0, 1) + draw.normal(0, 8, (height, width, 3))
+    pixels = first + (last - first) * np.clip(along, 0, 1) + draw.normal(0, 4, (height, width, 3))
     owner = np.full((height, width), -1)
     found: list[int] = []
     for _ in range(0 if draw.random() < _EMPTY else int(draw.integers(1, _MOST_ITEMS + 1))):
         number, side = int(draw.integers(len(items))), int(draw.integers(*_ITEM))
         top, left = (int(draw.integers(-side // 5, size - side + side // 5 + 1)) for size in (height, width))
-        tint = draw.uniform(0.6, 1, 3)
+        tint = draw.uniform(0.8, 1, 3)
         item = np.asarray(Image.fromarray(items[number]).resize((side, side), Image.Resampling.BILINEAR))
         rows = slice(max(0, top), min(height, top + side))
         columns = slice(max(0, left), min(width, left + side))
         seen = item[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
         ink = seen > _INK
-        pixels[rows, columns][ink] = (60 + 195 * (seen[ink] / 255))[:, None] * tint
+        pixels[rows, columns][ink] = seen[ink][:, None] * tint
         owner[rows, columns][ink] = len(found)
         found.append(int(labels[number]))
     masks = owner == np.arange(len(found))[:, None, None]

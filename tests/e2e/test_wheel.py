@@ -160,3 +160,11 @@ def test_the_demo_goes_the_whole_road(command, tmp_path):
     steps = [json.loads(line)["step"] for line in rows]
     assert steps == sorted(steps) and steps[-1] == 8
     assert Image.open(out / "demo.png").width > 1000
+    shown = command(
+        tmp_path, "demo", "segment", "--out", "dense", "--init", "out/finetune", "--nproc", "1", "train.max_steps=6",
+        "checkpoint.every_steps=2", "data.val=dense/scene-shards/val-0000.tar",
+    )  # fmt: skip
+    assert "killed on purpose" in shown and "resumed from" in shown
+    result = json.loads((tmp_path / "dense" / "result.json").read_text())
+    assert set(result) == {"miou", "miou_scratch"} and all(0 < value < 100 for value in result.values())
+    assert Image.open(tmp_path / "dense" / "segment.png").width > 1000

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import pvt_v2
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
-from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
 from dattrain.errors import UserError
@@ -41,12 +41,26 @@ class DropPath(nn.Module):
         return x * self.scale.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
+class PaddedSwinBlock(SwinTransformerBlock):  # type: ignore[misc]
+    """Pads the map to whole windows before it is shifted, as Swin's dense code.
+
+    timm's shifts first: the mask, made for the padded map, then misses the rows and columns that were shifted to the other side,
+    and opposite edges of an image attend to each other.
+    """
+
+    def _attn(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        rows, columns = self.window_size
+        padded: Tensor = super()._attn(F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows)))
+        return padded[:, :height, :width]
+
+
 def create(name: str, *, img_size: int | tuple[int, int], in_chans: int, **overrides: Any) -> nn.Module:
     """A network of timm without classifier and final norm, with fresh weights, for images of any size.
 
     Swin's windows keep the size that they have in its name at every image size, shifted in every second block of every
-    stage and padded where they do not divide the map, as in Swin's own detection and segmentation code (timm alone would
-    neither shift nor pad where the map of ``img_size`` is no larger than a window).
+    stage, and the map is padded to whole ones before the shift, as in Swin's own detection and segmentation code (timm alone would
+    not shift where the map of ``img_size`` is no larger than a window, and pads after the shift).
 
     Raises:
         UserError: no such network, or an override that it does not take.
@@ -76,6 +90,8 @@ def create(name: str, *, img_size: int | tuple[int, int], in_chans: int, **overr
     )
     if swin:
         body.norm = nn.Identity()
+        for block in blocks(body):
+            block.__class__ = PaddedSwinBlock  # the same modules and weights
     for block in blocks(body):
         block.drop_path1, block.drop_path2 = DropPath(), DropPath()
     made: nn.Module = body

@@ -83,7 +83,7 @@ def test_maps_of_timm_networks_are_timm_s():
         {name.replace("layers.", "layers_"): value for name, value in swin.body.state_dict().items()}
     )
     swin.norms = torch.nn.ModuleList(torch.nn.Identity() for _ in range(4))
-    x = images(size=(224, 260))
+    x = images(size=(224, 224))  # elsewhere timm shifts before it pads, see below
     for ours, expected in zip(swin(x)[:3], theirs(x)[:3]):
         torch.testing.assert_close(ours, expected.permute(0, 3, 1, 2))
     # At 224 timm's last stage is one window and does not shift; the authors' dense code does at every size.
@@ -212,3 +212,16 @@ def test_stage_norm_of_pvt_is_of_its_last_block():
 def test_what_is_no_backbone_is_said(name, overrides, message):
     with pytest.raises(UserError, match=message):
         create_backbone(name, **overrides)
+
+
+@pytest.mark.parametrize("side", (14, 16))
+def test_opposite_edges_of_swins_map_do_not_see_each_other(side):
+    """Whether windows of 7 divide the map or not: it is padded before the shift, and what the shift brings together is masked."""
+    block = small(SWIN).eval().body.layers[3].blocks[1]
+    assert block.shift_size == (3, 3)
+    x = torch.randn(1, side, side, block.norm1.normalized_shape[0])
+    changed = x.clone()
+    changed[:, -1] += 1.0
+    with torch.no_grad():
+        differs = (block(x) != block(changed)).flatten(2).any(2)[0]
+    assert differs[-1] and not differs[:7].any()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -14,7 +15,10 @@ from dattrain.data.classes import Classes
 from dattrain.data.feed import EvalFeed
 from dattrain.data.source.dataset import Dataset
 
+log = logging.getLogger(__name__)
+
 _NAMES_KEPT = 1000
+_SHOWN = 10
 _SHARDS_PER_PREFETCH = 8
 
 
@@ -51,15 +55,20 @@ class Decoder(Protocol[B_co]):
 
 @dataclass
 class SkippedSamples:
-    """Skipped samples of this rank: how many times one was skipped, and (key, reason) of the first thousand."""
+    """Skipped samples of this rank: how many times one was skipped, and key to reason of the first thousand, each named once in the log."""
 
     count: int = 0
-    samples: list[tuple[str, str]] = field(default_factory=list)
+    samples: dict[str, str] = field(default_factory=dict)
 
-    def add(self, samples: tuple[tuple[str, str], ...]) -> None:
-        """Count and name more."""
-        self.count += len(samples)
-        self.samples += samples[: _NAMES_KEPT - len(self.samples)]
+    def add(self, samples: Iterable[tuple[str, str]]) -> None:
+        """Count more, each of which is (key, reason)."""
+        for key, reason in samples:
+            self.count += 1
+            if key not in self.samples and len(self.samples) < _NAMES_KEPT:
+                self.samples[key] = reason
+                # A screen has room for some; the log of the rank has all.
+                level = logging.WARNING if len(self.samples) <= _SHOWN else logging.INFO
+                log.log(level, "skipped: %s", reason)
 
 
 class TrainLoader(Generic[B]):

@@ -22,6 +22,7 @@ from dattrain.data.augment.mixup import MixupCutmix
 from dattrain.data.classes import Classes
 from dattrain.data.factory import eval_loader, train_loader
 from dattrain.data.feed import RankShare, TrainFeed
+from dattrain.data.loader import SkippedSamples
 from dattrain.data.order import Order
 from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import ConfigError, UserError
@@ -259,8 +260,8 @@ def test_skipping_keeps_places_and_counts(make_shards, jpegs, workers):
                 "a good one is not mixed with a bad one"
             )
     assert skipped >= 3 and loader.skipped.count == skipped
-    assert {key.split(":")[1] for key, _ in loader.skipped.samples} == names
-    assert all("train-" in reason and "sample" in reason for _, reason in loader.skipped.samples)
+    assert {key.split(":")[1] for key in loader.skipped.samples} == names
+    assert all("train-" in reason and "sample" in reason for reason in loader.skipped.samples.values())
 
 
 def test_labels_must_fit_the_head(make_shards):
@@ -455,3 +456,13 @@ def test_a_worker_that_is_killed_is_an_error_and_not_a_hang(make_shards):
     with pytest.raises(UserError, match=r"a data worker died .*lower data.workers"):
         list(itertools.islice(loader, 50))
     loader.close()
+
+
+def test_a_skipped_sample_is_named_once_in_the_log(caplog):
+    skipped = SkippedSamples()
+    for _ in range(2):
+        skipped.add((("a.tar:7", "a.tar: sample '7' is cut short"),))
+    assert skipped.count == 2 and caplog.text.count("sample '7' is cut short") == 1
+    skipped.add((f"a.tar:{number}", f"sample {number} is cut short") for number in range(8, 1500))
+    assert skipped.count == 1494 and len(skipped.samples) == 1000
+    assert sum(record.levelname == "WARNING" for record in caplog.records) == 10

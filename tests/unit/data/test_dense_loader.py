@@ -217,7 +217,7 @@ def _damage(root: Path, how: str) -> str:
         own[3, 5] = 8
         write_scene(root, "004", np.minimum(own, 7))
         Image.fromarray(own).save(numbers)
-        return r"class 7 at x=5, y=3, but its set names 6 classes"
+        return r"has 8 at x=5, y=3; by the objectInfo150.txt of its set"
     if how == "size":
         Image.fromarray(own[:-1]).save(numbers)
         return rf"{own.shape[1]} x {own.shape[0] - 1} pixels.*{own.shape[1]} x {own.shape[0]};"
@@ -252,7 +252,7 @@ def test_a_bad_sample_is_an_error_that_names_it_or_is_skipped_and_named(tmp_path
         assert torch.equal(a.images[~hit], b.images[~hit]) and torch.equal(a.maps[~hit], b.maps[~hit])
         assert not b.images[hit].any() and (b.maps[hit] == VOID).all()
     assert loader.skipped.count == 1
-    ((key, reason),) = loader.skipped.samples
+    ((key, reason),) = loader.skipped.samples.items()
     assert key.endswith("004.png") and "004" in reason
     evaluated = list(
         eval_loader(recipe(folder, data={"on_bad": "skip"}), Classes(6, NAMES), rank=0, world=1, device=CPU)

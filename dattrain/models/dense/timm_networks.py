@@ -41,7 +41,7 @@ class DropPath(nn.Module):
         return x * self.scale.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
-class PaddedSwinBlock(SwinTransformerBlock):  # type: ignore[misc]
+class PaddedSwinBlock(SwinTransformerBlock):
     """Pads the map to whole windows before it is shifted, as Swin's dense code.
 
     timm's shifts first: the mask, made for the padded map, then misses the rows and columns that were shifted to the other side,
@@ -51,7 +51,8 @@ class PaddedSwinBlock(SwinTransformerBlock):  # type: ignore[misc]
     def _attn(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         rows, columns = self.window_size
-        padded: Tensor = super()._attn(F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows)))
+        x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
+        padded: Tensor = super()._attn(x)  # type: ignore[no-untyped-call]
         return padded[:, :height, :width]
 
 

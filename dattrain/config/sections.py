@@ -51,7 +51,7 @@ class Model(Section):
     """Which network. ``overrides`` are keyword arguments of the variant (``dattrain.models.zoo``): the ablations."""
 
     name: str = "dat_tiny"
-    """A timm model name of this package: ``dat_{atto,tiny,small,base}``, ``dat_pp_{tiny,small,base,large}``."""
+    """A timm model name of this package: ``dat_{atto,tiny,small,base}``, ``dat_pp_{tiny,small,base,large}``; for segmentation also timm's ``swin_*`` and ``pvt_v2_*``."""
     img_size: Size = 224
     """Pixels, one number or [height, width]; a multiple of 32."""
     num_classes: Count = 1000
@@ -105,7 +105,7 @@ class Geometry(Section):
     crop: Size | None = 512
     """Pixels of the training crop (padded where the image is smaller), and of the sliding window; null trains on whole images."""
     max_class_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
-    """A crop in which one class has more of the labelled pixels is drawn anew, up to ten times."""
+    """Of ten places drawn for a crop the first is taken where no class has more of the labelled pixels, else the last."""
     distortion: bool = True
     """Photometric distortion: brightness, contrast, saturation and hue, each with probability 1/2 (SSD, Liu et al., ECCV 2016)."""
     pad_to: Count = 32

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of segment: the classification run to start from, as demo-out/finetune (default: train one first)",
     )
     parser.add_argument(
-        "words",
+        "overrides",
         nargs="*",
         metavar="[segment] key=value",
         help="segment: semantic segmentation of scenes; settings for the trainings, e.g. schedule.epochs=1",
@@ -43,15 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; raises UserError where a step fails."""
-    if args.words[:1] == ["segment"]:
-        return demo_segment.run(args.out or Path("demo-segment"), args.nproc, args.init, args.words[1:])
+    if args.overrides[:1] == ["segment"]:
+        return demo_segment.run(args.out or Path("demo-segment"), args.nproc, args.init, args.overrides[1:])
     if args.init is not None:
         raise ConfigError("--init is of `dattrain demo segment`")
-    if odd := [word for word in args.words if "=" not in word]:
+    if odd := [word for word in args.overrides if "=" not in word]:
         raise ConfigError(
             f"demo {odd[0]}: there is `dattrain demo` and `dattrain demo segment`; settings are key=value"
         )
-    return _classify(args.out or Path("demo-out"), args.nproc, args.words)
+    return _classify(args.out or Path("demo-out"), args.nproc, args.overrides)
 
 
 def _classify(out: Path, nproc: int, overrides: Sequence[str]) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from fashion_images import MAP_NAMES, NAMES, image_folder, map_folder
 
 from dattrain.config.load import loads
@@ -14,7 +17,6 @@ from dattrain.models import create
 from dattrain.models.dense.segmenter import Segmenter
 from dattrain.pretrained import weights
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, build, cfg_of_recipe
-from dattrain.report import training
 
 
 @pytest.fixture(scope="session")
@@ -94,10 +96,25 @@ def segmenter_file(tmp_path_factory, segmenter, dense_cfg) -> Path:
 @pytest.fixture(scope="session")
 def segmentation_run(tmp_path_factory, scenes) -> Path:
     """A training of two updates with its evaluation."""
-    folder = tmp_path_factory.mktemp("runs") / "scenes"
-    sets = {
-        f"data.{key}": str(scenes / "images" / split)
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "scenes.yaml").write_text(SEGMENTATION)
+    sets = [
+        f"data.{key}={scenes / 'images' / split}"
         for key, split in (("train", "training"), ("val", "validation"))
-    }
-    training.train(loads(SEGMENTATION, sets).config, folder, lambda run: [])
-    return folder
+    ]
+    # In a process of its own: DeepSpeed keeps the group of the first training of a process, which another test may have ended.
+    command = [
+        sys.executable,
+        "-m",
+        "dattrain",
+        "train",
+        str(folder / "scenes.yaml"),
+        *sets,
+        "--run",
+        str(folder / "run"),
+    ]
+    done = warm.run(
+        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "run"

@@ -183,6 +183,8 @@ class _Builder:
     def _map(self, members: list[tar.Member], images: list[tar.Member]) -> tar.Member | None:
         """The map of the classes of a sample's pixels; None where it has none."""
         by_extension = {tar.split_name(m.name)[1].lower(): m for m in members if m.readable}
+        if self.label is not None or "cls" in by_extension:
+            return None  # what has a label is a sample of classes, whatever lies beside its image
         for extension in (MAP_EXTENSION, "png"):
             found = by_extension.get(extension)
             if found is not None and (extension == MAP_EXTENSION or [m for m in images if m is not found]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +129,12 @@ def run(args: argparse.Namespace) -> int:
     return {"pack": _pack, "verify": _verify, "index": _index, "ls": _ls, "stats": _stats}[args.action](args)
 
 
+def _classes(manifest: Mapping[str, Any]) -> str:
+    """How many a packed split has, where its annotations or labels say so."""
+    found = manifest["classes"] if manifest["histogram"] is None else manifest["histogram"]
+    return "classes without names" if found is None else f"{len(found)} classes"
+
+
 def _pack(args: argparse.Namespace) -> int:
     from dattrain.data.prepare.pack import pack
     from dattrain.data.prepare.write_shard import PackOptions
@@ -158,8 +164,7 @@ def _pack(args: argparse.Namespace) -> int:
         shards, bad = m["shards"], m["bad"]
         print(
             f"{args.out}/{m['split']}-*.tar: {m['samples']:,} samples in {len(shards)} shards, {readable_size(m['bytes'])}, "
-            f"{len(m['classes'] if m['histogram'] is None else m['histogram'])} classes"
-            + (f", {m['annotations']}" if m.get("annotations") else "")
+            f"{_classes(m)}" + (f", {m['annotations']}" if m.get("annotations") else "")
         )
         for entry in bad:
             print(f"left out: {entry['reason']}", file=sys.stderr)

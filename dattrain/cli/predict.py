@@ -144,6 +144,7 @@ def _segment(
 ) -> list[str]:
     """Returns what was wrong with images."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     from dattrain.cli.viz import unique_names
     from dattrain.pretrained.segment import segment
@@ -152,19 +153,36 @@ def _segment(
     out: Path = args.out or OUT
     if out.is_file():
         raise UserError(f"--out {out}: is a file; name a folder, for a picture of each image", exit_code=2)
+    stems = unique_names(files)
+    targets = [
+        out / f"{stem}{end}" for stem in stems for end in ((".png", ".map.png") if args.maps else (".png",))
+    ]
+    if foreign := next((each for each in targets if each.exists() and not _is_ours(each)), None):
+        raise UserError(
+            f"--out {out}: {foreign} is there, and predict did not write it; name another folder", exit_code=2
+        )
+    if again := next((file for file in files if _is_ours(file)), None):
+        raise UserError(
+            f"{again}: is a picture that predict wrote; name the pictures that it was made of", exit_code=2
+        )
+    mark = PngInfo()
+    mark.add_text("Software", _SOFTWARE)
     bad = []
     with _table(args.csv, "share") as table:
-        for stem, file in zip(unique_names(files), files):
+        for stem, file in zip(stems, files):
             try:
                 (found,) = segment(model, cfg, [file], names=names)
             except UserError as error:
                 bad.append(str(error))
                 continue
-            out.mkdir(parents=True, exist_ok=True)
             target = out / f"{stem}.png"
-            with_legend(found).save(target)
-            if args.maps:
-                Image.fromarray(found.classes).save(out / f"{stem}.map.png")
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                with_legend(found).save(target, pnginfo=mark)
+                if args.maps:
+                    Image.fromarray(found.classes).save(out / f"{stem}.map.png", pnginfo=mark)
+            except OSError as error:
+                raise UserError(f"--out {out}: cannot be written ({error.strerror})", exit_code=2) from error
             shares = found.shares()
             if not _to_stdout(args.csv):
                 print(f"{file} -> {target}")
@@ -176,6 +194,21 @@ def _segment(
                 rest = sum(each.share for each in shares[args.topk :])
                 print(f"  {100 * rest:6.2f} %  {len(shares) - args.topk} more")
     return bad
+
+
+_SOFTWARE = "dattrain predict"
+"""In the pictures, so that they are known from those of others."""
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether ``predict`` wrote a file."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == _SOFTWARE
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def _to_stdout(path: Path | None) -> bool:

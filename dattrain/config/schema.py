@@ -154,6 +154,15 @@ class Config(Section):
             "eval.batch": (self.eval.batch != 1, 1),
             "optim.freeze_backbone": (self.optim.freeze_backbone, "false"),
         }
+        unread = {"augment": ("crop_scale", "crop_ratio"), "eval": ("resize", "crop_pct")}
+        for name, keys in unread.items():
+            section = getattr(self, name)
+            for key in keys:
+                default = type(section).model_fields[key].default
+                on[f"{name}.{key}"] = (
+                    getattr(section, key) != default,
+                    list(default) if isinstance(default, tuple) else default,
+                )
         if wrong := [f"{key}={off}" for key, (is_on, off) in on.items() if is_on]:
             raise ValueError(
                 f"task.kind=segmentation cannot use what is set here; it takes {' '.join(wrong)} "
@@ -163,6 +172,14 @@ class Config(Section):
             raise ValueError("eval.mode=slide needs geometry.crop, the size of its windows")
         if self.eval.mode == "whole" and self.eval.stride is not None:
             raise ValueError("eval.stride is of eval.mode=slide: leave it out, or set that")
+        if g.long_side < g.short_side:
+            raise ValueError(
+                f"geometry.long_side={g.long_side} is below geometry.short_side={g.short_side}: no image could be resized to both"
+            )
+        if min(g.short_side, *as_pair(g.crop or 32)) < 32:
+            raise ValueError(
+                f"geometry.short_side={g.short_side}, geometry.crop={g.crop}: at least 32 pixels, the network's total stride"
+            )
         if g.scale[0] > g.scale[1]:
             raise ValueError(f"geometry.scale={list(g.scale)}: the first must not be above the second")
         if not self.eval.scales:

@@ -66,8 +66,12 @@ class Options:
             raise ConfigError(f"--crop-pct {self.crop_pct} must be above 0 and at most 1")
         if self.knn is not None and self.knn < 1:
             raise ConfigError(f"--knn {self.knn} must be at least 1")
-        if self.scales is not None and (not self.scales or min(self.scales) <= 0):
-            raise ConfigError(f"--scales {','.join(map(str, self.scales))}: one number above 0, or several")
+        if self.scales is not None and not (
+            self.scales and all(0 < each <= _MOST_SCALE for each in self.scales)
+        ):
+            raise ConfigError(
+                f"--scales {','.join(map(str, self.scales))}: one number above 0 and up to {_MOST_SCALE}, or several"
+            )
         if self.test_set and not self.data:
             raise ConfigError(f"--labels {self.test_set} needs --data, the folder of that set")
 
@@ -99,6 +103,8 @@ _CLASSIFICATION = {
     "train": "--train",
     "train_limit": "--train-limit",
 }
+_MOST_SCALE = 8
+"""Of a size of evaluation: beyond it an image takes minutes and tells nothing."""
 _SEGMENTATION = {"scales": "--scales", "mode": "--mode"}
 """Fields that only one task knows, as ``dattrain eval`` calls them."""
 

@@ -54,8 +54,12 @@ class CocoDataset(AnnotatedFiles):
         _check_once(path, [row["id"] for row in rows], "id")
         _check_once(path, files, "file_name")
         root = image_folder(path, files, images)
-        objects, notes = _objects(path, _list(path, content, "annotations"), rows, categories)
-        del content
+        found = _list(path, content, "annotations")
+        # An object that is there twice would lie under itself, and be void as a map.
+        own = [one["id"] for one in found if isinstance(one, dict) and isinstance(one.get("id"), (int, str))]
+        _check_once(path, own, "id", "annotations")
+        objects, notes = _objects(path, found, rows, categories)
+        del content, found, own
         if lost := _missing(root, files):
             notes.append(f"{path}: {len(lost):,} of its {len(files):,} images are not in {root}: {few(lost)}")
         super().__init__(path, root, files, origin=f" (from {path})")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +27,8 @@ from dattrain.errors import UserError
 
 PAIRS = {"images": "annotations", "img_dir": "ann_dir"}
 """Names of the folders of images, and of those of maps that lie beside them (ADE20K's, mmseg's)."""
+SPLITS = frozenset({"training", "validation", "train", "val", "test", "testing"})
+"""Names of folders that are parts of one set."""
 ADE_NAMES, OWN_NAMES = "objectInfo150.txt", "classes.txt"
 _RELEASE = "ADEChallengeData2016"
 
@@ -34,7 +37,8 @@ def map_folder(folder: str) -> Path | None:
     """Where the maps of a folder of images lie; None where it is no such folder.
 
     Raises:
-        UserError: ``folder`` holds ``images`` and ``annotations`` itself, or ``images`` lie in it without maps beside.
+        UserError: ``folder`` holds ``images`` and ``annotations`` itself, or ``images`` lie in it without maps beside, or it
+            holds several splits.
     """
     here = Path(folder).absolute()
     for own, other in PAIRS.items():
@@ -48,6 +52,11 @@ def map_folder(folder: str) -> Path | None:
         if part not in PAIRS:
             continue
         beside = Path(*here.parts[:level], PAIRS[part], *here.parts[level + 1 :])
+        splits = [entry.name for entry in listing(here) if entry.is_dir() and entry.name in SPLITS]
+        if level == len(here.parts) - 1 and len(splits) > 1:
+            raise UserError(
+                f"{folder}: holds {few(splits)}, which are not to be mixed; name one, as {os.path.join(folder, splits[0])}"
+            )
         inside = [entry for entry in listing(here) if not entry.name.startswith(".")]
         # Beside folders of classes images may stray, which are told elsewhere.
         flat = not any(entry.is_dir() for entry in inside)
@@ -71,7 +80,7 @@ class MapFolder(AnnotatedFiles):
         names: of the classes, and whether a map's 0 is void and its 1 the first class; None reads them from the set.
 
     Raises:
-        UserError: nothing names the classes, or there are no images.
+        UserError: nothing names the classes, there are no images, or two of them would have one map.
     """
 
     annotations: Annotations = "maps"
@@ -84,6 +93,12 @@ class MapFolder(AnnotatedFiles):
         super().__init__(root, own, found)
         there = {os.path.splitext(file)[0]: size for file, size in _sizes(beside)}
         stems = [os.path.splitext(file)[0] for file in found]
+        if len(set(stems)) < len(stems):
+            (stem, _), *_ = Counter(stems).most_common(1)
+            twice = [file for file in found if os.path.splitext(file)[0] == stem]
+            raise UserError(
+                f"{root}: {few(twice)} would share one map, {beside / stem}.png; give each a name of its own"
+            )
         sizes = np.asarray([there.get(stems[i], -1) for i in self.place.tolist()], dtype="<i8")
         self._digest = sha256(sizes.tobytes()).hexdigest()
         without, spare = int((sizes < 0).sum()), sorted(set(there) - set(stems))
@@ -120,21 +135,42 @@ def read_map(path: Path, image: Path) -> bytes:
 
 def named_classes(path: Path) -> list[str]:
     """The classes that a file names, one a line in the order of their numbers. Raises UserError for none, or too many for a map."""
-    with explained(path):
-        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
+    names = [line.strip() for line in _lines(path)]
+    while names and not names[-1]:
+        names.pop()
+    if "" in names:
+        raise UserError(
+            f"{path}: line {names.index('') + 1} is blank, and lines count as numbers; name that class too (as unused), or take the "
+            "line out if the next class has its number"
+        )
     if not 0 < len(names) <= maps.VOID:
         raise UserError(f"{path}: names {len(names)} classes; a map holds 1 to {maps.VOID}")
     return names
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a text file. Raises UserError where it cannot be read, or is not UTF-8."""
+    with explained(path):
+        try:
+            return path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}: is not UTF-8 (byte {error.start} is {error.object[error.start]:#x}); save it as that"
+            ) from None
 
 
 def class_names(root: str, beside: Path) -> tuple[list[str], bool]:
     """Names of the classes of a folder's maps, and whether a map's 0 is void and its 1 the first class.
 
     Raises:
-        UserError: nothing names them.
+        UserError: nothing names them, or two files do.
     """
     top = Path(os.path.commonpath([Path(root).absolute(), beside]))
+    if (top / ADE_NAMES).is_file() and (top / OWN_NAMES).is_file():
+        raise UserError(
+            f"{top}: holds {ADE_NAMES} (0 is void, 1 the first class) and {OWN_NAMES} (0 is the first class); remove the one that the maps "
+            "do not follow"
+        )
     if (top / ADE_NAMES).is_file():
         return _ade_names(top / ADE_NAMES), True
     if (top / OWN_NAMES).is_file():
@@ -149,8 +185,7 @@ def class_names(root: str, beside: Path) -> tuple[list[str], bool]:
 
 def _ade_names(path: Path) -> list[str]:
     """First names of the rows of ``objectInfo150.txt``: number, share, images of each split, names with commas between."""
-    with explained(path):
-        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    lines = _lines(path)
     rows = [line.split("\t") for line in lines[1:] if line.strip()]
     numbers = [row[0].strip() for row in rows]
     if not rows or numbers != [str(i + 1) for i in range(len(rows))] or len(rows) >= maps.VOID:

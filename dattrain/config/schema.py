@@ -150,7 +150,6 @@ class Config(Section):
             "augment.label_smoothing": (a.label_smoothing > 0, 0),
             "train.progressive": (bool(self.train.progressive), "[]"),
             "data.reader": (self.data.reader != "index", "index"),
-            "data.decoder": (self.data.decoder != "cpu", "cpu"),
             "eval.batch": (self.eval.batch != 1, 1),
             "optim.freeze_backbone": (self.optim.freeze_backbone, "false"),
         }

@@ -41,9 +41,8 @@ def train_loader(
         request, plan = request_of(config, order, share, number)
         return fetch(dataset, request, plan, skip_bad=data.on_bad == "skip")
 
-    height, width = largest(config.geometry)
     return TrainLoader(
-        _decoder(config, read, device, nbytes=bytes_of((share.micro_batch, height, width))),
+        _train_decoder(config, read, device, share.micro_batch),
         classes,
         samples_per_epoch=order.samples,
         identity=identity.of_dataset(dataset),
@@ -106,6 +105,28 @@ def largest(geometry: Geometry) -> tuple[int, int]:
         for side in (geometry.short_side, geometry.long_side)
     )
     return height, width
+
+
+def _train_decoder(
+    config: Config, read: Callable[[int], EncodedMaps], device: torch.device, micro_batch: int
+) -> Decoder[SegmentationBatch]:
+    """The decoder that ``data.decoder`` names, at work; evaluation, with one image at a time as it is stored, has the CPU's."""
+    data = config.data
+    if data.decoder == "dali":
+        from dattrain.data.decode.dali_dense import DaliSegmentationDecoder
+
+        return DaliSegmentationDecoder(
+            read,
+            batch=micro_batch,
+            pad_to=config.geometry.pad_to,
+            interpolation=config.augment.interpolation,
+            skip_bad=data.on_bad == "skip",
+            data=data,
+            device=device,
+            threads=max(1, data.workers),
+        )
+    height, width = largest(config.geometry)
+    return _decoder(config, read, device, nbytes=bytes_of((micro_batch, height, width)))
 
 
 def _decoder(

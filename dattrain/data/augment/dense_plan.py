@@ -56,6 +56,16 @@ class DensePlan:
     def __len__(self) -> int:
         return len(self.flip)
 
+    def resized(self, sample: int, height: int, width: int) -> tuple[int, int]:
+        """Height and width of sample ``sample``, as it is stored, after its resize."""
+        return resized_size(
+            height,
+            width,
+            short_side=self.short_side,
+            long_side=self.long_side,
+            scale=float(self.scale[sample]),
+        )
+
 
 def draw(geometry: Geometry, augment: Augment, seed: int, positions: ArrayLike) -> DensePlan:
     """Draw the plan of the samples at ``positions`` (B int64, global).

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dattrain.data.annotations.semantic import VOID
-from dattrain.data.augment.dense_plan import DensePlan, resized_size
+from dattrain.data.augment.dense_plan import DensePlan
 from dattrain.data.dense_batch import SegmentationBatch
 from dattrain.data.to_device import to_device
 
@@ -26,12 +26,7 @@ def train_sample(image: Tensor, classes: Tensor, plan: DensePlan, sample: int) -
         image: 3 x H x W uint8.
         classes: H x W uint8 on the same device, 255 where nothing is labelled.
     """
-    size = resized_size(
-        *classes.shape,
-        short_side=plan.short_side,
-        long_side=plan.long_side,
-        scale=float(plan.scale[sample]),
-    )
+    size = plan.resized(sample, *classes.shape)
     (rows, columns), classes = choose_crop(classes, size, plan, sample)
     image = resize(image, size, plan.interpolation)[:, rows, columns]
     if plan.flip[sample]:

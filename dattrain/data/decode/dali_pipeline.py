@@ -1,4 +1,4 @@
-"""The DALI pipelines of training and evaluation, and which files are given to them."""
+"""The DALI pipelines of training, evaluation and dense training, and which files are given to them."""
 
 from __future__ import annotations
 
@@ -105,6 +105,28 @@ def eval_pipeline(
         files, start, end = fn.external_source(source=source, num_outputs=3, batch=True, no_copy=True)
         pixels = fn.decoders.image(files, **_decoding(types, device))
         return fn.resize(pixels, size=size, roi_start=start, roi_end=end, **_resizing(types, interpolation))
+
+    return _built(graph, batch, device)
+
+
+def dense_pipeline(
+    source: Callable[[], tuple[Any, ...]], batch: int, interpolation: str, device: Device
+) -> Any:
+    """Decode, take a part at a size of its own, flip; smaller results are padded with 0 at the right and at the bottom.
+
+    ``source`` gives (files, B x 2 float32 top and left, B x 2 float32 bottom and right, in pixels of the file, B x 2 float32 height
+    and width of the result, B int32 flips), to be held as for ``train_pipeline``. The filter reads beyond the part's edges. The output
+    is B x the largest height x the largest width x 3 uint8.
+    """
+    fn, types = require()
+
+    def graph() -> Any:
+        files, start, end, size, flip = fn.external_source(
+            source=source, num_outputs=5, batch=True, no_copy=True
+        )
+        pixels = fn.decoders.image(files, **_decoding(types, device))
+        pixels = fn.resize(pixels, size=size, roi_start=start, roi_end=end, **_resizing(types, interpolation))
+        return fn.pad(fn.flip(pixels, horizontal=flip), axes=(0, 1))
 
     return _built(graph, batch, device)
 

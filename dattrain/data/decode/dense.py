@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -95,14 +95,15 @@ class SegmentationDecoder:
                         raise UserError(bad_sample_message(str(error))) from error
                     bad[i] = str(error)
             if pixels is None:
-                done.append(_nothing(plan))
+                done.append(nothing(plan))
             else:
                 done.append(pixels if plan is None else train_sample(*pixels, plan, i))
         return self._batch(done, encoded, bad)
 
     def _batch(self, done: list[_Pixels], encoded: EncodedMaps, bad: dict[int, str]) -> SegmentationBatch:
         sizes = torch.tensor([classes.shape for _, classes in done], dtype=torch.int64).view(-1, 2)
-        pixels, maps, slot = empty((len(done), *self._size(sizes, encoded.plan)), self.buffer)
+        size = batch_size(sizes.tolist(), encoded.plan, self.pad_to)
+        pixels, maps, slot = empty((len(done), *size), self.buffer)
         for i, (image, classes) in enumerate(done):
             height, width = classes.shape
             pixels[i, :, :height, :width] = image
@@ -111,30 +112,38 @@ class SegmentationDecoder:
             maps[i, :height, :width] = classes
             maps[i, height:].fill_(VOID)
             maps[i, :height, width:].fill_(VOID)
-        weight = torch.ones(len(done))
-        weight[list(bad)] = 0.0
-        keys = encoded.found.keys
-        return SegmentationBatch(
-            images=pixels,
-            maps=maps,
-            sizes=sizes,
-            weight=weight,
-            position=torch.from_numpy(encoded.request.positions),
-            keys=keys,
-            bad=tuple((keys[i], bad[i]) for i in sorted(bad)),
-            slot=slot,
-        )
+        batch = assemble(pixels, maps, sizes, encoded, bad)
+        return batch if slot is None else replace(batch, slot=slot)
 
-    def _size(self, sizes: torch.Tensor, plan: DensePlan | None) -> tuple[int, int]:
-        """Height and width of a batch."""
-        if plan is not None and plan.crop is not None:
-            return plan.crop
-        if not len(sizes):
-            return _NOTHING, _NOTHING
-        height, width = sizes.amax(0).tolist()
-        if plan is None:
-            return height, width
-        return -(-height // self.pad_to) * self.pad_to, -(-width // self.pad_to) * self.pad_to
+
+def batch_size(sizes: Sequence[Sequence[int]], plan: DensePlan | None, pad_to: int) -> tuple[int, int]:
+    """Height and width of a batch of images of ``sizes``: the crop, or the largest sides, in training rounded up to ``pad_to``."""
+    if plan is not None and plan.crop is not None:
+        return plan.crop
+    if not sizes:
+        return _NOTHING, _NOTHING
+    height, width = (max(sides) for sides in zip(*sizes))
+    if plan is None:
+        return height, width
+    return -(-height // pad_to) * pad_to, -(-width // pad_to) * pad_to
+
+
+def assemble(
+    images: torch.Tensor, maps: torch.Tensor, sizes: torch.Tensor, encoded: EncodedMaps, bad: dict[int, str]
+) -> SegmentationBatch:
+    """The batch of padded images (B x 3 x H x W) and maps (B x H x W); bad samples get weight 0."""
+    weight = torch.ones(len(sizes))
+    weight[list(bad)] = 0.0
+    keys = encoded.found.keys
+    return SegmentationBatch(
+        images=images,
+        maps=maps,
+        sizes=sizes,
+        weight=weight,
+        position=torch.from_numpy(encoded.request.positions),
+        keys=keys,
+        bad=tuple((keys[i], bad[i]) for i in sorted(bad)),
+    )
 
 
 def decode_sample(sample: Sample, numbers: NDArray[np.int64] | None) -> _Pixels:
@@ -152,7 +161,7 @@ def decode_sample(sample: Sample, numbers: NDArray[np.int64] | None) -> _Pixels:
     return image, torch.from_numpy(classes)
 
 
-def _nothing(plan: DensePlan | None) -> _Pixels:
+def nothing(plan: DensePlan | None) -> _Pixels:
     """What stands in a bad sample's place: black, and nothing labelled."""
     height, width = (
         min(_NOTHING, side) for side in (plan.crop if plan and plan.crop else (_NOTHING, _NOTHING))

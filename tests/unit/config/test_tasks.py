@@ -24,7 +24,7 @@ def test_settings_of_another_task_are_refused(setting):
 @pytest.mark.parametrize(
     "setting",
     (
-        "augment.mixup=0.8", "augment.randaugment=rand-m9", "augment.label_smoothing=0.1", "eval.batch=2", "data.decoder=dali",
+        "augment.mixup=0.8", "augment.randaugment=rand-m9", "augment.label_smoothing=0.1", "eval.batch=2",
         "data.reader=webdataset", "eval.stride=64", "geometry.scale=[2.0,0.5]", "eval.scales=[]", "model.num_classes=256",
     ),
 )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dattrain.config.sections import Data
-from dattrain.data.decode import dali, dali_probe
+from dattrain.data.decode import dali, dali_base, dali_probe
 from dattrain.data.decode.dali_pipeline import _decoding, device_of, require
 from dattrain.data.decode.dali_probe import command, examine, versions, who
 from dattrain.errors import UserError
@@ -120,7 +120,7 @@ def test_the_check_comes_before_the_first_batch(monkeypatch):
     monkeypatch.setattr(dali.DaliDecoder, "_build", lambda self: built.append(self))
     monkeypatch.setattr(dali_probe, "examine", lambda *a: "CPU (libjpeg_turbo_decoder)")
     messages = []
-    monkeypatch.setattr(dali.log, "log", lambda level, *message: messages.append((level, message)))
+    monkeypatch.setattr(dali_base.log, "log", lambda level, *message: messages.append((level, message)))
     for _ in range(2):
         make("cuda:3").close()
     assert len(built) == len(messages) == 2 and len(asked) == 2

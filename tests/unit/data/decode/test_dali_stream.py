@@ -12,7 +12,7 @@ from host_waits import fake_cuda
 from pictures import write_tar
 
 from dattrain.config.sections import Augment, Data
-from dattrain.data.decode import dali
+from dattrain.data.decode import dali, dali_base
 from dattrain.data.feed import RankShare, TrainFeed, fetch
 from dattrain.data.order import Order
 from dattrain.data.prepare.index_shards import index_shards
@@ -64,7 +64,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda tensor, stream: log.append(("held for", stream.name))
     )
-    monkeypatch.setattr(dali, "probe", lambda device: "GPU (nvjpeg_cuda_decoder)")
+    monkeypatch.setattr(dali_base, "probe", lambda device: "GPU (nvjpeg_cuda_decoder)")
     return SimpleNamespace(log=log, events=events)
 
 
@@ -90,7 +90,7 @@ def decoder(folder, encodings, recorded, monkeypatch, bad=()):
             return (None,)
 
     monkeypatch.setattr(dali.DaliDecoder, "_build", lambda self: Pipeline())
-    monkeypatch.setattr(dali, "release", lambda device: None)
+    monkeypatch.setattr(dali_base, "release", lambda device: None)
     made = dali.DaliDecoder(
         lambda number: fetch(dataset, feed.request(number), num_classes=10, skip_bad=True),
         batch=BATCH,

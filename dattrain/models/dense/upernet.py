@@ -35,8 +35,7 @@ class UperNet(nn.Module):
         super().__init__()
         *finer, coarsest = in_channels
         self.pyramid = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(side), ConvNormReLU(coarsest, channels, 1, norm))
-            for side in POOLED
+            nn.Sequential(AveragePool(side), ConvNormReLU(coarsest, channels, 1, norm)) for side in POOLED
         )
         self.pooled = ConvNormReLU(coarsest + len(POOLED) * channels, channels, 3, norm)
         self.lateral = nn.ModuleList(ConvNormReLU(each, channels, 1, norm) for each in finer)
@@ -57,6 +56,31 @@ class UperNet(nn.Module):
         fused = self.fuse(torch.cat([levels[0], *(_resize(each, levels[0]) for each in levels[1:])], dim=1))
         out: Tensor = self.classifier(fused, noise)
         return out
+
+
+class AveragePool(nn.Module):
+    """``nn.AdaptiveAvgPool2d`` as two products of matrices, since torch's own backward pass has no fixed order of summation on CUDA.
+
+    (It raises under ``torch.use_deterministic_algorithms``.) B x C x H x W to B x C x side x side, in float32 inside.
+    """
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Means over ``side`` x ``side`` regions, which overlap where ``side`` does not divide a map's."""
+        rows, columns = (self._regions(length, x.device) for length in x.shape[2:])
+        # Ones, and the division after them: exact in whatever dtype autocast may take.
+        sums = rows @ x.float() @ columns.mT
+        return (sums / (rows.sum(1, keepdim=True) * columns.sum(1))).to(x.dtype)
+
+    def _regions(self, length: int, device: torch.device) -> Tensor:
+        """``side`` x ``length`` float32: 1 where a place belongs to a region."""
+        region = torch.arange(self.side, device=device).unsqueeze(1)
+        place = torch.arange(length, device=device)
+        first, end = region * length // self.side, -(-(region + 1) * length // self.side)
+        return ((place >= first) & (place < end)).float()
 
 
 class AuxiliaryHead(nn.Module):

@@ -7,13 +7,15 @@ from math import prod, sqrt
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from dattrain.errors import UserError
 from dattrain.models.dense import create_backbone, create_segmenter
 from dattrain.models.dense.fpn import FPN
 from dattrain.models.dense.norm import Classifier, ConvNormReLU, create_norm
-from dattrain.models.dense.upernet import POOLED, UperNet
+from dattrain.models.dense.upernet import POOLED, AveragePool, UperNet
+from dattrain.tasks.segmentation import pixel_cross_entropy
 
 
 def segmenter(head: str = "upernet", drop_path: float = 0.3, **more):
@@ -60,6 +62,36 @@ def test_pyramid_is_torchvision_s(extra):
     bound = sqrt(6 / (9 * 12 + 9 * 12))
     assert 0.9 * bound < float(ours.output[0].weight.detach().abs().max()) <= bound
     assert not any(parameter.any() for name, parameter in ours.named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize("side", POOLED)
+@pytest.mark.parametrize("size", [(16, 16), (7, 7), (5, 9), (4, 32), (1, 2)])
+def test_average_pool_is_torch_s(side, size):
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(AveragePool(side)(x), nn.functional.adaptive_avg_pool2d(x, side))
+    assert AveragePool(side)(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("head", ["upernet", "semantic_fpn"])
+def test_nothing_raises_in_deterministic_mode_on_cuda(head):
+    """Of the operators that torch.use_deterministic_algorithms names; bilinear enlargement it replaces by itself."""
+    names = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket.__name__)
+            if names[-1] == "nll_loss2d_forward":
+                assert args[3] == 0  # a sum or mean would be added up in any order
+            return func(*args, **(kwargs or {}))
+
+    model = segmenter(head).train()
+    with Recorded():
+        found = model(images())
+        logits = found[0] if isinstance(found, tuple) else found
+        pixel_cross_entropy(logits, torch.zeros(2, 97, 130, dtype=torch.uint8)).sum().backward()
+    assert {"convolution", "nll_loss2d_forward"} <= set(names)
+    raising = ("_adaptive_", "adaptive_", "avg_pool3d", "max_unpool", "reflection_pad", "grid_sampler")
+    assert not [name for name in names if name.startswith((*raising, "upsample_bicubic", "upsample_linear"))]
 
 
 @pytest.mark.parametrize("head", ["upernet", "semantic_fpn"])

@@ -40,6 +40,13 @@ STAGES: tuple[Stage, ...] = (
         180,
         "SIGKILL and exact resume, saves in background and foreground, fp16 and bf16-pure",
     ),
+    Stage(
+        "dense",
+        "dense",
+        "run",
+        240,
+        "segmentation: SIGKILL and exact resume with SyncBatchNorm, compiled, from DALI; UperNet on DAT-T beside Swin-T",
+    ),
     Stage("step", "updates", "parts", 120, "an update of DAT-T taken apart, compiled, with CUDA graphs"),
     Stage("waits", "waits", "run", 90, "where the host waits for the device in an update"),
     Stage(

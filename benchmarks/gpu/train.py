@@ -88,20 +88,20 @@ def pack(folder: Path, count: int) -> list[str]:
     return [f"data.train={folder}/train", f"data.lanes={min(16, count // 16)}"]
 
 
-def command(run: Path, settings: Sequence[str]) -> subprocess.Popen[bytes]:
+def command(run: Path, settings: Sequence[str], recipe: Path = RECIPE) -> subprocess.Popen[bytes]:
     """``dattrain train``, in the process group of this stage, so that it cannot outlive it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "dattrain", "train", str(RECIPE), *settings, "--run", str(run)]
+        [sys.executable, "-m", "dattrain", "train", str(recipe), *settings, "--run", str(run)]
     )
 
 
-def kill(run: Path, settings: Sequence[str]) -> int:
+def kill(run: Path, settings: Sequence[str], recipe: Path = RECIPE) -> int:
     """Start a training and SIGKILL it as soon as its first checkpoint is published; the step that this was of.
 
     Raises:
         RuntimeError: it ended by itself.
     """
-    process = command(run, settings)
+    process = command(run, settings, recipe)
     while process.poll() is None and not (
         found := sorted((run / "checkpoints").glob("step_*/manifest.json"))
     ):
@@ -123,7 +123,7 @@ def resumed(run: Path) -> int:
     )
 
 
-def train(run: Path, settings: Sequence[str]) -> None:
+def train(run: Path, settings: Sequence[str], recipe: Path = RECIPE) -> None:
     """A training in this process.
 
     Raises:
@@ -132,7 +132,7 @@ def train(run: Path, settings: Sequence[str]) -> None:
     from dattrain.config.load import load
     from dattrain.engine.train import train
 
-    train(load(RECIPE, list(settings)).config, run)
+    train(load(recipe, list(settings)).config, run)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

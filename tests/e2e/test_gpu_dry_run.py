@@ -58,6 +58,8 @@ def test_every_stage_is_walked(names, tmp_path):
         ("train", "tensors that differ after SIGKILL and resume"),
         ("train", "tensors that differ between background and foreground saves"),
         ("train", "losses not finite in fp16"),
+        ("dense", "tensors that differ after SIGKILL and resume"),
+        ("dense", "losses not finite"),
         ("augment", "images that differ from the CPU's"),
     ):
         if stage in names:

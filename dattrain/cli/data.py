@@ -212,6 +212,7 @@ def _source(args: argparse.Namespace) -> tuple[Dataset, str]:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from dattrain.data.prepare.contents import ONLY_DETECTION
     from dattrain.data.prepare.verify import verify
     from dattrain.data.source.dataset import open_dataset
 
@@ -230,7 +231,9 @@ def _verify(args: argparse.Namespace) -> int:
         f"{mask(args.data)}: {counted(report.samples, 'sample')}, {readable_size(report.nbytes)} decoded; "
         f"{counted(len(report.bad), 'bad sample')}, {counted(len(report.damaged), 'damaged shard')}"
     )
-    return 0 if report.good else 1
+    if dataset.maskless:
+        print(f"{mask(args.data)}: {dataset.maskless}; {ONLY_DETECTION}", file=sys.stderr)
+    return 0 if report.good and not dataset.flaws else 1
 
 
 def _index(args: argparse.Namespace) -> int:

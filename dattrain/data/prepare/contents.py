@@ -16,6 +16,9 @@ from dattrain.data.classes import few
 from dattrain.data.source.index import to_json
 from dattrain.files import counted
 
+ONLY_DETECTION = "detection can learn from them, segmentation cannot"
+"""Said of objects with a box and no mask."""
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -105,5 +108,5 @@ class Contents:
                 f"its maps hold 0 and {VOID} alone, one class and void; where {VOID} is meant as a class, write 1"
             )
         if self.boxes:
-            out.append(f"{self.maskless}; detection can learn from them, segmentation cannot")
+            out.append(f"{self.maskless}; {ONLY_DETECTION}")
         return out

@@ -117,10 +117,11 @@ def _check_labelled(config: Config, split: str, dataset: Dataset, first: BatchRe
                 raise UserError(bad_sample_message(str(error))) from error
             bad = bad or str(error)
         seen += 1
+    which = "its" if total <= _LOOKED_AT else f"{seen:,} of its"
+    why = f"all are void, or bad samples, the first of them: {bad}" if bad else "all are void"
     raise UserError(
-        f"data.{split}={dataset.name}: no pixel of {'its' if total <= _LOOKED_AT else f'{seen:,} of its'} {counted(total, 'sample')} has a "
-        f"class: all are void, or bad samples. {VOID} is void, and with an {ADE_NAMES} 0 is, too"
-        + (f". The first bad one: {bad}" if bad else "")
+        f"data.{split}={dataset.name}: no pixel of {which} {counted(total, 'sample')} has a class; {VOID} is void, and with an {ADE_NAMES} "
+        f"0 is, too; {why}"
     )
 
 

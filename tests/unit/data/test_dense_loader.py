@@ -275,7 +275,9 @@ def test_nothing_but_void_is_refused_at_the_start(tmp_path):
     assert any((batch.maps == VOID).all() for batch in read(recipe(folder), batches=6))
     for place in (tmp_path / "annotations/training").glob("*.png"):
         place.write_bytes(b"no map")
-    with pytest.raises(UserError, match=r"no pixel of its 14 .*The first bad one: .*its map is no PNG"):
+    with pytest.raises(
+        UserError, match=r"no pixel of its 14 .*bad samples, the first of them: .*its map is no PNG"
+    ):
         read(recipe(folder, data={"on_bad": "skip"}), batches=1)
 
 

@@ -54,6 +54,11 @@ def readable_size(nbytes: float) -> str:
     return f"{nbytes:.4g} TB"
 
 
+def counted(count: int, what: str) -> str:
+    """``1 map``, ``1,200 classes``: a number of things, for a message."""
+    return f"{count:,} {what}{'' if count == 1 else 'es' if what.endswith('s') else 's'}"
+
+
 @contextlib.contextmanager
 def doing(operation: str) -> Iterator[None]:
     """Give an OSError of the block the name of what was tried; one that has a name keeps it.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dattrain.errors import UserError
-from dattrain.files import readable_size
+from dattrain.files import counted, readable_size
 from dattrain.runtime.progress import Progress
 from dattrain.urls import mask
 
@@ -130,9 +130,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _classes(manifest: Mapping[str, Any]) -> str:
-    """How many a packed split has, where its annotations or labels say so."""
-    found = manifest["classes"] if manifest["histogram"] is None else manifest["histogram"]
-    return "classes without names" if found is None else f"{len(found)} classes"
+    """How many a packed split has samples of."""
+    there = counted(len(manifest["histogram"]), "class")
+    return there if manifest["classes"] or not manifest.get("annotations") else f"{there} without names"
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -163,9 +163,11 @@ def _pack(args: argparse.Namespace) -> int:
     for m in manifests:
         shards, bad = m["shards"], m["bad"]
         print(
-            f"{args.out}/{m['split']}-*.tar: {m['samples']:,} samples in {len(shards)} shards, {readable_size(m['bytes'])}, "
+            f"{args.out}/{m['split']}-*.tar: {counted(m['samples'], 'sample')} in {counted(len(shards), 'shard')}, {readable_size(m['bytes'])}, "
             f"{_classes(m)}" + (f", {m['annotations']}" if m.get("annotations") else "")
         )
+        for line in m.get("contents", ()):
+            print(f"{m['split']}: {line}", file=sys.stderr)
         for entry in bad:
             print(f"left out: {entry['reason']}", file=sys.stderr)
     duplicates = Path(args.out, "_duplicates.json")
@@ -210,6 +212,7 @@ def _source(args: argparse.Namespace) -> tuple[Dataset, str]:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from dattrain.data.prepare.contents import ONLY_DETECTION
     from dattrain.data.prepare.verify import verify
     from dattrain.data.source.dataset import open_dataset
 
@@ -225,10 +228,12 @@ def _verify(args: argparse.Namespace) -> int:
         print(f"bad: {key}: {reason}")
     _say_left_out(report.left_out)
     print(
-        f"{mask(args.data)}: {report.samples:,} samples, {readable_size(report.nbytes)} decoded; {len(report.bad)} bad samples, "
-        f"{len(report.damaged)} damaged shards"
+        f"{mask(args.data)}: {counted(report.samples, 'sample')}, {readable_size(report.nbytes)} decoded; "
+        f"{counted(len(report.bad), 'bad sample')}, {counted(len(report.damaged), 'damaged shard')}"
     )
-    return 0 if report.good else 1
+    if dataset.maskless:
+        print(f"{mask(args.data)}: {dataset.maskless}; {ONLY_DETECTION}", file=sys.stderr)
+    return 0 if report.good and not dataset.flaws else 1
 
 
 def _index(args: argparse.Namespace) -> int:
@@ -258,7 +263,7 @@ def _index(args: argparse.Namespace) -> int:
             progress=progress,
         )
     samples = sum(shard.entry.samples for shard in shards)
-    print(f"{args.out or args.data}: {samples:,} samples in {len(shards)} shards indexed")
+    print(f"{args.out or args.data}: {counted(samples, 'sample')} in {counted(len(shards), 'shard')} indexed")
     for what, keys in (
         ("samples have no image", [f"{s.path}: {key}" for s in shards for key in s.no_image]),
         ("samples have no label", [f"{s.path}: {key}" for s in shards for key in s.no_label]),
@@ -322,7 +327,10 @@ def _ls(args: argparse.Namespace) -> int:
         total = f", {readable_size(int(dataset.shards.sizes.sum()))}"
     else:
         total = _per_class(dataset)
-    print(f"{int(dataset.counts.sum()):,} samples in {len(dataset.counts):,} shards{total}", file=sys.stderr)
+    print(
+        f"{counted(int(dataset.counts.sum()), 'sample')} in {counted(len(dataset.counts), 'shard')}{total}",
+        file=sys.stderr,
+    )
     return 0
 
 
@@ -357,8 +365,8 @@ def _stats(args: argparse.Namespace) -> int:
 
 
 def _say(dataset: Dataset) -> None:
-    """What was left out of a set, on stderr."""
-    for line in dataset.notes:
+    """What was left out of a set or is wrong with it, on stderr."""
+    for line in [*dataset.notes, *dataset.flaws]:
         print(line, file=sys.stderr)
 
 

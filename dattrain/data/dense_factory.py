@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -10,16 +11,24 @@ from dattrain.config.derive import check_samples, micro_batch
 from dattrain.config.schema import Config
 from dattrain.config.sections import Geometry, as_pair
 from dattrain.data import identity
+from dattrain.data.annotations.map_folder import ADE_NAMES
+from dattrain.data.annotations.semantic import VOID
 from dattrain.data.augment.dense_plan import DensePlan, draw
 from dattrain.data.classes import Classes
-from dattrain.data.decode.dense import EncodedMaps, SegmentationDecoder, fetch
+from dattrain.data.decode.dense import EncodedMaps, SegmentationDecoder, fetch, labelled
 from dattrain.data.dense_batch import SegmentationBatch, bytes_of
 from dattrain.data.factory import Prefetch, open_split, patience
-from dattrain.data.feed import BatchRequest, EvalFeed, RankShare
+from dattrain.data.feed import BatchRequest, EvalFeed, RankShare, bad_sample_message
 from dattrain.data.loader import Decoder, EvalLoader, TrainLoader
 from dattrain.data.order import Order
 from dattrain.data.shared_buffer import SharedBatchBuffer
+from dattrain.data.source.dataset import BadSample, Dataset, locate
 from dattrain.data.workers import Workers
+from dattrain.errors import UserError
+from dattrain.files import counted
+
+_LOOKED_AT = 1000
+"""Samples in which a labelled pixel is looked for, in sets whose first ones have none."""
 
 
 def train_loader(
@@ -36,6 +45,7 @@ def train_loader(
     dataset, classes = open_split(config, "train", None, rank=rank, world=world)
     order = Order(dataset.counts, seed=train.seed, lanes=data.lanes, window=data.window, shuffle=data.shuffle)
     check_samples(config, order.samples)
+    _check_labelled(config, "train", dataset, request_of(config, order, share, 0)[0])
 
     def read(number: int) -> EncodedMaps:
         request, plan = request_of(config, order, share, number)
@@ -75,6 +85,7 @@ def eval_loader(
 
     # What can be listed may still not be there to be read: an evaluation would find that out only after an epoch.
     read(0)
+    _check_labelled(config, "val", dataset, feed.request(0))
 
     def decoder() -> Decoder[SegmentationBatch]:
         # Stored images are as large as they like. Pages of a slot that no image needs are never touched; a larger image goes
@@ -83,6 +94,34 @@ def eval_loader(
         return _decoder(config, read, device, nbytes=bytes_of((1, side, side)), count=len(feed))
 
     return EvalLoader(dataset, feed, decoder, device)
+
+
+def _check_labelled(config: Config, split: str, dataset: Dataset, first: BatchRequest) -> None:
+    """Refuse a set without a labelled pixel, which would be trained on to the end, with a loss of 0.
+
+    The first sample mostly has one. Where those of ``first`` have none, up to ``_LOOKED_AT`` from the whole set are looked at.
+
+    Raises:
+        UserError: not one of them has a pixel of a class; without ``data.on_bad=skip`` also for a bad sample.
+    """
+    total = int(dataset.counts.sum())
+    others = (locate(dataset, item) for item in range(0, total, -(-total // _LOOKED_AT)))
+    seen, bad = 0, ""
+    for place in itertools.chain(zip(first.shards.tolist(), first.samples.tolist()), others):
+        try:
+            if labelled(dataset.read(*place), dataset.numbers):
+                return
+        except BadSample as error:
+            if config.data.on_bad != "skip":
+                raise UserError(bad_sample_message(str(error))) from error
+            bad = bad or str(error)
+        seen += 1
+    which = "its" if total <= _LOOKED_AT else f"{seen:,} of its"
+    why = f"all are void, or bad samples, the first of them: {bad}" if bad else "all are void"
+    raise UserError(
+        f"data.{split}={dataset.name}: no pixel of {which} {counted(total, 'sample')} has a class; {VOID} is void, and with an {ADE_NAMES} "
+        f"0 is, too; {why}"
+    )
 
 
 def request_of(config: Config, order: Order, share: RankShare, number: int) -> tuple[BatchRequest, DensePlan]:

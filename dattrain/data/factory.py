@@ -12,7 +12,7 @@ from dattrain.config.derive import check_samples, micro_batch
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
 from dattrain.data import identity
-from dattrain.data.annotations.kinds import CLASSIFICATION, SEGMENTATION, check_kind
+from dattrain.data.annotations.kinds import CLASSIFICATION, SEGMENTATION, check_kind, flaws
 from dattrain.data.batch import Batch
 from dattrain.data.classes import Classes, absent, bare_numbers, canonical, check_sampled_names, decide, few
 from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
@@ -26,7 +26,7 @@ from dattrain.data.source.index import NO_LABEL
 from dattrain.data.source.shards import check_train_glob
 from dattrain.data.stream import WebStream, stream_classes
 from dattrain.data.workers import Workers
-from dattrain.errors import ConfigError
+from dattrain.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,12 @@ def open_split(
     try:
         wanted = CLASSIFICATION if config.task.kind == "classification" else SEGMENTATION
         check_kind(dataset, wanted, f"data.{split}={dataset.name}", config.task.kind)
+        bad = flaws(dataset, config.task.kind)
+        if bad and data.on_bad == "error":
+            raise UserError(
+                f"data.{split}: {'; '.join(bad)}. Correct that, or set data.on_bad=skip (of dattrain eval, --on-bad skip) to "
+                "go on without what cannot be used"
+            )
         if split == "train" and isinstance(dataset, ShardDataset):
             check_train_glob(spec, dataset.shards.paths)
         classes, notes = assign_class_numbers(config, split, dataset, classes)
@@ -135,7 +141,7 @@ def open_split(
         dataset.close()
         raise
     if rank == 0:
-        for line in [*dataset.notes, *notes]:
+        for line in [*dataset.notes, *bad, *notes]:
             log.warning("%s", line)
     return dataset, classes
 

@@ -24,6 +24,7 @@ from dattrain.data.source.files import explained, listing, read_file
 from dattrain.data.source.index import to_json
 from dattrain.data.source.sample import BadSample
 from dattrain.errors import UserError
+from dattrain.files import counted
 
 _BACKGROUNDS = frozenset({"background", "_background_", "__background__"})
 """What tools call a category of the background (labelme's has the id 0)."""
@@ -58,10 +59,12 @@ class CocoDataset(AnnotatedFiles):
         # An object that is there twice would lie under itself, and be void as a map.
         own = [one["id"] for one in found if isinstance(one, dict) and isinstance(one.get("id"), (int, str))]
         _check_once(path, own, "id", "annotations")
-        objects, notes = _objects(path, found, rows, categories)
+        objects, notes, self.maskless = _objects(path, found, rows, categories)
         del content, found, own
         if lost := _missing(root, files):
-            notes.append(f"{path}: {len(lost):,} of its {len(files):,} images are not in {root}: {few(lost)}")
+            self.flaws = (
+                f"{path}: {len(lost):,} of its {len(files):,} images are not in {root}: {few(lost)}",
+            )
         super().__init__(path, root, files, origin=f" (from {path})")
         # Objects are let go of as they become bytes: of a large file they are most of what is in memory.
         self._rows = Rows(_row(rows[i], objects.pop(rows[i]["id"], [])) for i in self.place.tolist())
@@ -181,12 +184,13 @@ def _categories(path: str, rows: Sequence[Mapping[str, Any]]) -> _Categories:
 
 def _objects(
     path: str, found: Sequence[dict[str, Any]], images: Sequence[Mapping[str, Any]], categories: _Categories
-) -> tuple[dict[Any, list[dict[str, Any]]], list[str]]:
-    """Objects by image id as samples hold them; and what was left out."""
+) -> tuple[dict[Any, list[dict[str, Any]]], list[str], str]:
+    """Objects by image id as samples hold them; what was left out; and ``Dataset.maskless``."""
     sizes = {row["id"]: (row.get("height"), row.get("width")) for row in images}
     kept: dict[Any, list[dict[str, Any]]] = {}
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}
+    boxes, first_box = 0, ""
     for number, one in enumerate(found):
         where = f"annotation {one.get('id', f'number {number}')}"
         image = one.get("image_id")
@@ -205,16 +209,18 @@ def _objects(
             first.setdefault(why, f"{where} of image {image}")
         else:
             kept.setdefault(image, []).append(kept_as)
+            if "segmentation" not in kept_as:
+                boxes, first_box = boxes + 1, first_box or f"{where} of image {image}"
     empty = sum(row["id"] not in kept for row in images)
     notes = [
-        f"{path}: {count:,} object{'s' if count > 1 else ''} left out, with {why}: {first[why]}"
+        f"{path}: {counted(count, 'object')} left out, with {why}: {first[why]}"
         for why, count in dropped.most_common()
     ]
     if empty:
         notes.append(
             f"{path}: {empty:,} of its {len(images):,} images have no objects; they are background alone"
         )
-    return kept, notes
+    return kept, notes, instances.maskless(boxes, first_box)
 
 
 def _kept(

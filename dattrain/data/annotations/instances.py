@@ -21,6 +21,7 @@ from dattrain.data.annotations import polygons, rle
 from dattrain.data.decode import images
 from dattrain.data.source.index import MAX_LABEL, to_json
 from dattrain.data.source.sample import BadSample
+from dattrain.files import counted
 
 BACKGROUND = "background"
 """Class 0 of a set of objects: that of the pixels of none, where it is segmented."""
@@ -74,6 +75,11 @@ def parse(annotation: bytes, where: str) -> Instances:
         segmentations=tuple(one.segmentation for one in objects),
         size=_size(content),
     )
+
+
+def maskless(count: int, first: str) -> str:
+    """``Dataset.maskless`` of as many objects, of which ``first`` is one."""
+    return f"{counted(count, 'object')} with a box and no mask: {first}" if count else ""
 
 
 def size_of(annotation: bytes) -> tuple[int, int] | None:

@@ -26,6 +26,14 @@ CLASSIFICATION: frozenset[Annotations] = frozenset({"none"})
 SEGMENTATION: frozenset[Annotations] = frozenset({"maps", "instances"})
 
 
+def flaws(dataset: Dataset, task: str) -> list[str]:
+    """What makes samples of a set bad for a task, as far as opening it tells: ``Dataset.flaws``, and objects without the mask that it needs."""
+    found = list(dataset.flaws)
+    if dataset.maskless and task == "segmentation":
+        found.append(f"{dataset.name}: {dataset.maskless}; task.kind={task} learns from masks")
+    return found
+
+
 def check_kind(dataset: Dataset, wanted: Collection[Annotations], what: str, task: str) -> None:
     """Refuse a set that a task cannot learn from.
 

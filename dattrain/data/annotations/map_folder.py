@@ -24,6 +24,7 @@ from dattrain.data.source.annotation_index import Annotations
 from dattrain.data.source.files import explained, listing, read_file
 from dattrain.data.source.sample import BadSample
 from dattrain.errors import UserError
+from dattrain.files import counted
 
 PAIRS = {"images": "annotations", "img_dir": "ann_dir"}
 """Names of the folders of images, and of those of maps that lie beside them (ADE20K's, mmseg's)."""
@@ -61,7 +62,7 @@ def map_folder(folder: str) -> Path | None:
         # Beside folders of classes images may stray, which are told elsewhere.
         flat = not any(entry.is_dir() for entry in inside)
         holds_images = flat and any(is_image_name(entry.name) for entry in inside)
-        if beside.is_dir() and (holds_images or any(beside.rglob("*.png"))):
+        if beside.is_dir() and (holds_images or next(_files(beside, _is_map_name), None)):
             return beside
         if holds_images:
             raise UserError(
@@ -89,26 +90,37 @@ class MapFolder(AnnotatedFiles):
         own = Path(root).absolute()
         self.classes, self._from_one = class_names(root, beside) if names is None else names
         self.maps = beside
-        found = sorted(_files(own, is_image_name))
+        files = sorted(_files(own, lambda name: True))
+        found = [file for file in files if is_image_name(file)]
+        unread = [file for file in files if not is_image_name(file)]
+        if not found and unread:
+            raise UserError(f"{root}: has no images; it holds {few(unread)}, which are not read")
         super().__init__(root, own, found)
-        there = {os.path.splitext(file)[0]: size for file, size in _sizes(beside)}
-        stems = [os.path.splitext(file)[0] for file in found]
-        if len(set(stems)) < len(stems):
-            (stem, _), *_ = Counter(stems).most_common(1)
-            twice = [file for file in found if os.path.splitext(file)[0] == stem]
+        maps_there = list(_sizes(beside))
+        stems = [_stem(file) for file in found]
+        if twice := _of_one_stem(found):
             raise UserError(
-                f"{root}: {few(twice)} would share one map, {beside / stem}.png; give each a name of its own"
+                f"{root}: {few(twice)} would share one map, {beside / _stem(twice[0])}.png; give each a name of its own"
             )
+        if twice := _of_one_stem([file for file, _ in maps_there]):
+            raise UserError(f"{beside}: {few(twice)} would be maps of one image; remove all but one")
+        there = {_stem(file): size for file, size in maps_there}
+        self._names = {_stem(file): file for file, _ in maps_there if not file.endswith(".png")}
         sizes = np.asarray([there.get(stems[i], -1) for i in self.place.tolist()], dtype="<i8")
         self._digest = sha256(sizes.tobytes()).hexdigest()
-        without, spare = int((sizes < 0).sum()), sorted(set(there) - set(stems))
-        self.notes = tuple(
-            note
-            for count, note in (
-                (without, f"{root}: {without} of {len(found)} images have no map in {beside}"),
-                (len(spare), f"{beside}: {len(spare)} maps have no image in {root}: {few(spare)}"),
+        without = [file for file, stem in zip(found, stems) if stem not in there]
+        own_stems = set(stems)
+        spare = [file for file, _ in maps_there if _stem(file) not in own_stems]
+        lost = [file for file in unread if _stem(file) in there]
+        self.notes = _left_out(own, unread)
+        self.flaws = tuple(
+            f"{flaw}: {few(sorted(names))}"
+            for names, flaw in (
+                (without, f"{root}: {len(without):,} of {len(found):,} images have no map in {beside}"),
+                (spare, f"{beside}: {counted(len(spare), 'map')} without an image in {root}"),
+                (lost, f"{root}: {counted(len(lost), 'image')} in a format that is not read"),
             )
-            if count
+            if names
         )
 
     @property
@@ -118,19 +130,23 @@ class MapFolder(AnnotatedFiles):
 
     def annotation(self, sample: int) -> bytes:
         """The map, its numbers being those of ``classes``."""
-        path = self.maps / (os.path.splitext(self.file(sample))[0] + ".png")
+        stem = _stem(self.file(sample))
+        path = self.maps / self._names.get(stem, f"{stem}.png")
         data = read_map(path, self.root / self.file(sample))
         return _from_zero(data, len(self.classes or ()), str(path)) if self._from_one else data
 
 
 def read_map(path: Path, image: Path) -> bytes:
-    """The bytes of the map of an image. Raises BadSample where there is none."""
+    """The bytes of the map of an image. Raises BadSample where there is none, or an empty file."""
     try:
-        return read_file(path)
+        data = read_file(path)
     except OSError as error:
         raise BadSample(
             f"{image}: its map cannot be read: {path} ({error.strerror}); a map is a PNG of that name"
         ) from error
+    if not data:
+        raise BadSample(f"{path}: the map has zero bytes")
+    return data
 
 
 def named_classes(path: Path) -> list[str]:
@@ -228,6 +244,31 @@ def _files(root: Path, wanted: Callable[[str], bool]) -> Iterator[str]:
 
 def _sizes(root: Path) -> Iterator[tuple[str, int]]:
     """Path below the root and size in bytes of every PNG."""
-    for path in _files(root, lambda name: name.endswith(".png")):
+    for path in _files(root, _is_map_name):
         with explained(root / path):
             yield path, os.stat(root / path).st_size
+
+
+def _is_map_name(name: str) -> bool:
+    return name.lower().endswith(".png")
+
+
+def _stem(file: str) -> str:
+    """What an image and its map have in common."""
+    return os.path.splitext(file)[0]
+
+
+def _of_one_stem(files: Sequence[str]) -> list[str]:
+    """Files that would be one sample's; none where all have a name of their own."""
+    stem, count = Counter(map(_stem, files)).most_common(1)[0] if files else ("", 0)
+    return [file for file in files if _stem(file) == stem] if count > 1 else []
+
+
+def _left_out(root: Path, files: Sequence[str]) -> tuple[str, ...]:
+    """One line per kind of file that is not read."""
+    kinds: dict[str, list[str]] = {}
+    for file in files:
+        kinds.setdefault(f"{os.path.splitext(file)[1].lower() or 'extensionless'} file", []).append(file)
+    return tuple(
+        f"{root}: {counted(len(names), kind)} left out: {few(names)}" for kind, names in kinds.items()
+    )

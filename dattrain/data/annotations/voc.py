@@ -76,10 +76,20 @@ class VocDataset(AnnotatedFiles):
         there = {entry.name: entry.stat().st_size for entry in listing(self.maps)}
         sizes = [there.get(self._map(sample), -1) for sample in range(len(stems))]
         self._digest = sha256(np.asarray(sizes, dtype="<i8").tobytes()).hexdigest()
-        if without := [self._map(sample) for sample, size in enumerate(sizes) if size < 0]:
-            self.notes = (
-                f"{path}: {len(without)} of its {len(stems)} images have no map in {self.maps}: {few(without)}",
-            )
+        images = {entry.name for entry in listing(self.root)}
+        flaws = (
+            ("are not in", self.root, sorted({f"{stem}.jpg" for stem in stems} - images)),
+            (
+                "have no map in",
+                self.maps,
+                [self._map(sample) for sample, size in enumerate(sizes) if size < 0],
+            ),
+        )
+        self.flaws = tuple(
+            f"{path}: {len(names):,} of its {len(stems):,} images {what} {place}: {few(names)}"
+            for what, place, names in flaws
+            if names
+        )
 
     @property
     def annotation_digest(self) -> str:

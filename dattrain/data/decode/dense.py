@@ -161,6 +161,15 @@ def decode_sample(sample: Sample, numbers: NDArray[np.int64] | None) -> _Pixels:
     return image, torch.from_numpy(classes)
 
 
+def labelled(sample: Sample, numbers: NDArray[np.int64] | None) -> bool:
+    """Whether a pixel of a sample has a class; its image is not decoded. Raises BadSample as ``decode_sample``."""
+    try:
+        size = images.size(sample.data)
+    except images.BadImage as error:
+        raise BadSample(f"{sample.where}: {error}") from error
+    return bool((semantic_map(sample.annotation, size, numbers, sample.where) != VOID).any())
+
+
 def nothing(plan: DensePlan | None) -> _Pixels:
     """What stands in a bad sample's place: black, and nothing labelled."""
     height, width = (

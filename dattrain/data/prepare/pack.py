@@ -23,7 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.data.annotations.annotated import AnnotatedFiles
+from dattrain.data.annotations.map_folder import ADE_NAMES
+from dattrain.data.annotations.maps import VOID
 from dattrain.data.philox import Stream, words
+from dattrain.data.prepare.contents import Contents
 from dattrain.data.prepare.dedup import find_duplicates
 from dattrain.data.prepare.write_shard import PackedShard, PackOptions, ShardWriter
 from dattrain.data.source.dataset import Dataset
@@ -32,6 +35,7 @@ from dattrain.data.source.index import read_catalogue, read_json, to_json, write
 from dattrain.data.source.manifest import classes_to_pack
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
+from dattrain.files import counted
 
 
 def pack(
@@ -65,6 +69,10 @@ def pack(
         )
     if source.annotations != "none":
         _check_annotated(source, options)
+    if source.flaws and not options.skip_bad:
+        raise UserError(
+            f"{'; '.join(source.flaws)}. Correct that, or pack with --on-bad skip to leave out and name what cannot be used"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         total = int(source.counts.sum())
@@ -134,6 +142,12 @@ def _publish(writer: ShardWriter, split: str, shards: list[PackedShard]) -> dict
     samples = sum(shard.entry.samples for shard in shards)
     if not samples:
         raise UserError(f"{writer.source.name}: none of its samples for {split} can be used")
+    contents = sum((shard.contents for shard in shards), Contents())
+    if contents.void_alone == samples:
+        raise UserError(
+            f"{writer.source.name}: the {counted(samples, 'map')} for {split} hold no class: every pixel is void, and nothing can be learnt. "
+            f"{VOID} is void, and with an {ADE_NAMES} 0 is, too"
+        )
     manifest: dict[str, Any] = {
         "split": split,
         "samples": samples,
@@ -149,7 +163,7 @@ def _publish(writer: ShardWriter, split: str, shards: list[PackedShard]) -> dict
             }
             for shard in shards
         ],
-        **_annotated(writer.source),
+        **_annotated(writer, contents),
         "bad": [{"key": key, "reason": reason} for shard in shards for key, reason in shard.bad],
         "source": writer.source.name,
         "options": asdict(writer.options),
@@ -184,11 +198,17 @@ def _check_annotated(source: Dataset, options: PackOptions) -> None:
             raise UserError(f"{source.name}: has annotations, with which {name} does not go: {why}")
 
 
-def _annotated(source: Dataset) -> dict[str, Any]:
-    """What a manifest says of annotations. Which classes the samples have is not counted: that reads each of them."""
+def _annotated(writer: ShardWriter, contents: Contents) -> dict[str, Any]:
+    """What a manifest says of annotations."""
+    source = writer.source
     if source.annotations == "none":
         return {}
-    return {"annotations": source.annotations, "histogram": None, "notes": list(source.notes)}
+    return {
+        "annotations": source.annotations,
+        "maskless": contents.maskless,
+        "contents": contents.lines(writer.classes),
+        "notes": [*source.notes, *source.flaws],
+    }
 
 
 def _permute(items: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:

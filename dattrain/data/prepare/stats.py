@@ -17,6 +17,7 @@ from dattrain.data.philox import Stream, words
 from dattrain.data.source.annotation_index import Annotations
 from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, Sample, locate
 from dattrain.data.workers import Workers
+from dattrain.files import counted
 
 _CHUNK = 256
 
@@ -60,7 +61,7 @@ class Stats:
         """The figures as text."""
         present = self.histogram[self.histogram > 0]
         out = [
-            f"samples      {self.samples:,} in {self.shards:,} shards",
+            f"samples      {self.samples:,} in {counted(self.shards, 'shard')}",
             f"classes      {len(present):,} present, labels 0 to {len(self.histogram) - 1:,}"
             if len(present)
             else "classes      none: no sample has a label",
@@ -93,8 +94,8 @@ class Stats:
         names = [*self.classes, *(str(i) for i in range(len(self.classes), len(self.per_class)))]
         first = 0 if maps else 1  # of objects, class 0 is what is left
         out = [
-            f"classes      {int((self.per_class > 0).sum()):,} of {len(names) - first:,} present, in {self.annotations}",
-            f"{what:<12} {total:,} in {self.measured:,} images, {self.void:,} {other}"
+            f"classes      {int((self.per_class > 0).sum()):,} of {max(0, len(names) - first):,} present, in {self.annotations}",
+            f"{what:<12} {total:,} in {counted(self.measured, 'image')}, {self.void:,} {other}"
             + (f" ({self.void / max(1, whole):.1%})" if whole else ""),
         ]
         for i in range(first, len(names)):

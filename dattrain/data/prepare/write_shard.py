@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from PIL import Image
 from dattrain.data.annotations import instances, maps
 from dattrain.data.annotations.semantic import semantic_map
 from dattrain.data.decode import images
+from dattrain.data.prepare.contents import Contents
 from dattrain.data.source import tar
 from dattrain.data.source.annotation_index import AnnotationIndex
 from dattrain.data.source.build_index import MAP_EXTENSION
 from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, Sample, locate
 from dattrain.data.source.fields import fields
+from dattrain.data.source.files import read_file
 from dattrain.data.source.index import (
     CatalogueEntry,
     ShardIndex,
@@ -77,12 +79,13 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class PackedShard:
-    """What became of one shard: its catalogue entry, class histogram, and the samples that were left out."""
+    """What became of one shard: its catalogue entry, labels, the samples that were left out, and what its annotations hold."""
 
     name: str
     entry: CatalogueEntry
     histogram: dict[int, int]
     bad: list[tuple[str, str]]
+    contents: Contents
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class _Packed:
     annotation: str | None = None
     height: int = 0
     width: int = 0
+    contents: Contents = field(default_factory=Contents)
 
 
 class ShardWriter:
@@ -117,6 +121,7 @@ class ShardWriter:
         path = self.folder / name
         offsets, lengths, labels, keys, bad = [], [], [], [], []
         annotations: list[tuple[int, int, int, int]] = []
+        contents = Contents()
         digest = sha256()
         try:
             with replacing(path, durable=True) as part, open(part, "wb") as file:
@@ -137,6 +142,7 @@ class ShardWriter:
                         continue
                     labels.append(packed.label)
                     keys.append(packed.key)
+                    contents += packed.contents
                     for suffix, content in packed.members:
                         put(tar.header(f"{packed.key}.{suffix}", len(content)))
                         if suffix == packed.members[0][0]:
@@ -161,13 +167,15 @@ class ShardWriter:
                 # A tar without index could be taken for a foreign shard; an index without tar says nothing.
                 if bad:
                     write_atomically(self.folder / f".{name}.bad", json.dumps(bad).encode())
+                if kind != "none":
+                    write_atomically(self._contents(name), contents.to_json())
                 write_index(str(path), index)
             sync(self.folder)
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); what is published stays"
             ) from error
-        return self._describe(name, index, bad)
+        return self._describe(name, index, bad, contents)
 
     def done(self, name: str) -> PackedShard | None:
         """The shard if it is published."""
@@ -178,13 +186,31 @@ class ShardWriter:
                 return None
             note = self.folder / f".{name}.bad"
             bad = read_json(note) or []
-            return self._describe(name, index, [(key, reason) for key, reason in bad])
-        except (FileNotFoundError, ValueError, TypeError):  # UserError is a ValueError
+            annotated = self.source.annotations != "none"
+            contents = Contents.of_json(read_file(self._contents(name))) if annotated else Contents()
+            return self._describe(name, index, [(key, reason) for key, reason in bad], contents)
+        except (
+            FileNotFoundError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ):  # UserError is a ValueError
             return None
 
-    def _describe(self, name: str, index: ShardIndex, bad: list[tuple[str, str]]) -> PackedShard:
+    def _contents(self, name: str) -> Path:
+        """Where the contents of a shard are noted, so that a packing that goes on need not read it."""
+        return self.folder / f".{name}.contents"
+
+    def _describe(
+        self, name: str, index: ShardIndex, bad: list[tuple[str, str]], contents: Contents
+    ) -> PackedShard:
+        if self.source.annotations != "none":
+            return PackedShard(name, CatalogueEntry.of(index), dict(contents.histogram), bad, contents)
         labels, counts = np.unique(index.labels[index.labels != NO_LABEL], return_counts=True)
-        return PackedShard(name, CatalogueEntry.of(index), dict(zip(labels.tolist(), counts.tolist())), bad)
+        return PackedShard(
+            name, CatalogueEntry.of(index), dict(zip(labels.tolist(), counts.tolist())), bad, contents
+        )
 
     def _encode(self, item: int) -> _Packed:
         """One sample as it is written. Raises BadSample."""
@@ -218,7 +244,7 @@ class ShardWriter:
             found = semantic_map(sample.annotation, (height, width), self._numbers, sample.where)
             info.update({"height": height, "width": width})
             members = ((wanted, data), (own, maps.write(found)), ("json", to_json(info)))
-            return _Packed(NO_LABEL, key, members, own, height, width)
+            return _Packed(NO_LABEL, key, members, own, height, width, Contents.of_map(found, sample.key))
         info.update({"label": sample.label, "height": height, "width": width})
         if self.classes:
             info["class"] = self.classes[sample.label]
@@ -232,7 +258,9 @@ class ShardWriter:
         size = int(also["height"]), int(also["width"])
         instances.check(sample.annotation, size, None, sample.where)
         content = instances.renumbered(sample.annotation, self._numbers, also, sample.where)
-        return _Packed(NO_LABEL, key, ((wanted, data), ("json", content)), "json", *size)
+        background = 0 if self._numbers is None else int(self._numbers[0])
+        found = Contents.of_objects(content, background, sample.key)
+        return _Packed(NO_LABEL, key, ((wanted, data), ("json", content)), "json", *size, found)
 
 
 def _encode_anew(data: bytes, options: PackOptions, kind: str) -> tuple[bytes, int, int]:

@@ -9,8 +9,9 @@ in ``.json`` where that holds no label. Members that no sample has are counted b
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from dattrain.data.annotations import instances, maps
 from dattrain.data.decode import images as image_bytes
@@ -153,13 +154,13 @@ class _Builder:
 
         candidates = [m for m in members if wanted(m)]
         images = [m for m in candidates if m.readable]
-        beside = self._map(members, images)
+        beside = self._map(key, members, images)
         images = [m for m in images if m is not beside]
         if len(images) > 1:
             raise UserError(
                 f"{self.path}: sample {key!r} at offset {images[0].offset} has {len(images)} images "
-                f"({', '.join(os.path.basename(m.name) for m in images)}); it must have one, and at most a map of class numbers (.seg.png, "
-                "or a .png of one channel of 8 bits) beside. Keys end at the first dot; `--image EXTENSION` says which of a sample's "
+                f"({', '.join(os.path.basename(m.name) for m in images)}); it must have one, and where it has no label at most a map of "
+                "class numbers (.seg.png, or a .png of one channel of 8 bits) beside. Keys end at the first dot; `--image EXTENSION` says which of a sample's "
                 "images to take"
             )
         if beside is not None:
@@ -180,7 +181,7 @@ class _Builder:
             self._note(key, members)
         return images[0] if images else None, beside
 
-    def _map(self, members: list[tar.Member], images: list[tar.Member]) -> tar.Member | None:
+    def _map(self, key: str, members: list[tar.Member], images: list[tar.Member]) -> tar.Member | None:
         """The map of the classes of a sample's pixels; None where it has none."""
         by_extension = {tar.split_name(m.name)[1].lower(): m for m in members if m.readable}
         if self.label is not None or "cls" in by_extension:
@@ -190,8 +191,22 @@ class _Builder:
             if found is not None and (extension == MAP_EXTENSION or [m for m in images if m is not found]):
                 head = maps.header(os.pread(self.fd, min(found.size, 64), found.offset))
                 if head is not None and head.holds_numbers:
-                    return found
+                    return None if self._json_label(key, by_extension) else found
         return None
+
+    def _json_label(self, key: str, by_extension: Mapping[str, tar.Member]) -> bool:
+        """Whether a sample's ``.json`` holds a label."""
+        if "json" not in by_extension:
+            return False
+        content, where = self._json(key, by_extension["json"])
+        return label_of(content, LABEL_FIELDS, where)[0] is not None
+
+    def _json(self, key: str, member: tar.Member) -> tuple[Any, str]:
+        """The content of a sample's ``.json``, and where it is. Raises UserError."""
+        where = f"{self.path}: sample {key!r} at offset {member.offset}"
+        if member.size > _JSON_LIMIT:
+            raise UserError(f"{where}: its .json has {member.size:,} bytes; it should hold a few fields")
+        return parse_json(os.pread(self.fd, member.size, member.offset), where), where
 
     def _size(self, image: tar.Member | None, annotation: tar.Member | None) -> tuple[int, int]:
         """Height and width of an annotated image; zeros where its header cannot be read."""
@@ -221,10 +236,7 @@ class _Builder:
             self._note(key, members)
             return NO_LABEL, None
         member = by_extension["json"]
-        where = f"{where} at offset {member.offset}"
-        if member.size > _JSON_LIMIT:
-            raise UserError(f"{where}: its .json has {member.size:,} bytes; it should hold a few fields")
-        content = parse_json(os.pread(self.fd, member.size, member.offset), where)
+        content, where = self._json(key, member)
         label, seen = label_of(content, (field,) if field else LABEL_FIELDS, where)
         if label is not None:
             return label, None

@@ -48,7 +48,7 @@ class ShardDataset(BaseDataset):
     def __init__(self, name: str, shards: Shards, source: Source, *, named: Named | None = None) -> None:
         self.name = name
         if named is not None:
-            self.classes, self.used = list(named.classes), named.used
+            self.classes, self.used, self.maskless = list(named.classes), named.used, named.maskless
         self.shards = shards
         self.counts = shards.samples
         self.annotations = shards.annotations

@@ -28,10 +28,11 @@ _COPIED = "copied_from"
 
 @dataclass(frozen=True)
 class Named:
-    """Names of labels 0, 1, ..., and which of these have samples; None where that is not said."""
+    """Names of labels 0, 1, ..., which of these have samples (None where that is not said), and ``Dataset.maskless``."""
 
     classes: tuple[str, ...]
     used: frozenset[int] | None
+    maskless: str = ""
 
 
 def class_names(
@@ -50,6 +51,7 @@ def class_names(
     manifests: dict[str, dict[str, Named]] = {}
     found: dict[tuple[str, ...] | None, str] = {}
     used: set[int] | None = set()
+    maskless = ""
     for path in paths:
         name = os.path.basename(plain(path))
         file = f"_{re.sub(r'-[0-9]+[.]tar$', '', name)}.manifest.json"
@@ -62,6 +64,7 @@ def class_names(
         found.setdefault(None if named is None else named.classes, plain(path))
         if named is not None and used is not None:
             used = None if named.used is None else used | named.used
+        maskless = maskless or (named.maskless if named else "")
     if len(found) > 1:
         (some, one), (others, other) = list(found.items())[:2]
         what = "one has names of its classes and the other has none" if some is None or others is None else (
@@ -71,7 +74,7 @@ def class_names(
             f"{one} and {other} number their classes each in its own way: {what}; pack them together, or train on one"
         )
     names = next(iter(found), None)
-    return None if names is None else Named(names, None if used is None else frozenset(used))
+    return None if names is None else Named(names, None if used is None else frozenset(used), maskless)
 
 
 def copy_manifests(out: str) -> None:
@@ -104,6 +107,8 @@ def copy_manifests(out: str) -> None:
             copy["shards"] += shards
             copy[_COPIED].append(str(path))
             before, more = copy.get("histogram"), content.get("histogram")
+            if content.get("maskless"):
+                copy["maskless"] = content["maskless"]
             copy["histogram"] = None if before is None or more is None else {**before, **more}
             copy["samples"] = sum(shard["samples"] for shard in copy["shards"])
             copy["bytes"] = sum(shard.get("bytes", 0) for shard in copy["shards"])
@@ -204,7 +209,7 @@ def named_in(manifest: Any) -> Named | None:
     classes = unique(list(map(str, manifest["classes"])), "classes")
     if used and not 0 <= max(used) < len(classes):
         raise ValueError(f"label {max(used)} of {len(classes)} classes")
-    return Named(classes, used)
+    return Named(classes, used, str(manifest.get("maskless") or ""))
 
 
 def _read(path: str, read: Callable[[str], bytes]) -> dict[str, Named]:

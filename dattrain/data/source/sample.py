@@ -51,6 +51,10 @@ class Dataset(Protocol):
     """Those of the set's own labels that have samples; None where all have, or nothing says."""
     notes: Sequence[str]
     """What was left out, or looks odd: one line each, for whoever opened the set to print."""
+    flaws: Sequence[str]
+    """Why samples are missing or will be bad, as far as opening the set tells: one line each. Who leaves out no bad samples refuses it."""
+    maskless: str
+    """Which of its objects have a box and no mask, in words; empty where none has, or nothing says."""
     prefetches: bool
     """Whether ``prefetch`` does anything."""
     annotations: Annotations
@@ -94,6 +98,8 @@ class BaseDataset:
     classes: Sequence[str] | None = None
     used: Collection[int] | None = None
     notes: Sequence[str] = ()
+    flaws: Sequence[str] = ()
+    maskless: str = ""
     prefetches: bool = False
     annotations: Annotations = "none"
     numbers: NDArray[np.int64] | None = None

@@ -223,7 +223,7 @@ def _damage(root: Path, how: str) -> str:
         return rf"{own.shape[1]} x {own.shape[0] - 1} pixels.*{own.shape[1]} x {own.shape[0]};"
     if how == "missing":
         numbers.unlink()
-        return r"its map"
+        return ""  # it is known, and told, when the folder is opened
     if how == "map":
         numbers.write_bytes(numbers.read_bytes()[:60])
         return r"its map"
@@ -259,6 +259,47 @@ def test_a_bad_sample_is_an_error_that_names_it_or_is_skipped_and_named(tmp_path
     )
     (bad,) = (batch for batch in evaluated if batch.bad)
     assert bad.weight.tolist() == [0] and (bad.maps == VOID).all() and bad.images.shape == (1, 3, 32, 32)
+
+
+def test_nothing_but_void_is_refused_at_the_start(tmp_path):
+    folder = write_set(tmp_path, 14)
+    rng = np.random.default_rng(1)
+    for i in range(14):
+        write_scene(tmp_path, f"{i:03d}", np.zeros(rng.integers(40, 60, 2), np.uint8))
+    with pytest.raises(UserError, match=r"data.train=.*: no pixel of its 14 samples has a class"):
+        read(recipe(folder), batches=1)
+    with pytest.raises(UserError, match=r"data.val=.*: no pixel of its 14 samples has a class"):
+        eval_loader(recipe(folder), Classes(6, NAMES), rank=0, world=1, device=CPU)
+    write_scene(tmp_path, "004", np.full((40, 40), 1, np.uint8))
+    # One that has a class is enough, wherever it comes: batches of void alone are served.
+    assert any((batch.maps == VOID).all() for batch in read(recipe(folder), batches=6))
+    for place in (tmp_path / "annotations/training").glob("*.png"):
+        place.write_bytes(b"no map")
+    with pytest.raises(
+        UserError, match=r"no pixel of its 14 .*bad samples, the first of them: .*its map is no PNG"
+    ):
+        read(recipe(folder, data={"on_bad": "skip"}), batches=1)
+
+
+def test_objects_without_masks_are_refused_at_the_start_or_skipped(tmp_path):
+    listed = {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(2)],
+        "annotations": [
+            {"id": 5, "image_id": 0, "category_id": 7, "bbox": [0, 0, 20, 30], "segmentation": []}
+        ],
+        "categories": [{"id": 7, "name": "cat"}],
+    }
+    for i in range(2):
+        Image.new("RGB", (50, 40)).save(tmp_path / f"{i}.png")
+    spec = tmp_path / "set.json"
+    spec.write_text(json.dumps(listed))
+    with pytest.raises(
+        UserError,
+        match=r"data.train: .*set.json: 1 object with a box and no mask: annotation 5 of image 0; task",
+    ):
+        read(recipe(spec, classes=2, train={"global_batch": 2}), batches=1)
+    (batch,) = read(recipe(spec, classes=2, train={"global_batch": 2}, data={"on_bad": "skip"}), batches=1)
+    assert sorted(batch.weight.tolist()) == [0, 1] and "no mask" in batch.bad[0][1]
 
 
 def test_a_task_refuses_the_sets_of_another(folder, make_shards):

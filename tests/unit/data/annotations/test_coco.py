@@ -83,7 +83,7 @@ def test_the_images_are_found_beside(tmp_path):
     shutil.copytree(tmp_path / "kept", tmp_path / "annotations", dirs_exist_ok=True)
     (tmp_path / "annotations/a.jpg").unlink()
     dataset = open_dataset(str(path))
-    assert any("1 of its 3 images are not in" in note and "a.jpg" in note for note in dataset.notes)
+    assert any("1 of its 3 images are not in" in note and "a.jpg" in note for note in dataset.flaws)
     with pytest.raises(BadSample, match=r"a.jpg \(from .*train2017.json\): cannot be read"):
         [dataset.read(0, i) for i in range(3)]
     (tmp_path / "annotations/sub").rename(tmp_path / "s")
@@ -127,6 +127,7 @@ def test_degenerate_objects_are_left_out_and_told(tmp_path):
         (changed(images=[{"id": 8, "file_name": "a.jpg"}]), r"two of its images have the file_name 'a.jpg'"),
         (changed(images=[{"id": 8, "file_name": "../a.jpg"}]), r"image 8 has the file_name '../a.jpg'; a path below"),
         (changed(images=[{"id": 8}]), r"image 3 has id 8 and file_name None"),
+        (changed(annotations=[box(id=3)]), r"two of its annotations have the id 3"),
         (changed(categories=[{"id": 3, "name": "cow"}]), r"two of its categories have the id 3"),
         (changed(categories=[{"id": 4, "name": "cat "}]), r"class 'cat ' and 'cat' differ"),
         ({"info": {}, "images": []}, r"is no COCO JSON of objects: it has info, images"),

@@ -75,6 +75,49 @@ def test_which_folder_is_meant(tmp_path):
         open_dataset(str(release / "images" / "training"))
 
 
+def test_names_that_are_not_clear_are_refused(tmp_path):
+    folder = ade(tmp_path, {"a": np.zeros((2, 2), np.uint8)})
+    own = tmp_path / "classes.txt"
+    own.write_text("cat\ndog\n")
+    with pytest.raises(UserError, match=r"holds objectInfo150.txt \(0 is void.* and classes.txt"):
+        open_dataset(str(folder))
+    (tmp_path / "objectInfo150.txt").unlink()
+    own.write_text("cat\n\ndog\n")
+    with pytest.raises(UserError, match=r"classes.txt: line 2 is blank"):
+        open_dataset(str(folder))
+    own.write_bytes("cat\nkäfer\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"classes.txt: is not UTF-8 \(byte 5 is 0xe4\)"):
+        open_dataset(str(folder))
+    own.write_text("cat\ndog\n\n")
+    assert open_dataset(str(folder)).classes == ["cat", "dog"]
+
+
+def test_an_image_and_its_map_are_one_of_each(tmp_path):
+    folder = ade(tmp_path, {"a": np.ones((2, 2), np.uint8)})
+    numbers = tmp_path / "annotations/training/a.png"
+    upper = numbers.rename(numbers.with_suffix(".PNG"))
+    dataset = open_dataset(str(folder))
+    assert dataset.flaws == ()
+    assert semantic_map(dataset.read(0, 0).annotation, (2, 2), None, "").tolist() == [[0, 0], [0, 0]]
+    numbers.write_bytes(upper.read_bytes())
+    with pytest.raises(UserError, match=r"a.PNG, a.png would be maps of one image"):
+        open_dataset(str(folder))
+    upper.unlink()
+    numbers.write_bytes(b"")
+    with pytest.raises(BadSample, match=r"a.png: the map has zero bytes"):
+        open_dataset(str(folder)).read(0, 0)
+    (folder / "a.jpeg").write_bytes((folder / "a.jpg").read_bytes())
+    with pytest.raises(UserError, match=r"a.jpeg, a.jpg would share one map, .*annotations/training/a.png"):
+        open_dataset(str(folder))
+
+
+def test_several_splits_are_not_mixed(tmp_path):
+    for split in ("training", "validation"):
+        ade(tmp_path, {"a": np.ones((2, 2), np.uint8)}, split)
+    with pytest.raises(UserError, match=r"holds training, validation, which are not to be mixed; name one"):
+        open_dataset(str(tmp_path / "images"))
+
+
 def test_class_folders_below_images_stay_class_folders(tmp_path, jpegs):
     for name in ("a", "b"):
         (tmp_path / "images" / "train" / name).mkdir(parents=True)
@@ -90,10 +133,11 @@ def test_what_has_no_partner_is_told(tmp_path):
     folder = ade(tmp_path, {"a": np.ones((2, 2), np.uint8), "b": np.ones((2, 2), np.uint8)})
     (tmp_path / "annotations/training/a.png").rename(tmp_path / "annotations/training/c.png")
     dataset = open_dataset(str(folder))
-    assert [line.rpartition(": ")[2] for line in dataset.notes] == [
-        f"1 of 2 images have no map in {tmp_path}/annotations/training",
-        "c",
-    ]
+    beside = tmp_path / "annotations/training"
+    assert dataset.flaws == (
+        f"{folder}: 1 of 2 images have no map in {beside}: a.jpg",
+        f"{beside}: 1 map without an image in {folder}: c.png",
+    )
     with pytest.raises(
         BadSample, match=r"images/training/a.jpg: its map cannot be read: .*annotations/training/a.png"
     ):

@@ -37,11 +37,13 @@ def test_what_is_not_there_is_named(tmp_path):
         open_dataset(str(tmp_path))
     (tmp_path / "SegmentationClass/a.png").unlink()
     dataset = open_dataset(str(path))
-    assert "1 of its 2 images have no map" in dataset.notes[0]
+    assert dataset.flaws == (f"{path}: 1 of its 2 images have no map in {tmp_path}/SegmentationClass: a.png",)
     with pytest.raises(
         BadSample, match=r"JPEGImages/a.jpg: its map cannot be read: .*SegmentationClass/a.png"
     ):
         [dataset.read(0, i) for i in range(2)]
+    (tmp_path / "JPEGImages/b.jpg").unlink()
+    assert f"1 of its 2 images are not in {tmp_path}/JPEGImages: b.jpg" in open_dataset(str(path)).flaws[0]
     path.write_text("a\na\n")
     with pytest.raises(UserError, match="names 'a' twice"):
         open_dataset(str(path))

@@ -1,22 +1,19 @@
-"""Packing sets with annotations: nothing lost, one read for both, the same bytes after a kill, and foreign shards of the kind."""
+"""Packing sets with annotations: nothing lost, one read for both, the same bytes after a kill."""
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from given import ade, coco, noise, turned, voc
-from pictures import encode, write_tar
 from PIL import Image
 
 from dattrain.cli.main import main
 from dattrain.config.schema import Config
-from dattrain.data.annotations import maps
+from dattrain.data.annotations.kinds import flaws
 from dattrain.data.annotations.semantic import semantic_map
 from dattrain.data.decode import images
 from dattrain.data.factory import assign_class_numbers
@@ -26,8 +23,7 @@ from dattrain.data.prepare.stats import measure
 from dattrain.data.prepare.verify import verify
 from dattrain.data.source.build_index import build
 from dattrain.data.source.dataset import ShardDataset, open_dataset
-from dattrain.data.source.index import NO_LABEL, ShardIndex, read_catalogue, read_index
-from dattrain.data.source.sample import BadSample
+from dattrain.data.source.index import NO_LABEL, read_catalogue, read_index
 from dattrain.errors import UserError
 
 
@@ -154,6 +150,34 @@ def test_coco_is_packed_whole(tmp_path, capsys):
     assert found_in(str(tmp_path / "again")) == found_in(str(path))
 
 
+def test_boxes_alone_are_packed_and_told(tmp_path, capsys):
+    content = {
+        **COCO,
+        "annotations": [{**COCO["annotations"][0], "segmentation": []}, COCO["annotations"][1]],
+    }
+    path = coco(tmp_path / "coco", content)
+    out = str(tmp_path / "out")
+    assert main(["data", "pack", "--coco", str(path), out, "--jobs", "1"]) == 0
+    err = capsys.readouterr().err
+    assert (
+        "1 object with a box and no mask: object 0 of instances_train2017.json:a.jpg" in err
+        and "detection can learn" in err
+    )
+    assert main(["data", "index", f"{out}/*.tar", "--out", str(tmp_path / "links"), "--jobs", "1"]) == 0
+    for spec, first in (
+        (str(path), "annotation 1 of image 4"),
+        (out, "object 0 of"),
+        (str(tmp_path / "links"), "object 0 of"),
+    ):
+        dataset = open_dataset(spec)
+        assert dataset.maskless.startswith(f"1 object with a box and no mask: {first}")
+        assert flaws(dataset, "detection") == []
+        assert "task.kind=segmentation learns from masks" in flaws(dataset, "segmentation")[0]
+    assert main(["data", "verify", out, "--jobs", "1"]) == 0
+    assert "1 object with a box and no mask" in capsys.readouterr().err
+    assert json.loads(Path(out, "_train.manifest.json").read_text())["histogram"] == {"0": 2, "1": 1, "2": 1}
+
+
 def test_splits_of_a_folder_number_classes_alike(tmp_path):
     first = coco(tmp_path / "one", COCO)
     turned_about = {**COCO, "categories": [{"id": 18, "name": "cat"}, {"id": 3, "name": "dog"}]}
@@ -209,7 +233,12 @@ def test_bad_samples_stop_or_are_left_out_by_name(tmp_path, capsys):
     (folder / "im_4.jpg").write_bytes(noise(13, 12)[:300])
     args = ["data", "pack", "--ade", str(tmp_path / "ADE"), str(tmp_path / "out"), "--jobs", "1"]
     assert main(args) != 0
+    assert "1 of 6 images have no map in" in (said := capsys.readouterr().err) and "--on-bad skip" in said
+    assert not (tmp_path / "out").exists(), "what is known at the start stops it there"
+    hidden = (folder / "im_3.jpg").rename(tmp_path / "im_3.jpg")
+    assert main(args) != 0
     assert "remove it, or pack with --on-bad skip" in capsys.readouterr().err
+    hidden.rename(folder / "im_3.jpg")
     args[4] += "-2"  # settings of one folder stay
     assert main([*args, "--on-bad", "skip"]) == 0
     lines = sorted(line for line in capsys.readouterr().err.splitlines() if line.startswith("left out"))
@@ -226,6 +255,60 @@ def test_bad_samples_stop_or_are_left_out_by_name(tmp_path, capsys):
     ):
         assert [line for line in lines if f"{name}: {why}" in line], (name, lines)
     assert list(found_in(str(tmp_path / "out-2"))) == ["im_5"]
+
+
+def test_a_map_without_image_is_a_lost_image(tmp_path, capsys):
+    folder = ade(tmp_path / "ADE", some_maps(3))
+    (folder / "im_1.jpg").rename(folder / "im_1.heic")
+    (folder / "readme.txt").write_text("x")
+    args = ["data", "pack", "--ade", str(tmp_path / "ADE"), str(tmp_path / "out"), "--jobs", "1"]
+    assert main(args) != 0
+    said = capsys.readouterr().err
+    for line in (
+        "1 map without an image in",
+        "1 image in a format that is not read: im_1.heic",
+        "1 .txt file left out: readme.txt",
+    ):
+        assert line in said, line
+    assert main(["data", "verify", str(folder), "--jobs", "1"]) == 1
+    assert main([*args, "--on-bad", "skip"]) == 0
+    assert set(found_in(str(tmp_path / "out"))) == {"im_0", "im_2"}
+    assert "1 map without an image" in "".join(
+        json.loads((tmp_path / "out/_train.manifest.json").read_text())["notes"]
+    )
+
+
+def test_what_the_maps_hold_is_counted_and_said(tmp_path, capsys):
+    numbers = {"a": np.array([[1, 1], [0, 3]], np.uint8), "b": np.zeros((2, 2), np.uint8)}
+    ade(tmp_path / "ADE", numbers)
+    out = tmp_path / "out"
+    args = ["data", "pack", "--ade", str(tmp_path / "ADE"), str(out), "--per-shard", "1", "--jobs", "1"]
+    assert main(args) == 0
+    said = capsys.readouterr()
+    assert "2 samples in 2 shards" in said.out and "2 classes, maps" in said.out
+    assert "train: 62.5% of the pixels are void; 1 sample holds nothing else: training:b.jpg" in said.err
+    assert "train: 1 of 3 classes never occur: building" in said.err
+    manifest = (out / "_train.manifest.json").read_bytes()
+    assert json.loads(manifest)["histogram"] == {"0": 1, "2": 1}
+    # A packing that goes on counts what it finds written, too.
+    (out / "train-0001.tar").unlink()
+    assert main(args) == 0 and (out / "_train.manifest.json").read_bytes() == manifest
+    # Training and evaluation are told by what the manifest says.
+    dataset = open_dataset(str(out))
+    _, notes = assign_class_numbers(
+        Config.model_validate({"model": {"num_classes": 3}}), "train", dataset, None
+    )
+    assert notes == [f"data.train={out}: has images of 2 of 3 classes; none of building"]
+    assert found_in(str(out))["a"] == [[0, 0], [255, 2]]
+
+
+def test_maps_of_nothing_but_void_are_refused(tmp_path, capsys):
+    ade(tmp_path / "ADE", {name: np.zeros((2, 2), np.uint8) for name in "ab"})
+    args = ["data", "pack", "--ade", str(tmp_path / "ADE"), str(tmp_path / "out"), "--jobs", "1"]
+    for _ in range(2):
+        assert main(args) != 0
+        assert "the 2 maps for train hold no class: every pixel is void" in capsys.readouterr().err
+    assert not (tmp_path / "out/_train.manifest.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -261,97 +344,6 @@ def test_one_source_is_named(tmp_path, capsys):
         assert main(["data", "pack", *(places.get(arg, arg) for arg in args), "--jobs", "1"]) == 0
         assert found_in(str(tmp_path / f"out{number}"))
     assert main(["data", "pack", str(tmp_path / "out0"), "--jobs", "1", str(tmp_path / "again")]) == 0
-
-
-NUMBERS = np.array([[0, 1], [2, 255]], np.uint8)
-MAP = maps.write(NUMBERS)
-
-
-@pytest.mark.parametrize(
-    "members",
-    [
-        [("a.jpg", noise(2, 2)), ("a.png", MAP)],
-        [("a.png", MAP), ("a.jpg", noise(2, 2))],
-        [("a.png", noise(2, 2, kind="PNG")), ("a.seg.png", MAP)],
-        [("a.jpg", noise(2, 2)), ("a.txt", b"x" * 99_000), ("a.png", MAP), ("a.json", b'{"scene": "room"}')],
-    ],
-    ids=["map", "first", "seg", "apart"],
-)
-def test_foreign_shards_of_maps_are_indexed(tmp_path, members):
-    shard = write_tar(tmp_path / "t-0.tar", members)
-    assert main(["data", "index", str(shard), "--jobs", "1"]) == 0
-    dataset = open_dataset(str(shard))
-    sample = dataset.read(0, 0)
-    assert (dataset.annotations, dataset.classes, sample.label) == ("maps", None, NO_LABEL)
-    assert sample.data == next(data for name, data in members if name.endswith("jpg") or data != MAP)
-    assert semantic_map(sample.annotation, (2, 2), None, "").tolist() == NUMBERS.tolist()
-    assert dataset.index(0).annotated.heights.tolist() == [2]
-    # Nothing names its classes, so they are the network's own numbers, of which 2 has none here.
-    config = Config.model_validate({"model": {"num_classes": 2}})
-    assign_class_numbers(config, "train", dataset, None)
-    with pytest.raises(BadSample, match="has class 2 at x=0, y=1"):
-        semantic_map(sample.annotation, (2, 2), dataset.numbers, "")
-
-
-def test_foreign_shards_of_objects_are_indexed(tmp_path):
-    objects = {
-        "annotations": [{"category_id": 1, "bbox": [0, 0, 1, 2], "segmentation": [[0, 0, 1, 0, 1, 2, 0, 2]]}]
-    }
-    shard = write_tar(
-        tmp_path / "t-0.tar", [("a.jpg", noise(2, 2)), ("a.json", json.dumps(objects).encode())]
-    )
-    assert main(["data", "index", str(shard), "--jobs", "1"]) == 0
-    dataset = open_dataset(str(shard))
-    assert dataset.annotations == "instances"
-    assert semantic_map(dataset.read(0, 0).annotation, (2, 2), None, "").tolist() == [[1, 0], [1, 0]]
-    # A label makes it a set of classes, whatever else stands there.
-    labelled = json.dumps({**objects, "label": 3}).encode()
-    shard = write_tar(tmp_path / "u-0.tar", [("a.jpg", noise(2, 2)), ("a.json", labelled)])
-    index = build(str(shard))
-    assert index.annotated is None and index.labels.tolist() == [3]
-
-
-def test_foreign_shards_that_are_of_two_kinds(tmp_path, capsys):
-    mixed = [("a.jpg", noise(2, 2)), ("a.png", MAP), ("b.jpg", noise(2, 2)), ("b.cls", b"3")]
-    with pytest.raises(
-        UserError, match=r"sample 'a' has maps, and sample 'b' has a label; the samples of a set"
-    ):
-        build(str(write_tar(tmp_path / "t-0.tar", mixed)))
-    colours = encode(Image.new("RGB", (2, 2)), "PNG")
-    with pytest.raises(UserError, match=r"has 2 images .*and at most a map of class numbers"):
-        build(str(write_tar(tmp_path / "t-0.tar", [("a.jpg", noise(2, 2)), ("a.png", colours)])))
-    shard = write_tar(tmp_path / "t-0.tar", [*mixed[:2], ("b.jpg", noise(2, 2))])
-    assert main(["data", "index", str(shard), "--jobs", "1"]) == 0
-    assert "1 samples have no annotation: " in capsys.readouterr().err
-    dataset = open_dataset(str(shard))
-    with pytest.raises(BadSample, match=r"sample 'b' at offset .*: has no annotation"):
-        dataset.read(0, 1)
-    other = write_tar(tmp_path / "t-1.tar", mixed[2:])
-    assert main(["data", "index", str(other), "--jobs", "1"]) == 0
-    with pytest.raises(UserError, match=r"t-0.tar holds maps beside its images, and .*t-1.tar none"):
-        open_dataset(str(tmp_path))
-
-
-def test_an_annotated_index_survives_its_file_and_a_plain_one_stays_as_it_was(tmp_path):
-    shard = write_tar(tmp_path / "t-0.tar", [("a.jpg", noise(2, 2)), ("a.png", MAP)])
-    index = build(str(shard))
-    again = ShardIndex.from_bytes(index.to_bytes(), "x")
-    assert again.annotated.kind == "maps" and again.to_bytes() == index.to_bytes()
-    assert again.annotated.offsets.tolist() == index.annotated.offsets.tolist()
-    plain = ShardIndex.build([512], [3], [5], ["a"], size=9999)
-    with np.load(io.BytesIO(plain.to_bytes())) as file:
-        assert int(file["format"]) == 1 and "annotations" not in file
-    wrong = index.annotated.lengths + 10**9
-    bad = ShardIndex.build(
-        [512],
-        [3],
-        [NO_LABEL],
-        ["a"],
-        size=9999,
-        annotated=replace(index.annotated, lengths=wrong),
-    )
-    with pytest.raises(UserError, match="contradicts itself"):
-        ShardIndex.from_bytes(bad.to_bytes(), "x")
 
 
 def test_a_changed_shard_is_noticed(tmp_path):

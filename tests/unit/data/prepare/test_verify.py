@@ -54,7 +54,7 @@ def test_damaged_shards_do_not_hide_the_others(make_shards, jpegs, capsys):
     os.unlink(folder / "train-0002.tar")
     assert main(["data", "verify", str(folder / "train-{0000..0003}.tar"), "--jobs", "2"]) == 1
     out = capsys.readouterr().out
-    assert "1 bad samples, 2 damaged shards" in out
+    assert "1 bad sample, 2 damaged shards" in out
     assert "train-0001.tar: has 3000 bytes" in out and "train-0002.tar: is missing" in out
 
 

@@ -64,7 +64,7 @@ def test_what_is_asked_for_by_name_may_be_a_part(stopped):
 def test_verify_checks_the_others(stopped, capsys):
     assert main(["data", "verify", str(stopped[0]), "--jobs", "1"]) == 1
     out = capsys.readouterr().out
-    assert f"{LOST}: is missing" in out and "13 samples" in out and "1 damaged shards" in out
+    assert f"{LOST}: is missing" in out and "13 samples" in out and "1 damaged shard\n" in out
 
 
 def test_index_forgets_only_when_told_to(stopped, capsys):

@@ -44,11 +44,11 @@ def test_ade_is_opened_as_it_is(tmp_path):
         [VOID, 4, 5],
         [7, 7, VOID],
     ]
-    check_kind(dataset, SEGMENTATION, "data.train=x", "segmentation")
+    check_kind(dataset.annotations, SEGMENTATION, "data.train=x", "segmentation")
     with pytest.raises(
         UserError, match=r"data.train=x: .* a map .* each, and task.kind=classification needs"
     ):
-        check_kind(dataset, CLASSIFICATION, "data.train=x", "classification")
+        check_kind(dataset.annotations, CLASSIFICATION, "data.train=x", "classification")
 
 
 def test_which_folder_is_meant(tmp_path):

@@ -22,8 +22,8 @@ class Options:
     """``data`` is one of ``data.labels.TEST_SETS``, in the layout that it comes in."""
     img_size: int | tuple[int, int] | None = None
     """Pixels: a side, or (height, width)."""
-    bias_table: Literal["resize", "sample"] = "resize"
-    """At another size: as ``load_model``."""
+    bias_table: Literal["resize", "sample"] | None = None
+    """At another ``img_size``: as ``load_model`` (None: ``resize``)."""
     resize: Literal["shorter", "squash"] | None = None
     crop_pct: float | None = None
     """The crop's share of the resized side, above 0 and at most 1."""
@@ -81,6 +81,10 @@ class Options:
         usual = {each.name: each.default for each in fields(self)}
         if given := [name for name in others if getattr(self, name) != usual[name]]:
             raise ConfigError(f"{path}: {others[given[0]]} has no meaning for {_NETWORK[task]}: leave it out")
+        if self.bias_table is not None and self.img_size is None:
+            raise ConfigError(
+                f"--bias-table {self.bias_table} says what another size does, and there is no --img-size"
+            )
         if task == "segmentation" and self.batch not in (None, 1):
             raise ConfigError(
                 f"{path}: a segmentation network evaluates each image alone, since padding would change what it sees: "

@@ -74,7 +74,7 @@ def evaluate(
         ema=options.ema,
         device=device,
         img_size=options.img_size,
-        bias_table=options.bias_table or "resize",
+        bias_table=options.bias_table,
     )
     if isinstance(model, Segmenter):
         return Evaluation(segmentation.evaluate(path, model, cfg, options, device, on_open), cfg)

@@ -81,10 +81,6 @@ class Options:
         usual = {each.name: each.default for each in fields(self)}
         if given := [name for name in others if getattr(self, name) != usual[name]]:
             raise ConfigError(f"{path}: {others[given[0]]} has no meaning for {_NETWORK[task]}: leave it out")
-        if self.bias_table is not None and self.img_size is None:
-            raise ConfigError(
-                f"--bias-table {self.bias_table} says what another size does, and there is no --img-size"
-            )
         if task == "segmentation" and self.batch not in (None, 1):
             raise ConfigError(
                 f"{path}: a segmentation network evaluates each image alone, since padding would change what it sees: "
@@ -97,8 +93,6 @@ DEFAULTS = Options()
 _NETWORK = {"classification": "an image classifier", "segmentation": "a segmentation network"}
 _CLASSIFICATION = {
     "test_set": "--labels",
-    "img_size": "--img-size",
-    "bias_table": "--bias-table",
     "resize": "--resize",
     "crop_pct": "--crop-pct",
     "crops": "--crops",

@@ -166,7 +166,7 @@ def test_a_run_folder_brings_its_data_and_settings(tmp_path, atto, cfg, val_fold
         (["--knn", "0"], "--knn", 2),
         (
             ["--bias-table", "sample"],
-            "--bias-table sample says what another size does, and there is no --img-size",
+            "(--bias-table) is of another img_size",
             2,
         ),
         ([], "give --data", 2),

@@ -164,7 +164,8 @@ def _samples(config: Config) -> int | None:
         parts = None  # what is wrong with the data is said by those who open it
     if parts:
         return sum(int(part["samples"]) for part in parts)
-    return SAMPLES.get(config.data.labels or "")
+    # A schedule in updates is as long with any set.
+    return SAMPLES.get(config.data.labels or "") or (config.schedule.updates and config.train.global_batch)
 
 
 def cpu_cores(profile: Profile) -> int:

@@ -301,6 +301,7 @@ def _said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     ("words", "expected"),
     [
         ([*IMAGENET, "--gpus-per-node", "0"], r"CPUs alone .*generic.* 4 node\(s\) x 1 .*takes at least \d years by the plan's estimate.*--yes"),
+        (["ade20k_upernet_dat_tiny", "init.from=.", "data.train=x", "--gpus-per-node", "0"], "it would train on CPUs alone"),
         (["in22k_dat_base_224"], "data.train is not set: add data.train=SHARDS"),
         (["in22k_to_in1k_384", "pretrain.data.train=x"], "finetune: data.train is not set: add finetune.data.train=SHARDS"),
         ([*IMAGENET, "--gpus-per-node", "3"], r"with 4 node\(s\) of 3 device\(s\)"),

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dattrain.cli import outputs
 from dattrain.cli.loading import loading
 from dattrain.data.labels import TEST_SETS
 from dattrain.errors import ConfigError
@@ -44,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bias-table",
         choices=("resize", "sample"),
-        default="resize",
         help="at another size: resize tables bicubically (default), or sample the continuous ones as they are",
     )
     parser.add_argument("--resize", choices=("shorter", "squash"), help="(default: as the run evaluates)")
@@ -59,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crops", type=int, choices=(1, 5), default=1, help="average over five crops")
     parser.add_argument(
         "--scales",
-        type=scales,
         metavar="S,S,...",
         help="segmentation: average over the image resized by these factors, as 0.5,0.75,1,1.25,1.5,1.75 (default: the run's)",
     )
@@ -140,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
         crop_pct=args.crop_pct,
         flip=args.flip,
         crops=args.crops,
-        scales=args.scales,
+        scales=None if args.scales is None else scales(args.scales),
         mode=args.mode,
         knn=args.knn,
         linear_probe=args.linear_probe,
@@ -154,6 +153,8 @@ def run(args: argparse.Namespace) -> int:
         cache_dir=args.cache_dir,
         keep_keys=bool(args.csv),
     )
+    outputs.check_folder("--csv", args.csv)
+    outputs.check_file("--json", args.json)
     raise_open_files()
     env = resolve(os.environ)
     device = device_called(args.device) if args.device else pick_device(env)
@@ -203,8 +204,11 @@ def _write_tables(folder: Path, evaluation: Evaluation) -> None:
 
 
 def scales(text: str) -> tuple[float, ...]:
-    """Numbers with commas between. Raises ValueError."""
-    return tuple(map(float, text.split(",")))
+    """Numbers with commas between. Raises ConfigError."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise ConfigError(f"--scales {text}: numbers with commas between, as 0.5,1,1.5") from None
 
 
 def _slug(path: str) -> str:

@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="N, or HEIGHT WIDTH; again for another graph of onnx and torch.export (default: as trained)",
     )
-    parser.add_argument(
-        "--bias-table", choices=("resize", "sample"), default="resize", help="see dattrain eval"
-    )
+    parser.add_argument("--bias-table", choices=("resize", "sample"), help="see dattrain eval")
     parser.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)"
     )
@@ -70,9 +68,8 @@ def run(args: argparse.Namespace) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         item = write(model, cfg, to, out, opset=args.opset, source=source)
         difference, same = compare(model, item, images_for(cfg, args.images))
-        print(
-            f"{item.path}: largest difference of logits {difference:.1e} of the largest, same best class on {same}"
-        )
+        what = "same class of every pixel" if cfg.segmentation else "same best class"
+        print(f"{item.path}: largest difference of logits {difference:.1e} of the largest, {what} on {same}")
         if difference > item.tolerance:
             raise UserError(
                 f"{item.path}: does not give the model's logits (more than {item.tolerance:g}); do not use it"

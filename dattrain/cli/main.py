@@ -23,12 +23,12 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("dattrain.cli.train", "train a recipe or a folder of images, or resume a run folder"),
     "finetune": ("dattrain.cli.finetune", "train weights further on a folder of images"),
     "init": ("dattrain.cli.init", "write a commented recipe for a folder of images"),
-    "eval": ("dattrain.cli.eval", "accuracy and more of a run or checkpoint"),
+    "eval": ("dattrain.cli.eval", "accuracy, or mIoU, and more of a run or checkpoint"),
     "report": (
         "dattrain.cli.report",
         "one page of a run, or of several: curves, time line, images, settings",
     ),
-    "predict": ("dattrain.cli.predict", "classes of images"),
+    "predict": ("dattrain.cli.predict", "classes of images, or of their pixels"),
     "viz": ("dattrain.cli.viz", "draw sampling points, offsets and attention on images"),
     "data": ("dattrain.cli.data", "pack, verify, index, list and describe shards"),
     "ckpt": ("dattrain.cli.ckpt", "list, inspect, verify, import, prune and export checkpoints"),
@@ -43,7 +43,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "lr-find": ("dattrain.cli.lr_find", "a learning-rate range test of a recipe"),
     "bench": ("dattrain.cli.bench", "side-by-side measurements: attention, model, step, data, checkpoint"),
     "config": ("dattrain.cli.config", "list the recipes, show a resolved one, or the difference of two"),
-    "demo": ("dattrain.cli.demo", "train, fine-tune and evaluate on Fashion-MNIST, in minutes on a laptop"),
+    "demo": (
+        "dattrain.cli.demo",
+        "train and evaluate on Fashion-MNIST, classes or segmentation, in minutes on a laptop",
+    ),
     "doctor": ("dattrain.cli.doctor", "what this machine has, and whether it works"),
     "completion": ("dattrain.cli.completion", "what Tab completes in bash, zsh or fish"),
 }

@@ -124,11 +124,16 @@ def render(config: Config, p: dict[str, Any]) -> str:
     asked = p["micro_batch_asked"]
     bound = "" if asked == p["micro_batch"] else f" (train.micro_batch={asked})"
     decoder = f" with {config.task.head}" if config.task.kind == "segmentation" else ""
+    images = (
+        f"{p['samples_per_epoch']:,} images an epoch ({p['samples_from']})"
+        if p["samples_per_epoch"]
+        else f"the set is not at hand, and {p['samples_from']} needs no count of its images"
+    )
     lines = [
         f"{config.name}: {config.model.name}{decoder} at {p['img_size']}, {p['parameters'] / 1e6:.3f} M parameters, "
         f"{p['flops_per_image'] / 1e9:.3f} GFLOPs an image forward (about three times that to train)",
         f"batch {t.global_batch} = {p['world']} devices x {p['micro_batch']} x {p['accumulation']} accumulated{bound}; "
-        f"{p['samples_per_epoch']:,} images an epoch ({p['samples_from']}); {p['steps']:,} steps",
+        f"{images}; {p['steps']:,} steps",
         "",
         f"memory of a device, in GB (ZeRO-{config.zero.stage}, {t.precision}, activation checkpointing {t.activation_checkpointing}, at {p['activations_img_size']} px)",
     ]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dattrain.cli import outputs
 from dattrain.cli.loading import loading
 from dattrain.errors import ConfigError, UserError
 
@@ -72,8 +73,11 @@ def run(args: argparse.Namespace) -> int:
         from dattrain.pretrained import class_names, preprocess
         from dattrain.pretrained.weights import load_model
 
-    if args.topk < 1 or (args.batch is not None and args.batch < 1):
-        raise UserError(f"--topk {args.topk} and --batch {args.batch} must be at least 1", exit_code=2)
+    for option, value in (("--topk", args.topk), ("--batch", args.batch)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value} must be at least 1", exit_code=2)
+    outputs.check_file("--csv", None if _to_stdout(args.csv) else args.csv)
+    outputs.check_folder("--out", args.out)
     size = preprocess.image_size(args.img_size)
     model, cfg = load_model(args.checkpoint, ema=args.ema, device=args.device, img_size=size)
     files = preprocess.find(args.images)
@@ -151,8 +155,6 @@ def _segment(
     from dattrain.visualize.legend import with_legend
 
     out: Path = args.out or OUT
-    if out.is_file():
-        raise UserError(f"--out {out}: is a file; name a folder, for a picture of each image", exit_code=2)
     stems = unique_names(files)
     targets = [
         out / f"{stem}{end}" for stem in stems for end in ((".png", ".map.png") if args.maps else (".png",))
@@ -231,6 +233,7 @@ def _table(path: Path | None, value: str) -> Iterator[Any]:
         table.writerow(head)
         yield table
     else:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(head)

@@ -143,7 +143,8 @@ class Config(Section):
         """What only classification reads must be off, lest a recipe say what is not done."""
         a, g = self.augment, self.geometry
         on = {
-            "augment.mix_prob": (a.mixes, 0),
+            "augment.mixup": (a.mixes and a.mixup > 0, 0),
+            "augment.cutmix": (a.mixes and a.cutmix > 0, 0),
             "augment.randaugment": (a.randaugment is not None, "null"),
             "augment.color_jitter": (a.color_jitter > 0, 0),
             "augment.erase_prob": (a.erase_prob > 0, 0),
@@ -175,7 +176,7 @@ class Config(Section):
             raise ValueError(
                 f"geometry.long_side={g.long_side} is below geometry.short_side={g.short_side}: no image could be resized to both"
             )
-        if min(g.short_side, *as_pair(g.crop or 32)) < 32:
+        if min(g.short_side, *as_pair(32 if g.crop is None else g.crop)) < 32:
             raise ValueError(
                 f"geometry.short_side={g.short_side}, geometry.crop={g.crop}: at least 32 pixels, the network's total stride"
             )

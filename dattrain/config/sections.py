@@ -6,7 +6,15 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from dattrain.errors import ConfigError
 
@@ -32,7 +40,16 @@ def _interval(value: int | str) -> int | str:
 
 Interval = Annotated[int | str, AfterValidator(_interval)]
 """Updates, or time."""
-Size = int | tuple[int, int]
+
+
+def _size(value: Any) -> Any:
+    sides = value if isinstance(value, (list, tuple)) else [value]
+    if (sides is value and len(sides) != 2) or any(type(side) is not int for side in sides):
+        raise ValueError("write one number of pixels, or [height, width]")
+    return value
+
+
+Size = Annotated[int | tuple[int, int], BeforeValidator(_size)]
 """Pixels: a side, or height and width."""
 
 

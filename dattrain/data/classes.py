@@ -141,6 +141,14 @@ def decide(names: Sequence[str] | None, num_classes: int, label_set: str | None,
     return Classes(num_classes, names, what)
 
 
+def check_labels(largest: int, num_classes: int, what: str) -> None:
+    """Refuse labels beyond the head (``model.num_classes``). Raises ConfigError naming ``what``, their set."""
+    if largest >= num_classes:
+        raise ConfigError(
+            f"{what} has labels up to {largest}, but model.num_classes={num_classes}; the data set and the head do not fit"
+        )
+
+
 def absent(classes: Classes, numbers: NDArray[np.int64]) -> list[str]:
     """Names of the network's classes that a set with these class numbers has none of."""
     there = set(numbers.tolist())

@@ -12,9 +12,18 @@ from dattrain.config.derive import check_samples, micro_batch
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
 from dattrain.data import identity
-from dattrain.data.annotations.kinds import CLASSIFICATION, SEGMENTATION, check_kind, flaws
+from dattrain.data.annotations.kinds import KINDS, check_kind, flaws
 from dattrain.data.batch import Batch
-from dattrain.data.classes import Classes, absent, bare_numbers, canonical, check_sampled_names, decide, few
+from dattrain.data.classes import (
+    Classes,
+    absent,
+    bare_numbers,
+    canonical,
+    check_labels,
+    check_sampled_names,
+    decide,
+    few,
+)
 from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
 from dattrain.data.feed import Encoded, EvalFeed, RankShare, TrainFeed, fetch
 from dattrain.data.loader import Decoder, EvalLoader, TrainLoader
@@ -126,9 +135,9 @@ def open_split(
         spec, cache_dir=data.cache_dir, cache_gb=data.cache_gb, verify=data.verify, rank=rank, world=world
     )
     try:
-        wanted = CLASSIFICATION if config.task.kind == "classification" else SEGMENTATION
-        check_kind(dataset, wanted, f"data.{split}={dataset.name}", config.task.kind)
-        bad = flaws(dataset, config.task.kind)
+        kind = config.task.kind
+        check_kind(dataset.annotations, KINDS[kind], f"data.{split}={dataset.name}", kind)
+        bad = flaws(dataset, kind)
         if bad and data.on_bad == "error":
             raise UserError(
                 f"data.{split}: {'; '.join(bad)}. Correct that, or set data.on_bad=skip (of dattrain eval, --on-bad skip) to "
@@ -183,11 +192,7 @@ def assign_class_numbers(
         if dataset.annotations != "none":
             # A class beyond the network's is a bad sample then.
             dataset.renumber(np.arange(num_classes, dtype=np.int64))
-    if dataset.max_label >= num_classes:
-        raise ConfigError(
-            f"{what} has labels up to {dataset.max_label}, but model.num_classes={num_classes}; "
-            "the data set and the head do not fit"
-        )
+    check_labels(dataset.max_label, num_classes, what)
     return classes, notes
 
 

@@ -33,7 +33,7 @@ def read_source(path: Path, *, ema: bool) -> tuple[dict[str, Tensor], str]:
     """Read weights by name out of a run, a checkpoint or a safetensors file, and what they are.
 
     Raises:
-        UserError: there is nothing of the kind. Pickles are not read: ``dattrain import`` does that, when asked to.
+        UserError: there is nothing of the kind; whose message does not name the setting. Pickles are not read: ``dattrain import`` does that, when asked to.
     """
     if path.is_file():
         from safetensors import SafetensorError
@@ -43,9 +43,9 @@ def read_source(path: Path, *, ema: bool) -> tuple[dict[str, Tensor], str]:
             return load_file(path), "weights of a file"
         except (SafetensorError, OSError, ValueError) as error:
             hint = "; `dattrain import` reads pickles" if path.suffix in (".pth", ".pt", ".bin") else ""
-            raise UserError(f"init.from={path} is not a complete safetensors file ({error}){hint}") from None
+            raise UserError(f"not a complete safetensors file ({error}){hint}") from None
     if not path.is_dir():
-        raise UserError(f"init.from={path}: no such run folder, checkpoint or file")
+        raise UserError("no such run folder, checkpoint or file")
     folder = checkpoint.locate(path)
     manifest = checkpoint.check(folder)
     state: gather.State = "ema" if ema and "ema" in manifest.states else "param"

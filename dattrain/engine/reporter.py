@@ -104,6 +104,8 @@ class Reporter:
             "start", step, last=last, world=d.world, nodes=list(dict.fromkeys(hosts)), device=str(self.device),
             job=os.environ.get("SLURM_JOB_ID"),
         )  # fmt: skip
+        if step > last:
+            return
         log.info(
             "%s: %s, updates %d to %d of %d samples (%d x %d x %d), %.1f per epoch, ZeRO-%d, %s, on %s",
             c.name, c.model.name, step, last, c.train.global_batch, d.world, d.accumulation, d.micro_batch,
@@ -244,7 +246,12 @@ class Reporter:
         if self._console is not None:
             self._console.clear()
         log.info(
-            "%s at step %d of %d in %s (%s)", status, step, self.derived.last_step, duration(seconds), why
+            "%s at step %d of %d in %s (%s)",
+            status,
+            step,
+            max(step, self.derived.last_step),
+            duration(seconds),
+            why,
         )
         for line, style in closing_lines(self._run_dir, self.config, status, self._scores):
             log.info("%s", line, extra={"style": style})

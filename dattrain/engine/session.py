@@ -19,6 +19,7 @@ from dattrain.engine import activation_checkpointing, initial_weights, optim, ze
 from dattrain.engine import compile as compiling
 from dattrain.engine.ema import Ema
 from dattrain.engine.step import TrainStep
+from dattrain.errors import UserError
 from dattrain.runtime.collectives import from_first
 from dattrain.state.format import named
 from dattrain.state.format.manifest import Manifest
@@ -74,8 +75,11 @@ def open_session(
     model = task.build(img_size, shapes)
     if manifest is None and config.init.from_ is not None:
         given = config.init.from_
-        source = from_first(lambda: named.weights(given, hint=True))
-        tensors, what = initial_weights.shared_source(source, ema=config.init.ema)
+        try:
+            source = from_first(lambda: named.weights(given, hint=True))
+            tensors, what = initial_weights.shared_source(source, ema=config.init.ema)
+        except UserError as error:
+            raise UserError(f"init.from={given}: {error}") from error
         status = task.initialise(model, tensors, source, classes)
         log.info("init.from=%s (%s): %s", config.init.from_, what, status)
     activation_checkpointing.apply(model, config.train.activation_checkpointing)

@@ -135,7 +135,7 @@ class Trainer:
         if config.data.val is not None:
             self.evaluations.loader(self.img_size)  # what is wrong with it is said now, not after an epoch
         device_name = environment.device_name(device)
-        position = {"step": self.step, "last_step": self.derived.last_step}
+        position = {"step": self.step, "last_step": max(self.step, self.derived.last_step)}
         from_first(lambda: run_folder.open_run(run_dir, asked, classes, env, device_name, position))
         self.session = self._open_session(found)
         stack.callback(lambda: self.session.close())
@@ -189,9 +189,7 @@ class Trainer:
         if done:
             self.save(background=False)
         self.checkpointer.wait()
-        cut = last < self.derived.total_steps
-        limit = f"train.max_steps={last}" if cut else self.config.schedule.length
-        return self._end("finished", self.stopping.reason() if done else limit)
+        return self._end("finished", self.stopping.reason() if done else self._limit())
 
     def update(self) -> Update:
         """One update at the current position, which then moves on whatever became of it."""
@@ -427,6 +425,17 @@ class Trainer:
             starts.end(self.run_dir, status, why, self.step)
         self.reporter.end(status, why, self.step, self.seconds)
         return Outcome(status, self.step, self.samples_seen, why)
+
+    def _limit(self) -> str:
+        """The setting that ends the training where nothing else does."""
+        train, schedule, last = self.config.train, self.config.schedule, self.derived.last_step
+        if last < self.derived.total_steps:
+            setting = "train.fast_dev_run=true" if train.fast_dev_run else f"train.max_steps={last}"
+        elif schedule.updates is not None:
+            setting = f"schedule.updates={schedule.updates}"
+        else:
+            setting = f"schedule.epochs={schedule.epochs:g}"
+        return setting if self.step <= last else f"nothing was left to do: {setting} ends at step {last}"
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.derived.last_step

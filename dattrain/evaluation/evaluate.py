@@ -70,7 +70,11 @@ def evaluate(
     """
     device = device_called(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, cfg = load_model(
-        path, ema=options.ema, device=device, img_size=options.img_size, bias_table=options.bias_table
+        path,
+        ema=options.ema,
+        device=device,
+        img_size=options.img_size,
+        bias_table=options.bias_table,
     )
     if isinstance(model, Segmenter):
         return Evaluation(segmentation.evaluate(path, model, cfg, options, device, on_open), cfg)

@@ -22,8 +22,8 @@ class Options:
     """``data`` is one of ``data.labels.TEST_SETS``, in the layout that it comes in."""
     img_size: int | tuple[int, int] | None = None
     """Pixels: a side, or (height, width)."""
-    bias_table: Literal["resize", "sample"] = "resize"
-    """At another size: as ``load_model``."""
+    bias_table: Literal["resize", "sample"] | None = None
+    """At another ``img_size``: as ``load_model`` (None: ``resize``)."""
     resize: Literal["shorter", "squash"] | None = None
     crop_pct: float | None = None
     """The crop's share of the resized side, above 0 and at most 1."""
@@ -93,8 +93,6 @@ DEFAULTS = Options()
 _NETWORK = {"classification": "an image classifier", "segmentation": "a segmentation network"}
 _CLASSIFICATION = {
     "test_set": "--labels",
-    "img_size": "--img-size",
-    "bias_table": "--bias-table",
     "resize": "--resize",
     "crop_pct": "--crop-pct",
     "crops": "--crops",

@@ -68,14 +68,15 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
         raise ConfigError(f"--nodes {resources.nodes} of {per_node} device(s): at least 1 of each")
     world = resources.nodes * per_node
     samples, samples_from, image_bytes, bytes_from = _data(config, resources.samples)
-    derived = derive(config, world=world, samples_per_epoch=samples)
+    per_epoch = samples or config.train.global_batch  # unknown where nothing hangs on it
+    derived = derive(config, world=world, samples_per_epoch=per_epoch)
     asked = config.train.micro_batch
     if asked == "auto":
         budget = resources.device_gb * 1e9 - (BESIDE if resources.device == "cuda" else 0)
         config = with_micro_batch(
             config, by_memory(config, world, device=resources.device, budget=budget)[-1]
         )
-        derived = derive(config, world=world, samples_per_epoch=samples)
+        derived = derive(config, world=world, samples_per_epoch=per_epoch)
     task, largest = create_task(config), largest_size(config)
     with torch.device("meta"):
         parameters = flops.parameters(task.build(config.model.img_size))
@@ -111,7 +112,7 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
     delay = profile.signal_delay_s if profile else None
     bound = None
     if resources.cpu_cores is not None:
-        bound = cpu_time.bound(config, samples=samples, tasks=world, cores=resources.cpu_cores)
+        bound = cpu_time.bound(config, samples=per_epoch, tasks=world, cores=resources.cpu_cores)
     problems = []
     if total > resources.device_gb * 1e9:
         problems.append(
@@ -162,8 +163,8 @@ def measured_rate(run: Path) -> float | None:
     return median(rates) if rates else None
 
 
-def _data(config: Config, given: int | None) -> tuple[int, str, float, str]:
-    """Samples per epoch and mean bytes of a sample, each with where it is from.
+def _data(config: Config, given: int | None) -> tuple[int | None, str, float, str]:
+    """Samples per epoch (None where a schedule in updates does not ask for them) and mean bytes of a sample, each with where it is from.
 
     Raises:
         UserError: nothing tells how many samples there are; classes that do not fit the head.
@@ -174,8 +175,8 @@ def _data(config: Config, given: int | None) -> tuple[int, str, float, str]:
         try:
             dataset = open_dataset(config.data.train)
         except UserError:
-            # Planned where the shards are not; then the label set tells.
-            if config.data.labels is None:
+            # Planned where the shards are not; then the label set tells, or nothing need.
+            if config.data.labels is None and config.schedule.updates is None:
                 raise
         else:
             try:
@@ -191,6 +192,8 @@ def _data(config: Config, given: int | None) -> tuple[int, str, float, str]:
             IMAGE_BYTES,
             "ImageNet's mean",
         )
+    if config.schedule.updates is not None:
+        return None, f"schedule.updates={config.schedule.updates}", IMAGE_BYTES, "ImageNet's mean"
     raise UserError(
         "neither data.train (local shards) nor data.labels tells how many images there are: give --samples N"
     )

@@ -42,7 +42,7 @@ def load_model(
     ema: bool | None = None,
     device: str | torch.device = "cpu",
     img_size: int | tuple[int, int] | None = None,
-    bias_table: Literal["resize", "sample"] = "resize",
+    bias_table: Literal["resize", "sample"] | None = None,
 ) -> tuple[Network, PretrainedCfg]:
     """Open weights as a model in evaluation mode, fp32: an image classifier, or where ``cfg.segmentation`` is set, a ``Segmenter``.
 
@@ -52,13 +52,13 @@ def load_model(
             ``export --to timm``.
         ema: the averaged weights; None takes them where a checkpoint has them. A file holds one set of weights.
         img_size: lay a classifier out for another size; None keeps that of the weights.
-        bias_table: at another size, ``resize`` window and deformable tables bicubically, or leave the continuous
+        bias_table: at another size, ``resize`` window and deformable tables bicubically (None does), or leave the continuous
             deformable tables as they are and ``sample`` them (windows then keep their size too).
 
     Raises:
         UserError: there is nothing to open, it is damaged, the tensors are not those of the model it names, or there is no such
             device.
-        ConfigError: ``img_size`` for a segmentation network, which takes images of any size.
+        ConfigError: ``img_size`` or ``bias_table`` for a segmentation network, which takes images of any size; ``bias_table`` alone.
     """
     device = device_called(device)
     asked = path = Path(path)
@@ -71,13 +71,18 @@ def load_model(
         model, cfg = _from_file(path)
     else:
         raise UserError(f"{path}: no such run folder, checkpoint or safetensors file")
-    if img_size is not None:
-        size = as_pair(img_size)
+    if img_size is not None or bias_table is not None:
         if not isinstance(model, DAT):
+            which = "bias_table (--bias-table)" if img_size is None else "img_size (--img-size)"
             raise ConfigError(
-                f"{asked}: is a segmentation network, which takes images of any size: leave img_size (--img-size) out"
+                f"{asked}: is a segmentation network, which takes images of any size: leave {which} out"
             )
-        if bias_table == "resize":
+        if img_size is None:
+            raise ConfigError(
+                f"bias_table={bias_table} (--bias-table) is of another img_size: give that (--img-size), or leave it out"
+            )
+        size = as_pair(img_size)
+        if bias_table != "sample":
             model.set_input_size(size)
         cfg = replace(cfg, img_size=size)
     return model.to(device).eval(), cfg

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,6 +27,9 @@ REPORT = "DATTRAIN_REPORT"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_S = 5.0
 """Between the first rank's death and SIGKILL to the others: time for their error messages."""
+_TRACEBACK = "Traceback (most recent call last)"
+_LOST = re.compile(r"Connection (reset|closed|refused)|Broken pipe|Read error|Write error", re.IGNORECASE)
+"""What gloo and torch's store raise where the other side is gone."""
 CLEAN_GRACE_S = 120.0
 """The same after an orderly end (0 or ``REQUEUE``): all ranks are about to end by themselves."""
 
@@ -121,8 +125,11 @@ def _print_reports(folder: Path) -> None:
     texts = [
         path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"), key=lambda p: int(p.stem))
     ]
+    said = [text for text in texts if not text.startswith(_TRACEBACK)]
     for text in dict.fromkeys(texts):
-        print(text, file=sys.stderr, flush=True)
+        # What a rank met whose peer ended for a reason that is told tells nothing more; its log has it.
+        if not (said and text.startswith(_TRACEBACK) and _LOST.search(text.rstrip().rpartition("\n")[2])):
+            print(text, file=sys.stderr, flush=True)
 
 
 def free_port() -> int:

@@ -156,8 +156,10 @@ def resolve(chain: Chain, path: Path, root: Path, overrides: Sequence[str] = ())
             recipe, extra = stage.config, []
         origin = [f"init.from={root / stage.needs}"] if stage.needs else []
         beside = path.parent / recipe
-        loaded = load(
-            beside if beside.is_file() else shipped.named(recipe) or beside, [*extra, *given[name], *origin]
-        )
+        path_of = beside if beside.is_file() else shipped.named(recipe) or beside
+        try:
+            loaded = load(path_of, [*extra, *given[name], *origin])
+        except ConfigError as error:
+            raise ConfigError(f"{chain.name}.{name}: {error}") from None
         resolved[name] = ResolvedStage(name, stage, root / name, loaded)
     return list(resolved.values())

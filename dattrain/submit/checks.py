@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from dattrain.config.derive import SAMPLES, check_early_stopping, check_source, derive
 from dattrain.config.load import Loaded
 from dattrain.config.schema import Config
+from dattrain.data import classes
+from dattrain.data.annotations.kinds import KINDS, check_kind
+from dattrain.data.source.glance import glance
+from dattrain.data.source.listing import is_remote
 from dattrain.engine import resume_rules
 from dattrain.errors import ConfigError, UserError
 from dattrain.runtime import owner
@@ -36,10 +41,22 @@ def check(planned: SubmissionPlan, request: SubmitRequest, *, needs_data: bool =
         ConfigError, UserError: as that.
     """
     for stage, need in zip(planned.stages, planned.needs):
-        check_stage(
-            stage, request.images_per_second, waits=need is not None, yes=request.yes, needs_data=needs_data,
-            prefix=f"{stage.runs[0].name}." if planned.chain else "",
-        )  # fmt: skip
+        with named(planned, stage):
+            check_stage(
+                stage, request.images_per_second, waits=need is not None, yes=request.yes, needs_data=needs_data,
+                prefix=f"{stage.runs[0].name}." if planned.chain else "",
+            )  # fmt: skip
+
+
+@contextmanager
+def named(planned: SubmissionPlan, stage: Stage) -> Iterator[None]:
+    """Begin the messages of what is raised inside with the stage's name, where there are others."""
+    try:
+        yield
+    except UserError as error:
+        if planned.chain is None:
+            raise
+        raise UserError(f"{stage.name}: {error}", exit_code=error.exit_code) from None
 
 
 def _check_data_is_here(config: Config) -> None:
@@ -47,6 +64,27 @@ def _check_data_is_here(config: Config) -> None:
     for key, spec in (("data.train", config.data.train), ("data.val", config.data.val)):
         if spec and not re.search(r"[*?\[{|]|::|:/|^pipe:", spec) and not os.path.lexists(spec):
             raise UserError(f"{key}={spec}: there is no such file or folder (from {Path.cwd()})")
+
+
+def _check_classes(config: Config) -> None:
+    """Of training data that can be seen from here: else a job would find it out after its wait in the queue."""
+    data, num_classes = config.data, config.model.num_classes
+    if data.train is None or data.reader == "webdataset":
+        return
+    try:
+        if is_remote(data.train):
+            return
+        found = glance(data.train)
+    except UserError:
+        return  # elsewhere, or not made yet
+    what = f"data.train={data.train}"
+    check_kind(found.annotations, KINDS[config.task.kind], what, config.task.kind)
+    known = classes.decide(found.classes, num_classes, data.labels, what)
+    if found.classes is None:
+        classes.check_labels(found.max_label, num_classes, what)
+    elif data.labels is not None:
+        used = range(len(found.classes)) if found.used is None else sorted(found.used)
+        known.numbers([found.classes[label] for label in used], what)
 
 
 def check_stage(
@@ -63,7 +101,8 @@ def check_stage(
         prefix: of a setting on the command line: ``STAGE.`` in a chain.
 
     Raises:
-        ConfigError: no data, early stopping without evaluations, ImageNet on CPUs (without ``yes``), the batch does not divide over every number of devices that the job may get, the time limit has no
+        ConfigError: no data, or a set that can be seen from here and has not the classes of the head; early stopping without
+            evaluations, ImageNet on CPUs (without ``yes``), the batch does not divide over every number of devices that the job may get, the time limit has no
             room for a step and a save, a local run asks for more than one node, a fine-tune starts from nowhere, or a
             path has characters that Slurm does not take as they are, or too long a name.
         UserError: a fine-tune starts from what is not there.
@@ -95,6 +134,7 @@ def check_stage(
         check_early_stopping(loaded.config)
         if profile.kind == "local":
             _check_data_is_here(loaded.config)
+        _check_classes(loaded.config)
         samples = _samples(loaded.config)
         for nodes in range(stage.nodes[0], stage.nodes[1] + 1):
             try:
@@ -113,7 +153,7 @@ def check_stage(
         if samples is not None and not yes:
             _check_cpu_time(stage, loaded.config, samples, step_s)
         if loaded.config.data.train is None and needs_data:
-            raise ConfigError(f"{stage.name}: data.train is not set: add {prefix}data.train=SHARDS")
+            raise ConfigError(f"data.train is not set: add {prefix}data.train=SHARDS")
 
 
 def _samples(config: Config) -> int | None:
@@ -124,7 +164,8 @@ def _samples(config: Config) -> int | None:
         parts = None  # what is wrong with the data is said by those who open it
     if parts:
         return sum(int(part["samples"]) for part in parts)
-    return SAMPLES.get(config.data.labels or "")
+    # A schedule in updates is as long with any set.
+    return SAMPLES.get(config.data.labels or "") or (config.schedule.updates and config.train.global_batch)
 
 
 def cpu_cores(profile: Profile) -> int:
@@ -146,7 +187,7 @@ def _check_cpu_time(stage: Stage, config: Config, samples: int, step_s: float | 
     if found is None or found.seconds <= CPU_DAYS * 86400:
         return
     raise ConfigError(
-        f"{stage.name} would train on CPUs alone (profile {stage.profile_name}, gpus_per_node=0: {nodes} node(s) x {profile.tasks} "
+        f"it would train on CPUs alone (profile {stage.profile_name}, gpus_per_node=0: {nodes} node(s) x {profile.tasks} "
         f"task(s) of {cores} core(s)), which takes at least {found.words} by the plan's estimate: {found.images:,} images at "
         f"{found.images_per_s:,.3g} a second at most. Say --gpus-per-node G, or add --yes to submit it all the same"
     )

@@ -51,20 +51,23 @@ def submit(request: SubmitRequest) -> int:
     checks.check(planned, request)
     for stage in planned.stages:
         notes += [*stage.notes, *checks.overruled(stage, os.environ)]
-        for run, loaded in zip(stage.runs, stage.loaded):
-            checks.check_run(run, loaded)
+        with checks.named(planned, stage):
+            for run, loaded in zip(stage.runs, stage.loaded):
+                checks.check_run(run, loaded)
     if request.dry_run:
         print(describe(planned), flush=True)
         if any(stage.profile.kind == "slurm" for stage in planned.stages):
             if queue.answers():
                 for stage in planned.stages:
-                    notes += checks.check_slurm(stage)
+                    with checks.named(planned, stage):
+                        notes += checks.check_slurm(stage)
             else:
                 notes.append("no Slurm answers here, and so it was not asked")
         _print_notes(notes)
         return 0
     for stage in planned.stages:
-        notes += checks.check_slurm(stage)
+        with checks.named(planned, stage):
+            notes += checks.check_slurm(stage)
     _print_notes(notes)
     with reserved(planned.stages):
         for index, stage in enumerate(planned.stages):

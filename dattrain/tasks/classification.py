@@ -22,9 +22,10 @@ from dattrain.data.augment.plan import draw
 from dattrain.data.batch import Batch
 from dattrain.data.classes import Classes
 from dattrain.data.loader import EvalLoader, TrainLoader
-from dattrain.errors import UserError
+from dattrain.errors import ConfigError, UserError
 from dattrain.models import flops, surgery, zoo
 from dattrain.models.dat import DAT
+from dattrain.models.dense.weights import BODY
 from dattrain.tasks import head
 from dattrain.tasks.base import Forward, Loss, Ranks, Size
 from dattrain.tasks.predictions import Predictions
@@ -66,6 +67,11 @@ class Classification:
         """Backbone by name, tables as ``init.bias_table`` says, the classifier as ``init.head`` says."""
         assert isinstance(model, DAT)
         init = self.config.init
+        if any(name.startswith(BODY) for name in tensors):
+            raise ConfigError(
+                f"init.from={init.from_}: are weights of a segmentation network, and task.kind=classification starts from a "
+                "classifier's: give the run or file that this one was started from"
+            )
         buffers = {name for name, _ in model.named_buffers()}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
         classifier = tensors.get(surgery.HEAD[0])

@@ -67,6 +67,11 @@ def test_a_run_begun_by_relative_paths_is_used_from_anywhere(trained, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["top1"] == pytest.approx(last["top1"])
     done = dattrain(tmp_path, "train", run, "train.max_steps=7")
     assert done.returncode == 0 and rows(run)[-1]["step"] == 7, done.stderr
+    done = dattrain(tmp_path, "train", run, "train.max_steps=null", "schedule.epochs=1")
+    assert (
+        "finished at step 7 of 7" in done.stdout
+        and "(nothing was left to do: schedule.epochs=1 ends at step 2)" in done.stdout
+    )
 
 
 def test_every_place_takes_run_at_best_and_says_where_a_better_one_is(home, trained, tmp_path):

@@ -335,7 +335,8 @@ def _runs(segmentation: Mapping[str, Any], where: str) -> tuple[NDArray[np.int64
 def _numbered(own: int, numbers: NDArray[np.int64], where: str) -> int:
     if not 0 <= own < len(numbers) or numbers[own] < 0:
         raise BadSample(
-            f"{where} has class {own}, but its set names {len(numbers)} classes: 0 to {len(numbers) - 1} are right"
+            f"{where} has class {own}, but there are {len(numbers)} classes (those of its set, else model.num_classes): 0 to "
+            f"{len(numbers) - 1} are right"
         )
     return int(numbers[own])
 

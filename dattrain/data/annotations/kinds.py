@@ -24,6 +24,8 @@ _NEEDED = {
 }
 CLASSIFICATION: frozenset[Annotations] = frozenset({"none"})
 SEGMENTATION: frozenset[Annotations] = frozenset({"maps", "instances"})
+KINDS = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION}
+"""By ``task.kind``."""
 
 
 def flaws(dataset: Dataset, task: str) -> list[str]:
@@ -34,10 +36,11 @@ def flaws(dataset: Dataset, task: str) -> list[str]:
     return found
 
 
-def check_kind(dataset: Dataset, wanted: Collection[Annotations], what: str, task: str) -> None:
+def check_kind(held: Annotations, wanted: Collection[Annotations], what: str, task: str) -> None:
     """Refuse a set that a task cannot learn from.
 
     Args:
+        held: what its samples hold beside the image.
         wanted: ``CLASSIFICATION``, ``SEGMENTATION`` or another set of kinds.
         what: the setting and its value, as ``data.train=/sets/ade``, for messages.
         task: the value of ``task.kind``.
@@ -45,13 +48,9 @@ def check_kind(dataset: Dataset, wanted: Collection[Annotations], what: str, tas
     Raises:
         UserError: the set holds annotations of another kind, or none.
     """
-    if dataset.annotations not in wanted:
+    if held not in wanted:
         needed = _NEEDED.get(frozenset(wanted), " or ".join(sorted(wanted)))
         raise UserError(
-            f"{what}: its samples hold {_HOLDS[dataset.annotations]}, and task.kind={task} needs {needed}"
-            + (
-                f"; for this set, task.kind={_TASKS[dataset.annotations]}"
-                if _TASKS[dataset.annotations] != task
-                else ""
-            )
+            f"{what}: its samples hold {_HOLDS[held]}, and task.kind={task} needs {needed}"
+            + (f"; for this set, task.kind={_TASKS[held]}" if _TASKS[held] != task else "")
         )

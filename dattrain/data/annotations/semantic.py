@@ -70,7 +70,7 @@ def _numbered(own: NDArray[np.uint8], numbers: NDArray[np.int64], where: str) ->
     if found.min(initial=0) < 0:
         y, x = (int(place[0]) for place in np.nonzero(found == NO_LABEL))
         raise BadSample(
-            f"{where}: its map has class {own[y, x]} at x={x}, y={y}, but its set names {len(numbers)} classes: 0 to "
+            f"{where}: its map has class {own[y, x]} at x={x}, y={y}, but there are {len(numbers)} classes (those of its set, else model.num_classes): 0 to "
             f"{len(numbers) - 1} are right, and {VOID} where there is none"
         )
     return found.astype(np.uint8)

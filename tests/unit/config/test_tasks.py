@@ -25,11 +25,27 @@ def test_settings_of_another_task_are_refused(setting):
     "setting",
     (
         "augment.mixup=0.8", "augment.randaugment=rand-m9", "augment.label_smoothing=0.1", "eval.batch=2",
+        "augment.crop_scale=[0.5,1.0]", "augment.crop_ratio=[1.0,1.0]", "eval.resize=squash", "eval.crop_pct=0.9",
+        "geometry.long_side=256", "geometry.short_side=16", "geometry.crop=16", "geometry.crop=0",
         "data.reader=webdataset", "eval.stride=64", "geometry.scale=[2.0,0.5]", "eval.scales=[]", "model.num_classes=256",
     ),
 )  # fmt: skip
 def test_settings_of_classification_are_refused(setting):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=setting.partition("=")[0].replace(".", r"\.")):
+        load(SEGMENTATION, [setting])
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    (
+        ("geometry.crop=[64]", r"geometry.crop: write one number of pixels, or \[height, width\] \(found \[64\]\)$"),
+        ("geometry.crop=a", "^[^\n]*geometry.crop: write one number [^\n]*$"),
+        ("geometry.crop=[64,0]", "at least 32 pixels"),
+        ("augment.cutmix=1.0", "takes augment.cutmix=0 [(]extend"),
+    ),
+)  # fmt: skip
+def test_what_is_wrong_is_said_once_and_as_it_was_set(setting, words):
+    with pytest.raises(ConfigError, match=words):
         load(SEGMENTATION, [setting])
 
 

@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 
 from dattrain.cli import main as cli
 from dattrain.cli import plan as verb
-from dattrain.config.derive import check_source
+from dattrain.config.derive import check_source, derive
 from dattrain.config.load import loads
+from dattrain.engine.session import open_session
 from dattrain.engine.train import train
-from dattrain.errors import ConfigError
+from dattrain.errors import ConfigError, UserError
 from dattrain.planning import plan
 
 BASE = """name: tune
@@ -55,6 +56,13 @@ def test_what_it_starts_from_is_there(tmp_path, capsys, monkeypatch):
     save_file({"a": torch.zeros(1)}, weights)
     for there in (weights, tmp_path):
         assert cli.main(["plan", str(recipe), f"init.from={there}"]) == 0
+
+
+def test_a_folder_that_holds_no_weights_is_named_with_its_setting(tmp_path):
+    config = loads(BASE, [f"init.from={tmp_path}"]).config
+    derived = derive(config, world=1, samples_per_epoch=8)
+    with pytest.raises(UserError, match=f"^init.from={tmp_path}: .* holds no checkpoint"):
+        open_session(config, derived, torch.device("cpu"), 32)
 
 
 def test_training_is_refused_before_anything_is_read_or_written(tmp_path):

@@ -164,6 +164,11 @@ def test_a_run_folder_brings_its_data_and_settings(tmp_path, atto, cfg, val_fold
         (["--batch", "0"], "--batch", 2),
         (["--crop-pct", "1.5"], "--crop-pct", 2),
         (["--knn", "0"], "--knn", 2),
+        (
+            ["--bias-table", "sample"],
+            "(--bias-table) is of another img_size",
+            2,
+        ),
         ([], "give --data", 2),
     ],
 )

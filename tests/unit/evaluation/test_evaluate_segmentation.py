@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 import sys
@@ -111,7 +112,7 @@ def test_an_image_without_its_map_is_an_error_or_left_out(tmp_path, segmenter_fi
     shutil.copytree(scenes, tmp_path / "set")
     (tmp_path / "set" / "annotations" / "validation" / "3.png").unlink()
     val = tmp_path / "set" / "images" / "validation"
-    with pytest.raises(UserError, match=r"3\.png.*map.*--on-bad skip"):
+    with pytest.raises(UserError, match=r"have no map.*3\.png.*--on-bad skip"):
         api.evaluate(segmenter_file, data=val, workers=0, device="cpu")
     report = api.evaluate(segmenter_file, data=val, workers=0, device="cpu", on_bad="skip")
     assert (report["images"], report["bad"]) == (4, 1)
@@ -125,6 +126,12 @@ def test_an_image_without_its_map_is_an_error_or_left_out(tmp_path, segmenter_fi
         ({"resize": "squash"}, "--resize has no meaning"),
         ({"batch": 4}, "evaluates each image alone.* leave --batch 4 out"),
         ({"scales": ()}, "--scales .*one number above 0"),
+        *(
+            ({"scales": (1, scale)}, "--scales .*one number above 0 and up to 8")
+            for scale in (0, -1, 50, math.nan, math.inf)
+        ),
+        ({"bias_table": "sample"}, "leave bias_table .--bias-table. out"),
+        ({"bias_table": "resize"}, "leave bias_table .--bias-table. out"),
         ({"mode": "slide"}, "--mode slide needs the size of its windows"),
     ],
 )
@@ -134,6 +141,22 @@ def test_what_does_not_go_together_is_refused(tmp_path, segmenter, dense_cfg, sc
     weights.save(file, segmenter.state_dict(), cfg)
     with pytest.raises(ConfigError, match=message):
         api.evaluate(file, data=scenes / "images" / "validation", workers=0, device="cpu", **options)
+
+
+def test_what_cannot_be_written_or_read_is_said_in_a_line_before_it_starts(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    for option, value, words in (
+        ("--csv", tmp_path / "file", "is a file; name a folder"),
+        ("--csv", tmp_path / "file" / "csv", f"{tmp_path / 'file'} is no folder"),
+        ("--json", tmp_path, "is a folder; name a file"),
+        ("--scales", "abc", "numbers with commas between"),
+    ):
+        assert cli.main(["eval", "nowhere", option, str(value)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{option} {value}: " in line and words in line
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert cli.main(["eval", "nowhere", "--csv", str(tmp_path / "new")]) == 2
+    assert f"{tmp_path} cannot be written" in capsys.readouterr().err
 
 
 def test_tasks_are_not_mixed(capsys, weights_file, segmenter_file, val_folder, scenes):

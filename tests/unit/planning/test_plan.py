@@ -269,6 +269,15 @@ def test_images_at_hand_are_counted_and_weighed(tmp_path: Path) -> None:
 def test_without_any_count_of_images_it_asks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--samples"):
         plan.plan(_config(), plan.Resources(gpus_per_node=1))
+    # A schedule in updates does not ask for it, wherever the data are.
+    config = _config(
+        schedule={"updates": 90, "warmup_updates": 0}, data={"train": "elsewhere"}, model={"img_size": 32}
+    )
+    found = plan.plan(config, plan.Resources(gpus_per_node=1, device="cpu"))
+    assert (found["steps"], found["samples_per_epoch"]) == (90, None)
+    assert "not at hand, and schedule.updates=90 needs no count of its images; 90 steps" in render(
+        config, found
+    )
     with pytest.raises(ConfigError, match="cannot be split over 5 devices"):
         plan.plan(_config(data={"labels": "imagenet-1k"}), plan.Resources(gpus_per_node=5))
 

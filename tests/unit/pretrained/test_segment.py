@@ -82,6 +82,25 @@ def test_pictures_maps_and_shares(tmp_path, capsys, segmenter_file, scenes):
     assert f"{100 * shares[0].share:6.2f} %  {shares[0].name}" in shown.out and " more" in shown.out
 
 
+def test_files_of_others_stay_and_pictures_of_predict_are_no_input(tmp_path, capsys, segmenter_file, photo):
+    photo.save(tmp_path / "a.png")
+    command = ["predict", str(tmp_path / "a.png"), "--checkpoint", str(segmenter_file)]
+    for own in ("a.png", "a.map.png"):
+        out = tmp_path / own[:-4]
+        out.mkdir()
+        (out / own).write_bytes(b"mine")
+        assert cli.main([*command, "--out", str(out), "--maps"]) == 2
+        assert f"{out / own} is there, and predict did not write it" in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == [own] and (out / own).read_bytes() == b"mine"
+    for _ in range(2):  # it takes the place of its own
+        assert cli.main([*command, "--out", str(tmp_path / "out"), "--maps"]) == 0
+    for again in ("a.png", "a.map.png"):
+        command[1] = str(tmp_path / "out" / again)
+        assert cli.main([*command, "--out", str(tmp_path / "more")]) == 2
+        assert f"{again}: is a picture that predict wrote" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
+
+
 def test_a_legend_names_the_largest_and_sums_up_the_rest():
     count = LISTED + 10
     numbers = np.repeat(np.arange(count, dtype=np.uint8), 50)[None].repeat(40, 0)
@@ -102,6 +121,23 @@ def test_options_of_the_other_task_are_refused(
                          (weights_file, ["--maps"]), (weights_file, ["--out", "x"])):  # fmt: skip
         assert cli.main(["predict", str(tmp_path / "a.png"), "--checkpoint", str(file), *option]) == 2
         assert f"for which {option[0]} has no meaning" in capsys.readouterr().err
+    for option, value, words in (
+        ("--out", tmp_path / "a.png" / "x", f"{tmp_path / 'a.png'} is no folder"),
+        ("--out", tmp_path / "a.png", "is a file; name a folder"),
+        ("--csv", tmp_path, "is a folder; name a file"),
+        ("--topk", 0, "--topk 0 must be at least 1"),
+    ):
+        command = [
+            "predict",
+            str(tmp_path / "a.png"),
+            "--checkpoint",
+            str(segmenter_file),
+            option,
+            str(value),
+        ]
+        assert cli.main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
     with pytest.raises(ConfigError, match="topk is for image classifiers"):
         api.predict(segmenter_file, photo, topk=3, device="cpu")
     with pytest.raises(ConfigError, match="is an image classifier"):

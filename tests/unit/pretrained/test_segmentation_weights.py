@@ -72,7 +72,7 @@ def test_what_only_classifiers_are_good_for_is_refused(tmp_path, segmenter_file,
 
 def test_exports_are_read_back(tmp_path, segmentation_run, segmenter_file, capsys):
     assert cli.main(["export", str(segmenter_file), "--to", "safetensors", str(tmp_path / "a")]) == 0
-    assert "same best class on 8 of 8 images" in capsys.readouterr().out
+    assert "same class of every pixel on 8 of 8 images" in capsys.readouterr().out
     hub, run = tmp_path / "scenes-fpn", str(segmentation_run)
     assert cli.main(["export", run, "--to", "hub", str(hub)]) == 0
     assert sorted(path.name for path in hub.iterdir()) == ["README.md", "model.safetensors"]

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "tasks": {"models", "data", "config"},
     "engine": {"tasks", "state", "observe", "data", "models", "ops", "runtime", "config"},
     "report": ENGINE | {"pretrained", "evaluation", "visualize"},
-    "submit": {"report", "engine", "state", "observe", "runtime", "config"},
+    "submit": {"report", "engine", "state", "observe", "data", "runtime", "config"},
     "pretrained": ENGINE,
     "evaluation": ENGINE | {"pretrained"},
     "visualize": ENGINE | {"pretrained"},

@@ -39,6 +39,27 @@ def test_a_rank_that_dies_takes_the_others_down(tmp_path, monkeypatch, capfd):
         os.kill(int((tmp_path / "rank.py.0").read_text()), 0)
 
 
+@pytest.mark.parametrize(
+    ("error", "shown"), [("gloo: Connection closed by peer [127.0.0.1]:7", False), ("a bug", True)]
+)
+def test_a_rank_that_loses_one_with_a_message_says_nothing_of_it(tmp_path, capfd, error, shown):
+    body = f"""
+    import traceback
+    from dattrain.runtime.spawn import report
+    if rank == 1:
+        report("dattrain train: a.png: not an image")
+        sys.exit(1)
+    try:
+        raise RuntimeError({error!r})
+    except RuntimeError:
+        report(traceback.format_exc())
+    sys.exit(1)
+    """
+    assert launch(script(tmp_path, body), 2) == 1
+    said = capfd.readouterr().err
+    assert said.endswith("dattrain train: a.png: not an image\n") and ("Traceback" in said) == shown
+
+
 LAUNCHER = "import sys\nfrom dattrain.runtime.spawn import launch\nsys.exit(launch(sys.argv[1:], 2))"
 
 

@@ -225,6 +225,15 @@ def test_tables_that_are_sampled_keep_their_shape_through_a_resume():
     assert torch.equal(resumed.eval()(x), started.eval()(x))
 
 
+def test_a_classification_does_not_start_from_a_segmentation():
+    task = create_task(
+        loads("model: {name: dat_atto, img_size: 64, num_classes: 4}\ninit: {from: dense}").config
+    )
+    tensors = Segmentation(recipe()).build(64).state_dict()
+    with pytest.raises(ConfigError, match="init.from=dense: are weights of a segmentation network"):
+        task.initialise(task.build(64), tensors, Path("x"), None)
+
+
 def test_a_decoder_is_kept_by_the_names_of_its_classes(monkeypatch):
     source = Segmentation(recipe("train.seed=1")).build(64)
     for name, tensor in source.state_dict().items():

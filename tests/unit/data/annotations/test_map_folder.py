@@ -44,11 +44,11 @@ def test_ade_is_opened_as_it_is(tmp_path):
         [VOID, 4, 5],
         [7, 7, VOID],
     ]
-    check_kind(dataset, SEGMENTATION, "data.train=x", "segmentation")
+    check_kind(dataset.annotations, SEGMENTATION, "data.train=x", "segmentation")
     with pytest.raises(
         UserError, match=r"data.train=x: .* a map .* each, and task.kind=classification needs"
     ):
-        check_kind(dataset, CLASSIFICATION, "data.train=x", "classification")
+        check_kind(dataset.annotations, CLASSIFICATION, "data.train=x", "classification")
 
 
 def test_which_folder_is_meant(tmp_path):
@@ -215,7 +215,7 @@ def test_maps_that_do_not_fit_are_refused():
     with pytest.raises(BadSample, match=r"w: its annotation has 2 x 2 pixels, its image 3 x 2"):
         semantic_map(data, (2, 3), None, "w")
     with pytest.raises(
-        BadSample, match=r"class 2 at x=0, y=1, but its set names 2 classes: 0 to 1 are right, and 255"
+        BadSample, match=r"class 2 at x=0, y=1, but there are 2 classes .*: 0 to 1 are right, and 255"
     ):
         semantic_map(data, (2, 2), np.array([0, 1]), "w")
     with pytest.raises(BadSample, match="w: has no annotation"):

@@ -14,7 +14,7 @@ from dattrain.data.decode.images import decode
 from dattrain.data.source.dataset import locate, open_dataset
 from dattrain.models.dense.segmenter import Segmenter
 from dattrain.observe import metrics
-from dattrain.palette import overlay, palette
+from dattrain.palette import is_background, overlay, palette
 from dattrain.pretrained.segment import segment
 from dattrain.pretrained.weights import load_model
 
@@ -41,7 +41,7 @@ def picture(file: Path, segmented: Path, scratch: Path, val: str) -> None:
     for axis, image in zip(grid[0], pixels):
         axis.imshow(image)
     for axis, image, numbers in zip(grid[1], pixels, truth):
-        axis.imshow(overlay(image, numbers, len(names)))
+        axis.imshow(overlay(image, numbers, names))
     for row, (_, folder) in zip(grid[2:], runs):
         model, cfg = load_model(folder)
         assert isinstance(model, Segmenter)
@@ -51,9 +51,11 @@ def picture(file: Path, segmented: Path, scratch: Path, val: str) -> None:
         row[0].set_ylabel(title, fontsize=9)
     for axis in grid.flat:
         axis.set(xticks=[], yticks=[])
-    colours = palette(len(names)) / 255
     sheet.legend(
-        handles=[Patch(color=colour, label=name) for colour, name in zip(colours, names)],
+        handles=[
+            Patch(facecolor="none" if is_background(name) else colour, edgecolor="black", label=name)
+            for colour, name in zip(palette(len(names)) / 255, names)
+        ],
         loc="outside lower center",
         ncols=len(names),
         fontsize=8,

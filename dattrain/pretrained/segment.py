@@ -55,8 +55,8 @@ class Segmentation:
         ]
 
     def overlay(self) -> NDArray[np.uint8]:
-        """The image under the colours of its classes (``dattrain.palette``), H x W x 3 uint8 RGB."""
-        return overlay(self.pixels, self.classes, len(self.names))
+        """The image under the colours of its classes, H x W x 3 uint8 RGB; a class called ``background`` has none."""
+        return overlay(self.pixels, self.classes, self.names)
 
 
 def segment(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from dattrain.files import replacing
 from dattrain.observe import metrics
@@ -15,6 +16,13 @@ FILE = "results.png"
 COLOURS = ("#0069b4", "#c8500a", "#00805c", "#a0459b", "#7a6200", "#00707f", "#b3324f", "#555555")
 """Of runs, or of the curves of one; told apart by colour-blind eyes too, and on white."""
 _STYLES = ("-", "--", ":", "-.")
+
+
+class _Plain(LogFormatter):
+    """Labels the ticks that matplotlib would, with 2.2 where it has a power of ten times 2.2."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def write(path: Path, runs: Sequence[Path], titles: Sequence[str] = ()) -> None:
@@ -61,9 +69,11 @@ def picture(runs: Sequence[Path], titles: Sequence[str]) -> Figure:
                 positive = positive and min(curve.get("low", curve["value"])) > 0
         if panel.log and positive and axes.lines and panel.title != "Learning rate":
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(_Plain())
+            axes.yaxis.set_minor_formatter(_Plain())
         axes.set_title(f"{panel.title}, {panel.unit}" if panel.unit else panel.title, fontsize=10)
         axes.set_xlabel("updates", fontsize=8)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(labelsize=8, which="both")
         axes.grid(alpha=0.25)
         if len(axes.lines) > 1:
             axes.legend(fontsize=7)

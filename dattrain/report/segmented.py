@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dattrain.palette import palette
+from dattrain.palette import is_background, map_image, palette
+from dattrain.tasks.predictions import png_url
 
 KIND = "segmentation"
 PAIRS = 15
 """Confused pairs that are listed."""
-_LEGEND = 6
-"""Classes that are named below an image, the largest first."""
+_LEGEND = 8
+"""Classes that are named below an image, the largest first; the others are counted."""
 
 
 def classes(predictions: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
     """The table of classes, the most frequent first, and the most confused pairs; None where it is of another task."""
     if predictions.get("kind") != KIND:
         return None
-    colours = [_colour(each) for each in palette(len(names))]
+    colours = _colours(names)
     pixels = {row["class"]: row["pixels"] for row in predictions["classes"]}
     total = sum(pixels.values()) or 1
     rows = sorted(predictions["classes"], key=lambda row: (-row["pixels"], row["class"]))
@@ -43,13 +44,18 @@ def images(predictions: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
     """The worst and the best images; None where it is of another task, or shows none."""
     if predictions.get("kind") != KIND or not (predictions.get("worst") or predictions.get("best")):
         return None
-    colours = [_colour(each) for each in palette(len(names))]
+    colours = _colours(names)
 
     def shown(kind: str) -> Iterator[dict[str, Any]]:
         for item in predictions.get(kind, ()):
-            legend = [[names[number], colours[number]] for number in _largest(item, len(names))]
-            keys = ("name", "iou", "accuracy", "picture", "truth", "prediction")
-            yield {**{key: item[key] for key in keys}, "legend": legend}
+            maps = {key: numbers(item[key]) for key in ("truth", "prediction")}
+            there = _largest(maps.values(), len(names))
+            yield {
+                **{key: item[key] for key in ("name", "iou", "accuracy", "picture")},
+                **{key: png_url(map_image(each, names)) for key, each in maps.items()},
+                "legend": [[names[number], colours[number]] for number in there[:_LEGEND]],
+                "more": len(there[_LEGEND:]),
+            }
 
     return {
         "step": predictions["step"],
@@ -64,12 +70,15 @@ def numbers(url: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
 
 
-def _largest(item: Mapping[str, Any], count: int) -> list[int]:
+def _largest(maps: Iterable[np.ndarray], count: int) -> list[int]:
     """Classes of an image's truth and prediction, those of the most pixels first."""
-    both = np.concatenate([numbers(item[key]).reshape(-1) for key in ("truth", "prediction")])
-    pixels = np.bincount(both, minlength=256)[:count]
-    return [int(number) for number in np.argsort(-pixels, kind="stable")[:_LEGEND] if pixels[number]]
+    pixels = np.bincount(np.concatenate([each.reshape(-1) for each in maps]), minlength=256)[:count]
+    return [int(number) for number in np.argsort(-pixels, kind="stable") if pixels[number]]
 
 
-def _colour(rgb: np.ndarray) -> str:
-    return "#" + bytes(rgb.tolist()).hex()
+def _colours(names: Sequence[str]) -> list[str | None]:
+    """``#rrggbb`` of each class; None of the background, which has none."""
+    return [
+        None if is_background(name) else "#" + bytes(rgb.tolist()).hex()
+        for name, rgb in zip(names, palette(len(names)))
+    ]

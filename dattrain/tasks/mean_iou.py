@@ -13,7 +13,7 @@ from dattrain.errors import UserError
 from dattrain.tasks.base import Forward, Ranks
 from dattrain.tasks.confusion import confusion, scores
 from dattrain.tasks.dense_inference import Inference, decide
-from dattrain.tasks.segmented_images import SegmentedImages
+from dattrain.tasks.segmented_images import SegmentedImages, Shown
 
 
 class MeanIoU:
@@ -50,7 +50,8 @@ class MeanIoU:
         iou, accuracy, labelled, loss_here = _of_image(matrix, loss).tolist()
         if labelled:
             position = int(batch.position[0])
-            self._images.add(position, batch.keys[0], iou, accuracy, loss_here, image, truth, found.classes)
+            seen = Shown(position, batch.keys[0], iou, accuracy, loss_here, image, truth, found.classes)
+            self._images.add(seen)
 
     def compute(self, ranks: Ranks) -> dict[str, float]:
         """``miou``, ``macc`` and ``aacc`` in percent, ``loss`` in nats (a mean over images), ``images``.

@@ -143,14 +143,18 @@ class Predictions:
 
 def data_url(pixels: np.ndarray) -> str:
     """H x W x 3 uint8 as a data URL: PNG where it is small, else JPEG."""
-    small = max(pixels.shape[:2]) <= _LARGE
-    buffer = io.BytesIO()
     image = Image.fromarray(np.ascontiguousarray(pixels))
-    if small:
-        image.save(buffer, "PNG")
-    else:
-        image.save(buffer, "JPEG", quality=90)
-    kind = "png" if small else "jpeg"
+    return png_url(image) if max(image.size) <= _LARGE else _url(image, "jpeg", quality=90)
+
+
+def png_url(image: Image.Image) -> str:
+    """An image as a data URL, without loss."""
+    return _url(image, "png", optimize=True)
+
+
+def _url(image: Image.Image, kind: str, **options: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -10,31 +10,26 @@ Format (JSON), the same on every rank:
 - ``pairs``: ``[true class, predicted class, pixels]`` of mistakes, the most frequent first.
 - ``worst``, ``best``: images by their own mean IoU over the classes that are in their truth, the lowest and the highest first: a list of
   ``{"position", "name", "iou", "accuracy", "loss", "picture", "truth", "prediction"}``. ``iou`` and ``accuracy`` are in percent, ``loss`` in
-  nats. ``picture`` is a data URL of the image, at most ``LONGEST`` pixels long; ``truth`` and ``prediction`` are data URLs of PNGs of the
-  same size, whose pixels are class numbers (255: void) with the colours of ``dattrain.palette`` for those who only show them.
+  nats. ``picture`` is a data URL of the image, at most ``LONGEST`` pixels long; ``truth`` and ``prediction`` are data URLs of gray PNGs of
+  the same size, whose pixels are class numbers (255: void).
 """
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dattrain.data.annotations.semantic import VOID
 from dattrain.data.augment.dense_transforms import nearest
-from dattrain.palette import palette
 from dattrain.tasks.base import Ranks
 from dattrain.tasks.confusion import scores
-from dattrain.tasks.predictions import data_url
+from dattrain.tasks.predictions import data_url, png_url
 
 SHOWN = 8
 """Images of either kind."""
@@ -45,54 +40,47 @@ PAIRS = 500
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """An image that may be shown."""
+class Shown:
+    """An image that may be shown.
+
+    Attributes:
+        position: its place in the set.
+        iou, accuracy: shares; see ``worst`` above.
+        loss: nats.
+        picture: 3 x H x W uint8.
+        truth, prediction: H x W uint8.
+    """
 
     position: int
     name: str
     iou: float
     accuracy: float
     loss: float
-    picture: NDArray[np.uint8]
-    truth: NDArray[np.uint8]
-    prediction: NDArray[np.uint8]
+    picture: Tensor
+    truth: Tensor
+    prediction: Tensor
+
+
+_ORDERS: dict[str, Callable[[Shown], tuple[float, int]]] = {
+    "worst": lambda image: (image.iou, image.position),
+    "best": lambda image: (-image.iou, image.position),
+}
 
 
 class SegmentedImages:
     """Adds up the images of one rank; only those that may be shown are made small and fetched from the device."""
 
     def __init__(self) -> None:
-        self._worst: list[_Seen] = []
-        self._best: list[_Seen] = []
+        self._kept: dict[str, list[Shown]] = {kind: [] for kind in _ORDERS}
 
-    def add(
-        self,
-        position: int,
-        name: str,
-        iou: float,
-        accuracy: float,
-        loss: float,
-        image: Tensor,
-        truth: Tensor,
-        prediction: Tensor,
-    ) -> None:
-        """Look at an image.
-
-        Args:
-            position: its place in the set.
-            iou, accuracy: shares; see ``worst`` above.
-            image: 3 x H x W uint8.
-            truth, prediction: H x W uint8.
-        """
-        seen: _Seen | None = None
-        for kept, order in ((self._worst, _worst_first), (self._best, _best_first)):
-            mine = order(position, iou)
-            if len(kept) == SHOWN and mine > order(kept[-1].position, kept[-1].iou):
-                continue
-            seen = seen or _small(position, name, iou, accuracy, loss, image, truth, prediction)
-            kept.append(seen)
-            kept.sort(key=lambda each, by=order: by(each.position, each.iou))  # type: ignore[misc]
-            del kept[SHOWN:]
+    def add(self, image: Shown) -> None:
+        """Look at an image of any size."""
+        small: Shown | None = None
+        for kind, order in _ORDERS.items():
+            kept = self._kept[kind]
+            if len(kept) < SHOWN or order(image) < order(kept[-1]):
+                small = small or _small(image)
+                self._kept[kind] = sorted([*kept, small], key=order)[:SHOWN]
 
     def gather(self, ranks: Ranks, matrix: Tensor) -> dict[str, Any]:
         """All but ``images`` of the format above. Collective.
@@ -116,78 +104,41 @@ class SegmentedImages:
             }
             for number in np.flatnonzero(truth + predicted)
         ]
-        gathered = ranks.gather((self._worst, self._best))
+        gathered = ranks.gather(self._kept)
         return {
             "kind": "segmentation",
             "classes": classes,
             "pairs": [[a, b, int(wrong[a, b])] for a, b in pairs],
             **{
                 kind: [
-                    _json(each, len(counts))
-                    for each in sorted(
-                        (one for every in gathered for one in every[which]),
-                        key=lambda one, by=by: by(one.position, one.iou),  # type: ignore[misc]
-                    )[:SHOWN]
+                    _json(image)
+                    for image in sorted((one for each in gathered for one in each[kind]), key=order)[:SHOWN]
                 ]
-                for which, (kind, by) in enumerate((("worst", _worst_first), ("best", _best_first)))
+                for kind, order in _ORDERS.items()
             },
         }
 
 
-_Order = Callable[[int, float], tuple[float, int]]
-
-
-def _worst_first(position: int, iou: float) -> tuple[float, int]:
-    return iou, position
-
-
-def _best_first(position: int, iou: float) -> tuple[float, int]:
-    return -iou, position
-
-
-def _small(
-    position: int,
-    name: str,
-    iou: float,
-    accuracy: float,
-    loss: float,
-    image: Tensor,
-    truth: Tensor,
-    prediction: Tensor,
-) -> _Seen:
+def _small(image: Shown) -> Shown:
+    picture, truth, prediction = image.picture, image.truth, image.prediction
     height, width = truth.shape
     factor = min(1.0, LONGEST / max(height, width))
-    size = max(1, round(height * factor)), max(1, round(width * factor))
     if factor < 1:
-        image = F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=True)[0]
-        image = image.round_().clamp_(0, 255).to(torch.uint8)
+        size = max(1, round(height * factor)), max(1, round(width * factor))
+        picture = F.interpolate(picture[None].float(), size=size, mode="bilinear", antialias=True)[0]
+        picture = picture.round_().clamp_(0, 255).to(torch.uint8)
         truth, prediction = nearest(truth, size), nearest(prediction, size)
-    picture = image.permute(1, 2, 0).contiguous()
-    return _Seen(
-        position, name, iou, accuracy, loss, *(each.cpu().numpy() for each in (picture, truth, prediction))
-    )
+    return replace(image, picture=picture.cpu(), truth=truth.cpu(), prediction=prediction.cpu())
 
 
-def _json(seen: _Seen, classes: int) -> dict[str, Any]:
+def _json(image: Shown) -> dict[str, Any]:
     return {
-        "position": seen.position,
-        "name": seen.name,
-        "iou": round(100 * seen.iou, 4),
-        "accuracy": round(100 * seen.accuracy, 4),
-        "loss": round(seen.loss, 6),
-        "picture": data_url(seen.picture),
-        "truth": map_url(seen.truth, classes),
-        "prediction": map_url(seen.prediction, classes),
+        "position": image.position,
+        "name": image.name,
+        "iou": round(100 * image.iou, 4),
+        "accuracy": round(100 * image.accuracy, 4),
+        "loss": round(image.loss, 6),
+        "picture": data_url(image.picture.permute(1, 2, 0).numpy()),
+        "truth": png_url(Image.fromarray(image.truth.numpy())),
+        "prediction": png_url(Image.fromarray(image.prediction.numpy())),
     }
-
-
-def map_url(numbers: NDArray[np.uint8], classes: int) -> str:
-    """H x W class numbers as a data URL: a PNG of these numbers, with a palette of as many colours and grey for void."""
-    colours = np.zeros((256, 3), np.uint8)
-    colours[:classes] = palette(classes)
-    colours[VOID] = 128
-    image = Image.fromarray(np.ascontiguousarray(numbers), mode="P")
-    image.putpalette(colours.tobytes())
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -6,24 +6,26 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dattrain.palette import palette
+from dattrain.palette import is_background, palette
 from dattrain.pretrained.segment import Segmentation, Share
 
 LISTED = 24
 """Classes at most; the rest are summed up."""
 _NARROW = 240
 """Pixels that a legend has at least, whatever the image."""
+_LETTERS = 28
+"""Of a name at most; a longer one is cut, so that it does not take the columns of all."""
 
 
 def with_legend(found: Segmentation, *, listed: int = LISTED) -> Image.Image:
-    """The overlay at the image's own size over its legend, the largest classes first."""
+    """The overlay at the image's own size over its legend, the largest classes first; one without a colour is said to have none."""
     height, width = found.classes.shape
     size = max(12, min(64, width // 40))
     font = ImageFont.load_default(size)
     lines = _lines(found.shares(), listed)
-    total = max(width, _NARROW)
-    longest = max(round(font.getlength(text)) for _, text in lines) + 2 * size
-    columns = max(1, min(total // longest, len(lines)))
+    longest = max(round(font.getlength(text)) for _, text in lines) + 3 * size
+    total = max(width, _NARROW, longest)
+    columns = min(total // longest, len(lines))
     rows = -(-len(lines) // columns)
     step = round(1.5 * size)
     canvas = Image.new("RGB", (total, height + rows * step + size), "white")
@@ -33,7 +35,7 @@ def with_legend(found: Segmentation, *, listed: int = LISTED) -> Image.Image:
         x = place // rows * (total // columns) + size // 2
         y = height + place % rows * step + size // 2
         if number is not None:
-            colour = tuple(int(part) for part in colours[number])
+            colour = None if is_background(found.names[number]) else tuple(map(int, colours[number]))
             draw.rectangle((x, y + size // 6, x + size, y + size // 6 + size), colour, "black")
         draw.text((x + round(1.5 * size), y), text, "black", font)
     return canvas
@@ -42,8 +44,17 @@ def with_legend(found: Segmentation, *, listed: int = LISTED) -> Image.Image:
 def _lines(shares: Sequence[Share], listed: int) -> list[tuple[int | None, str]]:
     """(class, text) of the largest, and of what is left."""
     lines: list[tuple[int | None, str]] = [
-        (each.number, f"{each.name}  {100 * each.share:.1f} %") for each in shares[:listed]
+        (each.number, f"{_cut(each.name)}  {_percent(each.share)}{', no colour' * is_background(each.name)}")
+        for each in shares[:listed]
     ]
     if rest := shares[listed:]:
-        lines.append((None, f"{len(rest)} more  {100 * sum(each.share for each in rest):.1f} %"))
+        lines.append((None, f"{len(rest)} more  {_percent(sum(each.share for each in rest))}"))
     return lines
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LETTERS else f"{name[: _LETTERS - 3].rstrip()}..."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.0005 else "< 0.1 %"

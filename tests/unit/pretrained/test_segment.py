@@ -105,12 +105,20 @@ def test_a_legend_names_the_largest_and_sums_up_the_rest():
     count = LISTED + 10
     numbers = np.repeat(np.arange(count, dtype=np.uint8), 50)[None].repeat(40, 0)
     pixels = np.zeros((*numbers.shape, 3), np.uint8)
-    names = tuple(f"a class of a long name {n}" for n in range(count))
-    drawn = np.asarray(with_legend(Segmentation(pixels, numbers, numbers.astype(np.float32), names)))
+    names = tuple(f"a class of a name that is much too long for a legend {n}" for n in range(count))
+
+    def draw(names):
+        return np.asarray(with_legend(Segmentation(pixels, numbers, numbers.astype(np.float32), names)))
+
+    drawn = draw(names)
     below = drawn[len(numbers) :].reshape(-1, 3)
     colours = {tuple(each) for each in np.unique(below, axis=0).tolist()}
     assert {tuple(each) for each in palette(LISTED).tolist()} <= colours
     assert not {tuple(each) for each in palette(count)[LISTED:].tolist()} & colours
+    assert draw(("x" * 500, *names[1:])).shape == drawn.shape, "a long name is cut"
+    plain = draw(("background", *names[1:]))
+    assert (plain[: len(pixels), :50] == 0).all() and (drawn[: len(pixels), :50] > 0).any()
+    assert not (plain.reshape(-1, 3) == palette(1)[0]).all(1).any(), "nor has the legend its colour"
 
 
 def test_options_of_the_other_task_are_refused(

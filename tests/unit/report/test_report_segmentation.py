@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -42,8 +44,23 @@ def test_the_page_holds_classes_and_maps(tmp_path, capsys, segmentation_run, sce
     assert shown["legend"][0] == ["ground", rows["ground"][0]] and {n for n, _ in shown["legend"]} <= set(
         MAP_NAMES
     )
-    titles = [axes.get_title() for axes in chart.picture([segmentation_run], ["a"]).axes]
+    below = segmented.images(
+        json.loads((segmentation_run / "predictions.json").read_text()), ["background", *MAP_NAMES[1:]]
+    )
+    (map_,) = (each["truth"] for each in below["best"] if each["name"] == shown["name"])
+    assert ["background", None] in below["best"][0]["legend"]
+    assert (picture(map_)[..., 3] == 0).sum() == (np.asarray(truth) == 0).sum()
+    assert (picture(shown["truth"])[..., 3] == 255).all()
+    drawn = chart.picture([segmentation_run], ["a"])
+    labels = [label.get_text() for label in drawn.axes[0].get_yticklabels(which="both")]
+    assert drawn.axes[0].get_yscale() == "log" and all(float(label) for label in labels if label)
+    titles = [axes.get_title() for axes in drawn.axes]
     assert "Segmentation, %" in titles and "Accuracy, %" not in titles and len(titles) == 6
+
+
+def picture(url):
+    """H x W x 4: as a browser draws it."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGBA"))
 
 
 def test_what_an_evaluation_kept_can_be_made_anew(tmp_path, capsys, segmentation_run):

@@ -6,12 +6,13 @@ torchrun or Slurm; each may call these functions then.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from dattrain.config.load import dump, load, loads
 from dattrain.config.run import new_folder, resolve
 from dattrain.config.schema import Config
-from dattrain.errors import ConfigError
+from dattrain.errors import ConfigError, UserError
 from dattrain.evaluation.evaluate import evaluate as evaluate_weights
 from dattrain.evaluation.options import Options
 from dattrain.models.dense.segmenter import Segmenter
@@ -41,6 +42,10 @@ Images = (
     str | Path | Image.Image | np.ndarray | Tensor | Sequence[str | Path | Image.Image | np.ndarray | Tensor]
 )
 """One image, or several: files, PIL images, arrays or tensors."""
+OnBad = Literal["error", "skip"]
+_BATCH = 16
+"""Images that are classified at a time."""
+log = logging.getLogger(__name__)
 
 __all__ = ["Run", "evaluate", "load_model", "predict", "train"]
 
@@ -85,9 +90,10 @@ class Run:
         *,
         topk: int | None = None,
         device: str | torch.device | None = None,
-    ) -> list[list[Prediction]] | list[Segmentation]:
+        on_bad: OnBad = "error",
+    ) -> list[list[Prediction] | None] | list[Segmentation | None]:
         """Classify or segment images with the newest weights; see ``dattrain.predict``."""
-        return predict(self, images, topk=topk, device=device)
+        return predict(self, images, topk=topk, device=device, on_bad=on_bad)
 
     def load_model(self, **options: Any) -> tuple[Network, PretrainedCfg]:
         """Open the newest weights; see ``dattrain.load_model``."""
@@ -158,7 +164,8 @@ def predict(
     *,
     topk: int | None = None,
     device: str | torch.device | None = None,
-) -> list[list[Prediction]] | list[Segmentation]:
+    on_bad: OnBad = "error",
+) -> list[list[Prediction] | None] | list[Segmentation | None]:
     """Classify images: for each its ``topk`` most likely classes as (name, probability, number), the most likely first.
 
     By a segmentation network a ``Segmentation`` for each: ``classes``, a number for every pixel, ``shares()`` of the image by class,
@@ -166,14 +173,19 @@ def predict(
 
     Args:
         weights: a run, its folder, a checkpoint or a weights file.
-        images: a file or a folder of them; a PIL image, an array uint8 H x W x 3 or a tensor uint8 3 x H x W; or a sequence of such.
+        images: a file or a folder of them, in the order of their names; a PIL image, an array uint8 H x W x 3 or a tensor uint8
+            3 x H x W; or a sequence of such.
         topk: 5 where it is not given; a classifier's alone.
         device: None takes a GPU where there is one.
+        on_bad: ``error`` ends at the first image that cannot be read, without the results of those before it; ``skip`` says it in the
+            log and has None in its place, so that results stay beside their images.
 
     Raises:
-        ConfigError: ``topk`` for a segmentation network.
-        UserError: weights or images that cannot be read, or weights without classes.
+        ConfigError: ``topk`` for a segmentation network; another ``on_bad``.
+        UserError: weights or (but for ``skip``) images that cannot be read, or weights without classes.
     """
+    if on_bad not in get_args(OnBad):
+        raise ConfigError(f"predict has no on_bad={on_bad!r}; choose {' or '.join(get_args(OnBad))}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, cfg = load_model(Path(weights), device=device)
     many: Sequence[str | Path | Image.Image | np.ndarray | Tensor]
@@ -186,8 +198,31 @@ def predict(
     if isinstance(model, Segmenter):
         if topk is not None:
             raise ConfigError(f"{weights}: topk is for image classifiers, and this is a segmentation network")
-        return list(segment(model, cfg, many))
-    return predict_with(model, cfg, many, topk=5 if topk is None else topk)
+        return [
+            None if pixels is None else next(segment(model, cfg, [pixels]))
+            for pixels in _pixels(many, on_bad, upright=True)
+        ]
+    found: list[list[Prediction] | None] = []
+    for first in range(0, len(many), _BATCH):
+        batch = list(_pixels(many[first : first + _BATCH], on_bad))
+        good = [pixels for pixels in batch if pixels is not None]
+        classes = iter(predict_with(model, cfg, good, topk=5 if topk is None else topk, batch=_BATCH))
+        found += [None if pixels is None else next(classes) for pixels in batch]
+    return found
+
+
+def _pixels(
+    images: Sequence[str | Path | Image.Image | np.ndarray | Tensor], on_bad: OnBad, *, upright: bool = False
+) -> Iterator[Tensor | None]:
+    """3 x H x W of each image; see ``on_bad`` of ``predict``."""
+    for image in images:
+        try:
+            yield preprocess.as_pixels(image, upright=upright)
+        except UserError as error:
+            if on_bad == "error":
+                raise UserError(f'{error}; on_bad="skip" goes on without it') from error
+            log.warning("%s: skipped", error)
+            yield None
 
 
 def _plain(value: Any) -> Any:

@@ -98,6 +98,23 @@ def test_what_is_no_image_is_refused_with_what_was_given(weights_file):
         dattrain.predict(weights_file, 3)
 
 
+def test_a_bad_image_is_skipped_where_that_is_asked_for(images, weights_file, segmenter_file, caplog):
+    (images / "1.png").write_bytes(b"no image")
+    for file in (weights_file, segmenter_file):
+        with pytest.raises(UserError, match=r'1.png.*on_bad="skip" goes on without it'):
+            dattrain.predict(file, images)
+        alone = [dattrain.predict(file, images / name)[0] for name in ("0.png", "2.png")]
+        first, bad, last = dattrain.predict(file, images, on_bad="skip")
+        assert bad is None and "1.png" in caplog.text and "skipped" in caplog.text
+        for one, other in zip((first, last), alone):
+            if file == weights_file:
+                assert [each.name for each in one] == [each.name for each in other]
+            else:
+                assert (one.classes == other.classes).all()
+    with pytest.raises(UserError, match="no on_bad='ignore'; choose error or skip"):
+        dattrain.predict(weights_file, images, on_bad="ignore")
+
+
 def test_a_misspelt_option_of_evaluate_is_refused_with_the_one_meant(weights_file):
     with pytest.raises(UserError, match="evaluate has no option lineer_probe; did you mean linear_probe?"):
         dattrain.Run(weights_file).evaluate(lineer_probe=True)

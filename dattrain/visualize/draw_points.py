@@ -41,7 +41,7 @@ def draw_points(
     Raises:
         UserError: the model has no such block or group.
     """
-    pixels = preprocess.as_pixels(image)
+    pixels = preprocess.as_pixels(image, upright=cfg.segmentation is not None)
     prepared = preprocess.prepare(pixels, cfg)
     blocks = capture_image(model, prepared, cfg, device=next(model.parameters()).device)
     if stage is None:

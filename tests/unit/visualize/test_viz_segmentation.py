@@ -17,6 +17,14 @@ def test_points_are_drawn_over_the_whole_picture(tmp_path, capsys, segmenter_fil
     said = capsys.readouterr().out.splitlines()[0]
     assert said.startswith(f"{tmp_path / '1.points.png'}  ") and said.endswith(" %")
     assert (tmp_path / "1.points.png").read_bytes()[1:4] == b"PNG" and (tmp_path / "points.html").is_file()
+    # A photograph that lies on its side is the same picture, as for predict.
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "turned").mkdir()
+    with Image.open(file) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned" / "1.png", exif=exif)
+    command[2] = str(tmp_path / "turned" / "1.png")
+    assert cli.main(command) == 0 and capsys.readouterr().out.splitlines()[0] == said
     height, width = np.asarray(Image.open(file)).shape[:2]
     image = preprocess.read(file)
     assert picture_of(image, dense_cfg).whole

@@ -7,21 +7,19 @@ from collections.abc import Callable
 
 import torch
 
-from dattrain.config.derive import check_samples, micro_batch
+from dattrain.config.derive import micro_batch
 from dattrain.config.schema import Config
 from dattrain.config.sections import Geometry, as_pair
-from dattrain.data import identity
 from dattrain.data.annotations.map_folder import ADE_NAMES
 from dattrain.data.annotations.semantic import VOID
 from dattrain.data.augment.dense_plan import DensePlan, draw
 from dattrain.data.classes import Classes
 from dattrain.data.decode.dense import EncodedMaps, SegmentationDecoder, fetch, labelled
 from dattrain.data.dense_batch import SegmentationBatch, bytes_of
-from dattrain.data.factory import Prefetch, open_split, patience
+from dattrain.data.factory import open_split, ordered_loader, shared_buffer, start_workers
 from dattrain.data.feed import BatchRequest, EvalFeed, RankShare, bad_sample_message
 from dattrain.data.loader import Decoder, EvalLoader, TrainLoader
 from dattrain.data.order import Order
-from dattrain.data.shared_buffer import SharedBatchBuffer
 from dattrain.data.source.dataset import BadSample, Dataset, locate
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
@@ -40,26 +38,18 @@ def train_loader(
         ConfigError: no ``data.train``; classes that do not fit the head; a batch that does not divide.
         UserError: nothing there, no maps in it, or a shard that does not fit its index.
     """
-    train, data = config.train, config.data
-    share = RankShare(train.global_batch, micro_batch(config, world), rank, world, samples_seen)
-    dataset, classes = open_split(config, "train", None, rank=rank, world=world)
-    order = Order(dataset.counts, seed=train.seed, lanes=data.lanes, window=data.window, shuffle=data.shuffle)
-    check_samples(config, order.samples)
-    _check_labelled(config, "train", dataset, request_of(config, order, share, 0)[0])
+    share = RankShare(config.train.global_batch, micro_batch(config, world), rank, world, samples_seen)
 
-    def read(number: int) -> EncodedMaps:
-        request, plan = request_of(config, order, share, number)
-        return fetch(dataset, request, plan, skip_bad=data.on_bad == "skip")
+    def decoder(dataset: Dataset, order: Order) -> Decoder[SegmentationBatch]:
+        _check_labelled(config, "train", dataset, request_of(config, order, share, 0)[0])
 
-    return TrainLoader(
-        _train_decoder(config, read, device, share.micro_batch),
-        classes,
-        samples_per_epoch=order.samples,
-        identity=identity.of_dataset(dataset),
-        device=device,
-        before=Prefetch(dataset, order, share) if dataset.prefetches else lambda served: None,
-        close=dataset.close,
-    )
+        def read(number: int) -> EncodedMaps:
+            request, plan = request_of(config, order, share, number)
+            return fetch(dataset, request, plan, skip_bad=config.data.on_bad == "skip")
+
+        return _train_decoder(config, read, device, share.micro_batch)
+
+    return ordered_loader(config, share, decoder, device)
 
 
 def eval_loader(
@@ -176,17 +166,11 @@ def _decoder(
     nbytes: int,
     count: int | None = None,
 ) -> Workers[SegmentationBatch]:
-    """The workers at work, as ``factory`` sets them up."""
-    data = config.data
-    buffer = SharedBatchBuffer(max(1, data.workers), data.prefetch + 2, nbytes)
-    return Workers(
-        SegmentationDecoder(
-            read, pad_to=config.geometry.pad_to, skip_bad=data.on_bad == "skip", buffer=buffer
-        ),
-        count=count,
-        workers=data.workers,
-        prefetch=data.prefetch,
-        pin=device.type == "cuda",
-        patience=patience(config),
-        unit="micro-batch",
+    """The CPU's decoder, at work."""
+    decoder = SegmentationDecoder(
+        read,
+        pad_to=config.geometry.pad_to,
+        skip_bad=config.data.on_bad == "skip",
+        buffer=shared_buffer(config, nbytes),
     )
+    return start_workers(config, decoder, device, count=count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -26,7 +27,7 @@ from dattrain.data.classes import (
 )
 from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
 from dattrain.data.feed import Encoded, EvalFeed, RankShare, TrainFeed, fetch
-from dattrain.data.loader import Decoder, EvalLoader, TrainLoader
+from dattrain.data.loader import B, Decoder, EvalLoader, TrainLoader
 from dattrain.data.order import Order
 from dattrain.data.shared_buffer import SharedBatchBuffer
 from dattrain.data.source.dataset import Dataset, ShardDataset, open_dataset
@@ -62,19 +63,30 @@ def train_loader(
     share = RankShare(train.global_batch, micro_batch(config, world), rank, world, samples_seen)
     if config.data.reader == "webdataset":
         return _webdataset_loader(config, share, device=device, size=size)
-    dataset, classes = open_split(config, "train", None, rank=rank, world=world)
+
+    def decoder(dataset: Dataset, order: Order) -> Decoder[Batch]:
+        feed = TrainFeed(order, config.augment, train.seed, size, share)
+        return _decoder(config, dataset, feed, size=size, device=device)
+
+    return ordered_loader(config, share, decoder, device)
+
+
+def ordered_loader(
+    config: Config, share: RankShare, decoder: Callable[[Dataset, Order], Decoder[B]], device: torch.device
+) -> TrainLoader[B]:
+    """The training loader over ``data.train`` in its order, of any task; errors as for ``train_loader``.
+
+    Args:
+        decoder: makes what reads a set in an order.
+    """
+    data = config.data
+    dataset, classes = open_split(config, "train", None, rank=share.rank, world=share.world)
     order = Order(
-        dataset.counts,
-        seed=train.seed,
-        lanes=config.data.lanes,
-        window=config.data.window,
-        shuffle=config.data.shuffle,
+        dataset.counts, seed=config.train.seed, lanes=data.lanes, window=data.window, shuffle=data.shuffle
     )
     check_samples(config, order.samples)
-    feed = TrainFeed(order, config.augment, train.seed, size, share)
-    decoder = _decoder(config, dataset, feed, size=size, device=device)
     return TrainLoader(
-        decoder,
+        decoder(dataset, order),
         classes,
         samples_per_epoch=order.samples,
         identity=identity.of_dataset(dataset),
@@ -229,17 +241,9 @@ def _webdataset_loader(
         "a resumed run does not see what an uninterrupted one would have seen; data.reader=index is exact"
     )
     stream = WebStream(config, share, size)
-    workers = Workers(
-        CpuDecoder(stream.read, size=size, skip_bad=data.on_bad == "skip"),
-        count=None,
-        workers=data.workers,
-        prefetch=data.prefetch,
-        pin=device.type == "cuda",
-        patience=patience(config),
-        unit="micro-batch",
-    )
+    decoder = CpuDecoder(stream.read, size=size, skip_bad=data.on_bad == "skip")
     return TrainLoader(
-        workers,
+        start_workers(config, decoder, device),
         classes,
         samples_per_epoch=data.samples,
         identity=identity.of_stream(stream.urls, data.samples),
@@ -279,19 +283,28 @@ def _decoder(
             count=count,
             threads=max(1, data.workers),
         )
+    buffer = shared_buffer(config, feed.most * size[0] * size[1] * 3)
+    decoder = CpuDecoder(read, size=size, skip_bad=skip_bad, transform=transform, buffer=buffer)
+    return start_workers(config, decoder, device, count=count)
+
+
+def shared_buffer(config: Config, nbytes: int) -> SharedBatchBuffer:
+    """Room for the batches of all workers, ``nbytes`` each."""
     # A worker holds ``prefetch`` batches ready; one is in the trainer's hands and one on its way.
-    buffer = SharedBatchBuffer(max(1, data.workers), data.prefetch + 2, feed.most * size[0] * size[1] * 3)
+    return SharedBatchBuffer(max(1, config.data.workers), config.data.prefetch + 2, nbytes)
+
+
+def start_workers(
+    config: Config, decode: Callable[[int], B], device: torch.device, *, count: int | None = None
+) -> Workers[B]:
+    """The workers of a loader; ``count`` batches, None without end."""
     return Workers(
-        CpuDecoder(read, size=size, skip_bad=skip_bad, transform=transform, buffer=buffer),
+        decode,
         count=count,
-        workers=data.workers,
-        prefetch=data.prefetch,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
         pin=device.type == "cuda",
-        patience=patience(config),
+        # Fewer seconds than the watchdog's, which could not say which worker gives nothing.
+        patience=0.75 * config.train.health.stall_seconds,
         unit="micro-batch",
     )
-
-
-def patience(config: Config) -> float:
-    """Seconds that a worker may give nothing: fewer than the watchdog's, which could not say which worker it is."""
-    return 0.75 * config.train.health.stall_seconds

@@ -32,7 +32,7 @@ def sheet(items: Sequence[Mapping[str, Any]], names: Sequence[str]) -> np.ndarra
         x = number % in_row * len(kinds) * (TILE + 8) + 4
         y = number // in_row * (TILE + _TEXT + 8) + 4
         for column, kind in enumerate(kinds):
-            image = Image.open(io.BytesIO(base64.b64decode(item[kind].partition(",")[2])))
+            image: Image.Image = Image.open(io.BytesIO(base64.b64decode(item[kind].partition(",")[2])))
             is_map = kind != "picture"
             image = map_image(np.asarray(image), names) if is_map else image
             tile = _tile(image.convert("RGBA"), plain=is_map)

@@ -21,13 +21,7 @@ class SemanticFPN(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: Sequence[int],
-        num_classes: int,
-        *,
-        channels: int = 256,
-        norm: Norm = "sync",
-        dropout: float = 0.1,
+        self, in_channels: Sequence[int], num_classes: int, *, channels: int, norm: Norm, dropout: float
     ) -> None:
         super().__init__()
         half = max(1, channels // 2)

@@ -24,13 +24,7 @@ class UperNet(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: Sequence[int],
-        num_classes: int,
-        *,
-        channels: int = 512,
-        norm: Norm = "sync",
-        dropout: float = 0.1,
+        self, in_channels: Sequence[int], num_classes: int, *, channels: int, norm: Norm, dropout: float
     ) -> None:
         super().__init__()
         *finer, coarsest = in_channels
@@ -87,13 +81,7 @@ class AuxiliaryHead(nn.Module):
     """A 3 x 3 convolution and a classifier on one map, for a second loss in training."""
 
     def __init__(
-        self,
-        in_channels: int,
-        num_classes: int,
-        *,
-        channels: int = 256,
-        norm: Norm = "sync",
-        dropout: float = 0.1,
+        self, in_channels: int, num_classes: int, *, channels: int, norm: Norm, dropout: float
     ) -> None:
         super().__init__()
         self.conv = ConvNormReLU(in_channels, channels, 3, norm)

@@ -171,7 +171,7 @@ def test_weights_are_drawn_as_mmseg_draws_them():
 def test_pyramid_pooling_sees_the_whole_image():
     """A change in one corner reaches the other one, which convolutions alone would not carry so far."""
     torch.manual_seed(0)
-    head = UperNet((8, 8, 8, 8), 3, channels=16, norm="group").eval()
+    head = UperNet((8, 8, 8, 8), 3, channels=16, norm="group", dropout=0.1).eval()
     maps = [torch.randn(1, 8, 4 * side, 4 * side) for side in (64, 32, 16, 8)]
     before = head(maps)
     maps[3] = maps[3].clone()

@@ -32,7 +32,7 @@ def picture(file: Path, segmented: Path, scratch: Path, val: str) -> None:
         rows = metrics.read(folder)
         for axis, key, style in ((loss, "loss", "-"), (miou, "miou", "o-")):
             axis.plot(*zip(*[(row["samples"], row[key]) for row in rows if key in row]), style, label=name)
-    loss.set(xlabel="scenes seen", ylabel="training loss", yscale="log")
+    loss.set(xlabel="scenes seen", ylabel="training loss")
     miou.set(xlabel="scenes seen", ylabel="mIoU on scenes of unseen items, %")
     miou.legend(loc="lower right")
 

@@ -20,7 +20,7 @@ _LETTERS = 28
 def with_legend(found: Segmentation, *, listed: int = LISTED) -> Image.Image:
     """The overlay at the image's own size over its legend, the largest classes first; one without a colour is said to have none."""
     height, width = found.classes.shape
-    size = max(12, min(64, width // 40))
+    size = max(12, min(64, width // 48))
     font = ImageFont.load_default(size)
     lines = _lines(found.shares(), listed)
     longest = max(round(font.getlength(text)) for _, text in lines) + 3 * size

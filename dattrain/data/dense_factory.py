@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,8 @@ from dattrain.data.workers import Workers
 from dattrain.errors import UserError
 from dattrain.files import counted
 
+log = logging.getLogger(__name__)
+
 _LOOKED_AT = 1000
 """Samples in which a labelled pixel is looked for, in sets whose first ones have none."""
 
@@ -39,6 +42,8 @@ def train_loader(
         UserError: nothing there, no maps in it, or a shard that does not fit its index.
     """
     share = RankShare(config.train.global_batch, micro_batch(config, world), rank, world, samples_seen)
+    if rank == 0 and (told := _padded_crop(config.geometry)):
+        log.warning("%s", told)
 
     def decoder(dataset: Dataset, order: Order) -> Decoder[SegmentationBatch]:
         _check_labelled(config, "train", dataset, request_of(config, order, share, 0)[0])
@@ -86,6 +91,17 @@ def eval_loader(
     return EvalLoader(dataset, feed, decoder, device)
 
 
+def _padded_crop(geometry: Geometry) -> str:
+    """What to say of a crop that no image can fill: its padding counts in the loss as a loss of 0."""
+    most = int(geometry.long_side * geometry.scale[1])
+    if geometry.crop is None or max(as_pair(geometry.crop)) <= most:
+        return ""
+    return (
+        f"geometry.crop={geometry.crop} is larger than any resized image, whose longer side is at most {most} (geometry.long_side="
+        f"{geometry.long_side} x {geometry.scale[1]:g} of geometry.scale): a part of every crop is padding, in which nothing is learnt"
+    )
+
+
 def _check_labelled(config: Config, split: str, dataset: Dataset, first: BatchRequest) -> None:
     """Refuse a set without a labelled pixel, which would be trained on to the end, with a loss of 0.
 
@@ -107,10 +123,10 @@ def _check_labelled(config: Config, split: str, dataset: Dataset, first: BatchRe
             bad = bad or str(error)
         seen += 1
     which = "its" if total <= _LOOKED_AT else f"{seen:,} of its"
-    why = f"all are void, or bad samples, the first of them: {bad}" if bad else "all are void"
+    why = f"; all are void, or bad samples, the first of them: {bad}" if bad else ""
     raise UserError(
         f"data.{split}={dataset.name}: no pixel of {which} {counted(total, 'sample')} has a class; {VOID} is void, and with an {ADE_NAMES} "
-        f"0 is, too; {why}"
+        f"0 is, too{why}"
     )
 
 

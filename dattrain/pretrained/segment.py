@@ -46,6 +46,11 @@ class Segmentation:
     confidence: NDArray[np.float32]
     names: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        height, width = self.classes.shape
+        shown = ", ".join(f"{share.name} {share.share:.1%}" for share in self.shares()[:5])
+        return f"Segmentation({height} x {width}: {shown})"
+
     def shares(self) -> list[Share]:
         """The classes that are there, the largest first."""
         counts = np.bincount(self.classes.reshape(-1), minlength=len(self.names))

@@ -26,12 +26,14 @@ class Contents:
 
     Attributes:
         histogram: samples that have a class, by its number; of objects, all have the background.
+        crowds: those of ``histogram`` in which all objects of that class are crowds.
         pixels, void: of maps, in all and of no class.
         void_alone: samples whose map is void everywhere; ``first_void`` is one.
         boxes: objects with a box and no mask; ``first_box`` is one.
     """
 
     histogram: Counter[int] = field(default_factory=Counter)
+    crowds: Counter[int] = field(default_factory=Counter)
     pixels: int = 0
     void: int = 0
     void_alone: int = 0
@@ -47,10 +49,10 @@ class Contents:
         alone = void == numbers.size
         return cls(
             Counter(np.flatnonzero(counts[:VOID]).tolist()),
-            numbers.size,
-            void,
-            int(alone),
-            name if alone else "",
+            pixels=numbers.size,
+            void=void,
+            void_alone=int(alone),
+            first_void=name if alone else "",
         )
 
     @classmethod
@@ -59,14 +61,23 @@ class Contents:
         found = instances.parse(annotation, name)
         without = [i for i, segmentation in enumerate(found.segmentations) if segmentation is None]
         first = f"object {without[0]} of {name}" if without else ""
-        return cls(Counter({background, *found.classes.tolist()}), boxes=len(without), first_box=first)
+        crowds = set(found.classes[found.crowd].tolist()) - set(found.classes[~found.crowd].tolist())
+        return cls(
+            Counter({background, *found.classes.tolist()}),
+            Counter(crowds),
+            boxes=len(without),
+            first_box=first,
+        )
 
     @classmethod
     def of_json(cls, data: bytes) -> Contents:
         """What ``to_json`` made. Raises ValueError, KeyError, TypeError, AttributeError for anything else."""
         content = json.loads(data)
-        histogram = Counter({int(number): int(count) for number, count in content.pop("histogram").items()})
-        return cls(histogram, **content)
+        histogram, crowds = (
+            Counter({int(number): int(count) for number, count in content.pop(name).items()})
+            for name in ("histogram", "crowds")
+        )
+        return cls(histogram, crowds, **content)
 
     def to_json(self) -> bytes:
         """For ``of_json``."""
@@ -75,6 +86,7 @@ class Contents:
     def __add__(self, other: Contents) -> Contents:
         return Contents(
             self.histogram + other.histogram,
+            self.crowds + other.crowds,
             self.pixels + other.pixels,
             self.void + other.void,
             self.void_alone + other.void_alone,
@@ -103,6 +115,13 @@ class Contents:
         absent = [name for number, name in enumerate(classes or ()) if number not in self.histogram]
         if absent:
             out.append(f"{len(absent):,} of {len(classes or ()):,} classes never occur: {few(absent)}")
+        crowds = [
+            name
+            for number, name in enumerate(classes or ())
+            if 0 < self.crowds[number] == self.histogram[number]
+        ]
+        if crowds:
+            out.append(f"of {few(crowds)} there are crowds alone, which are void as a map")
         if self.void and absent and self.histogram.keys() == {0}:
             out.append(
                 f"its maps hold 0 and {VOID} alone, one class and void; where {VOID} is meant as a class, write 1"

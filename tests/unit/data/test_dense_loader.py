@@ -112,10 +112,16 @@ def test_whole_images_are_padded_to_the_largest_of_their_micro_batch(folder):
     assert len(shapes) > 1
 
 
-def test_a_crop_larger_than_the_image_is_padded_and_void(tmp_path):
+def test_a_crop_larger_than_the_image_is_padded_and_void(tmp_path, caplog):
     names = write_set(tmp_path, 12)
+    read(recipe(names, geometry={"crop": 96}), batches=1)
+    assert "geometry.crop" not in caplog.text
     cfg = recipe(names, geometry={"crop": 128, "scale": (0.5, 0.5), "distortion": False})
-    for batch in read(cfg, batches=6):
+    batches = read(cfg, batches=6)
+    assert (
+        "geometry.crop=128 is larger than any resized image, whose longer side is at most 48" in caplog.text
+    )
+    for batch in batches:
         assert batch.images.shape == (2, 3, 128, 128)
         for image, classes, (h, w) in zip(batch.images, batch.maps, batch.sizes.tolist()):
             assert max(h, w) <= 48 and not image[:, h:].any() and not image[:, :, w:].any()

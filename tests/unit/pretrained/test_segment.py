@@ -70,6 +70,10 @@ def test_pictures_maps_and_shares(tmp_path, capsys, segmenter_file, scenes):
     height, width = numbers.shape
     assert (drawn[:height, :width] == found.overlay()).all() and len(drawn) > height
     shares = found.shares()
+    assert (
+        repr(found).startswith(f"Segmentation({height} x {width}: {shares[0].name} ")
+        and len(repr(found)) < 200
+    )
     assert sum(each.share for each in shares) == pytest.approx(1)
     assert shares == sorted(shares, key=lambda each: -each.share)
     assert (

@@ -40,6 +40,8 @@ class Derived:
     last_step: int
     """The update after which the run is done."""
     warmup_steps: int
+    milestones: tuple[int, ...]
+    """Updates at which ``schedule.kind=step`` multiplies the rate."""
     peak_lr: float
     min_lr: float
     warmup_lr: float
@@ -186,6 +188,7 @@ def derive(config: Config, *, world: int, samples_per_epoch: int) -> Derived:
     per_epoch = samples_per_epoch / train.global_batch
     total = schedule.updates or ceil(schedule.epochs * per_epoch)
     warmup = schedule.warmup_updates
+    unit = per_epoch if schedule.updates is None else 1.0
     save = config.checkpoint.every_steps or max(1, round(config.checkpoint.every_epochs * per_epoch))
     evaluate = config.eval.every_steps or max(1, round(config.eval.every_epochs * per_epoch))
     last = min(total, train.max_steps or total)
@@ -200,6 +203,7 @@ def derive(config: Config, *, world: int, samples_per_epoch: int) -> Derived:
         total_steps=total,
         last_step=last,
         warmup_steps=round(schedule.warmup_epochs * per_epoch) if warmup is None else warmup,
+        milestones=tuple(round(each * unit) for each in schedule.milestones),
         peak_lr=optim.lr * scale,
         min_lr=schedule.min_lr * scale,
         warmup_lr=schedule.warmup_lr * scale,

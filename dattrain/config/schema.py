@@ -5,9 +5,12 @@ Derived values are in ``derive``; files in ``load``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from pydantic import model_validator
 
 from dattrain.config.sections import (
+    DETECTORS,
     Augment,
     Checkpoint,
     Data,
@@ -26,8 +29,24 @@ from dattrain.config.sections import (
 
 RENAMED = {"train.remat": "train.activation_checkpointing"}
 """Keys of former versions, which recipes and run folders may still have, and their names now."""
-_EVAL_DENSE = ("mode", "stride", "scales", "flip")
-"""Keys of ``eval`` that classification does not read."""
+_SEGMENTATION = {
+    "task": ("dropout", "aux_weight"),
+    "geometry": ("max_class_share",),
+    "eval": ("mode", "stride", "scales", "flip"),
+}
+"""Keys that segmentation alone reads."""
+_DETECTION = {
+    "geometry": (
+        "short_sides",
+        "precrop",
+        "precrop_short_sides",
+        "precrop_sides",
+        "copy_paste",
+        "group_aspect",
+    ),
+    "eval": ("max_detections", "score_threshold"),
+}
+"""Keys that detection alone reads."""
 
 
 class Config(Section):
@@ -96,9 +115,9 @@ class Config(Section):
             raise ValueError("train.progressive must be in order of epoch")
         self._length()
         if self.task.kind == "classification":
-            self._not_of_segmentation()
+            self._of_classification()
         else:
-            self._of_segmentation()
+            self._of_dense_prediction()
         if (z.stage < 1 and z.offload.optimizer) or (z.stage < 3 and z.offload.param):
             raise ValueError(
                 f"zero.offload needs zero.stage 1-3 (optimizer) or 3 (param), not zero.stage={z.stage}"
@@ -111,37 +130,63 @@ class Config(Section):
 
     def _length(self) -> None:
         s = self.schedule
-        if (s.updates is None) != (s.warmup_updates is None):
-            raise ValueError(
-                "schedule.updates and schedule.warmup_updates go together (or schedule.epochs and schedule.warmup_epochs): "
-                f"updates={s.updates}, warmup_updates={s.warmup_updates}"
-            )
-        if s.updates is not None and s.warmup_updates is not None and s.warmup_updates > s.updates:
-            raise ValueError(
-                f"schedule.warmup_updates={s.warmup_updates} is longer than schedule.updates={s.updates}"
-            )
-        if s.updates is None and s.warmup_epochs > s.epochs:
+        if s.updates is not None:
+            if s.warmup_updates is None:
+                raise ValueError(
+                    f"schedule.updates={s.updates} needs schedule.warmup_updates: a warm-up in epochs is of a length in epochs"
+                )
+            if s.warmup_updates > s.updates:
+                raise ValueError(
+                    f"schedule.warmup_updates={s.warmup_updates} is longer than schedule.updates={s.updates}"
+                )
+        elif s.warmup_updates is None and s.warmup_epochs > s.epochs:
             raise ValueError(
                 f"schedule.warmup_epochs={s.warmup_epochs} is longer than schedule.epochs={s.epochs}"
             )
-
-    def _not_of_segmentation(self) -> None:
-        """What only dense prediction reads would be ignored."""
-        for name, section in (("task", self.task), ("geometry", self.geometry)):
-            if changed := [key for key, value in section if value != type(section).model_fields[key].default]:
-                raise ValueError(
-                    f"{name}.{changed[0]} has no meaning for task.kind=classification: leave it out, or set task.kind=segmentation"
-                )
-        if changed := [
-            key for key in _EVAL_DENSE if getattr(self.eval, key) != Eval.model_fields[key].default
-        ]:
+        if (s.kind == "step") != bool(s.milestones):
             raise ValueError(
-                f"eval.{changed[0]} is of segmentation, and this is task.kind=classification: leave it out"
+                f"schedule.kind={s.kind} with schedule.milestones={list(s.milestones)}: `step` needs milestones, and no other reads them"
+            )
+        end = s.epochs if s.updates is None else s.updates
+        if list(s.milestones) != sorted(set(s.milestones)) or any(each >= end for each in s.milestones):
+            raise ValueError(
+                f"schedule.milestones={list(s.milestones)} must grow and lie before the end ({s.length})"
             )
 
-    def _of_segmentation(self) -> None:
-        """What only classification reads must be off, lest a recipe say what is not done."""
-        a, g = self.augment, self.geometry
+    def _changed(self, keys: Mapping[str, Sequence[str]]) -> list[str]:
+        """Those of ``keys``, by section, that are not at their defaults."""
+        return [
+            f"{name}.{key}"
+            for name, own in keys.items()
+            for section in [getattr(self, name)]
+            for key in own
+            if getattr(section, key) != type(section).model_fields[key].default
+        ]
+
+    def _of_classification(self) -> None:
+        """What only dense prediction reads would be ignored."""
+        if changed := self._changed(
+            {name: list(type(getattr(self, name)).model_fields) for name in ("task", "geometry")}
+        ):
+            raise ValueError(
+                f"{changed[0]} has no meaning for task.kind=classification: leave it out, or set task.kind=segmentation or detection"
+            )
+        if changed := self._changed({"eval": [*_SEGMENTATION["eval"], *_DETECTION["eval"]]}):
+            raise ValueError(
+                f"{changed[0]} is of dense prediction, and this is task.kind=classification: leave it out"
+            )
+
+    def _of_dense_prediction(self) -> None:
+        """What other tasks alone read must be off, lest a recipe say what is not done."""
+        a, g, kind = self.augment, self.geometry, self.task.kind
+        detects = kind == "detection"
+        if (self.task.head in DETECTORS) != detects:
+            fits = DETECTORS if detects else ("upernet", "semantic_fpn")
+            raise ValueError(
+                f"task.head={self.task.head} is not of task.kind={kind}, which has {', '.join(fits)}"
+            )
+        if changed := self._changed(_SEGMENTATION if detects else _DETECTION):
+            raise ValueError(f"{changed[0]} has no meaning for task.kind={kind}: leave it out")
         on = {
             "augment.mixup": (a.mixes and a.mixup > 0, 0),
             "augment.cutmix": (a.mixes and a.cutmix > 0, 0),
@@ -154,37 +199,45 @@ class Config(Section):
             "eval.batch": (self.eval.batch != 1, 1),
             "optim.freeze_backbone": (self.optim.freeze_backbone, "false"),
         }
-        unread = {"augment": ("crop_scale", "crop_ratio"), "eval": ("resize", "crop_pct")}
-        for name, keys in unread.items():
-            section = getattr(self, name)
-            for key in keys:
-                default = type(section).model_fields[key].default
-                on[f"{name}.{key}"] = (
-                    getattr(section, key) != default,
-                    list(default) if isinstance(default, tuple) else default,
-                )
+        for name in self._changed({"augment": ("crop_scale", "crop_ratio"), "eval": ("resize", "crop_pct")}):
+            section, key = name.split(".")
+            default = type(getattr(self, section)).model_fields[key].default
+            on[name] = (True, list(default) if isinstance(default, tuple) else default)
         if wrong := [f"{key}={off}" for key, (is_on, off) in on.items() if is_on]:
             raise ValueError(
-                f"task.kind=segmentation cannot use what is set here; it takes {' '.join(wrong)} "
-                "(extend base/segmentation.yaml, which sets them all)"
+                f"task.kind={kind} cannot use what is set here; it takes {' '.join(wrong)} "
+                f"(extend base/{kind}.yaml, which sets them all)"
             )
         if self.eval.mode == "slide" and g.crop is None:
             raise ValueError("eval.mode=slide needs geometry.crop, the size of its windows")
         if self.eval.mode == "whole" and self.eval.stride is not None:
             raise ValueError("eval.stride is of eval.mode=slide: leave it out, or set that")
-        if g.long_side < g.short_side:
+        shorter = [g.short_side, *g.short_sides]
+        if g.long_side < max(shorter):
+            name = "short_side" if g.short_side == max(shorter) else "short_sides"
             raise ValueError(
-                f"geometry.long_side={g.long_side} is below geometry.short_side={g.short_side}: no image could be resized to both"
+                f"geometry.long_side={g.long_side} is below geometry.{name}={max(shorter)}: no image could be resized to both"
             )
-        if min(g.short_side, *as_pair(32 if g.crop is None else g.crop)) < 32:
+        if (
+            min(
+                *shorter, *as_pair(32 if g.crop is None else g.crop), *g.precrop_short_sides, *g.precrop_sides
+            )
+            < 32
+        ):
             raise ValueError(
-                f"geometry.short_side={g.short_side}, geometry.crop={g.crop}: at least 32 pixels, the network's total stride"
+                f"geometry.short_side={g.short_side}, short_sides={list(g.short_sides)}, crop={g.crop}, "
+                f"precrop_short_sides={list(g.precrop_short_sides)}, precrop_sides={list(g.precrop_sides)}: at least 32 pixels, the "
+                "network's total stride"
             )
-        if g.scale[0] > g.scale[1]:
-            raise ValueError(f"geometry.scale={list(g.scale)}: the first must not be above the second")
+        for name in ("scale", "precrop_sides"):
+            low, high = getattr(g, name)
+            if low > high:
+                raise ValueError(f"geometry.{name}=[{low}, {high}]: the first must not be above the second")
+        if g.precrop and not g.precrop_short_sides:
+            raise ValueError(f"geometry.precrop={g.precrop} needs geometry.precrop_short_sides")
         if not self.eval.scales:
             raise ValueError("eval.scales is empty: [1.0] evaluates at one size")
-        if self.model.num_classes > 255:
+        if not detects and self.model.num_classes > 255:
             raise ValueError(
                 f"model.num_classes={self.model.num_classes}: a map of classes has a byte per pixel, and 255 is void; 255 at most"
             )

@@ -68,7 +68,7 @@ class Model(Section):
     """Which network. ``overrides`` are keyword arguments of the variant (``dattrain.models.zoo``): the ablations."""
 
     name: str = "dat_tiny"
-    """A timm model name of this package: ``dat_{atto,tiny,small,base}``, ``dat_pp_{tiny,small,base,large}``; for segmentation also timm's ``swin_*`` and ``pvt_v2_*``."""
+    """A timm model name of this package: ``dat_{atto,tiny,small,base}``, ``dat_pp_{tiny,small,base,large}``; for dense prediction also timm's ``swin_*`` and ``pvt_v2_*``."""
     img_size: Size = 224
     """Pixels, one number or [height, width]; a multiple of 32."""
     num_classes: Count = 1000
@@ -94,20 +94,32 @@ class Model(Section):
 
 
 class Task(Section):
-    """What is learned: the class of an image, or of every pixel. The head's settings are of ``kind: segmentation``."""
+    """What is learned: the class of an image, of every pixel, or of objects. The other keys are of dense prediction."""
 
-    kind: Literal["classification", "segmentation"] = "classification"
-    """``segmentation`` puts a decoder on the backbone's four maps; ``model.img_size`` is then the layout of its windows and tables alone."""
-    head: Literal["upernet", "semantic_fpn"] = "upernet"
-    """The decoder: UperNet (Xiao et al., ECCV 2018), or the Semantic FPN of Panoptic FPN (Kirillov et al., CVPR 2019)."""
+    kind: Literal["classification", "segmentation", "detection"] = "classification"
+    """The last two put a decoder or detector on the backbone's maps; ``model.img_size`` is then the layout of its windows and tables alone."""
+    head: Literal[
+        "upernet",
+        "semantic_fpn",
+        "retinanet",
+        "faster_rcnn",
+        "mask_rcnn",
+        "cascade_rcnn",
+        "cascade_mask_rcnn",
+    ] = "upernet"
+    """Segmentation: UperNet (Xiao et al., ECCV 2018), or the Semantic FPN of Panoptic FPN (Kirillov et al., CVPR 2019). Detection: RetinaNet (Lin et al., ICCV 2017), Faster, Mask or Cascade R-CNN; those with ``mask`` in their name give masks too."""
     norm: Literal["sync", "group", "batch"] = "sync"
-    """Of the decoder: BatchNorm over all GPUs (the recipes'), GroupNorm (the same at every world size, and on CPUs), or BatchNorm of each device's micro-batch."""
+    """Of the decoder, and of Cascade R-CNN's box heads: BatchNorm over all GPUs (the recipes'), GroupNorm (the same at every world size, and on CPUs), or BatchNorm of each device's micro-batch."""
     channels: Count | None = None
-    """Of the decoder; null takes the papers': 512 (UperNet), 256 in the pyramid and half of it after (Semantic FPN)."""
+    """Of the decoder; null takes the papers': 512 (UperNet), 256 in the pyramid and half of it after (Semantic FPN), 256 in pyramid and heads of detectors, whose linear layers have four times as many."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    """Share of channels dropped before the classifier."""
+    """Segmentation: share of channels dropped before the classifier."""
     aux_weight: Annotated[float, Field(ge=0.0)] = 0.4
     """Weight of the loss of UperNet's auxiliary head on the stride-16 map; 0 leaves that head out."""
+
+
+DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn")
+"""Values of ``task.head`` that are of ``task.kind: detection``."""
 
 
 class Geometry(Section):
@@ -115,6 +127,8 @@ class Geometry(Section):
 
     short_side: Count = 512
     """Pixels that the shorter side is resized to, the ratio kept, unless the longer one would exceed ``long_side``."""
+    short_sides: tuple[Count, ...] = ()
+    """Detection, in training: one of these is drawn in place of ``short_side``; empty means that."""
     long_side: Count = 2048
     """Most pixels of the longer side."""
     scale: tuple[Positive, Positive] = (0.5, 2.0)
@@ -122,11 +136,21 @@ class Geometry(Section):
     crop: Size | None = 512
     """Pixels of the training crop (padded where the image is smaller), and of the sliding window; null trains on whole images."""
     max_class_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
-    """Of ten places drawn for a crop the first is taken where no class has more of the labelled pixels, else the last."""
+    """Segmentation: of ten places drawn for a crop the first is taken where no class has more of the labelled pixels, else the last."""
+    precrop: Probability = 0.0
+    """Detection, in training: probability of another resize and a crop before all (DETR, Carion et al., ECCV 2020)."""
+    precrop_short_sides: tuple[Count, ...] = (400, 500, 600)
+    """Pixels that the shorter side is resized to before that crop, one of them."""
+    precrop_sides: tuple[Count, Count] = (384, 600)
+    """Least and most pixels of the height and of the width of that crop."""
+    copy_paste: Probability = 0.0
+    """Detection, in training: probability that objects of another image of the update are pasted in (Ghiasi et al., CVPR 2021)."""
     distortion: bool = True
     """Photometric distortion: brightness, contrast, saturation and hue, each with probability 1/2 (SSD, Liu et al., ECCV 2016)."""
     pad_to: Count = 32
     """Whole images of a micro-batch are padded at the right and at the bottom to its largest sides, rounded up to a multiple of this."""
+    group_aspect: bool = True
+    """Detection: the images of an update are divided into micro-batches by orientation, so that less is padded; which images an update has stays."""
 
 
 class Data(Section):
@@ -252,6 +276,10 @@ class Eval(Section):
     """Segmentation: probabilities are averaged over images resized by these factors (the paper's multi-scale: .5, .75, 1, 1.25, 1.5, 1.75)."""
     flip: bool = False
     """Segmentation: and over their mirror images."""
+    max_detections: Count = 100
+    """Detection: most objects of an image (COCO's 100; LVIS has 300)."""
+    score_threshold: Probability = 0.05
+    """Detection: least score of an object (LVIS has .0001)."""
 
 
 class Optim(Section):
@@ -278,18 +306,22 @@ class Optim(Section):
 class Schedule(Section):
     """Learning rate by update. Epochs are of ``data.train``; rates are stated at ``optim.lr_batch`` like ``optim.lr``."""
 
-    kind: Literal["cosine", "linear", "poly", "constant"] = "cosine"
-    """Shape after the warm-up; under ``poly`` what is left of (1 - done) ** ``power``, warm-up included (mmcv)."""
+    kind: Literal["cosine", "linear", "poly", "step", "constant"] = "cosine"
+    """Shape after the warm-up; under ``poly`` what is left of (1 - done) ** ``power``, under ``step`` times ``gamma`` at each of ``milestones``, warm-up included (mmcv)."""
     epochs: Positive = 300.0
     """Length; the last update may run into the next epoch by less than a batch."""
     updates: Count | None = None
-    """Length in updates; null means ``epochs``. Needs ``warmup_updates``."""
+    """Length in updates; null means ``epochs``."""
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 20.0
     """Linear warm-up; the cosine runs under it (timm, warmup_prefix False)."""
     warmup_updates: Annotated[int, Field(ge=0)] | None = None
     """Warm-up in updates; null means ``warmup_epochs``."""
     power: Positive = 0.9
     """Exponent of ``poly``; 1 is a straight line."""
+    milestones: tuple[Positive, ...] = ()
+    """Where ``step`` multiplies the rate: epochs, or updates where the length is in updates."""
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """Factor of ``step``."""
     min_lr: Annotated[float, Field(ge=0.0)] = 5e-6
     """Rate at the end."""
     warmup_lr: Annotated[float, Field(ge=0.0)] = 5e-7
@@ -423,7 +455,7 @@ class Checkpoint(Section):
     keep_best: Annotated[int, Field(ge=0)] = 1
     """Best ones by ``metric`` kept."""
     metric: str = "top1"
-    """A number of the evaluation (``top1``, ``top5``, ``loss``; ``miou``, ``macc``, ``aacc``, ``loss``; each also ``ema_``); higher is better, but for losses."""
+    """A number of the evaluation (``top1``, ``top5``, ``loss``; ``miou``, ``macc``, ``aacc``, ``loss``; ``ap``, ``ap50``, ... and ``mask_ap``, ...; each also ``ema_``); higher is better, but for losses."""
     background: bool = True
     """Write in the background of training."""
     verify: bool = True

@@ -14,12 +14,17 @@ def rate(schedule: Schedule, derived: Derived, update: int) -> float:
     During the first ``warmup_steps`` it grows linearly from ``warmup_lr`` towards ``peak_lr``. ``cosine`` then follows the
     half period over all of ``total_steps``, warm-up included (timm's CosineLRScheduler with ``warmup_prefix=False``, one
     cycle, which the authors and Swin use); ``linear`` falls from the end of the warm-up to ``min_lr`` at ``total_steps``
-    (Swin's linear schedule); ``constant`` stays. ``poly`` is mmcv's: ``min_lr`` and (1 - update / total_steps) ** ``power`` of what
-    is above it, which the warm-up multiplies by a factor that grows linearly from ``warmup_lr / peak_lr`` to 1.
+    (Swin's linear schedule); ``constant`` stays. ``poly`` and ``step`` are mmcv's: ``min_lr`` and a share of what is above it,
+    (1 - update / total_steps) ** ``power``, or ``gamma`` for each of ``milestones`` that is reached. The warm-up multiplies
+    that by a factor that grows linearly from ``warmup_lr / peak_lr`` to 1.
     """
     d, kind = derived, schedule.kind
-    if kind == "poly":
-        left: float = max(0.0, 1 - update / d.total_steps) ** schedule.power
+    if kind in ("poly", "step"):
+        left: float
+        if kind == "poly":
+            left = max(0.0, 1 - update / d.total_steps) ** schedule.power
+        else:
+            left = schedule.gamma ** sum(update >= each for each in d.milestones)
         decayed = d.min_lr + (d.peak_lr - d.min_lr) * left
         if update >= d.warmup_steps:
             return decayed

@@ -16,6 +16,7 @@ def derived(total=50, warmup=7, peak=1e-3, low=1e-5, start=1e-6):
         total_steps=total,
         last_step=total,
         warmup_steps=warmup,
+        milestones=(20, 35),
         peak_lr=peak,
         min_lr=low,
         warmup_lr=start,
@@ -65,3 +66,12 @@ def test_poly_is_mmcvs_poly_policy_under_its_linear_warm_up(power):
         found = rate(Schedule(kind="poly", power=power), d, update)
         assert found == pytest.approx(regular * warm, rel=1e-12), update
     assert rate(Schedule(kind="poly"), d, 60) == 0
+
+
+def test_step_is_mmcvs_step_policy_under_its_linear_warm_up():
+    d = derived(peak=2e-4, low=0.0, start=2e-7)
+    schedule = Schedule(kind="step", milestones=(8.0, 11.0), gamma=0.1)
+    for update in range(50):
+        regular = d.peak_lr * 0.1 ** ((update >= 20) + (update >= 35))
+        warm = 1 - (1 - update / 7) * (1 - 1e-3) if update < 7 else 1
+        assert rate(schedule, d, update) == pytest.approx(regular * warm, rel=1e-12), update

@@ -218,17 +218,15 @@ class Config(Section):
             raise ValueError(
                 f"geometry.long_side={g.long_side} is below geometry.{name}={max(shorter)}: no image could be resized to both"
             )
-        if (
-            min(
-                *shorter, *as_pair(32 if g.crop is None else g.crop), *g.precrop_short_sides, *g.precrop_sides
-            )
-            < 32
-        ):
-            raise ValueError(
-                f"geometry.short_side={g.short_side}, short_sides={list(g.short_sides)}, crop={g.crop}, "
-                f"precrop_short_sides={list(g.precrop_short_sides)}, precrop_sides={list(g.precrop_sides)}: at least 32 pixels, the "
-                "network's total stride"
-            )
+        smallest = {
+            "short_side": g.short_side,
+            "short_sides": min(g.short_sides, default=32),
+            "crop": 32 if g.crop is None else min(as_pair(g.crop)),
+            "precrop_short_sides": min(g.precrop_short_sides, default=32),
+            "precrop_sides": g.precrop_sides[0],
+        }
+        if small := [f"geometry.{key}={getattr(g, key)}" for key, side in smallest.items() if side < 32]:
+            raise ValueError(f"{', '.join(small)}: at least 32 pixels, the network's total stride")
         for name in ("scale", "precrop_sides"):
             low, high = getattr(g, name)
             if low > high:

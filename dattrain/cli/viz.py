@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     classes = class_names.names(cfg.num_classes, cfg.labels, cfg.classes)
     views = []
     for name, file in zip(unique_names(files), files):
-        pixels = preprocess.read(file, upright=cfg.segmentation is not None)
+        pixels = preprocess.read(file, upright=cfg.sides is not None)
         prepared, picture = preprocess.prepare(pixels, cfg), picture_of(pixels, cfg)
         blocks, logits = capture_with_logits(model, prepared, cfg, device=args.device)
         chosen = sampling_points.select(blocks, stage=args.stage, block=args.block, every=args.every)

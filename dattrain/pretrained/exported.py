@@ -51,7 +51,7 @@ def images_for(cfg: PretrainedCfg, paths: Sequence[str] | None) -> Tensor:
         file = resources.files("dattrain") / "demo" / "t10k-images-idx3-ubyte.gz"
         with resources.as_file(file) as path:
             pixels = [preprocess.from_array(image) for image in read_idx(str(path))[:8]]
-    if cfg.segmentation is None:
+    if cfg.task == "classification":
         prepared = torch.stack([preprocess.prepare(each, cfg) for each in pixels])
     else:  # of one size, and the smallest that is sure to fit will do
         size = cfg.img_size

@@ -74,7 +74,7 @@ def points(
             edgecolors="black",
             linewidths=0.3,
             alpha=0.85,
-            clip_on=False,
+            clip_on=picture.padded,
         )
 
 

@@ -41,7 +41,7 @@ def draw_points(
     Raises:
         UserError: the model has no such block or group.
     """
-    pixels = preprocess.as_pixels(image, upright=cfg.segmentation is not None)
+    pixels = preprocess.as_pixels(image, upright=cfg.sides is not None)
     prepared = preprocess.prepare(pixels, cfg)
     blocks = capture_image(model, prepared, cfg, device=next(model.parameters()).device)
     if stage is None:
@@ -64,7 +64,7 @@ def capture_with_logits(
     model: nn.Module, image: Tensor, cfg: PretrainedCfg, *, device: str | torch.device = "cpu"
 ) -> tuple[list[sampling_points.Deformed], Tensor]:
     """As ``capture_image``, and the logits of the same pass (float32, on the CPU; empty without a head)."""
-    batch = preprocess.normalise(image[None], cfg, device)
+    batch = preprocess.model_input(image, cfg, device)
     found: list[Tensor] = []
     handle = model.register_forward_hook(lambda module, arguments, output: found.append(output))
     try:

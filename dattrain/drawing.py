@@ -77,7 +77,11 @@ def draw(
 
 
 def _label(
-    canvas: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, shape: Shape, size: tuple[int, int], line: int
+    canvas: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    shape: Shape,
+    size: tuple[int, int],
+    line: int,
 ) -> None:
     """Words on a plate above the box, or within it where there is no room above; moved into the image at its right."""
     left, top, _, _ = _pixels(shape.box, size)

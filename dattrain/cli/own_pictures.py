@@ -46,9 +46,7 @@ def save(path: Path, image: Image) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, pnginfo=mark)
     except OSError as error:
-        raise UserError(
-            f"--out {path.parent}: cannot be written ({error.strerror})", exit_code=2
-        ) from error
+        raise UserError(f"--out {path.parent}: cannot be written ({error.strerror})", exit_code=2) from error
 
 
 def _is_ours(path: Path) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dattrain.cli import own_pictures
 from dattrain.cli.outputs import rows, to_stdout
-from dattrain.errors import ConfigError, UserError
+from dattrain.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,13 +42,12 @@ def detect_all(
 
     from dattrain.cli.predict import LISTED, OUT
     from dattrain.pretrained import class_names
-    from dattrain.pretrained.detect import SCORE, detect
+    from dattrain.pretrained.detect import SCORE, check_score, detect
     from dattrain.visualize.detected import sheet
 
     out: Path = args.out or OUT
     score = SCORE if args.score is None else args.score
-    if not 0 <= score <= 1:
-        raise ConfigError(f"--score {score:g}: a score is from 0 to 1")
+    check_score(score, "--score")
     stems = own_pictures.names(out, files, (".png", ".points.png") if args.points else (".png",))
     known = tuple(names or class_names.names(cfg.num_classes, cfg.labels, cfg.classes))
     coco, bad, quiet = _Coco(known), [], to_stdout(args.csv)
@@ -59,8 +58,7 @@ def detect_all(
             except UserError as error:
                 bad.append(str(error))
                 continue
-            if args.topk is not None:
-                found = found.best(args.topk)
+            found = found.best(args.topk)
             target = out / f"{stem}.png"
             own_pictures.save(target, Image.fromarray(found.overlay()))
             if args.points:

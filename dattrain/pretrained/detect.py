@@ -105,8 +105,8 @@ class Detection:
                 inside[max(0, round(top)) : round(bottom), max(0, round(left)) : round(right)] = True
         return inside
 
-    def best(self, count: int) -> Detection:
-        """So many of the surest objects at most."""
+    def best(self, count: int | None) -> Detection:
+        """So many of the surest objects at most; None for all."""
         masks = None if self.probabilities is None else self.probabilities[:count]
         return Detection(
             self.pixels, self.boxes[:count], self.scores[:count], self.classes[:count], self.names, masks
@@ -205,7 +205,7 @@ def detect(
 def check_score(score: float, name: str) -> None:
     """Raise ConfigError, which calls it ``name``, where ``score`` cannot be the least of an object."""
     if not 0 <= score <= 1:
-        raise ConfigError(f"{name}={score:g}: a score is from 0 to 1")
+        raise ConfigError(f"{name} {score:g}: a score is from 0 to 1")
 
 
 @contextmanager

@@ -113,7 +113,9 @@ class PretrainedCfg:
 
     def to_json(self) -> str:
         """As kept in a file's metadata."""
-        content = {key: value for key, value in asdict(self).items() if key not in _TASKS or value is not None}
+        content = {
+            key: value for key, value in asdict(self).items() if key not in _TASKS or value is not None
+        }
         return json.dumps({"format": FORMATS[self.task], **content})
 
     @classmethod

@@ -26,7 +26,14 @@ from dattrain.errors import ConfigError, UserError
 from dattrain.files import replacing
 from dattrain.models.dat import DAT
 from dattrain.models.surgery import adopt_tables
-from dattrain.pretrained.pretrained_cfg import NETWORKS, Network, PretrainedCfg, build, cfg_of_recipe, differences
+from dattrain.pretrained.pretrained_cfg import (
+    NETWORKS,
+    Network,
+    PretrainedCfg,
+    build,
+    cfg_of_recipe,
+    differences,
+)
 from dattrain.runtime import collectives
 from dattrain.runtime.environment import device_called
 from dattrain.state import gather

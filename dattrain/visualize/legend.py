@@ -43,7 +43,10 @@ def with_legend(found: Segmentation, *, listed: int = LISTED) -> Image.Image:
 def _lines(shares: Sequence[Share], listed: int) -> list[tuple[int | None, str]]:
     """(class, text) of the largest, and of what is left."""
     lines: list[tuple[int | None, str]] = [
-        (each.number, f"{shortened(each.name)}  {_percent(each.share)}{', no colour' * is_background(each.name)}")
+        (
+            each.number,
+            f"{shortened(each.name)}  {_percent(each.share)}{', no colour' * is_background(each.name)}",
+        )
         for each in shares[:listed]
     ]
     if rest := shares[listed:]:

@@ -39,6 +39,13 @@ class Picture:
         """The network saw more than there is to see."""
         return self.whole and self.window[2:] != self.pixels.shape[:2]
 
+    def within(self, point: tuple[float, float]) -> tuple[float, float]:
+        """(y, x) as fractions of what the network saw, from fractions of that without padding."""
+        if not self.padded:
+            return point
+        height, width = self.pixels.shape[:2]
+        return point[0] * height / self.window[2], point[1] * width / self.window[3]
+
     def place(self, block: Deformed, points: np.ndarray) -> np.ndarray:
         """Normalised (y, x) points of a block in pixels of the picture, whose centres are at .5."""
         placed: np.ndarray = block.pixels(points, self.window[2:]) + np.asarray(self.window[:2])  # type: ignore[arg-type]

@@ -60,7 +60,9 @@ class Deformed:
 
     def received(self, group: int) -> np.ndarray:
         """Mean attention that each key of a group gets, from all queries or those of ``weights``: Hk*Wk, sums to one."""
-        mean: np.ndarray = self.group_attention(group).mean(0) if self.weights is None else self.weights[group]
+        mean: np.ndarray = (
+            self.group_attention(group).mean(0) if self.weights is None else self.weights[group]
+        )
         return mean
 
     def pixels(self, points: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
@@ -213,7 +215,9 @@ def _received(
         share = queries(height, width).to(q.device, torch.float32)
         with torch.enable_grad():
             values = torch.zeros_like(v).requires_grad_()
-            total = (attend(q, k, values, positions, height, width)[..., 0].float() * (share / share.sum())).sum()
+            total = (
+                attend(q, k, values, positions, height, width)[..., 0].float() * (share / share.sum())
+            ).sum()
             (seen.received,) = torch.autograd.grad(total, values)
         seen.received = seen.received[..., 0]
         return attend(q, k, v, positions, height, width)
@@ -235,6 +239,13 @@ def _deformed(place: Place, module: DeformableAttention, seen: _Seen, image: int
     if seen.received is not None:
         weights = seen.received[image].float().unflatten(0, (len(positions), -1)).mean(1).cpu().numpy()
     return Deformed(*place, positions.numpy(), reference.numpy(), seen.map_size, attention, weights)
+
+
+def token_at(query: tuple[float, float], map_size: tuple[int, int]) -> int:
+    """The token (row-major) of a map that holds the point (y, x), given as fractions of its height and width."""
+    height, width = map_size
+    row, column = (min(max(int(f * n), 0), n - 1) for f, n in zip(query, (height, width)))
+    return row * width + column
 
 
 AnyBlock = TypeVar("AnyBlock", Deformed, Place)

@@ -15,6 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dattrain.data.annotations import instances
 from dattrain.data.annotations.annotated import AnnotatedFiles, Rows
 from dattrain.data.annotations.instances import BACKGROUND
@@ -51,6 +53,7 @@ class CocoDataset(AnnotatedFiles):
         rows = [_image(path, i, row) for i, row in enumerate(_list(path, content, "images"))]
         categories = _categories(path, _list(path, content, "categories"))
         self.classes = list(categories.names)
+        self.category_ids = categories.ids
         files = [str(row["file_name"]) for row in rows]
         _check_once(path, [row["id"] for row in rows], "id")
         _check_once(path, files, "file_name")
@@ -68,6 +71,8 @@ class CocoDataset(AnnotatedFiles):
         super().__init__(path, root, files, origin=f" (from {path})")
         # Objects are let go of as they become bytes: of a large file they are most of what is in memory.
         self._rows = Rows(_row(rows[i], objects.pop(rows[i]["id"], [])) for i in self.place.tolist())
+        sizes = [size if (size := instances.size_in(rows[i])) else (0, 0) for i in self.place.tolist()]
+        self._sizes = np.asarray(sizes, dtype=np.int64)
         self._digest = sha256(self._rows.bytes.data).hexdigest()
         self.notes = tuple(notes)
 
@@ -75,6 +80,10 @@ class CocoDataset(AnnotatedFiles):
     def annotation_digest(self) -> str:
         """Of all annotations, in order."""
         return self._digest
+
+    def image_size(self, shard: int, sample: int) -> tuple[int, int]:
+        """See ``Dataset.image_size``; as the JSON says."""
+        return int(self._sizes[sample, 0]), int(self._sizes[sample, 1])
 
     def annotation(self, sample: int) -> bytes:
         """JSON of the objects of an image."""
@@ -119,6 +128,8 @@ class _Categories(NamedTuple):
     """Of the classes, the background first."""
     of_id: Mapping[int, int]
     """Class by category id."""
+    ids: Sequence[int | None]
+    """``Dataset.category_ids``."""
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -179,7 +190,8 @@ def _categories(path: str, rows: Sequence[Mapping[str, Any]]) -> _Categories:
         raise UserError(f"{path}: has {len(grounds)} categories of the background; it must have one at most")
     names = unique([BACKGROUND, *(row["name"] for row in others)], path)
     index = {row["id"]: i + 1 for i, row in enumerate(others)}
-    return _Categories(names, {**index, **{row["id"]: 0 for row in grounds}})
+    of_id = {**index, **{row["id"]: 0 for row in grounds}}
+    return _Categories(names, of_id, [None, *(row["id"] for row in others)])
 
 
 def _objects(

@@ -73,7 +73,7 @@ def parse(annotation: bytes, where: str) -> Instances:
         area=np.asarray([one.area for one in objects], dtype=np.float64),
         crowd=np.asarray([one.crowd for one in objects], dtype=np.bool_),
         segmentations=tuple(one.segmentation for one in objects),
-        size=_size(content),
+        size=size_in(content),
     )
 
 
@@ -85,7 +85,7 @@ def maskless(count: int, first: str) -> str:
 def size_of(annotation: bytes) -> tuple[int, int] | None:
     """``Instances.size``, without a look at the objects; None too where it does not parse."""
     try:
-        return _size(json.loads(annotation))
+        return size_in(json.loads(annotation))
     except (ValueError, RecursionError):
         return None
 
@@ -227,7 +227,8 @@ def _content(annotation: bytes, where: str) -> dict[str, Any]:
     return content
 
 
-def _size(content: object) -> tuple[int, int] | None:
+def size_in(content: object) -> tuple[int, int] | None:
+    """``height`` and ``width`` in the content of a JSON; None where these are no numbers of pixels."""
     fields = content if isinstance(content, dict) else {}
     height, width = fields.get("height"), fields.get("width")
     return (height, width) if type(height) is int and type(width) is int and min(height, width) > 0 else None

@@ -1,8 +1,8 @@
-"""``dattrain demo``: from raw images to a fine-tuned network, in minutes on a laptop; ``dattrain demo segment``: on to scenes.
+"""``dattrain demo``: from raw images to a fine-tuned network, in minutes on a laptop; ``dattrain demo segment|detect``: on to scenes.
 
 Pack Fashion-MNIST into shards, pre-train dat_atto at 32 x 32 on two local ranks, kill the run on purpose, resume it,
 fine-tune at 64 x 64, evaluate both, and draw curves and sampling points. Every step is a command that it prints first. What comes
-after in dense prediction is in ``demo_segment``.
+after in dense prediction is in ``demo_segment`` and ``demo_detect``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dattrain.cli import demo_segment
+from dattrain.cli import demo_detect, demo_segment
 from dattrain.cli.demo_steps import classification, clear, dattrain, execute, pack
 from dattrain.errors import ConfigError, UserError
 
@@ -24,32 +24,36 @@ MADE = frozenset({"shards", *RUNS, "pretrain-eval.json", "finetune-eval.json", "
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
-        "--out", type=Path, help="folder for everything made (default: demo-out, or demo-segment)"
+        "--out",
+        type=Path,
+        help="folder for everything made (default: demo-out, demo-segment, or demo-detect)",
     )
     parser.add_argument("--nproc", type=int, default=2, help="local ranks (default: 2)")
     parser.add_argument(
         "--init",
         type=Path,
         metavar="RUN",
-        help="of segment: the classification run to start from, as demo-out/finetune (default: train one first)",
+        help="of segment and detect: the classification run to start from, as demo-out/finetune (default: train one first)",
     )
     parser.add_argument(
         "overrides",
         nargs="*",
-        metavar="[segment] key=value",
-        help="segment: semantic segmentation of scenes; settings for the trainings, e.g. schedule.epochs=1",
+        metavar="[segment|detect] key=value",
+        help="segment: semantic segmentation of scenes; detect: objects in them; settings for the trainings, e.g. train.seed=1",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; raises UserError where a step fails."""
-    if args.overrides[:1] == ["segment"]:
-        return demo_segment.run(args.out or Path("demo-segment"), args.nproc, args.init, args.overrides[1:])
+    onward = {"segment": demo_segment.run, "detect": demo_detect.run}
+    which = next(iter(args.overrides), "")
+    if which in onward:
+        return onward[which](args.out or Path(f"demo-{which}"), args.nproc, args.init, args.overrides[1:])
     if args.init is not None:
-        raise ConfigError("--init is of `dattrain demo segment`")
+        raise ConfigError("--init is of `dattrain demo segment` and `dattrain demo detect`")
     if odd := [word for word in args.overrides if "=" not in word]:
         raise ConfigError(
-            f"demo {odd[0]}: there is `dattrain demo` and `dattrain demo segment`; settings are key=value"
+            f"demo {odd[0]}: there is `dattrain demo`, `dattrain demo segment` and `dattrain demo detect`; settings are key=value"
         )
     return _classify(args.out or Path("demo-out"), args.nproc, args.overrides)
 

@@ -18,6 +18,7 @@ from dattrain.cli.demo_steps import (
     execute,
     kill_half_way,
     pack,
+    pack_scenes,
     train_command,
 )
 from dattrain.errors import UserError
@@ -45,8 +46,6 @@ def run(out: Path, nproc: int, init: Path | None, overrides: Sequence[str]) -> i
         init: the classification run to start from; None trains one first.
         overrides: ``key=value`` for the two trainings on scenes.
     """
-    from dattrain.demo import scenes
-    from dattrain.demo.results import CLASSES, read
     from dattrain.demo.segmentation import picture
 
     started = time.perf_counter()
@@ -56,13 +55,7 @@ def run(out: Path, nproc: int, init: Path | None, overrides: Sequence[str]) -> i
     train, val = pack(out)
     if init is None:
         _, init = classification(out, nproc, train, val, ())
-    for seed, (split, spec) in enumerate((("train", train), ("val", val))):
-        file = scenes.write(out / "scenes" / split, *read(spec), CLASSES, seed=seed, count=SCENES[split])
-        print(f"\n{SCENES[split]:,} scenes: {file}", flush=True)
-        execute(
-            [*dattrain(), "data", "pack", "--coco", str(file), f"{out}/scene-shards", "--split", split, "--per-shard", "200"]
-        )  # fmt: skip
-    data = [f"data.{split}={out}/scene-shards/{split}-*.tar" for split in SCENES]
+    data = pack_scenes(out, train, val, SCENES)
     trained = time.perf_counter()
     segment, scratch = out / "segment", out / "scratch"
     command = train_command("segment", segment, nproc, [*data, f"init.from={init}", *overrides])

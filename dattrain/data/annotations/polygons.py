@@ -8,6 +8,12 @@ from numpy.typing import NDArray
 _SCALE = 5
 
 
+def area(polygon: NDArray[np.float64]) -> float:
+    """Area of a polygon without crossings, in squares of pixels; ``polygon`` as for ``paint``."""
+    x, y = (polygon - polygon[0]).T
+    return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)
+
+
 def paint(mask: NDArray[np.bool_], polygon: NDArray[np.float64]) -> None:
     """Add a polygon's pixels to a mask, in place.
 

@@ -12,7 +12,7 @@ import glob
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import blake2b
@@ -206,9 +206,23 @@ def _annotated(writer: ShardWriter, contents: Contents) -> dict[str, Any]:
     return {
         "annotations": source.annotations,
         "maskless": contents.maskless,
+        "category_ids": _category_ids(source, writer.classes),
         "contents": contents.lines(writer.classes),
         "notes": [*source.notes, *source.flaws],
     }
+
+
+def _category_ids(source: Dataset, classes: Sequence[str] | None) -> list[int | None] | None:
+    """``Dataset.category_ids`` of what is packed, whose classes may have other numbers than the source's own."""
+    if source.category_ids is None or classes is None:
+        return None
+    if source.numbers is None:
+        return list(source.category_ids)
+    ids: list[int | None] = [None] * len(classes)
+    for number, one in zip(source.numbers.tolist(), source.category_ids):
+        if number >= 0:
+            ids[number] = one
+    return ids
 
 
 def _permute(items: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:

@@ -49,6 +49,7 @@ class ShardDataset(BaseDataset):
         self.name = name
         if named is not None:
             self.classes, self.used, self.maskless = list(named.classes), named.used, named.maskless
+            self.category_ids = named.category_ids
         self.shards = shards
         self.counts = shards.samples
         self.annotations = shards.annotations
@@ -64,6 +65,11 @@ class ShardDataset(BaseDataset):
     def label(self, shard: int, sample: int) -> int:
         """See ``Dataset.label``."""
         return self._number(int(self.index(shard).labels[sample]), self.shards.paths[shard])
+
+    def image_size(self, shard: int, sample: int) -> tuple[int, int]:
+        """See ``Dataset.image_size``; of samples with annotations, from the index."""
+        found = self.index(shard).annotated
+        return (0, 0) if found is None else (int(found.heights[sample]), int(found.widths[sample]))
 
     def read(self, shard: int, sample: int) -> Sample:
         """See ``Dataset.read``.

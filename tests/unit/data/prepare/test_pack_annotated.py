@@ -172,8 +172,12 @@ def test_boxes_alone_are_packed_and_told(tmp_path, capsys):
     ):
         dataset = open_dataset(spec)
         assert dataset.maskless.startswith(f"1 object with a box and no mask: {first}")
-        assert flaws(dataset, "detection") == []
-        assert "task.kind=segmentation learns from masks" in flaws(dataset, "segmentation")[0]
+        assert flaws(dataset, "detection", False) == []
+        for task in ("segmentation", "detection"):
+            assert (
+                "learns from masks; task.kind=detection with task.head retinanet"
+                in flaws(dataset, task, True)[0]
+            )
     assert main(["data", "verify", out, "--jobs", "1"]) == 0
     assert "1 object with a box and no mask" in capsys.readouterr().err
     assert json.loads(Path(out, "_train.manifest.json").read_text())["histogram"] == {"0": 2, "1": 1, "2": 1}

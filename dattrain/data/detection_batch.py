@@ -78,6 +78,15 @@ class DetectionBatch:
         """The tensors that ``to`` moves."""
         return self.images, self.boxes, self.labels, self.masks, self.weight
 
+    def targets(self) -> list[dict[str, torch.Tensor] | None]:
+        """Of each image ``boxes``, ``labels`` and, where there are any, ``masks``; None for a bad sample, which has no part in a loss."""
+        bad = {key for key, _ in self.bad}
+        flat = {"boxes": self.boxes, "labels": self.labels}
+        if self.masks.shape[1]:
+            flat["masks"] = self.masks
+        parts = zip(*(tensor.split(self.counts) for tensor in flat.values()))
+        return [None if key in bad else dict(zip(flat, own)) for key, own in zip(self.keys, parts)]
+
     def pin_memory(self) -> DetectionBatch:
         """In page-locked memory, from where copies to a GPU do not block (called by torch's pinning thread)."""
         return self._with([tensor.pin_memory() for tensor in self.device_tensors])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dattrain.data.annotations.semantic import VOID
-from dattrain.data.augment.dense_plan import DensePlan
+from dattrain.data.augment.dense_plan import DensePlan, crop_window
 from dattrain.data.to_device import to_device
 
 
@@ -65,17 +65,6 @@ def choose_crop(
         if 0 < int(counts.max()) <= plan.max_class_share * int(counts.sum()):
             return box, crop
     return boxes[-1], nearest(classes, size, boxes[-1])
-
-
-def crop_window(size: tuple[int, int], crop: tuple[int, int], place: Sequence[float]) -> tuple[slice, slice]:
-    """Rows and columns of a crop of an image of ``size``, all of a side that has no more; ``place`` are two draws from (0, 1)."""
-    windows = []
-    for side, wanted, u in zip(size, crop, place):
-        free = max(side - wanted, 0)
-        # A draw is below 1, but times a whole number it may round up to that number.
-        start = min(int(u * (free + 1)), free)
-        windows.append(slice(start, min(start + wanted, side)))
-    return windows[0], windows[1]
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:

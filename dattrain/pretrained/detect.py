@@ -22,11 +22,9 @@ from dattrain.models.dense.detector import Detector
 from dattrain.pretrained import class_names, preprocess
 from dattrain.pretrained.pretrained_cfg import NETWORKS, Network, PretrainedCfg
 from dattrain.pretrained.recipe_model import dense_recipe
+from dattrain.tasks.detected_images import SCORE
 from dattrain.tasks.detection_inference import DetectionInference, Pasted, paste
 from dattrain.text import shortened
-
-SCORE = 0.3
-"""Least score of an object that is shown: below it most are none. Evaluation counts from ``eval.score_threshold`` on."""
 
 
 class Found(NamedTuple):
@@ -171,7 +169,7 @@ def detect(
         images: files and PIL images, turned as their EXIF orientation says; arrays uint8 (H x W, or H x W x 3, RGB) or tensors
             uint8 (3 x H x W). Of any sizes.
         names: of the classes, in the order of the head; None takes those of the weights, else ``class 7``.
-        score_threshold: least score of an object, 0 to 1.
+        score_threshold: least score of an object, 0 to 1. Below .3 most are none; evaluation counts from ``eval.score_threshold`` on.
 
     Yields:
         One for each image, when it is asked for.

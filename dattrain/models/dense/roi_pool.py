@@ -33,9 +33,9 @@ def roi_pool(levels: Sequence[Tensor], strides: Sequence[int], regions: Tensor, 
     # Not finite sides would be turned into any number of samples.
     regions = regions.nan_to_num()
     level = levels_of(regions[:, 1:], len(levels))
-    out = levels[0].new_zeros(len(regions), levels[0].shape[1], size, size)
-    for number, (features, stride) in enumerate(zip(levels, strides)):
-        of_level = (level == number).nonzero()[:, 0]
-        pooled = roi_align(features, regions[of_level], size, 1 / stride, sampling_ratio=0, aligned=True)
-        out = out.index_copy(0, of_level, pooled)
-    return out
+    order = level.argsort(stable=True)
+    pooled = [
+        roi_align(features, regions[level == number], size, 1 / stride, sampling_ratio=0, aligned=True)
+        for number, (features, stride) in enumerate(zip(levels, strides))
+    ]
+    return torch.cat(pooled).index_select(0, order.argsort())

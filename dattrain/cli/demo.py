@@ -24,7 +24,9 @@ MADE = frozenset({"shards", *RUNS, "pretrain-eval.json", "finetune-eval.json", "
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
-        "--out", type=Path, help="folder for everything made (default: demo-out, demo-segment, or demo-detect)"
+        "--out",
+        type=Path,
+        help="folder for everything made (default: demo-out, demo-segment, or demo-detect)",
     )
     parser.add_argument("--nproc", type=int, default=2, help="local ranks (default: 2)")
     parser.add_argument(

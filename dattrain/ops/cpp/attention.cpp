@@ -1,9 +1,12 @@
 // Deformable attention's core on CPUs, for one (image, head) at a time per thread: scores, bias and softmax of a block of
 // query rows stay in the L2 cache. Scores are key-major, [key][query], so that a key's bias is written in order.
 //
+// Where many keys and queries meet, keys come in tiles, and sums and highest scores are carried from tile to tile.
+//
 // Bias of a key: along x, every table row it needs is blended with three weights per query column (two of them nonzero;
-// three because the step between columns is at most one cell, so the first tap is column or column - 1 from the start).
-// Along y, two blended rows make a row of the bias; a vector of columns goes down all rows, the two blended rows of the
+// three because the step between columns is one cell or hardly less, so the first tap is column or column - 1 from the start).
+// Where the table is stretched over another map, each query column looks up its two entries instead (Spread); few rows of such a
+// table serve many rows of queries. Along y, two blended rows make a row of the bias; a vector of columns goes down all rows, the two blended rows of the
 // moment in registers. Compiled by dattrain/ops/cpp/build.py; called by deformable_attention/backend_native.py.
 
 #include "native.h"
@@ -62,30 +65,37 @@ template <class T, class S> struct Call {
 
 template <class T, class S> struct Worker {
     static constexpr int L = lanes<T>;
+    static constexpr int64_t in_cache = int64_t(1 << 18) / int64_t(sizeof(T));  // scores of a block
     const Call<T, S>& c;
-    const int64_t queries, dim, row, margin, pitch, block_rows, block;
-    std::vector<T> scores, grads, qs, kk, vv, gg, padded, grad_padded, weights, slopes, tops, fractions, line, column_sum, acc_k, acc_v, acc_q, delta, inside;
+    const bool stretched;  // query columns step by something else than a table cell
+    const bool tiled;
+    const int64_t queries, dim, row, margin, pitch, block_rows, block, tile;
+    std::vector<T> scores, grads, qs, kk, vv, gg, padded, grad_padded, weights, slopes, tops, fractions, line, column_sum, acc_k, acc_v, acc_q, delta, inside, shrink;
+    std::vector<int32_t> columns_at;
     Dot<T, S> dot;
 
     Worker(const Call<T, S>& call, bool backward)
-        : c(call), queries(call.height * call.width), dim(round_up(call.dim, L)), row(round_up(call.width, L)),
-          margin(call.width + 2 * L + 8), pitch(call.table_width + 2 * margin),
-          block_rows(std::max<int64_t>(1, std::min(call.height, int64_t(1 << 18) / int64_t(sizeof(T)) / (call.keys * call.width) ))),
-          block(round_up(block_rows * call.width, L)) {
-        scores.resize(c.keys * block + row + L);
+        : c(call), stretched(call.step_x > 1 || (1 - call.step_x) * T(call.width - 1) > 1), tiled(call.keys * call.width > in_cache / 4),
+          queries(call.height * call.width), dim(round_up(call.dim, L)), row(round_up(call.width, L)), margin(call.width + 2 * L + 8),
+          pitch(call.table_width + 2 * margin),
+          block_rows(std::max<int64_t>(1, std::min(call.height, tiled ? 640 / call.width : in_cache / (call.keys * call.width)))),
+          block(round_up(block_rows * call.width, L)), tile(tiled ? std::min(call.keys, std::max<int64_t>(12, in_cache / block)) : call.keys) {
+        scores.resize(tile * block + row + L);
         kk.resize(c.keys * dim);
         vv.resize(c.keys * dim);
         acc_q.resize(block * dim);
         line.resize(block);
         column_sum.resize(block);
+        shrink.resize(block);
         weights.resize(3 * row);
         tops.resize(round_up(block_rows, L));
         fractions.resize(round_up(block_rows, L));
         inside.resize(row);
+        columns_at.resize(row);
         std::fill(inside.begin(), inside.begin() + c.width, T(1));
         if (c.table) padded.assign(c.table_height * pitch + row + 2 * L, 0);
         if (!backward) return;
-        grads.resize(c.keys * block + row + L);
+        grads.resize(tile * block + row + L);
         qs.resize(block * dim);
         gg.resize(block * dim);
         acc_k.resize(c.keys * dim);
@@ -131,6 +141,18 @@ template <class T, class S> struct Worker {
         }
         return whole == whole ? int64_t(whole) - 1 : -c.width - 4;
     }
+    // The left of the two entries of every query column, and how far it is beyond; outside the table both are in its zeros.
+    void entries_of(T x) {
+        const T start = c.origin_x + c.slope_x * x;
+        const V<T> low = V<T>{} - 2, high = V<T>{} + T(c.table_width);
+        for (int64_t i = 0; i < row; i += L) {
+            V<T> at = start + (counting<T>() + T(i)) * c.step_x;
+            at = at < low ? low : at > high ? high : at;
+            const V<T> left = floored<T>(at);
+            store(weights.data() + i, at - left);
+            for (int j = 0; j < L; ++j) columns_at[i + j] = int32_t(left[j]);
+        }
+    }
     // Upper table row and fraction of every query row; false where all of them are outside the table.
     bool rows_of(T start, int64_t rows) {
         const T last = start + (rows - 1) * c.step_y;
@@ -156,13 +178,60 @@ template <class T, class S> struct Worker {
             return by[0] * load(t) + by[1] * load(t + 1) + by[2] * load(t + 2);
         }
     };
+    // The same of a stretched table.
+    struct Spread {
+        const int32_t* at;
+        V<T> fraction;
+        const T* first;
+        int64_t pitch, height;
+        V<T> operator()(int64_t y) const {
+            if (y < 0 || y >= height) return V<T>{};
+            const T* t = first + y * pitch;
+            V<T> left, right;
+            for (int j = 0; j < L; ++j) {
+                left[j] = t[at[j]];
+                right[j] = t[at[j] + 1];
+            }
+            return left + fraction * (right - left);
+        }
+        V<T> slope(int64_t y) const {
+            const T* t = first + y * pitch;
+            V<T> rise;
+            for (int j = 0; j < L; ++j) rise[j] = t[at[j] + 1] - t[at[j]];
+            return rise;
+        }
+        void add(T* table, int64_t y, V<T> g) const {
+            T* t = table + y * pitch;
+            const V<T> right = fraction * g, left = g - right;
+            for (int j = 0; j < L; ++j) {
+                t[at[j]] += left[j];
+                t[at[j] + 1] += right[j];
+            }
+        }
+    };
+    Spread spread(int64_t i) const { return {columns_at.data() + i, load(weights.data() + i), padded.data() + margin, pitch, c.table_height}; }
     Taps taps(const std::vector<T>& by, int64_t x, int64_t i) const {
         return {{load(by.data() + i), load(by.data() + row + i), load(by.data() + 2 * row + i)}, padded.data() + margin + x + i, pitch, c.table_height};
     }
 
-    void bias(int64_t image, int64_t head, int64_t first_row, int64_t rows) {
-        for (int64_t key = 0; key < c.keys; ++key) {
-            const T* p = position(image, head, key);
+    // Query rows that share two table rows share the two blended ones.
+    template <class Blend> void down_rows(const Blend& blend, T* into, int64_t rows) const {
+        int64_t top = int64_t(tops[0]);
+        V<T> upper = blend(top), lower = blend(top + 1);
+        for (int64_t y = 0; y < rows; ++y) {
+            const int64_t next = int64_t(tops[y]);
+            if (next != top) {
+                upper = next == top + 1 ? lower : blend(next);
+                lower = blend(next + 1);
+                top = next;
+            }
+            store(into + y * c.width, upper + fractions[y] * (lower - upper));
+        }
+    }
+
+    void bias(int64_t image, int64_t head, int64_t first_row, int64_t rows, int64_t first_key, int64_t keys) {
+        for (int64_t key = 0; key < keys; ++key) {
+            const T* p = position(image, head, first_key + key);
             T* into = scores.data() + key * block;
             const T start = c.origin_y + c.slope_y * p[0] + first_row * c.step_y;
             const T broken = (start - start) + (p[1] - p[1]);  // not a number where one of them is not finite
@@ -174,36 +243,28 @@ template <class T, class S> struct Worker {
                 std::fill(into, into + rows * c.width, T(0));
                 continue;
             }
-            const int64_t x = columns_of(p[1], false);
             // From the right: a vector that reaches past its row spoils what is written next.
-            for (int64_t i = row - L; i >= 0; i -= L) {
-                const Taps blend = taps(weights, x, i);
-                int64_t top = int64_t(tops[0]);
-                V<T> upper = blend(top), lower = blend(top + 1);
-                for (int64_t y = 0; y < rows; ++y) {
-                    const int64_t next = int64_t(tops[y]);
-                    if (next != top) {
-                        upper = next == top + 1 ? lower : blend(next);
-                        lower = blend(next + 1);
-                        top = next;
-                    }
-                    store(into + y * c.width + i, upper + fractions[y] * (lower - upper));
-                }
+            if (stretched) {
+                entries_of(p[1]);
+                for (int64_t i = row - L; i >= 0; i -= L) down_rows(spread(i), into + i, rows);
+            } else {
+                const int64_t x = columns_of(p[1], false);
+                for (int64_t i = row - L; i >= 0; i -= L) down_rows(taps(weights, x, i), into + i, rows);
             }
         }
     }
 
-    // Scores of the block's queries before they are scaled, bias included.
-    void block_scores(int64_t image, int64_t head, int64_t first_row, int64_t rows) {
+    // Scores of the block's queries and the tile's keys before they are scaled, bias included.
+    void block_scores(int64_t image, int64_t head, int64_t first_row, int64_t rows, int64_t first_key, int64_t keys) {
         const int64_t count = rows * c.width, columns = round_up(count, L);
-        const S *k = c.at(c.k, 1, image, head), *q = c.at(c.q, 0, image, head) + first_row * c.width * c.strides[2];
+        const S *k = c.at(c.k, 1, image, head) + first_key * c.strides[5], *q = c.at(c.q, 0, image, head) + first_row * c.width * c.strides[2];
         if (c.table) {
-            bias(image, head, first_row, rows);
-            for (int64_t key = 0; key < c.keys; ++key)
+            bias(image, head, first_row, rows, first_key, keys);
+            for (int64_t key = 0; key < keys; ++key)
                 std::fill(scores.data() + key * block + count, scores.data() + key * block + columns, T(0));
-            dot.template operator()<true>(c.keys, k, c.strides[5], count, q, c.strides[2], c.dim, scores.data(), block);
+            dot.template operator()<true>(keys, k, c.strides[5], count, q, c.strides[2], c.dim, scores.data(), block);
         } else {
-            dot.template operator()<false>(c.keys, k, c.strides[5], count, q, c.strides[2], c.dim, scores.data(), block);
+            dot.template operator()<false>(keys, k, c.strides[5], count, q, c.strides[2], c.dim, scores.data(), block);
         }
     }
 
@@ -212,9 +273,19 @@ template <class T, class S> struct Worker {
         if (c.table) load_table(head);
         for (int64_t first = 0; first < c.height; first += block_rows) {
             const int64_t rows = std::min(block_rows, c.height - first), count = rows * c.width, columns = round_up(count, L);
-            block_scores(image, head, first, rows);
-            exponentials(scores.data(), c.keys, columns, block, c.scale, line.data(), column_sum.data());
-            product<T, false>(count, dim, c.keys, scores.data(), 1, block, vv.data(), dim, acc_q.data(), dim);
+            for (int64_t key = 0; key < c.keys; key += tile) {
+                const int64_t keys = std::min(tile, c.keys - key);
+                block_scores(image, head, first, rows, key, keys);
+                if (key == 0) {
+                    exponentials(scores.data(), keys, columns, block, c.scale, line.data(), column_sum.data());
+                    product<T, false>(count, dim, keys, scores.data(), 1, block, vv.data(), dim, acc_q.data(), dim);
+                    continue;
+                }
+                more_exponentials(scores.data(), keys, columns, block, c.scale, line.data(), column_sum.data(), shrink.data());
+                for (int64_t i = 0; i < count; ++i)
+                    for (int64_t d = 0; d < dim; d += L) store(acc_q.data() + i * dim + d, load(acc_q.data() + i * dim + d) * shrink[i]);
+                product<T, true>(count, dim, keys, scores.data(), 1, block, vv.data() + key * dim, dim, acc_q.data(), dim);
+            }
             S* out = c.at(c.out, 3, image, head) + first * c.width * c.strides[11];
             T* lse = c.lse + (image * c.heads + head) * queries + first * c.width;
             for (int64_t i = 0; i < count; ++i) {
@@ -231,7 +302,6 @@ template <class T, class S> struct Worker {
         std::fill(acc_v.begin(), acc_v.end(), T(0));
         for (int64_t first = 0; first < c.height; first += block_rows) {
             const int64_t rows = std::min(block_rows, c.height - first), count = rows * c.width, columns = round_up(count, L);
-            block_scores(image, head, first, rows);
             const S* grad_out = c.at(c.grad_out, 4, image, head) + first * c.width * c.strides[14];
             pack(grad_out, c.strides[14], count, gg.data());
             pack(c.at(c.q, 0, image, head) + first * c.width * c.strides[2], c.strides[2], count, qs.data());
@@ -245,20 +315,25 @@ template <class T, class S> struct Worker {
                 for (int j = 0; j < L; ++j) delta[i] += sum[j];
                 line[i] = lse[i];
             }
-            dot.template operator()<false>(c.keys, c.at(c.v, 2, image, head), c.strides[8], count, grad_out, c.strides[14], c.dim, grads.data(), block);
-            for (int64_t key = 0; key < c.keys; ++key)
-                for (int64_t n = 0; n < columns; n += L) {
-                    const V<T> weight = exponential(load(scores.data() + key * block + n) * c.scale - load(line.data() + n));
-                    store(scores.data() + key * block + n, weight);
-                    T* g = grads.data() + key * block + n;
-                    store(g, weight * (load(g) - load(delta.data() + n)));
-                }
-            product<T, true>(c.keys, dim, count, scores.data(), block, 1, gg.data(), dim, acc_v.data(), dim);
-            product<T, true>(c.keys, dim, count, grads.data(), block, 1, qs.data(), dim, acc_k.data(), dim);
-            product<T, false>(count, dim, c.keys, grads.data(), 1, block, kk.data(), dim, acc_q.data(), dim);
+            for (int64_t key = 0; key < c.keys; key += tile) {
+                const int64_t keys = std::min(tile, c.keys - key);
+                block_scores(image, head, first, rows, key, keys);
+                dot.template operator()<false>(keys, c.at(c.v, 2, image, head) + key * c.strides[8], c.strides[8], count, grad_out, c.strides[14], c.dim, grads.data(), block);
+                for (int64_t k = 0; k < keys; ++k)
+                    for (int64_t n = 0; n < columns; n += L) {
+                        const V<T> weight = exponential(load(scores.data() + k * block + n) * c.scale - load(line.data() + n));
+                        store(scores.data() + k * block + n, weight);
+                        T* g = grads.data() + k * block + n;
+                        store(g, weight * (load(g) - load(delta.data() + n)));
+                    }
+                product<T, true>(keys, dim, count, scores.data(), block, 1, gg.data(), dim, acc_v.data() + key * dim, dim);
+                product<T, true>(keys, dim, count, grads.data(), block, 1, qs.data(), dim, acc_k.data() + key * dim, dim);
+                if (key == 0) product<T, false>(count, dim, keys, grads.data(), 1, block, kk.data(), dim, acc_q.data(), dim);
+                else product<T, true>(count, dim, keys, grads.data(), 1, block, kk.data() + key * dim, dim, acc_q.data(), dim);
+                if (c.table) bias_gradient(image, head, first, rows, key, keys);
+            }
             S* grad_q = c.at(c.grad_q, 5, image, head) + first * c.width * c.strides[17];
             for (int64_t i = 0; i < count; ++i) narrow_all(acc_q.data() + i * dim, c.dim, c.scale, grad_q + i * c.strides[17]);
-            if (c.table) bias_gradient(image, head, first, rows);
         }
         S* grad_k = c.at(c.grad_k, 6, image, head);
         S* grad_v = c.at(c.grad_v, 7, image, head);
@@ -268,12 +343,46 @@ template <class T, class S> struct Worker {
         }
     }
 
-    // The gradient of the block's bias (grads) to the table's and the positions': bias() turned round.
-    void bias_gradient(int64_t image, int64_t head, int64_t first_row, int64_t rows) {
-        T* into = c.grad_positions + (image * c.heads + head) * c.keys * 2;
+    // The gradient of what down_rows wrote: ``finish(y, g)`` gets that of the blended table row y once all query rows that read it have
+    // been seen. Returns the sums of the gradient along y.
+    template <class Blend, class Finish> V<T> up_rows(const Blend& blend, const T* source, int64_t rows, bool whole, V<T> mask, const Finish& finish) const {
+        V<T> sum_y{};
+        int64_t top = int64_t(tops[0]);
+        V<T> upper = blend(top), lower = blend(top + 1), grad_upper{}, grad_lower{};
+        for (int64_t y = 0; y < rows; ++y) {
+            const int64_t next = int64_t(tops[y]);
+            if (next != top) {
+                finish(top, grad_upper);
+                if (next == top + 1) {
+                    upper = lower;
+                    grad_upper = grad_lower;
+                } else {
+                    finish(top + 1, grad_lower);
+                    upper = blend(next);
+                    grad_upper = V<T>{};
+                }
+                lower = blend(next + 1);
+                grad_lower = V<T>{};
+                top = next;
+            }
+            // Lanes past the last query column belong to another row.
+            V<T> g = load(source + y * c.width);
+            if (!whole) g = mask > 0 ? g : V<T>{};
+            sum_y += g * (lower - upper);
+            grad_upper += (1 - fractions[y]) * g;
+            grad_lower += fractions[y] * g;
+        }
+        finish(top, grad_upper);
+        finish(top + 1, grad_lower);
+        return sum_y;
+    }
+
+    // The gradient of the tile's bias (grads) to the table's and the positions': bias() turned round.
+    void bias_gradient(int64_t image, int64_t head, int64_t first_row, int64_t rows, int64_t first_key, int64_t keys) {
+        T* into = c.grad_positions + ((image * c.heads + head) * c.keys + first_key) * 2;
         T* table = grad_padded.data() + head * c.table_height * pitch + margin;
-        for (int64_t key = 0; key < c.keys; ++key) {
-            const T* p = position(image, head, key);
+        for (int64_t key = 0; key < keys; ++key) {
+            const T* p = position(image, head, first_key + key);
             const T* source = grads.data() + key * block;
             const T start = c.origin_y + c.slope_y * p[0] + first_row * c.step_y;
             const T broken = (start - start) + (p[1] - p[1]);
@@ -282,48 +391,31 @@ template <class T, class S> struct Worker {
                 continue;
             }
             if (!rows_of(start, rows)) continue;
-            const int64_t x = columns_of(p[1], true);
+            const int64_t x = stretched ? 0 : columns_of(p[1], true);
+            if (stretched) entries_of(p[1]);
             V<T> sum_y{}, sum_x{};
             for (int64_t i = 0; i < row; i += L) {
-                const Taps blend = taps(weights, x, i), slope = taps(slopes, x, i);
-                const bool whole = i + L <= c.width, spills = c.width - i > L - 2;
+                const bool whole = i + L <= c.width;
                 const V<T> mask = load(inside.data() + i);
-                // The gradient of a blended row, once all query rows that read it have been seen.
-                auto finish = [&](int64_t y, V<T> g) {
+                if (stretched) {
+                    const Spread blend = spread(i);
+                    sum_y += up_rows(blend, source + i, rows, whole, mask, [&](int64_t y, V<T> g) {
+                        if (y < 0 || y >= c.table_height) return;
+                        sum_x += g * blend.slope(y);
+                        blend.add(table, y, g);
+                    });
+                    continue;
+                }
+                const Taps blend = taps(weights, x, i), slope = taps(slopes, x, i);
+                const bool spills = c.width - i > L - 2;
+                sum_y += up_rows(blend, source + i, rows, whole, mask, [&](int64_t y, V<T> g) {
                     if (y < 0 || y >= c.table_height) return;
                     sum_x += g * slope(y);
                     const V<T> zero{}, second = blend.by[1] * g, third = blend.by[2] * g;
                     T* t = table + y * pitch + x + i;
                     store(t, load(t) + blend.by[0] * g + moved<1>(zero, second) + moved<2>(zero, third));
                     if (spills) store(t + L, load(t + L) + moved<1>(second, zero) + moved<2>(third, zero));
-                };
-                int64_t top = int64_t(tops[0]);
-                V<T> upper = blend(top), lower = blend(top + 1), grad_upper{}, grad_lower{};
-                for (int64_t y = 0; y < rows; ++y) {
-                    const int64_t next = int64_t(tops[y]);
-                    if (next != top) {
-                        finish(top, grad_upper);
-                        if (next == top + 1) {
-                            upper = lower;
-                            grad_upper = grad_lower;
-                        } else {
-                            finish(top + 1, grad_lower);
-                            upper = blend(next);
-                            grad_upper = V<T>{};
-                        }
-                        lower = blend(next + 1);
-                        grad_lower = V<T>{};
-                        top = next;
-                    }
-                    // Lanes past the last query column belong to another row.
-                    V<T> g = load(source + y * c.width + i);
-                    if (!whole) g = mask > 0 ? g : V<T>{};
-                    sum_y += g * (lower - upper);
-                    grad_upper += (1 - fractions[y]) * g;
-                    grad_lower += fractions[y] * g;
-                }
-                finish(top, grad_upper);
-                finish(top + 1, grad_lower);
+                });
             }
             T along_y = 0, along_x = 0;
             for (int i = 0; i < L; ++i) { along_y += sum_y[i]; along_x += sum_x[i]; }

@@ -211,6 +211,29 @@ inline void exponentials(T* scores, int64_t keys, int64_t columns, int64_t ld, T
     }
 }
 
+// The same of more keys: ``highest_of`` and ``sum_of`` go on, and what was summed so far is to be multiplied by ``shrink_of``.
+template <class T>
+inline void more_exponentials(T* scores, int64_t keys, int64_t columns, int64_t ld, T scale, T* highest_of, T* sum_of, T* shrink_of) {
+    for (int64_t n = 0; n < columns; n += lanes<T>) {
+        const V<T> before = load(highest_of + n);
+        V<T> highest = before, sum{};
+        for (int64_t key = 0; key < keys; ++key) {
+            const V<T> s = load(scores + key * ld + n);
+            highest = s > highest ? s : highest;
+        }
+        for (int64_t key = 0; key < keys; ++key) {
+            T* s = scores + key * ld + n;
+            const V<T> e = exponential((load(s) - highest) * scale);
+            store(s, e);
+            sum += e;
+        }
+        const V<T> shrink = exponential((before - highest) * scale);
+        store(highest_of + n, highest);
+        store(sum_of + n, load(sum_of + n) * shrink + sum);
+        store(shrink_of + n, shrink);
+    }
+}
+
 // work(thread) for each of so many threads. OpenMP's where there is OpenMP: torch's own threads go on spinning for a while
 // after torch has used them, and others would have to share the cores with them.
 template <class F> void on_threads(int64_t threads, F work) {

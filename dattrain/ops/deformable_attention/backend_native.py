@@ -16,19 +16,12 @@ from dattrain.ops.deformable_attention.coordinates import Geometry, Inputs, star
 from dattrain.ops.deformable_attention.layout import tokens_like, unit_stride
 
 
-def supports(table: Tensor | None, geometry: Geometry) -> bool:
+def supports(geometry: Geometry) -> bool:
     """Whether the library is there and takes this.
-
-    Columns of queries must step by one table cell or a little less: both conventions, with tables of 2 * size - 1.
 
     Logits are scaled after their maximum is taken, so the scale must be positive.
     """
-    if geometry.scale <= 0 or not build.status()[0]:
-        return False
-    if table is None or geometry.width == 1:
-        return True
-    step = start_and_step(geometry.width, table.shape[2], geometry.grid)[2]
-    return step <= 1 and (1 - step) * (geometry.width - 1) <= 1
+    return geometry.scale > 0 and build.status()[0]
 
 
 def forward(inputs: Inputs, geometry: Geometry) -> tuple[Tensor, Tensor]:

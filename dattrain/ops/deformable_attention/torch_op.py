@@ -43,7 +43,7 @@ def attention(
 
         with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors are on
             return backend_triton.forward(inputs, geometry)
-    if backend == "native" and backend_native.supports(table, geometry):
+    if backend == "native" and backend_native.supports(geometry):
         return backend_native.forward(inputs, geometry)
     with torch.autocast(q.device.type, enabled=False):
         out = backend_torch.forward(inputs, geometry)
@@ -86,7 +86,7 @@ def attention_backward(
 
         with torch.cuda.device_of(q):
             grads = backend_triton.backward(grad_out, inputs, out, lse, geometry)
-    elif backend == "native" and backend_native.supports(table, geometry):
+    elif backend == "native" and backend_native.supports(geometry):
         grads = backend_native.backward(grad_out, inputs, out, lse, geometry)
     else:
         with torch.autocast(q.device.type, enabled=False):

@@ -15,8 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dattrain import ops
 from dattrain.errors import UserError
 from dattrain.ops.cpp import build
-from dattrain.ops.deformable_attention import backend_native, backend_torch, torch_op
-from dattrain.ops.deformable_attention.coordinates import Geometry
+from dattrain.ops.deformable_attention import backend_torch, torch_op
 
 needs_native = pytest.mark.skipif(not build.status()[0], reason="no C++ compiler")
 BACKENDS = ["torch", pytest.param("native", marks=needs_native)]
@@ -92,10 +91,33 @@ def test_native_values_and_all_gradients_equal_the_equations(case: Case) -> None
 @pytest.mark.parametrize("width", [15, 16, 17, 33])
 def test_native_rows_that_do_not_fill_vectors_and_maps_of_several_blocks(width: int) -> None:
     table = (79, 2 * width - 1)
-    assert backend_native.supports(torch.zeros(1, *table), Geometry(40, width, "center", 1.0))
     assert_same(
         Case(batch=1, heads=1, groups=1, height=40, width=width, keys=150, table=table, dim=5), "native"
     )
+
+
+@needs_native
+@pytest.mark.parametrize("grid", ["center", "corner"])
+@pytest.mark.parametrize(
+    ("height", "width", "keys", "table"),
+    [(20, 13, 90, (27, 27)), (11, 40, 70, (27, 13)), (33, 18, 60, (7, 7)), (5, 6, 30, (27, 55)), (3, 1, 5, (9, 9))],
+)  # fmt: skip
+def test_native_tables_of_maps_of_another_size(
+    height: int, width: int, keys: int, table: tuple[int, int], grid: str
+) -> None:
+    assert_same(
+        Case(
+            batch=1, heads=2, groups=1, height=height, width=width, keys=keys, table=table, dim=5, grid=grid
+        ),
+        "native",
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("table", [(27, 27), (59, 59), None])
+def test_native_keys_in_tiles(table: tuple[int, int] | None) -> None:
+    """More scores than a block holds: what is summed over keys goes on from tile to tile."""
+    assert_same(Case(batch=1, heads=1, groups=1, height=30, width=30, keys=600, table=table, dim=5), "native")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,6 +14,7 @@ from torch import Tensor
 from dattrain.config.schema import Config
 from dattrain.data.annotations import rle
 from dattrain.data.annotations.instances import Instances
+from dattrain.data.annotations.kinds import needs_masks
 from dattrain.data.detection_batch import DetectionBatch
 from dattrain.errors import UserError
 from dattrain.files import counted
@@ -31,7 +32,7 @@ MASK = "mask_"
 
 def names(head: str) -> tuple[str, ...]:
     """What an evaluation of ``task.head`` has numbers of: ``ap``, ..., and ``mask_ap``, ... where it gives masks."""
-    return (*NAMES, *(f"{MASK}{name}" for name in NAMES)) if "mask" in head else NAMES
+    return (*NAMES, *(f"{MASK}{name}" for name in NAMES)) if needs_masks("detection", head) else NAMES
 
 
 class CocoAP:
@@ -48,7 +49,7 @@ class CocoAP:
         self.results: list[ImageResult] = []
         self._what, self._device = f"data.val={config.data.val}", device
         self._classes, self._most = config.model.num_classes, config.eval.max_detections
-        self._masks = "mask" in config.task.head
+        self._masks = needs_masks(config.task.kind, config.task.head)
         self._inference = DetectionInference(config, dtype)
         self._own: list[ImageResult] = []
         self._images = DetectedImages()

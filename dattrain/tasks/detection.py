@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
-from dattrain.data import detection_factory
+from dattrain.data import dense_factory, detection_factory
+from dattrain.data.annotations.kinds import needs_masks
 from dattrain.data.augment.dense_transforms import normalised
 from dattrain.data.classes import Classes
 from dattrain.data.detection_batch import GRID, DetectionBatch
@@ -46,7 +47,7 @@ class Detection:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.metrics = coco_ap.names(config.task.head)
-        self._with_masks = "mask" in config.task.head
+        self._with_masks = needs_masks(config.task.kind, config.task.head)
         _check(config)
 
     # The model
@@ -136,7 +137,7 @@ class Detection:
 
     def input_size(self, img_size: Size) -> tuple[int, int]:
         """The crop, or the largest whole image."""
-        return detection_factory.largest(self.config.geometry)
+        return dense_factory.largest(self.config.geometry)
 
     def flops(self, img_size: Size) -> float:
         """Multiply-adds of the forward pass of a crop, or of ``short_side`` x ``long_side`` where whole images are trained on.

@@ -82,9 +82,9 @@ class Detection:
         """N x H x W: the pixels of each object, laid out when they are asked for; None by a detector of boxes alone."""
         if self.probabilities is None:
             return None
-        size = self.pixels.shape[:2]
-        found = [self._pasted(number).at((size[0], size[1])).numpy() for number in range(len(self))]
-        return np.stack(found) if found else np.zeros((0, *size), np.bool_)
+        size = self.pixels.shape[0], self.pixels.shape[1]
+        found = [self._pasted(number).at(size).numpy() for number in range(len(self))]
+        return np.stack(found) if found else np.zeros((0, size[0], size[1]), np.bool_)
 
     def areas(self) -> list[float]:
         """Pixels of each object, of its mask or else of its box."""

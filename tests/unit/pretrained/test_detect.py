@@ -68,12 +68,15 @@ def test_masks_lie_in_their_boxes(found):
     assert masks is not None and masks.shape == (len(found), *found.pixels.shape[:2])
     for mask, (left, top, right, bottom), probability in zip(masks, found.boxes, found.probabilities):
         ys, xs = np.nonzero(mask)
-        assert len(ys) and ys.min() + 0.5 >= top and ys.max() + 0.5 <= bottom
-        assert xs.min() + 0.5 >= left and xs.max() + 0.5 <= right
         area = (bottom - top) * (right - left)
+        if not len(ys):  # a sliver that holds no pixel's centre
+            assert area < 16
+            continue
+        assert ys.min() + 0.5 >= top and ys.max() + 0.5 <= bottom
+        assert xs.min() + 0.5 >= left and xs.max() + 0.5 <= right
         # The edge of the box cuts pixels.
         around = (bottom - top + right - left) / area
-        assert mask.sum() / area == pytest.approx((probability >= 0.5).mean(), abs=0.05 + around)
+        assert mask.sum() / area == pytest.approx((probability >= 0.5).mean(), abs=0.05 + float(around))
     assert (found.covered() == masks.any(0)).all() and found.areas() == masks.sum((1, 2)).tolist()
 
 

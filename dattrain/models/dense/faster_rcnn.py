@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torchvision.ops import batched_nms
 from dattrain.models.dense.anchors import Anchors
 from dattrain.models.dense.backbone import Backbone
 from dattrain.models.dense.boxes import decode
-from dattrain.models.dense.detector import Detector, Found, Sizes, Targets, anchors_first
+from dattrain.models.dense.detector import Detector, Sizes, Target, by_anchor, shapes_of
 from dattrain.models.dense.fpn import FPN
 from dattrain.models.dense.norm import Norm, statistics_kept
 from dattrain.models.dense.rcnn import BoxHead, MaskHead, RPNHead
@@ -57,18 +57,18 @@ class FasterRCNN(Detector):
     ) -> None:
         # mmdet's files differ in this: Mask R-CNN's matches boxes' best regions, Faster R-CNN's does not.
         self.stages = CASCADE if cascade else (Stage(low_quality=masks),)
+        self.samplers = 1 + len(self.stages)
+        self.has_masks = masks
         super().__init__(
             backbone,
             FPN(backbone.channels, channels, "pool"),
             num_classes,
-            has_masks=masks,
-            samplers=1 + len(self.stages),
             score_threshold=score_threshold,
             max_detections=max_detections,
         )
         self.cascade = cascade
         self.anchors = Anchors((8.0,), (0.5, 1.0, 2.0), STRIDES)
-        self.rpn = RPNHead(channels=channels, anchors=len(self.anchors))
+        self.rpn = RPNHead(channels=channels, anchors=self.anchors.per_place)
         layers = {"convs": 4, "linears": 1} if cascade else {"convs": 0, "linears": 2}
         self.box_heads = nn.ModuleList(
             BoxHead(num_classes, channels=channels, size=BOX_SIZE, hidden=4 * channels, norm=norm, **layers)
@@ -79,13 +79,12 @@ class FasterRCNN(Detector):
         )
 
     def losses(
-        self, levels: Sequence[Tensor], sizes: Sizes, targets: Targets, noise: Tensor
+        self, levels: list[Tensor], sizes: Sizes, targets: Sequence[Target | None], samples: Tensor
     ) -> dict[str, Tensor]:
         """``loss_rpn_cls``, ``loss_rpn_bbox``, ``loss_cls``, ``loss_bbox`` and ``loss_mask``; the last three of a cascade's stages as ``s0_loss_cls``, ..."""
-        keys = key_of(noise)
+        keys = key_of(samples)
         logits, deltas, anchors = self._anchors(levels)
-        shapes = [tuple(level.shape[2:]) for level in levels]
-        flat = torch.cat(anchors)
+        shapes, flat = shapes_of(levels), torch.cat(anchors)
         inside = [self.anchors.valid(shapes, size, flat.device) for size in sizes]
         if self.cascade:
             inside = [valid & inside_of(flat, size) for valid, size in zip(inside, sizes)]
@@ -126,7 +125,7 @@ class FasterRCNN(Detector):
                 proposals = [moved[moved[:, 0] == image, 1:] for image in range(len(sizes))]
         return losses
 
-    def detect(self, levels: Sequence[Tensor], sizes: Sizes) -> list[Found]:
+    def detect(self, levels: list[Tensor], sizes: Sizes) -> list[dict[str, Tensor]]:
         """Proposals, their classes and boxes, suppression within a class, and masks of what is left.
 
         A cascade averages its stages' logits, and the probabilities of its masks.
@@ -169,12 +168,8 @@ class FasterRCNN(Detector):
     def _anchors(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Of every level logits B x N_i, deltas B x N_i x 4, anchors N_i x 4, all fp32."""
         logits, deltas = self.rpn(levels)
-        anchors = self.anchors([tuple(level.shape[2:]) for level in levels], levels[0].device)
-        return (
-            [anchors_first(each, 1)[..., 0].float() for each in logits],
-            [anchors_first(each, 4).float() for each in deltas],
-            anchors,
-        )
+        scores = [each.squeeze(2) for each in by_anchor(logits, 1)]
+        return scores, by_anchor(deltas, 4), self.anchors(shapes_of(levels), levels[0].device)
 
     def _proposals(
         self,
@@ -221,7 +216,7 @@ class FasterRCNN(Detector):
 
     def _best(
         self, references: Tensor, probabilities: Tensor, deltas: Tensor, size: tuple[int, int]
-    ) -> Found:
+    ) -> dict[str, Tensor]:
         """The objects of an image, best first."""
         rows, labels = (probabilities[:, :-1] > self.score_threshold).nonzero(as_tuple=True)
         own = deltas.unflatten(1, (-1, 4))[rows, labels]

@@ -33,5 +33,5 @@ def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, regions: Tensor,
     grids = F.pad(masks[:, None].to(boxes.dtype), (1, 1, 1, 1))
     numbered = F.pad(in_grid, (1, 0))
     numbered[:, 0] = objects
-    covered = roi_align(grids, numbered, size, 1.0, sampling_ratio=0, aligned=True)[:, 0]
-    return (covered >= 127.5).to(boxes.dtype)
+    covered: Tensor = roi_align(grids, numbered, size, 1.0, sampling_ratio=0, aligned=True)
+    return (covered[:, 0] >= 127.5).to(boxes.dtype)

@@ -6,7 +6,7 @@ mmdet's ``roi_heads/standard_roi_head.py``, ``cascade_roi_head.py``, ``bbox_head
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
 from dattrain.models.dense.boxes import decode, encode
+from dattrain.models.dense.detector import Target
 from dattrain.models.dense.mask_targets import mask_targets
 from dattrain.models.dense.matching import match
 from dattrain.models.dense.sampling import sample
@@ -74,7 +75,7 @@ class Regions:
 
 def pick(
     proposals: Sequence[Tensor],
-    targets: Sequence[Mapping[str, Tensor] | None],
+    targets: Sequence[Target | None],
     keys: Tensor,
     stage: Stage,
     num_classes: int,

@@ -79,6 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--quality", type=_positive, default=92, help="of jpg and webp (default: 92)")
     p.add_argument("--dedup", action="store_true", help="keep the first of the images with equal bytes")
     p.add_argument(
+        "--drop-empty",
+        action="store_true",
+        help="of objects: leave out images without any, and with a side below 32 pixels, as recipes of detection do in training",
+    )
+    p.add_argument(
         "--no-check", action="store_true", help="read the headers of images, but do not decode them"
     )
     p.add_argument(
@@ -132,7 +137,24 @@ def run(args: argparse.Namespace) -> int:
 def _classes(manifest: Mapping[str, Any]) -> str:
     """How many a packed split has samples of."""
     there = counted(len(manifest["histogram"]), "class")
-    return there if manifest["classes"] or not manifest.get("annotations") else f"{there} without names"
+    if not manifest["classes"] and manifest.get("annotations"):
+        return f"{there} without names"
+    if manifest.get("annotations") == "instances":
+        return f"{counted(len(manifest['histogram']) - 1, 'class')} and the background"
+    return there
+
+
+def _dropped(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """What ``--drop-empty`` left out, counted by reason, with the first of each."""
+    from dattrain.data.classes import few
+
+    by_reason: dict[str, list[str]] = {}
+    for row in rows:
+        by_reason.setdefault(row["reason"], []).append(row["key"])
+    return [
+        f"{counted(len(keys), 'image')} left out, with {reason}: {few(keys)}"
+        for reason, keys in by_reason.items()
+    ]
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -153,6 +175,7 @@ def _pack(args: argparse.Namespace) -> int:
         quality=args.quality,
         check=not args.no_check,
         dedup=args.dedup,
+        drop_empty=args.drop_empty,
         skip_bad=args.on_bad == "skip",
         label_set=args.label_set,
         label=args.label,
@@ -168,6 +191,8 @@ def _pack(args: argparse.Namespace) -> int:
         )
         for line in m.get("contents", ()):
             print(f"{m['split']}: {line}", file=sys.stderr)
+        for line in _dropped(m.get("dropped", ())):
+            print(f"{m['split']}: {line}; named in {args.out}/_{m['split']}.manifest.json", file=sys.stderr)
         for entry in bad:
             print(f"left out: {entry['reason']}", file=sys.stderr)
     duplicates = Path(args.out, "_duplicates.json")

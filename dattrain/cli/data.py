@@ -258,6 +258,8 @@ def _verify(args: argparse.Namespace) -> int:
     )
     if dataset.maskless:
         print(f"{mask(args.data)}: {dataset.maskless}; {ONLY_DETECTION}", file=sys.stderr)
+    for line in report.objects.oddities():
+        print(f"{mask(args.data)}: {line}", file=sys.stderr)
     return 0 if report.good and not dataset.flaws else 1
 
 

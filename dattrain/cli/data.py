@@ -44,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, metavar, what in (
         ("--ade", "DIR", "ADE20K (images/training and annotations/training, by --split)"),
         ("--coco", "JSON", "objects in COCO's form"),
-        ("--voc", "DIR", "PASCAL VOC (ImageSets/Segmentation/train.txt, by --split)"),
+        (
+            "--voc",
+            "DIR",
+            "PASCAL VOC (ImageSets/Segmentation/train.txt, else Main/train.txt, by --split), or a list of it",
+        ),
     ):
         annotated.add_argument(
             name, metavar=metavar, action=_InsteadOfSource, out=out, help=f"instead of SRC: {what}"
@@ -63,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--split",
         metavar="NAME",
-        help="prefix of the shards (default: train; of --coco: what the JSON's name says)",
+        help="prefix of the shards (default: train; of --coco and of a list of --voc: what the name says)",
     )
     p.add_argument(
         "--holdout", type=int, default=0, metavar="N", help="samples that go to another split, by the seed"

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dattrain.data.annotations.instances import Instances, degenerate
 from dattrain.files import counted
@@ -46,7 +47,7 @@ class ObjectFigures:
     def of(cls, found: Instances, size: tuple[int, int], name: str) -> ObjectFigures:
         """Of an image of that height and width, the sample of that name."""
         area = found.area[~found.crowd]
-        boxes = found.boxes
+        boxes: NDArray[np.float64] = found.boxes
         limit = np.asarray([size[1], size[0]], dtype=np.float64) + _BORDER
         outside = (boxes[:, :2] < -_BORDER) | (boxes[:, :2] + boxes[:, 2:] > limit)
         reasons = [degenerate(box, one, size) for box, one in zip(boxes.tolist(), found.area.tolist())]

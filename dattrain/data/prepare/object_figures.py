@@ -52,7 +52,8 @@ class ObjectFigures:
         outside = (boxes[:, :2] < -_BORDER) | (boxes[:, :2] + boxes[:, 2:] > limit)
         reasons = [degenerate(box, one, size) for box, one in zip(boxes.tolist(), found.area.tolist())]
         counts = Counter("no area" if why.startswith("an area") else why for why in reasons if why)
-        beyond = sum(out and not why for out, why in zip(outside.any(axis=1).tolist(), reasons))
+        whole = np.asarray([not why for why in reasons], dtype=np.bool_)
+        beyond = int((outside.any(axis=1) & whole).sum())
         return cls(
             1,
             int(not len(found)),

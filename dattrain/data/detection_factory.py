@@ -160,15 +160,16 @@ def _tell_padding(feed: DetectionFeed) -> None:
     share = feed.share
     count = max(1, _MEASURED // share.global_batch)
     firsts = (share.samples_seen + number * share.global_batch for number in range(count))
-    updates = [feed.shapes(feed.order.batch_positions(first, share.global_batch)) for first in firsts]
-    if not all(shapes.all() for shapes in updates):
+    slots = [feed.order.batch_positions(first, share.global_batch) for first in firsts]
+    shapes = feed.shapes(np.concatenate(slots))
+    if not shapes.all():
         log.warning(
             "geometry.group_aspect: data.train=%s does not say of all of its images how large they are, and those count as lying; "
             "shards that `dattrain data pack` wrote say it",
             feed.dataset.name,
         )
         return
-    apart, mixed = padded_shares(updates, share.micro_batch, feed.config.geometry.pad_to)
+    apart, mixed = padded_shares(np.split(shapes, count), share.micro_batch, feed.config.geometry.pad_to)
     log.info(
         "padding: %.1f %% of the pixels of micro-batches, %.1f %% %s geometry.group_aspect (by the first %d updates)",
         100 * (apart if feed.groups else mixed),

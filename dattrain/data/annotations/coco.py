@@ -19,7 +19,7 @@ import numpy as np
 
 from dattrain.data.annotations import instances
 from dattrain.data.annotations.annotated import AnnotatedFiles, Rows
-from dattrain.data.annotations.instances import BACKGROUND
+from dattrain.data.annotations.instances import BACKGROUND, BACKGROUNDS
 from dattrain.data.classes import few, unique
 from dattrain.data.source.annotation_index import Annotations
 from dattrain.data.source.files import explained, listing, read_file
@@ -27,9 +27,6 @@ from dattrain.data.source.index import to_json
 from dattrain.data.source.sample import BadSample
 from dattrain.errors import UserError
 from dattrain.files import counted
-
-_BACKGROUNDS = frozenset({"background", "_background_", "__background__"})
-"""What tools call a category of the background (labelme's has the id 0)."""
 
 
 class CocoDataset(AnnotatedFiles):
@@ -182,7 +179,7 @@ def _categories(path: str, rows: Sequence[Mapping[str, Any]]) -> _Categories:
             raise UserError(f"{path}: has the category {dict(row)!r}; each needs an integer id and a name")
     _check_once(path, [row["id"] for row in rows], "id", "categories")
     rows = sorted(rows, key=lambda row: row["id"])
-    grounds = [row for row in rows if row["name"].strip().lower() in _BACKGROUNDS]
+    grounds = [row for row in rows if row["name"].strip().lower() in BACKGROUNDS]
     others = [row for row in rows if row not in grounds]
     if not others:
         raise UserError(f"{path}: lists no categories of objects")
@@ -198,7 +195,7 @@ def _objects(
     path: str, found: Sequence[dict[str, Any]], images: Sequence[Mapping[str, Any]], categories: _Categories
 ) -> tuple[dict[Any, list[dict[str, Any]]], list[str], str]:
     """Objects by image id as samples hold them; what was left out; and ``Dataset.maskless``."""
-    sizes = {row["id"]: (row.get("height"), row.get("width")) for row in images}
+    sizes = {row["id"]: instances.size_in(row) for row in images}
     kept: dict[Any, list[dict[str, Any]]] = {}
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -236,30 +233,21 @@ def _objects(
 
 
 def _kept(
-    one: dict[str, Any], size: tuple[Any, Any], index: int, where: str
+    one: dict[str, Any], size: tuple[int, int] | None, index: int, where: str
 ) -> tuple[str, dict[str, Any] | None]:
     """An object as a sample holds it, or why it is left out."""
     try:
         segmentation = instances.read_segmentation(one.get("segmentation"), where)
         if segmentation is not None:
             segmentation = instances.stored(segmentation, where)
+        box = instances.box_said(one, segmentation, where)
     except BadSample as error:
         raise UserError(f"{error}; correct it, or remove it") from error
-    box = instances.read_box(one.get("bbox"))
-    if box is None and segmentation is not None and "bbox" not in one:
-        box = instances.box_of(segmentation)
-    if box is None:
-        raise UserError(f"{where} has the bbox {one.get('bbox')!r}, not x, y, width and height")
-    x, y, width, height = box
-    area = one.get("area", width * height)
-    if not isinstance(area, (int, float)) or not area > 0:
+    area = one["area"] if "area" in one else instances.area_of(segmentation, box)
+    if not isinstance(area, (int, float)):
         return f"an area of {area!r}", None
-    if width < 1 or height < 1:
-        return "a side below one pixel", None
-    if all(isinstance(side, int) for side in size) and (
-        x + width <= 0 or y + height <= 0 or x >= size[1] or y >= size[0]
-    ):
-        return "a box beyond their image", None
+    if why := instances.degenerate(box, area, size):
+        return why, None
     kept = {
         "class": index,
         "bbox": one.get("bbox", list(box)),
@@ -268,6 +256,8 @@ def _kept(
     }
     if "id" in one:
         kept["id"] = one["id"]
+    if one.get("ignore"):
+        kept["ignore"] = 1
     if segmentation is not None:
         kept["segmentation"] = segmentation
     return "", kept

@@ -21,8 +21,13 @@ def detected(
     where: str,
     *,
     masks: bool,
+    training: bool = False,
 ) -> Instances:
-    """The objects of an image, their ``classes`` being numbers of the network; crowds are among them.
+    """The objects of an image, their ``classes`` being numbers of the network.
+
+    Degenerate ones (``instances.degenerate``) are left out, and in training crowds and those marked ``ignore``, by mmdetection's rules
+    (``CocoDataset.parse_data_info``; its assigners here make no use of crowds). An evaluation has crowds, on which detections are neither
+    right nor wrong, and takes those marked ``ignore`` for objects like others, as COCO's own does.
 
     Args:
         annotation: ``Sample.annotation``: the JSON of objects that ``instances`` reads.
@@ -30,6 +35,7 @@ def detected(
         numbers: ``Dataset.numbers``, the network's class for each of the set's; None takes the set's own as they are.
         where: ``Sample.where``, for messages.
         masks: whether each must have one.
+        training: whether they are to be learned from.
 
     Raises:
         BadSample: no objects, an annotation or mask of another size than the image, an object of the background or of a class that
@@ -38,14 +44,25 @@ def detected(
     if not annotation:
         raise BadSample(f"{where}: has no annotation")
     found = instances.check(annotation, size, None, where)
-    classes = found.classes.copy()
+    classes, keep = found.classes.copy(), np.ones(len(found), dtype=np.bool_)
     for i, own in enumerate(found.classes.tolist()):
         what = f"{where}: object {i} of its annotation"
         if numbers is not None:
             classes[i] = _number(own, numbers, what)
         if masks and found.segmentations[i] is None:
             raise BadSample(f"{what} has a box and no mask; a task.head with masks learns from masks")
-    return replace(found, classes=classes)
+        keep[i] = not instances.degenerate(found.boxes[i].tolist(), float(found.area[i]), size)
+        if training and (found.crowd[i] or i in found.ignored):
+            keep[i] = False
+    return replace(
+        found,
+        boxes=found.boxes[keep],
+        classes=classes[keep],
+        area=found.area[keep],
+        crowd=found.crowd[keep],
+        segmentations=tuple(found.segmentations[i] for i in np.flatnonzero(keep).tolist()),
+        ignored=frozenset(new for new, i in enumerate(np.flatnonzero(keep).tolist()) if i in found.ignored),
+    )
 
 
 def category_ids(dataset: Dataset, count: int) -> list[int | None]:

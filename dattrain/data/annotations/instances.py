@@ -3,7 +3,8 @@
 ``{"image_id": 9, "height": 480, "width": 640, "annotations": [{"class": 51, "bbox": [x, y, width, height], "area": 120.5, "iscrowd": 0,
 "segmentation": ...}]}``. ``class`` is an index of the set's classes, which begin with the background; ``bbox`` is in pixels, as given;
 ``segmentation`` is a list of polygons (x, y, x, y, ...), or COCO's run lengths, compressed: ``{"size": [height, width], "counts": "..."}``;
-it is missing where there is a box alone. Shards that others wrote may say ``category_id`` for ``class``.
+it is missing where there is a box alone. ``ignore`` marks what detection does not learn from. Shards that others wrote may say
+``category_id`` for ``class``, and leave out ``area``, and ``bbox`` where there is a segmentation.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from dattrain.files import counted
 
 BACKGROUND = "background"
 """Class 0 of a set of objects: that of the pixels of none, where it is segmented."""
+BACKGROUNDS = frozenset({BACKGROUND, "_background_", "__background__"})
+"""What tools call it, in small letters (labelme's category has the id 0)."""
 
 _FAR = 8 * images.MAX_SIDE
 """Pixels; corners beyond are no corners, and walking to them would take memory."""
@@ -44,6 +47,7 @@ class Instances:
         crowd: N bool, whether it stands for many objects that nobody told apart.
         segmentations: N, None for a box alone.
         size: height and width of the image that was annotated; None where nobody says.
+        ignored: indexes of those that are marked not to be learned from.
     """
 
     boxes: NDArray[np.float64]
@@ -52,6 +56,7 @@ class Instances:
     crowd: NDArray[np.bool_]
     segmentations: tuple[Segmentation | None, ...]
     size: tuple[int, int] | None
+    ignored: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -74,6 +79,7 @@ def parse(annotation: bytes, where: str) -> Instances:
         crowd=np.asarray([one.crowd for one in objects], dtype=np.bool_),
         segmentations=tuple(one.segmentation for one in objects),
         size=size_in(content),
+        ignored=frozenset(i for i, one in enumerate(objects) if one.ignored),
     )
 
 
@@ -233,6 +239,7 @@ class _Object:
     area: float
     crowd: bool
     segmentation: Segmentation | None
+    ignored: bool
 
 
 def _content(annotation: bytes, where: str) -> dict[str, Any]:
@@ -260,13 +267,22 @@ def _object(one: Mapping[str, Any], where: str) -> _Object:
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= MAX_LABEL:
         raise BadSample(f"{where} has the class {index!r}, not a number from 0 on")
     segmentation = read_segmentation(one.get("segmentation"), where)
-    box = read_box(one.get("bbox"))
-    if box is None:
-        raise BadSample(f"{where} has the bbox {one.get('bbox')!r}, not x, y, width and height")
+    box = box_said(one, segmentation, where)
     area = one.get("area")
     if not isinstance(area, (int, float)) or not math.isfinite(area):
-        area = box[2] * box[3]
-    return _Object(box, index, float(area), bool(one.get("iscrowd", 0)), segmentation)
+        area = area_of(segmentation, box)
+    crowd, ignored = bool(one.get("iscrowd", 0)), bool(one.get("ignore", 0))
+    return _Object(box, index, float(area), crowd, segmentation, ignored)
+
+
+def box_said(one: Mapping[str, Any], segmentation: Segmentation | None, where: str) -> tuple[float, ...]:
+    """The box of an object: its ``bbox``; where it has none, the one around its segmentation. Raises BadSample."""
+    box = read_box(one.get("bbox"))
+    if box is None and segmentation is not None and "bbox" not in one:
+        box = box_of(segmentation)
+    if box is None:
+        raise BadSample(f"{where} has the bbox {one.get('bbox')!r}, not x, y, width and height")
+    return box
 
 
 def read_box(box: object) -> tuple[float, ...] | None:
@@ -290,6 +306,37 @@ def box_of(segmentation: Segmentation) -> tuple[float, ...]:
         corners = np.concatenate([np.asarray(one, dtype=np.float64).reshape(-1, 2) for one in segmentation])
         low, high = corners.min(axis=0), corners.max(axis=0)
     return (*map(float, low), *map(float, high - low))
+
+
+def area_of(segmentation: Segmentation | None, box: Sequence[float]) -> float:
+    """Pixels of an object that does not say its area: of its mask, else of its box.
+
+    Polygons are taken for apart and without crossings: where they overlap, pixels count twice.
+    """
+    if segmentation is None:
+        return box[2] * box[3]
+    if isinstance(segmentation, Mapping):
+        return float(_runs(segmentation, "")[0][1::2].sum())
+    corners = (np.asarray(one, dtype=np.float64).reshape(-1, 2) for one in segmentation)
+    return sum(map(polygons.area, corners)) or box[2] * box[3]
+
+
+def degenerate(box: Sequence[float], area: float, size: tuple[int, int] | None) -> str:
+    """Why an object is left out, in words, as by mmdetection's ``CocoDataset``; empty where it is not.
+
+    Args:
+        box: x, y, width, height.
+        area: pixels.
+        size: height and width of the image; None where they are not known.
+    """
+    x, y, width, height = box
+    if not area > 0:
+        return f"an area of {area!r}"
+    if width < 1 or height < 1:
+        return "a side below one pixel"
+    if size is not None and (x + width <= 0 or y + height <= 0 or x >= size[1] or y >= size[0]):
+        return "a box beyond their image"
+    return ""
 
 
 def read_segmentation(value: object, where: str) -> Segmentation | None:

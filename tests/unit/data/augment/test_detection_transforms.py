@@ -34,14 +34,14 @@ def plan_of(count: int, partner: list[int] | None = None, **geometry) -> Detecti
     return draw(settings, Augment(interpolation="bilinear"), 1, np.arange(count), own)
 
 
-def stored(index: int, *, masks: bool = True, crowd: bool = False) -> StoredImage:
+def stored(index: int, *, masks: bool = True) -> StoredImage:
     pixels, shapes = objects.scene(0, index)
-    rows = [objects.annotation(shape, i, 0, crowd=crowd) for i, shape in enumerate(shapes)]
+    rows = [objects.annotation(shape, i, 0) for i, shape in enumerate(shapes)]
     found = Instances(
         boxes=np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4),
         classes=np.array([shape.number for shape in shapes], np.int64),
         area=np.array([row["area"] for row in rows], np.float64),
-        crowd=np.full(len(rows), crowd),
+        crowd=np.zeros(len(rows), bool),
         segmentations=tuple(row["segmentation"] if masks else None for row in rows),
         size=pixels.shape[:2],
     )
@@ -151,13 +151,6 @@ def test_the_image_goes_by_its_plan():
         result, _ = train_sample(image, plan, i, masks=True)
         assert torch.equal(result, distort(found, plan.dense, i))
     assert plan.dense.flip.any() and not plan.dense.flip.all()
-
-
-def test_crowds_are_no_targets():
-    image = stored(0, crowd=True)
-    assert len(image.objects)
-    _, targets = train_sample(image, plan_of(1), 0, masks=True)
-    assert len(targets) == 0 and targets.masks.shape == (0, GRID, GRID)
 
 
 # --- copy-paste ------------------------------------------------------------------------------------------------------

@@ -83,6 +83,18 @@ def parse(annotation: bytes, where: str) -> Instances:
     )
 
 
+def nothing() -> Instances:
+    """No objects, of an image of any size."""
+    return Instances(
+        boxes=np.zeros((0, 4)),
+        classes=np.zeros(0, dtype=np.int64),
+        area=np.zeros(0),
+        crowd=np.zeros(0, dtype=np.bool_),
+        segmentations=(),
+        size=None,
+    )
+
+
 def maskless(count: int, first: str) -> str:
     """``Dataset.maskless`` of as many objects, of which ``first`` is one."""
     return f"{counted(count, 'object')} with a box and no mask: {first}" if count else ""
@@ -129,21 +141,27 @@ def stored(segmentation: Segmentation, where: str) -> Segmentation:
     return {"size": [height, width], "counts": rle.to_string(counts)}
 
 
-def mask(segmentation: Segmentation, size: tuple[int, int], where: str) -> NDArray[np.bool_]:
-    """The pixels of an object, H x W.
+def mask(
+    segmentation: Segmentation, size: tuple[int, int], where: str, part: tuple[slice, slice] | None = None
+) -> NDArray[np.bool_]:
+    """The pixels of an object, H x W, or those of a part of the image.
 
     Args:
         size: height and width of the image.
+        part: rows and columns, within the image; nothing of that size but the part is made of polygons, and its columns of run lengths.
 
     Raises:
         BadSample: run lengths of another size, or what is no segmentation.
     """
+    rows, columns = part or (slice(0, size[0]), slice(0, size[1]))
     if isinstance(segmentation, Mapping):
-        check_size(segmentation, size, where)
-        return rle.decode(_runs(segmentation, where)[0], *size)
-    found = np.zeros(size, dtype=np.bool_)
+        counts, own = _runs(segmentation, where)
+        _check_same(own, size, where)
+        return rle.decode(counts, *size, columns)[rows]
+    found = np.zeros((rows.stop - rows.start, columns.stop - columns.start), dtype=np.bool_)
     for polygon in segmentation:
-        polygons.paint(found, np.asarray(polygon, dtype=np.float64).reshape(-1, 2))
+        corners = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+        polygons.paint(found, corners, (rows.start, columns.start))
     return found
 
 
@@ -173,11 +191,14 @@ def check(
 def check_size(segmentation: Segmentation, size: tuple[int, int], where: str) -> None:
     """Raise BadSample where run lengths are of another size than the image (height and width)."""
     if isinstance(segmentation, Mapping):
-        own = _runs(segmentation, where)[1]
-        if own != size:
-            raise BadSample(
-                f"{where}: its mask has {own[1]} x {own[0]} pixels, its image {size[1]} x {size[0]}; both must be of one size"
-            )
+        _check_same(_runs(segmentation, where)[1], size, where)
+
+
+def _check_same(own: tuple[int, int], size: tuple[int, int], where: str) -> None:
+    if own != size:
+        raise BadSample(
+            f"{where}: its mask has {own[1]} x {own[0]} pixels, its image {size[1]} x {size[0]}; both must be of one size"
+        )
 
 
 def painted(

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def decode(counts: NDArray[np.int64] | Sequence[int], height: int, width: int) -> NDArray[np.bool_]:
-    """The mask, H x W.
+def decode(
+    counts: NDArray[np.int64] | Sequence[int], height: int, width: int, columns: slice | None = None
+) -> NDArray[np.bool_]:
+    """The mask, H x W, or these ``columns`` of it.
 
     Raises:
         ValueError: lengths that are negative, or do not add up to the mask's pixels.
@@ -23,6 +25,10 @@ def decode(counts: NDArray[np.int64] | Sequence[int], height: int, width: int) -
         raise ValueError(
             f"run lengths of {int(runs.sum())} pixels, for a mask of {width} x {height} ({height * width})"
         )
+    if columns is not None:
+        first, width = columns.start, columns.stop - columns.start
+        ends = (np.cumsum(runs) - first * height).clip(0, width * height)
+        runs = np.diff(ends, prepend=0)
     ones = np.arange(len(runs)) % 2 == 1
     return np.repeat(ones, runs).reshape(width, height).T
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from dattrain.models.dense.create_detector import outs
 from torch import nn
 
 from dattrain.bench import common
@@ -28,6 +27,7 @@ from dattrain.bench.model import peak as cuda_peak
 from dattrain.cli.bench_output import add_output_arguments, emit, positive
 from dattrain.config.sections import DETECTORS, as_pair
 from dattrain.models.dense import create_backbone, create_detector, create_segmenter
+from dattrain.models.dense.create_detector import outs
 from dattrain.models.flops import flops, parameters
 
 AUX_WEIGHT = 0.4

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from dattrain.models.arguments import check_choices
 from dattrain.models.dense.backbone import Backbone
 from dattrain.models.dense.detector import Detector
+from dattrain.models.dense.faster_rcnn import FasterRCNN
 from dattrain.models.dense.norm import Norm
 from dattrain.models.dense.retinanet import RetinaNet
 
@@ -41,7 +42,15 @@ def create_detector(
         UserError: a head or norm that there is not.
     """
     check_choices(head=(head, DetectorKind))
-    limits = {"score_threshold": score_threshold, "max_detections": max_detections}
+    limits: dict[str, Any] = {"score_threshold": score_threshold, "max_detections": max_detections}
     if head == "retinanet":
         return RetinaNet(backbone, num_classes, channels=channels or 256, **limits)
-    raise NotImplementedError(head)
+    return FasterRCNN(
+        backbone,
+        num_classes,
+        cascade=head.startswith("cascade"),
+        masks="mask" in head,
+        norm=norm,
+        channels=channels or 256,
+        **limits,
+    )

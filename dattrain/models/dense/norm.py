@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -30,6 +32,23 @@ def create_norm(kind: Norm, channels: int) -> nn.Module:
         return nn.BatchNorm2d(channels)
     most = min(32, max(1, channels // 8))
     return nn.GroupNorm(max(each for each in range(1, most + 1) if channels % each == 0), channels)
+
+
+@contextmanager
+def statistics_kept(module: nn.Module, keep: bool) -> Iterator[None]:
+    """Where ``keep``, a BatchNorm of one device's micro-batch normalises with its statistics but adds them to no running average.
+
+    SyncBatchNorm is left alone: its averages are of all ranks, and must be the same on each.
+    """
+    norms = [each for each in module.modules() if keep and isinstance(each, nn.BatchNorm2d)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, before):
+            norm.momentum = momentum
 
 
 class ConvNormReLU(nn.Sequential):

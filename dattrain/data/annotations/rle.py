@@ -42,6 +42,24 @@ def encode(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.concatenate(([0], runs)) if len(flat) and flat[0] else runs
 
 
+def encode_part(pixels: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> NDArray[np.int64]:
+    """Run lengths of a mask of ``height`` x ``width`` that is empty but for ``pixels``, whose upper left one is at (top, left).
+
+    Only the columns of ``pixels`` are laid out.
+    """
+    columns = np.zeros((height, pixels.shape[1]), dtype=np.bool_)
+    columns[top : top + pixels.shape[0]] = pixels
+    if not columns.any():
+        return np.asarray([height * width], dtype=np.int64)
+    runs = encode(columns)
+    runs[0] += left * height
+    after = (width - left - pixels.shape[1]) * height
+    if len(runs) % 2:
+        runs[-1] += after
+        return runs
+    return np.concatenate((runs, [after])) if after else runs
+
+
 def from_string(text: str | bytes) -> NDArray[np.int64]:
     """Run lengths of the compressed form.
 

@@ -26,12 +26,14 @@ from dattrain.config.schema import Config
 from dattrain.errors import ConfigError, UserError
 from dattrain.evaluation.evaluate import evaluate as evaluate_weights
 from dattrain.evaluation.options import Options
+from dattrain.models.dense.detector import Detector
 from dattrain.models.dense.segmenter import Segmenter
 from dattrain.observe import metrics
 from dattrain.pretrained import preprocess
+from dattrain.pretrained.detect import SCORE, Detection, check_score, detect
 from dattrain.pretrained.predict import Prediction
 from dattrain.pretrained.predict import predict as predict_with
-from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg
+from dattrain.pretrained.pretrained_cfg import NETWORKS, Network, PretrainedCfg
 from dattrain.pretrained.segment import Segmentation, segment
 from dattrain.pretrained.weights import load_model
 from dattrain.report import training
@@ -89,11 +91,12 @@ class Run:
         images: Images,
         *,
         topk: int | None = None,
+        score: float | None = None,
         device: str | torch.device | None = None,
         on_bad: OnBad = "error",
-    ) -> list[list[Prediction] | None] | list[Segmentation | None]:
-        """Classify or segment images with the newest weights; see ``dattrain.predict``."""
-        return predict(self, images, topk=topk, device=device, on_bad=on_bad)
+    ) -> list[list[Prediction] | None] | list[Segmentation | None] | list[Detection | None]:
+        """Classify or segment images, or find their objects, with the newest weights; see ``dattrain.predict``."""
+        return predict(self, images, topk=topk, score=score, device=device, on_bad=on_bad)
 
     def load_model(self, **options: Any) -> tuple[Network, PretrainedCfg]:
         """Open the newest weights; see ``dattrain.load_model``."""
@@ -141,13 +144,16 @@ def evaluate(
     Of a segmentation network ``miou``, ``macc`` and ``aacc`` in percent, ``loss``, speed, and ``per_class``: a row with ``name``,
     ``iou``, ``accuracy`` and ``pixels`` for each class.
 
+    Of a detector COCO's twelve numbers in percent (``ap``, ``ap50``, ..., ``ar_large``), those of the masks under ``mask_``, speed, and
+    ``per_class``: a row with ``name``, ``objects``, ``ap`` and ``ap50`` for each class.
+
     Args:
         weights: a run, its folder, a checkpoint or a weights file.
         device: None takes a GPU where there is one.
         options: fields of ``dattrain.evaluation.options.Options``: ``data``, ``img_size``, ``batch``, ``knn``, ``scales`` ...
 
     Raises:
-        ConfigError: options that do not go together, or are of the other task.
+        ConfigError: options that do not go together, or are of another task.
         UserError: weights or images that cannot be read.
     """
     known = [field.name for field in fields(Options)]
@@ -163,25 +169,28 @@ def predict(
     images: Images,
     *,
     topk: int | None = None,
+    score: float | None = None,
     device: str | torch.device | None = None,
     on_bad: OnBad = "error",
-) -> list[list[Prediction] | None] | list[Segmentation | None]:
+) -> list[list[Prediction] | None] | list[Segmentation | None] | list[Detection | None]:
     """Classify images: for each its ``topk`` most likely classes as (name, probability, number), the most likely first.
 
     By a segmentation network a ``Segmentation`` for each: ``classes``, a number for every pixel, ``shares()`` of the image by class,
-    and ``overlay()``, the image in their colours.
+    and ``overlay()``, the image in their colours. By a detector a ``Detection``: ``boxes``, ``scores``, ``classes`` and ``masks`` of its
+    objects, the surest first, and ``overlay()``, the image with them.
 
     Args:
         weights: a run, its folder, a checkpoint or a weights file.
         images: a file or a folder of them, in the order of their names; a PIL image, an array uint8 H x W x 3 or a tensor uint8
             3 x H x W; or a sequence of such.
-        topk: 5 where it is not given; a classifier's alone.
+        topk: a classifier's, 5 where it is not given; of a detector the most objects of an image.
+        score: of a detector the least score of an object, 0 to 1; .3 where it is not given.
         device: None takes a GPU where there is one.
         on_bad: ``error`` ends at the first image that cannot be read, without the results of those before it; ``skip`` says it in the
             log and has None in its place, so that results stay beside their images.
 
     Raises:
-        ConfigError: ``topk`` for a segmentation network; another ``on_bad``.
+        ConfigError: ``topk`` for a segmentation network, ``score`` for another network than a detector; another ``on_bad``.
         UserError: weights or (but for ``skip``) images that cannot be read, or weights without classes.
     """
     if on_bad not in get_args(OnBad):
@@ -195,9 +204,20 @@ def predict(
         many = [images]
     else:
         many = list(images)
+    if score is not None and not isinstance(model, Detector):
+        raise ConfigError(f"{weights}: score is for detectors, and this is {NETWORKS[cfg.task]}")
+    if isinstance(model, Detector):
+        least = SCORE if score is None else score
+        check_score(least, "score")
+        return [
+            None if pixels is None else next(detect(model, cfg, [pixels], score_threshold=least)).best(topk)
+            for pixels in _pixels(many, on_bad, upright=True)
+        ]
     if isinstance(model, Segmenter):
         if topk is not None:
-            raise ConfigError(f"{weights}: topk is for image classifiers, and this is a segmentation network")
+            raise ConfigError(
+                f"{weights}: topk is for image classifiers and detectors, and this is a segmentation network"
+            )
         return [
             None if pixels is None else next(segment(model, cfg, [pixels]))
             for pixels in _pixels(many, on_bad, upright=True)

@@ -32,3 +32,8 @@ def styled(text: str, style: str, stream: IO[str] | Any) -> str:
     """``text`` in a style of ``STYLES`` where ``stream`` has colours, else as it is; so for a style that is none."""
     code = STYLES.get(style)
     return f"\x1b[{code}m{text}\x1b[0m" if code and text and has_colour(stream) else text
+
+
+def shortened(name: str, letters: int = 28) -> str:
+    """A name of so many letters at most, so that a long one does not take the place of all."""
+    return name if len(name) <= letters else f"{name[: letters - 3].rstrip()}..."

@@ -1,4 +1,4 @@
-"""``dattrain eval``: accuracy, calibration, speed and features of one classifier, mIoU of a segmentation network, or of several beside each other.
+"""``dattrain eval``: accuracy, calibration, speed and features of one classifier, mIoU of a segmentation network, AP of a detector, or of several beside each other.
 
 Runs in one process, or under torchrun and srun, where rank 0 prints.
 """
@@ -71,9 +71,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--csv",
         type=Path,
         metavar="DIR",
-        help="tables per class and image, confusion, calibration; pictures (segmentation: the table of classes)",
+        help="tables per class and image, confusion, calibration; pictures (segmentation, detection: the table of classes)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="the metrics, for programs")
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="detection: write the results as COCO's JSON, in the category ids of the set's own file",
+    )
+    parser.add_argument(
+        "--boundary", action="store_true", help="detection: the numbers of masks by Boundary IoU too"
+    )
+    parser.add_argument(
+        "--max-detections",
+        type=int,
+        metavar="N",
+        help="detection: objects of an image at most (default: the run's)",
+    )
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        metavar="S",
+        help="detection: least score of an object (default: the run's)",
+    )
     parser.add_argument(
         "--knn",
         type=int,
@@ -141,6 +162,10 @@ def run(args: argparse.Namespace) -> int:
         crops=args.crops,
         scales=None if args.scales is None else scales(args.scales),
         mode=args.mode,
+        max_detections=args.max_detections,
+        score_threshold=args.score_threshold,
+        boundary=args.boundary,
+        predictions=None if args.predictions is None else str(args.predictions),
         knn=args.knn,
         linear_probe=args.linear_probe,
         train=args.train,
@@ -155,6 +180,9 @@ def run(args: argparse.Namespace) -> int:
     )
     outputs.check_folder("--csv", args.csv)
     outputs.check_file("--json", args.json)
+    outputs.check_file("--predictions", args.predictions)
+    if args.predictions is not None and args.compare:
+        raise ConfigError("--predictions is one file: evaluate one model at a time, without --compare")
     raise_open_files()
     env = resolve(os.environ)
     device = device_called(args.device) if args.device else pick_device(env)
@@ -176,6 +204,8 @@ def run(args: argparse.Namespace) -> int:
             if env.rank:
                 continue
             print(summary.results(one.report))
+            if args.predictions is not None:
+                print(f"  {args.predictions}: the results, in COCO's format")
             if args.csv:
                 _write_tables(args.csv / _slug(path) if args.compare else args.csv, one)
             found.append(one)
@@ -194,7 +224,7 @@ def _write_tables(folder: Path, evaluation: Evaluation) -> None:
     from dattrain.evaluation import charts
 
     cfg, records = evaluation.cfg, evaluation.records
-    if cfg.segmentation is not None:
+    if cfg.task != "classification":
         print(charts.write_classes(folder, evaluation.report["per_class"]))
     if records is None:
         return

@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         item = write(model, cfg, to, out, opset=args.opset, source=source)
         difference, same = compare(model, item, images_for(cfg, args.images))
-        what = "same class of every pixel" if cfg.segmentation else "same best class"
+        what = {"segmentation": "same class of every pixel", "detection": "same objects"}.get(
+            cfg.task, "same best class"
+        )
         print(f"{item.path}: largest difference of logits {difference:.1e} of the largest, {what} on {same}")
         if difference > item.tolerance:
             raise UserError(

@@ -123,7 +123,7 @@ def render(config: Config, p: dict[str, Any]) -> str:
     t = config.train
     asked = p["micro_batch_asked"]
     bound = "" if asked == p["micro_batch"] else f" (train.micro_batch={asked})"
-    decoder = f" with {config.task.head}" if config.task.kind == "segmentation" else ""
+    decoder = f" with {config.task.head}" if config.task.kind != "classification" else ""
     images = (
         f"{p['samples_per_epoch']:,} images an epoch ({p['samples_from']})"
         if p["samples_per_epoch"]

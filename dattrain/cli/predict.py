@@ -1,17 +1,15 @@
-"""``dattrain predict IMAGES...``: the most likely classes of images, or by a segmentation network the class of every pixel."""
+"""``dattrain predict IMAGES...``: the most likely classes of images, by a segmentation network the class of every pixel, by a detector the objects."""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dattrain.cli import outputs
 from dattrain.cli.loading import loading
+from dattrain.cli.outputs import rows, to_stdout
 from dattrain.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -22,6 +20,8 @@ if TYPE_CHECKING:
 BATCH = 16
 OUT = Path("predictions")
 LISTED = 5
+HEAD = ("image", "rank", "class", "name")
+"""Columns of a CSV; the last is of the task."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,10 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose weights, as for dattrain eval",
     )
     parser.add_argument(
-        "--topk", type=int, default=LISTED, metavar="K", help=f"classes per image (default: {LISTED})"
+        "--topk",
+        type=int,
+        metavar="K",
+        help=f"classes per image (default: {LISTED}); detection: objects per image at most",
     )
     parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="write a row per image and class; - for stdout"
+        "--csv", type=Path, metavar="FILE", help="write a row per image and class, or object; - for stdout"
     )
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="class names, one a line, in the order of the head"
@@ -56,12 +59,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help=f"segmentation: folder for a coloured picture of each image (default: {OUT})",
+        help=f"segmentation, detection: folder for a picture of each image with what was found (default: {OUT})",
     )
     parser.add_argument(
         "--maps",
         action="store_true",
         help="segmentation: beside each picture its map, a PNG of the number of every pixel's class",
+    )
+    parser.add_argument(
+        "--score",
+        type=float,
+        metavar="S",
+        help="detection: least score of an object, 0 to 1 (default: 0.3)",
+    )
+    parser.add_argument(
+        "--points",
+        action="store_true",
+        help="detection: beside each picture one of the sampling points of stages 3 and 4 over it (the paper's Figure 4)",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="detection: all objects in COCO's format, with scores: a start for annotating",
     )
     parser.add_argument("--device", default="cpu")
 
@@ -69,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a block per image, or write CSV. An image that cannot be read is an error, after the others are done."""
     with loading("torch"):
+        from dattrain.models.dense.detector import Detector
         from dattrain.models.dense.segmenter import Segmenter
         from dattrain.pretrained import class_names, preprocess
         from dattrain.pretrained.weights import load_model
@@ -76,15 +97,20 @@ def run(args: argparse.Namespace) -> int:
     for option, value in (("--topk", args.topk), ("--batch", args.batch)):
         if value is not None and value < 1:
             raise UserError(f"{option} {value} must be at least 1", exit_code=2)
-    outputs.check_file("--csv", None if _to_stdout(args.csv) else args.csv)
+    outputs.check_file("--csv", None if to_stdout(args.csv) else args.csv)
+    outputs.check_file("--json", args.json)
     outputs.check_folder("--out", args.out)
     size = preprocess.image_size(args.img_size)
     model, cfg = load_model(args.checkpoint, ema=args.ema, device=args.device, img_size=size)
     files = preprocess.find(args.images)
     names = class_names.read(args.classes, cfg.num_classes) if args.classes else None
-    _check_options(args, segmentation=cfg.segmentation is not None)
+    _check_options(args, cfg)
     if isinstance(model, Segmenter):
         bad = _segment(args, model, cfg, files, names)
+    elif isinstance(model, Detector):
+        from dattrain.cli.predict_objects import detect_all
+
+        bad = detect_all(args, model, cfg, files, names)
     else:
         bad = _classify(args, model, cfg, files, names)
     if bad:
@@ -92,16 +118,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_options(args: argparse.Namespace, *, segmentation: bool) -> None:
-    """Raise ConfigError for what only the other task knows."""
-    given = {
-        True: {"--resize": args.resize, "--batch": args.batch},
-        False: {"--out": args.out, "--maps": args.maps},
-    }[segmentation]
-    kind = "a segmentation network" if segmentation else "an image classifier"
-    for name, value in given.items():
-        if value:
-            raise ConfigError(f"{args.checkpoint}: is {kind}, for which {name} has no meaning: leave it out")
+def _check_options(args: argparse.Namespace, cfg: PretrainedCfg) -> None:
+    """Raise ConfigError for what only other tasks know."""
+    from dattrain.pretrained.pretrained_cfg import NETWORKS
+
+    of = {
+        "--resize": ("classification",),
+        "--batch": ("classification",),
+        "--out": ("segmentation", "detection"),
+        "--maps": ("segmentation",),
+        "--score": ("detection",),
+        "--points": ("detection",),
+        "--json": ("detection",),
+    }
+    for name, tasks in of.items():
+        given = getattr(args, name[2:])
+        if given is not None and given is not False and cfg.task not in tasks:
+            raise ConfigError(
+                f"{args.checkpoint}: is {NETWORKS[cfg.task]}, for which {name} has no meaning: leave it out"
+            )
 
 
 def _classify(
@@ -118,7 +153,7 @@ def _classify(
     if args.resize:
         cfg = replace(cfg, resize=args.resize)
     batch, bad = args.batch or BATCH, []
-    with _table(args.csv, "probability") as table:
+    with rows(args.csv, [*HEAD, "probability"]) as table:
         for first in range(0, len(files), batch):
             read = []
             for file in files[first : first + batch]:
@@ -127,14 +162,14 @@ def _classify(
                 except UserError as error:
                     bad.append(str(error))
             found = predict(
-                model, cfg, [image for _, image in read], topk=args.topk, batch=batch, names=names
+                model, cfg, [image for _, image in read], topk=args.topk or LISTED, batch=batch, names=names
             )
             for (file, _), best in zip(read, found):
-                if not _to_stdout(args.csv):
+                if not to_stdout(args.csv):
                     print(file)
                 for rank, each in enumerate(best, 1):
                     table.writerow([file, rank, each.number, each.name, f"{each.probability:.6f}"])
-                    if not _to_stdout(args.csv):
+                    if not to_stdout(args.csv):
                         print(f"  {100 * each.probability:6.2f} %  {each.name}")
     return bad
 
@@ -148,29 +183,16 @@ def _segment(
 ) -> list[str]:
     """Returns what was wrong with images."""
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
-    from dattrain.cli.viz import unique_names
+    from dattrain.cli import own_pictures
     from dattrain.pretrained.segment import segment
     from dattrain.visualize.legend import with_legend
 
     out: Path = args.out or OUT
-    stems = unique_names(files)
-    targets = [
-        out / f"{stem}{end}" for stem in stems for end in ((".png", ".map.png") if args.maps else (".png",))
-    ]
-    if foreign := next((each for each in targets if each.exists() and not _is_ours(each)), None):
-        raise UserError(
-            f"--out {out}: {foreign} is there, and predict did not write it; name another folder", exit_code=2
-        )
-    if again := next((file for file in files if _is_ours(file)), None):
-        raise UserError(
-            f"{again}: is a picture that predict wrote; name the pictures that it was made of", exit_code=2
-        )
-    mark = PngInfo()
-    mark.add_text("Software", _SOFTWARE)
+    stems = own_pictures.names(out, files, (".png", ".map.png") if args.maps else (".png",))
+    topk = args.topk or LISTED
     bad = []
-    with _table(args.csv, "share") as table:
+    with rows(args.csv, [*HEAD, "share"]) as table:
         for stem, file in zip(stems, files):
             try:
                 (found,) = segment(model, cfg, [file], names=names)
@@ -178,63 +200,17 @@ def _segment(
                 bad.append(str(error))
                 continue
             target = out / f"{stem}.png"
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-                with_legend(found).save(target, pnginfo=mark)
-                if args.maps:
-                    Image.fromarray(found.classes).save(out / f"{stem}.map.png", pnginfo=mark)
-            except OSError as error:
-                raise UserError(f"--out {out}: cannot be written ({error.strerror})", exit_code=2) from error
+            own_pictures.save(target, with_legend(found))
+            if args.maps:
+                own_pictures.save(out / f"{stem}.map.png", Image.fromarray(found.classes))
             shares = found.shares()
-            if not _to_stdout(args.csv):
+            if not to_stdout(args.csv):
                 print(f"{file} -> {target}")
-            for rank, each in enumerate(shares[: args.topk], 1):
+            for rank, each in enumerate(shares[:topk], 1):
                 table.writerow([file, rank, each.number, each.name, f"{each.share:.6f}"])
-                if not _to_stdout(args.csv):
+                if not to_stdout(args.csv):
                     print(f"  {100 * each.share:6.2f} %  {each.name}")
-            if len(shares) > args.topk and not _to_stdout(args.csv):
-                rest = sum(each.share for each in shares[args.topk :])
-                print(f"  {100 * rest:6.2f} %  {len(shares) - args.topk} more")
+            if len(shares) > topk and not to_stdout(args.csv):
+                rest = sum(each.share for each in shares[topk:])
+                print(f"  {100 * rest:6.2f} %  {len(shares) - topk} more")
     return bad
-
-
-_SOFTWARE = "dattrain predict"
-"""In the pictures, so that they are known from those of others."""
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether ``predict`` wrote a file."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Software") == _SOFTWARE
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return False
-
-
-def _to_stdout(path: Path | None) -> bool:
-    return path == Path("-")
-
-
-class _Nowhere:
-    def writerow(self, row: Sequence[object]) -> None:
-        """Not asked for."""
-
-
-@contextmanager
-def _table(path: Path | None, value: str) -> Iterator[Any]:
-    """What takes rows of (image, rank, class, name, ``value``): a CSV at ``path``, or nothing."""
-    head = ["image", "rank", "class", "name", value]
-    if path is None:
-        yield _Nowhere()
-    elif _to_stdout(path):
-        table = csv.writer(sys.stdout)
-        table.writerow(head)
-        yield table
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(head)
-            yield table

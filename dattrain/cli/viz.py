@@ -56,12 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw one PNG per image, and one HTML page of them all where blocks, groups and queries can be chosen."""
+    """Draw one PNG per image, and one HTML page of them all where blocks, groups and queries (not of a detector) can be chosen."""
     with loading("torch"):
+        from dattrain.models.dense.detector import Detector
         from dattrain.pretrained import class_names, preprocess
+        from dattrain.pretrained.detect import detect
         from dattrain.pretrained.weights import load_model
         from dattrain.visualize import draw, html, sampling_points
-        from dattrain.visualize.draw_points import capture_with_logits
+        from dattrain.visualize.draw_points import attended_image, capture_with_logits
         from dattrain.visualize.picture import picture_of
 
     if not all(0 <= part <= 1 for part in args.query):
@@ -78,11 +80,17 @@ def run(args: argparse.Namespace) -> int:
     classes = class_names.names(cfg.num_classes, cfg.labels, cfg.classes)
     views = []
     for name, file in zip(unique_names(files), files):
-        pixels = preprocess.read(file, upright=cfg.segmentation is not None)
+        pixels = preprocess.read(file, upright=cfg.sides is not None)
         prepared, picture = preprocess.prepare(pixels, cfg), picture_of(pixels, cfg)
-        blocks, logits = capture_with_logits(model, prepared, cfg, device=args.device)
+        if isinstance(model, Detector):
+            query = tuple(args.query) if args.kind == "attention" else None
+            blocks = attended_image(model, prepared, cfg, query=query, device=args.device)
+            (found,) = detect(model, cfg, [pixels], names=classes)
+            said = found.counts()
+        else:
+            blocks, logits = capture_with_logits(model, prepared, cfg, device=args.device)
+            said = covered(logits, classes) if cfg.segmentation else caption(file, logits.softmax(0), classes)
         chosen = sampling_points.select(blocks, stage=args.stage, block=args.block, every=args.every)
-        said = covered(logits, classes) if cfg.segmentation else caption(file, logits.softmax(0), classes)
         title = f"{file.name}: {args.kind} of {cfg.name} ({cfg.source})" if cfg.source else file.name
         title = "\n".join(filter(None, (title, said)))
         figure = draw.sheet(args.kind, picture, chosen, tuple(args.query), title)
@@ -90,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         figure.savefig(target)
         print(f"{target}  {said}".rstrip())
         views.append(html.View(file.name, picture, chosen, said))
+    if cfg.detection is not None and args.kind == "attention":
+        return 0  # a page would need the attention of every query, gigabytes of it
     target = args.out / f"{args.kind}.html"
     target.write_text(
         html.render(views, title=f"{cfg.name}: {args.kind}", kind=args.kind, query=tuple(args.query)),

@@ -208,6 +208,15 @@ class Config(Section):
                 f"task.kind={kind} cannot use what is set here; it takes {' '.join(wrong)} "
                 f"(extend base/{kind}.yaml, which sets them all)"
             )
+        if detects and self.data.decoder == "dali":
+            raise ValueError(
+                "data.decoder=dali is not for task.kind=detection, whose boxes, masks and pasted objects are made on the CPU beside the pixels; "
+                "use data.decoder=cpu"
+            )
+        if g.copy_paste and self.train.global_batch == 1:
+            raise ValueError(
+                f"geometry.copy_paste={g.copy_paste} takes objects from another image of the update, and train.global_batch=1 has none"
+            )
         if self.eval.mode == "slide" and g.crop is None:
             raise ValueError("eval.mode=slide needs geometry.crop, the size of its windows")
         if self.eval.mode == "whole" and self.eval.stride is not None:

@@ -106,7 +106,9 @@ class Classes:
         )
 
 
-def decide(names: Sequence[str] | None, num_classes: int, label_set: str | None, what: str) -> Classes:
+def decide(
+    names: Sequence[str] | None, num_classes: int, label_set: str | None, what: str, *, hint: str = ""
+) -> Classes:
     """The classes of a network that is to be trained: the label set's, else the training set's.
 
     Args:
@@ -114,6 +116,7 @@ def decide(names: Sequence[str] | None, num_classes: int, label_set: str | None,
         num_classes: outputs (``model.num_classes``).
         label_set: ``data.labels``.
         what: the training set, for messages.
+        hint: ends the message about more or fewer names than outputs.
 
     Raises:
         ConfigError: more or fewer names than outputs; a label set of another size.
@@ -133,10 +136,12 @@ def decide(names: Sequence[str] | None, num_classes: int, label_set: str | None,
         return Classes(num_classes, (), what)
     if len(names) != num_classes:
         own = labels.infer(num_classes)
-        hint = f", or data.labels={own} to number synsets by that set" if own and are_synsets(names) else ""
+        synsets = (
+            f", or data.labels={own} to number synsets by that set" if own and are_synsets(names) else ""
+        )
         raise ConfigError(
             f"{what} has {len(names)} classes ({few(names)}), but model.num_classes={num_classes}; set "
-            f"model.num_classes={len(names)}{hint}"
+            f"model.num_classes={len(names)}{synsets}{hint}"
         )
     return Classes(num_classes, names, what)
 

@@ -21,7 +21,7 @@ from dattrain.data.factory import open_split, ordered_loader, shared_buffer, sta
 from dattrain.data.feed import BatchRequest, EvalFeed, RankShare, bad_sample_message
 from dattrain.data.loader import Decoder, EvalLoader, TrainLoader
 from dattrain.data.order import Order
-from dattrain.data.source.dataset import BadSample, Dataset, locate
+from dattrain.data.source.dataset import BadSample, Dataset, Sample, locate
 from dattrain.data.workers import Workers
 from dattrain.errors import UserError
 from dattrain.files import counted
@@ -42,11 +42,11 @@ def train_loader(
         UserError: nothing there, no maps in it, or a shard that does not fit its index.
     """
     share = RankShare(config.train.global_batch, micro_batch(config, world), rank, world, samples_seen)
-    if rank == 0 and (told := _padded_crop(config.geometry)):
+    if rank == 0 and (told := padded_crop(config.geometry)):
         log.warning("%s", told)
 
     def decoder(dataset: Dataset, order: Order) -> Decoder[SegmentationBatch]:
-        _check_labelled(config, "train", dataset, request_of(config, order, share, 0)[0])
+        _check_labels(config, "train", dataset, request_of(config, order, share, 0)[0])
 
         def read(number: int) -> EncodedMaps:
             request, plan = request_of(config, order, share, number)
@@ -80,7 +80,7 @@ def eval_loader(
 
     # What can be listed may still not be there to be read: an evaluation would find that out only after an epoch.
     read(0)
-    _check_labelled(config, "val", dataset, feed.request(0))
+    _check_labels(config, "val", dataset, feed.request(0))
 
     def decoder() -> Decoder[SegmentationBatch]:
         # Stored images are as large as they like. Pages of a slot that no image needs are never touched; a larger image goes
@@ -91,8 +91,8 @@ def eval_loader(
     return EvalLoader(dataset, feed, decoder, device)
 
 
-def _padded_crop(geometry: Geometry) -> str:
-    """What to say of a crop that no image can fill: its padding counts in the loss as a loss of 0."""
+def padded_crop(geometry: Geometry) -> str:
+    """What to say of a crop that no image can fill; empty where one can."""
     most = int(geometry.long_side * geometry.scale[1])
     if geometry.crop is None or max(as_pair(geometry.crop)) <= most:
         return ""
@@ -102,20 +102,46 @@ def _padded_crop(geometry: Geometry) -> str:
     )
 
 
-def _check_labelled(config: Config, split: str, dataset: Dataset, first: BatchRequest) -> None:
-    """Refuse a set without a labelled pixel, which would be trained on to the end, with a loss of 0.
+def _check_labels(config: Config, split: str, dataset: Dataset, first: BatchRequest) -> None:
+    """Refuse a set without a labelled pixel, which would be trained on to the end, with a loss of 0. Raises UserError."""
+    check_labelled(
+        config,
+        dataset,
+        first,
+        lambda sample: labelled(sample, dataset.numbers),
+        lambda samples: (
+            f"data.{split}={dataset.name}: no pixel of {samples} has a class; {VOID} is void, and with an {ADE_NAMES} 0 is, too"
+        ),
+        "void",
+    )
 
-    The first sample mostly has one. Where those of ``first`` have none, up to ``_LOOKED_AT`` from the whole set are looked at.
+
+def check_labelled(
+    config: Config,
+    dataset: Dataset,
+    first: BatchRequest,
+    has_label: Callable[[Sample], bool],
+    message: Callable[[str], str],
+    kind: str,
+) -> None:
+    """Refuse a set of which no sample has what is learned.
+
+    The first sample mostly has it. Where those of ``first`` do not, up to ``_LOOKED_AT`` from the whole set are looked at.
+
+    Args:
+        has_label: whether a sample has it; raises BadSample.
+        message: of the error, given how the samples are called that were looked at.
+        kind: what the samples are, if they are not bad ones.
 
     Raises:
-        UserError: not one of them has a pixel of a class; without ``data.on_bad=skip`` also for a bad sample.
+        UserError: not one of them has it; without ``data.on_bad=skip`` also for a bad sample.
     """
     total = int(dataset.counts.sum())
     others = (locate(dataset, item) for item in range(0, total, -(-total // _LOOKED_AT)))
     seen, bad = 0, ""
     for place in itertools.chain(zip(first.shards.tolist(), first.samples.tolist()), others):
         try:
-            if labelled(dataset.read(*place), dataset.numbers):
+            if has_label(dataset.read(*place)):
                 return
         except BadSample as error:
             if config.data.on_bad != "skip":
@@ -123,11 +149,8 @@ def _check_labelled(config: Config, split: str, dataset: Dataset, first: BatchRe
             bad = bad or str(error)
         seen += 1
     which = "its" if total <= _LOOKED_AT else f"{seen:,} of its"
-    why = f"; all are void, or bad samples, the first of them: {bad}" if bad else ""
-    raise UserError(
-        f"data.{split}={dataset.name}: no pixel of {which} {counted(total, 'sample')} has a class; {VOID} is void, and with an {ADE_NAMES} "
-        f"0 is, too{why}"
-    )
+    why = f"; all are {kind}, or bad samples, the first of them: {bad}" if bad else ""
+    raise UserError(message(f"{which} {counted(total, 'sample')}") + why)
 
 
 def request_of(config: Config, order: Order, share: RankShare, number: int) -> tuple[BatchRequest, DensePlan]:
@@ -145,9 +168,10 @@ def largest(geometry: Geometry) -> tuple[int, int]:
     """
     if geometry.crop is not None:
         return as_pair(geometry.crop)
+    short = max(geometry.short_sides, default=geometry.short_side)
     height, width = (
         -(-int(side * geometry.scale[1]) // geometry.pad_to) * geometry.pad_to
-        for side in (geometry.short_side, geometry.long_side)
+        for side in (short, geometry.long_side)
     )
     return height, width
 

@@ -13,7 +13,7 @@ from dattrain.config.derive import check_samples, micro_batch
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
 from dattrain.data import identity
-from dattrain.data.annotations.kinds import KINDS, check_kind, flaws
+from dattrain.data.annotations.kinds import KINDS, background_hint, check_kind, flaws, learned, needs_masks
 from dattrain.data.batch import Batch
 from dattrain.data.classes import (
     Classes,
@@ -149,7 +149,7 @@ def open_split(
     try:
         kind = config.task.kind
         check_kind(dataset.annotations, KINDS[kind], f"data.{split}={dataset.name}", kind)
-        bad = flaws(dataset, kind)
+        bad = flaws(dataset, kind, needs_masks(kind, config.task.head))
         if bad and data.on_bad == "error":
             raise UserError(
                 f"data.{split}: {'; '.join(bad)}. Correct that, or set data.on_bad=skip (of dattrain eval, --on-bad skip) to "
@@ -172,6 +172,9 @@ def assign_class_numbers(
 ) -> tuple[Classes, list[str]]:
     """Give a set the class numbers of the network; returns the network's classes, and what to tell of them.
 
+    The background of a set of objects is a class of a network for segmentation and none of one for detection, where no object may
+    have it. Numbers of objects of which nothing says the names are the network's own, from 0 on, in both.
+
     Args:
         classes: of the network; None lets this set or ``data.labels`` decide them.
 
@@ -179,18 +182,21 @@ def assign_class_numbers(
         ConfigError: classes or labels that do not fit the head.
         UserError: a class that the network has not.
     """
-    data, num_classes = config.data, config.model.num_classes
+    data, num_classes, task = config.data, config.model.num_classes, config.task.kind
     what = f"data.{split}={dataset.name}"
     notes = []
     decides = classes is None
+    named = None if dataset.classes is None else learned(dataset.classes, task)
     if classes is None:
-        classes = decide(dataset.classes, num_classes, data.labels, what)
-    if dataset.classes is not None:
+        names = None if dataset.classes is None or named is None else [dataset.classes[i] for i in named]
+        hint = background_hint(dataset.annotations, dataset.classes, num_classes, task)
+        classes = decide(names, num_classes, data.labels, what, hint=hint)
+    if dataset.classes is not None and named is not None:
         own = Classes(len(dataset.classes), tuple(dataset.classes), "the manifest beside it")
         check_sampled_names(own, sampled_class_names(dataset), what)
-        used = range(len(dataset.classes)) if dataset.used is None else sorted(dataset.used)
+        used = named if dataset.used is None else sorted({*named} & {*dataset.used})
         table = np.full(len(dataset.classes), NO_LABEL, dtype=np.int64)
-        table[list(used)] = numbers = classes.numbers([dataset.classes[label] for label in used], what)
+        table[used] = numbers = classes.numbers([dataset.classes[label] for label in used], what)
         dataset.renumber(table)
         if missing := absent(classes, numbers):
             notes.append(

@@ -36,6 +36,10 @@ class Stream(IntEnum):
     DENSE_CROP = 12
     DENSE_FLIP = 13
     DISTORTION = 14
+    SHORT_SIDE = 15
+    PRECROP = 16
+    PASTE = 17
+    PASTED = 18
 
 
 def philox4x32(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from dattrain.engine.session import Session
 from dattrain.errors import ConfigError
 from dattrain.runtime import collectives
 from dattrain.tasks.base import EvalLoader, Size, Task
+
+T = TypeVar("T")
 
 
 def check_metric(config: Config, task: Task) -> None:
@@ -41,7 +43,14 @@ class Interrupted(Exception):
 
 
 class AllRanks:
-    """The exchanges between the ranks of the default process group; see ``dattrain.tasks.base.Ranks``."""
+    """The exchanges between the ranks of the default process group; see ``dattrain.tasks.base.Ranks``.
+
+    Args:
+        waiting: called now and then while rank 0 is waited for.
+    """
+
+    def __init__(self, waiting: Callable[[], object] = lambda: None) -> None:
+        self._waiting = waiting
 
     def sum(self, values: Tensor) -> None:
         """Replace ``values`` by their sum over ranks. Collective."""
@@ -50,6 +59,14 @@ class AllRanks:
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, by rank. Collective."""
         return collectives.all_gather(value)
+
+    def gather_to_first(self, value: Any) -> list[Any] | None:
+        """Every rank's ``value``, by rank, on rank 0; None on the others. Collective."""
+        return collectives.gather_to_first(value)
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What ``function`` gives on rank 0, without a collective that could time out. Raises as ``collectives.on_first``."""
+        return collectives.on_first(function, self._waiting)
 
 
 @torch.no_grad()
@@ -84,7 +101,9 @@ def evaluate(
             beat(done, len(loader))
     finally:
         engine.train()
-    return evaluator.compute(AllRanks()), evaluator.predictions(AllRanks())
+    # Also while rank 0 computes: a rank that waits is not silent.
+    ranks = AllRanks(lambda: beat(len(loader), len(loader)))
+    return evaluator.compute(ranks), evaluator.predictions(ranks)
 
 
 class Evaluations:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +23,7 @@ from dattrain.config.derive import with_micro_batch
 from dattrain.config.schema import Config
 from dattrain.engine import activation_checkpointing
 from dattrain.engine.precision import GRADIENTS, REDUCE_BUCKET, STAGE_0_BUCKET, WEIGHTS
+from dattrain.models.blocks import recompute
 from dattrain.tasks.create import create_task
 
 
@@ -112,6 +114,8 @@ def activations(
 ) -> Activations:
     """Follow one micro-batch (``Task.example``) through the task's loss and backward on fake tensors; ``model`` is left alone.
 
+    Of a detector all heads' outputs are followed (``Detector.forward_dummy``), and what choosing anchors and regions takes is left out.
+
     On ``cuda`` what forward keeps is that of CUDA's kernels and autocast rules; backward cannot run on fake CUDA tensors
     without a driver, so its working memory is that of the CPU's.
     """
@@ -158,9 +162,15 @@ def _follow(
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             with _autocast(device) if precision == "bf16" else nullcontext():
-                return meta_model(*args, **kwargs)
+                return network(*args, **kwargs)
 
-        loss = task.loss(forward, batch, noise=None, dtype=dtype).value
+        # A detector's losses choose anchors and regions by values, which fake tensors do not have.
+        network = getattr(meta_model, "forward_dummy", meta_model)
+        if network is meta_model:
+            loss = task.loss(forward, batch, noise=None, dtype=dtype).value
+        else:
+            kind = torch.channels_last if config.train.channels_last else torch.contiguous_format
+            loss = _loss_of(forward(batch.images.to(dtype, memory_format=kind)))
         kept = ledger.current
         if not backward:
             return Activations(kept, ledger.peak)
@@ -169,6 +179,16 @@ def _follow(
             parameter.register_post_accumulate_grad_hook(drop)
         loss.backward()
         return Activations(kept, ledger.peak)
+
+
+def _loss_of(outputs: Any) -> Tensor:
+    """A loss of all that a detector's heads give, which keeps an fp32 copy of it, as focal loss and cross-entropy do."""
+    tensors = [x for x in torch.utils._pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
+    return torch.stack([recompute(_cross_entropy, x.float()) for x in tensors]).sum()
+
+
+def _cross_entropy(logits: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits), reduction="none").sum()
 
 
 def keep_statistics_local(model: nn.Module) -> None:

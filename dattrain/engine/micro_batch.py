@@ -64,7 +64,9 @@ def settle(config: Config, world: int, device: torch.device, local_world: int) -
     fits = by_memory(config, world, device=device.type, budget=min(collectives.all_gather(budget)))
     while device.type == "cuda" and not all(collectives.all_gather(_trial(config, fits[-1], world, device))):
         if len(fits) == 1:
-            smaller = "geometry.crop" if config.task.kind == "segmentation" else "model.img_size"
+            smaller = "model.img_size"
+            if config.task.kind != "classification":
+                smaller = "geometry.long_side" if config.geometry.crop is None else "geometry.crop"
             raise UserError(
                 f"train.micro_batch=auto: not even {fits[0]} sample(s) of {config.model.name} at {shown(config, largest_size(config))} fit "
                 f"{device}; use train.activation_checkpointing, a smaller {smaller}, or a device with more memory"

@@ -89,7 +89,7 @@ def open_session(
         model,
         config.train.compile,
         graphs_on=device.type if config.train.cuda_graphs else None,
-        training_only=config.task.kind == "segmentation",
+        training_only=config.task.kind != "classification",
     )
     engine = zero.initialize(model, optimizer, zero.ds_config(config, derived, device=device.type), device)
     if scales is not None:

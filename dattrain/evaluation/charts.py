@@ -84,10 +84,19 @@ def write_all(
     return [folder / f"{name}.csv" for name in tables] + [folder / f"{name}.png" for name in pictures]
 
 
+_OF_CLASSES = (
+    "class", "name", "iou", "accuracy", "pixels", "predicted",
+    "objects", "found", "ap", "ap50", "ar", "mask_ap", "mask_ap50", "mask_ar",
+)  # fmt: skip
+
+
 def write_classes(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write ``per_class.csv`` of a segmentation (``evaluation.segmentation``): IoU and accuracy in percent, and pixels."""
+    """Write ``per_class.csv`` of ``evaluation.segmentation`` (IoU and accuracy in percent, pixels) or ``detection`` (APs in percent, objects).
+
+    Columns are those of ``_OF_CLASSES`` that the rows have.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    head = ["class", "name", "iou", "accuracy", "pixels", "predicted"]
+    head = [key for key in _OF_CLASSES if any(key in row for row in rows)]
     path = folder / "per_class.csv"
     _table(path, head, [["" if row[key] is None else row[key] for key in head] for row in rows])
     return path

@@ -2,7 +2,7 @@
 
 Runs in one process, or in a process group, where each rank takes its part of the images and rank 0 has the results. The
 loop over the images is in ``inference``, the metrics in ``metrics``, ImageNet's other test sets in ``test_sets``; what is done with
-a segmentation network is in ``segmentation``.
+a segmentation network is in ``segmentation``, with a detector in ``detection``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from dattrain.config.schema import Config
 from dattrain.errors import ConfigError
-from dattrain.evaluation import inference, metrics, probe, segmentation, test_sets
+from dattrain.evaluation import detection, inference, metrics, probe, segmentation, test_sets
 from dattrain.evaluation.options import DEFAULTS, Options, adjusted, autocast
 from dattrain.models import flops
 from dattrain.models.dat import DAT
+from dattrain.models.dense.detector import Detector
 from dattrain.models.dense.segmenter import Segmenter
 from dattrain.pretrained import class_names
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
@@ -36,7 +37,7 @@ class Evaluation:
 
     ``report`` holds plain values: the model (``parameters``, ``gflops``, ...), the data, and the metrics (``top1``, ``top5``
     in percent with ``top1_low`` and ``top1_high``, ``loss`` in nats, ``ece`` in percent, ``images_per_s``, ...; of a segmentation
-    network ``miou``, ``macc``, ``aacc`` in percent, ``loss``, and ``per_class``). ``records`` is a row per image of a classifier (None
+    network ``miou``, ``macc``, ``aacc`` in percent, ``loss``, and ``per_class``; of a detector ``ap`` ... ``ar_large``, and ``per_class``). ``records`` is a row per image of a classifier (None
     for ImageNet-C, which is many sets); ``keys`` are the images' names where they were asked for.
     """
 
@@ -78,6 +79,8 @@ def evaluate(
     )
     if isinstance(model, Segmenter):
         return Evaluation(segmentation.evaluate(path, model, cfg, options, device, on_open), cfg)
+    if isinstance(model, Detector):
+        return Evaluation(detection.evaluate(path, model, cfg, options, device, on_open), cfg)
     options.check_task("classification", path)
     if not cfg.num_classes:
         raise ConfigError(f"{path}: has no classification head to evaluate")

@@ -6,9 +6,9 @@ What is done with the results is in ``metrics`` and ``probe``; which images and 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from dattrain.pretrained.preprocess import normalise
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, classes_of
 from dattrain.runtime.progress import Progress
 from dattrain.tasks.base import Ranks
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,14 @@ class Alone:
     def gather(self, value: Any) -> list[Any]:
         """Its own."""
         return [value]
+
+    def gather_to_first(self, value: Any) -> list[Any]:
+        """Its own."""
+        return [value]
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What it gives."""
+        return function()
 
 
 def ranks() -> Ranks:

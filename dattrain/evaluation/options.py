@@ -1,4 +1,4 @@
-"""What ``dattrain eval`` is told: options of both tasks, those that only one of them knows, and what they make of a recipe."""
+"""What ``dattrain eval`` is told: options of all tasks, those that only some of them know, and what they make of a recipe."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from dattrain.config.schema import Config
 from dattrain.errors import ConfigError
+from dattrain.pretrained.pretrained_cfg import NETWORKS, TaskKind
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,21 @@ class Options:
     crop_pct: float | None = None
     """The crop's share of the resized side, above 0 and at most 1."""
     flip: bool | None = None
-    """Average with the mirror image (None: not for classifiers; for segmentation as the run evaluates)."""
+    """Average with the mirror image (None: not for classifiers; for segmentation as the run evaluates; not of detectors)."""
     crops: int = 1
     """1, or 5 to average over the corners and the centre."""
     scales: tuple[float, ...] | None = None
     """Segmentation: average over the image resized by these factors."""
     mode: Literal["whole", "slide"] | None = None
     """Segmentation: the whole image at once, or in windows of ``geometry.crop``."""
+    max_detections: int | None = None
+    """Detection: most objects of an image (``eval.max_detections``; LVIS has 300)."""
+    score_threshold: float | None = None
+    """Detection: least score of an object (``eval.score_threshold``; LVIS has .0001)."""
+    boundary: bool = False
+    """Detection: also COCO's numbers by Boundary IoU (Cheng et al., CVPR 2021), of masks."""
+    predictions: str | None = None
+    """Detection: a file to write the results to, in COCO's format and in the set's own category ids."""
     knn: int | None = None
     """Also the accuracy of so many nearest neighbours on frozen features."""
     linear_probe: bool = False
@@ -48,7 +57,7 @@ class Options:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast's; ``fp32`` for none."""
     batch: int | None = None
-    """Images at a time; a segmentation network takes each alone."""
+    """Images at a time; dense prediction takes each alone."""
     workers: int | None = None
     """Decoding processes."""
     on_bad: Literal["error", "skip"] | None = None
@@ -72,39 +81,49 @@ class Options:
             raise ConfigError(
                 f"--scales {','.join(map(str, self.scales))}: one number above 0 and up to {_MOST_SCALE}, or several"
             )
+        if self.max_detections is not None and self.max_detections < 1:
+            raise ConfigError(f"--max-detections {self.max_detections} must be at least 1")
+        if self.score_threshold is not None and not 0 <= self.score_threshold <= 1:
+            raise ConfigError(f"--score-threshold {self.score_threshold:g}: a score is from 0 to 1")
         if self.test_set and not self.data:
             raise ConfigError(f"--labels {self.test_set} needs --data, the folder of that set")
 
-    def check_task(self, task: str, path: object) -> None:
-        """Refuse what the other task alone knows; ``path`` is whose weights they are. Raises ConfigError."""
-        others = {"classification": _SEGMENTATION, "segmentation": _CLASSIFICATION}[task]
+    def check_task(self, task: TaskKind, path: object) -> None:
+        """Refuse what other tasks alone know; ``path`` is whose weights they are. Raises ConfigError."""
         usual = {each.name: each.default for each in fields(self)}
-        if given := [name for name in others if getattr(self, name) != usual[name]]:
-            raise ConfigError(f"{path}: {others[given[0]]} has no meaning for {_NETWORK[task]}: leave it out")
-        if task == "segmentation" and self.batch not in (None, 1):
+        for name, (option, tasks) in _OF_TASKS.items():
+            if task not in tasks and getattr(self, name) != usual[name]:
+                raise ConfigError(f"{path}: {option} has no meaning for {NETWORKS[task]}: leave it out")
+        if task != "classification" and self.batch not in (None, 1):
             raise ConfigError(
-                f"{path}: a segmentation network evaluates each image alone, since padding would change what it sees: "
+                f"{path}: {NETWORKS[task]} evaluates each image alone, since padding would change what it sees: "
                 f"leave --batch {self.batch} out"
             )
 
 
 DEFAULTS = Options()
 """As the run says."""
-_NETWORK = {"classification": "an image classifier", "segmentation": "a segmentation network"}
-_CLASSIFICATION = {
-    "test_set": "--labels",
-    "resize": "--resize",
-    "crop_pct": "--crop-pct",
-    "crops": "--crops",
-    "knn": "--knn",
-    "linear_probe": "--linear-probe",
-    "train": "--train",
-    "train_limit": "--train-limit",
-}
 _MOST_SCALE = 8
 """Of a size of evaluation: beyond it an image takes minutes and tells nothing."""
-_SEGMENTATION = {"scales": "--scales", "mode": "--mode"}
-"""Fields that only one task knows, as ``dattrain eval`` calls them."""
+_CLASSIFICATION, _SEGMENTATION, _DETECTION = ("classification",), ("segmentation",), ("detection",)
+_OF_TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "test_set": ("--labels", _CLASSIFICATION),
+    "resize": ("--resize", _CLASSIFICATION),
+    "crop_pct": ("--crop-pct", _CLASSIFICATION),
+    "crops": ("--crops", _CLASSIFICATION),
+    "knn": ("--knn", _CLASSIFICATION),
+    "linear_probe": ("--linear-probe", _CLASSIFICATION),
+    "train": ("--train", _CLASSIFICATION),
+    "train_limit": ("--train-limit", _CLASSIFICATION),
+    "flip": ("--flip", _CLASSIFICATION + _SEGMENTATION),
+    "scales": ("--scales", _SEGMENTATION),
+    "mode": ("--mode", _SEGMENTATION),
+    "max_detections": ("--max-detections", _DETECTION),
+    "score_threshold": ("--score-threshold", _DETECTION),
+    "boundary": ("--boundary", _DETECTION),
+    "predictions": ("--predictions", _DETECTION),
+}
+"""Fields that only some tasks know, as ``dattrain eval`` calls them, and these tasks."""
 
 
 def adjusted(config: Config, options: Options) -> Config:
@@ -119,6 +138,8 @@ def adjusted(config: Config, options: Options) -> Config:
             "scales": options.scales,
             "flip": options.flip if config.task.kind == "segmentation" else None,
             "mode": options.mode,
+            "max_detections": options.max_detections,
+            "score_threshold": options.score_threshold,
         },
         "data": {"workers": options.workers, "on_bad": options.on_bad, "cache_dir": options.cache_dir},
     }

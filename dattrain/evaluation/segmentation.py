@@ -18,7 +18,7 @@ from dattrain.models import flops
 from dattrain.models.dense.segmenter import Segmenter
 from dattrain.pretrained import class_names
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, classes_of
-from dattrain.pretrained.recipe_model import segmentation_recipe
+from dattrain.pretrained.recipe_model import dense_recipe
 from dattrain.pretrained.weights import config_of
 from dattrain.runtime.progress import Progress
 from dattrain.tasks.create import create_task
@@ -43,7 +43,7 @@ def evaluate(
         UserError: images that cannot be read; no pixel has a label.
     """
     options.check_task("segmentation", path)
-    config = adjusted(config_of(path) or segmentation_recipe(cfg), options)
+    config = adjusted(config_of(path) or dense_recipe(cfg), options)
     spec = options.data or config.data.val
     if spec is None:
         raise ConfigError(f"{path} does not say which images to evaluate on (data.val): give --data")

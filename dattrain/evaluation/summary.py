@@ -14,7 +14,7 @@ from dattrain.text import columns
 def headline(report: Mapping[str, Any]) -> str:
     """What is evaluated, in one line."""
     height, width = report["img_size"]
-    dense = report["task"] == "segmentation"
+    dense = report["task"] != "classification"
     size = f"shorter side {height}, longer at most {width}" if dense else f"{height} x {width}"
     origin = f" ({report['source']})" if report["source"] else ""
     return (
@@ -27,6 +27,8 @@ def results(report: Mapping[str, Any]) -> str:
     """The metrics of one model, whatever was evaluated."""
     if report["task"] == "segmentation":
         return segmentation(report)
+    if report["task"] == "detection":
+        return detection(report)
     return corruptions(report) if "corruptions" in report else summary(report)
 
 
@@ -87,6 +89,40 @@ def segmentation(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_MATCHED = {"": "boxes", "mask_": "masks", "boundary_": "masks by their outlines"}
+_COLUMNS = {
+    "ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "APs", "ap_medium": "APm", "ap_large": "APl",
+    "ar1": "AR1", "ar10": "AR10", "ar100": "AR100", "ar_small": "ARs", "ar_medium": "ARm", "ar_large": "ARl",
+}  # fmt: skip
+
+
+def detection(report: Mapping[str, Any]) -> str:
+    """The metrics of a detector, with a table of its classes."""
+    bad = f", {report['bad']} could not be used" if report["bad"] else ""
+    there = {prefix: said for prefix, said in _MATCHED.items() if f"{prefix}ap" in report}
+    numbers = [["", *_COLUMNS.values()]]
+    numbers += [
+        [said, *(_percent(report.get(f"{prefix}{key}")) for key in _COLUMNS)]
+        for prefix, said in there.items()
+    ]
+    masks = any("mask_ap" in row for row in report["per_class"])
+    rows = [["class", "objects", "AP", "AP50", *(["mask AP", "mask AP50"] if masks else [])]]
+    for row in report["per_class"]:
+        keys = ("ap", "ap50", "mask_ap", "mask_ap50") if masks else ("ap", "ap50")
+        rows.append([row["name"], f"{row['objects']:,}", *(_percent(row[key]) for key in keys)])
+    absent = report["classes"] - len(report["per_class"])
+    lines = [
+        f"  {report['data']}: {report['images']} images{bad}; of each at most {report['max_detections']} objects of a score of "
+        f"{report['score_threshold']:g} or more",
+        *(f"    {line}" for line in columns(numbers, right=range(1, len(numbers[0])))),
+        *(f"    {line}" for line in columns(rows, right=range(1, len(rows[0])))),
+        *([f"    {absent} more neither in these images nor found"] if absent else []),
+        f"  network {report['network_images_per_s']:.2f} images/s, with data {report['images_per_s']:.2f} images/s "
+        f"({report['device']}, {report['precision']})",
+    ]
+    return "\n".join(lines)
+
+
 def corruptions(report: Mapping[str, Any]) -> str:
     """ImageNet-C: a line per corruption, and the means."""
     lines = [
@@ -101,6 +137,8 @@ def comparison(reports: Sequence[Mapping[str, Any]], all_records: Sequence[Recor
     """One table of several models of one task; where classifiers saw the same images, the difference to the first, pair by pair."""
     if reports[0]["task"] == "segmentation":
         return _segmentations(reports)
+    if reports[0]["task"] == "detection":
+        return _detections(reports)
     head = [
         "model",
         "size",
@@ -155,6 +193,30 @@ def _segmentations(reports: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     return "\n".join(columns(rows, right=range(1, len(rows[0]))))
+
+
+def _detections(reports: Sequence[Mapping[str, Any]]) -> str:
+    keys = [f"{prefix}{key}" for prefix in ("", "mask_") for key in ("ap", "ap50", "ap75")]
+    shown = [key for key in keys if any(key in report for report in reports)]
+    heads = [f"{'mask ' * key.startswith('mask_')}{_COLUMNS[key.removeprefix('mask_')]}" for key in shown]
+    rows = [["model", "size", "params", "FLOPs", *heads, "images/s"]]
+    for report in reports:
+        rows.append(
+            [
+                report["model"],
+                " x ".join(map(str, report["img_size"])),
+                f"{report['parameters'] / 1e6:.2f}M",
+                _cost(report["gflops"]),
+                *(_percent(report.get(key)) for key in shown),
+                f"{report['network_images_per_s']:.2f}",
+            ]
+        )
+    return "\n".join(columns(rows, right=range(1, len(rows[0]))))
+
+
+def _percent(value: float | None) -> str:
+    """A number in percent; nothing where there is none."""
+    return "" if value is None else f"{value:.2f}"
 
 
 def finite(value: Any) -> Any:

@@ -37,7 +37,7 @@ def write(
 
     Raises:
         UserError: the format cannot hold this model, or needs a package that is not installed.
-        ConfigError: a segmentation network in another format than ``safetensors`` and ``hub``.
+        ConfigError: a network of dense prediction in another format than ``safetensors`` and ``hub``.
     """
     if to == "safetensors":
         weights.save(out, model.state_dict(), cfg)
@@ -45,7 +45,7 @@ def write(
     if to == "hub":
         return write_hub(model, cfg, out, source)
     model = weights.classifier(
-        model, source or cfg.source or cfg.name, f"--to {to} (--to safetensors and --to hub take both)"
+        model, cfg, source or cfg.source or cfg.name, f"--to {to} (--to safetensors and --to hub take all)"
     )
     if to == "authors":
         return write_authors(model, cfg, out)

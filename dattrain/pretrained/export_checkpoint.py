@@ -54,7 +54,7 @@ def export_safetensors(folder: Path, manifest: Manifest, out: Path, *, ema: bool
     out.mkdir(parents=True, exist_ok=True)
     if cfg is not None:
         metadata[METADATA_KEY] = cfg.to_json()
-        if cfg.segmentation is None:
+        if cfg.task == "classification":
             write_timm_config(cfg, out)
     tensors = chain(gather.iter_tensors(folder, state), buffers.items())
     offline.stream_file(out / "model.safetensors", tensors, shapes, metadata)

@@ -27,7 +27,7 @@ def write_timm(model: DAT, cfg: PretrainedCfg, out: Path) -> Exported:
 def write_hub(model: Network, cfg: PretrainedCfg, out: Path, source: str | Path | None) -> Exported:
     """``write_timm``, and a model card of what the run of ``source`` (as ``load_model`` takes it) says.
 
-    A segmentation network, of which timm knows nothing, is ``model.safetensors`` and the card.
+    A network of dense prediction, of which timm knows nothing, is ``model.safetensors`` and the card.
     """
     training = model_card.Training()
     if source is not None:

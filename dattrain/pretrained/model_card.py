@@ -15,6 +15,7 @@ from dattrain.errors import UserError
 from dattrain.models import flops
 from dattrain.observe import metrics
 from dattrain.pretrained import class_names
+from dattrain.pretrained.preprocess import padded_size
 from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg
 from dattrain.pretrained.weights import config_of
 from dattrain.state.format import named
@@ -31,6 +32,10 @@ _METRICS = {
     "miou": ("mean_iou", "mIoU"),
     "macc": ("mean_accuracy", "mean accuracy of classes"),
     "aacc": ("accuracy", "accuracy of pixels"),
+    "ap": ("mean_average_precision", "box AP"),
+    "ap50": ("mean_average_precision", "box AP50"),
+    "mask_ap": ("mean_average_precision", "mask AP"),
+    "mask_ap50": ("mean_average_precision", "mask AP50"),
 }
 """Numbers of an evaluation that are stated: their type on the hub, and their name."""
 
@@ -92,15 +97,15 @@ def text(model: Network, cfg: PretrainedCfg, training: Training, name: str) -> s
         f"# {name}\n",
         _about(cfg),
     ]
-    dense = cfg.segmentation
-    size = cfg.img_size if dense is None else (dense.short_side, dense.long_side)
+    dense = cfg.sides
+    size = cfg.img_size if dense is None else padded_size(*dense, cfg)
     parts += [
         "## Architecture\n",
         _list(
             {
                 "model" if dense is None else "backbone": f"`{cfg.name}`"
                 + (f" with {_arguments(cfg)}" if cfg.overrides else ""),
-                **({} if dense is None else {"decoder": f"`{dense.head}`, {_NORMS[dense.norm]}"}),
+                **_decoder(cfg),
                 "image size": f"{size[0]} x {size[1]}" if dense is None else "any",
                 "parameters": f"{flops.parameters(model) / 1e6:.2f} M",
                 "multiply-adds": f"{flops.flops(model, size, cfg.in_chans) / 1e9:.3g} G per image"
@@ -111,7 +116,7 @@ def text(model: Network, cfg: PretrainedCfg, training: Training, name: str) -> s
         "## Training and evaluation\n",
         _trained(cfg, training),
         "## How to load it\n",
-        _usage(name) if dense is None else _usage_dense(name),
+        _usage(name) if dense is None else _usage_dense(name, cfg),
         "## License\n",
         "Not stated. Who publishes these weights chooses one that their data and the weights they began with allow, and adds it "
         "to the block at the top of this file: `license: ...`.\n",
@@ -122,9 +127,11 @@ def text(model: Network, cfg: PretrainedCfg, training: Training, name: str) -> s
 
 
 def _front_matter(cfg: PretrainedCfg, training: Training, name: str) -> dict[str, Any]:
-    task, library = (
-        ("image-classification", "timm") if cfg.segmentation is None else ("image-segmentation", "dattrain")
-    )
+    task, library = {
+        "classification": ("image-classification", "timm"),
+        "segmentation": ("image-segmentation", "dattrain"),
+        "detection": ("object-detection", "dattrain"),
+    }[cfg.task]
     found: dict[str, Any] = {
         "library_name": library,
         "pipeline_tag": task,
@@ -153,10 +160,34 @@ def _about(cfg: PretrainedCfg) -> str:
     task = "An image classifier" if cfg.num_classes else "A backbone without classification head"
     if cfg.segmentation is not None:
         task, kind = "A semantic segmentation network", f"{_HEADS[cfg.segmentation.head]} on {kind}"
+    if cfg.detection is not None:
+        what = (
+            "An object detection and instance segmentation"
+            if "mask" in cfg.detection.head
+            else "An object detection"
+        )
+        task, kind = f"{what} network", f"{_HEADS[cfg.detection.head]} on {kind}"
     return f"{task}: {kind}, trained with dattrain{origin}.\n"
 
 
-_HEADS = {"upernet": "UperNet", "semantic_fpn": "Semantic FPN"}
+_HEADS = {
+    "upernet": "UperNet",
+    "semantic_fpn": "Semantic FPN",
+    "retinanet": "RetinaNet",
+    "faster_rcnn": "Faster R-CNN",
+    "mask_rcnn": "Mask R-CNN",
+    "cascade_rcnn": "Cascade R-CNN",
+    "cascade_mask_rcnn": "Cascade Mask R-CNN",
+}
+_PAPERS = {
+    "upernet": "Unified Perceptual Parsing for Scene Understanding, Xiao et al., ECCV 2018 (arXiv 1807.10221)",
+    "semantic_fpn": "Panoptic Feature Pyramid Networks, Kirillov et al., CVPR 2019 (arXiv 1901.02446)",
+    "retinanet": "Focal Loss for Dense Object Detection, Lin et al., ICCV 2017 (arXiv 1708.02002)",
+    "faster_rcnn": "Faster R-CNN, Ren et al., NeurIPS 2015 (arXiv 1506.01497)",
+    "mask_rcnn": "Mask R-CNN, He et al., ICCV 2017 (arXiv 1703.06870)",
+    "cascade_rcnn": "Cascade R-CNN: Delving into High Quality Object Detection, Cai and Vasconcelos, CVPR 2018 (arXiv 1712.00726)",
+    "cascade_mask_rcnn": "Cascade R-CNN: High Quality Object Detection and Instance Segmentation, Cai and Vasconcelos, TPAMI 2019 (arXiv 1906.09756)",
+}
 _NORMS = {"sync": "SyncBatchNorm", "batch": "BatchNorm", "group": "GroupNorm"}
 
 
@@ -174,13 +205,18 @@ def _references(cfg: PretrainedCfg) -> list[str]:
         found.append(
             "PVT v2: Improved Baselines with Pyramid Vision Transformer, Wang et al., 2022 (arXiv 2106.13797)"
         )
-    if cfg.segmentation is not None:
-        found.append(
-            "Unified Perceptual Parsing for Scene Understanding, Xiao et al., ECCV 2018 (arXiv 1807.10221)"
-            if cfg.segmentation.head == "upernet"
-            else "Panoptic Feature Pyramid Networks, Kirillov et al., CVPR 2019 (arXiv 1901.02446)"
-        )
+    if (dense := cfg.detection or cfg.segmentation) is not None:
+        found.append(_PAPERS[dense.head])
     return found
+
+
+def _decoder(cfg: PretrainedCfg) -> dict[str, str]:
+    if cfg.segmentation is not None:
+        return {"decoder": f"`{cfg.segmentation.head}`, {_NORMS[cfg.segmentation.norm]}"}
+    if cfg.detection is None:
+        return {}
+    head, norm = cfg.detection.head, _NORMS[cfg.detection.norm]
+    return {"heads": f"`{head}`" + (f", {norm} in the box heads" if head.startswith("cascade") else "")}
 
 
 def _arguments(cfg: PretrainedCfg) -> str:
@@ -191,7 +227,9 @@ def _classes(cfg: PretrainedCfg) -> str:
     names = class_names.names(cfg.num_classes, cfg.labels, cfg.classes)
     if not cfg.classes and not cfg.labels:
         return f"{cfg.num_classes}, whose names are not known"
-    where = "`label_names` in config.json" if cfg.segmentation is None else "in the metadata of the weights"
+    where = (
+        "`label_names` in config.json" if cfg.task == "classification" else "in the metadata of the weights"
+    )
     more = f" and {len(names) - NAMED} more ({where})" if len(names) > NAMED else ""
     return f"{cfg.num_classes}: {', '.join(names[:NAMED])}{more}"
 
@@ -215,9 +253,8 @@ def _trained(cfg: PretrainedCfg, training: Training) -> str:
         "code": training.code,
     }
     if not training.figures:
-        facts["accuracy" if cfg.segmentation is None else "mIoU"] = (
-            "not on record; `dattrain eval` of this folder measures it"
-        )
+        metric = {"classification": "accuracy", "segmentation": "mIoU", "detection": "AP"}[cfg.task]
+        facts[metric] = "not on record; `dattrain eval` of this folder measures it"
     return _list({key: str(value) for key, value in facts.items() if value})
 
 
@@ -236,11 +273,16 @@ def _usage(name: str) -> str:
 
 
 def _prepared(cfg: PretrainedCfg) -> str:
-    dense = cfg.segmentation
-    if dense is None:
+    if cfg.sides is None:
         how = "squashed" if cfg.resize == "squash" else "shorter side resized"
         return f"{how}, central crop of {cfg.crop_pct:g}"
-    found = f"shorter side resized to {dense.short_side}, the longer at most {dense.long_side}"
+    found, dense = (
+        f"shorter side resized to {cfg.sides[0]}, the longer at most {cfg.sides[1]}",
+        cfg.segmentation,
+    )
+    if dense is None:
+        assert cfg.detection is not None
+        return f"{found}, both padded to multiples of {cfg.detection.pad_to}"
     if dense.mode == "slide" and dense.crop is not None:
         found += f", in windows of {dense.crop[0]} x {dense.crop[1]}"
     if dense.scales != (1.0,):
@@ -248,13 +290,23 @@ def _prepared(cfg: PretrainedCfg) -> str:
     return found + (", and mirrored" if dense.flip else "")
 
 
-def _usage_dense(name: str) -> str:
+def _usage_dense(name: str, cfg: PretrainedCfg) -> str:
+    if cfg.detection is not None:
+        gives = (
+            "found.boxes, found.scores, found.classes  # left, top, right, bottom in pixels; numbers of found.names\n"
+            + ("found.masks  # N x H x W bool\n" if "mask" in cfg.detection.head else "")
+            + "found.overlay()  # the picture with all of it\n"
+        )
+    else:
+        gives = (
+            "found.classes  # H x W uint8, the number of each pixel's class in found.names\n"
+            "found.shares()  # the classes that are there, with their shares of the pixels\n"
+        )
     return (
         "```python\n"
         "import dattrain\n\n"
         f'(found,) = dattrain.predict("{name}", "photo.jpg")\n'
-        "found.classes  # H x W uint8, the number of each pixel's class in found.names\n"
-        "found.shares()  # the classes that are there, with their shares of the pixels\n"
+        f"{gives}"
         "```\n\n"
         f"`dattrain predict IMAGE --checkpoint {name}`, `dattrain eval {name} --data SET` and `init.from={name}/model.safetensors` "
         "take it too.\n"

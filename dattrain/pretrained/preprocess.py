@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -108,11 +109,10 @@ def as_pixels(image: str | Path | Image.Image | np.ndarray | Tensor, *, upright:
 
 
 def prepare(image: Tensor, cfg: PretrainedCfg) -> Tensor:
-    """Resize and centre crop for evaluation: 3 x H x W uint8 to 3 x ``cfg.img_size`` uint8; for segmentation the whole, its ratio kept."""
+    """Resize and centre crop for evaluation: 3 x H x W uint8 to 3 x ``cfg.img_size`` uint8; for dense prediction the whole, its ratio kept."""
     height, width = image.shape[1:]
-    if cfg.segmentation is not None:
-        sides = cfg.segmentation.short_side, cfg.segmentation.long_side
-        size = resized_size(height, width, short_side=sides[0], long_side=sides[1])
+    if cfg.sides is not None:
+        size = resized_size(height, width, short_side=cfg.sides[0], long_side=cfg.sides[1])
         return resize_window(image, size, (0, 0), size, cfg.interpolation)
     resized, corner = eval_geometry(height, width, cfg.img_size, resize=cfg.resize, crop_pct=cfg.crop_pct)
     return resize_window(image, resized, corner, cfg.img_size, cfg.interpolation)
@@ -133,6 +133,19 @@ def normalise(batch: Tensor, cfg: PretrainedCfg, device: torch.device | str = "c
     if cfg.in_chans == 1:
         x, mean, std = x.mean(1, keepdim=True), mean.mean(1, keepdim=True), std.mean(1, keepdim=True)
     return (x - mean) / std
+
+
+def padded_size(height: int, width: int, cfg: PretrainedCfg) -> tuple[int, int]:
+    """Of a prepared image as a detector sees it, zeros at its right and at its bottom; other networks see it as it is."""
+    step = 1 if cfg.detection is None else cfg.detection.pad_to
+    return -(-height // step) * step, -(-width // step) * step
+
+
+def model_input(image: Tensor, cfg: PretrainedCfg, device: torch.device | str = "cpu") -> Tensor:
+    """A prepared image (3 x H x W uint8) as the model's input: 1 x C x ``padded_size`` float32. Raises UserError as ``normalise``."""
+    x = normalise(image[None], cfg, device)
+    height, width = padded_size(*x.shape[2:], cfg)
+    return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
 
 
 def from_array(image: np.ndarray) -> Tensor:

@@ -21,8 +21,11 @@ from dattrain.errors import UserError
 from dattrain.models.dat import DAT
 from dattrain.models.deformable import Conventions
 from dattrain.models.dense.backbone import create_backbone
+from dattrain.models.dense.create_detector import create_detector, outs
+from dattrain.models.dense.detector import Detector
 from dattrain.models.dense.segmenter import Segmenter, create_segmenter
 from dattrain.models.zoo import create, variant_of
+from dattrain.pretrained.detection_cfg import DetectionCfg, detection_of
 from dattrain.pretrained.segmentation_cfg import SegmentationCfg, segmentation_of
 
 _SETTINGS = (
@@ -53,13 +56,18 @@ _USED_BY = {
 }
 """Kinds of block that a setting matters to."""
 
-FORMAT = 1
-"""Of an image classifier's, which every version reads."""
-FORMAT_DENSE = 2
-"""Of a network for dense prediction's: what versions before it must not take for a classifier's."""
+TaskKind = Literal["classification", "segmentation", "detection"]
+FORMATS: dict[TaskKind, int] = {"classification": 1, "segmentation": 2, "detection": 3}
+"""Of the metadata: every version reads a classifier's, and none may take another network's for one."""
 
-Network = DAT | Segmenter
-"""What ``load_model`` opens: an image classifier (or its backbone), or a segmentation network."""
+Network = DAT | Segmenter | Detector
+"""What ``load_model`` opens: an image classifier (or its backbone), a segmentation network, or a detector."""
+NETWORKS: dict[TaskKind, str] = {
+    "classification": "an image classifier",
+    "segmentation": "a segmentation network",
+    "detection": "a detector",
+}
+"""What the networks of a task are called in messages."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,8 @@ class PretrainedCfg:
     ``crop_pct`` say how images are prepared; ``labels`` names a label set of ``data.labels``; ``classes`` holds a name
     per class, or nothing; ``source`` tells where the weights came from.
 
-    ``segmentation`` is set for a segmentation network. ``name`` and ``overrides`` are its backbone's then, ``img_size`` lays out
-    windows and tables alone, and ``resize`` and ``crop_pct`` mean nothing.
+    ``segmentation`` is set for a segmentation network, ``detection`` for a detector. ``name`` and ``overrides`` are its backbone's
+    then, ``img_size`` lays out windows and tables alone, and ``resize`` and ``crop_pct`` mean nothing.
     """
 
     name: str
@@ -88,41 +96,60 @@ class PretrainedCfg:
     classes: tuple[str, ...] = ()
     source: str = ""
     segmentation: SegmentationCfg | None = None
+    detection: DetectionCfg | None = None
+
+    @property
+    def task(self) -> TaskKind:
+        """What the network is for, as ``task.kind`` of a recipe."""
+        if self.detection is not None:
+            return "detection"
+        return "classification" if self.segmentation is None else "segmentation"
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Pixels that the shorter side of an image is resized to, and the longer one at most; None for a classifier."""
+        dense = self.detection or self.segmentation
+        return None if dense is None else (dense.short_side, dense.long_side)
 
     def to_json(self) -> str:
         """As kept in a file's metadata."""
-        content = asdict(self)
-        if self.segmentation is None:
-            del content["segmentation"]
-        return json.dumps({"format": FORMAT if self.segmentation is None else FORMAT_DENSE, **content})
+        content = {
+            key: value for key, value in asdict(self).items() if key not in _TASKS or value is not None
+        }
+        return json.dumps({"format": FORMATS[self.task], **content})
 
     @classmethod
     def from_json(cls, text: str) -> PretrainedCfg:
         """The reverse of ``to_json``. Raises ValueError for anything else."""
         content = json.loads(text)
         found = content.pop("format", None)
-        if found != (FORMAT_DENSE if "segmentation" in content else FORMAT):
-            raise ValueError(f"of format {found}, and {FORMAT} and {FORMAT_DENSE} are known")
+        task = next((key for key in _TASKS if key in content), "classification")
+        if found != FORMATS[task]:
+            raise ValueError(f"of format {found}, and {', '.join(map(str, FORMATS.values()))} are known")
         for key in ("img_size", "mean", "std", "classes"):
             content[key] = tuple(content[key])
         content["overrides"] = _tuples(content.get("overrides") or {})
         try:
-            if "segmentation" in content:
-                content["segmentation"] = SegmentationCfg(**_tuples(content["segmentation"]))
+            if task != "classification":
+                content[task] = _TASKS[task](**_tuples(content[task]))
             return cls(**content)
         except TypeError as error:
             raise ValueError(str(error)) from None
 
 
+_TASKS: dict[TaskKind, type[Any]] = {"segmentation": SegmentationCfg, "detection": DetectionCfg}
+"""Fields that networks of one task alone have."""
+
+
 def build(cfg: PretrainedCfg, *, meta: bool = False) -> Network:
     """The network that ``cfg`` describes, with fresh weights, or without any memory (``meta``).
 
-    A decoder's SyncBatchNorm is built as BatchNorm, which has the same parameters, does the same in evaluation mode, and runs on
+    SyncBatchNorm of a decoder or of box heads is built as BatchNorm, which has the same parameters, does the same in evaluation mode, and runs on
     CPUs too.
     """
     overrides = _tuples(cfg.overrides or {})
     with torch.device("meta" if meta else "cpu"):
-        if cfg.segmentation is None:
+        if cfg.task == "classification":
             return create(
                 cfg.name,
                 num_classes=cfg.num_classes,
@@ -130,10 +157,21 @@ def build(cfg: PretrainedCfg, *, meta: bool = False) -> Network:
                 in_chans=cfg.in_chans,
                 **overrides,
             )
+        made = {"img_size": cfg.img_size, "in_chans": cfg.in_chans, **overrides}
+        if (detection := cfg.detection) is not None:
+            return create_detector(
+                create_backbone(cfg.name, outs=outs(detection.head), **made),
+                detection.head,
+                cfg.num_classes,
+                norm="batch" if detection.norm == "sync" else detection.norm,
+                channels=detection.channels,
+                score_threshold=detection.score_threshold,
+                max_detections=detection.max_detections,
+            )
         dense = cfg.segmentation
-        backbone = create_backbone(cfg.name, img_size=cfg.img_size, in_chans=cfg.in_chans, **overrides)
+        assert dense is not None
         return create_segmenter(
-            backbone,
+            create_backbone(cfg.name, **made),
             dense.head,
             cfg.num_classes,
             norm="batch" if dense.norm == "sync" else dense.norm,
@@ -159,6 +197,7 @@ def cfg_of_recipe(config: Config, *, source: str = "") -> PretrainedCfg:
         labels=config.data.labels,
         source=source,
         segmentation=segmentation_of(config),
+        detection=detection_of(config),
     )
 
 

@@ -17,8 +17,8 @@ from dattrain.errors import ConfigError, UserError
 from dattrain.models.dense.segmenter import Segmenter
 from dattrain.palette import overlay
 from dattrain.pretrained import class_names, preprocess
-from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg
-from dattrain.pretrained.recipe_model import segmentation_recipe
+from dattrain.pretrained.pretrained_cfg import NETWORKS, Network, PretrainedCfg
+from dattrain.pretrained.recipe_model import dense_recipe
 from dattrain.tasks.dense_inference import Inference, decide
 
 
@@ -88,12 +88,12 @@ def segment(
         UserError: a file that cannot be read as an image, or weights that take other images than of three channels.
     """
     if not isinstance(model, Segmenter):
-        raise ConfigError(f"{cfg.source or cfg.name}: is an image classifier, not a segmentation network")
+        raise ConfigError(f"{cfg.source or cfg.name}: is {NETWORKS[cfg.task]}, not a segmentation network")
     if cfg.in_chans != 3:
         raise UserError(f"this model takes {cfg.in_chans} channels, and an image file gives 3")
     known = tuple(names or class_names.names(cfg.num_classes, cfg.labels, cfg.classes))
     device = next(model.parameters()).device
-    inference = Inference(segmentation_recipe(cfg), torch.float32)
+    inference = Inference(dense_recipe(cfg), torch.float32)
     for image in images:
         pixels = preprocess.as_pixels(image, upright=True)
         with torch.inference_mode():

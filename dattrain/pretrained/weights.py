@@ -26,7 +26,14 @@ from dattrain.errors import ConfigError, UserError
 from dattrain.files import replacing
 from dattrain.models.dat import DAT
 from dattrain.models.surgery import adopt_tables
-from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg, build, cfg_of_recipe, differences
+from dattrain.pretrained.pretrained_cfg import (
+    NETWORKS,
+    Network,
+    PretrainedCfg,
+    build,
+    cfg_of_recipe,
+    differences,
+)
 from dattrain.runtime import collectives
 from dattrain.runtime.environment import device_called
 from dattrain.state import gather
@@ -44,7 +51,7 @@ def load_model(
     img_size: int | tuple[int, int] | None = None,
     bias_table: Literal["resize", "sample"] | None = None,
 ) -> tuple[Network, PretrainedCfg]:
-    """Open weights as a model in evaluation mode, fp32: an image classifier, or where ``cfg.segmentation`` is set, a ``Segmenter``.
+    """Open weights as a model in evaluation mode, fp32: an image classifier, or as ``cfg.task`` says a ``Segmenter`` or ``Detector``.
 
     Args:
         path: a run folder or its ``checkpoints`` (the newest complete checkpoint is taken; ``RUN@best`` and ``RUN@STEP`` name
@@ -58,7 +65,7 @@ def load_model(
     Raises:
         UserError: there is nothing to open, it is damaged, the tensors are not those of the model it names, or there is no such
             device.
-        ConfigError: ``img_size`` or ``bias_table`` for a segmentation network, which takes images of any size; ``bias_table`` alone.
+        ConfigError: ``img_size`` or ``bias_table`` for a network of dense prediction, which takes images of any size; ``bias_table`` alone.
     """
     device = device_called(device)
     asked = path = Path(path)
@@ -75,7 +82,7 @@ def load_model(
         if not isinstance(model, DAT):
             which = "bias_table (--bias-table)" if img_size is None else "img_size (--img-size)"
             raise ConfigError(
-                f"{asked}: is a segmentation network, which takes images of any size: leave {which} out"
+                f"{asked}: is {NETWORKS[cfg.task]}, which takes images of any size: leave {which} out"
             )
         if img_size is None:
             raise ConfigError(
@@ -97,16 +104,16 @@ def load_classifier(path: str | Path, purpose: str, **options: Any) -> tuple[DAT
         options: as for ``load_model``.
 
     Raises:
-        ConfigError: they are weights of a segmentation network.
+        ConfigError: they are weights of a segmentation network or a detector.
     """
     model, cfg = load_model(path, **options)
-    return classifier(model, path, purpose), cfg
+    return classifier(model, cfg, path, purpose), cfg
 
 
-def classifier(model: Network, path: str | Path, purpose: str) -> DAT:
-    """``model``, which ``path`` holds. Raises ConfigError where it is a segmentation network; arguments of ``load_classifier``."""
+def classifier(model: Network, cfg: PretrainedCfg, path: str | Path, purpose: str) -> DAT:
+    """``model``, which ``path`` holds. Raises ConfigError where it is no image classifier; arguments of ``load_classifier``."""
     if not isinstance(model, DAT):
-        raise ConfigError(f"{path}: is a segmentation network, and {purpose} is for image classifiers")
+        raise ConfigError(f"{path}: is {NETWORKS[cfg.task]}, and {purpose} is for image classifiers")
     return model
 
 

@@ -23,6 +23,7 @@ class Panel:
     """A logarithmic axis can be useful."""
 
 
+_CASCADE = {"cls": "classes", "bbox": "boxes", "mask": "masks"}
 PANELS = (
     Panel(
         "Loss", "nats",
@@ -42,6 +43,21 @@ PANELS = (
             "miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "ema_miou": "mIoU, averaged weights",
         },
     ),
+    Panel(
+        "Detection", "%",
+        {
+            "ap": "AP", "ap50": "AP50", "mask_ap": "AP of masks", "mask_ap50": "AP50 of masks", "ema_ap": "AP, averaged weights",
+            "ema_mask_ap": "AP of masks, averaged weights",
+        },
+    ),
+    Panel(
+        "Parts of the loss", "",
+        {
+            "loss_rpn_cls": "RPN, objectness", "loss_rpn_bbox": "RPN, boxes", "loss_cls": "classes", "loss_bbox": "boxes", "loss_mask": "masks",
+            **{f"s{n}_loss_{part}": f"stage {n + 1}, {name}" for n in range(3) for part, name in _CASCADE.items()},
+        },
+        log=True,
+    ),
     Panel("Learning rate", "", {"lr": "learning rate"}, log=True),
     Panel("Throughput", "images/s", {"images_per_s": "images/s"}),
     Panel("Waiting for data", "% of the time", {"data_wait": "waiting"}, factor=100),
@@ -49,7 +65,7 @@ PANELS = (
 )  # fmt: skip
 
 
-TASKS = ("Accuracy", "Segmentation")
+TASKS = ("Accuracy", "Segmentation", "Detection", "Parts of the loss")
 """Titles of those that one task has."""
 
 

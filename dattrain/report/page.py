@@ -23,7 +23,7 @@ from dattrain.errors import UserError
 from dattrain.files import write_atomically
 from dattrain.observe import events, metrics
 from dattrain.pretrained import class_names
-from dattrain.report import curves, segmented, settings, timeline
+from dattrain.report import curves, detected, segmented, settings, timeline
 from dattrain.state.format.retention import best_step, lower_is_better
 from dattrain.text import columns
 from dattrain.urls import mask
@@ -69,6 +69,8 @@ def collect(
         "images": _images(predictions, names),
         "classes": segmented.classes(predictions, names),
         "segmented": segmented.images(predictions, names),
+        "objects": detected.classes(predictions, names),
+        "detected": detected.images(predictions, names),
     }
     return {**run, "summary": _summary(config, rows, found, predictions)}
 
@@ -145,6 +147,10 @@ def _model(config: Config) -> str:
         if geometry.crop is not None:
             side = "crops of {} x {}".format(*as_pair(geometry.crop))
         return f"{model.name} with {config.task.head}, {side}, {model.num_classes} classes"
+    if config.task.kind == "detection":
+        sides = sorted({*(geometry.short_sides or (geometry.short_side,))})
+        side = " to ".join(map(str, dict.fromkeys((sides[0], sides[-1]))))
+        return f"{model.name} with {config.task.head}, shorter side {side}, {model.num_classes} classes"
     last = [model.img_size, *(phase.img_size for phase in config.train.progressive)][-1]
     height, width = as_pair(last)
     return f"{model.name}, {height} x {width}, {model.num_classes} classes"
@@ -164,7 +170,9 @@ def _names(run_dir: Path, config: Config) -> list[str]:
 
 def _confusion(predictions: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
     """The most confused pairs, and the matrix of the classes in them, as shares of the row's images; None before an evaluation."""
-    if not predictions.get("classes") or "kind" in predictions:  # of a segmentation: ``segmented``
+    if (
+        not predictions.get("classes") or "kind" in predictions
+    ):  # of dense prediction: ``segmented``, ``detected``
         return None
     total = {label: images for label, images, _ in predictions["classes"]}
     right = {label: n for label, _, n in predictions["classes"]}

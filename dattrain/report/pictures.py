@@ -21,16 +21,16 @@ from torch import Tensor
 
 from dattrain.config.schema import Config
 from dattrain.errors import UserError
-from dattrain.evaluation import inference, segmentation
+from dattrain.evaluation import detection, inference, segmentation
 from dattrain.evaluation.options import Options, adjusted
 from dattrain.files import write_atomically
 from dattrain.models.dat import DAT
+from dattrain.models.dense.detector import Detector
 from dattrain.models.dense.segmenter import Segmenter
 from dattrain.observe.events import PREDICTIONS
 from dattrain.pretrained import preprocess
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 from dattrain.pretrained.weights import config_of, load_classifier, load_model
-from dattrain.report import segmented
 from dattrain.runtime.progress import Progress
 from dattrain.state.format import checkpoint
 from dattrain.state.format.manifest import read_manifest
@@ -57,6 +57,8 @@ def evaluate(run_dir: Path, device: torch.device) -> dict[str, Any]:
     manifest = read_manifest(checkpoint.locate(run_dir))
     if isinstance(model, Segmenter):
         _, predictions, _ = segmentation.run(config, model, cfg, spec, device)
+    elif isinstance(model, Detector):
+        predictions = detection.run(config, model, cfg, spec, device).predictions
     else:
         predictions = _classified(config, model, cfg, spec, device, run_dir.name)
     about = {"step": manifest.step, "data": mask(spec), "averaged": "ema" in manifest.states}
@@ -81,13 +83,13 @@ def with_points(run_dir: Path, found: Mapping[str, Any], device: torch.device) -
     """``found`` (predictions) with ``points`` for each image that it shows, and where they are from; written down too.
 
     Of the checkpoint of the evaluation's step; where that was removed, of the newest. Per block: ``label`` and ``groups``, of each its
-    points as [x, y, radius] in thousandths of the width, the height and the width; the area is the attention received. Those of a
-    segmentation are as they are: its images were kept too small for the network to look at them as it did.
+    points as [x, y, radius] in thousandths of the width, the height and the width; the area is the attention received. Those of
+    dense prediction are as they are: its images were kept too small for the network to look at them as it did.
 
     Raises:
         UserError: no weights there; ``model`` has no deformable attention.
     """
-    if found.get("kind") == segmented.KIND:
+    if "kind" in found:
         return dict(found)
     folder = run_dir / "checkpoints" / checkpoint.folder_name(found["step"])
     source = folder if (folder / "manifest.json").is_file() else checkpoint.locate(run_dir)

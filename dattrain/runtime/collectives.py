@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, TypeVar
 
@@ -12,6 +15,9 @@ from torch import Tensor
 from dattrain.errors import Damaged, UserError
 
 T = TypeVar("T")
+
+_LOOK_S = 0.2
+"""Between two looks of a rank that waits for the first."""
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -46,6 +52,16 @@ def all_gather(value: Any) -> list[Any]:
     return obj_list
 
 
+def gather_to_first(value: Any) -> list[Any] | None:
+    """Every rank's ``value``, by rank, on rank 0; None on the others. Collective."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return [value]
+    obj_list: list[Any] | None = [None] * world if rank == 0 else None
+    dist.gather_object(value, obj_list, dst=0)
+    return obj_list
+
+
 # What fails on one rank ends on all.
 
 
@@ -74,6 +90,43 @@ def from_first(action: Callable[[], T]) -> T:
     result, reported = broadcast((value, _for_others(failure)))
     if failure is not None or reported is not None:
         raise failure or reported
+    return result
+
+
+def on_first(action: Callable[[], T], waiting: Callable[[], object] = lambda: None) -> T:
+    """As ``from_first``, for an ``action`` that may take longer than a collective's timeout.
+
+    The other ranks look for the result in the process group's store instead of waiting in a collective, which would time out with
+    minutes of work on rank 0 (open-mmlab/mmdetection#11096).
+
+    Args:
+        waiting: called now and then where that is waited for.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return action()
+    store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined,unused-ignore]
+    # A name that no other call has, agreed on while all are together.
+    key = f"dattrain/on_first/{broadcast(secrets.token_hex(8))}"
+    if rank == 0:
+        # Pickled within, lest a value that cannot be leave the others waiting.
+        done, failure = _attempt(lambda: _pickled(action()))
+        store.set(key, pickle.dumps((None, _for_others(failure))) if done is None else done[1])
+        if done is None:
+            assert failure is not None
+            raise failure
+        return done[0]
+    while not store.check([key]):
+        waiting()
+        time.sleep(_LOOK_S)
+    result: T
+    result, reported = pickle.loads(store.get(key))
+    # The last to have read it leaves nothing behind.
+    if store.add(f"{key}/read", 1) == world - 1:
+        store.delete_key(key)
+        store.delete_key(f"{key}/read")
+    if reported is not None:
+        raise reported
     return result
 
 
@@ -119,6 +172,10 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return action(), None
     except Exception as e:
         return None, e
+
+
+def _pickled(value: T) -> tuple[T, bytes]:
+    return value, pickle.dumps((value, None))
 
 
 def _for_others(failure: Exception | None) -> Exception | None:

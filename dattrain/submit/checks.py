@@ -14,7 +14,7 @@ from dattrain.config.derive import SAMPLES, check_early_stopping, check_source, 
 from dattrain.config.load import Loaded
 from dattrain.config.schema import Config
 from dattrain.data import classes
-from dattrain.data.annotations.kinds import KINDS, check_kind
+from dattrain.data.annotations.kinds import KINDS, background_hint, check_kind, learned
 from dattrain.data.source.glance import glance
 from dattrain.data.source.listing import is_remote
 from dattrain.engine import resume_rules
@@ -78,12 +78,16 @@ def _check_classes(config: Config) -> None:
     except UserError:
         return  # elsewhere, or not made yet
     what = f"data.train={data.train}"
-    check_kind(found.annotations, KINDS[config.task.kind], what, config.task.kind)
-    known = classes.decide(found.classes, num_classes, data.labels, what)
-    if found.classes is None:
+    task = config.task.kind
+    check_kind(found.annotations, KINDS[task], what, task)
+    own = None if found.classes is None else learned(found.classes, task)
+    names = None if found.classes is None or own is None else [found.classes[label] for label in own]
+    hint = background_hint(found.annotations, found.classes, num_classes, task)
+    known = classes.decide(names, num_classes, data.labels, what, hint=hint)
+    if found.classes is None or own is None:
         classes.check_labels(found.max_label, num_classes, what)
     elif data.labels is not None:
-        used = range(len(found.classes)) if found.used is None else sorted(found.used)
+        used = own if found.used is None else sorted({*own} & {*found.used})
         known.numbers([found.classes[label] for label in used], what)
 
 

@@ -19,6 +19,7 @@ from dattrain.data.identity import Part
 
 Size = int | tuple[int, int]
 """Pixels of an image: the side of a square, or (height, width)."""
+T = TypeVar("T")
 Forward = Callable[..., Any]
 """The model as the engine runs it (autocast, gathered weights); takes what the model's ``forward`` takes."""
 
@@ -119,6 +120,12 @@ class Ranks(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable ``value``, by rank."""
 
+    def gather_to_first(self, value: Any) -> list[Any] | None:
+        """The same on rank 0, None on the others: for what is large."""
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What ``function`` gives, which rank 0 alone runs and which may take long; picklable. What it raises ends all."""
+
 
 B_contra = TypeVar("B_contra", bound=Batch, contravariant=True)
 
@@ -136,7 +143,10 @@ class Evaluator(Protocol[B_contra]):
         """
 
     def compute(self, ranks: Ranks) -> dict[str, float]:
-        """The metrics of the complete set, the same on every rank. Collective. Among them are ``loss`` and ``images``."""
+        """The metrics of the complete set, the same on every rank. Collective.
+
+        ``images`` is among them, and ``loss`` where the evaluation has one.
+        """
 
     def predictions(self, ranks: Ranks) -> Mapping[str, Any]:
         """What a report shows beside the metrics, as JSON; empty where there is nothing. The same on every rank. Collective."""

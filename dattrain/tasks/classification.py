@@ -69,7 +69,7 @@ class Classification:
         init = self.config.init
         if any(name.startswith(BODY) for name in tensors):
             raise ConfigError(
-                f"init.from={init.from_}: are weights of a segmentation network, and task.kind=classification starts from a "
+                f"init.from={init.from_}: are weights of a network with maps (segmentation or detection), and task.kind=classification starts from a "
                 "classifier's: give the run or file that this one was started from"
             )
         buffers = {name for name, _ in model.named_buffers()}

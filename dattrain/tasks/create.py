@@ -10,4 +10,8 @@ from dattrain.tasks.segmentation import Segmentation
 
 def create_task(config: Config) -> Task:
     """Make the task that ``task.kind`` names. Raises ConfigError for settings that it cannot use."""
+    if config.task.kind == "detection":
+        from dattrain.tasks.detection import Detection
+
+        return Detection(config)
     return Segmentation(config) if config.task.kind == "segmentation" else Classification(config)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from dattrain.visualize.picture import Picture, as_picture
-from dattrain.visualize.sampling_points import Deformed
+from dattrain.visualize.sampling_points import Deformed, token_at
 
 COLOURS = ("#ff5a36", "#18a8ff", "#ffd21f", "#3ddc84", "#c86bff", "#ff7ac2", "#00d5c8", "#ffffff")
 """One per offset group, told apart on photographs; repeated beyond eight groups."""
@@ -64,7 +64,7 @@ def points(
     for group in range(block.groups) if groups is None else groups:
         yx = picture.place(block, block.positions[group].reshape(-1, 2))
         sizes = np.full(len(yx), area)
-        if block.attention is not None:
+        if block.attention is not None or block.weights is not None:
             sizes = area * block.received(group) * len(yx)
         axes.scatter(
             yx[:, 1],
@@ -74,7 +74,7 @@ def points(
             edgecolors="black",
             linewidths=0.3,
             alpha=0.85,
-            clip_on=False,
+            clip_on=picture.padded,
         )
 
 
@@ -113,12 +113,13 @@ def attention(
     """Lines from a query to the keys it attends to most, opacity and width by the weight (mean over the group's heads).
 
     Args:
-        query: (y, x) as fractions of what the network saw; the token that holds it is the query.
+        query: (y, x) as fractions of what the network saw, without padding; the token that holds it is the query. A block with
+            ``weights`` instead of all attention shows those, which are to be this query's.
         keys: how many lines at most.
     """
     picture = show_image(axes, image)
-    row = query_index(block, query)
-    weights = block.group_attention(group)[row]
+    row = query_index(block, picture.within(query))
+    weights = block.group_attention(group)[row] if block.weights is None else block.weights[group]
     yx = picture.place(block, block.positions[group].reshape(-1, 2))
     order = np.argsort(weights)[::-1][:keys][::-1]
     strength = weights[order] / weights.max()
@@ -145,10 +146,8 @@ def attention(
 
 
 def query_index(block: Deformed, query: tuple[float, float]) -> int:
-    """The token (row-major) that holds the point (y, x) given as fractions of the image."""
-    height, width = block.map_size
-    row, column = (min(max(int(f * n), 0), n - 1) for f, n in zip(query, (height, width)))
-    return row * width + column
+    """The token (row-major) that holds the point (y, x) given as fractions of what the network saw."""
+    return token_at(query, block.map_size)
 
 
 def sheet(

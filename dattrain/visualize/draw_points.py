@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from dattrain.errors import UserError
+from dattrain.models.dense.detector import Detector
 from dattrain.pretrained import preprocess
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
 from dattrain.visualize import draw, sampling_points
@@ -41,9 +42,13 @@ def draw_points(
     Raises:
         UserError: the model has no such block or group.
     """
-    pixels = preprocess.as_pixels(image, upright=cfg.segmentation is not None)
+    pixels = preprocess.as_pixels(image, upright=cfg.sides is not None)
     prepared = preprocess.prepare(pixels, cfg)
-    blocks = capture_image(model, prepared, cfg, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    if isinstance(model, Detector):
+        blocks = attended_image(model, prepared, cfg, device=device)
+    else:
+        blocks = capture_image(model, prepared, cfg, device=device)
     if stage is None:
         stage = next((b.stage for b in blocks if b.groups > 1), blocks[0].stage)
     chosen = sampling_points.select(blocks, stage=stage, block=block)[-1]
@@ -51,6 +56,35 @@ def draw_points(
         raise UserError(f"group {group}: stage {stage} has groups 1 to {chosen.groups}")
     groups = None if group is None else [group - 1]
     draw.points(axis, picture_of(pixels, cfg), chosen, groups, area=area)
+
+
+def attended_image(
+    model: Detector,
+    image: Tensor,
+    cfg: PretrainedCfg,
+    *,
+    query: tuple[float, float] | None = None,
+    device: str | torch.device = "cpu",
+) -> list[sampling_points.Deformed]:
+    """Positions of every deformable block of a detector's backbone for one prepared image (3 x H x W uint8), and what each key gets.
+
+    Of all queries, or of the one at ``query``: the map of a detector's image is too large for the attention of each of them.
+
+    Args:
+        query: (y, x) as fractions of the image.
+    """
+    x = preprocess.model_input(image, cfg, device)
+    share = image.shape[1] / x.shape[2], image.shape[2] / x.shape[3]
+
+    def weights(rows: int, columns: int) -> Tensor:
+        if query is None:
+            return torch.ones(rows * columns)
+        one = torch.zeros(rows * columns)
+        place = (query[0] * share[0], query[1] * share[1])
+        one[sampling_points.token_at(place, (rows, columns))] = 1
+        return one
+
+    return sampling_points.attended(model.backbone, x, weights, list)
 
 
 def capture_image(
@@ -64,7 +98,7 @@ def capture_with_logits(
     model: nn.Module, image: Tensor, cfg: PretrainedCfg, *, device: str | torch.device = "cpu"
 ) -> tuple[list[sampling_points.Deformed], Tensor]:
     """As ``capture_image``, and the logits of the same pass (float32, on the CPU; empty without a head)."""
-    batch = preprocess.normalise(image[None], cfg, device)
+    batch = preprocess.model_input(image, cfg, device)
     found: list[Tensor] = []
     handle = model.register_forward_hook(lambda module, arguments, output: found.append(output))
     try:

@@ -1,7 +1,7 @@
 """One self-contained HTML page of deformable attention: choose image, block and group, point at a query.
 
 Nothing is fetched: images are data URLs, positions and weights are in the page. Attention is kept as one byte per (query,
-key), relative to the query's strongest key, and averaged over a group's heads.
+key), relative to the query's strongest key, and averaged over a group's heads; where it was not captured, there is none to choose.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def _block(block: Deformed, picture: Picture) -> dict[str, Any]:
             weights = block.group_attention(group)
             relative = np.rint(255 * weights / weights.max(1, keepdims=True)).astype(np.uint8)
             item["attention"] = base64.b64encode(relative.tobytes()).decode()
+        if block.attention is not None or block.weights is not None:
             item["received"] = (block.received(group) * len(points)).round(3).tolist()
         groups.append(item)
     return {

@@ -8,13 +8,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dattrain.palette import is_background, palette
 from dattrain.pretrained.segment import Segmentation, Share
+from dattrain.text import shortened
 
 LISTED = 24
 """Classes at most; the rest are summed up."""
 _NARROW = 240
 """Pixels that a legend has at least, whatever the image."""
-_LETTERS = 28
-"""Of a name at most; a longer one is cut, so that it does not take the columns of all."""
 
 
 def with_legend(found: Segmentation, *, listed: int = LISTED) -> Image.Image:
@@ -44,16 +43,15 @@ def with_legend(found: Segmentation, *, listed: int = LISTED) -> Image.Image:
 def _lines(shares: Sequence[Share], listed: int) -> list[tuple[int | None, str]]:
     """(class, text) of the largest, and of what is left."""
     lines: list[tuple[int | None, str]] = [
-        (each.number, f"{_cut(each.name)}  {_percent(each.share)}{', no colour' * is_background(each.name)}")
+        (
+            each.number,
+            f"{shortened(each.name)}  {_percent(each.share)}{', no colour' * is_background(each.name)}",
+        )
         for each in shares[:listed]
     ]
     if rest := shares[listed:]:
         lines.append((None, f"{len(rest)} more  {_percent(sum(each.share for each in rest))}"))
     return lines
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= _LETTERS else f"{name[: _LETTERS - 3].rstrip()}..."
 
 
 def _percent(share: float) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dattrain.data.augment.dense_plan import resized_size
 from dattrain.data.augment.plan import eval_geometry, source_edges
 from dattrain.pretrained import preprocess
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg
@@ -19,7 +20,10 @@ LONGEST = 1600
 
 @dataclass(frozen=True)
 class Picture:
-    """``pixels``: H x W x 3 uint8. ``window``: top, left, height and width of what the network saw, in these pixels."""
+    """``pixels``: H x W x 3 uint8. ``window``: top, left, height and width of what the network saw, in these pixels.
+
+    The window of a detector is larger than the picture, by the padding at its right and at its bottom.
+    """
 
     pixels: np.ndarray
     window: tuple[float, float, float, float]
@@ -28,7 +32,19 @@ class Picture:
     def whole(self) -> bool:
         """The network saw all of it."""
         top, left, height, width = self.window
-        return (top, left) == (0, 0) and (height, width) == self.pixels.shape[:2]
+        return (top, left) == (0, 0) and height >= self.pixels.shape[0] and width >= self.pixels.shape[1]
+
+    @property
+    def padded(self) -> bool:
+        """The network saw more than there is to see."""
+        return self.whole and self.window[2:] != self.pixels.shape[:2]
+
+    def within(self, point: tuple[float, float]) -> tuple[float, float]:
+        """(y, x) as fractions of what the network saw, from fractions of that without padding."""
+        if not self.padded:
+            return point
+        height, width = self.pixels.shape[:2]
+        return point[0] * height / self.window[2], point[1] * width / self.window[3]
 
     def place(self, block: Deformed, points: np.ndarray) -> np.ndarray:
         """Normalised (y, x) points of a block in pixels of the picture, whose centres are at .5."""
@@ -46,8 +62,10 @@ def as_picture(image: np.ndarray | Picture) -> Picture:
 def picture_of(image: Tensor, cfg: PretrainedCfg) -> Picture:
     """The picture of an image (3 x H x W uint8) that ``preprocess.prepare`` prepares for a model."""
     sides = height, width = image.shape[1:]
-    if cfg.segmentation is not None:
-        (top, left), (bottom, right) = (0.0, 0.0), (float(height), float(width))
+    if cfg.sides is not None:
+        rows, columns = resized_size(height, width, short_side=cfg.sides[0], long_side=cfg.sides[1])
+        padded = preprocess.padded_size(rows, columns, cfg)
+        (top, left), (bottom, right) = (0.0, 0.0), (height * padded[0] / rows, width * padded[1] / columns)
     else:
         resized, corner = eval_geometry(height, width, cfg.img_size, resize=cfg.resize, crop_pct=cfg.crop_pct)
         (top, left), (bottom, right) = source_edges(sides, resized, corner, cfg.img_size)

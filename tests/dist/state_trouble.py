@@ -6,6 +6,8 @@ import dataclasses
 import os
 import sys
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from state_worker import Job, build, finish, start_distributed, train_step
 
 from dattrain.engine.ema import averaged, new_average, update_average
+from dattrain.engine.evaluate import AllRanks
 from dattrain.errors import UserError
 from dattrain.runtime import collectives
 from dattrain.state import partition
@@ -113,6 +116,43 @@ def tensors_of_rank_0(run: Path) -> None:
     assert list(got) == list(told_by_rank_0)
     assert all(got[n].dtype == t.dtype and torch.equal(got[n], t) for n, t in told_by_rank_0.items())
     assert told(lambda: list(collectives.tensors_from_first(lambda: read(True)))) == "the disk is gone"
+
+
+def waits_for_rank_0(run: Path) -> None:
+    """Rank 0 alone works, for longer than a collective waits; the others get what it found, and what stops it, and beat meanwhile."""
+    waited: list[int] = []
+    pause = 2.5
+
+    def work(value: Any) -> Any:
+        assert dist.get_rank() == 0
+        time.sleep(pause)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    ranks = AllRanks(lambda: waited.append(1))
+    group = dist.distributed_c10d._get_default_group()
+    before = group._get_backend(torch.device("cpu")).options._timeout
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
+    store = dist.distributed_c10d._get_default_store()
+    dist.barrier()
+    keys = store.num_keys()
+    dist.barrier()
+    assert ranks.on_first(lambda: work({"ap": 0.5})) == {"ap": 0.5}
+    assert (len(waited) > 5) == bool(dist.get_rank())
+    assert told(lambda: ranks.on_first(lambda: work(UserError("no object")))) == "no object"
+    pause = 0.0
+    # What cannot be sent stops all too, and leaves nobody waiting.
+    failed = False
+    try:
+        ranks.on_first(lambda: work(lambda: 1))
+    except Exception as e:
+        failed = "pickle" in str(e)
+    assert failed
+    assert ranks.gather_to_first(dist.get_rank()) == ([0, 1] if dist.get_rank() == 0 else None)
+    dist.distributed_c10d._set_pg_timeout(before, group)
+    dist.barrier()
+    assert store.num_keys() == keys, "nothing is left in the store"
 
 
 def all_damaged(run: Path) -> None:

@@ -8,6 +8,7 @@ SCENARIOS = [
     "damaged_on_one_rank",
     "one_rank_cannot_load",
     "tensors_of_rank_0",
+    "waits_for_rank_0",
     "all_damaged",
     "another_model",
     "copied_beside_the_pass",

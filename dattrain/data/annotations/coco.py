@@ -15,9 +15,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dattrain.data.annotations import instances
 from dattrain.data.annotations.annotated import AnnotatedFiles, Rows
-from dattrain.data.annotations.instances import BACKGROUND
+from dattrain.data.annotations.instances import BACKGROUND, BACKGROUNDS
 from dattrain.data.classes import few, unique
 from dattrain.data.source.annotation_index import Annotations
 from dattrain.data.source.files import explained, listing, read_file
@@ -25,9 +27,6 @@ from dattrain.data.source.index import to_json
 from dattrain.data.source.sample import BadSample
 from dattrain.errors import UserError
 from dattrain.files import counted
-
-_BACKGROUNDS = frozenset({"background", "_background_", "__background__"})
-"""What tools call a category of the background (labelme's has the id 0)."""
 
 
 class CocoDataset(AnnotatedFiles):
@@ -51,6 +50,7 @@ class CocoDataset(AnnotatedFiles):
         rows = [_image(path, i, row) for i, row in enumerate(_list(path, content, "images"))]
         categories = _categories(path, _list(path, content, "categories"))
         self.classes = list(categories.names)
+        self.category_ids = categories.ids
         files = [str(row["file_name"]) for row in rows]
         _check_once(path, [row["id"] for row in rows], "id")
         _check_once(path, files, "file_name")
@@ -68,6 +68,8 @@ class CocoDataset(AnnotatedFiles):
         super().__init__(path, root, files, origin=f" (from {path})")
         # Objects are let go of as they become bytes: of a large file they are most of what is in memory.
         self._rows = Rows(_row(rows[i], objects.pop(rows[i]["id"], [])) for i in self.place.tolist())
+        sizes = [size if (size := instances.size_in(rows[i])) else (0, 0) for i in self.place.tolist()]
+        self._sizes = np.asarray(sizes, dtype=np.int64)
         self._digest = sha256(self._rows.bytes.data).hexdigest()
         self.notes = tuple(notes)
 
@@ -75,6 +77,10 @@ class CocoDataset(AnnotatedFiles):
     def annotation_digest(self) -> str:
         """Of all annotations, in order."""
         return self._digest
+
+    def image_size(self, shard: int, sample: int) -> tuple[int, int]:
+        """See ``Dataset.image_size``; as the JSON says."""
+        return int(self._sizes[sample, 0]), int(self._sizes[sample, 1])
 
     def annotation(self, sample: int) -> bytes:
         """JSON of the objects of an image."""
@@ -119,6 +125,8 @@ class _Categories(NamedTuple):
     """Of the classes, the background first."""
     of_id: Mapping[int, int]
     """Class by category id."""
+    ids: Sequence[int | None]
+    """``Dataset.category_ids``."""
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -171,7 +179,7 @@ def _categories(path: str, rows: Sequence[Mapping[str, Any]]) -> _Categories:
             raise UserError(f"{path}: has the category {dict(row)!r}; each needs an integer id and a name")
     _check_once(path, [row["id"] for row in rows], "id", "categories")
     rows = sorted(rows, key=lambda row: row["id"])
-    grounds = [row for row in rows if row["name"].strip().lower() in _BACKGROUNDS]
+    grounds = [row for row in rows if row["name"].strip().lower() in BACKGROUNDS]
     others = [row for row in rows if row not in grounds]
     if not others:
         raise UserError(f"{path}: lists no categories of objects")
@@ -179,14 +187,15 @@ def _categories(path: str, rows: Sequence[Mapping[str, Any]]) -> _Categories:
         raise UserError(f"{path}: has {len(grounds)} categories of the background; it must have one at most")
     names = unique([BACKGROUND, *(row["name"] for row in others)], path)
     index = {row["id"]: i + 1 for i, row in enumerate(others)}
-    return _Categories(names, {**index, **{row["id"]: 0 for row in grounds}})
+    of_id = {**index, **{row["id"]: 0 for row in grounds}}
+    return _Categories(names, of_id, [None, *(row["id"] for row in others)])
 
 
 def _objects(
     path: str, found: Sequence[dict[str, Any]], images: Sequence[Mapping[str, Any]], categories: _Categories
 ) -> tuple[dict[Any, list[dict[str, Any]]], list[str], str]:
     """Objects by image id as samples hold them; what was left out; and ``Dataset.maskless``."""
-    sizes = {row["id"]: (row.get("height"), row.get("width")) for row in images}
+    sizes = {row["id"]: instances.size_in(row) for row in images}
     kept: dict[Any, list[dict[str, Any]]] = {}
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -224,30 +233,21 @@ def _objects(
 
 
 def _kept(
-    one: dict[str, Any], size: tuple[Any, Any], index: int, where: str
+    one: dict[str, Any], size: tuple[int, int] | None, index: int, where: str
 ) -> tuple[str, dict[str, Any] | None]:
     """An object as a sample holds it, or why it is left out."""
     try:
         segmentation = instances.read_segmentation(one.get("segmentation"), where)
         if segmentation is not None:
             segmentation = instances.stored(segmentation, where)
+        box = instances.box_said(one, segmentation, where)
     except BadSample as error:
         raise UserError(f"{error}; correct it, or remove it") from error
-    box = instances.read_box(one.get("bbox"))
-    if box is None and segmentation is not None and "bbox" not in one:
-        box = instances.box_of(segmentation)
-    if box is None:
-        raise UserError(f"{where} has the bbox {one.get('bbox')!r}, not x, y, width and height")
-    x, y, width, height = box
-    area = one.get("area", width * height)
-    if not isinstance(area, (int, float)) or not area > 0:
+    area = one["area"] if "area" in one else instances.area_of(segmentation, box)
+    if not isinstance(area, (int, float)):
         return f"an area of {area!r}", None
-    if width < 1 or height < 1:
-        return "a side below one pixel", None
-    if all(isinstance(side, int) for side in size) and (
-        x + width <= 0 or y + height <= 0 or x >= size[1] or y >= size[0]
-    ):
-        return "a box beyond their image", None
+    if why := instances.degenerate(box, area, size):
+        return why, None
     kept = {
         "class": index,
         "bbox": one.get("bbox", list(box)),
@@ -256,6 +256,8 @@ def _kept(
     }
     if "id" in one:
         kept["id"] = one["id"]
+    if one.get("ignore"):
+        kept["ignore"] = 1
     if segmentation is not None:
         kept["segmentation"] = segmentation
     return "", kept

@@ -3,7 +3,8 @@
 ``{"image_id": 9, "height": 480, "width": 640, "annotations": [{"class": 51, "bbox": [x, y, width, height], "area": 120.5, "iscrowd": 0,
 "segmentation": ...}]}``. ``class`` is an index of the set's classes, which begin with the background; ``bbox`` is in pixels, as given;
 ``segmentation`` is a list of polygons (x, y, x, y, ...), or COCO's run lengths, compressed: ``{"size": [height, width], "counts": "..."}``;
-it is missing where there is a box alone. Shards that others wrote may say ``category_id`` for ``class``.
+it is missing where there is a box alone. ``ignore`` marks what detection does not learn from. Shards that others wrote may say
+``category_id`` for ``class``, and leave out ``area``, and ``bbox`` where there is a segmentation.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from dattrain.files import counted
 
 BACKGROUND = "background"
 """Class 0 of a set of objects: that of the pixels of none, where it is segmented."""
+BACKGROUNDS = frozenset({BACKGROUND, "_background_", "__background__"})
+"""What tools call it, in small letters (labelme's category has the id 0)."""
 
 _FAR = 8 * images.MAX_SIDE
 """Pixels; corners beyond are no corners, and walking to them would take memory."""
@@ -44,6 +47,7 @@ class Instances:
         crowd: N bool, whether it stands for many objects that nobody told apart.
         segmentations: N, None for a box alone.
         size: height and width of the image that was annotated; None where nobody says.
+        ignored: indexes of those that are marked not to be learned from.
     """
 
     boxes: NDArray[np.float64]
@@ -52,6 +56,7 @@ class Instances:
     crowd: NDArray[np.bool_]
     segmentations: tuple[Segmentation | None, ...]
     size: tuple[int, int] | None
+    ignored: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -73,7 +78,20 @@ def parse(annotation: bytes, where: str) -> Instances:
         area=np.asarray([one.area for one in objects], dtype=np.float64),
         crowd=np.asarray([one.crowd for one in objects], dtype=np.bool_),
         segmentations=tuple(one.segmentation for one in objects),
-        size=_size(content),
+        size=size_in(content),
+        ignored=frozenset(i for i, one in enumerate(objects) if one.ignored),
+    )
+
+
+def nothing() -> Instances:
+    """No objects, of an image of any size."""
+    return Instances(
+        boxes=np.zeros((0, 4)),
+        classes=np.zeros(0, dtype=np.int64),
+        area=np.zeros(0),
+        crowd=np.zeros(0, dtype=np.bool_),
+        segmentations=(),
+        size=None,
     )
 
 
@@ -85,7 +103,7 @@ def maskless(count: int, first: str) -> str:
 def size_of(annotation: bytes) -> tuple[int, int] | None:
     """``Instances.size``, without a look at the objects; None too where it does not parse."""
     try:
-        return _size(json.loads(annotation))
+        return size_in(json.loads(annotation))
     except (ValueError, RecursionError):
         return None
 
@@ -123,21 +141,27 @@ def stored(segmentation: Segmentation, where: str) -> Segmentation:
     return {"size": [height, width], "counts": rle.to_string(counts)}
 
 
-def mask(segmentation: Segmentation, size: tuple[int, int], where: str) -> NDArray[np.bool_]:
-    """The pixels of an object, H x W.
+def mask(
+    segmentation: Segmentation, size: tuple[int, int], where: str, part: tuple[slice, slice] | None = None
+) -> NDArray[np.bool_]:
+    """The pixels of an object, H x W, or those of a part of the image.
 
     Args:
         size: height and width of the image.
+        part: rows and columns, within the image; nothing of that size but the part is made of polygons, and its columns of run lengths.
 
     Raises:
         BadSample: run lengths of another size, or what is no segmentation.
     """
+    rows, columns = part or (slice(0, size[0]), slice(0, size[1]))
     if isinstance(segmentation, Mapping):
-        check_size(segmentation, size, where)
-        return rle.decode(_runs(segmentation, where)[0], *size)
-    found = np.zeros(size, dtype=np.bool_)
+        counts, own = _runs(segmentation, where)
+        _check_same(own, size, where)
+        return rle.decode(counts, *size, columns)[rows]
+    found = np.zeros((rows.stop - rows.start, columns.stop - columns.start), dtype=np.bool_)
     for polygon in segmentation:
-        polygons.paint(found, np.asarray(polygon, dtype=np.float64).reshape(-1, 2))
+        corners = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+        polygons.paint(found, corners, (rows.start, columns.start))
     return found
 
 
@@ -167,11 +191,14 @@ def check(
 def check_size(segmentation: Segmentation, size: tuple[int, int], where: str) -> None:
     """Raise BadSample where run lengths are of another size than the image (height and width)."""
     if isinstance(segmentation, Mapping):
-        own = _runs(segmentation, where)[1]
-        if own != size:
-            raise BadSample(
-                f"{where}: its mask has {own[1]} x {own[0]} pixels, its image {size[1]} x {size[0]}; both must be of one size"
-            )
+        _check_same(_runs(segmentation, where)[1], size, where)
+
+
+def _check_same(own: tuple[int, int], size: tuple[int, int], where: str) -> None:
+    if own != size:
+        raise BadSample(
+            f"{where}: its mask has {own[1]} x {own[0]} pixels, its image {size[1]} x {size[0]}; both must be of one size"
+        )
 
 
 def painted(
@@ -212,6 +239,7 @@ class _Object:
     area: float
     crowd: bool
     segmentation: Segmentation | None
+    ignored: bool
 
 
 def _content(annotation: bytes, where: str) -> dict[str, Any]:
@@ -227,7 +255,8 @@ def _content(annotation: bytes, where: str) -> dict[str, Any]:
     return content
 
 
-def _size(content: object) -> tuple[int, int] | None:
+def size_in(content: object) -> tuple[int, int] | None:
+    """``height`` and ``width`` in the content of a JSON; None where these are no numbers of pixels."""
     fields = content if isinstance(content, dict) else {}
     height, width = fields.get("height"), fields.get("width")
     return (height, width) if type(height) is int and type(width) is int and min(height, width) > 0 else None
@@ -238,13 +267,22 @@ def _object(one: Mapping[str, Any], where: str) -> _Object:
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= MAX_LABEL:
         raise BadSample(f"{where} has the class {index!r}, not a number from 0 on")
     segmentation = read_segmentation(one.get("segmentation"), where)
-    box = read_box(one.get("bbox"))
-    if box is None:
-        raise BadSample(f"{where} has the bbox {one.get('bbox')!r}, not x, y, width and height")
+    box = box_said(one, segmentation, where)
     area = one.get("area")
     if not isinstance(area, (int, float)) or not math.isfinite(area):
-        area = box[2] * box[3]
-    return _Object(box, index, float(area), bool(one.get("iscrowd", 0)), segmentation)
+        area = area_of(segmentation, box)
+    crowd, ignored = bool(one.get("iscrowd", 0)), bool(one.get("ignore", 0))
+    return _Object(box, index, float(area), crowd, segmentation, ignored)
+
+
+def box_said(one: Mapping[str, Any], segmentation: Segmentation | None, where: str) -> tuple[float, ...]:
+    """The box of an object: its ``bbox``; where it has none, the one around its segmentation. Raises BadSample."""
+    box = read_box(one.get("bbox"))
+    if box is None and segmentation is not None and "bbox" not in one:
+        box = box_of(segmentation)
+    if box is None:
+        raise BadSample(f"{where} has the bbox {one.get('bbox')!r}, not x, y, width and height")
+    return box
 
 
 def read_box(box: object) -> tuple[float, ...] | None:
@@ -268,6 +306,37 @@ def box_of(segmentation: Segmentation) -> tuple[float, ...]:
         corners = np.concatenate([np.asarray(one, dtype=np.float64).reshape(-1, 2) for one in segmentation])
         low, high = corners.min(axis=0), corners.max(axis=0)
     return (*map(float, low), *map(float, high - low))
+
+
+def area_of(segmentation: Segmentation | None, box: Sequence[float]) -> float:
+    """Pixels of an object that does not say its area: of its mask, else of its box.
+
+    Polygons are taken for apart and without crossings: where they overlap, pixels count twice.
+    """
+    if segmentation is None:
+        return box[2] * box[3]
+    if isinstance(segmentation, Mapping):
+        return float(_runs(segmentation, "")[0][1::2].sum())
+    corners = (np.asarray(one, dtype=np.float64).reshape(-1, 2) for one in segmentation)
+    return sum(map(polygons.area, corners)) or box[2] * box[3]
+
+
+def degenerate(box: Sequence[float], area: float, size: tuple[int, int] | None) -> str:
+    """Why an object is left out, in words, as by mmdetection's ``CocoDataset``; empty where it is not.
+
+    Args:
+        box: x, y, width, height.
+        area: pixels.
+        size: height and width of the image; None where they are not known.
+    """
+    x, y, width, height = box
+    if not area > 0:
+        return f"an area of {area!r}"
+    if width < 1 or height < 1:
+        return "a side below one pixel"
+    if size is not None and (x + width <= 0 or y + height <= 0 or x >= size[1] or y >= size[0]):
+        return "a box beyond their image"
+    return ""
 
 
 def read_segmentation(value: object, where: str) -> Segmentation | None:

@@ -1,9 +1,12 @@
-"""Which task can learn from which set."""
+"""Which task can learn from which set, and from which of its classes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
+from dattrain.config.sections import DETECTORS
+from dattrain.data.annotations.instances import BACKGROUND
+from dattrain.data.classes import canonical
 from dattrain.data.source.annotation_index import Annotations
 from dattrain.data.source.sample import Dataset
 from dattrain.errors import UserError
@@ -13,27 +16,71 @@ _HOLDS = {
     "maps": "an image and a map of the classes of its pixels each",
     "instances": "an image and the objects in it each",
 }
-_TASKS = {"none": "classification", "maps": "segmentation", "instances": "segmentation"}
+_TASKS = {"none": ("classification",), "maps": ("segmentation",), "instances": ("detection", "segmentation")}
 _NEEDED = {
     frozenset({"none"}): "images with a class each: a folder per class, or shards with labels",
     frozenset(
         {"maps", "instances"}
     ): "annotations: shards that `dattrain data pack --ade|--coco|--voc` wrote, an ADE20K-like folder "
     "(DIR/images/training, beside it DIR/annotations/training), a COCO JSON or a VOC folder",
-    frozenset({"instances"}): "objects: shards that `dattrain data pack --coco` wrote, or a COCO JSON",
+    frozenset(
+        {"instances"}
+    ): "objects: shards that `dattrain data pack --coco|--voc` wrote, a COCO JSON, or a list in VOC's "
+    "ImageSets/Main",
 }
 CLASSIFICATION: frozenset[Annotations] = frozenset({"none"})
 SEGMENTATION: frozenset[Annotations] = frozenset({"maps", "instances"})
-KINDS = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION}
+DETECTION: frozenset[Annotations] = frozenset({"instances"})
+KINDS = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION, "detection": DETECTION}
 """By ``task.kind``."""
 
 
-def flaws(dataset: Dataset, task: str) -> list[str]:
-    """What makes samples of a set bad for a task, as far as opening it tells: ``Dataset.flaws``, and objects without the mask that it needs."""
+def needs_masks(task: str, head: str) -> bool:
+    """Whether ``task.kind`` with ``task.head`` learns from the masks of objects."""
+    return task == "segmentation" or (task == "detection" and "mask" in head)
+
+
+def flaws(dataset: Dataset, task: str, masks: bool) -> list[str]:
+    """What makes samples of a set bad for a task, as far as opening it tells: ``Dataset.flaws``, and objects without the mask that it needs.
+
+    Args:
+        task: ``task.kind``.
+        masks: whether it learns from the masks of objects (``needs_masks``).
+    """
     found = list(dataset.flaws)
-    if dataset.maskless and task == "segmentation":
-        found.append(f"{dataset.name}: {dataset.maskless}; task.kind={task} learns from masks")
+    if dataset.maskless and masks:
+        boxes = " or ".join(head for head in DETECTORS if not needs_masks("detection", head))
+        learns = (
+            f"task.kind={task} learns from masks"
+            if task == "segmentation"
+            else "this task.head learns from masks"
+        )
+        found.append(
+            f"{dataset.name}: {dataset.maskless}; {learns}; task.kind=detection with task.head {boxes} needs boxes alone"
+        )
     return found
+
+
+def learned(names: Sequence[str], task: str) -> list[int]:
+    """Indexes of the classes of a set, by their names, for which a network of that task has outputs.
+
+    All of them, but for detection: what is background there is said by no output of its own among ``model.num_classes``.
+    """
+    return [i for i, name in enumerate(names) if task != "detection" or canonical(name) != BACKGROUND]
+
+
+def background_hint(
+    annotations: Annotations, names: Sequence[str] | None, num_classes: int, task: str
+) -> str:
+    """What to add to a message about as many names that are not ``num_classes``: that the background was counted, or was not."""
+    if annotations != "instances" or names is None:
+        return ""
+    count = len(learned(names, "detection"))
+    if task == "detection" and num_classes == count + 1:
+        return ": detection has no class for the background"
+    if task == "segmentation" and num_classes == count == len(names) - 1:
+        return f": of segmentation, {BACKGROUND} is a class like the others"
+    return ""
 
 
 def check_kind(held: Annotations, wanted: Collection[Annotations], what: str, task: str) -> None:
@@ -52,5 +99,5 @@ def check_kind(held: Annotations, wanted: Collection[Annotations], what: str, ta
         needed = _NEEDED.get(frozenset(wanted), " or ".join(sorted(wanted)))
         raise UserError(
             f"{what}: its samples hold {_HOLDS[held]}, and task.kind={task} needs {needed}"
-            + (f"; for this set, task.kind={_TASKS[held]}" if _TASKS[held] != task else "")
+            + (f"; for this set, task.kind={' or '.join(_TASKS[held])}" if task not in _TASKS[held] else "")
         )

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 _SCALE = 5
 
 
-def paint(mask: NDArray[np.bool_], polygon: NDArray[np.float64]) -> None:
+def paint(mask: NDArray[np.bool_], polygon: NDArray[np.float64], corner: tuple[int, int] = (0, 0)) -> None:
     """Add a polygon's pixels to a mask, in place.
 
     The rule of the COCO API (``rleFrPoly`` in ``maskApi.c``): corners are rounded to a grid five times as fine, edges are walked on it a
@@ -17,10 +17,13 @@ def paint(mask: NDArray[np.bool_], polygon: NDArray[np.float64]) -> None:
     Args:
         mask: H x W.
         polygon: K x 2 corners, x and y in pixels; the last one is joined to the first.
+        corner: top and left of the mask in the image that the polygon is of, where it is a part of that alone.
     """
     height, width = mask.shape
     corners = np.trunc(_SCALE * polygon + 0.5).astype(np.int64)
     u, v = _boundary(corners, np.roll(corners, -1, axis=0))
+    # After rounding, so that a part of an image is the same to the pixel.
+    u, v = u - _SCALE * corner[1], v - _SCALE * corner[0]
     step = np.flatnonzero(u[1:] != u[:-1]) + 1
     after, before = u[step], u[step - 1]
     x = (np.where(after < before, after, after - 1) + 0.5) / _SCALE - 0.5
@@ -56,3 +59,9 @@ def _boundary(
     along = low[of, long[of]] + at
     across = np.trunc(low[of, 1 - long[of]] + slope[of] * at + 0.5).astype(np.int64)
     return np.where(flat[of], along, across), np.where(flat[of], across, along)
+
+
+def area(polygon: NDArray[np.float64]) -> float:
+    """Area of a polygon without crossings, in squares of pixels; ``polygon`` as for ``paint``."""
+    x, y = (polygon - polygon[0]).T
+    return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def decode(counts: NDArray[np.int64] | Sequence[int], height: int, width: int) -> NDArray[np.bool_]:
-    """The mask, H x W.
+def decode(
+    counts: NDArray[np.int64] | Sequence[int], height: int, width: int, columns: slice | None = None
+) -> NDArray[np.bool_]:
+    """The mask, H x W, or these ``columns`` of it.
 
     Raises:
         ValueError: lengths that are negative, or do not add up to the mask's pixels.
@@ -23,6 +25,10 @@ def decode(counts: NDArray[np.int64] | Sequence[int], height: int, width: int) -
         raise ValueError(
             f"run lengths of {int(runs.sum())} pixels, for a mask of {width} x {height} ({height * width})"
         )
+    if columns is not None:
+        first, width = columns.start, columns.stop - columns.start
+        ends = (np.cumsum(runs) - first * height).clip(0, width * height)
+        runs = np.diff(ends, prepend=0)
     ones = np.arange(len(runs)) % 2 == 1
     return np.repeat(ones, runs).reshape(width, height).T
 
@@ -34,6 +40,24 @@ def encode(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     bounds = np.concatenate(([0], edges, [len(flat)]))
     runs = np.diff(bounds)
     return np.concatenate(([0], runs)) if len(flat) and flat[0] else runs
+
+
+def encode_part(pixels: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> NDArray[np.int64]:
+    """Run lengths of a mask of ``height`` x ``width`` that is empty but for ``pixels``, whose upper left one is at (top, left).
+
+    Only the columns of ``pixels`` are laid out.
+    """
+    columns = np.zeros((height, pixels.shape[1]), dtype=np.bool_)
+    columns[top : top + pixels.shape[0]] = pixels
+    if not columns.any():
+        return np.asarray([height * width], dtype=np.int64)
+    runs = encode(columns)
+    runs[0] += left * height
+    after = (width - left - pixels.shape[1]) * height
+    if len(runs) % 2:
+        runs[-1] += after
+        return runs
+    return np.concatenate((runs, [after])) if after else runs
 
 
 def from_string(text: str | bytes) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ trains on it, and in whatever micro-batch where ``geometry.crop`` says a size. T
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,3 +114,14 @@ def resized_size(
         short, long = long, short
     factor = min(long / max(height, width), short / min(height, width))
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+def crop_window(size: tuple[int, int], crop: tuple[int, int], place: Sequence[float]) -> tuple[slice, slice]:
+    """Rows and columns of a crop of an image of ``size``, all of a side that has no more; ``place`` are two draws from (0, 1)."""
+    windows = []
+    for side, wanted, u in zip(size, crop, place):
+        free = max(side - wanted, 0)
+        # A draw is below 1, but times a whole number it may round up to that number.
+        start = min(int(u * (free + 1)), free)
+        windows.append(slice(start, min(start + wanted, side)))
+    return windows[0], windows[1]

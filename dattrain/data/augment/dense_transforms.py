@@ -8,15 +8,27 @@ of a class too frequent is refused on the map's pixels before the image is touch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dattrain.data.annotations.semantic import VOID
-from dattrain.data.augment.dense_plan import DensePlan
-from dattrain.data.dense_batch import SegmentationBatch
+from dattrain.data.augment.dense_plan import DensePlan, crop_window
 from dattrain.data.to_device import to_device
+
+
+class PaddedBatch(Protocol):
+    """B images that are padded at the right and at the bottom to the largest of them."""
+
+    @property
+    def images(self) -> Tensor:
+        """B x 3 x H x W uint8."""
+
+    @property
+    def sizes(self) -> Tensor:
+        """B x 2 int64 on the CPU, height and width without the padding."""
 
 
 def train_sample(image: Tensor, classes: Tensor, plan: DensePlan, sample: int) -> tuple[Tensor, Tensor]:
@@ -44,16 +56,8 @@ def choose_crop(
     """
     if plan.crop is None:
         return (slice(0, size[0]), slice(0, size[1])), nearest(classes, size)
-    room = [max(side - crop, 0) for side, crop in zip(size, plan.crop)]
-    boxes = []
-    for place in plan.place[sample].tolist():
-        # A draw is below 1, but times a whole number it may round up to that number.
-        top, left = (min(int(u * (free + 1)), free) for u, free in zip(place, room))
-        rows, columns = (
-            slice(start, min(start + crop, side)) for start, crop, side in zip((top, left), plan.crop, size)
-        )
-        boxes.append((rows, columns))
-    if plan.max_class_share == 1 or room == [0, 0]:
+    boxes = [crop_window(size, plan.crop, place) for place in plan.place[sample].tolist()]
+    if plan.max_class_share == 1 or all(side <= crop for side, crop in zip(size, plan.crop)):
         boxes = boxes[:1]
     for box in boxes[:-1]:
         crop = nearest(classes, size, box)
@@ -155,7 +159,7 @@ def _value_and_chroma(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalised(
-    batch: SegmentationBatch, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+    batch: PaddedBatch, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """What the network gets of a batch: B x 3 x H x W of ``dtype``, zero mean and unit deviation, on the batch's device.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from dattrain.errors import UserError
 
 _NOTHING = 32
 """Pixels of a side of what stands in a bad sample's place, where the crop is not smaller."""
+T = TypeVar("T")
 _Pixels = tuple[torch.Tensor, torch.Tensor]
 """An image (3 x H x W uint8) and its map (H x W uint8)."""
 
@@ -81,39 +83,55 @@ class SegmentationDecoder:
 
     def decode(self, encoded: EncodedMaps) -> SegmentationBatch:
         """Decode what was read. Raises UserError for a bad image or map without ``skip_bad``."""
-        found, plan = encoded.found, encoded.plan
-        bad = dict(found.bad)
-        done: list[_Pixels] = []
-        for i, sample in enumerate(found.samples):
-            pixels = None
-            if sample is not None:
-                note(found.where[i])
-                try:
-                    pixels = decode_sample(sample, encoded.numbers)
-                except BadSample as error:
-                    if not self.skip_bad:
-                        raise UserError(bad_sample_message(str(error))) from error
-                    bad[i] = str(error)
-            if pixels is None:
-                done.append(nothing(plan))
-            else:
-                done.append(pixels if plan is None else train_sample(*pixels, plan, i))
-        return self._batch(done, encoded, bad)
+        plan = encoded.plan
+
+        def finished(i: int, sample: Sample) -> _Pixels:
+            pixels = decode_sample(sample, encoded.numbers)
+            return pixels if plan is None else train_sample(*pixels, plan, i)
+
+        done, bad = decode_each(encoded.found, finished, skip_bad=self.skip_bad)
+        return self._batch([nothing(plan) if one is None else one for one in done], encoded, bad)
 
     def _batch(self, done: list[_Pixels], encoded: EncodedMaps, bad: dict[int, str]) -> SegmentationBatch:
         sizes = torch.tensor([classes.shape for _, classes in done], dtype=torch.int64).view(-1, 2)
         size = batch_size(sizes.tolist(), encoded.plan, self.pad_to)
         pixels, maps, slot = empty((len(done), *size), self.buffer)
         for i, (image, classes) in enumerate(done):
-            height, width = classes.shape
-            pixels[i, :, :height, :width] = image
-            pixels[i, :, height:].zero_()
-            pixels[i, :, :height, width:].zero_()
-            maps[i, :height, :width] = classes
-            maps[i, height:].fill_(VOID)
-            maps[i, :height, width:].fill_(VOID)
+            put(pixels[i], image, 0)
+            put(maps[i], classes, VOID)
         batch = assemble(pixels, maps, sizes, encoded, bad)
         return batch if slot is None else replace(batch, slot=slot)
+
+
+def decode_each(
+    found: Found, decode: Callable[[int, Sample], T], *, skip_bad: bool
+) -> tuple[list[T | None], dict[int, str]]:
+    """What ``decode`` makes of each sample that was read, with its place; None for a bad one, and the reasons by place.
+
+    Raises:
+        UserError: ``decode`` raises BadSample, without ``skip_bad``.
+    """
+    bad = dict(found.bad)
+    done: list[T | None] = [None] * len(found.samples)
+    for i, sample in enumerate(found.samples):
+        if sample is None:
+            continue
+        note(found.where[i])
+        try:
+            done[i] = decode(i, sample)
+        except BadSample as error:
+            if not skip_bad:
+                raise UserError(bad_sample_message(str(error))) from error
+            bad[i] = str(error)
+    return done, bad
+
+
+def put(room: torch.Tensor, pixels: torch.Tensor, padding: int) -> None:
+    """``pixels`` (... x h x w) into the upper left corner of ``room`` (... x H x W), and ``padding`` into the rest."""
+    height, width = pixels.shape[-2:]
+    room[..., :height, :width] = pixels
+    room[..., height:, :].fill_(padding)
+    room[..., :height, width:].fill_(padding)
 
 
 def batch_size(sizes: Sequence[Sequence[int]], plan: DensePlan | None, pad_to: int) -> tuple[int, int]:
@@ -172,10 +190,13 @@ def labelled(sample: Sample, numbers: NDArray[np.int64] | None) -> bool:
 
 def nothing(plan: DensePlan | None) -> _Pixels:
     """What stands in a bad sample's place: black, and nothing labelled."""
+    image = black(plan)
+    return image, torch.full_like(image[0], VOID)
+
+
+def black(plan: DensePlan | None) -> torch.Tensor:
+    """The image in a bad sample's place: small, and no larger than the crop."""
     height, width = (
         min(_NOTHING, side) for side in (plan.crop if plan and plan.crop else (_NOTHING, _NOTHING))
     )
-    return (
-        torch.zeros((3, height, width), dtype=torch.uint8),
-        torch.full((height, width), VOID, dtype=torch.uint8),
-    )
+    return torch.zeros((3, height, width), dtype=torch.uint8)

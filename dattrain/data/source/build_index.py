@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from dattrain.data.annotations import instances, maps
+from dattrain.data.annotations.semantic import annotated_size
 from dattrain.data.decode import images as image_bytes
 from dattrain.data.decode.images import IMAGE_EXTENSIONS
 from dattrain.data.label_values import LABEL_FIELDS, as_label, label_of, parse_json
@@ -209,14 +210,24 @@ class _Builder:
         return parse_json(os.pread(self.fd, member.size, member.offset), where), where
 
     def _size(self, image: tar.Member | None, annotation: tar.Member | None) -> tuple[int, int]:
-        """Height and width of an annotated image; zeros where its header cannot be read."""
-        for limit in (_HEADER, None) if image and annotation else ():
-            assert image is not None
+        """Height and width of an annotated image as it is read, which is turned where its annotation is; zeros where its header cannot be read."""
+        if image is None or annotation is None:
+            return 0, 0
+        for limit in (_HEADER, image.size):
             try:
-                return image_bytes.size(os.pread(self.fd, min(image.size, limit or image.size), image.offset))
+                stored = image_bytes.size(os.pread(self.fd, min(image.size, limit), image.offset))
+                break
             except image_bytes.BadImage:  # its header may lie beyond what was read
                 continue
-        return 0, 0
+        else:
+            return 0, 0
+        if stored[0] == stored[1]:
+            return stored
+        said = os.pread(self.fd, min(annotation.size, 64), annotation.offset)
+        if maps.header(said) is None:  # of a map its first bytes tell
+            said = os.pread(self.fd, annotation.size, annotation.offset)
+        size = annotated_size(said)
+        return size if size == stored[::-1] else stored
 
     def _label(self, key: str, members: list[tar.Member]) -> tuple[int, tar.Member | None]:
         """The label of a sample, or the member that holds its objects instead."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ _COPIED = "copied_from"
 
 @dataclass(frozen=True)
 class Named:
-    """Names of labels 0, 1, ..., which of these have samples (None where that is not said), and ``Dataset.maskless``."""
+    """Names of labels 0, 1, ..., which of these have samples (None where that is not said), and what ``Dataset`` has by these names."""
 
     classes: tuple[str, ...]
     used: frozenset[int] | None
     maskless: str = ""
+    category_ids: tuple[int | None, ...] | None = None
 
 
 def class_names(
@@ -52,6 +53,7 @@ def class_names(
     found: dict[tuple[str, ...] | None, str] = {}
     used: set[int] | None = set()
     maskless = ""
+    ids: list[tuple[int | None, ...] | None] = []
     for path in paths:
         name = os.path.basename(plain(path))
         file = f"_{re.sub(r'-[0-9]+[.]tar$', '', name)}.manifest.json"
@@ -65,6 +67,8 @@ def class_names(
         if named is not None and used is not None:
             used = None if named.used is None else used | named.used
         maskless = maskless or (named.maskless if named else "")
+        if named is not None and named.category_ids not in ids:
+            ids.append(named.category_ids)
     if len(found) > 1:
         (some, one), (others, other) = list(found.items())[:2]
         what = "one has names of its classes and the other has none" if some is None or others is None else (
@@ -74,7 +78,24 @@ def class_names(
             f"{one} and {other} number their classes each in its own way: {what}; pack them together, or train on one"
         )
     names = next(iter(found), None)
-    return None if names is None else Named(names, None if used is None else frozenset(used), maskless)
+    if names is None:
+        return None
+    return Named(names, None if used is None else frozenset(used), maskless, _joined_ids(ids))
+
+
+def _joined_ids(
+    found: Sequence[tuple[int | None, ...] | None],
+) -> tuple[int | None, ...] | None:
+    """The ids of categories by which all shards go; None where some shards call a class otherwise than others, or do not say."""
+    known = [ids for ids in found if ids is not None]
+    if not known or len(known) < len(found):
+        return None
+    by_class = [{one for one in row if one is not None} for row in zip(*known)]
+    if any(len(row) > 1 for row in by_class):
+        return None
+    joined = tuple(next(iter(row), None) for row in by_class)
+    there = [one for one in joined if one is not None]
+    return joined if len(set(there)) == len(there) else None
 
 
 def copy_manifests(out: str) -> None:
@@ -109,6 +130,8 @@ def copy_manifests(out: str) -> None:
             before, more = copy.get("histogram"), content.get("histogram")
             if content.get("maskless"):
                 copy["maskless"] = content["maskless"]
+            if copy.get("category_ids") != content.get("category_ids"):
+                copy["category_ids"] = None  # splits of one name, whose files have ids of their own
             copy["histogram"] = None if before is None or more is None else {**before, **more}
             copy["samples"] = sum(shard["samples"] for shard in copy["shards"])
             copy["bytes"] = sum(shard.get("bytes", 0) for shard in copy["shards"])
@@ -209,7 +232,21 @@ def named_in(manifest: Any) -> Named | None:
     classes = unique(list(map(str, manifest["classes"])), "classes")
     if used and not 0 <= max(used) < len(classes):
         raise ValueError(f"label {max(used)} of {len(classes)} classes")
-    return Named(classes, used, str(manifest.get("maskless") or ""))
+    return Named(classes, used, str(manifest.get("maskless") or ""), _category_ids(manifest, len(classes)))
+
+
+def _category_ids(manifest: Mapping[str, Any], classes: int) -> tuple[int | None, ...] | None:
+    """Those of a manifest; None where it has none, as those of before there were any. Raises ValueError."""
+    found = manifest.get("category_ids")
+    if found is None:
+        return None
+    if (
+        not isinstance(found, list)
+        or len(found) != classes
+        or not all(one is None or type(one) is int for one in found)
+    ):
+        raise ValueError(f"category_ids are no list of {classes} ids")
+    return tuple(found)
 
 
 def _read(path: str, read: Callable[[str], bytes]) -> dict[str, Named]:

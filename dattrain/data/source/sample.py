@@ -61,6 +61,9 @@ class Dataset(Protocol):
     """What its samples hold beside the image; with any, ``classes`` are those of pixels or objects, and there are no labels."""
     numbers: NDArray[np.int64] | None
     """What ``renumber`` was given: class numbers by the set's own; None before."""
+    category_ids: Sequence[int | None] | None
+    """Of objects: what the file that the set was made of calls the classes of ``classes`` (COCO's ``category_id``), None for the
+    background and where it has no such category; None where nothing says."""
 
     def key(self, shard: int, sample: int) -> str:
         """``shard:key`` of a sample."""
@@ -72,6 +75,10 @@ class Dataset(Protocol):
 
     def read(self, shard: int, sample: int) -> Sample:
         """The encoded image. Raises BadSample for a sample without image, UserError for a damaged shard."""
+        ...
+
+    def image_size(self, shard: int, sample: int) -> tuple[int, int]:
+        """Height and width of a sample's image as ``read`` gives it, told without reading it; zeros where nothing says."""
         ...
 
     def renumber(self, numbers: NDArray[np.int64]) -> None:
@@ -103,6 +110,11 @@ class BaseDataset:
     prefetches: bool = False
     annotations: Annotations = "none"
     numbers: NDArray[np.int64] | None = None
+    category_ids: Sequence[int | None] | None = None
+
+    def image_size(self, shard: int, sample: int) -> tuple[int, int]:
+        """See ``Dataset.image_size``."""
+        return 0, 0
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """See ``Dataset.prefetch``."""

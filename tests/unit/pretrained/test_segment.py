@@ -150,7 +150,7 @@ def test_options_of_the_other_task_are_refused(
         assert cli.main(command) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert words in line
-    with pytest.raises(ConfigError, match="topk is for image classifiers"):
+    with pytest.raises(ConfigError, match="topk is for image classifiers and detectors"):
         api.predict(segmenter_file, photo, topk=3, device="cpu")
     with pytest.raises(ConfigError, match="is an image classifier"):
         next(segment(atto, cfg, [photo]))

@@ -15,7 +15,7 @@ from dattrain.errors import ConfigError
 from dattrain.models.dense.segmenter import Segmenter
 from dattrain.pretrained import weights
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, build
-from dattrain.pretrained.recipe_model import segmentation_recipe
+from dattrain.pretrained.recipe_model import dense_recipe
 from dattrain.pretrained.segmentation_cfg import SegmentationCfg
 from dattrain.pretrained.start_from import Start
 
@@ -29,15 +29,15 @@ def test_a_file_holds_the_network_its_task_and_its_images(segmenter, dense_cfg, 
     x = torch.randn(1, 3, 70, 93)  # of any size
     with torch.no_grad():
         torch.testing.assert_close(back(x), segmenter(x))
-    recipe = segmentation_recipe(cfg)
+    recipe = dense_recipe(cfg)
     assert (recipe.task.head, recipe.task.norm, recipe.geometry.short_side) == ("semantic_fpn", "group", 64)
     # A version before there were such files must not take it for a classifier's; files of classifiers are as ever.
     assert json.loads(cfg.to_json())["format"] == 2
     plain = json.loads(replace(cfg, segmentation=None).to_json())
     assert plain["format"] == 1 and "segmentation" not in plain
     assert PretrainedCfg.from_json(json.dumps(plain)).segmentation is None
-    with pytest.raises(ValueError, match="of format 3, and 1 and 2 are known"):
-        PretrainedCfg.from_json(json.dumps({**plain, "format": 3}))
+    with pytest.raises(ValueError, match="of format 4, and 1, 2, 3 are known"):
+        PretrainedCfg.from_json(json.dumps({**plain, "format": 4}))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_only_classifiers_are_good_for_is_refused(tmp_path, segmenter_file,
         Start(str(segmenter_file))
     for to in ("timm", "authors", "onnx", "torch.export"):
         assert cli.main(["export", str(segmenter_file), "--to", to, "--out", str(tmp_path / "x")]) == 2
-        assert f"--to {to} (--to safetensors and --to hub take both) is for" in capsys.readouterr().err
+        assert f"--to {to} (--to safetensors and --to hub take all) is for" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -287,6 +288,7 @@ def test_paths_that_a_shell_would_read_otherwise_are_fine(home: Path) -> None:
         _check(replace(ASKED, folder=f"runs/{name}"))
 
 
+DETECT = ["coco_retinanet_dat_tiny_1x", "init.from=.", "data.train=objects.json", "model.num_classes=3"]
 SEGMENT = ["ade20k_upernet_dat_tiny", "data.train=maps/images/train", "init.from=."]
 IMAGENET = ["in22k_dat_base_224", "data.train=shards", "--nodes", "4"]
 
@@ -311,6 +313,8 @@ def _said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
         (["r.yaml", "data.train=labels"], r"data.train=labels has labels up to 1000, but model.num_classes=1000"),
         (["r.yaml", "data.train=maps/images/train"], "an image and a map .* each, and task.kind=classification needs"),
         (SEGMENT, r"data.train=maps/images/train has 3 classes \(wall, sky, tree\), but model.num_classes=150"),
+        (DETECT, r"data.train=objects.json has 2 classes \(cat, dog\), but model.num_classes=3; set model.num_classes=2: detection has no"),
+        ([*DETECT[:2], "data.train=maps/images/train"], r"a map .* each, and task.kind=detection needs objects"),
         (["in1k_to_ade20k", "pretrain.data.train=x", "segment.data.train=maps/images/train"], r"in1k_to_ade20k.segment: data.train=.* has 3 classes"),
         (["in1k_to_ade20k", "segment.model.num_classes=256"], r"in1k_to_ade20k.segment: .*255 at most"),
         (["r.yaml", "data.train=four"], r"data.train=four has 4 samples, fewer than one train.global_batch=64"),
@@ -340,6 +344,11 @@ def test_plan_dry_run_and_submit_refuse_alike(
         (home / folder).mkdir(parents=True)
     (home / "maps" / "images" / "train" / "a.jpg").touch()
     (home / "maps" / "classes.txt").write_text("wall\nsky\ntree\n")
+    (home / "a.jpg").touch()
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    (home / "objects.json").write_text(
+        json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "categories": categories})
+    )
     code, message = _said(capsys, "submit", *words)
     assert code and re.search(expected, message), message
     assert _said(capsys, "submit", *words, "--dry-run") == (code, message)

@@ -230,7 +230,7 @@ def test_a_classification_does_not_start_from_a_segmentation():
         loads("model: {name: dat_atto, img_size: 64, num_classes: 4}\ninit: {from: dense}").config
     )
     tensors = Segmentation(recipe()).build(64).state_dict()
-    with pytest.raises(ConfigError, match="init.from=dense: are weights of a segmentation network"):
+    with pytest.raises(ConfigError, match="init.from=dense: are weights of a network with maps"):
         task.initialise(task.build(64), tensors, Path("x"), None)
 
 

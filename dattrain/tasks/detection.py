@@ -1,0 +1,293 @@
+"""Detection and instance segmentation: boxes of objects, and their masks, the losses of the detector's heads, COCO's AP.
+
+Its evaluation is in ``coco_ap``, what of it a report shows in ``detected_images``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dattrain.config.schema import Config
+from dattrain.config.sections import as_pair
+from dattrain.data import dense_factory, detection_factory
+from dattrain.data.annotations.kinds import needs_masks
+from dattrain.data.augment.dense_transforms import normalised
+from dattrain.data.classes import Classes
+from dattrain.data.detection_batch import GRID, DetectionBatch
+from dattrain.data.loader import EvalLoader, TrainLoader
+from dattrain.errors import ConfigError, UserError
+from dattrain.models import flops, surgery
+from dattrain.models.dense.backbone import create_backbone
+from dattrain.models.dense.create_detector import create_detector, outs
+from dattrain.models.dense.detector import Detector
+from dattrain.models.dense.weights import initialise
+from dattrain.tasks import coco_ap, coco_numbers, detection_head, head
+from dattrain.tasks.base import Forward, Loss, Size
+from dattrain.tasks.coco_ap import CocoAP
+
+log = logging.getLogger(__name__)
+
+_EXAMPLES = 8
+"""Objects of an image of ``Detection.example``: COCO's images have 7.3 of them in the mean."""
+
+
+class Detection:
+    """See ``dattrain.tasks.base.Task``; its batch is a ``dattrain.data.detection_batch.DetectionBatch``.
+
+    Raises:
+        ConfigError: settings that do not go together, which the schema does not know of.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.metrics = coco_ap.names(config.task.head)
+        self._with_masks = needs_masks(config.task.kind, config.task.head)
+        _check(config)
+
+    # The model
+
+    def build(self, img_size: Size, shapes: Mapping[str, Sequence[int]] | None = None) -> Detector:
+        """Backbone, pyramid and heads with fresh weights; ``img_size`` is the layout of the backbone's windows and tables.
+
+        With ``init.bias_table=sample`` its tables take the shapes of ``shapes``.
+        """
+        m, t, e = self.config.model, self.config.task, self.config.eval
+        torch.manual_seed(self.config.train.seed)
+        backbone = create_backbone(
+            m.name,
+            img_size=img_size,
+            outs=outs(t.head),
+            drop_path_rate=m.drop_path,
+            init=m.init,
+            in_chans=m.in_chans,
+            **m.overrides,
+        )
+        model = create_detector(
+            backbone,
+            t.head,
+            m.num_classes,
+            norm=t.norm,
+            channels=t.channels,
+            score_threshold=e.score_threshold,
+            max_detections=e.max_detections,
+        )
+        if shapes is not None and self.config.init.bias_table == "sample":
+            surgery.adopt_tables(model, shapes)
+        return model
+
+    def initialise(
+        self, model: nn.Module, tensors: Mapping[str, Tensor], source: Path, classes: Classes | None
+    ) -> str:
+        """Backbone by name, tables as ``init.bias_table`` says; pyramid and heads where the weights are a detector's of this kind.
+
+        ``init.head`` is about the rows of these heads that are a class's: its scores, and where each class has its own its boxes and
+        masks. ``new`` draws them afresh and keeps the rest, ``map`` picks them by the names of classes, ``keep`` needs the same
+        classes. Of other weights (a classification's, another detector's) pyramid and heads stay as they were drawn.
+        """
+        assert isinstance(model, Detector)
+        init = self.config.init
+        fits = detection_head.fits(model, tensors)
+        note = ""
+        if not fits and init.head == "map":
+            raise ConfigError(
+                f"init.head=map picks rows of a {self.config.task.head}'s heads, and init.from={init.from_} has none such; leave "
+                "init.head out for weights of a classification, or set init.head=new"
+            )
+        if not fits:
+            note = "pyramid and heads are new, since these weights have none of this detector\n"
+        elif init.head == "new":
+            tensors = detection_head.mapped(model, tensors, torch.full((model.num_classes,), -1))
+            note = (
+                "init.head=new: pyramid and heads are kept but for the rows of the classes, which are new\n"
+            )
+        else:
+            known = classes or Classes(model.num_classes, (), "this recipe")
+            own = head.source_classes(source, detection_head.class_count(model, tensors), guess=False)
+            if init.head == "keep":
+                head.check_same(known, own)
+            else:
+                found = head.class_map(known, own)
+                log.info("init.head=map: %s", found.report())
+                tensors = detection_head.mapped(model, tensors, torch.as_tensor(found.index))
+                note = f"init.head=map: {found.report()}\n"
+        try:
+            report = initialise(model, tensors, bias_table=init.bias_table, keep_head=fits)
+        except UserError as error:
+            raise UserError(f"init.from={init.from_}: {error}") from error
+        return f"{note}{report}"
+
+    def resize(self, tensors: Mapping[str, Tensor], img_size: Size) -> Iterator[tuple[str, Tensor]]:
+        """Parameters of a model whose windows and tables are laid out for ``img_size``."""
+        scratch = self.build(img_size)
+        state = {**scratch.state_dict(), **tensors}
+        initialise(scratch, state, bias_table=self.config.init.bias_table, keep_head=True)
+        yield from ((name, p.detach()) for name, p in scratch.named_parameters())
+
+    def noise_width(self, model: nn.Module) -> int:
+        """The backbone's branches and a column for each sampler; 0 where there is no sampler and nothing is dropped."""
+        assert isinstance(model, Detector)
+        samples = model.num_drop_path > model.backbone.num_drop_path
+        return model.num_drop_path if samples or self.config.model.drop_path > 0 else 0
+
+    def input_size(self, img_size: Size) -> tuple[int, int]:
+        """The crop, or the largest whole image."""
+        return dense_factory.largest(self.config.geometry)
+
+    def flops(self, img_size: Size) -> float:
+        """Multiply-adds of the forward pass of a crop, or of ``short_side`` x ``long_side`` where whole images are trained on.
+
+        With 1000 proposals and 100 regions of masks, as the papers count (mmdetection's ``forward_dummy``).
+        """
+        g = self.config.geometry
+        with torch.device("meta"):
+            model = self.build(img_size)
+        size = (g.short_side, g.long_side) if g.crop is None else as_pair(g.crop)
+        return flops.flops(model, size, self.config.model.in_chans)
+
+    # The data
+
+    def train_loader(
+        self, *, rank: int, world: int, samples_seen: int, device: torch.device, img_size: Size
+    ) -> TrainLoader[DetectionBatch]:
+        """Images with their objects; normalisation is left to ``loss``, on the device."""
+        _check_norm(self.config, device)
+        return detection_factory.train_loader(
+            self.config, rank=rank, world=world, samples_seen=samples_seen, device=device
+        )
+
+    def eval_loader(
+        self, classes: Classes, *, rank: int, world: int, device: torch.device, img_size: Size
+    ) -> EvalLoader[DetectionBatch]:
+        """Images one by one, as they are stored, with their truth; raises UserError too where COCO's numbers cannot be had."""
+        coco_numbers.check_installed()
+        return detection_factory.eval_loader(self.config, classes, rank=rank, world=world, device=device)
+
+    def example(
+        self,
+        count: int,
+        img_size: Size,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.uint8,
+        first: int = 0,
+    ) -> DetectionBatch:
+        """Noise with ``_EXAMPLES`` objects an image, as large as images of training get."""
+        height, width = self.input_size(img_size)
+        generator = torch.Generator().manual_seed(self.config.train.seed + first)
+        if dtype == torch.uint8:
+            images = torch.randint(256, (count, 3, height, width), generator=generator, dtype=dtype)
+        else:
+            images = torch.zeros(count, 3, height, width, dtype=dtype)
+        objects = count * _EXAMPLES
+        # Between a tenth and half of the image's sides.
+        side = 0.1 + 0.4 * torch.rand(objects, 2, generator=generator)
+        corner = torch.rand(objects, 2, generator=generator) * (1 - side)
+        scale = torch.tensor([width, height], dtype=torch.float32)
+        grid = GRID if self._with_masks else 0
+        return DetectionBatch(
+            images=images,
+            sizes=torch.tensor([[height, width]]).expand(count, 2),
+            boxes=torch.cat([corner * scale, (corner + side) * scale], 1),
+            labels=torch.randint(self.config.model.num_classes, (objects,), generator=generator),
+            masks=torch.randint(256, (objects, grid, grid), generator=generator, dtype=torch.uint8),
+            counts=(_EXAMPLES,) * count,
+            weight=torch.ones(count),
+            position=torch.arange(first, first + count),
+            keys=[f"synthetic:{first + number}" for number in range(count)],
+        ).to(device)
+
+    # The loss and the metrics
+
+    def loss(
+        self, forward: Forward, batch: DetectionBatch, *, noise: Tensor | None, dtype: torch.dtype
+    ) -> Loss:
+        """The sum of the heads' losses, which are normalised over the micro-batch, as mmdetection does over a GPU's batch.
+
+        So an update's loss is the mean over its micro-batches, whatever ranks they are of, and depends on ``train.micro_batch``. Bad
+        samples have no part in it; the log weighs a micro-batch by the others that it has.
+        """
+        augment = self.config.augment
+        images = batch.images
+        if not images.is_floating_point():
+            images = normalised(batch, augment.mean, augment.std)
+        kind = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
+        arguments = {} if noise is None else {"drop_path_noise": noise}
+        losses: Mapping[str, Tensor] = forward(
+            images.to(dtype, memory_format=kind), _sizes(batch), self._targets(batch), **arguments
+        )
+        value = torch.stack(list(losses.values())).sum()
+        weight = batch.weight.sum().double()
+        return Loss(
+            value,
+            value.detach().double() * weight,
+            weight,
+            {name: each.detach().double() * weight for name, each in losses.items()},
+        )
+
+    def _targets(self, batch: DetectionBatch) -> list[dict[str, Tensor] | None]:
+        """What the detector takes of each image; None for a bad one."""
+        bad = {key for key, _ in batch.bad}
+        parts = {"boxes": batch.boxes, "labels": batch.labels}
+        if self._with_masks:
+            parts["masks"] = batch.masks
+        cut = {name: tensor.split(list(batch.counts)) for name, tensor in parts.items()}
+        return [
+            None if key in bad else {name: pieces[number] for name, pieces in cut.items()}
+            for number, key in enumerate(batch.keys)
+        ]
+
+    def evaluator(self, device: torch.device, dtype: torch.dtype) -> CocoAP:
+        """A fresh collection of results."""
+        return CocoAP(self.config, device, dtype)
+
+    def summary(self, metrics: Mapping[str, float]) -> str:
+        """AP, AP50 and AP75 of boxes and the APs of masks and of the averaged weights, where there are any."""
+        said = [
+            ("AP", "ap"),
+            ("AP50", "ap50"),
+            ("AP75", "ap75"),
+            ("mask AP", "mask_ap"),
+            ("mask AP50", "mask_ap50"),
+        ]
+        said += [("EMA AP", "ema_ap"), ("EMA mask AP", "ema_mask_ap")]
+        return ", ".join(f"{name} {metrics[key]:.2f}" for name, key in said if key in metrics)
+
+
+def _sizes(batch: Any) -> list[tuple[int, int]]:
+    return [(height, width) for height, width in batch.sizes.tolist()]
+
+
+def _check(config: Config) -> None:
+    train = config.train
+    if train.compile != "none" and config.geometry.crop is None:
+        raise ConfigError(
+            f"train.compile={train.compile} compiles anew for every size, and geometry.crop=null trains on images of many; set "
+            "geometry.crop, or train.compile=none"
+        )
+    if train.cuda_graphs:
+        raise ConfigError(
+            "train.cuda_graphs replays small micro-batches, and is not for task.kind=detection; leave it out"
+        )
+
+
+def _check_norm(config: Config, device: torch.device) -> None:
+    """Cascade R-CNN's box heads alone have norms that keep statistics."""
+    norm, precision = config.task.norm, config.train.precision
+    if "cascade" not in config.task.head:
+        return
+    if norm == "sync" and device.type != "cuda":
+        raise ConfigError(
+            f"task.norm=sync is of CUDA devices, and this one is {device.type}; use task.norm=group, which is the same at every "
+            "number of devices, or task.norm=batch"
+        )
+    if norm != "group" and precision in ("bf16-pure", "fp16"):
+        raise ConfigError(
+            f"task.norm={norm} keeps running averages, and train.precision={precision} would keep them in 16 bits, where their "
+            "updates are lost; use train.precision=bf16, or task.norm=group"
+        )

@@ -205,6 +205,7 @@ def test_no_wait_for_the_device_and_nothing_that_raises_in_deterministic_mode():
     model = retinanet().train()
     with Recorded():
         total(model(images(), SIZES, (FIRST, SECOND))).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
     assert "convolution" in names
     assert not {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "is_nonzero", "equal"} & set(
         names

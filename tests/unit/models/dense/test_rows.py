@@ -17,19 +17,15 @@ from torch import nn
 from dattrain.models.attention import SpatialReductionAttention
 from dattrain.models.blocks import Block, Mlp
 from dattrain.models.dense import create_backbone, create_detector, create_segmenter
+from dattrain.models.dense.create_detector import outs
 from dattrain.models.flops import by_module, flops, parameters
 
 PAGE = Path(__file__).parents[4] / "docs/tables.md"
 DETECTION, SEGMENTATION = (800, 1280), (512, 2048)
+DETECTORS = {"RetinaNet": "retinanet", "Mask R-CNN": "mask_rcnn", "Cascade": "cascade_mask_rcnn"}
+SEGMENTERS = {"S-FPN": "semantic_fpn", "UperNet": "upernet"}
 TIMM = {f"Swin-{size[0].upper()}": f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base")}
 OURS = {f"DAT-{size[0].upper()}": f"dat_{size}" for size in ("tiny", "small", "base")}
-HEADS = {
-    "RetinaNet": "retinanet",
-    "Mask R-CNN": "mask_rcnn",
-    "Cascade": "cascade_mask_rcnn",
-    "S-FPN": "semantic_fpn",
-    "UperNet": "upernet",
-}
 PVT_DEPTHS = {"PVT-S": (3, 4, 6, 3), "PVT-M": (3, 4, 18, 3), "PVT-L": (3, 8, 27, 3)}
 
 # Ours to two decimals (M parameters, GFLOPs), then what the paper prints, and the accuracies that it prints.
@@ -129,14 +125,15 @@ def backbone_counts(name: str, outs: tuple[int, ...], size: tuple[int, int]):
 @cache
 def counted(head: str, backbone: str) -> tuple[int, dict[str, int]]:
     """Parameters, and FLOPs by module."""
-    size = SEGMENTATION if head in ("S-FPN", "UperNet") else DETECTION
-    kind = HEADS[head]
-    outs = (1, 2, 3) if kind == "retinanet" else (0, 1, 2, 3)
-    held, counts, shapes = backbone_counts(backbone, outs, size)
+    detector = DETECTORS.get(head)
+    size, stages = (DETECTION, outs(detector)) if detector else (SEGMENTATION, (0, 1, 2, 3))
+    held, counts, shapes = backbone_counts(backbone, stages, size)
     with torch.device("meta"):
-        maps = Maps(shapes[-len(outs) :])
-        create, classes = (create_segmenter, 150) if size == SEGMENTATION else (create_detector, 80)
-        model = create(maps, kind, classes)
+        maps = Maps(shapes[-len(stages) :])
+        if detector:
+            model = create_detector(maps, detector, 80)
+        else:
+            model = create_segmenter(maps, SEGMENTERS[head], 150)
     counts = {f"backbone.{name}": count for name, count in counts.items()}
     return held + parameters(model), {**counts, **by_module(model, size)}
 

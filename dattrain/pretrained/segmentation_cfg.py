@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
+from dattrain.config.sections import SegmentationHead, as_pair
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def segmentation_of(config: Config) -> SegmentationCfg | None:
     if task.kind != "segmentation":
         return None
     return SegmentationCfg(
-        head=task.head,
+        head=cast(SegmentationHead, task.head),
         norm=task.norm,
         channels=task.channels,
         aux=task.aux_weight > 0,

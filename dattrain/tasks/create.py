@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dattrain.config.schema import Config
 from dattrain.tasks.base import Task
 from dattrain.tasks.classification import Classification
@@ -11,7 +13,7 @@ from dattrain.tasks.segmentation import Segmentation
 
 def create_task(config: Config) -> Task:
     """Make the task that ``task.kind`` names. Raises ConfigError for settings that it cannot use."""
-    kinds: dict[str, type[Task]] = {
+    kinds: dict[str, Callable[[Config], Task]] = {
         "classification": Classification,
         "segmentation": Segmentation,
         "detection": Detection,

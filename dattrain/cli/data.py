@@ -44,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, metavar, what in (
         ("--ade", "DIR", "ADE20K (images/training and annotations/training, by --split)"),
         ("--coco", "JSON", "objects in COCO's form"),
-        ("--voc", "DIR", "PASCAL VOC (ImageSets/Segmentation/train.txt, by --split)"),
+        (
+            "--voc",
+            "DIR",
+            "PASCAL VOC (ImageSets/Segmentation/train.txt, else Main/train.txt, by --split), or a list of it",
+        ),
     ):
         annotated.add_argument(
             name, metavar=metavar, action=_InsteadOfSource, out=out, help=f"instead of SRC: {what}"
@@ -63,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--split",
         metavar="NAME",
-        help="prefix of the shards (default: train; of --coco: what the JSON's name says)",
+        help="prefix of the shards (default: train; of --coco and of a list of --voc: what the name says)",
     )
     p.add_argument(
         "--holdout", type=int, default=0, metavar="N", help="samples that go to another split, by the seed"
@@ -78,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--format", choices=("jpg", "png", "webp"), help="encode every image anew")
     p.add_argument("--quality", type=_positive, default=92, help="of jpg and webp (default: 92)")
     p.add_argument("--dedup", action="store_true", help="keep the first of the images with equal bytes")
+    p.add_argument(
+        "--drop-empty",
+        action="store_true",
+        help="of objects: leave out images without any, and with a side below 32 pixels, as recipes of detection do in training",
+    )
     p.add_argument(
         "--no-check", action="store_true", help="read the headers of images, but do not decode them"
     )
@@ -132,7 +141,24 @@ def run(args: argparse.Namespace) -> int:
 def _classes(manifest: Mapping[str, Any]) -> str:
     """How many a packed split has samples of."""
     there = counted(len(manifest["histogram"]), "class")
-    return there if manifest["classes"] or not manifest.get("annotations") else f"{there} without names"
+    if not manifest["classes"] and manifest.get("annotations"):
+        return f"{there} without names"
+    if manifest.get("annotations") == "instances":
+        return f"{counted(len(manifest['histogram']) - 1, 'class')} and the background"
+    return there
+
+
+def _dropped(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """What ``--drop-empty`` left out, counted by reason, with the first of each."""
+    from dattrain.data.classes import few
+
+    by_reason: dict[str, list[str]] = {}
+    for row in rows:
+        by_reason.setdefault(row["reason"], []).append(row["key"])
+    return [
+        f"{counted(len(keys), 'image')} left out, with {reason}: {few(keys)}"
+        for reason, keys in by_reason.items()
+    ]
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -153,6 +179,7 @@ def _pack(args: argparse.Namespace) -> int:
         quality=args.quality,
         check=not args.no_check,
         dedup=args.dedup,
+        drop_empty=args.drop_empty,
         skip_bad=args.on_bad == "skip",
         label_set=args.label_set,
         label=args.label,
@@ -168,6 +195,8 @@ def _pack(args: argparse.Namespace) -> int:
         )
         for line in m.get("contents", ()):
             print(f"{m['split']}: {line}", file=sys.stderr)
+        for line in _dropped(m.get("dropped", ())):
+            print(f"{m['split']}: {line}; named in {args.out}/_{m['split']}.manifest.json", file=sys.stderr)
         for entry in bad:
             print(f"left out: {entry['reason']}", file=sys.stderr)
     duplicates = Path(args.out, "_duplicates.json")
@@ -233,6 +262,8 @@ def _verify(args: argparse.Namespace) -> int:
     )
     if dataset.maskless:
         print(f"{mask(args.data)}: {dataset.maskless}; {ONLY_DETECTION}", file=sys.stderr)
+    for line in report.objects.oddities():
+        print(f"{mask(args.data)}: {line}", file=sys.stderr)
     return 0 if report.good and not dataset.flaws else 1
 
 

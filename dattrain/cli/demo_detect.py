@@ -74,7 +74,12 @@ def run(out: Path, nproc: int, init: Path | None, overrides: Sequence[str]) -> i
         report = out / f"{folder.name}-eval.json"
         execute([*dattrain(), "eval", str(folder), "--json", str(report)])
         found[folder.name] = json.loads(report.read_text())
-    picture(out / "detect.png", {name: out / name for name in TRAININGS}, f"{out}/scene-shards/val-*.tar")
+    titles = (
+        "RetinaNet, from classification weights",
+        "RetinaNet, from random weights",
+        "Mask R-CNN, from classification weights",
+    )
+    picture(out / "detect.png", dict(zip(titles, (detect, scratch, masks))), f"{out}/scene-shards/val-*.tar")
     result = {
         "ap": found["detect"]["ap"],
         "ap50": found["detect"]["ap50"],
@@ -84,10 +89,8 @@ def run(out: Path, nproc: int, init: Path | None, overrides: Sequence[str]) -> i
     (out / "result.json").write_text(json.dumps(result) + "\n")
     print(f"\n{'':46}{'AP':>8}{'AP50':>8}  on {SCENES['val']} scenes of unseen items")
     for title, name, kind in (
-        ("RetinaNet, from classification weights", "detect", ""),
-        ("RetinaNet, from random weights", "scratch", ""),
-        ("Mask R-CNN, from classification weights: boxes", "masks", ""),
-        ("    masks", "masks", "mask_"),
+        *((title, name, "") for title, name in zip(titles, TRAININGS)),
+        ("    its masks", "masks", "mask_"),
     ):
         print(f"{title:46}{found[name][f'{kind}ap']:8.2f}{found[name][f'{kind}ap50']:8.2f}")
     print(f"\ncurves and scenes: {out / 'detect.png'}")

@@ -1,6 +1,8 @@
-"""Lying and standing images apart: which slots of an update share a micro-batch, so that less of it is padding."""
+"""Lying and standing images apart, as they are in training: which slots of an update share a micro-batch, so that less of it is padding."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +29,21 @@ def grouped(standing: NDArray[np.bool_], micro_batch: int) -> NDArray[np.int64]:
     return np.asarray([*order, *waiting[False], *waiting[True]], dtype=np.int64)
 
 
-def padded_share(sizes: NDArray[np.int64], micro_batch: int, pad_to: int) -> float:
-    """Share of pixels that are padding where consecutive images (N x 2: height, width) make micro-batches."""
+def padded_shares(updates: Sequence[NDArray[np.int64]], micro_batch: int, pad_to: int) -> tuple[float, float]:
+    """Share of the pixels of micro-batches that are padding: with lying and standing images apart, and in the order that is given.
+
+    Args:
+        updates: height and width of the images of each update (G x 2).
+        micro_batch: divides G.
+        pad_to: sides are rounded up to a multiple of this.
+    """
+    apart = [sizes[grouped(sizes[:, 0] > sizes[:, 1], micro_batch)] for sizes in updates]
+    return _padded_share(np.concatenate(apart), micro_batch, pad_to), _padded_share(
+        np.concatenate(updates), micro_batch, pad_to
+    )
+
+
+def _padded_share(sizes: NDArray[np.int64], micro_batch: int, pad_to: int) -> float:
     batches = sizes.reshape(-1, micro_batch, 2)
     padded = -(-batches.max(1) // pad_to) * pad_to
     return float(1 - batches.prod(2).sum() / (micro_batch * padded.prod(1).sum()))

@@ -120,7 +120,7 @@ def check_labelled(
     config: Config,
     dataset: Dataset,
     first: BatchRequest,
-    labelled: Callable[[Sample], bool],
+    has_label: Callable[[Sample], bool],
     message: Callable[[str], str],
     kind: str,
 ) -> None:
@@ -129,8 +129,8 @@ def check_labelled(
     The first sample mostly has it. Where those of ``first`` do not, up to ``_LOOKED_AT`` from the whole set are looked at.
 
     Args:
-        labelled: whether a sample has it; raises BadSample.
-        message: of the error, of what the samples are called that were looked at.
+        has_label: whether a sample has it; raises BadSample.
+        message: of the error, given how the samples are called that were looked at.
         kind: what the samples are, if they are not bad ones.
 
     Raises:
@@ -141,7 +141,7 @@ def check_labelled(
     seen, bad = 0, ""
     for place in itertools.chain(zip(first.shards.tolist(), first.samples.tolist()), others):
         try:
-            if labelled(dataset.read(*place)):
+            if has_label(dataset.read(*place)):
                 return
         except BadSample as error:
             if config.data.on_bad != "skip":

@@ -40,7 +40,7 @@ class DetectionBatch:
         bad: (key, reason) of the samples that were skipped.
         emptied: images that have objects, of which their crop left none.
         truth: in evaluation the objects of each image, classes being the network's, boxes those of the image as it is stored.
-        image_ids: in evaluation what the annotations call the images; the key where they call them nothing.
+        image_ids: in evaluation what the annotations call the images; the key where they call them nothing, or the sample is bad.
     """
 
     images: torch.Tensor

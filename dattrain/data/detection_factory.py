@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dattrain.config.derive import micro_batch
 from dattrain.config.schema import Config
 from dattrain.data.annotations.kinds import needs_masks
-from dattrain.data.aspect_groups import grouped, padded_share
+from dattrain.data.aspect_groups import grouped, padded_shares
 from dattrain.data.augment.detection_plan import DetectionPlan, draw, with_partners
 from dattrain.data.classes import Classes
 from dattrain.data.decode.detection import DetectionDecoder, EncodedObjects, fetch, has_object
@@ -29,6 +29,8 @@ from dattrain.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_MEASURED = 512
+"""Samples of which it is told how much of their micro-batches is padding."""
 _OBJECTS = 32
 """Of an image, for which a worker's slot has room; batches of more take memory of their own."""
 
@@ -49,13 +51,9 @@ def train_loader(
     def decoder(dataset: Dataset, order: Order) -> Decoder[DetectionBatch]:
         _check_masks(config, dataset)
         feed = DetectionFeed(config, dataset, order, share)
-        if rank == 0 and feed.groups and 0 in dataset.image_size(*_first(feed)):
-            log.warning(
-                "geometry.group_aspect: data.train=%s does not say how large its images are, so they are not divided by orientation; "
-                "shards that `dattrain data pack` wrote do",
-                dataset.name,
-            )
         _check_objects(config, "train", dataset, feed.request(0)[0])
+        if rank == 0 and config.geometry.crop is None and share.micro_batch > 1:
+            _tell_padding(feed)
 
         def read(number: int) -> EncodedObjects:
             return fetch(dataset, *feed.request(number), skip_bad=config.data.on_bad == "skip")
@@ -133,6 +131,16 @@ class DetectionFeed:
         plan = draw(geometry, self.config.augment, train.seed, positions, partner)
         return BatchRequest(positions, *self.order.locate(positions), None), plan
 
+    def shapes(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Height and width of the images at these positions in training, without reading them: B x 2; zeros where the set does not say."""
+        config = self.config
+        plan = draw(config.geometry, config.augment, config.train.seed, positions)
+        places = zip(*(numbers.tolist() for numbers in self.order.locate(positions)))
+        sizes = (self.dataset.image_size(*place) for place in places)
+        return np.asarray(
+            [plan.placement(i, *size).shape if all(size) else (0, 0) for i, size in enumerate(sizes)]
+        )
+
     def slots(self, seen: int) -> NDArray[np.int64]:
         """The positions of the update after ``seen`` samples, each ``micro_batch`` of which are one: the same for every rank.
 
@@ -141,37 +149,34 @@ class DetectionFeed:
         if self._slots[0] != seen:
             positions = self.order.batch_positions(seen, self.share.global_batch)
             if self.groups:
-                places = zip(*(numbers.tolist() for numbers in self.order.locate(positions)))
-                sizes = np.asarray([self.dataset.image_size(*place) for place in places])
-                positions = positions[grouped(sizes[:, 0] > sizes[:, 1], self.share.micro_batch)]
+                height, width = self.shapes(positions).T
+                positions = positions[grouped(height > width, self.share.micro_batch)]
             self._slots = seen, positions
         return self._slots[1]
 
 
-def padding(config: Config, sizes: NDArray[np.int64], micro_batch: int) -> tuple[float, float]:
-    """Share of the pixels of training batches that are padding, without and with ``geometry.group_aspect``.
-
-    Args:
-        sizes: N x 2, height and width of the stored images in the order in which they are seen; N is cut to whole updates.
-    """
-    train, geometry = config.train, config.geometry
-    plan = draw(geometry, config.augment, train.seed, np.arange(len(sizes)))
-    resized = np.asarray([plan.placement(i, *size).shape for i, size in enumerate(sizes.tolist())])
-    updates = len(sizes) // train.global_batch
-    apart = np.concatenate(
-        [
-            update * train.global_batch + grouped(own[:, 0] > own[:, 1], micro_batch)
-            for update, own in enumerate(np.split(sizes[: updates * train.global_batch], updates))
-        ]
+def _tell_padding(feed: DetectionFeed) -> None:
+    """Log how much of the first micro-batches is padding, or that the set does not say."""
+    share = feed.share
+    count = max(1, _MEASURED // share.global_batch)
+    firsts = (share.samples_seen + number * share.global_batch for number in range(count))
+    slots = [feed.order.batch_positions(first, share.global_batch) for first in firsts]
+    shapes = feed.shapes(np.concatenate(slots))
+    if not shapes.all():
+        log.warning(
+            "geometry.group_aspect: data.train=%s does not say of all of its images how large they are, and those count as lying; "
+            "shards that `dattrain data pack` wrote say it",
+            feed.dataset.name,
+        )
+        return
+    apart, mixed = padded_shares(np.split(shapes, count), share.micro_batch, feed.config.geometry.pad_to)
+    log.info(
+        "padding: %.1f %% of the pixels of micro-batches, %.1f %% %s geometry.group_aspect (by the first %d updates)",
+        100 * (apart if feed.groups else mixed),
+        100 * (mixed if feed.groups else apart),
+        "without" if feed.groups else "with",
+        count,
     )
-    together = np.arange(len(apart))
-    before, after = (padded_share(resized[at], micro_batch, geometry.pad_to) for at in (together, apart))
-    return before, after
-
-
-def _first(feed: DetectionFeed) -> tuple[int, int]:
-    shards, samples = feed.order.locate([feed.share.samples_seen])
-    return int(shards[0]), int(samples[0])
 
 
 def _check_masks(config: Config, dataset: Dataset) -> None:

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
-from dattrain.models.dense.segmenter import HeadKind
+from dattrain.config.sections import SegmentationHead, as_pair
 
 
 @dataclass(frozen=True)
 class SegmentationCfg:
     """The decoder, and how images are prepared and evaluated: keys of ``task``, ``geometry`` and ``eval`` as in a recipe."""
 
-    head: HeadKind = "upernet"
+    head: SegmentationHead = "upernet"
     norm: Literal["sync", "group", "batch"] = "sync"
     channels: int | None = None
     aux: bool = True
@@ -35,7 +34,7 @@ def segmentation_of(config: Config) -> SegmentationCfg | None:
     if task.kind != "segmentation":
         return None
     return SegmentationCfg(
-        head=cast(HeadKind, task.head),  # as the schema has seen
+        head=cast(SegmentationHead, task.head),
         norm=task.norm,
         channels=task.channels,
         aux=task.aux_weight > 0,

@@ -168,7 +168,7 @@ def numbers(images: Sequence[ImageResult], classes: int, kind: Kind, most: int =
 
 
 def _truth(images: Sequence[ImageResult], classes: int, kind: Kind) -> dict[str, Any]:
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image in images:
         truth = image.truth
         for i in range(len(truth)):

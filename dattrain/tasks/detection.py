@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
+from dattrain.config.sections import DetectionHead, as_pair
 from dattrain.data import dense_factory, detection_factory
 from dattrain.data.annotations.kinds import needs_masks
 from dattrain.data.augment.dense_transforms import normalised
@@ -58,11 +58,12 @@ class Detection:
         With ``init.bias_table=sample`` its tables take the shapes of ``shapes``.
         """
         m, t, e = self.config.model, self.config.task, self.config.eval
+        head = cast(DetectionHead, t.head)
         torch.manual_seed(self.config.train.seed)
         backbone = create_backbone(
             m.name,
             img_size=img_size,
-            outs=outs(t.head),
+            outs=outs(head),
             drop_path_rate=m.drop_path,
             init=m.init,
             in_chans=m.in_chans,
@@ -70,7 +71,7 @@ class Detection:
         )
         model = create_detector(
             backbone,
-            t.head,
+            head,
             m.num_classes,
             norm=t.norm,
             channels=t.channels,

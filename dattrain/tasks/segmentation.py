@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
+from dattrain.config.sections import SegmentationHead, as_pair
 from dattrain.data import dense_factory
 from dattrain.data.annotations.semantic import VOID
 from dattrain.data.augment.dense_transforms import normalised
@@ -73,7 +74,7 @@ class Segmentation:
         )
         model = create_segmenter(
             backbone,
-            t.head,
+            cast(SegmentationHead, t.head),
             m.num_classes,
             norm=t.norm,
             channels=t.channels,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import signal
 
+import objects
 import pytest
+import yaml
 from conftest import Site, ranks, step_of
 
 CHAIN = """
@@ -42,9 +47,6 @@ def test_a_failing_first_stage_cancels_the_rest_and_status_says_so(site: Site) -
 @pytest.mark.full
 @pytest.mark.parametrize("requeue", ["scontrol", "follow-up"])
 def test_three_stages_run_to_the_end_through_a_crash_of_the_first(site: Site, requeue: str) -> None:
-    import os
-    import signal
-
     profile = site.folder / f"chain-{requeue}.yaml"
     profile.write_text(site.profile.read_text() + f"requeue: {requeue}\n")
     site.profile, before = profile, site.profile
@@ -64,3 +66,42 @@ def test_three_stages_run_to_the_end_through_a_crash_of_the_first(site: Site, re
     assert f"init.from={first}" in log
     figures = json.loads((root / "evaluate" / "evaluation.json").read_text())
     assert reports[2]["top1"] == pytest.approx(figures["top1"])
+
+
+DETECTION = """
+name: dense
+stages:
+  pretrain: {config: tiny.yaml, nodes: 1, overrides: [model.img_size=64, schedule.epochs=1, schedule.warmup_epochs=0]}
+  detect: {config: objects.yaml, from: pretrain, nodes: 2}
+  evaluate: {evaluate: detect, nodes: 1}
+"""
+
+
+@pytest.mark.full
+def test_pre_training_then_detection_killed_and_resumed_then_its_evaluation(site: Site) -> None:
+    recipe = copy.deepcopy(objects.RETINANET)
+    recipe["schedule"].update(updates=40, milestones=[30, 36])
+    recipe["train"].update(max_steps=None)
+    recipe["checkpoint"].update(every_steps=10, keep_last=5)
+    recipe["eval"]["every_steps"] = 20
+    (site.folder / "objects.yaml").write_text(yaml.safe_dump(recipe))
+    sets = objects.write(site.folder / "objects", train=48, val=8)
+    (site.folder / "dense.yaml").write_text(DETECTION)
+    root = site.folder / "runs" / "dense"
+    site.started.append(root)
+    site.dattrain(
+        "submit", "dense.yaml", *(f"detect.{each}" for each in sets), "--cluster", str(site.profile), "--run", "runs/dense"
+    )  # fmt: skip
+    run = root / "detect"
+    site.wait_for(lambda: step_of(run) >= 10 and list(run.glob("checkpoints/*/manifest.json")), run=run)
+    os.kill(ranks(site.status(run)["job"])[1], signal.SIGKILL)
+    site.wait(root / "evaluate", seconds=500)
+    reports = {name: site.status(root / name) for name in ("pretrain", "detect", "evaluate")}
+    assert {one["state"] for one in reports.values()} == {"finished"}
+    assert len(reports["detect"]["restarts"]) == 1
+    assert step_of(run) == 40
+    figures = json.loads((root / "evaluate" / "evaluation.json").read_text())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "ema_ap" in row][-1]
+    assert figures["images"] == 8
+    assert figures["ap"] == pytest.approx(last["ema_ap"], abs=0.01), "the averages, as eval takes them"

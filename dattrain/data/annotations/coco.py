@@ -19,7 +19,7 @@ import numpy as np
 
 from dattrain.data.annotations import instances
 from dattrain.data.annotations.annotated import AnnotatedFiles, Rows
-from dattrain.data.annotations.instances import BACKGROUND
+from dattrain.data.annotations.instances import BACKGROUND, BACKGROUNDS
 from dattrain.data.classes import few, unique
 from dattrain.data.source.annotation_index import Annotations
 from dattrain.data.source.files import explained, listing, read_file
@@ -27,9 +27,6 @@ from dattrain.data.source.index import to_json
 from dattrain.data.source.sample import BadSample
 from dattrain.errors import UserError
 from dattrain.files import counted
-
-_BACKGROUNDS = frozenset({"background", "_background_", "__background__"})
-"""What tools call a category of the background (labelme's has the id 0)."""
 
 
 class CocoDataset(AnnotatedFiles):
@@ -182,7 +179,7 @@ def _categories(path: str, rows: Sequence[Mapping[str, Any]]) -> _Categories:
             raise UserError(f"{path}: has the category {dict(row)!r}; each needs an integer id and a name")
     _check_once(path, [row["id"] for row in rows], "id", "categories")
     rows = sorted(rows, key=lambda row: row["id"])
-    grounds = [row for row in rows if row["name"].strip().lower() in _BACKGROUNDS]
+    grounds = [row for row in rows if row["name"].strip().lower() in BACKGROUNDS]
     others = [row for row in rows if row not in grounds]
     if not others:
         raise UserError(f"{path}: lists no categories of objects")

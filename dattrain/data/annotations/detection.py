@@ -50,7 +50,9 @@ def detected(
         if numbers is not None:
             classes[i] = _number(own, numbers, what)
         if masks and found.segmentations[i] is None:
-            raise BadSample(f"{what} has a box and no mask; a task.head with masks learns from masks")
+            raise BadSample(
+                f"{what} has a box and no mask; masks are learned from, by this task.head or geometry.copy_paste"
+            )
         keep[i] = not instances.degenerate(found.boxes[i].tolist(), float(found.area[i]), size)
         if training and (found.crowd[i] or i in found.ignored):
             keep[i] = False

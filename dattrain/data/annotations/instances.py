@@ -26,6 +26,8 @@ from dattrain.files import counted
 
 BACKGROUND = "background"
 """Class 0 of a set of objects: that of the pixels of none, where it is segmented."""
+BACKGROUNDS = frozenset({BACKGROUND, "_background_", "__background__"})
+"""What tools call it, in small letters (labelme's category has the id 0)."""
 
 _FAR = 8 * images.MAX_SIDE
 """Pixels; corners beyond are no corners, and walking to them would take memory."""

@@ -23,7 +23,10 @@ _NEEDED = {
         {"maps", "instances"}
     ): "annotations: shards that `dattrain data pack --ade|--coco|--voc` wrote, an ADE20K-like folder "
     "(DIR/images/training, beside it DIR/annotations/training), a COCO JSON or a VOC folder",
-    frozenset({"instances"}): "objects: shards that `dattrain data pack --coco` wrote, or a COCO JSON",
+    frozenset(
+        {"instances"}
+    ): "objects: shards that `dattrain data pack --coco|--voc` wrote, a COCO JSON, or a list in VOC's "
+    "ImageSets/Main",
 }
 CLASSIFICATION: frozenset[Annotations] = frozenset({"none"})
 SEGMENTATION: frozenset[Annotations] = frozenset({"maps", "instances"})

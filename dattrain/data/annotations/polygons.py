@@ -8,12 +8,6 @@ from numpy.typing import NDArray
 _SCALE = 5
 
 
-def area(polygon: NDArray[np.float64]) -> float:
-    """Area of a polygon without crossings, in squares of pixels; ``polygon`` as for ``paint``."""
-    x, y = (polygon - polygon[0]).T
-    return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)
-
-
 def paint(mask: NDArray[np.bool_], polygon: NDArray[np.float64], corner: tuple[int, int] = (0, 0)) -> None:
     """Add a polygon's pixels to a mask, in place.
 
@@ -65,3 +59,9 @@ def _boundary(
     along = low[of, long[of]] + at
     across = np.trunc(low[of, 1 - long[of]] + slope[of] * at + 0.5).astype(np.int64)
     return np.where(flat[of], along, across), np.where(flat[of], across, along)
+
+
+def area(polygon: NDArray[np.float64]) -> float:
+    """Area of a polygon without crossings, in squares of pixels; ``polygon`` as for ``paint``."""
+    x, y = (polygon - polygon[0]).T
+    return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)

@@ -27,7 +27,7 @@ _HIDDEN, _MOVED = 300, 10
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image as it is stored (3 x H x W uint8), and its objects, their classes being the network's."""
+    """An image as it is stored (3 x H x W uint8), and what is learned from of its objects, their classes being the network's."""
 
     image: Tensor
     objects: Instances

@@ -82,8 +82,8 @@ class PlacedObjects:
 def place(objects: Instances, size: tuple[int, int], placement: Placement) -> PlacedObjects:
     """The objects of a stored image (height and width ``size``) in what its placement makes of it.
 
-    Boxes are clipped to the result. Left out are crowds, and objects of which less than a pixel a side is left (mmdetection's
-    RandomCrop leaves out those of no area).
+    Boxes are clipped to the result. Left out are objects of which less than a pixel a side is left (mmdetection's RandomCrop leaves
+    out those of no area).
     """
     x, y, width, height = objects.boxes.T
     left, top, right, bottom = placement.seen
@@ -100,7 +100,7 @@ def place(objects: Instances, size: tuple[int, int], placement: Placement) -> Pl
     result = placement.shape
     boxes = np.clip(boxes, 0, [result[1], result[0], result[1], result[0]])
     large = (boxes[:, 2:] - boxes[:, :2] >= _LEAST).all(axis=1)
-    index = np.flatnonzero(large & ~objects.crowd)
+    index = np.flatnonzero(large)
     return PlacedObjects(objects, size, placement, index, stored[index], boxes[index])
 
 

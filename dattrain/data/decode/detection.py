@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from dattrain.data.annotations import instances
 from dattrain.data.annotations.detection import detected
-from dattrain.data.annotations.instances import Instances
 from dattrain.data.augment.detection_plan import NOBODY, DetectionPlan
 from dattrain.data.augment.detection_transforms import StoredImage, Targets, joined, no_targets, train_sample
 from dattrain.data.decode import images
@@ -20,7 +19,6 @@ from dattrain.data.decode.dense import batch_size, black, decode_each, put
 from dattrain.data.detection_batch import DetectionBatch, empty
 from dattrain.data.feed import BatchRequest, Found, read_samples
 from dattrain.data.shared_buffer import SharedBatchBuffer
-from dattrain.data.source.index import NO_LABEL
 from dattrain.data.source.sample import BadSample, Dataset, Sample
 
 
@@ -89,7 +87,8 @@ class DetectionDecoder:
         """Decode what was read. Raises UserError for a bad image or annotation without ``skip_bad``."""
 
         def stored(i: int, sample: Sample) -> StoredImage:
-            return decode_sample(sample, encoded.numbers, masks=self.need_masks)
+            training = encoded.plan is not None
+            return decode_sample(sample, encoded.numbers, masks=self.need_masks, training=training)
 
         found, bad = decode_each(encoded.found, stored, skip_bad=self.skip_bad)
         if encoded.plan is not None:
@@ -119,7 +118,7 @@ class DetectionDecoder:
                 # Nothing comes from a bad partner, which is counted where it is trained on.
                 partner = None if row == NOBODY else found[row]
                 image, own = train_sample(one, plan, i, masks=self.masks, partner=partner)
-                emptied += not len(own) and not one.objects.crowd.all()
+                emptied += not len(own) and len(one.objects) > 0
             pixels.append(image)
             targets.append(own)
         batch = self._batch(pixels, targets, encoded, {i: why for i, why in bad.items() if i < len(plan)})
@@ -160,11 +159,14 @@ class DetectionDecoder:
         )
 
 
-def decode_sample(sample: Sample, numbers: NDArray[np.int64] | None, *, masks: bool) -> StoredImage:
+def decode_sample(
+    sample: Sample, numbers: NDArray[np.int64] | None, *, masks: bool, training: bool
+) -> StoredImage:
     """The image and the objects of a sample.
 
     Args:
         masks: whether each object must have one.
+        training: whether they are to be learned from: without crowds, see ``detected``.
 
     Raises:
         BadSample: either cannot be used, or they do not fit each other.
@@ -174,20 +176,19 @@ def decode_sample(sample: Sample, numbers: NDArray[np.int64] | None, *, masks: b
     except images.BadImage as error:
         raise BadSample(f"{sample.where}: {error}") from error
     height, width = image.shape[1:]
-    return StoredImage(
-        image, detected(sample.annotation, (height, width), numbers, sample.where, masks=masks)
+    found = detected(
+        sample.annotation, (height, width), numbers, sample.where, masks=masks, training=training
     )
+    return StoredImage(image, found)
 
 
 def has_object(sample: Sample, numbers: NDArray[np.int64] | None) -> bool:
-    """Whether a sample has an object that is learned from; its image is not decoded. Raises BadSample."""
-    found: Instances = instances.parse(sample.annotation, sample.where)
-    classes = found.classes[~found.crowd]
-    return (
-        bool(len(classes))
-        if numbers is None
-        else any(0 <= own < len(numbers) and numbers[own] != NO_LABEL for own in classes.tolist())
-    )
+    """Whether a sample has an object that is learned from; its image is not decoded. Raises BadSample as ``decode_sample``."""
+    try:
+        size = images.size(sample.data)
+    except images.BadImage as error:
+        raise BadSample(f"{sample.where}: {error}") from error
+    return bool(len(detected(sample.annotation, size, numbers, sample.where, masks=False, training=True)))
 
 
 def image_id(sample: Sample, key: str) -> int | str:

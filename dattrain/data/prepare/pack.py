@@ -28,6 +28,7 @@ from dattrain.data.annotations.maps import VOID
 from dattrain.data.philox import Stream, words
 from dattrain.data.prepare.contents import Contents
 from dattrain.data.prepare.dedup import find_duplicates
+from dattrain.data.prepare.empty import EMPTY, SMALL, find_empty
 from dattrain.data.prepare.write_shard import PackedShard, PackOptions, ShardWriter
 from dattrain.data.source.dataset import Dataset
 from dattrain.data.source.folders import FolderDataset
@@ -69,6 +70,8 @@ def pack(
         )
     if source.annotations != "none":
         _check_annotated(source, options)
+    if options.drop_empty:
+        _check_objects(source)
     if source.flaws and not options.skip_bad:
         raise UserError(
             f"{'; '.join(source.flaws)}. Correct that, or pack with --on-bad skip to leave out and name what cannot be used"
@@ -89,11 +92,19 @@ def pack(
             raise UserError(
                 f"a holdout of {options.holdout} of {len(items)} samples; it must be fewer than all"
             )
+        dropped: list[dict[str, str]] = []
+        if options.drop_empty:
+            empty, dropped = find_empty(source, jobs=jobs)
+            items = items[~empty[items]]
+            if not len(items):
+                raise UserError(
+                    f"{source.name}: drop_empty leaves nothing: each of its {total:,} images has {EMPTY} or {SMALL}"
+                )
         items = _permute(items, options.seed)
         splits = [(options.split, items[options.holdout :])]
         if options.holdout:
             splits.append((options.holdout_split, items[: options.holdout]))
-        return [_pack_split(writer, split, chosen, jobs, progress) for split, chosen in splits]
+        return [_pack_split(writer, split, chosen, dropped, jobs, progress) for split, chosen in splits]
 
 
 def shard_names(split: str, samples: int, per_shard: int) -> list[str]:
@@ -107,6 +118,7 @@ def _pack_split(
     writer: ShardWriter,
     split: str,
     items: NDArray[np.int64],
+    dropped: list[dict[str, str]],
     jobs: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
@@ -130,10 +142,12 @@ def _pack_split(
             done[shard.name] = shard
             packed += shard.entry.samples + len(shard.bad)
             progress(packed, len(items))
-    return _publish(writer, split, [done[name] for name in names])
+    return _publish(writer, split, [done[name] for name in names], dropped)
 
 
-def _publish(writer: ShardWriter, split: str, shards: list[PackedShard]) -> dict[str, Any]:
+def _publish(
+    writer: ShardWriter, split: str, shards: list[PackedShard], dropped: list[dict[str, str]]
+) -> dict[str, Any]:
     folder = writer.folder
     histogram: dict[int, int] = {}
     for shard in shards:
@@ -164,6 +178,7 @@ def _publish(writer: ShardWriter, split: str, shards: list[PackedShard]) -> dict
             for shard in shards
         ],
         **_annotated(writer, contents),
+        **({"dropped": dropped} if writer.options.drop_empty else {}),
         "bad": [{"key": key, "reason": reason} for shard in shards for key, reason in shard.bad],
         "source": writer.source.name,
         "options": asdict(writer.options),
@@ -186,8 +201,15 @@ def _publish(writer: ShardWriter, split: str, shards: list[PackedShard]) -> dict
     return manifest
 
 
+def _check_objects(source: Dataset) -> None:
+    """Raise UserError where a set has no objects, of which images could have none."""
+    if source.annotations != "instances":
+        held = "maps" if source.annotations == "maps" else "no annotations"
+        raise UserError(f"{source.name}: has {held}, and --drop-empty is for sets of objects")
+
+
 def _check_annotated(source: Dataset, options: PackOptions) -> None:
-    """Raise UserError for settings that would part images from their annotations."""
+    """Raise UserError for settings that would part images from their annotations, and for those of other annotations."""
     for given, name, why in (
         (options.resize, "--resize", "it would resize images and not what lies beside them; training resizes both (geometry.short_side)"),
         (options.dedup, "--dedup", "images with equal bytes may have other annotations"),
@@ -254,6 +276,7 @@ def _same_settings(folder: Path, source: Dataset, options: PackOptions) -> None:
     if noted is not None and not isinstance(noted, dict):
         raise UserError(f"{path}: is not what a packing notes there; remove it, or pack into another folder")
     if noted is not None:
+        noted = {**asdict(PackOptions()), **noted}  # one begun by a version without an option had its default
         differ = sorted(key for key in settings if noted.get(key) != settings[key])
         if differ:
             what = ", ".join(f"{key} ({noted.get(key)} then, {settings[key]} now)" for key in differ)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from dattrain.data.annotations.coco import CocoDataset
 from dattrain.data.annotations.map_folder import PAIRS, MapFolder, map_folder
-from dattrain.data.annotations.voc import LISTS, VocDataset, lists, split_of
+from dattrain.data.annotations.voc import BOXES, MAPS, lists, split_of
+from dattrain.data.annotations.voc_objects import open_voc
 from dattrain.data.classes import few
 from dattrain.data.prepare.arrays import ArrayDataset, labels_beside, read_idx, read_npz
 from dattrain.data.prepare.list_file import ListDataset
@@ -74,7 +75,8 @@ def open_annotated(
 
     Args:
         kind: ``ade``, ``coco`` or ``voc``.
-        path: the folder (of ``ade``: also that of one split's images; of ``voc``: also a list), or the JSON.
+        path: the folder (of ``ade``: also that of one split's images; of ``voc``: also a list; a folder with lists of maps and of boxes
+            gives the maps), or the JSON.
         split: which of the folder's; ``train`` and ``val`` also mean ``training`` and ``validation``. None takes ``train``, and of a JSON
             what its name says.
         images: folder of a JSON's images; None looks beside it.
@@ -88,9 +90,14 @@ def open_annotated(
     wanted = split or "train"
     if kind == "voc":
         if os.path.isfile(path):
-            return VocDataset(path), wanted
-        names = {name.removesuffix(".txt"): name for name in lists(Path(path))}
-        return VocDataset(os.path.join(path, LISTS, _one(path, LISTS, names, wanted))), wanted
+            if not split_of(path):
+                raise UserError(
+                    f"{path}: is no list of a VOC folder: these are in {MAPS} (maps) and {BOXES} (boxes)"
+                )
+            return open_voc(path), split or Path(path).stem
+        inside = MAPS if lists(Path(path), MAPS) else BOXES
+        names = {name.removesuffix(".txt"): name for name in lists(Path(path), inside)}
+        return open_voc(os.path.join(path, inside, _one(path, inside, names, wanted))), wanted
     for own, other in PAIRS.items():
         if os.path.isdir(os.path.join(path, own)) and os.path.isdir(os.path.join(path, other)):
             folders = {e.name: e.name for e in listing(os.path.join(path, own)) if e.is_dir()}

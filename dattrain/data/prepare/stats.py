@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dattrain.data.annotations import instances, maps
 from dattrain.data.decode import images
 from dattrain.data.philox import Stream, words
+from dattrain.data.prepare.object_figures import ObjectFigures
 from dattrain.data.source.annotation_index import Annotations
 from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, Sample, locate
 from dattrain.data.workers import Workers
@@ -39,6 +40,7 @@ class Stats:
         per_class: pixels or objects of each class in those samples: int64.
         images_per_class: how many of those samples have it: int64.
         void: pixels of no class in those, in maps; crowds, of objects.
+        objects: more of those.
     """
 
     samples: int
@@ -56,6 +58,7 @@ class Stats:
     per_class: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     images_per_class: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     void: int = 0
+    objects: ObjectFigures = field(default_factory=ObjectFigures)
 
     def lines(self) -> list[str]:
         """The figures as text."""
@@ -92,7 +95,8 @@ class Stats:
         total = int(self.per_class.sum())
         whole = total + self.void if maps else total
         names = [*self.classes, *(str(i) for i in range(len(self.classes), len(self.per_class)))]
-        first = 0 if maps else 1  # of objects, class 0 is what is left
+        # Of named objects, class 0 is what is left; numbers without names may begin there.
+        first = int(not maps and not self.per_class[:1].any())
         out = [
             f"classes      {int((self.per_class > 0).sum()):,} of {max(0, len(names) - first):,} present, in {self.annotations}",
             f"{what:<12} {total:,} in {counted(self.measured, 'image')}, {self.void:,} {other}"
@@ -103,6 +107,8 @@ class Stats:
                 int(row[i]) if i < len(row) else 0 for row in (self.per_class, self.images_per_class)
             )
             out.append(f"  {names[i]:<20} {count:>14,} {count / max(1, total):>7.2%} {images:>9,} images")
+        if self.objects.images:
+            out += self.objects.sizes() + [f"odd          {line}" for line in self.objects.oddities()]
         return out
 
 
@@ -129,19 +135,26 @@ def measure(
     def labels(shard: int) -> NDArray[np.int64]:
         return np.asarray([dataset.label(shard, i) for i in range(dataset.counts[shard])], dtype=np.int64)
 
-    def sizes(number: int) -> tuple[list[tuple[str, int, int, int]], list[NDArray[np.int64]]]:
-        rows, contents = [], []
+    def sizes(
+        number: int,
+    ) -> tuple[list[tuple[str, int, int, int]], list[NDArray[np.int64]], ObjectFigures]:
+        rows, contents, objects = [], [], ObjectFigures()
         for item in items[number * _CHUNK : (number + 1) * _CHUNK].tolist():
             try:
                 sample = dataset.read(*locate(dataset, item))
                 data = sample.data
                 height, width = images.size(data)
-                if dataset.annotations != "none":
-                    contents.append(_contents(dataset, sample))
+                if dataset.annotations == "maps":
+                    contents.append(_pixels(sample))
+                elif dataset.annotations == "instances":
+                    found = instances.parse(sample.annotation, sample.where)
+                    crowds, counts = [int(found.crowd.sum())], np.bincount(found.classes)
+                    contents.append(np.concatenate((crowds, counts)).astype(np.int64))
+                    objects += ObjectFigures.of(found, (height, width), sample.key)
                 rows.append((images.sniff(data), height, width, len(data)))
             except (BadSample, images.BadImage):
                 rows.append(("", 0, 0, 0))
-        return rows, contents
+        return rows, contents, objects
 
     workers = jobs if jobs > 1 else 0
     histogram, unlabelled, done = np.zeros(0, np.int64), 0, 0
@@ -152,9 +165,11 @@ def measure(
             unlabelled += int((part == NO_LABEL).sum())
     rows: list[tuple[str, int, int, int]] = []
     per_class, images_per_class, void = np.zeros(0, np.int64), np.zeros(0, np.int64), 0
+    objects = ObjectFigures()
     with Workers(sizes, count=-(-len(items) // _CHUNK), workers=workers) as measured:
-        for chunk, contents in measured:
+        for chunk, contents, figures in measured:
             rows += chunk
+            objects += figures
             for counts in contents:
                 void += int(counts[0])
                 per_class = _added(per_class, counts[1:])
@@ -179,18 +194,15 @@ def measure(
         per_class=per_class,
         images_per_class=images_per_class,
         void=void,
+        objects=objects,
     )
 
 
-def _contents(dataset: Dataset, sample: Sample) -> NDArray[np.int64]:
-    """Pixels or objects of each class, after those that are void or crowds. Raises BadSample."""
-    if dataset.annotations == "maps":
-        counts = np.bincount(maps.read(sample.annotation, sample.where).ravel(), minlength=maps.VOID + 1)
-        void, counts = int(counts[maps.VOID]), np.trim_zeros(counts[: maps.VOID], "b")
-    else:
-        found = instances.parse(sample.annotation, sample.where)
-        void, counts = int(found.crowd.sum()), np.bincount(found.classes)
-    return np.concatenate(([void], counts)).astype(np.int64)
+def _pixels(sample: Sample) -> NDArray[np.int64]:
+    """Pixels of each class, after those that are void. Raises BadSample."""
+    counts = np.bincount(maps.read(sample.annotation, sample.where).ravel(), minlength=maps.VOID + 1)
+    void, counts = counts[maps.VOID :], np.trim_zeros(counts[: maps.VOID], "b")
+    return np.concatenate((void, counts)).astype(np.int64)
 
 
 def _added(one: NDArray[np.int64], two: NDArray[np.int64]) -> NDArray[np.int64]:

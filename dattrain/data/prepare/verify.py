@@ -10,6 +10,7 @@ import numpy as np
 from dattrain.data.annotations import instances
 from dattrain.data.annotations.semantic import semantic_map
 from dattrain.data.decode import images
+from dattrain.data.prepare.object_figures import ObjectFigures
 from dattrain.data.source import tar
 from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, Sample, ShardDataset
 from dattrain.data.source.files import explained, open_file, sha256_of
@@ -31,6 +32,7 @@ class VerifyReport:
         bad: (key, reason) of samples that cannot be used.
         damaged: messages about whole shards.
         left_out: members of shards that no sample has.
+        objects: figures of the objects of good samples.
     """
 
     samples: int = 0
@@ -38,6 +40,7 @@ class VerifyReport:
     bad: list[tuple[str, str]] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+    objects: ObjectFigures = field(default_factory=ObjectFigures)
 
     @property
     def good(self) -> bool:
@@ -74,6 +77,7 @@ def verify(
             report.nbytes += part.nbytes
             report.bad += part.bad
             report.left_out += part.left_out
+            report.objects += part.objects
             report.damaged += [message for message in part.damaged if message not in report.damaged]
             done += end - start
             progress(done, total)
@@ -114,7 +118,8 @@ def _check(dataset: Dataset, shard: int, start: int, end: int, num_classes: int 
             found = dataset.read(shard, sample)
             pixels = images.decode(found.data)
             if dataset.annotations != "none":
-                _check_annotation(dataset, found, (pixels.shape[1], pixels.shape[2]), num_classes)
+                size = pixels.shape[1], pixels.shape[2]
+                report.objects += _check_annotation(dataset, found, size, num_classes)
             elif found.label == NO_LABEL:
                 raise BadSample(f"{found.where}: has no label")
             if num_classes is not None and found.label >= num_classes:
@@ -129,14 +134,18 @@ def _check(dataset: Dataset, shard: int, start: int, end: int, num_classes: int 
 
 def _check_annotation(
     dataset: Dataset, found: Sample, size: tuple[int, int], num_classes: int | None
-) -> None:
-    """Raise BadSample where an annotation does not fit its image of that height and width, or has a class that is not named."""
+) -> ObjectFigures:
+    """Raise BadSample where an annotation does not fit its image of that height and width, or has a class that is not named.
+
+    Returns:
+        Figures of its objects; zeros for a map.
+    """
     classes = len(dataset.classes) if dataset.classes is not None else num_classes
     numbers = None if classes is None else np.arange(min(classes, num_classes or classes), dtype=np.int64)
     if dataset.annotations == "maps":
         semantic_map(found.annotation, size, numbers, found.where)
-    else:
-        instances.check(found.annotation, size, numbers, found.where)
+        return ObjectFigures()
+    return ObjectFigures.of(instances.check(found.annotation, size, numbers, found.where), size, found.key)
 
 
 def _check_shard(dataset: ShardDataset, shard: int) -> None:

@@ -56,6 +56,7 @@ class PackOptions:
         quality: of jpg and webp.
         check: decode every image, else read its header alone.
         dedup: keep the first of the samples with equal bytes.
+        drop_empty: of objects, leave out the images that ``empty.find_empty`` finds.
         label: field of the source's ``.json`` that its labels were taken from, as the source was opened; None is its own.
         skip_bad: leave out and name what cannot be used, else stop.
         label_set: one of ``data.labels``, whose numbers the source's synsets take; None numbers its classes as the split
@@ -72,6 +73,7 @@ class PackOptions:
     quality: int = 92
     check: bool = True
     dedup: bool = False
+    drop_empty: bool = False
     skip_bad: bool = False
     label_set: str | None = None
     label: str | None = None

@@ -15,7 +15,8 @@ from dattrain.data.annotations.coco import CocoDataset
 from dattrain.data.annotations.map_folder import MapFolder, map_folder
 from dattrain.data.annotations.orientation import upright
 from dattrain.data.annotations.semantic import annotated_size
-from dattrain.data.annotations.voc import VocDataset, split_of
+from dattrain.data.annotations.voc import split_of
+from dattrain.data.annotations.voc_objects import open_voc
 from dattrain.data.source.files import read_file
 from dattrain.data.source.folders import FolderDataset
 from dattrain.data.source.index import NO_LABEL, ShardIndex
@@ -158,7 +159,7 @@ def open_dataset(
     """Open what ``data.train`` or ``data.val`` names: shards (local or remote) or an image folder.
 
     Sets with annotations are read as they are given out: a folder of images beside which one of maps lies (ADE20K's
-    ``images/training`` and ``annotations/training``), a COCO JSON, a list in VOC's ``ImageSets/Segmentation``.
+    ``images/training`` and ``annotations/training``), a COCO JSON, a list in VOC's ``ImageSets/Segmentation`` or ``ImageSets/Main``.
     With ``verify``, the sizes of this rank's part of the shards are compared with their indexes. ``problems`` takes
     messages about local shards that cannot be used, and which are then left out, instead of an error.
 
@@ -181,7 +182,7 @@ def open_dataset(
         named = class_names(source.urls, read, lists)
         dataset: Dataset = ShardDataset(mask(spec), shards, source, named=named)
     elif split_of(spec):
-        dataset = VocDataset(spec)
+        dataset = open_voc(spec)
     elif spec.endswith(".json") and not spec.endswith(SUFFIX):
         dataset = CocoDataset(spec)
     elif os.path.isdir(spec) and not holds_shards(spec):

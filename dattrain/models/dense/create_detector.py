@@ -15,7 +15,12 @@ DetectorKind = Literal["retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", 
 
 
 def outs(head: DetectorKind) -> tuple[int, ...]:
-    """Stages whose maps a detector takes: the ``outs`` of its backbone."""
+    """Stages whose maps a detector takes: the ``outs`` of its backbone.
+
+    Raises:
+        UserError: a head that there is not.
+    """
+    check_choices(head=(head, DetectorKind))
     return (1, 2, 3) if head == "retinanet" else (0, 1, 2, 3)
 
 

@@ -26,7 +26,7 @@ class FPN(nn.Module):
         self.lateral = nn.ModuleList(nn.Conv2d(each, channels, 1) for each in in_channels)
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
         more = (in_channels[-1], channels) if extra == "conv" else ()
-        self.extra = nn.ModuleList(nn.Conv2d(each, channels, 3, stride=2, padding=1) for each in more)
+        self.extra = nn.ModuleList(nn.Conv2d(each, channels, 3, stride=2) for each in more)
         self.pool = extra == "pool"
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # mmdet's init_cfg: Xavier, uniform
@@ -44,6 +44,8 @@ class FPN(nn.Module):
             levels.append(F.max_pool2d(levels[-1], 1, stride=2))
         coarser = maps[-1]
         for conv in self.extra:
-            coarser = conv(coarser)
+            # Padded beforehand: of a map of one column oneDNN's bf16 convolution of stride 2 that pads by itself leaves a part of
+            # its weight's gradient as memory was (torch 2.14 on CPUs).
+            coarser = conv(F.pad(coarser, (1, 1, 1, 1)))
             levels.append(coarser)
         return levels

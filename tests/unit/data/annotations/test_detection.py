@@ -184,6 +184,9 @@ def test_ids_of_categories_survive_packing_into_numbers_of_another_split(tmp_pat
         2,
     )
     assert open_dataset(f"{out}/train-*.tar::{out}/val-*.tar").category_ids is None, "two numberings"
+    links = ["--out", str(tmp_path / "links"), "--jobs", "1"]
+    assert main(["data", "index", f"{out}/val-*.tar", *links]) == 0
+    assert open_dataset(str(tmp_path / "links")).category_ids == (None, None, 5, 2)
     assert main(["data", "pack", f"{out}/val-*.tar", str(tmp_path / "again"), "--jobs", "1"]) == 0
     assert open_dataset(str(tmp_path / "again")).category_ids == (None, None, 5, 2)
     # Manifests of before there were ids.

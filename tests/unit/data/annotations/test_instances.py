@@ -149,3 +149,20 @@ def test_all_forms_of_run_lengths_are_one():
 def test_annotations_that_cannot_be_used(data, message):
     with pytest.raises(BadSample, match=message):
         semantic_map(data, (4, 5), np.arange(3), "w")
+
+
+def test_a_part_of_a_mask_is_that_part_of_the_whole():
+    """To the pixel, for run lengths and for polygons that reach beyond the part on every side."""
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        height, width = random.integers(5, 60, 2).tolist()
+        corners = random.uniform(-10, 70, (2, 2 * random.integers(3, 9))).round(2)
+        drawn = [polygon.tolist() for polygon in corners]
+        whole = instances.mask(drawn, (height, width), "")
+        lengths = {"size": [height, width], "counts": rle.to_string(rle.encode(whole))}
+        (top, bottom), (left, right) = (
+            sorted(random.choice(side + 1, 2, replace=False).tolist()) for side in (height, width)
+        )
+        part = slice(top, bottom), slice(left, right)
+        for segmentation in (drawn, lengths):
+            assert (instances.mask(segmentation, (height, width), "", part) == whole[part]).all()

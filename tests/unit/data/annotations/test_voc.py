@@ -32,7 +32,8 @@ def test_a_list_is_opened_as_it_is(tmp_path):
 def test_what_is_not_there_is_named(tmp_path):
     path = voc(tmp_path, {"a": NUMBERS, "b": NUMBERS})
     with pytest.raises(
-        UserError, match=r"is a VOC folder; name the list of one split, as .*/train.txt \(it has train.txt\)"
+        UserError,
+        match=r"is a VOC folder; name the list of one split, as .*/train.txt \(it has ImageSets/Segmentation: train.txt\)",
     ):
         open_dataset(str(tmp_path))
     (tmp_path / "SegmentationClass/a.png").unlink()

@@ -66,6 +66,41 @@ def test_foreign_shards_without_names_of_classes_are_packed(tmp_path, capsys):
     assert "classes      0 of 0 present, in instances" in capsys.readouterr().out
 
 
+def test_figures_of_objects(tmp_path, capsys):
+    objects = [
+        {"category_id": 0, "bbox": [0, 0, 32, 31.9]},
+        {"category_id": 0, "bbox": [-1, 0, 32, 32], "ignore": 1},
+        {"category_id": 2, "bbox": [0, 0, 96, 96]},
+        {"category_id": 2, "bbox": [0, 0, 98, 101.5], "iscrowd": 1},
+        {"category_id": 2, "bbox": [0, 0, 9, 9], "area": -1},
+        {"category_id": 2, "bbox": [0, 0, 9, 0.5]},
+        {"category_id": 2, "bbox": [100, 0, 9, 9]},
+    ]
+    rows = [json.dumps({"annotations": found}).encode() for found in (objects, [])]
+    members = [(f"{key}.{end}", data) for key, row in zip("ab", rows) for end, data in (("jpg", noise(100, 98)), ("json", row))]  # fmt: skip
+    shard = str(write_tar(tmp_path / "t-0.tar", members))
+    assert main(["data", "index", shard, "--jobs", "1"]) == 0
+    assert main(["data", "stats", shard, "--jobs", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "classes      2 of 3 present" in said, "0 is a class like the others where nothing names them"
+    assert (
+        "7 in 2 images, 1 crowds" in said
+        and "0                                 2  28.57%         1 images" in said
+    )
+    assert "per image    3.5 objects in the mean, 7 at most; 1 image without any" in said
+    assert "66.7% small (below 32 x 32), 16.7% medium, 16.7% large" in said
+    assert main(["data", "verify", shard, "--jobs", "1"]) == 0
+    expected = [
+        "1 object with a box beyond their image (in t-0.tar:a): left out in detection",
+        "1 object with a side below one pixel (in t-0.tar:a): left out in detection",
+        "1 object with no area (in t-0.tar:a): left out in detection",
+        "1 object marked `ignore`: detection does not learn from them",
+        "1 object with a box that ends more than a pixel beyond the image's border (in t-0.tar:a): cut there in training",
+    ]
+    assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()[-5:]] == expected
+    assert [line[13:] for line in said.splitlines() if line.startswith("odd ")] == expected
+
+
 def test_foreign_shards_of_objects_are_indexed(tmp_path):
     objects = {
         "annotations": [{"category_id": 1, "bbox": [0, 0, 1, 2], "segmentation": [[0, 0, 1, 0, 1, 2, 0, 2]]}]

@@ -151,6 +151,55 @@ def test_coco_is_packed_whole(tmp_path, capsys):
     assert found_in(str(tmp_path / "again")) == found_in(str(path))
 
 
+def test_images_without_objects_are_dropped_on_request(tmp_path, capsys):
+    square = {"bbox": [0, 0, 2, 2], "area": 4, "category_id": 3, "iscrowd": 1}
+    content = {
+        "images": [
+            {"id": 1, "file_name": "a.jpg", "height": 32, "width": 40},
+            {"id": 2, "file_name": "none.jpg", "height": 32, "width": 40},
+            {"id": 3, "file_name": "low.jpg", "height": 31, "width": 40},
+            {"id": 4, "file_name": "flat.jpg", "height": 32, "width": 40},
+            {"id": 5, "file_name": "unsaid.jpg"},
+        ],
+        "categories": [{"id": 3, "name": "cat"}],
+        "annotations": [
+            *({"id": i, "image_id": i, **square} for i in (1, 3, 5)),
+            {"id": 4, "image_id": 4, **square, "bbox": [0, 0, 2, 0.5]},
+        ],
+    }
+    path = str(coco(tmp_path / "coco", content))
+    args = ["data", "pack", "--coco", path]
+    assert main([*args, str(tmp_path / "all"), "--jobs", "1"]) == 0
+    said = capsys.readouterr()
+    assert "5 samples in 1 shard" in said.out and "1 class and the background, instances" in said.out
+    assert "dropped" not in json.loads((tmp_path / "all/_train.manifest.json").read_text())
+    out = tmp_path / "out"
+    assert main([*args, str(out), "--drop-empty", "--jobs", "1"]) == 0
+    said = capsys.readouterr()
+    assert "1 sample in 1 shard" in said.out
+    assert "train: 2 images left out, with no objects: " in said.err
+    assert "train: 2 images left out, with a shorter side below 32 pixels: " in said.err
+    dropped = json.loads((out / "_train.manifest.json").read_text())["dropped"]
+    reasons = {row["key"].partition(":")[2]: row["reason"] for row in dropped}
+    assert reasons["none.jpg"] == reasons["flat.jpg"] == "no objects"
+    assert reasons["low.jpg"] == reasons["unsaid.jpg"] == "a shorter side below 32 pixels"
+    # Shards are sifted as well, and by the same.
+    pack(open_dataset(str(tmp_path / "all")), tmp_path / "again", PackOptions(drop_empty=True))
+    assert open_dataset(str(tmp_path / "again")).counts.tolist() == [1]
+    with pytest.raises(UserError, match="drop_empty leaves nothing: each of its 1 images has no objects or"):
+        only = {**content, "images": content["images"][1:2], "annotations": []}
+        pack(open_dataset(str(coco(tmp_path / "b", only))), tmp_path / "c", PackOptions(drop_empty=True))
+    with pytest.raises(UserError, match="has maps, and --drop-empty is for sets of objects"):
+        maps = open_annotated("ade", str(ade(tmp_path / "ADE", some_maps(1))))[0]
+        pack(maps, tmp_path / "d", PackOptions(drop_empty=True))
+    # A packing that was begun before there was the option goes on.
+    settings = tmp_path / "all/.train.settings.json"
+    noted = json.loads(settings.read_text())
+    del noted["drop_empty"]
+    settings.write_text(json.dumps(noted))
+    assert main([*args, str(tmp_path / "all"), "--jobs", "1"]) == 0
+
+
 def test_boxes_alone_are_packed_and_told(tmp_path, capsys):
     content = {
         **COCO,

@@ -11,9 +11,6 @@ from dattrain.tasks.segmentation import Segmentation
 
 def create_task(config: Config) -> Task:
     """Make the task that ``task.kind`` names. Raises ConfigError for settings that it cannot use."""
-    kinds: dict[str, type[Task]] = {
-        "classification": Classification,
-        "segmentation": Segmentation,
-        "detection": Detection,
-    }
-    return kinds[config.task.kind](config)
+    if config.task.kind == "detection":
+        return Detection(config)
+    return Segmentation(config) if config.task.kind == "segmentation" else Classification(config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from dattrain.data.loader import EvalLoader, TrainLoader
 from dattrain.errors import ConfigError, UserError
 from dattrain.models import flops, surgery
 from dattrain.models.dense.backbone import create_backbone
-from dattrain.models.dense.create_detector import create_detector, outs
+from dattrain.models.dense.create_detector import DetectorKind, create_detector, outs
 from dattrain.models.dense.detector import Detector
 from dattrain.models.dense.weights import initialise
 from dattrain.tasks import coco_ap, coco_numbers, detection_head, head
@@ -58,11 +58,12 @@ class Detection:
         With ``init.bias_table=sample`` its tables take the shapes of ``shapes``.
         """
         m, t, e = self.config.model, self.config.task, self.config.eval
+        kind = cast(DetectorKind, t.head)
         torch.manual_seed(self.config.train.seed)
         backbone = create_backbone(
             m.name,
             img_size=img_size,
-            outs=outs(t.head),
+            outs=outs(kind),
             drop_path_rate=m.drop_path,
             init=m.init,
             in_chans=m.in_chans,
@@ -70,7 +71,7 @@ class Detection:
         )
         model = create_detector(
             backbone,
-            t.head,
+            kind,
             m.num_classes,
             norm=t.norm,
             channels=t.channels,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from dattrain.errors import ConfigError, UserError
 from dattrain.models import flops, surgery
 from dattrain.models.blocks import recompute
 from dattrain.models.dense.backbone import create_backbone
-from dattrain.models.dense.segmenter import Segmenter, create_segmenter
+from dattrain.models.dense.segmenter import HeadKind, Segmenter, create_segmenter
 from dattrain.models.dense.weights import initialise
 from dattrain.tasks import head
 from dattrain.tasks.base import Forward, Loss, Size
@@ -73,7 +74,7 @@ class Segmentation:
         )
         model = create_segmenter(
             backbone,
-            t.head,
+            cast(HeadKind, t.head),
             m.num_classes,
             norm=t.norm,
             channels=t.channels,

@@ -114,6 +114,8 @@ class Task(Section):
     """Segmentation: share of channels dropped before the classifier."""
     aux_weight: Annotated[float, Field(ge=0.0)] = 0.4
     """Weight of the loss of UperNet's auxiliary head on the stride-16 map; 0 leaves that head out."""
+    region_samples: Count = 512
+    """R-CNNs: regions of an image that box and mask heads are trained on, a quarter of them of objects at most."""
 
 
 class Geometry(Section):

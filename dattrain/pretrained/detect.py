@@ -95,10 +95,11 @@ class Detection:
 
     def covered(self) -> NDArray[np.bool_]:
         """H x W: the pixels of any object, of its mask or else of its box."""
-        inside = np.zeros(self.pixels.shape[:2], np.bool_)
+        size = self.pixels.shape[0], self.pixels.shape[1]
+        inside = np.zeros(size, np.bool_)
         for number, (left, top, right, bottom) in enumerate(self.boxes.tolist()):
             if self.probabilities is not None:
-                inside |= self._pasted(number).at((inside.shape[0], inside.shape[1])).numpy()
+                inside |= self._pasted(number).at(size).numpy()
             else:
                 inside[max(0, round(top)) : round(bottom), max(0, round(left)) : round(right)] = True
         return inside

@@ -111,7 +111,8 @@ def on_first(action: Callable[[], T], waiting: Callable[[], object] = lambda: No
     if rank == 0:
         # Pickled within, lest a value that cannot be leave the others waiting.
         done, failure = _attempt(lambda: _pickled(action()))
-        store.set(key, pickle.dumps((None, _for_others(failure))) if done is None else done[1])
+        result = pickle.dumps((None, _for_others(failure))) if done is None else done[1]
+        store.set(key, result)  # type: ignore[arg-type,unused-ignore]
         if done is None:
             assert failure is not None
             raise failure
@@ -119,15 +120,15 @@ def on_first(action: Callable[[], T], waiting: Callable[[], object] = lambda: No
     while not store.check([key]):
         waiting()
         time.sleep(_LOOK_S)
-    result: T
-    result, reported = pickle.loads(store.get(key))
+    value: T
+    value, reported = pickle.loads(store.get(key))
     # The last to have read it leaves nothing behind.
     if store.add(f"{key}/read", 1) == world - 1:
         store.delete_key(key)
         store.delete_key(f"{key}/read")
     if reported is not None:
         raise reported
-    return result
+    return value
 
 
 def raise_from(source: int, failure: Exception | None) -> NoReturn:

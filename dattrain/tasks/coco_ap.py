@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -146,7 +145,7 @@ class CocoAP:
         boxes = torch.minimum(boxes.clamp(min=0), edges)
         masks = None if found.masks is None else _masks(found.masks.cpu(), boxes, size)
         corners = boxes.double().numpy()
-        segmentations: Sequence[Segmentation | None] = [None] * len(truth)
+        segmentations: list[Segmentation | None] = [None] * len(truth)
         if masks is not None:
             segmentations = [
                 None if each is None else coco_numbers.compressed(each, size) for each in truth.segmentations

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dattrain.data.annotations.instances import Instances
+from dattrain.data.annotations.instances import Instances, Segmentation
 from dattrain.errors import UserError
 
 NAMES = (
@@ -45,7 +45,7 @@ class ImageResult:
         scores: n float64.
         classes: n int64, numbers of the network's classes.
         masks: COCO's compressed run lengths of each; None where the network gives boxes alone.
-        truth: classes and boxes likewise; ``segmentations`` compressed run lengths of the same size, or None.
+        truth: classes and boxes likewise; ``segmentations`` compressed run lengths, or None.
     """
 
     position: int
@@ -100,16 +100,19 @@ def check_installed() -> None:
     """Raise UserError where faster-coco-eval is missing."""
     if importlib.util.find_spec("faster_coco_eval") is None:
         raise UserError(
-            "COCO's AP needs the package faster-coco-eval: pip install 'dattrain[dense]' (or train without data.val)"
+            "COCO's AP needs the package faster-coco-eval: pip install faster-coco-eval (or train without data.val)"
         )
 
 
-def compressed(segmentation: Any, size: tuple[int, int]) -> str:
-    """Polygons or run lengths as compressed run lengths, rasterised as COCO's own code does.
+def compressed(segmentation: Segmentation, size: tuple[int, int]) -> dict[str, Any]:
+    """Polygons or run lengths as COCO's compressed run lengths, rasterised as its own code does.
 
     Args:
         segmentation: as ``instances.read_segmentation`` accepts it.
         size: height and width of the image.
+
+    Returns:
+        ``{"size": [height, width], "counts": "..."}``.
     """
     from faster_coco_eval.core import mask
 
@@ -119,7 +122,10 @@ def compressed(segmentation: Any, size: tuple[int, int]) -> str:
         counts = mask.frPyObjects({**segmentation, "counts": list(segmentation["counts"])}, *size)["counts"]
     else:
         counts = mask.merge(mask.frPyObjects([list(one) for one in segmentation], *size))["counts"]
-    return counts.decode("ascii") if isinstance(counts, bytes) else str(counts)
+    return {
+        "size": list(size),
+        "counts": counts.decode("ascii") if isinstance(counts, bytes) else str(counts),
+    }
 
 
 def numbers(images: Sequence[ImageResult], classes: int, kind: Kind, most: int = DETECTIONS[-1]) -> Numbers:
@@ -182,7 +188,7 @@ def _truth(images: Sequence[ImageResult], classes: int, kind: Kind) -> dict[str,
                 "iscrowd": int(truth.crowd[i]),
             }
             if kind != "bbox":
-                one["segmentation"] = {"size": list(image.size), "counts": truth.segmentations[i]}
+                one["segmentation"] = truth.segmentations[i]
             annotations.append(one)
     return {
         "images": [

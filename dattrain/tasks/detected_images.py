@@ -209,8 +209,9 @@ def _small(image: Tensor, result: ImageResult, judged: Judgement) -> Shown:
     masks = {}
     if result.masks is not None:
         masks["found_masks"] = _painted([result.masks[i] for i in kept], result.size, size)
-        if all(each is not None for each in truth.segmentations):
-            masks["truth_masks"] = _painted([str(each) for each in truth.segmentations], result.size, size)
+        runs = [each["counts"] for each in truth.segmentations if isinstance(each, Mapping)]
+        if len(runs) == len(truth):
+            masks["truth_masks"] = _painted(runs, result.size, size)
     return Shown(result.position, judged.quality, content, picture.cpu(), masks)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dattrain.config.schema import Config
-from dattrain.config.sections import DetectionHead, as_pair
+from dattrain.config.sections import as_pair
 from dattrain.data import dense_factory, detection_factory
 from dattrain.data.annotations.kinds import needs_masks
 from dattrain.data.augment.dense_transforms import normalised
@@ -24,7 +24,7 @@ from dattrain.data.loader import EvalLoader, TrainLoader
 from dattrain.errors import ConfigError, UserError
 from dattrain.models import flops, surgery
 from dattrain.models.dense.backbone import create_backbone
-from dattrain.models.dense.create_detector import create_detector, outs
+from dattrain.models.dense.create_detector import DetectorKind, create_detector, outs
 from dattrain.models.dense.detector import Detector
 from dattrain.models.dense.weights import initialise
 from dattrain.tasks import coco_ap, coco_numbers, detection_head, head
@@ -58,12 +58,12 @@ class Detection:
         With ``init.bias_table=sample`` its tables take the shapes of ``shapes``.
         """
         m, t, e = self.config.model, self.config.task, self.config.eval
-        head = cast(DetectionHead, t.head)
+        kind = cast(DetectorKind, t.head)
         torch.manual_seed(self.config.train.seed)
         backbone = create_backbone(
             m.name,
             img_size=img_size,
-            outs=outs(head),
+            outs=outs(kind),
             drop_path_rate=m.drop_path,
             init=m.init,
             in_chans=m.in_chans,
@@ -71,7 +71,7 @@ class Detection:
         )
         model = create_detector(
             backbone,
-            head,
+            kind,
             m.num_classes,
             norm=t.norm,
             channels=t.channels,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dattrain.config.schema import Config
-from dattrain.config.sections import SegmentationHead, as_pair
+from dattrain.config.sections import as_pair
 from dattrain.data import dense_factory
 from dattrain.data.annotations.semantic import VOID
 from dattrain.data.augment.dense_transforms import normalised
@@ -27,7 +27,7 @@ from dattrain.errors import ConfigError, UserError
 from dattrain.models import flops, surgery
 from dattrain.models.blocks import recompute
 from dattrain.models.dense.backbone import create_backbone
-from dattrain.models.dense.segmenter import Segmenter, create_segmenter
+from dattrain.models.dense.segmenter import HeadKind, Segmenter, create_segmenter
 from dattrain.models.dense.weights import initialise
 from dattrain.tasks import head
 from dattrain.tasks.base import Forward, Loss, Size
@@ -74,7 +74,7 @@ class Segmentation:
         )
         model = create_segmenter(
             backbone,
-            cast(SegmentationHead, t.head),
+            cast(HeadKind, t.head),
             m.num_classes,
             norm=t.norm,
             channels=t.channels,

@@ -102,7 +102,10 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def forward_dummy(self, x: Tensor) -> object:
-        """Every head's own output, to count by: with 1,000 proposals and 100 regions with masks (mmdet's name and numbers)."""
+        """Every head's own output, to count by: with 1,000 proposals and 100 regions with masks (mmdet's name and numbers).
+
+        In training with as many as that takes at most, to find its memory without values.
+        """
         raise NotImplementedError
 
     def layer_of(self, parameter_name: str) -> int:

@@ -19,7 +19,16 @@ from dattrain.models.dense.detector import Detector, Sizes, Target, by_anchor, s
 from dattrain.models.dense.fpn import FPN
 from dattrain.models.dense.norm import Norm, statistics_kept
 from dattrain.models.dense.rcnn import BoxHead, MaskHead, RPNHead
-from dattrain.models.dense.regions import CASCADE, Stage, box_losses, mask_loss, pick, refine
+from dattrain.models.dense.regions import (
+    CASCADE,
+    POSITIVE_SHARE,
+    SAMPLES,
+    Stage,
+    box_losses,
+    mask_loss,
+    pick,
+    refine,
+)
 from dattrain.models.dense.roi_pool import roi_pool
 from dattrain.models.dense.rpn import inside_of, propose, rpn_losses
 from dattrain.models.dense.sampling import key_of
@@ -158,10 +167,16 @@ class FasterRCNN(Detector):
         return found
 
     def forward_dummy(self, x: Tensor) -> object:
-        """Outputs of all heads: of every anchor, of 1,000 proposals and of 100 regions with a mask in each stage."""
+        """Outputs of all heads: of every anchor, of 1,000 proposals and of 100 regions with a mask in each stage.
+
+        In training, to find its memory, of as many regions as the samplers take at most.
+        """
         levels = self.neck(self.backbone(x))
-        boxes = x.new_zeros(1000, levels[0].shape[1], BOX_SIZE, BOX_SIZE)
-        regions = x.new_zeros(100, levels[0].shape[1], MASK_SIZE, MASK_SIZE)
+        proposals, with_mask = 1000, 100
+        if self.training:
+            proposals, with_mask = len(x) * SAMPLES, len(x) * int(SAMPLES * POSITIVE_SHARE)
+        boxes = x.new_zeros(proposals, levels[0].shape[1], BOX_SIZE, BOX_SIZE)
+        regions = x.new_zeros(with_mask, levels[0].shape[1], MASK_SIZE, MASK_SIZE)
         heads = [head(boxes) for head in self.box_heads], [head(regions) for head in self.mask_heads]
         return self.rpn(levels), *heads
 

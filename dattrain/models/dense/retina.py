@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log
+from math import log, sqrt
 
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ def gain_of_256(channels: int) -> float:
 
     In towers of 64 channels .01 shrinks what goes through by another factor of 16, and a short training goes by before they have grown.
     """
-    return 0.01 * (256 / channels) ** 0.5
+    return 0.01 * sqrt(256 / channels)
 
 
 def _tower(channels: int, convs: int) -> nn.Sequential:

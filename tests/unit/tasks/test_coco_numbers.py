@@ -30,7 +30,7 @@ def blob(random, size, box):
 
 
 def compressed(mask):
-    return rle.to_string(rle.encode(mask))
+    return {"size": list(mask.shape), "counts": rle.to_string(rle.encode(mask))}
 
 
 def random_results(seed=0, count=24, most=20):
@@ -59,7 +59,7 @@ def random_results(seed=0, count=24, most=20):
         images.append(
             ImageResult(
                 position, 1000 + 3 * position, f"{position}", size, found[order], scores[order], labels[order].astype(np.int64),
-                tuple(compressed(blob(random, size, found[i])) for i in order), truth,
+                tuple(compressed(blob(random, size, found[i]))["counts"] for i in order), truth,
             )
         )  # fmt: skip
     return images
@@ -75,7 +75,7 @@ def by_pycocotools(images, kind, detections=(1, 10, 100)):
                 {
                     "id": len(annotations) + 1, "image_id": image.image_id, "category_id": int(truth.classes[i]),
                     "bbox": truth.boxes[i].tolist(), "area": float(truth.area[i]), "iscrowd": int(truth.crowd[i]),
-                    "segmentation": {"size": list(image.size), "counts": truth.segmentations[i]},
+                    "segmentation": truth.segmentations[i],
                 }
             )  # fmt: skip
     results = [one for image in images for one in image.results(list(range(CLASSES)))]
@@ -164,10 +164,10 @@ def test_any_segmentation_is_compressed_as_coco_does():
     size = (60, 80)
     polygons = [[10.3, 5.2, 40.9, 8.1, 33.3, 50.7], [50.0, 20.0, 70.0, 20.0, 70.0, 50.5, 50.0, 50.5]]
     wanted = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))["counts"].decode()
-    assert coco_numbers.compressed(polygons, size) == wanted
+    assert coco_numbers.compressed(polygons, size) == {"size": [60, 80], "counts": wanted}
     runs = rle.from_string(wanted)
     for form in (wanted, wanted.encode(), runs.tolist()):
-        assert coco_numbers.compressed({"size": list(size), "counts": form}, size) == wanted
+        assert coco_numbers.compressed({"size": list(size), "counts": form}, size)["counts"] == wanted
 
 
 def test_a_missing_package_is_said(monkeypatch):

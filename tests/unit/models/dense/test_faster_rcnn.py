@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from math import log
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from torchvision.ops import (
 from dattrain.models.dense import create_backbone, create_detector, faster_rcnn
 from dattrain.models.dense.faster_rcnn import FasterRCNN
 from dattrain.models.dense.mask_targets import mask_targets
+from dattrain.models.dense.rcnn import BoxHead, MaskHead
 from dattrain.models.dense.regions import CASCADE, Stage, pick, refine
-from dattrain.models.dense.rpn import inside_of, propose
+from dattrain.models.dense.rpn import inside_of, propose, rpn_losses
 from dattrain.models.dense.sampling import key_of, sample
 
 CLASSES, BRANCHES = 5, 10
@@ -74,6 +76,9 @@ def target(*boxes: tuple[float, ...], labels: tuple[int, ...] = ()) -> dict[str,
 
 
 TWO = target((4, 5, 40, 50), (10.5, 52, 31, 88.25), labels=(1, 4))
+THREE = target(
+    (4, 5, 40, 50), (10.5, 52, 31, 88.25), (50, 80, 56, 85), labels=(1, 4, 1)
+)  # which no anchor is near
 ONE = target((20, 8, 59, 70), labels=(0,))
 SMALL = target((4, 5, 24, 30), labels=(2,))
 NONE = target()
@@ -206,12 +211,45 @@ def test_losses_are_those_of_a_slow_reference(head):
     x, noise = some()
     noise = noise[:, : model.num_drop_path]
     with torch.no_grad():
-        found = model(x, SIZES, [TWO, ONE], noise)
-        expected = reference(model, x, SIZES, [TWO, ONE], noise)
+        found = model(x, SIZES, [THREE, ONE], noise)
+        expected = reference(model, x, SIZES, [THREE, ONE], noise)
     assert list(found) == list(expected)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=2e-4, atol=1e-5, msg=name)
         assert found[name].dtype == torch.float32 and found[name].dim() == 0
+
+
+def test_anchors_are_counted_as_mmdet_counts_them():
+    """Of each image at least one positive and one negative: 1 + 3 where there is no box, 2 + 1 where all anchors are of one."""
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 11], [0, 0, 11, 10]])
+    everywhere, nowhere = torch.ones(3).bool(), torch.zeros(3).bool()
+    two = torch.tensor([True, True, False])
+    logits, deltas = torch.zeros(3, 3), torch.ones(3, 3, 4)
+    cls, box = rpn_losses(
+        logits,
+        deltas,
+        anchors,
+        [everywhere, two, nowhere],
+        [anchors[:0], anchors[:1], None],
+        torch.zeros(3, dtype=torch.int64),
+        beta=0.0,
+    )
+    assert float(cls) == pytest.approx(5 * log(2) / 7)
+    of_second = torch.tensor([0, -0.5 / 11, 0, log(10 / 11)])
+    assert float(box) == pytest.approx(float((4 + (1 - of_second).abs().sum()) / 7))
+
+
+def test_settings_that_only_large_images_show(monkeypatch):
+    """As mmdet's files have them: 2,000 anchors a level, proposals, and whether a box has its best regions anyway."""
+    given = []
+    monkeypatch.setattr(faster_rcnn, "propose", lambda *_, **more: given.append(more) or torch.zeros(0, 4))
+    for head, proposals in zip(HEADS, (1000, 1000, 2000, 2000)):
+        model = detector(head)
+        x, noise = some(1, 48, 48)
+        with torch.no_grad():
+            model(x, SMALL_SIZES[:1], [SMALL], noise[:, : model.num_drop_path])
+        assert given.pop() == {"per_level": 2000, "total": proposals}
+        assert {stage.low_quality for stage in model.stages} == {head == "mask_rcnn"}
 
 
 @contextmanager
@@ -229,11 +267,17 @@ def recorded(model: nn.Module) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_micro_batches_of_nothing(head):
+def test_micro_batches_of_nothing(head, monkeypatch):
     """Without boxes, with bad samples, of bad samples alone: the same losses and modules, all finite, all with gradients."""
     model = detector(head)
     x, noise = some(2, 48, 48)
     noise = noise[:, : model.num_drop_path]
+    regions = []
+    for kind in (BoxHead, MaskHead):
+        run = kind.forward
+        monkeypatch.setattr(
+            kind, "forward", lambda self, pooled, run=run: regions.append(len(pooled)) or run(self, pooled)
+        )
     with recorded(model) as calls:
         full = model(x, SMALL_SIZES, [SMALL, NONE], noise)
     assert [name for name in calls if "heads" in name]
@@ -249,6 +293,8 @@ def test_micro_batches_of_nothing(head):
             assert bool(value.isfinite()), name
             learns = name.endswith("_cls") and targets != [None, None]
             assert (float(value.detach()) > 0) == learns, name
+    # Normalisation over devices, and kernels of convolutions, are spared a batch of nothing.
+    assert min(regions) == 1
     # A bad sample is as if it were not there, whatever its pixels are.
     with torch.no_grad():
         beside = model(x, SMALL_SIZES, [SMALL, None], noise)

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     elif isinstance(model, Detector):
         from dattrain.cli.predict_objects import detect_all
 
-        bad = detect_all(args, model, cfg, files, names)
+        bad = detect_all(args, model, cfg, files, names, out=args.out or OUT, listed=args.topk or LISTED)
     else:
         bad = _classify(args, model, cfg, files, names)
     if bad:

@@ -31,8 +31,15 @@ def detect_all(
     cfg: PretrainedCfg,
     files: Sequence[Path],
     names: Sequence[str] | None,
+    *,
+    out: Path,
+    listed: int,
 ) -> list[str]:
     """Print a block per image and write what was asked for; returns what was wrong with images.
+
+    Args:
+        out: the folder of the pictures.
+        listed: objects of an image that are printed at most.
 
     Raises:
         UserError: something cannot be written, or there are no points to draw.
@@ -40,13 +47,11 @@ def detect_all(
     """
     from PIL import Image
 
-    from dattrain.cli.predict import LISTED, OUT
     from dattrain.pretrained import class_names
     from dattrain.pretrained.detect import check_score, detect
     from dattrain.tasks.detected_images import SCORE
     from dattrain.visualize.detected import sheet
 
-    out: Path = args.out or OUT
     score = SCORE if args.score is None else args.score
     check_score(score, "--score")
     stems = own_pictures.names(out, files, (".png", ".points.png") if args.points else (".png",))
@@ -72,11 +77,11 @@ def detect_all(
             for rank, each in enumerate(objects, 1):
                 edges = [f"{edge:.2f}" for edge in each.box]
                 table.writerow([file, rank, each.number, each.name, f"{each.score:.6f}", *edges])
-                if not quiet and rank <= (args.topk or LISTED):
+                if not quiet and rank <= listed:
                     left, top, right, bottom = map(round, each.box)
                     where = f"{right - left} x {bottom - top} at {left}, {top}"
                     print(f"  {100 * each.score:6.2f} %  {each.name}  {where}")
-            if not quiet and (more := len(objects) - (args.topk or LISTED)) > 0:
+            if not quiet and (more := len(objects) - listed) > 0:
                 print(f"            {more} more")
     if args.json is not None:
         coco.write(args.json)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[3] / "dattrain"
-BASE = {"errors", "urls", "clock", "files", "palette", "text"}
+BASE = {"errors", "urls", "clock", "files", "palette", "drawing", "text"}
 """Modules of the top that import nothing of ours but each other."""
 ENGINE = {"engine", "tasks", "state", "observe", "data", "models", "ops", "runtime", "config"}
 MAY_IMPORT = {

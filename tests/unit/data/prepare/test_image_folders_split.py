@@ -146,3 +146,22 @@ def test_a_split_file_that_is_none_or_whose_folder_is_gone_is_refused(photos, tm
     photos.rename(tmp_path / "moved")
     with pytest.raises(UserError, match='which is not there; write where they are now as its "root"'):
         open_dataset(str(path))
+
+
+def test_cocos_json_is_told_from_folders_of_classes(tmp_path):
+    for name in (
+        "set/instances_val.json",
+        "tool/train/_annotations.coco.json",
+        "coco/annotations/instances_train2017.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
+    for given, found in (
+        ("set/instances_val.json", "set/instances_val.json"),
+        ("tool", "tool/train/_annotations.coco.json"),
+        ("coco", "coco/annotations/instances_train2017.json"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"{found}: looks like COCO's JSON.*data.train=\S*{found} data.val="
+        ):
+            own_images.find(tmp_path / given)

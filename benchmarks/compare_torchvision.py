@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,11 @@ from dattrain.config.derive import derive
 from dattrain.config.load import load
 from dattrain.config.schema import Config
 from dattrain.engine.schedule import rate
-from dattrain.models.dense import create_backbone
-from dattrain.models.dense.create_detector import outs
-from dattrain.models.dense.weights import initialise
-from dattrain.pretrained.weights import load_model
 from dattrain.evaluation import inference
+from dattrain.models.dense import Backbone, create_backbone
+from dattrain.models.dense.create_detector import outs
+from dattrain.models.dense.weights import Dense, initialise
+from dattrain.pretrained.weights import load_model
 from dattrain.tasks.create import create_task
 
 DEVICE = torch.device("cpu")
@@ -48,12 +48,12 @@ class Theirs(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         task, model = config.task, config.model
-        backbone = create_backbone(
-            model.name, img_size=model.img_size, drop_path_rate=model.drop_path, outs=outs(task.head)
+        self.backbone = create_backbone(
+            model.name, img_size=model.img_size, drop_path_rate=model.drop_path, outs=outs("retinanet")
         )
         width = task.channels or 256
         self.model = RetinaNet(
-            Pyramid(backbone, width),
+            Pyramid(self.backbone, width),
             model.num_classes,
             # Steps of a third of an octave from four strides on, as the default of torchvision and of the paper.
             anchor_generator=AnchorGenerator(
@@ -71,10 +71,6 @@ class Theirs(nn.Module):
             _skip_resize=True,
         )
 
-    @property
-    def backbone(self) -> nn.Module:
-        return self.model.backbone.backbone
-
     def forward(
         self, x: Tensor, sizes: Sequence[tuple[int, int]], targets: Sequence[Any] | None = None, **_: Any
     ) -> Any:
@@ -86,7 +82,7 @@ class Theirs(nn.Module):
 class Pyramid(nn.Module):
     """A backbone with torchvision's pyramid, P3 to P7."""
 
-    def __init__(self, backbone: nn.Module, width: int) -> None:
+    def __init__(self, backbone: Backbone, width: int) -> None:
         super().__init__()
         self.backbone, self.out_channels = backbone, width
         channels = list(backbone.channels)
@@ -94,7 +90,9 @@ class Pyramid(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Five maps by name."""
-        return self.pyramid({str(number): each for number, each in enumerate(self.backbone(x))})
+        maps = {str(number): each for number, each in enumerate(self.backbone(x))}
+        found: dict[str, Tensor] = self.pyramid(maps)
+        return found
 
 
 def recipe(args: argparse.Namespace, seed: int) -> Config:
@@ -121,8 +119,9 @@ def train(which: str, config: Config, args: argparse.Namespace) -> dict[str, flo
     model = task.build(config.model.img_size) if which == "ours" else Theirs(config)
     if args.init:
         source, _ = load_model(args.init)
-        initialise(model, source.state_dict(), bias_table="sample")
-    decayed, kept = [], []
+        initialise(cast(Dense, model), source.state_dict(), bias_table="sample")
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in model.parameters():
         (decayed if parameter.dim() > 1 else kept).append(parameter)
     optimizer = torch.optim.AdamW(

@@ -151,12 +151,13 @@ def core_share(turn: Turn) -> float:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         turn()
     events = profiler.key_averages()
-    core = sum(
+    core: float = sum(
         each.cpu_time_total
         for each in events
         if each.key in ("dattrain::deform_attention", "dattrain::deform_attention_backward")
     )
-    return core / sum(each.self_cpu_time_total for each in events)
+    total: float = sum(each.self_cpu_time_total for each in events)
+    return core / total
 
 
 def details(

@@ -30,7 +30,7 @@ from dattrain.models.dense.detector import Detector
 from dattrain.models.dense.segmenter import Segmenter
 from dattrain.observe import metrics
 from dattrain.pretrained import preprocess
-from dattrain.pretrained.detect import SCORE, Detection, check_score, detect
+from dattrain.pretrained.detect import Detection, check_score, detect
 from dattrain.pretrained.predict import Prediction
 from dattrain.pretrained.predict import predict as predict_with
 from dattrain.pretrained.pretrained_cfg import NETWORKS, Network, PretrainedCfg
@@ -39,6 +39,7 @@ from dattrain.pretrained.weights import load_model
 from dattrain.report import training
 from dattrain.state.format.retention import best_step
 from dattrain.submit import history
+from dattrain.tasks.detected_images import SCORE
 
 Images = (
     str | Path | Image.Image | np.ndarray | Tensor | Sequence[str | Path | Image.Image | np.ndarray | Tensor]

@@ -42,7 +42,8 @@ def detect_all(
 
     from dattrain.cli.predict import LISTED, OUT
     from dattrain.pretrained import class_names
-    from dattrain.pretrained.detect import SCORE, check_score, detect
+    from dattrain.pretrained.detect import check_score, detect
+    from dattrain.tasks.detected_images import SCORE
     from dattrain.visualize.detected import sheet
 
     out: Path = args.out or OUT

@@ -36,6 +36,7 @@ _SEGMENTATION = {
 }
 """Keys that segmentation alone reads."""
 _DETECTION = {
+    "task": ("region_samples",),
     "geometry": (
         "short_sides",
         "precrop",
@@ -187,6 +188,10 @@ class Config(Section):
             )
         if changed := self._changed(_SEGMENTATION if detects else _DETECTION):
             raise ValueError(f"{changed[0]} has no meaning for task.kind={kind}: leave it out")
+        if self.task.head == "retinanet" and (changed := self._changed({"task": ("region_samples",)})):
+            raise ValueError(
+                f"{changed[0]} is of R-CNNs, and task.head=retinanet has no regions: leave it out"
+            )
         on = {
             "augment.mixup": (a.mixes and a.mixup > 0, 0),
             "augment.cutmix": (a.mixes and a.cutmix > 0, 0),

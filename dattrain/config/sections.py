@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -93,20 +93,18 @@ class Model(Section):
         return self
 
 
+SegmentationHead = Literal["upernet", "semantic_fpn"]
+DetectionHead = Literal["retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"]
+DETECTORS: tuple[DetectionHead, ...] = get_args(DetectionHead)
+"""Values of ``task.head`` that are of ``task.kind: detection``."""
+
+
 class Task(Section):
     """What is learned: the class of an image, of every pixel, or of objects. The other keys are of dense prediction."""
 
     kind: Literal["classification", "segmentation", "detection"] = "classification"
     """The last two put a decoder or detector on the backbone's maps; ``model.img_size`` is then the layout of its windows and tables alone."""
-    head: Literal[
-        "upernet",
-        "semantic_fpn",
-        "retinanet",
-        "faster_rcnn",
-        "mask_rcnn",
-        "cascade_rcnn",
-        "cascade_mask_rcnn",
-    ] = "upernet"
+    head: SegmentationHead | DetectionHead = "upernet"
     """Segmentation: UperNet (Xiao et al., ECCV 2018), or the Semantic FPN of Panoptic FPN (Kirillov et al., CVPR 2019). Detection: RetinaNet (Lin et al., ICCV 2017), Faster, Mask or Cascade R-CNN; those with ``mask`` in their name give masks too."""
     norm: Literal["sync", "group", "batch"] = "sync"
     """Of the decoder, and of Cascade R-CNN's box heads: BatchNorm over all GPUs (the recipes'), GroupNorm (the same at every world size, and on CPUs), or BatchNorm of each device's micro-batch."""
@@ -116,10 +114,8 @@ class Task(Section):
     """Segmentation: share of channels dropped before the classifier."""
     aux_weight: Annotated[float, Field(ge=0.0)] = 0.4
     """Weight of the loss of UperNet's auxiliary head on the stride-16 map; 0 leaves that head out."""
-
-
-DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn")
-"""Values of ``task.head`` that are of ``task.kind: detection``."""
+    region_samples: Count = 512
+    """R-CNNs: regions of an image that box and mask heads are trained on, a quarter of them of objects at most."""
 
 
 class Geometry(Section):

@@ -50,7 +50,7 @@ def picture(file: Path, runs: Mapping[str, Path], val: str) -> None:
         axis.set(xticks=[], yticks=[])
     sheet.legend(
         handles=[
-            Patch(facecolor=np.array(colour(number)) / 255, edgecolor="black", label=name)
+            Patch(facecolor="#" + bytes(colour(number)).hex(), edgecolor="black", label=name)
             for number, name in enumerate(names)
         ],
         loc="outside lower center",

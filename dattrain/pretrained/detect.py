@@ -22,11 +22,9 @@ from dattrain.models.dense.detector import Detector
 from dattrain.pretrained import class_names, preprocess
 from dattrain.pretrained.pretrained_cfg import NETWORKS, Network, PretrainedCfg
 from dattrain.pretrained.recipe_model import dense_recipe
+from dattrain.tasks.detected_images import SCORE
 from dattrain.tasks.detection_inference import DetectionInference, Pasted, paste
 from dattrain.text import shortened
-
-SCORE = 0.3
-"""Least score of an object that is shown: below it most are none. Evaluation counts from ``eval.score_threshold`` on."""
 
 
 class Found(NamedTuple):
@@ -84,9 +82,9 @@ class Detection:
         """N x H x W: the pixels of each object, laid out when they are asked for; None by a detector of boxes alone."""
         if self.probabilities is None:
             return None
-        size = self.pixels.shape[:2]
-        found = [self._pasted(number).at((size[0], size[1])).numpy() for number in range(len(self))]
-        return np.stack(found) if found else np.zeros((0, *size), np.bool_)
+        size = self.pixels.shape[0], self.pixels.shape[1]
+        found = [self._pasted(number).at(size).numpy() for number in range(len(self))]
+        return np.stack(found) if found else np.zeros((0, size[0], size[1]), np.bool_)
 
     def areas(self) -> list[float]:
         """Pixels of each object, of its mask or else of its box."""
@@ -97,10 +95,11 @@ class Detection:
 
     def covered(self) -> NDArray[np.bool_]:
         """H x W: the pixels of any object, of its mask or else of its box."""
-        inside = np.zeros(self.pixels.shape[:2], np.bool_)
+        size = self.pixels.shape[0], self.pixels.shape[1]
+        inside = np.zeros(size, np.bool_)
         for number, (left, top, right, bottom) in enumerate(self.boxes.tolist()):
             if self.probabilities is not None:
-                inside |= self._pasted(number).at((inside.shape[0], inside.shape[1])).numpy()
+                inside |= self._pasted(number).at(size).numpy()
             else:
                 inside[max(0, round(top)) : round(bottom), max(0, round(left)) : round(right)] = True
         return inside
@@ -171,7 +170,7 @@ def detect(
         images: files and PIL images, turned as their EXIF orientation says; arrays uint8 (H x W, or H x W x 3, RGB) or tensors
             uint8 (3 x H x W). Of any sizes.
         names: of the classes, in the order of the head; None takes those of the weights, else ``class 7``.
-        score_threshold: least score of an object, 0 to 1.
+        score_threshold: least score of an object, 0 to 1. Below .3 most are none; evaluation counts from ``eval.score_threshold`` on.
 
     Yields:
         One for each image, when it is asked for.

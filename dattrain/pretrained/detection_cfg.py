@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from dattrain.config.schema import Config
-
-Head = Literal["retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"]
+from dattrain.config.sections import DetectionHead
 
 
 @dataclass(frozen=True)
 class DetectionCfg:
     """The heads, and how images are prepared and evaluated: keys of ``task``, ``geometry`` and ``eval`` as in a recipe."""
 
-    head: Head = "mask_rcnn"
+    head: DetectionHead = "mask_rcnn"
     norm: Literal["sync", "group", "batch"] = "sync"
     channels: int | None = None
     short_side: int = 800
@@ -30,7 +29,7 @@ def detection_of(config: Config) -> DetectionCfg | None:
     if task.kind != "detection":
         return None
     return DetectionCfg(
-        head=cast(Head, task.head),  # as the schema has seen
+        head=cast(DetectionHead, task.head),  # as the schema has seen
         norm=task.norm,
         channels=task.channels,
         short_side=geometry.short_side,

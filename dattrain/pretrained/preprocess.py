@@ -144,7 +144,7 @@ def padded_size(height: int, width: int, cfg: PretrainedCfg) -> tuple[int, int]:
 def model_input(image: Tensor, cfg: PretrainedCfg, device: torch.device | str = "cpu") -> Tensor:
     """A prepared image (3 x H x W uint8) as the model's input: 1 x C x ``padded_size`` float32. Raises UserError as ``normalise``."""
     x = normalise(image[None], cfg, device)
-    height, width = padded_size(*x.shape[2:], cfg)
+    height, width = padded_size(x.shape[2], x.shape[3], cfg)
     return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
 
 

@@ -123,7 +123,7 @@ class PretrainedCfg:
         """The reverse of ``to_json``. Raises ValueError for anything else."""
         content = json.loads(text)
         found = content.pop("format", None)
-        task = next((key for key in _TASKS if key in content), "classification")
+        task: TaskKind = next((key for key in _TASKS if key in content), "classification")
         if found != FORMATS[task]:
             raise ValueError(f"of format {found}, and {', '.join(map(str, FORMATS.values()))} are known")
         for key in ("img_size", "mean", "std", "classes"):

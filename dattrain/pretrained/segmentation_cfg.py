@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
+from dattrain.config.sections import SegmentationHead, as_pair
 
 
 @dataclass(frozen=True)
 class SegmentationCfg:
     """The decoder, and how images are prepared and evaluated: keys of ``task``, ``geometry`` and ``eval`` as in a recipe."""
 
-    head: Literal["upernet", "semantic_fpn"] = "upernet"
+    head: SegmentationHead = "upernet"
     norm: Literal["sync", "group", "batch"] = "sync"
     channels: int | None = None
     aux: bool = True
@@ -34,7 +34,7 @@ def segmentation_of(config: Config) -> SegmentationCfg | None:
     if task.kind != "segmentation":
         return None
     return SegmentationCfg(
-        head=task.head,
+        head=cast(SegmentationHead, task.head),
         norm=task.norm,
         channels=task.channels,
         aux=task.aux_weight > 0,

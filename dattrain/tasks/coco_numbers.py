@@ -100,7 +100,7 @@ def check_installed() -> None:
     """Raise UserError where faster-coco-eval is missing."""
     if importlib.util.find_spec("faster_coco_eval") is None:
         raise UserError(
-            "COCO's AP needs the package faster-coco-eval: pip install 'dattrain[dense]' (or train without data.val)"
+            "COCO's AP needs the package faster-coco-eval: pip install faster-coco-eval (or train without data.val)"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dattrain.config.schema import Config
 from dattrain.tasks.base import Task
 from dattrain.tasks.classification import Classification
@@ -11,6 +13,9 @@ from dattrain.tasks.segmentation import Segmentation
 
 def create_task(config: Config) -> Task:
     """Make the task that ``task.kind`` names. Raises ConfigError for settings that it cannot use."""
-    if config.task.kind == "detection":
-        return Detection(config)
-    return Segmentation(config) if config.task.kind == "segmentation" else Classification(config)
+    kinds: dict[str, Callable[[Config], Task]] = {
+        "classification": Classification,
+        "segmentation": Segmentation,
+        "detection": Detection,
+    }
+    return kinds[config.task.kind](config)

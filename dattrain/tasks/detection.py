@@ -75,6 +75,7 @@ class Detection:
             m.num_classes,
             norm=t.norm,
             channels=t.channels,
+            region_samples=t.region_samples,
             score_threshold=e.score_threshold,
             max_detections=e.max_detections,
         )

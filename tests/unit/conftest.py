@@ -1,4 +1,4 @@
-"""Real images in small numbers, with and without maps of their classes, and weights to look at them with."""
+"""Real images in small numbers, with and without maps of their classes, scenes of objects, and weights to look at them with."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import objects
 import pytest
 import torch
 import warm
+import yaml
 from fashion_images import MAP_NAMES, NAMES, image_folder, map_folder
 
 from dattrain.config.load import loads
 from dattrain.models import create
+from dattrain.models.dense.detector import Detector
 from dattrain.models.dense.segmenter import Segmenter
 from dattrain.pretrained import weights
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, build, cfg_of_recipe
@@ -96,19 +99,68 @@ def segmenter_file(tmp_path_factory, segmenter, dense_cfg) -> Path:
 @pytest.fixture(scope="session")
 def segmentation_run(tmp_path_factory, scenes) -> Path:
     """A training of two updates with its evaluation."""
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "scenes.yaml").write_text(SEGMENTATION)
     sets = [
         f"data.{key}={scenes / 'images' / split}"
         for key, split in (("train", "training"), ("val", "validation"))
     ]
+    return trained(tmp_path_factory.mktemp("runs"), SEGMENTATION, sets)
+
+
+@pytest.fixture(scope="session")
+def object_set(tmp_path_factory) -> Path:
+    """Scenes of objects as COCO's JSON: the folder of ``train.json`` and ``val.json``; the first of image 1025 is a crowd."""
+    folder = tmp_path_factory.mktemp("objects")
+    objects.write(folder, train=24, val=5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def detector_cfg() -> PretrainedCfg:
+    config = loads(yaml.safe_dump(objects.RECIPE)).config
+    return replace(cfg_of_recipe(config, source="a test"), classes=tuple(objects.CATEGORIES.values()))
+
+
+@pytest.fixture(scope="session")
+def detector(detector_cfg) -> Detector:
+    """Mask R-CNN that takes scenes for many objects, whose masks cover much of their boxes."""
+    torch.manual_seed(1)
+    model = build(detector_cfg).eval()
+    assert isinstance(model, Detector)
+    masks = model.get_submodule("mask_heads.0.masks")
+    with torch.no_grad():
+        masks.weight.mul_(0.1)
+        masks.bias.add_(2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def detector_file(tmp_path_factory, detector, detector_cfg) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "detector.safetensors"
+    weights.save(path, detector.state_dict(), detector_cfg)
+    return path
+
+
+@pytest.fixture(scope="session")
+def detection_run(tmp_path_factory, object_set) -> Path:
+    """A training of RetinaNet for two updates with its evaluation, at a score that its objects have."""
+    recipe = objects.recipe_of("retinanet")
+    recipe["model"]["drop_path"] = 0.0
+    recipe["train"] |= {"max_steps": 2, "loggers": []}
+    recipe["eval"] |= {"score_threshold": 0.0}
+    sets = [f"data.{part}={object_set / part}.json" for part in ("train", "val")]
+    return trained(tmp_path_factory.mktemp("runs"), yaml.safe_dump(recipe), sets)
+
+
+def trained(folder: Path, recipe: str, sets: list[str]) -> Path:
+    """The run folder of a recipe (YAML) that was trained."""
+    (folder / "recipe.yaml").write_text(recipe)
     # In a process of its own: DeepSpeed keeps the group of the first training of a process, which another test may have ended.
     command = [
         sys.executable,
         "-m",
         "dattrain",
         "train",
-        str(folder / "scenes.yaml"),
+        str(folder / "recipe.yaml"),
         *sets,
         "--run",
         str(folder / "run"),

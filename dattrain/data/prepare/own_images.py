@@ -52,6 +52,25 @@ class Own:
         return int(median(map(min, zip(self.widths, self.heights)))) if self.widths else 224
 
 
+def _of_objects(coco: Path) -> str:
+    return (
+        f"{coco}: looks like COCO's JSON of objects, and --data is for folders of classes. A detector is trained with a recipe, as in "
+        f"`dattrain train coco_mask_rcnn_dat_tiny_1x data.train={coco} data.val=OTHER.json model.num_classes=N init.from=WEIGHTS` "
+        "(docs/dense.md)"
+    )
+
+
+def _coco_json(folder: Path) -> Path | None:
+    """A COCO JSON where annotation tools and the data set itself put it: in the folder, or in ``annotations``."""
+    for place in (folder, folder / "annotations"):
+        if place.is_dir():
+            for entry in listing(place):
+                name = entry.name.lower()
+                if name.endswith(".json") and (name.startswith("instances_") or name.endswith(".coco.json")):
+                    return Path(entry.path)
+    return None
+
+
 def find(folder: Path, *, seed: int = 0) -> Own:
     """Look at ``folder``: one with ``train`` and ``val`` folders, or one of class folders, of which a tenth is held out.
 
@@ -59,8 +78,10 @@ def find(folder: Path, *, seed: int = 0) -> Own:
         seed: of the draw of what is held out.
 
     Raises:
-        UserError: no folder, or one that holds shards, no class folders, one class, or a validation set with other classes.
+        UserError: no folder, or one that holds objects (COCO's JSON), shards, no class folders, one class, or a validation set with other classes.
     """
+    if folder.suffix.lower() == ".json" and folder.is_file():
+        raise UserError(_of_objects(folder))
     notes: list[str] = []
     root = _descend(folder, notes)
     parts = {entry.name.lower(): Path(entry.path) for entry in listing(root) if entry.is_dir()}
@@ -75,6 +96,8 @@ def find(folder: Path, *, seed: int = 0) -> Own:
                 notes.append(f"{path}: left alone; `dattrain eval RUN --data {path}` tests on it")
             elif name not in known and not name.startswith("."):
                 notes.append(f"{path}: left alone, it is neither train nor val")
+    if (coco := _coco_json(train) or _coco_json(root)) is not None:
+        raise UserError(_of_objects(coco))
     for path in filter(None, (train, val)):
         if holds_shards(str(path)):
             raise UserError(

@@ -15,7 +15,12 @@ DetectorKind = Literal["retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", 
 
 
 def outs(head: DetectorKind) -> tuple[int, ...]:
-    """Stages whose maps a detector takes: the ``outs`` of its backbone."""
+    """Stages whose maps a detector takes: the ``outs`` of its backbone.
+
+    Raises:
+        UserError: a head that there is not.
+    """
+    check_choices(head=(head, DetectorKind))
     return (1, 2, 3) if head == "retinanet" else (0, 1, 2, 3)
 
 
@@ -26,6 +31,7 @@ def create_detector(
     *,
     norm: Norm = "sync",
     channels: int | None = None,
+    region_samples: int = 512,
     score_threshold: float = 0.05,
     max_detections: int = 100,
 ) -> Detector:
@@ -36,6 +42,7 @@ def create_detector(
         num_classes: categories, without a background.
         norm: of the box heads of Cascade R-CNN, see ``norm.create_norm``; the others have none.
         channels: of pyramid and heads; None takes 256. Linear layers of box heads have four times as many.
+        region_samples: regions of an image that the heads of R-CNNs are trained on.
         score_threshold, max_detections: of objects in evaluation.
 
     Raises:
@@ -52,5 +59,6 @@ def create_detector(
         masks="mask" in head,
         norm=norm,
         channels=channels or 256,
+        region_samples=region_samples,
         **limits,
     )

@@ -22,7 +22,6 @@ from dattrain.models.dense.rcnn import BoxHead, MaskHead, RPNHead
 from dattrain.models.dense.regions import (
     CASCADE,
     POSITIVE_SHARE,
-    SAMPLES,
     Stage,
     box_losses,
     mask_loss,
@@ -50,6 +49,7 @@ class FasterRCNN(Detector):
         masks: whether there are mask heads.
         norm: of the convolutions that box heads of a cascade have.
         channels: of pyramid and heads; linear layers have four times as many.
+        region_samples: regions of an image that box and mask heads are trained on.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class FasterRCNN(Detector):
         masks: bool = True,
         norm: Norm = "sync",
         channels: int = 256,
+        region_samples: int = 512,
         score_threshold: float = 0.05,
         max_detections: int = 100,
     ) -> None:
@@ -76,6 +77,7 @@ class FasterRCNN(Detector):
             max_detections=max_detections,
         )
         self.cascade = cascade
+        self.region_samples = region_samples
         self.anchors = Anchors((8.0,), (0.5, 1.0, 2.0), STRIDES)
         self.rpn = RPNHead(channels=channels, anchors=self.anchors.per_place)
         layers = {"convs": 4, "linears": 1} if cascade else {"convs": 0, "linears": 2}
@@ -118,7 +120,9 @@ class FasterRCNN(Detector):
         there = [target for target in targets if target is not None]
         boxes = torch.cat([flat[:0], *(target["boxes"] for target in there)])
         for number, stage in enumerate(self.stages):
-            regions = pick(proposals, targets, keys[:, 1 + number], stage, self.num_classes)
+            regions = pick(
+                proposals, targets, keys[:, 1 + number], stage, self.num_classes, self.region_samples
+            )
             scores, shifts = self._boxes(number, maps, regions.boxes, sizes)
             of_stage = box_losses(scores, shifts, regions, boxes, stage)
             if self.has_masks:
@@ -174,7 +178,8 @@ class FasterRCNN(Detector):
         levels = self.neck(self.backbone(x))
         proposals, with_mask = 1000, 100
         if self.training:
-            proposals, with_mask = len(x) * SAMPLES, len(x) * int(SAMPLES * POSITIVE_SHARE)
+            proposals = len(x) * self.region_samples
+            with_mask = int(proposals * POSITIVE_SHARE)
         boxes = x.new_zeros(proposals, levels[0].shape[1], BOX_SIZE, BOX_SIZE)
         regions = x.new_zeros(with_mask, levels[0].shape[1], MASK_SIZE, MASK_SIZE)
         heads = [head(boxes) for head in self.box_heads], [head(regions) for head in self.mask_heads]

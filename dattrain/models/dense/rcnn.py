@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dattrain.models.dense.norm import ConvNormReLU, Norm
-from dattrain.models.dense.retina import init_normal
+from dattrain.models.dense.retina import gain_of_256, init_normal
 
 
 class RPNHead(nn.Module):
@@ -22,7 +22,7 @@ class RPNHead(nn.Module):
         self.conv = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True))
         self.objectness = nn.Conv2d(channels, anchors, 1)
         self.boxes = nn.Conv2d(channels, anchors * 4, 1)
-        init_normal(self, 0.01)
+        init_normal(self, gain_of_256(channels))
 
     def forward(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Logits (of a sigmoid) and box deltas of every level's anchors.

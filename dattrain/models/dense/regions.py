@@ -20,7 +20,7 @@ from dattrain.models.dense.mask_targets import mask_targets
 from dattrain.models.dense.matching import match
 from dattrain.models.dense.sampling import sample
 
-SAMPLES, POSITIVE_SHARE = 512, 0.25
+POSITIVE_SHARE = 0.25
 GIOU_WEIGHT = 10.0
 
 
@@ -79,8 +79,9 @@ def pick(
     keys: Tensor,
     stage: Stage,
     num_classes: int,
+    samples: int = 512,
 ) -> Regions:
-    """512 regions of each image, at most a quarter of them of objects, whose own boxes are among the proposals.
+    """So many regions of each image, at most a quarter of them of objects, whose own boxes are among the proposals.
 
     Args:
         proposals: M x 4 of each image.
@@ -112,7 +113,7 @@ def pick(
         )
         candidates = torch.cat([boxes, proposed])
         matched = torch.cat([torch.arange(number, device=device), matched])
-        positive, negative = sample(matched, keys[image], total=SAMPLES, positive_share=POSITIVE_SHARE)
+        positive, negative = sample(matched, keys[image], total=samples, positive_share=POSITIVE_SHARE)
         chosen = torch.cat([positive, negative])
         backgrounds = torch.full_like(negative, num_classes)
         parts.append(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import batched_nms, sigmoid_focal_loss
+from torchvision.ops import batched_nms
 
 from dattrain.models.blocks import recompute
 from dattrain.models.dense.anchors import Anchors
@@ -15,7 +15,7 @@ from dattrain.models.dense.backbone import Backbone
 from dattrain.models.dense.boxes import decode, encode
 from dattrain.models.dense.detector import Detector, Sizes, Target, by_anchor, shapes_of
 from dattrain.models.dense.fpn import FPN
-from dattrain.models.dense.matching import NEGATIVE, match
+from dattrain.models.dense.matching import IGNORED, match
 from dattrain.models.dense.retina import RetinaHead
 
 STDS = (1.0, 1.0, 1.0, 1.0)
@@ -32,6 +32,9 @@ class RetinaNet(Detector):
     Args:
         backbone: of three maps, strides 8 to 32.
         channels: of pyramid and towers.
+
+    Raises:
+        ValueError: a backbone of other maps.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class RetinaNet(Detector):
         score_threshold: float = 0.05,
         max_detections: int = 100,
     ) -> None:
+        if len(backbone.channels) != 3:
+            raise ValueError(f"RetinaNet takes the backbone's last three maps, not {len(backbone.channels)}")
         neck = FPN(backbone.channels, channels, extra="conv")
         super().__init__(
             backbone, neck, num_classes, score_threshold=score_threshold, max_detections=max_detections
@@ -55,30 +60,43 @@ class RetinaNet(Detector):
     def losses(
         self, levels: list[Tensor], sizes: Sizes, targets: Sequence[Target | None], samples: Tensor
     ) -> dict[str, Tensor]:
-        """``loss_cls``, focal, and ``loss_bbox``, L1 of the deltas: sums, divided by the positives of all images (1 at least)."""
-        logits, deltas = self._outputs(levels)
+        """``loss_cls``, focal, and ``loss_bbox``, L1 of the deltas: sums, divided by the positives of all images (1 at least).
+
+        Shapes are those of images and anchors alone, and nothing is synchronised with the device.
+        """
+        logits, deltas = self.head(levels)
         shapes, device = shapes_of(levels), levels[0].device
-        with torch.autocast(device.type, enabled=False):
-            anchors = torch.cat(self.anchors(shapes, device))
-            # Empty sums: a micro-batch of nothing has losses with gradients too.
-            loss_cls, loss_bbox, positives = logits[:, :0].sum(), deltas[:, :0].sum(), 0
-            for image, target in enumerate(targets):
-                if target is None:
-                    continue
-                boxes = target["boxes"].float()
-                matched = match(
-                    anchors, boxes, positive=POSITIVE, negative=BACKGROUND, minimum=0.0, low_quality=True
-                )
-                inside = self.anchors.valid(shapes, sizes[image], device)
-                (taken,) = ((matched >= NEGATIVE) & inside).nonzero(as_tuple=True)
-                (positive,) = ((matched >= 0) & inside).nonzero(as_tuple=True)
-                labels = torch.full_like(matched, self.num_classes)
-                labels[positive] = target["labels"][matched[positive]]
-                loss_cls = loss_cls + recompute(_focal, logits[image][taken], labels[taken])
-                wanted = encode(anchors[positive], boxes[matched[positive]], STDS)
-                loss_bbox = loss_bbox + (deltas[image][positive] - wanted).abs().sum()
-                positives += len(positive)
-            return {"loss_cls": loss_cls / max(positives, 1), "loss_bbox": loss_bbox / max(positives, 1)}
+        of_levels = self.anchors(shapes, device)
+        anchors = torch.cat(of_levels)
+        each_image = [self._assigned(anchors, shapes, size, one) for size, one in zip(sizes, targets)]
+        matched, labels, boxes = (torch.stack(parts) for parts in zip(*each_image))
+        counts = [len(each) for each in of_levels]
+        # The largest tensors of a step: level by level, and computed anew in the backward pass.
+        parts = zip(logits, matched.split(counts, 1), labels.split(counts, 1), strict=True)
+        loss_cls = torch.stack([recompute(focal_loss, *each) for each in parts]).sum()
+        found = torch.cat(by_anchor(deltas, 4), 1)
+        distance = (found - encode(anchors.expand_as(found), boxes, STDS)).abs()
+        positive = matched >= 0
+        loss_bbox = torch.where(positive.unsqueeze(2), distance, 0).sum()
+        positives = positive.sum().clamp(min=1)
+        return {"loss_cls": loss_cls / positives, "loss_bbox": loss_bbox / positives}
+
+    def _assigned(
+        self, anchors: Tensor, shapes: list[tuple[int, int]], size: tuple[int, int], target: Target | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each anchor in an image its match (``matching.match``), and the label and the box of that; some box where it has none."""
+        if target is None:
+            nowhere = torch.full((len(anchors),), IGNORED, dtype=torch.int64, device=anchors.device)
+            return nowhere, torch.zeros_like(nowhere), anchors
+        boxes = target["boxes"].float()
+        inside = self.anchors.valid(shapes, size, anchors.device)
+        # Those over padding, which have no part, cannot take a box from the others: larger than their distance to the edge,
+        # they overlap no box of the image more than their neighbours over it do.
+        matched = match(anchors, boxes, positive=POSITIVE, negative=BACKGROUND, minimum=0.0, low_quality=True)
+        index = matched.clamp(min=0)
+        # One more of each, for images without objects.
+        labels, boxes = F.pad(target["labels"], (0, 1))[index], F.pad(boxes, (0, 0, 0, 1))[index]
+        return torch.where(inside, matched, IGNORED), labels, boxes
 
     def detect(self, levels: list[Tensor], sizes: Sizes) -> list[dict[str, Tensor]]:
         """Of each level the best pairs of anchor and class, then non-maximum suppression within each class."""
@@ -104,6 +122,8 @@ class RetinaNet(Detector):
             best.append(value[:PER_LEVEL])
             labels.append(pairs % self.num_classes)
         box, value, label = torch.cat(boxes), torch.cat(best), torch.cat(labels)
+        there = (box[:, 2:] > box[:, :2]).all(1)  # what is outside of the image is clipped to nothing
+        box, value, label = box[there], value[there], label[there]
         kept = batched_nms(box, value, label, NMS)[: self.max_detections]
         return {"boxes": box[kept], "scores": value[kept], "labels": label[kept]}
 
@@ -111,14 +131,26 @@ class RetinaNet(Detector):
         """Logits and deltas of every level."""
         return self.head(self.neck(self.backbone(x)))
 
-    def _outputs(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits B x N x num_classes and deltas B x N x 4 of all anchors, fp32."""
-        logits, deltas = self.head(levels)
-        return torch.cat(by_anchor(logits, self.num_classes), 1), torch.cat(by_anchor(deltas, 4), 1)
+
+def focal_loss(logits: Tensor, matched: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the sigmoid focal loss over the anchors and classes of a level (equation 5 of the paper): scalar fp32.
+
+    Args:
+        logits: B x (anchors * K) x H x W, any float dtype.
+        matched: B x (H * W * anchors) int64 as ``matching.match`` gives them.
+        labels: B x (H * W * anchors) int64 in [0, K); read where ``matched`` is 0 or more.
+    """
+    batch, _, height, width = logits.shape
+    places = (batch, height, width, matched.shape[1] // (height * width))
+    matched, labels = (each.view(places).permute(0, 3, 1, 2) for each in (matched, labels))
+    x = logits.float().unflatten(1, (places[3], -1))
+    # As if all were background, as nearly all are; then the difference where an anchor's own class is there.
+    background = (_focal(-x, 1 - ALPHA).sum(2) * (matched != IGNORED)).sum()
+    own = x.gather(2, labels.unsqueeze(2)).squeeze(2)
+    difference = _focal(own, ALPHA) - _focal(-own, 1 - ALPHA)
+    return background + torch.where(matched >= 0, difference, 0).sum()
 
 
-def _focal(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the focal loss of N x K logits; a label of K is the background."""
-    truth = F.one_hot(labels, logits.shape[1] + 1)[:, :-1].to(logits.dtype)
-    loss: Tensor = sigmoid_focal_loss(logits, truth, ALPHA, GAMMA, reduction="sum")
-    return loss
+def _focal(x: Tensor, weight: float) -> Tensor:
+    """Of logits of a class that is there; the logits of one that is not are to be negated."""
+    return weight * (-x).sigmoid() ** GAMMA * F.softplus(-x)

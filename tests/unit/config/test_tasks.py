@@ -46,6 +46,8 @@ def test_settings_of_classification_are_refused(setting):
 def test_settings_of_other_tasks_are_refused_in_detection(setting):
     with pytest.raises(ConfigError, match=setting.partition("=")[0].rpartition(".")[2]):
         load(DETECTION, [setting])
+    with pytest.raises(ConfigError, match="retinanet has no regions"):
+        load(DETECTION, ["task.head=retinanet", "task.region_samples=64"])
     assert load(DETECTION, ["model.num_classes=1203"]).config.model.num_classes == 1203
 
 

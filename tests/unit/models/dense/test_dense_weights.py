@@ -9,7 +9,8 @@ import torch
 
 from dattrain.errors import UserError
 from dattrain.models import create
-from dattrain.models.dense import create_backbone, create_segmenter
+from dattrain.models.dense import create_backbone, create_detector, create_segmenter
+from dattrain.models.dense.create_detector import outs
 from dattrain.models.dense.weights import initialise
 
 
@@ -17,6 +18,12 @@ def segmenter(head: str = "semantic_fpn", classes: int = 5, seed: int = 1, name:
     torch.manual_seed(seed)
     backbone = create_backbone(name, **({"img_size": 64} if name == "dat_atto" else {}), **more)
     return create_segmenter(backbone, head, classes, norm="batch", channels=16)
+
+
+def detector(head: str = "retinanet", classes: int = 5, seed: int = 1):
+    torch.manual_seed(seed)
+    backbone = create_backbone("dat_atto", img_size=64, outs=outs(head))
+    return create_detector(backbone, head, classes, norm="group", channels=16)
 
 
 def classifier(img_size: int = 64, seed: int = 0):
@@ -30,8 +37,9 @@ def check_complete(report, model, source) -> None:
     assert set(names.values()) == {1}
     dropped = set(report.names("dropped"))
     assert set(names) - dropped == set(model.state_dict())
+    dense = any(name.startswith("backbone.") for name in source)
     mapped = {
-        name if name in dropped or name.startswith(("backbone.", "head.levels", "head.neck", "head.cl"))
+        name if name in dropped or name.startswith(("backbone.", "head.levels", "head.neck", "head.cl")) or dense
         else f"backbone.body.{name}"
         for name in source
     }  # fmt: skip
@@ -86,6 +94,64 @@ def test_from_a_dense_run(name):
         assert torch.equal(value, source[each] if each.startswith("backbone.") else drawn[each]), each
     assert {each.split(".")[0] for each in report.names("new")} == {"head", "aux_head"}
     assert {each.split(".")[0] for each in report.names("dropped")} == {"head"}
+
+
+@pytest.mark.parametrize("head", ["retinanet", "cascade_mask_rcnn"])
+def test_a_detector_from_a_classification_run(head):
+    source, model = classifier().state_dict(), detector(head)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = initialise(model, source)
+    check_complete(report, model, source)
+    for name, value in model.state_dict().items():
+        body = name.removeprefix("backbone.body.")
+        assert torch.equal(value, before[name] if body == name else source[body]), name
+    assert set(report.names("new")) == {name for name in before if not name.startswith("backbone.body.")}
+    assert set(report.names("dropped")) == {"norm.weight", "norm.bias", "head.fc.weight", "head.fc.bias"}
+
+
+def test_a_detector_from_a_detector():
+    """All of the same one; of another, or with ``init.head=new``, the backbone and the norms of its outputs."""
+    source = {name: value + 1 for name, value in detector("mask_rcnn", seed=0).state_dict().items()}
+    model = detector("mask_rcnn")
+    report = initialise(model, source, keep_head=True)
+    check_complete(report, model, source)
+    assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items())
+
+    for head in ("mask_rcnn", "retinanet"):
+        model = detector(head, classes=7)
+        drawn = {name: value.clone() for name, value in model.state_dict().items()}
+        report = initialise(model, source)
+        check_complete(report, model, source)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, source[name] if name.startswith("backbone.") else drawn[name]), name
+    assert "backbone.norms.0.weight" in report.names("dropped")  # of a map that RetinaNet does not take
+    report = initialise(detector("faster_rcnn"), detector().state_dict())
+    assert "backbone.norms.0.weight" in report.names("new")
+
+
+@pytest.mark.parametrize(
+    ("source", "head", "message"),
+    [
+        (
+            lambda: detector("retinanet", classes=6),
+            "retinanet",
+            "head.classes.weight is .* choose init.head=new",
+        ),
+        (lambda: detector("mask_rcnn"), "retinanet", "neck.lateral.0.weight is .* choose init.head=new"),
+        (
+            lambda: detector("mask_rcnn"),
+            "faster_rcnn",
+            "has no place for: .*mask_heads.*choose init.head=new",
+        ),
+        (lambda: segmenter(), "faster_rcnn", "choose init.head=new"),
+    ],
+)
+def test_a_head_that_is_another_s_is_refused(source, head, message):
+    model = detector(head)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        initialise(model, source().state_dict(), keep_head=True)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

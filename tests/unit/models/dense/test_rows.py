@@ -16,14 +16,14 @@ from torch import nn
 
 from dattrain.models.attention import SpatialReductionAttention
 from dattrain.models.blocks import Block, Mlp
-from dattrain.models.dense import create_backbone, create_segmenter
-from dattrain.models.dense.fpn import FPN
-from dattrain.models.dense.rcnn import BoxHead, MaskHead, RPNHead
-from dattrain.models.dense.retina import RetinaHead
+from dattrain.models.dense import create_backbone, create_detector, create_segmenter
+from dattrain.models.dense.create_detector import outs
 from dattrain.models.flops import by_module, flops, parameters
 
 PAGE = Path(__file__).parents[4] / "docs/tables.md"
 DETECTION, SEGMENTATION = (800, 1280), (512, 2048)
+DETECTORS = {"RetinaNet": "retinanet", "Mask R-CNN": "mask_rcnn", "Cascade": "cascade_mask_rcnn"}
+SEGMENTERS = {"S-FPN": "semantic_fpn", "UperNet": "upernet"}
 TIMM = {f"Swin-{size[0].upper()}": f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base")}
 OURS = {f"DAT-{size[0].upper()}": f"dat_{size}" for size in ("tiny", "small", "base")}
 PVT_DEPTHS = {"PVT-S": (3, 4, 6, 3), "PVT-M": (3, 4, 18, 3), "PVT-L": (3, 8, 27, 3)}
@@ -94,33 +94,6 @@ class PVT(nn.Module):
         return maps
 
 
-class Detector(nn.Module):
-    """A backbone, a pyramid and heads, run once each."""
-
-    def __init__(self, backbone: nn.Module, kind: str) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.kind = kind
-        self.first = 1 if kind == "RetinaNet" and len(backbone.channels) == 4 else 0
-        dims = backbone.channels[self.first :]
-        if kind == "RetinaNet":
-            self.neck, self.head = FPN(dims, extra="conv"), RetinaHead(80)
-            return
-        self.neck, self.rpn = FPN(dims, extra="pool"), RPNHead()
-        stages = 3 if kind == "Cascade" else 1
-        layers = {"convs": 4, "linears": 1} if kind == "Cascade" else {}
-        self.boxes = nn.ModuleList(BoxHead(80, **layers) for _ in range(stages))
-        self.masks = nn.ModuleList(MaskHead(80) for _ in range(stages))
-
-    def forward(self, x: torch.Tensor):
-        levels = self.neck(self.backbone(x)[self.first :])
-        if self.kind == "RetinaNet":
-            return self.head(levels)
-        found = [*self.rpn(levels)]
-        found += [head(x.new_empty(1000, 256, 7, 7)) for head in self.boxes]
-        return found + [head(x.new_empty(100, 256, 14, 14)) for head in self.masks]
-
-
 class Maps(nn.Module):
     """Stands for a backbone that was counted: maps of the shapes that it gave."""
 
@@ -152,15 +125,15 @@ def backbone_counts(name: str, outs: tuple[int, ...], size: tuple[int, int]):
 @cache
 def counted(head: str, backbone: str) -> tuple[int, dict[str, int]]:
     """Parameters, and FLOPs by module."""
-    size = SEGMENTATION if head in ("S-FPN", "UperNet") else DETECTION
-    outs = (1, 2, 3) if head == "RetinaNet" else (0, 1, 2, 3)
-    held, counts, shapes = backbone_counts(backbone, outs, size)
+    detector = DETECTORS.get(head)
+    size, stages = (DETECTION, outs(detector)) if detector else (SEGMENTATION, (0, 1, 2, 3))
+    held, counts, shapes = backbone_counts(backbone, stages, size)
     with torch.device("meta"):
-        maps = Maps(shapes)
-        if size == SEGMENTATION:
-            model = create_segmenter(maps, {"S-FPN": "semantic_fpn", "UperNet": "upernet"}[head], 150)
+        maps = Maps(shapes[-len(stages) :])
+        if detector:
+            model = create_detector(maps, detector, 80)
         else:
-            model = Detector(maps, head)
+            model = create_segmenter(maps, SEGMENTERS[head], 150)
     counts = {f"backbone.{name}": count for name, count in counts.items()}
     return held + parameters(model), {**counts, **by_module(model, size)}
 

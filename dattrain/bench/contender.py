@@ -15,7 +15,7 @@ from dattrain.config.derive import derive
 from dattrain.config.schema import Config
 from dattrain.engine import compile as compiling
 from dattrain.engine.session import Session, open_session
-from dattrain.errors import UserError
+from dattrain.errors import ConfigError, UserError
 from dattrain.tasks.base import Batch
 from dattrain.tasks.create import create_task
 
@@ -75,9 +75,10 @@ class Contender:
 def open_contender(name: str, config: Config, device: torch.device, notes: list[str]) -> Contender | None:
     """Open a contender and run its first updates, after which its memory and first loss are known.
 
-    Returns None, with a line in ``notes``, where the device's memory does not suffice.
+    Returns None, with a line in ``notes``, where the device's memory does not suffice, or its setting is not one for the recipe.
 
     Raises:
+        ConfigError: the recipe's own settings do not go together.
         UserError: it does not suffice for the recipe itself, or no update of it is finite.
     """
     derived = derive(config, world=1, samples_per_epoch=max(1_281_167, config.train.global_batch))
@@ -100,6 +101,11 @@ def open_contender(name: str, config: Config, device: torch.device, notes: list[
                 update = contender()
             contender.facts = {"first loss": f"{first:.4f}", "first update s": round(started, 1)}
             contender.facts |= memory(contender, before, device)
+    except ConfigError as error:
+        if name == BASELINE:
+            raise
+        notes.append(f"{name}: left out: {error}")
+        return None
     except torch.OutOfMemoryError as error:
         if contender is not None:
             contender.close()

@@ -12,7 +12,7 @@ import torch
 
 from dattrain.bench import step as bench
 from dattrain.bench import step_parts
-from dattrain.bench.contender import Contender, captured_warnings, open_contender
+from dattrain.bench.contender import BASELINE, Contender, captured_warnings, open_contender
 from dattrain.cli import bench_step
 from dattrain.cli.main import main
 from dattrain.engine import compile as compiling
@@ -197,3 +197,17 @@ def test_warnings_are_captured_warnings_and_go_no_further(caplog):
         compiling.log.warning("one %s", "line")
     compiling.log.warning("another")
     assert lines == ["one line"] and [r.getMessage() for r in caplog.records] == ["another"]
+
+
+def test_a_setting_that_is_none_for_the_recipe_is_left_out():
+    words = [
+        "task.kind=segmentation", "task.head=semantic_fpn", "task.norm=group", "geometry.crop=null", "eval.batch=1",
+        "augment={randaugment: null, mix_prob: 0, erase_prob: 0, label_smoothing: 0}",
+    ]  # fmt: skip
+    config = bench.read([*TINY, *words], 1)
+    notes = []
+    varied = bench.variants(config, ["train.compile=block"])["train.compile=block"]
+    assert open_contender("train.compile=block", varied, CPU, notes) is None
+    assert notes[0].startswith("train.compile=block: left out: train.compile=block compiles anew")
+    with pytest.raises(ConfigError, match="compiles anew"):
+        open_contender(BASELINE, varied, CPU, notes)

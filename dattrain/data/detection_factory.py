@@ -45,8 +45,10 @@ def train_loader(
         UserError: nothing there, no objects in it or none with the masks that are needed, or a shard that does not fit its index.
     """
     share = RankShare(config.train.global_batch, micro_batch(config, world), rank, world, samples_seen)
-    if rank == 0 and (told := padded_crop(config.geometry)):
-        log.warning("%s", told)
+    if rank == 0:
+        for told in (padded_crop(config.geometry), _smaller_micro_batch(config, world)):
+            if told:
+                log.warning("%s", told)
 
     def decoder(dataset: Dataset, order: Order) -> Decoder[DetectionBatch]:
         _check_masks(config, dataset)
@@ -176,6 +178,17 @@ def _tell_padding(feed: DetectionFeed) -> None:
         100 * (mixed if feed.groups else apart),
         "without" if feed.groups else "with",
         count,
+    )
+
+
+def _smaller_micro_batch(config: Config, world: int) -> str:
+    """What to say where devices have fewer images at a time than the recipe: losses are divided by what a micro-batch holds."""
+    own, stated = micro_batch(config, world), config.train.micro_batch
+    if stated == "auto" or own == stated:
+        return ""
+    return (
+        f"train.micro_batch={stated} on {world} devices with train.global_batch={config.train.global_batch} is {own}: a detector's losses are "
+        f"divided by what a micro-batch holds, so this trains otherwise than the recipe says; use {config.train.global_batch // stated or 1} devices or fewer"
     )
 
 

@@ -46,6 +46,12 @@ class LoadReport:
         """Append one tensor."""
         self.entries.append(TensorStatus(name, status, detail))
 
+    def relabel(self, name: str, status: Status, detail: str) -> None:
+        """Say something else of a tensor that is there."""
+        self.entries = [
+            TensorStatus(name, status, detail) if entry.name == name else entry for entry in self.entries
+        ]
+
     def names(self, status: Status) -> list[str]:
         """Names of the tensors with this status."""
         return [entry.name for entry in self.entries if entry.status == status]

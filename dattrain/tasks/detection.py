@@ -120,6 +120,9 @@ class Detection:
                 note = f"init.head=map: {found.report()}\n"
         try:
             report = initialise(model, tensors, bias_table=init.bias_table, keep_head=fits)
+            if fits and init.head != "keep":
+                for name in detection_head.class_rows(model):
+                    report.relabel(name, "new", f"rows of classes: init.head={init.head}")
         except UserError as error:
             raise UserError(f"init.from={init.from_}: {error}") from error
         return f"{note}{report}"

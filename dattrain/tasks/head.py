@@ -68,9 +68,14 @@ def check_same(target: Classes, source: Classes) -> None:
     """Refuse ``init.head=keep`` where a row of the head would come to stand for another class.
 
     Raises:
-        ConfigError: both are known by name, and differ.
+        ConfigError: there are more or fewer, or both are known by name, and differ.
     """
-    if not target.names or not source.names or target.count != source.count:
+    if target.count != source.count:
+        raise ConfigError(
+            f"init.head=keep needs the same classes: {source.source} has {_counted(source)}, {target.source} {_counted(target)}; "
+            "init.head=map joins classes by name, init.head=new draws a fresh head"
+        )
+    if not target.names or not source.names:
         return
     for number, (new, old) in enumerate(zip(target.names, source.names)):
         if new != old:
@@ -78,6 +83,10 @@ def check_same(target: Classes, source: Classes) -> None:
                 f"init.head=keep: class {number} is {old!r} in {source.source} and {new!r} by {target.source}; "
                 "init.head=map joins classes by name, init.head=new draws a fresh head"
             )
+
+
+def _counted(classes: Classes) -> str:
+    return f"{classes.count}" + (f" ({few(classes.names)})" if classes.names else "")
 
 
 def _metadata(path: Path) -> dict[str, Any]:

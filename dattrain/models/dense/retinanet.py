@@ -60,7 +60,7 @@ class RetinaNet(Detector):
     def losses(
         self, levels: list[Tensor], sizes: Sizes, targets: Sequence[Target | None], samples: Tensor
     ) -> dict[str, Tensor]:
-        """``loss_cls``, focal, and ``loss_bbox``, L1 of the deltas: sums, divided by the positives of all images (1 at least).
+        """``loss_cls``, focal, and ``loss_bbox``, L1 of the deltas: sums, divided by the positives of all images (1 at least of each).
 
         Shapes are those of images and anchors alone, and nothing is synchronised with the device.
         """
@@ -78,7 +78,9 @@ class RetinaNet(Detector):
         distance = (found - encode(anchors.expand_as(found), boxes, STDS)).abs()
         positive = matched >= 0
         loss_bbox = torch.where(positive.unsqueeze(2), distance, 0).sum()
-        positives = positive.sum().clamp(min=1)
+        per_image = positive.sum(1).clamp(min=1)
+        counted = [count for count, one in zip(per_image, targets) if one is not None]
+        positives = torch.stack(counted).sum() if counted else per_image.new_ones(())
         return {"loss_cls": loss_cls / positives, "loss_bbox": loss_bbox / positives}
 
     def _assigned(

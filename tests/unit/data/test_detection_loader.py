@@ -154,6 +154,14 @@ def test_a_batch_that_is_larger_than_a_slot_goes_through_memory_of_its_own(folde
     assert_same(alone, read(workers, batches=6))
 
 
+def test_a_micro_batch_below_the_recipes_is_told(folder, caplog):
+    train_loader(recipe(folder), rank=0, world=1, samples_seen=0, device=CPU).close()
+    assert not [line for line in caplog.messages if "micro_batch" in line]
+    train_loader(recipe(folder), rank=0, world=12, samples_seen=0, device=CPU).close()
+    (told,) = [line for line in caplog.messages if "micro_batch" in line]
+    assert "train.micro_batch=2 on 12 devices with train.global_batch=12 is 1" in told and "6 devices" in told
+
+
 def test_lying_and_standing_images_are_apart(folder, caplog):
     caplog.set_level(logging.INFO)
     cfg = recipe(folder, geometry={"short_sides": []})

@@ -65,7 +65,7 @@ def slowly(model, x, sizes, targets) -> dict[str, torch.Tensor]:
         focal = focal + sigmoid_focal_loss(logits[image][valid], truth, 0.25, 2.0)[matched > -2].sum()
         wanted = BoxCoder((1.0,) * 4).encode_single(one["boxes"][matched[own]], references[own])
         distance = distance + (deltas[image][valid][own] - wanted).abs().sum()
-        positives += int(own.sum())
+        positives += max(1, int(own.sum()))
     return {"loss_cls": focal / max(positives, 1), "loss_bbox": distance / max(positives, 1)}
 
 

@@ -16,6 +16,7 @@ from dattrain.cli import outputs
 from dattrain.cli.loading import loading
 from dattrain.data.labels import TEST_SETS
 from dattrain.errors import ConfigError
+from dattrain.text import one_line
 
 if TYPE_CHECKING:
     from dattrain.evaluation.evaluate import Evaluation
@@ -228,7 +229,7 @@ def _write_tables(folder: Path, evaluation: Evaluation) -> None:
         print(charts.write_classes(folder, evaluation.report["per_class"]))
     if records is None:
         return
-    title = cfg.source or cfg.name
+    title = one_line(cfg.source or cfg.name)
     for file in charts.write_all(folder, records, evaluation.class_names(), evaluation.keys, title):
         print(file)
 

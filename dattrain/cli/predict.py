@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         bad = _classify(args, model, cfg, files, names)
     if bad:
-        raise UserError("; ".join(bad))
+        raise UserError("; ".join(dict.fromkeys(bad)))
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dattrain.cli import own_pictures
 from dattrain.cli.outputs import rows, to_stdout
 from dattrain.errors import UserError
+from dattrain.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def detect_all(
     from dattrain.pretrained import class_names
     from dattrain.pretrained.detect import check_score, detect
     from dattrain.tasks.detected_images import SCORE
-    from dattrain.visualize.detected import sheet
+    from dattrain.visualize.detected import LONGEST, sheet
 
     score = SCORE if args.score is None else args.score
     check_score(score, "--score")
@@ -61,14 +62,15 @@ def detect_all(
         for stem, file in zip(stems, files):
             try:
                 (found,) = detect(model, cfg, [file], names=known, score_threshold=score)
+                found = found.best(args.topk)
+                target = out / f"{stem}.png"
+                own_pictures.save(target, Image.fromarray(found.overlay(longest=LONGEST)))
+                if args.points:
+                    figure = sheet(model, cfg, found, one_line(file.name))
+                    own_pictures.save(out / f"{stem}.points.png", _image(figure))
             except UserError as error:
                 bad.append(str(error))
                 continue
-            found = found.best(args.topk)
-            target = out / f"{stem}.png"
-            own_pictures.save(target, Image.fromarray(found.overlay()))
-            if args.points:
-                own_pictures.save(out / f"{stem}.points.png", _image(sheet(model, cfg, found, file.name)))
             if args.json is not None:
                 coco.add(file, found)
             objects = found.objects()

@@ -83,5 +83,7 @@ def test_a_browser_draws_the_maps(tmp_path, segmentation_run):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert 'data-drawn="yes"' in done.stdout, done.stderr[-2000:]
     shown = json.loads((segmentation_run / "predictions.json").read_text())
-    assert len(re.findall(r'<img[^>]*class="map"', done.stdout)) == 2 * len(sum(extremes(shown).values(), []))
+    assert len(re.findall(r'<img[^>]*class="map"', done.stdout)) == 2 * sum(
+        map(len, extremes(shown).values())
+    )
     assert "<h2>Classes</h2>" in done.stdout and "<h2>Most confused classes</h2>" not in done.stdout

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", nargs="+", default=[], metavar="OTHER", help="more of the same, in one table"
     )
     parser.add_argument(
-        "--data", metavar="PATH", help="shards or a folder of images (default: the run's data.val)"
+        "--data",
+        metavar="PATH",
+        help="shards, a folder of images, or a set with maps or objects (COCO's JSON, ...) (default: the run's data.val)",
     )
     parser.add_argument(
         "--labels",

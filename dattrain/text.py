@@ -34,6 +34,11 @@ def styled(text: str, style: str, stream: IO[str] | Any) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if code and text and has_colour(stream) else text
 
 
+def one_line(name: str) -> str:
+    """A name of a file or a class as it can be drawn and printed: on one line, bytes that are not UTF-8 as escapes."""
+    return " ".join(name.encode("utf-8", "backslashreplace").decode().split())
+
+
 def shortened(name: str, letters: int = 28) -> str:
     """A name of so many letters at most, so that a long one does not take the place of all."""
     return name if len(name) <= letters else f"{name[: letters - 3].rstrip()}..."

@@ -16,6 +16,7 @@ from dattrain.cli import outputs
 from dattrain.cli.loading import loading
 from dattrain.data.labels import TEST_SETS
 from dattrain.errors import ConfigError
+from dattrain.text import one_line
 
 if TYPE_CHECKING:
     from dattrain.evaluation.evaluate import Evaluation
@@ -32,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", nargs="+", default=[], metavar="OTHER", help="more of the same, in one table"
     )
     parser.add_argument(
-        "--data", metavar="PATH", help="shards or a folder of images (default: the run's data.val)"
+        "--data",
+        metavar="PATH",
+        help="shards, a folder of images, or a set with maps or objects (COCO's JSON, ...) (default: the run's data.val)",
     )
     parser.add_argument(
         "--labels",
@@ -228,7 +231,7 @@ def _write_tables(folder: Path, evaluation: Evaluation) -> None:
         print(charts.write_classes(folder, evaluation.report["per_class"]))
     if records is None:
         return
-    title = cfg.source or cfg.name
+    title = one_line(cfg.source or cfg.name)
     for file in charts.write_all(folder, records, evaluation.class_names(), evaluation.keys, title):
         print(file)
 

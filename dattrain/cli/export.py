@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write, load back, compare; an export that does not give the model's logits is an error."""
+    """Write, load back, compare; an export that does not give what the model gives is an error."""
     with loading("torch"):
         from dattrain.pretrained.export import write
         from dattrain.pretrained.exported import compare, images_for
@@ -71,10 +71,13 @@ def run(args: argparse.Namespace) -> int:
         what = {"segmentation": "same class of every pixel", "detection": "same objects"}.get(
             cfg.task, "same best class"
         )
-        print(f"{item.path}: largest difference of logits {difference:.1e} of the largest, {what} on {same}")
+        numbers = "outputs" if cfg.task == "detection" else "logits"
+        print(
+            f"{item.path}: largest difference of {numbers} {difference:.1e} of the largest, {what} on {same}"
+        )
         if difference > item.tolerance:
             raise UserError(
-                f"{item.path}: does not give the model's logits (more than {item.tolerance:g}); do not use it"
+                f"{item.path}: does not give the model's {numbers} (more than {item.tolerance:g}); do not use it"
             )
     if to == "hub":
         print(

@@ -23,12 +23,12 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("dattrain.cli.train", "train a recipe or a folder of images, or resume a run folder"),
     "finetune": ("dattrain.cli.finetune", "train weights further on a folder of images"),
     "init": ("dattrain.cli.init", "write a commented recipe for a folder of images"),
-    "eval": ("dattrain.cli.eval", "accuracy, or mIoU, and more of a run or checkpoint"),
+    "eval": ("dattrain.cli.eval", "accuracy, mIoU or AP, and more, of a run or checkpoint"),
     "report": (
         "dattrain.cli.report",
         "one page of a run, or of several: curves, time line, images, settings",
     ),
-    "predict": ("dattrain.cli.predict", "classes of images, or of their pixels"),
+    "predict": ("dattrain.cli.predict", "classes of images or of their pixels, or the objects in them"),
     "viz": ("dattrain.cli.viz", "draw sampling points, offsets and attention on images"),
     "data": ("dattrain.cli.data", "pack, verify, index, list and describe shards"),
     "ckpt": ("dattrain.cli.ckpt", "list, inspect, verify, import, prune and export checkpoints"),
@@ -45,7 +45,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "config": ("dattrain.cli.config", "list the recipes, show a resolved one, or the difference of two"),
     "demo": (
         "dattrain.cli.demo",
-        "train and evaluate on Fashion-MNIST, classes or segmentation, in minutes on a laptop",
+        "train and evaluate on Fashion-MNIST, classes, segmentation or detection, in minutes on a laptop",
     ),
     "doctor": ("dattrain.cli.doctor", "what this machine has, and whether it works"),
     "completion": ("dattrain.cli.completion", "what Tab completes in bash, zsh or fish"),

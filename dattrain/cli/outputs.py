@@ -62,7 +62,7 @@ def rows(path: Path | None, head: Sequence[str]) -> Iterator[Any]:
         yield table
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = csv.writer(file)
             table.writerow(head)
             yield table

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         type=Path,
         metavar="FILE",
-        help="detection: all objects in COCO's format, with scores: a start for annotating",
+        help="detection: all objects in COCO's format, with scores: a start for annotating; category ids are those of the run's data.train while it is there, else 1, 2, ...",
     )
     parser.add_argument("--device", default="cpu")
 
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         bad = _classify(args, model, cfg, files, names)
     if bad:
-        raise UserError("; ".join(bad))
+        raise UserError("; ".join(dict.fromkeys(bad)))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from dattrain.cli import own_pictures
 from dattrain.cli.outputs import rows, to_stdout
 from dattrain.errors import UserError
+from dattrain.text import one_line
+from dattrain.urls import mask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,26 +53,28 @@ def detect_all(
     from dattrain.pretrained import class_names
     from dattrain.pretrained.detect import check_score, detect
     from dattrain.tasks.detected_images import SCORE
-    from dattrain.visualize.detected import sheet
+    from dattrain.visualize.detected import LONGEST, sheet
 
     score = SCORE if args.score is None else args.score
     check_score(score, "--score")
     stems = own_pictures.names(out, files, (".png", ".points.png") if args.points else (".png",))
     known = tuple(names or class_names.names(cfg.num_classes, cfg.labels, cfg.classes))
-    coco, bad, quiet = _Coco(known), [], to_stdout(args.csv)
+    bad, quiet = [], to_stdout(args.csv)
+    coco = None if args.json is None else _Coco(known, *_ids(args.checkpoint, cfg))
     with rows(args.csv, HEAD) as table:
         for stem, file in zip(stems, files):
             try:
                 (found,) = detect(model, cfg, [file], names=known, score_threshold=score)
+                found = found.best(args.topk)
+                target = out / f"{stem}.png"
+                own_pictures.save(target, Image.fromarray(found.overlay(longest=LONGEST)))
+                if args.points:
+                    figure = sheet(model, cfg, found, one_line(file.name))
+                    own_pictures.save(out / f"{stem}.points.png", _image(figure))
             except UserError as error:
                 bad.append(str(error))
                 continue
-            found = found.best(args.topk)
-            target = out / f"{stem}.png"
-            own_pictures.save(target, Image.fromarray(found.overlay()))
-            if args.points:
-                own_pictures.save(out / f"{stem}.points.png", _image(sheet(model, cfg, found, file.name)))
-            if args.json is not None:
+            if coco is not None:
                 coco.add(file, found)
             objects = found.objects()
             if not quiet:
@@ -83,16 +88,31 @@ def detect_all(
                     print(f"  {100 * each.score:6.2f} %  {each.name}  {where}")
             if not quiet and (more := len(objects) - listed) > 0:
                 print(f"            {more} more")
-    if args.json is not None:
+    if coco is not None:
         coco.write(args.json)
+        print(f"{args.json}: categories have {coco.numbered}", file=sys.stderr if quiet else sys.stdout)
     return bad
 
 
-class _Coco:
-    """What was found, as a set in COCO's format with scores. Classes have the numbers of the network and 1, since COCO's begin with 1."""
+def _ids(checkpoint: str, cfg: PretrainedCfg) -> tuple[Sequence[int], str]:
+    """Ids of the categories by class number, and what they are."""
+    from dattrain.pretrained import category_ids
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._ids = range(1, len(names) + 1)
+    if (known := category_ids.of_training(checkpoint, cfg)) is not None:
+        return known[0], f"the ids of data.train={mask(known[1])}"
+    why = (
+        "its training set is not there to be asked"
+        if Path(checkpoint).is_dir()
+        else "a weights file does not say others"
+    )
+    return range(1, cfg.num_classes + 1), f"the ids 1, 2, ... in the order of the classes, since {why}"
+
+
+class _Coco:
+    """What was found, as a set in COCO's format with scores. ``numbered`` says what ``ids``, of the classes by number, are."""
+
+    def __init__(self, names: Sequence[str], ids: Sequence[int], numbered: str) -> None:
+        self._ids, self.numbered = ids, numbered
         self._content: dict[str, list[dict[str, Any]]] = {
             "images": [],
             "categories": [{"id": number, "name": name} for number, name in zip(self._ids, names)],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dattrain.cli.loading import loading
 from dattrain.data.classes import canonical
 from dattrain.errors import UserError
+from dattrain.text import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw one PNG per image, and one HTML page of them all where blocks, groups and queries (not of a detector) can be chosen."""
+    """Draw one PNG per image, and one HTML page of them all where blocks, groups and queries (not of a detector) can be chosen.
+
+    An image that cannot be read is an error, after the others are done.
+    """
     with loading("torch"):
         from dattrain.models.dense.detector import Detector
         from dattrain.pretrained import class_names, preprocess
@@ -78,9 +82,13 @@ def run(args: argparse.Namespace) -> int:
     files = preprocess.find(args.images)
     args.out.mkdir(parents=True, exist_ok=True)
     classes = class_names.names(cfg.num_classes, cfg.labels, cfg.classes)
-    views = []
+    views, bad = [], []
     for name, file in zip(unique_names(files), files):
-        pixels = preprocess.read(file, upright=cfg.sides is not None)
+        try:
+            pixels = preprocess.read(file, upright=cfg.sides is not None)
+        except UserError as error:
+            bad.append(str(error))
+            continue
         prepared, picture = preprocess.prepare(pixels, cfg), picture_of(pixels, cfg)
         if isinstance(model, Detector):
             query = tuple(args.query) if args.kind == "attention" else None
@@ -91,21 +99,25 @@ def run(args: argparse.Namespace) -> int:
             blocks, logits = capture_with_logits(model, prepared, cfg, device=args.device)
             said = covered(logits, classes) if cfg.segmentation else caption(file, logits.softmax(0), classes)
         chosen = sampling_points.select(blocks, stage=args.stage, block=args.block, every=args.every)
-        title = f"{file.name}: {args.kind} of {cfg.name} ({cfg.source})" if cfg.source else file.name
+        title = one_line(
+            f"{file.name}: {args.kind} of {cfg.name} ({cfg.source})" if cfg.source else file.name
+        )
         title = "\n".join(filter(None, (title, said)))
         figure = draw.sheet(args.kind, picture, chosen, tuple(args.query), title)
         target = args.out / f"{name}.{args.kind}.png"
         figure.savefig(target)
         print(f"{target}  {said}".rstrip())
         views.append(html.View(file.name, picture, chosen, said))
-    if cfg.detection is not None and args.kind == "attention":
-        return 0  # a page would need the attention of every query, gigabytes of it
-    target = args.out / f"{args.kind}.html"
-    target.write_text(
-        html.render(views, title=f"{cfg.name}: {args.kind}", kind=args.kind, query=tuple(args.query)),
-        encoding="utf-8",
-    )
-    print(target)
+    # A page of a detector's attention would need that of every query, gigabytes of it.
+    if views and not (cfg.detection is not None and args.kind == "attention"):
+        target = args.out / f"{args.kind}.html"
+        target.write_text(
+            html.render(views, title=f"{cfg.name}: {args.kind}", kind=args.kind, query=tuple(args.query)),
+            encoding="utf-8",
+        )
+        print(target)
+    if bad:
+        raise UserError("; ".join(bad))
     return 0
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dattrain.config.derive import micro_batch
 from dattrain.config.schema import Config
-from dattrain.data.annotations.kinds import needs_masks
+from dattrain.data.annotations.kinds import needs_masks, requires_masks
 from dattrain.data.aspect_groups import grouped, padded_shares
 from dattrain.data.augment.detection_plan import DetectionPlan, draw, with_partners
 from dattrain.data.classes import Classes
@@ -100,7 +100,15 @@ def eval_loader(
         side = config.geometry.long_side
         masks = needs_masks(config.task.kind, config.task.head)
         nbytes = bytes_of((1, side, side), (0, 0, 0))
-        return _decoder(config, read, device, masks=masks, need_masks=masks, nbytes=nbytes, count=len(feed))
+        return _decoder(
+            config,
+            read,
+            device,
+            masks=masks,
+            need_masks=requires_masks(config, "val"),
+            nbytes=nbytes,
+            count=len(feed),
+        )
 
     return EvalLoader(dataset, feed, decoder, device)
 

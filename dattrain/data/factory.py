@@ -13,7 +13,7 @@ from dattrain.config.derive import check_samples, micro_batch
 from dattrain.config.schema import Config
 from dattrain.config.sections import as_pair
 from dattrain.data import identity
-from dattrain.data.annotations.kinds import KINDS, background_hint, check_kind, flaws, learned, needs_masks
+from dattrain.data.annotations.kinds import KINDS, background_hint, check_kind, flaws, learned, requires_masks
 from dattrain.data.batch import Batch
 from dattrain.data.classes import (
     Classes,
@@ -149,7 +149,8 @@ def open_split(
     try:
         kind = config.task.kind
         check_kind(dataset.annotations, KINDS[kind], f"data.{split}={dataset.name}", kind)
-        bad = flaws(dataset, kind, needs_masks(kind, config.task.head))
+        metric = config.checkpoint.metric if split == "val" and kind == "detection" else ""
+        bad = flaws(dataset, kind, requires_masks(config, split), metric)
         if bad and data.on_bad == "error":
             raise UserError(
                 f"data.{split}: {'; '.join(bad)}. Correct that, or set data.on_bad=skip (of dattrain eval, --on-bad skip) to "

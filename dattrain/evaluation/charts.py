@@ -125,10 +125,10 @@ def confusion_picture(records: Records, names: Sequence[str], title: str) -> Fig
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="magma_r", vmin=0, vmax=100)
     text = [_short(names[i]) for i in shown]
-    axes.set_xticks(range(len(shown)), text, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(shown)), text, fontsize=7)
-    axes.set(xlabel="predicted", ylabel="label", title=f"{title}{note}")
-    axes.title.set_fontsize(9)
+    axes.set_xticks(range(len(shown)), text, rotation=90, fontsize=7, parse_math=False)
+    axes.set_yticks(range(len(shown)), text, fontsize=7, parse_math=False)
+    axes.set(xlabel="predicted", ylabel="label")
+    axes.set_title(f"{title}{note}", fontsize=9, parse_math=False)
     if len(shown) <= 20:
         for (row, column), value in np.ndenumerate(share):
             if value >= 0.5:
@@ -164,7 +164,7 @@ def reliability_picture(calibration: Calibration, title: str) -> Figure:
     )
     upper.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
     upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    upper.set_title(f"{title}: ECE {100 * calibration.ece:.2f} %", fontsize=9)
+    upper.set_title(f"{title}: ECE {100 * calibration.ece:.2f} %", fontsize=9, parse_math=False)
     upper.legend(fontsize=8)
     lower.bar(middle, calibration.count, width, color="grey", edgecolor="black", linewidth=0.5)
     lower.set(xlabel="confidence", ylabel="images")

@@ -130,7 +130,12 @@ def run(
         UserError: images that cannot be read; no object in the set.
     """
     rank, world = inference.rank_and_world()
-    config = config.model_copy(update={"data": config.data.model_copy(update={"val": spec, "labels": None})})
+    # No checkpoint is chosen here, so no metric has to be there: of a set with an object without mask the numbers of boxes.
+    changes = {
+        "data": config.data.model_copy(update={"val": spec, "labels": None}),
+        "checkpoint": config.checkpoint.model_copy(update={"metric": "ap"}),
+    }
+    config = config.model_copy(update=changes)
     model.score_threshold, model.max_detections = config.eval.score_threshold, config.eval.max_detections
     evaluator = CocoAP(config, device, torch.float32)
     loader = detection_factory.eval_loader(config, classes_of(cfg), rank=rank, world=world, device=device)

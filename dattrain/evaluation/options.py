@@ -85,15 +85,15 @@ class Options:
             raise ConfigError(f"--max-detections {self.max_detections} must be at least 1")
         if self.score_threshold is not None and not 0 <= self.score_threshold <= 1:
             raise ConfigError(f"--score-threshold {self.score_threshold:g}: a score is from 0 to 1")
-        if self.test_set and not self.data:
-            raise ConfigError(f"--labels {self.test_set} needs --data, the folder of that set")
 
     def check_task(self, task: TaskKind, path: object) -> None:
-        """Refuse what other tasks alone know; ``path`` is whose weights they are. Raises ConfigError."""
+        """Refuse what other tasks alone know, and what lacks something; ``path`` is whose weights they are. Raises ConfigError."""
         usual = {each.name: each.default for each in fields(self)}
         for name, (option, tasks) in _OF_TASKS.items():
             if task not in tasks and getattr(self, name) != usual[name]:
                 raise ConfigError(f"{path}: {option} has no meaning for {NETWORKS[task]}: leave it out")
+        if self.test_set and not self.data:
+            raise ConfigError(f"--labels {self.test_set} needs --data, the folder of that set")
         if task != "classification" and self.batch not in (None, 1):
             raise ConfigError(
                 f"{path}: {NETWORKS[task]} evaluates each image alone, since padding would change what it sees: "

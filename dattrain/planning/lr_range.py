@@ -176,7 +176,7 @@ def write(folder: Path, config: Config, found: RangeTest, suggested: Suggestion 
     axes.set_ylim(min(found.losses) * 0.95, ceiling(curve))
     axes.set_xlabel(f"learning rate at a batch of {config.train.global_batch}")
     axes.set_ylabel("training loss")
-    axes.set_title(f"Learning-rate range test of {config.name}")
+    axes.set_title(f"Learning-rate range test of {config.name}", parse_math=False)
     axes.legend()
     figure.savefig(picture, dpi=120)
     return data, picture

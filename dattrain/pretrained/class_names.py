@@ -8,6 +8,7 @@ from pathlib import Path
 from dattrain.data import labels
 from dattrain.data.classes import are_synsets
 from dattrain.errors import UserError
+from dattrain.text import one_line
 
 
 def names(num_classes: int, label_set: str | None = None, known: Sequence[str] = ()) -> list[str]:
@@ -38,7 +39,7 @@ def read(file: Path, num_classes: int) -> list[str]:
 
 def _words(known: Sequence[str]) -> list[str]:
     if not are_synsets(known):
-        return list(known)
+        return [one_line(name) for name in known]
     try:
         return labels.LabelSet("", tuple(known)).names()
     except KeyError:

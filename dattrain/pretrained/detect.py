@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,9 +111,15 @@ class Detection:
             self.pixels, self.boxes[:count], self.scores[:count], self.classes[:count], self.names, masks
         )
 
-    def overlay(self, *, text: bool = True) -> NDArray[np.uint8]:
-        """The image with boxes, masks, and the objects' names and scores (``text``), H x W x 3 uint8 RGB."""
-        return draw(self.pixels, self._shapes(), text=text)
+    def overlay(self, *, text: bool = True, longest: int = 1) -> NDArray[np.uint8]:
+        """The image with boxes, masks, and the objects' names and scores (``text``), H x W x 3 uint8 RGB.
+
+        An image of which both sides are below ``longest`` pixels is enlarged, by a whole number, until one is not: letters
+        cannot be as small as their objects.
+        """
+        factor = -(-longest // max(self.pixels.shape[:2]))
+        large = self if factor <= 1 else self._enlarged(factor)
+        return draw(large.pixels, large._shapes(), text=text)
 
     def coco(self, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
         """The objects as COCO's results are written: ``bbox`` x, y, width and height; masks as compressed run lengths.
@@ -137,6 +143,13 @@ class Detection:
                 row["segmentation"] = {"size": list(size), "counts": rle.to_string(rle.encode(mask))}
             rows.append(row)
         return rows
+
+    def _enlarged(self, factor: int) -> Detection:
+        height, width = self.pixels.shape[:2]
+        resized = Image.fromarray(self.pixels).resize(
+            (factor * width, factor * height), Image.Resampling.BICUBIC
+        )
+        return replace(self, pixels=np.asarray(resized), boxes=self.boxes * np.float32(factor))
 
     def _shapes(self) -> Iterator[Shape]:
         for number, found in enumerate(self.objects()):

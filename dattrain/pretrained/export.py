@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dattrain.errors import ConfigError
+from dattrain.models.dat import DAT
 from dattrain.pretrained import weights
 from dattrain.pretrained.export_authors import write_authors
 from dattrain.pretrained.export_graph import write_onnx, write_torch_export
 from dattrain.pretrained.export_timm import write_hub, write_timm
 from dattrain.pretrained.exported import EXACT, Exported
-from dattrain.pretrained.pretrained_cfg import Network, PretrainedCfg
+from dattrain.pretrained.pretrained_cfg import NETWORKS, Network, PretrainedCfg
 
 
 def write(
@@ -44,9 +46,11 @@ def write(
         return Exported(out, cfg, weights.load_model(out)[0], EXACT)
     if to == "hub":
         return write_hub(model, cfg, out, source)
-    model = weights.classifier(
-        model, cfg, source or cfg.source or cfg.name, f"--to {to} (--to safetensors and --to hub take all)"
-    )
+    if not isinstance(model, DAT):
+        raise ConfigError(
+            f"{source or cfg.source or cfg.name}: is {NETWORKS[cfg.task]}, and --to {to} takes image classifiers alone; write --to "
+            "safetensors or --to hub"
+        )
     if to == "authors":
         return write_authors(model, cfg, out)
     if to == "timm":

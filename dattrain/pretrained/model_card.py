@@ -90,11 +90,12 @@ def text(model: Network, cfg: PretrainedCfg, training: Training, name: str) -> s
     """The card.
 
     Args:
-        name: what the model is called, as the folder.
+        name: of the folder, by which it is loaded.
     """
+    title = _title(cfg)
     parts = [
-        f"---\n{yaml.safe_dump(_front_matter(cfg, training, name), sort_keys=False)}---\n",
-        f"# {name}\n",
+        f"---\n{yaml.safe_dump(_front_matter(cfg, training, title), sort_keys=False)}---\n",
+        f"# {title}\n",
         _about(cfg),
     ]
     dense = cfg.sides
@@ -126,7 +127,13 @@ def text(model: Network, cfg: PretrainedCfg, training: Training, name: str) -> s
     return "\n".join(parts)
 
 
-def _front_matter(cfg: PretrainedCfg, training: Training, name: str) -> dict[str, Any]:
+def _title(cfg: PretrainedCfg) -> str:
+    """What the model is called: its architecture. Folders are called `out`, and recipes `recipe`."""
+    dense = cfg.detection or cfg.segmentation
+    return cfg.name if dense is None else f"{cfg.name} with {_HEADS[dense.head]}"
+
+
+def _front_matter(cfg: PretrainedCfg, training: Training, title: str) -> dict[str, Any]:
     task, library = {
         "classification": ("image-classification", "timm"),
         "segmentation": ("image-segmentation", "dattrain"),
@@ -148,7 +155,7 @@ def _front_matter(cfg: PretrainedCfg, training: Training, name: str) -> dict[str
             "dataset": {"type": "other", "name": training.val or "the run's validation set"},
             "metrics": rows,
         }
-        found["model-index"] = [{"name": name, "results": [result]}]
+        found["model-index"] = [{"name": title, "results": [result]}]
     return found
 
 

@@ -11,6 +11,7 @@ from matplotlib.ticker import LogFormatter
 from dattrain.files import replacing
 from dattrain.observe import metrics
 from dattrain.report import curves
+from dattrain.text import one_line
 
 FILE = "results.png"
 COLOURS = ("#0069b4", "#c8500a", "#00805c", "#a0459b", "#7a6200", "#00707f", "#b3324f", "#555555")
@@ -28,7 +29,9 @@ class _Plain(LogFormatter):
 def write(path: Path, runs: Sequence[Path], titles: Sequence[str] = ()) -> None:
     """Draw ``picture`` into a file. Raises OSError where it cannot be written."""
     with replacing(path) as part:
-        picture(runs, titles or [run.absolute().name for run in runs]).savefig(part, format="png")
+        picture(runs, [one_line(each) for each in titles or [run.absolute().name for run in runs]]).savefig(
+            part, format="png"
+        )
 
 
 def picture(runs: Sequence[Path], titles: Sequence[str]) -> Figure:
@@ -76,6 +79,7 @@ def picture(runs: Sequence[Path], titles: Sequence[str]) -> Figure:
         axes.tick_params(labelsize=8, which="both")
         axes.grid(alpha=0.25)
         if len(axes.lines) > 1:
-            axes.legend(fontsize=7)
-    figure.suptitle(", ".join(titles), fontsize=11)
+            for text in axes.legend(fontsize=7).get_texts():
+                text.set_parse_math(False)
+    figure.suptitle(", ".join(titles), fontsize=11, parse_math=False)
     return figure

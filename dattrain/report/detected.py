@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dattrain.drawing import colour
+from dattrain.report.extremes import extremes
 from dattrain.tasks.predictions import png_url
 
 KIND = "detection"
@@ -55,7 +56,7 @@ def images(predictions: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
     return {
         "step": predictions["step"],
         "averaged": predictions.get("averaged"),
-        **{kind: [_image(item, names) for item in predictions.get(kind, ())] for kind in ("worst", "best")},
+        **{kind: [_image(item, names) for item in items] for kind, items in extremes(predictions).items()},
     }
 
 

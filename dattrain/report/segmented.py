@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dattrain.palette import is_background, map_image, palette
+from dattrain.report.extremes import extremes
 from dattrain.tasks.predictions import png_url
 
 KIND = "segmentation"
@@ -46,8 +47,8 @@ def images(predictions: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
         return None
     colours = _colours(names)
 
-    def shown(kind: str) -> Iterator[dict[str, Any]]:
-        for item in predictions.get(kind, ()):
+    def shown(items: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        for item in items:
             maps = {key: numbers(item[key]) for key in ("truth", "prediction")}
             there = _largest(maps.values(), len(names))
             yield {
@@ -60,8 +61,7 @@ def images(predictions: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
     return {
         "step": predictions["step"],
         "averaged": predictions.get("averaged"),
-        "worst": list(shown("worst")),
-        "best": list(shown("best")),
+        **{kind: list(shown(items)) for kind, items in extremes(predictions).items()},
     }
 
 

@@ -116,11 +116,11 @@ class CocoAP:
             raise UserError(
                 f"{self._what}: there is no object in its {counted(len(truth), 'image')}, so there is no AP"
             )
-        maskless = sum(segmentation is None for each in truth for segmentation in each.segmentations)
+        maskless = [image.key for image in self.results for each in image.truth.segmentations if each is None]
         if self._masks and maskless:
             log.warning(
-                "%s: %s with a box and no mask, so there are no numbers of masks",
-                self._what, counted(maskless, "object"),
+                "%s: %s with a box and no mask, the first in %s, so there are no numbers of masks",
+                self._what, counted(len(maskless), "object"), maskless[0],
             )  # fmt: skip
         return len(truth), self._masks and not maskless
 

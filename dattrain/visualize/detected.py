@@ -28,8 +28,12 @@ COLOURS = ("#ff8c1a", "#ffe81a")
 """Of the first two groups of a stage: orange and yellow."""
 _COVERED, _LARGEST = 0.05, 0.0025
 """Area of a group's points together, and of one point at most, as shares of the picture's."""
+LONGEST = 640
+"""Pixels that a picture's longer side has at least where words stand on it."""
 _WIDTH, _DPI = 6.0, 150
 """Inches of a panel, and pixels of an inch."""
+_NARROWEST, _LOWEST = 2.6, 0.6
+"""Inches of a panel at least, so that its title has room whatever the picture's shape."""
 
 
 def sheet(model: Detector, cfg: PretrainedCfg, found: Detection, title: str = "") -> Figure:
@@ -45,16 +49,17 @@ def sheet(model: Detector, cfg: PretrainedCfg, found: Detection, title: str = ""
     """
     blocks = points_of(model, cfg, found)
     plain, named = (
-        picture_of(preprocess.from_array(found.overlay(text=text)), cfg) for text in (False, True)
+        picture_of(preprocess.from_array(overlay), cfg)
+        for overlay in (found.overlay(text=False), found.overlay(longest=LONGEST))
     )
     height, width = plain.pixels.shape[:2]
     # Portraits are as high as they may be, not as wide.
     row = _WIDTH * min(height / width, 1.25)
-    panel = row * width / height
+    row, panel = max(row, _LOWEST), max(row * width / height, _NARROWEST)
     figure = Figure(figsize=(panel * (len(blocks) + 1), row + 0.4), layout="constrained", dpi=_DPI)
     first, *others = np.atleast_1d(figure.subplots(1, len(blocks) + 1)).flat
     draw.show_image(first, named)
-    first.set_title(title, fontsize=9)
+    first.set_title(title, fontsize=9, parse_math=False)
     for axes, block in zip(others, blocks):
         draw.show_image(axes, plain)
         _points(axes, plain, block, (72 * panel) * (72 * row))

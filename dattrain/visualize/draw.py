@@ -177,5 +177,5 @@ def sheet(
                 offsets(axes, image, block, groups)
             else:
                 attention(axes, image, block, groups[0], query)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, parse_math=False)
     return figure

@@ -2,7 +2,7 @@ import io
 import logging
 
 from dattrain.runtime.logging import Console
-from dattrain.text import has_colour, styled
+from dattrain.text import has_colour, one_line, styled
 
 
 class Terminal(io.StringIO):
@@ -32,3 +32,7 @@ def test_the_console_colours_warnings_and_what_is_good_and_a_file_gets_plain_tex
             console.emit(record)
         written.append(stream.getvalue())
     assert written == ["said\n\x1b[1;32msaid\x1b[0m\n\x1b[33msaid\x1b[0m\n", "said\n" * 3]
+
+
+def test_any_name_can_be_drawn_on_a_line():
+    assert one_line("traffic\nlight \udcff.png") == "traffic light \\udcff.png"

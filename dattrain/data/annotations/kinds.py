@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from dattrain.config.schema import Config
 from dattrain.config.sections import DETECTORS
 from dattrain.data.annotations.instances import BACKGROUND
 from dattrain.data.classes import canonical
@@ -40,12 +41,23 @@ def needs_masks(task: str, head: str) -> bool:
     return task == "segmentation" or (task == "detection" and "mask" in head)
 
 
-def flaws(dataset: Dataset, task: str, masks: bool) -> list[str]:
+def requires_masks(config: Config, split: str) -> bool:
+    """Whether an object without a mask makes its sample of ``data.train`` or ``data.val`` a bad one.
+
+    An evaluation of a detector leaves the numbers of masks out where it cannot compute them, unless ``checkpoint.metric`` is one.
+    """
+    task, metric = config.task, config.checkpoint.metric.removeprefix("ema_")
+    optional = split == "val" and task.kind == "detection" and not metric.startswith("mask_")
+    return needs_masks(task.kind, task.head) and not optional
+
+
+def flaws(dataset: Dataset, task: str, masks: bool, metric: str = "") -> list[str]:
     """What makes samples of a set bad for a task, as far as opening it tells: ``Dataset.flaws``, and objects without the mask that it needs.
 
     Args:
         task: ``task.kind``.
-        masks: whether it learns from the masks of objects (``needs_masks``).
+        masks: whether an object needs one (``requires_masks``).
+        metric: ``checkpoint.metric``, where that of an evaluation is what needs them.
     """
     found = list(dataset.flaws)
     if dataset.maskless and masks:
@@ -55,9 +67,12 @@ def flaws(dataset: Dataset, task: str, masks: bool) -> list[str]:
             if task == "segmentation"
             else "this task.head learns from masks"
         )
-        found.append(
-            f"{dataset.name}: {dataset.maskless}; {learns}; task.kind=detection with task.head {boxes} needs boxes alone"
-        )
+        needs = f"{learns}; task.kind=detection with task.head {boxes} needs boxes alone"
+        if metric:
+            needs = (
+                f"checkpoint.metric={metric} is of masks; checkpoint.metric=ap is of boxes, and needs none"
+            )
+        found.append(f"{dataset.name}: {dataset.maskless}; {needs}")
     return found
 
 

@@ -11,13 +11,17 @@ import sys
 
 import objects
 import pytest
+import torch
 import warm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dattrain import api
 from dattrain.cli import main as cli
+from dattrain.data import detection_factory
 from dattrain.errors import ConfigError, UserError
+from dattrain.pretrained.pretrained_cfg import classes_of
+from dattrain.pretrained.recipe_model import dense_recipe
 from dattrain.pretrained.weights import load_model
 from dattrain.tasks.coco_numbers import NAMES
 
@@ -133,6 +137,33 @@ def test_two_ranks_count_what_one_does(tmp_path, evaluated, detector_file, objec
     kept = [key for key in report if key.removeprefix("mask_").removeprefix("boundary_") in NAMES]
     assert {key: two[key] for key in kept} == {key: report[key] for key in kept} and len(kept) > 20
     assert (tmp_path / "p.json").read_text() == (folder / "p.json").read_text()
+
+
+def test_one_object_without_mask_leaves_the_numbers_of_boxes(
+    tmp_path, caplog, evaluated, detector_file, detector_cfg, object_set
+):
+    report, *_ = evaluated
+    content = json.loads((object_set / "val.json").read_text())
+    maskless = content["annotations"][-1]
+    del maskless["segmentation"]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    (tmp_path / "val").symlink_to(object_set / "val")
+    spec = str(tmp_path / "val.json")
+    own = api.evaluate(detector_file, data=spec, workers=0, device="cpu")
+    assert own["ap"] == pytest.approx(report["ap"]) and not any(key.startswith("mask_") for key in own)
+    (said,) = (each.getMessage() for each in caplog.records if "mask" in each.getMessage())
+    assert "1 object with a box and no mask" in said and str(maskless["image_id"]) in said
+    config = dense_recipe(detector_cfg)
+    chosen_by_masks = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"val": spec}),
+            "checkpoint": config.checkpoint.model_copy(update={"metric": "mask_ap"}),
+        }
+    )
+    with pytest.raises(UserError, match="checkpoint.metric=mask_ap is of masks"):
+        detection_factory.eval_loader(
+            chosen_by_masks, classes_of(detector_cfg), rank=0, world=1, device=torch.device("cpu")
+        )
 
 
 def test_limits_of_the_run_can_be_changed(evaluated, detector_file, object_set):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import objects
@@ -110,7 +111,7 @@ def test_pictures_tables_and_cocos_format(tmp_path, capsys, detector_file, file,
     assert "bad.png" in shown.err and f"{found.counts()}\n" in shown.out
     assert f"{len(found) - 5} more" in shown.out and f"{100 * found.scores[0]:6.2f} %  " in shown.out
     assert {path.name for path in out.iterdir()} == {"1024.png", "1024.points.png"}
-    assert (np.asarray(Image.open(out / "1024.png")) == found.overlay()).all()
+    assert (np.asarray(Image.open(out / "1024.png")) == found.overlay(longest=640)).all()
     assert cli.main(command[:-1]) == 1 and cli.main(["predict", str(out / "1024.png"), *command[3:]]) == 2
     assert "is a picture that predict wrote" in capsys.readouterr().err
     with open(table, newline="") as lines:
@@ -129,6 +130,26 @@ def test_pictures_tables_and_cocos_format(tmp_path, capsys, detector_file, file,
     for row, number, mask, area in zip(coco["annotations"], found.classes, found.masks, found.areas()):
         assert row["category_id"] == number + 1 and row["area"] == area
         assert (rle.decode(rle.from_string(row["segmentation"]["counts"]), *mask.shape) == mask).all()
+
+
+def test_categories_have_the_ids_of_the_training_set_while_it_is_there(tmp_path, capsys, detection_run, file):
+    gone = tmp_path / "gone"
+    shutil.copytree(detection_run, gone)
+    config = (gone / "config.yaml").read_text()
+    (gone / "config.yaml").write_text(config.replace("train.json", "elsewhere.json"))
+    for run, ids, words in (
+        (detection_run, list(objects.CATEGORIES), "train.json"),
+        (gone, [1, 2, 3], "is not there"),
+    ):
+        content = tmp_path / "o.json"
+        command = ["predict", str(file), "--checkpoint", str(run), "--out", str(tmp_path), "--score", "0"]
+        assert cli.main([*command, "--json", str(content)]) == 0
+        assert words in capsys.readouterr().out.splitlines()[-1]
+        coco = json.loads(content.read_text())
+        assert {each["id"]: each["name"] for each in coco["categories"]} == dict(
+            zip(ids, objects.CATEGORIES.values())
+        )
+        assert {each["category_id"] for each in coco["annotations"]} <= set(ids)
 
 
 def test_so_many_objects_at_most(capsys, tmp_path, detector_file, file, found):

@@ -64,7 +64,7 @@ def test_what_only_classifiers_are_good_for_is_refused(tmp_path, detector_file, 
     for to in ("timm", "onnx"):
         assert cli.main(["export", str(detector_file), "--to", to, "--out", str(tmp_path / "x")]) == 2
         assert (
-            f"is a detector, and --to {to} (--to safetensors and --to hub take all)"
+            f"is a detector, and --to {to} takes image classifiers alone; write --to safetensors or --to hub"
             in capsys.readouterr().err
         )
     assert not list(tmp_path.iterdir())
@@ -73,11 +73,14 @@ def test_what_only_classifiers_are_good_for_is_refused(tmp_path, detector_file, 
 def test_exports_are_read_back(tmp_path, capsys, detection_run, detector_file):
     hub, run = tmp_path / "shapes", str(detection_run)
     assert cli.main(["export", run, "--to", "hub", str(hub)]) == 0
-    assert "same objects on 8 of 8 images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "same objects on 8 of 8 images" in said and "of outputs" in said and "logits" not in said
     assert sorted(path.name for path in hub.iterdir()) == ["README.md", "model.safetensors"]
     card = (hub / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["pipeline_tag"] == "object-detection"
+    title = "dat_atto with RetinaNet"
+    assert f"\n# {title}\n" in card and front["model-index"][0]["name"] == title
     (result,) = front["model-index"][0]["results"]
     (row,) = (r for r in map(json.loads, (detection_run / "metrics.jsonl").open()) if "ap" in r)
     assert result["metrics"][0] == {

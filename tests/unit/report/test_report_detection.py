@@ -19,6 +19,7 @@ from dattrain.drawing import colour
 from dattrain.observe import metrics
 from dattrain.observe.sheet import TILE, sheet
 from dattrain.report import chart, detected, page
+from dattrain.report.extremes import extremes
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NAMES = tuple(objects.CATEGORIES.values())
@@ -61,7 +62,7 @@ def test_the_page_holds_curves_and_classes(detection_run):
 
 def test_images_hold_truth_and_what_was_found(kept, object_set):
     shown = detected.images(kept, NAMES)
-    (item,) = (each for each in shown["best"] if each["name"].endswith("1024.png"))
+    (item,) = (each for each in shown["worst"] + shown["best"] if each["name"].endswith("1024.png"))
     truth = json.loads((object_set / "val.json").read_text())
     own = [each for each in truth["annotations"] if each["image_id"] == 1024]
     boxes = [(box[:4], box[4], box[5]) for box in item["truth"]["boxes"]]
@@ -84,6 +85,13 @@ def test_images_hold_truth_and_what_was_found(kept, object_set):
     assert crowds and all(box[6] for box in crowds)
     assert detected.images({**kept, "worst": [], "best": []}, NAMES) is None
     assert detected.classes({"kind": "segmentation"}, NAMES) is None
+
+
+def test_each_image_is_shown_once():
+    few = [{"position": number} for number in (4, 0, 2)]
+    assert extremes({"worst": few, "best": few[::-1]}) == {"worst": few[:2], "best": few[2:]}
+    apart = {"worst": few[:1], "best": few[:0:-1]}
+    assert extremes(apart) == apart
 
 
 def known(category):
@@ -128,7 +136,7 @@ def test_a_browser_draws_boxes_and_masks(tmp_path, detection_run, kept):
                "--virtual-time-budget=5000", "--dump-dom", (run / page.FILE).as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert 'data-drawn="yes"' in done.stdout, done.stderr[-2000:]
-    shown = kept["worst"] + kept["best"]
+    shown = [item for items in extremes(kept).values() for item in items]
     assert len(re.findall(r'<img[^>]*class="map"', done.stdout)) == 2 * len(shown)
     boxes = sum(len(item[key]) for item in shown for key in ("truth", "found"))
     assert len(re.findall(r'<rect[^>]*class="box"', done.stdout)) == boxes

@@ -18,6 +18,7 @@ from dattrain.cli import main as cli
 from dattrain.observe import metrics
 from dattrain.palette import palette
 from dattrain.report import chart, page, segmented
+from dattrain.report.extremes import extremes
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -82,5 +83,7 @@ def test_a_browser_draws_the_maps(tmp_path, segmentation_run):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert 'data-drawn="yes"' in done.stdout, done.stderr[-2000:]
     shown = json.loads((segmentation_run / "predictions.json").read_text())
-    assert len(re.findall(r'<img[^>]*class="map"', done.stdout)) == 2 * len(shown["worst"] + shown["best"])
+    assert len(re.findall(r'<img[^>]*class="map"', done.stdout)) == 2 * sum(
+        map(len, extremes(shown).values())
+    )
     assert "<h2>Classes</h2>" in done.stdout and "<h2>Most confused classes</h2>" not in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dattrain.cli import main as cli
 from dattrain.pretrained import preprocess
@@ -93,6 +94,34 @@ def test_a_sheet_has_the_points_of_stages_3_and_4(detector, detector_cfg, pixels
         sizes, received = orange.get_sizes(), block.received(0)
         assert (np.argsort(sizes[sizes < sizes.max()]) == np.argsort(received[sizes < sizes.max()])).all()
         assert axes.get_xlim()[1] == found.pixels.shape[1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_name_and_no_shape_ends_the_pictures(tmp_path, capsys, detector_file, object_set):
+    folder, names, out = tmp_path / "in", tmp_path / "names.txt", tmp_path / "out"
+    folder.mkdir()
+    names.write_text("bar\n$\\oops$\nc$_{$\n")
+    thin = np.random.default_rng(0).integers(0, 256, (300, 2, 3), dtype=np.uint8)
+    Image.fromarray(thin).save(folder / "$\\thin$.png")
+    Image.fromarray(thin.transpose(1, 0, 2)).save(folder / "flat.png")
+    (folder / "z.png").write_bytes((object_set / "val" / "1025.png").read_bytes())
+    command = ["predict", str(folder), "--checkpoint", str(detector_file), "--out", str(out), "--points"]
+    (folder / "y.png").write_bytes(b"no image")
+    assert cli.main([*command, "--classes", str(names), "--score", "0.05"]) == 1
+    assert "y.png" in capsys.readouterr().err and len(list(out.iterdir())) == 6
+    for sheet in out.glob("*.points.png"):
+        with Image.open(sheet) as picture:
+            assert min(picture.size) >= 120
+    assert cli.main(["viz", "points", *command[1:-2], str(tmp_path / "viz"), "--stage", "3"]) == 1
+    assert "y.png" in capsys.readouterr().err and len(list((tmp_path / "viz").iterdir())) == 4
+
+
+def test_words_leave_a_small_picture_to_its_objects(detector, detector_cfg, pixels):
+    (found,) = detect(detector, detector_cfg, [pixels])
+    large = found.overlay(longest=640)
+    factor = -(-640 // max(found.pixels.shape[:2]))
+    assert large.shape == (factor * found.pixels.shape[0], factor * found.pixels.shape[1], 3)
+    assert found.overlay(longest=8).shape == found.pixels.shape
 
 
 def test_the_verb_draws_without_all_attention(tmp_path, capsys, detector_file, object_set):

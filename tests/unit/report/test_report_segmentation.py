@@ -39,7 +39,7 @@ def test_the_page_holds_classes_and_maps(tmp_path, capsys, segmentation_run, sce
     # Of the averaged weights, as the images are.
     assert np.mean([iou for _, iou in rows.values()]) == pytest.approx(row["ema_miou"], abs=1e-3)
     assert sum(share for *_, share in found["classes"]["rows"]) == pytest.approx(1)
-    (shown,) = (each for each in found["segmented"]["best"] if each["name"].endswith(":2.png"))
+    (shown,) = (each for each in every(found["segmented"]) if each["name"].endswith(":2.png"))
     truth = Image.open(scenes / "annotations" / "validation" / "2.png")
     assert (segmented.numbers(shown["truth"]) == np.asarray(truth)).all()
     assert shown["legend"][0] == ["ground", rows["ground"][0]] and {n for n, _ in shown["legend"]} <= set(
@@ -48,7 +48,7 @@ def test_the_page_holds_classes_and_maps(tmp_path, capsys, segmentation_run, sce
     below = segmented.images(
         json.loads((segmentation_run / "predictions.json").read_text()), ["background", *MAP_NAMES[1:]]
     )
-    (map_,) = (each["truth"] for each in below["best"] if each["name"] == shown["name"])
+    (map_,) = (each["truth"] for each in every(below) if each["name"] == shown["name"])
     assert ["background", None] in below["best"][0]["legend"]
     assert (picture(map_)[..., 3] == 0).sum() == (np.asarray(truth) == 0).sum()
     assert (picture(shown["truth"])[..., 3] == 255).all()
@@ -57,6 +57,10 @@ def test_the_page_holds_classes_and_maps(tmp_path, capsys, segmentation_run, sce
     assert drawn.axes[0].get_yscale() == "log" and all(float(label) for label in labels if label)
     titles = [axes.get_title() for axes in drawn.axes]
     assert "Segmentation, %" in titles and "Accuracy, %" not in titles and len(titles) == 6
+
+
+def every(images):
+    return images["worst"] + images["best"]
 
 
 def picture(url):

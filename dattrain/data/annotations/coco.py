@@ -32,8 +32,8 @@ from dattrain.files import counted
 class CocoDataset(AnnotatedFiles):
     """Images of a COCO JSON with their objects; images without objects are samples too.
 
-    ``classes`` are the background and the categories by their ids, which may begin anywhere and have gaps. Objects that have no
-    area, a side below a pixel, or a box beyond their image are left out (as mmdetection does), and counted in ``notes``.
+    ``classes`` are the background and the categories by their ids, which may begin anywhere and have gaps. Objects that
+    training leaves out (``instances.degenerate``) are there, and counted in ``notes``.
 
     Args:
         path: of the JSON.
@@ -194,11 +194,12 @@ def _categories(path: str, rows: Sequence[Mapping[str, Any]]) -> _Categories:
 def _objects(
     path: str, found: Sequence[dict[str, Any]], images: Sequence[Mapping[str, Any]], categories: _Categories
 ) -> tuple[dict[Any, list[dict[str, Any]]], list[str], str]:
-    """Objects by image id as samples hold them; what was left out; and ``Dataset.maskless``."""
+    """Objects by image id as samples hold them; what is to be told of them; and ``Dataset.maskless``."""
     sizes = {row["id"]: instances.size_in(row) for row in images}
     kept: dict[Any, list[dict[str, Any]]] = {}
-    dropped: Counter[str] = Counter()
+    odd: Counter[str] = Counter()
     first: dict[str, str] = {}
+    learned: set[Any] = set()
     boxes, first_box = 0, ""
     for number, one in enumerate(found):
         where = f"annotation {one.get('id', f'number {number}')}"
@@ -210,20 +211,20 @@ def _objects(
                 f"{path}: {where} of image {image} has category_id {one.get('category_id')!r}; its categories are "
                 f"{few([f'{key} ({categories.names[i]})' for key, i in categories.of_id.items()])}"
             )
-        why, kept_as = _kept(
-            one, sizes[image], categories.of_id[one["category_id"]], f"{path}: {where} of image {image}"
-        )
-        if kept_as is None:
-            dropped[why] += 1
-            first.setdefault(why, f"{where} of image {image}")
-        else:
-            kept.setdefault(image, []).append(kept_as)
-            if "segmentation" not in kept_as:
-                boxes, first_box = boxes + 1, first_box or f"{where} of image {image}"
-    empty = sum(row["id"] not in kept for row in images)
+        where = f"{where} of image {image}"
+        why, kept_as = _kept(one, sizes[image], categories.of_id[one["category_id"]], f"{path}: {where}")
+        kept.setdefault(image, []).append(kept_as)
+        if why:
+            odd[why] += 1
+            first.setdefault(why, where)
+            continue
+        learned.add(image)
+        if "segmentation" not in kept_as:
+            boxes, first_box = boxes + 1, first_box or where
+    empty = len(images) - len(learned)
     notes = [
-        f"{path}: {counted(count, 'object')} left out, with {why}: {first[why]}"
-        for why, count in dropped.most_common()
+        f"{path}: {counted(count, 'object')} with {why} ({first[why]}): {instances.UNLEARNED}"
+        for why, count in odd.most_common()
     ]
     if empty:
         notes.append(
@@ -234,8 +235,8 @@ def _objects(
 
 def _kept(
     one: dict[str, Any], size: tuple[int, int] | None, index: int, where: str
-) -> tuple[str, dict[str, Any] | None]:
-    """An object as a sample holds it, or why it is left out."""
+) -> tuple[str, dict[str, Any]]:
+    """Why training leaves an object out, and the object as a sample holds it."""
     try:
         segmentation = instances.read_segmentation(one.get("segmentation"), where)
         if segmentation is not None:
@@ -243,11 +244,7 @@ def _kept(
         box = instances.box_said(one, segmentation, where)
     except BadSample as error:
         raise UserError(f"{error}; correct it, or remove it") from error
-    area = one["area"] if "area" in one else instances.area_of(segmentation, box)
-    if not isinstance(area, (int, float)):
-        return f"an area of {area!r}", None
-    if why := instances.degenerate(box, area, size):
-        return why, None
+    area = instances.area_said(one, segmentation, box)
     kept = {
         "class": index,
         "bbox": one.get("bbox", list(box)),
@@ -260,7 +257,7 @@ def _kept(
         kept["ignore"] = 1
     if segmentation is not None:
         kept["segmentation"] = segmentation
-    return "", kept
+    return instances.degenerate(box, area, segmentation, size), kept
 
 
 def _row(image: Mapping[str, Any], objects: Sequence[Mapping[str, Any]]) -> bytes:

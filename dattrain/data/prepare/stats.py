@@ -148,7 +148,8 @@ def measure(
                     contents.append(_pixels(sample))
                 elif dataset.annotations == "instances":
                     found = instances.parse(sample.annotation, sample.where)
-                    crowds, counts = [int(found.crowd.sum())], np.bincount(found.classes)
+                    whole = np.asarray([not why for why in found.degenerate((height, width))], dtype=np.bool_)
+                    crowds, counts = [int((found.crowd & whole).sum())], np.bincount(found.classes[whole])
                     contents.append(np.concatenate((crowds, counts)).astype(np.int64))
                     objects += ObjectFigures.of(found, (height, width), sample.key)
                 rows.append((images.sniff(data), height, width, len(data)))

@@ -11,6 +11,7 @@ import pytest
 from given import coco, size_of, turned
 
 from dattrain.data.annotations import rle
+from dattrain.data.annotations.instances import UNLEARNED
 from dattrain.data.annotations.semantic import semantic_map
 from dattrain.data.source.dataset import open_dataset
 from dattrain.data.source.sample import BadSample
@@ -94,11 +95,13 @@ def test_the_images_are_found_beside(tmp_path):
         open_dataset(str(path))
 
 
-def test_degenerate_objects_are_left_out_and_told(tmp_path):
+def test_degenerate_objects_are_told(tmp_path):
     content = changed(
         annotations=[
             box(id=4, area=0),
-            box(id=5, area=-1),
+            box(id=5, area=None),
+            box(id=10, area="4", segmentation=[BOX]),
+            box(id=11, area=0, segmentation={"size": [4, 5], "counts": [20]}),
             box(id=6, bbox=[1, 1, 0.5, 3]),
             box(id=7, bbox=[5, 0, 3, 3]),
             box(id=8, bbox=[-3, 0, 3, 3]),
@@ -107,13 +110,13 @@ def test_degenerate_objects_are_left_out_and_told(tmp_path):
     )
     dataset = open_dataset(str(coco(tmp_path, content)))
     assert [note.partition(": ")[2] for note in dataset.notes][:-1] == [
-        "2 objects left out, with a box beyond their image: annotation 7 of image 7",
-        "1 object left out, with an area of 0: annotation 4 of image 7",
-        "1 object left out, with an area of -1: annotation 5 of image 7",
-        "1 object left out, with a side below one pixel: annotation 6 of image 7",
+        f"2 objects with a box beyond their image (annotation 7 of image 7): {UNLEARNED}",
+        f"1 object with no area (annotation 11 of image 7): {UNLEARNED}",
+        f"1 object with a side below one pixel (annotation 6 of image 7): {UNLEARNED}",
     ]
-    kept = [json.loads(dataset.read(0, i).annotation) for i in range(3)]
-    assert sorted(one["id"] for row in kept for one in row["annotations"]) == [1, 2, 3, 9]
+    rows = [json.loads(dataset.read(0, i).annotation) for i in range(3)]
+    areas = {one["id"]: one["area"] for row in rows for one in row["annotations"]}
+    assert len(areas) == 11 and [areas[i] for i in (4, 5, 10)] == [0, 4, 4], "a number is what the file says"
 
 
 @pytest.mark.parametrize(

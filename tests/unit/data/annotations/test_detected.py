@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from given import coco, noise, size_of, turned
 from pictures import write_tar
@@ -127,12 +128,12 @@ def test_what_is_learned_from_and_what_is_measured(tmp_path):
     ]
     annotation = json.dumps({"annotations": objects}).encode()
     learned = detected(annotation, (6, 8), None, "", masks=False, training=True)
-    assert learned.boxes.tolist() == [[-1, 4, 4, 4], [1, 1, 3, 2], [1, 0, 1, 2]]
-    assert learned.area.tolist() == [16, 3, 2], "of the mask where nothing is said"
-    assert learned.segmentations[0] is None and learned.segmentations[1] == [[1, 1, 4, 1, 4, 3]]
+    assert learned.boxes.tolist() == [[0, 0, 4, 4], [-1, 4, 4, 4], [1, 1, 3, 2], [1, 0, 1, 2]]
+    assert learned.area.tolist() == [0, 16, 3, 2], "of the mask where nothing is said"
+    assert learned.segmentations[1] is None and learned.segmentations[2] == [[1, 1, 4, 1, 4, 3]]
     measured = detected(annotation, (6, 8), None, "", masks=False)
-    assert measured.boxes[:2].tolist() == [[1, 1, 3, 2], [0, 0, 4, 4]] and len(measured) == 5
-    assert measured.crowd.tolist() == [False, True, False, False, False] and measured.ignored == {0}
+    assert measured.boxes[:2].tolist() == [[1, 1, 3, 2], [0, 0, 4, 4]] and len(measured) == 8
+    assert np.flatnonzero(measured.crowd).tolist() == [1] and measured.ignored == {0}
     content = {**CONTENT, "annotations": [{**CONTENT["annotations"][0], "ignore": 1}]}
     content["annotations"][0].pop("area")
     path = coco(tmp_path, content)

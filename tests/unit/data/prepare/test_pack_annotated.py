@@ -131,7 +131,7 @@ def test_coco_is_packed_whole(tmp_path, capsys):
     assert main(["data", "pack", "--coco", str(path), str(out), "--jobs", "1"]) == 0
     said = capsys.readouterr()
     assert "val-*.tar: 2 samples" in said.out, "the split is that of its name"
-    assert "1 object left out, with an area of 0: annotation 3 of image 4" in said.err
+    assert "1 object with a side below one pixel (annotation 3 of image 4): training leaves" in said.err
     assert "val: of cat there are crowds alone, which are void as a map" in said.err and "dog" not in said.err
     assert found_in(str(out)) == found_in(str(path)) and found_in(str(out))["b"] == [[0] * 8] * 6
     dataset = open_dataset(str(out))

@@ -28,6 +28,8 @@ from dattrain.data.source.sample import BadSample
 from dattrain.errors import UserError
 from dattrain.files import counted
 
+_BBOX = "a bbox is x and y of its upper left corner, its width and its height, in pixels"
+
 
 class CocoDataset(AnnotatedFiles):
     """Images of a COCO JSON with their objects; images without objects are samples too.
@@ -47,6 +49,8 @@ class CocoDataset(AnnotatedFiles):
 
     def __init__(self, path: str, images: str | None = None) -> None:
         content = _read(path)
+        if not content["images"]:
+            raise UserError(f"{path}: has no images; its 'images' are empty")
         rows = [_image(path, i, row) for i, row in enumerate(_list(path, content, "images"))]
         categories = _categories(path, _list(path, content, "categories"))
         self.classes = list(categories.names)
@@ -141,7 +145,7 @@ def _read(path: str) -> dict[str, Any]:
     finally:
         if enabled:
             gc.enable()
-    if not isinstance(content, dict) or not {"images", "categories"} <= content.keys():
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
         keys = few(list(content)) if isinstance(content, dict) else type(content).__name__
         raise UserError(
             f"{path}: is no COCO JSON of objects: it has {keys}; `images`, `annotations` and `categories` are needed"
@@ -150,23 +154,28 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _list(path: str, content: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    rows = content.get(name, [])
+    rows = content[name]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: its {name!r} are no list of objects; a COCO JSON has one")
     return rows
 
 
 def _image(path: str, number: int, row: dict[str, Any]) -> dict[str, Any]:
-    file = row.get("file_name")
-    if not isinstance(row.get("id"), (int, str)) or not isinstance(file, str) or not file:
+    file, own = row.get("file_name"), instances.whole(row.get("id"))
+    if not isinstance(own, (int, str)) or not isinstance(file, str) or not file:
         raise UserError(
-            f"{path}: image {number} has id {row.get('id')!r} and file_name {file!r}; both are needed"
+            f"{path}: image {number} has id {own!r} and file_name {file!r}; both are needed, and the id is a whole number or a text"
         )
     if os.path.isabs(file) or ".." in file.replace("\\", "/").split("/"):
         raise UserError(
-            f"{path}: image {row['id']} has the file_name {file!r}; a path below the folder of the images is needed"
+            f"{path}: image {own} has the file_name {file!r}; a path below the folder of the images is needed"
         )
-    return row
+    size = {side: instances.whole(row.get(side)) for side in ("height", "width")}
+    if any(size.values()) and instances.size_in(size) is None:
+        raise UserError(
+            f"{path}: image {own} has height {size['height']!r} and width {size['width']!r}; whole numbers of pixels are right, or neither"
+        )
+    return {**row, **size, "id": own}
 
 
 def _categories(path: str, rows: Sequence[Mapping[str, Any]]) -> _Categories:
@@ -200,20 +209,22 @@ def _objects(
     odd: Counter[str] = Counter()
     first: dict[str, str] = {}
     learned: set[Any] = set()
-    boxes, first_box = 0, ""
+    boxes, first_box, beyond = 0, "", 0
     for number, one in enumerate(found):
         where = f"annotation {one.get('id', f'number {number}')}"
         image = one.get("image_id")
-        if image not in sizes:
+        if not isinstance(image, (int, float, str)) or image not in sizes:
             raise UserError(f"{path}: {where} is of image {image!r}, which its images do not list")
-        if one.get("category_id") not in categories.of_id:
+        category = one.get("category_id")
+        if not isinstance(category, (int, float, str)) or category not in categories.of_id:
             raise UserError(
-                f"{path}: {where} of image {image} has category_id {one.get('category_id')!r}; its categories are "
+                f"{path}: {where} of image {image} has category_id {category!r}; its categories are "
                 f"{few([f'{key} ({categories.names[i]})' for key, i in categories.of_id.items()])}"
             )
         where = f"{where} of image {image}"
-        why, kept_as = _kept(one, sizes[image], categories.of_id[one["category_id"]], f"{path}: {where}")
+        why, kept_as = _kept(one, sizes[image], categories.of_id[category], f"{path}: {where}")
         kept.setdefault(image, []).append(kept_as)
+        beyond += _ends_beyond(kept_as["bbox"], sizes[image])
         if why:
             odd[why] += 1
             first.setdefault(why, where)
@@ -221,16 +232,36 @@ def _objects(
         learned.add(image)
         if "segmentation" not in kept_as:
             boxes, first_box = boxes + 1, first_box or where
+    if not learned:
+        raise UserError(f"{path}: has no object to learn from: {_nothing(found, odd)}")
     empty = len(images) - len(learned)
     notes = [
         f"{path}: {counted(count, 'object')} with {why} ({first[why]}): {instances.UNLEARNED}"
         for why, count in odd.most_common()
     ]
-    if empty:
+    if 2 * beyond > len(found):
         notes.append(
-            f"{path}: {empty:,} of its {len(images):,} images have no objects; they are background alone"
+            f"{path}: of {len(found):,} boxes {beyond:,} end beyond their image, as where x1, y1, x2, y2 are written; {_BBOX}"
         )
+    if empty:
+        notes.append(f"{path}: {empty:,} of its {len(images):,} images have no objects that are learned from")
     return kept, notes, instances.maskless(boxes, first_box)
+
+
+def _ends_beyond(box: Sequence[float], size: tuple[int, int] | None) -> bool:
+    x, y, width, height = box
+    return size is not None and (x + width > size[1] + 1 or y + height > size[0] + 1)
+
+
+def _nothing(found: Sequence[Mapping[str, Any]], odd: Mapping[str, int]) -> str:
+    """Why none of the objects that were found is one."""
+    if not found:
+        return "its 'annotations' are empty"
+    if all(0 <= x < 2 for one in found for x in one.get("bbox", [-1])):
+        return f"its boxes look like shares of the image's sides (one is {found[0]['bbox']}); {_BBOX}"
+    return f"of its {counted(len(found), 'object')} " + " and ".join(
+        f"{count:,} {'has' if count == 1 else 'have'} {why}" for why, count in odd.items()
+    )
 
 
 def _kept(
@@ -242,6 +273,7 @@ def _kept(
         if segmentation is not None:
             segmentation = instances.stored(segmentation, where)
         box = instances.box_said(one, segmentation, where)
+        crowd, ignored = (instances.flag(one, name, where) for name in ("iscrowd", "ignore"))
     except BadSample as error:
         raise UserError(f"{error}; correct it, or remove it") from error
     area = instances.area_said(one, segmentation, box)
@@ -249,11 +281,11 @@ def _kept(
         "class": index,
         "bbox": one.get("bbox", list(box)),
         "area": area,
-        "iscrowd": int(bool(one.get("iscrowd", 0))),
+        "iscrowd": int(crowd),
     }
     if "id" in one:
         kept["id"] = one["id"]
-    if one.get("ignore"):
+    if ignored:
         kept["ignore"] = 1
     if segmentation is not None:
         kept["segmentation"] = segmentation

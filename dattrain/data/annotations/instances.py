@@ -270,8 +270,13 @@ def _content(annotation: bytes, where: str) -> dict[str, Any]:
 def size_in(content: object) -> tuple[int, int] | None:
     """``height`` and ``width`` in the content of a JSON; None where these are no numbers of pixels."""
     fields = content if isinstance(content, dict) else {}
-    height, width = fields.get("height"), fields.get("width")
+    height, width = whole(fields.get("height")), whole(fields.get("width"))
     return (height, width) if type(height) is int and type(width) is int and min(height, width) > 0 else None
+
+
+def whole(value: Any) -> Any:
+    """A number like 640.0 as an int, which tools write it for; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _object(one: Mapping[str, Any], where: str) -> _Object:
@@ -281,8 +286,16 @@ def _object(one: Mapping[str, Any], where: str) -> _Object:
     segmentation = read_segmentation(one.get("segmentation"), where)
     box = box_said(one, segmentation, where)
     area = area_said(one, segmentation, box)
-    crowd, ignored = bool(one.get("iscrowd", 0)), bool(one.get("ignore", 0))
+    crowd, ignored = (flag(one, name, where) for name in ("iscrowd", "ignore"))
     return _Object(box, index, float(area), crowd, segmentation, ignored)
+
+
+def flag(one: Mapping[str, Any], name: str, where: str) -> bool:
+    """A field of an object that is 0 or 1, also as text; missing or null it is 0. Raises BadSample."""
+    value = one.get(name)
+    if value not in (None, 0, 1, "0", "1"):
+        raise BadSample(f"{where} has {name} {value!r}, neither 0 nor 1")
+    return value in (1, "1")
 
 
 def box_said(one: Mapping[str, Any], segmentation: Segmentation | None, where: str) -> tuple[float, ...]:

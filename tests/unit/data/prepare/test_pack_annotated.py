@@ -187,7 +187,11 @@ def test_images_without_objects_are_dropped_on_request(tmp_path, capsys):
     pack(open_dataset(str(tmp_path / "all")), tmp_path / "again", PackOptions(drop_empty=True))
     assert open_dataset(str(tmp_path / "again")).counts.tolist() == [1]
     with pytest.raises(UserError, match="drop_empty leaves nothing: each of its 1 images has no objects or"):
-        only = {**content, "images": content["images"][1:2], "annotations": []}
+        only = {
+            **content,
+            "images": content["images"][2:3],
+            "annotations": [{"id": 3, "image_id": 3, **square}],
+        }
         pack(open_dataset(str(coco(tmp_path / "b", only))), tmp_path / "c", PackOptions(drop_empty=True))
     with pytest.raises(UserError, match="has maps, and --drop-empty is for sets of objects"):
         maps = open_annotated("ade", str(ade(tmp_path / "ADE", some_maps(1))))[0]

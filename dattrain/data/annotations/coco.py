@@ -55,6 +55,7 @@ class CocoDataset(AnnotatedFiles):
         categories = _categories(path, _list(path, content, "categories"))
         self.classes = list(categories.names)
         self.category_ids = categories.ids
+        self.grounds = _grounds(_list(path, content, "annotations"), categories)
         files = [str(row["file_name"]) for row in rows]
         _check_once(path, [row["id"] for row in rows], "id")
         _check_once(path, files, "file_name")
@@ -71,6 +72,7 @@ class CocoDataset(AnnotatedFiles):
             )
         super().__init__(path, root, files, origin=f" (from {path})")
         # Objects are let go of as they become bytes: of a large file they are most of what is in memory.
+        self.used = {0, *(one["class"] for each in objects.values() for one in each)}
         self._rows = Rows(_row(rows[i], objects.pop(rows[i]["id"], [])) for i in self.place.tolist())
         sizes = [size if (size := instances.size_in(rows[i])) else (0, 0) for i in self.place.tolist()]
         self._sizes = np.asarray(sizes, dtype=np.int64)
@@ -127,7 +129,7 @@ def image_folder(path: str, files: Sequence[str], images: str | None) -> Path:
 class _Categories(NamedTuple):
     names: Sequence[str]
     """Of the classes, the background first."""
-    of_id: Mapping[int, int]
+    of_id: Mapping[Any, int]
     """Class by category id."""
     ids: Sequence[int | None]
     """``Dataset.category_ids``."""
@@ -261,6 +263,19 @@ def _nothing(found: Sequence[Mapping[str, Any]], odd: Mapping[str, int]) -> str:
         return f"its boxes look like shares of the image's sides (one is {found[0]['bbox']}); {_BBOX}"
     return f"of its {counted(len(found), 'object')} " + " and ".join(
         f"{count:,} {'has' if count == 1 else 'have'} {why}" for why, count in odd.items()
+    )
+
+
+def _grounds(found: Sequence[Mapping[str, Any]], categories: _Categories) -> str:
+    """``Dataset.grounds``."""
+    ids = [key for key, index in categories.of_id.items() if index == 0]
+    own = [one for one in found if one.get("category_id") in ids]
+    if not own:
+        return ""
+    one = own[0]
+    what = f"annotation {one.get('id')} of image {one.get('image_id')}"
+    return (
+        f"{counted(len(own), 'object')} of the category {BACKGROUND} (id {', '.join(map(str, ids))}): {what}"
     )
 
 

@@ -89,9 +89,12 @@ def _number(own: int, numbers: NDArray[np.int64], what: str) -> int:
     if 0 <= own < len(numbers) and numbers[own] != NO_LABEL:
         return int(numbers[own])
     names = f"there are {len(numbers)} classes of its set (else model.num_classes), 0 to {len(numbers) - 1}"
+    if own == 0 and len(numbers):
+        raise BadSample(
+            f"{what} has class 0, which is the background of its set; in detection an object is of another"
+        )
     if 0 <= own < len(numbers):
         raise BadSample(
-            f"{what} has class {own}, which is the background of its set, or one of which its manifest counts no samples; in detection an "
-            "object is of another class: remove it, or pack the set again"
+            f"{what} has class {own}, of which the set's manifest counts no samples; pack the set again"
         )
     raise BadSample(f"{what} has class {own}, but {names}")

@@ -41,13 +41,19 @@ def needs_masks(task: str, head: str) -> bool:
 
 
 def flaws(dataset: Dataset, task: str, masks: bool) -> list[str]:
-    """What makes samples of a set bad for a task, as far as opening it tells: ``Dataset.flaws``, and objects without the mask that it needs.
+    """What makes samples of a set bad for a task, as far as opening it tells: ``Dataset.flaws``, and objects that it cannot use.
+
+    These are objects without the mask that it needs, and in detection those of the background.
 
     Args:
         task: ``task.kind``.
         masks: whether it learns from the masks of objects (``needs_masks``).
     """
     found = list(dataset.flaws)
+    if dataset.grounds and task == "detection":
+        found.append(
+            f"{dataset.name}: {dataset.grounds}; in detection the background is no class: remove these objects, or call the category otherwise"
+        )
     if dataset.maskless and masks:
         boxes = " or ".join(head for head in DETECTORS if not needs_masks("detection", head))
         learns = (

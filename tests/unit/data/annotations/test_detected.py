@@ -12,7 +12,7 @@ from pictures import write_tar
 from dattrain.cli.main import main
 from dattrain.config.schema import Config
 from dattrain.data.annotations.detection import category_ids, detected
-from dattrain.data.annotations.kinds import KINDS, check_kind, needs_masks
+from dattrain.data.annotations.kinds import KINDS, check_kind, flaws, needs_masks
 from dattrain.data.classes import Classes
 from dattrain.data.factory import assign_class_numbers
 from dattrain.data.source.dataset import open_dataset
@@ -69,6 +69,25 @@ def test_the_background_is_no_class_of_the_network(tmp_path):
             BadSample, match="object 0 of its annotation has class 0, which is the background"
         ):
             detected(background, (6, 8), dataset.numbers, sample.where, masks=False)
+
+
+def test_objects_of_the_background_are_told_when_a_set_is_opened(tmp_path, capsys):
+    content = {**CONTENT, "categories": [{"id": 90, "name": "Background"}, CONTENT["categories"][1]]}
+    path = str(coco(tmp_path, content))
+    dataset = open_dataset(path)
+    (told,) = flaws(dataset, "detection", masks=False)
+    assert "1 object of the category background (id 90): annotation 1 of image 7; in detection" in told
+    assert not flaws(dataset, "segmentation", masks=True)
+    assert main(["data", "stats", path, "--jobs", "1"]) == 0
+    assert "odd          1 object of the background: bad samples in detection" in capsys.readouterr().out
+
+
+def test_a_class_without_objects_is_told(tmp_path):
+    content = {**CONTENT, "categories": [*CONTENT["categories"], {"id": 5, "name": "cow"}]}
+    dataset = open_dataset(str(coco(tmp_path, content)))
+    (note,) = assign_class_numbers(config(3), "train", dataset, None)[1]
+    assert note.endswith("has images of 2 of 3 classes; none of cow")
+    assert category_ids(dataset, 3) == [3, 5, 90], "results are in the file's own ids all the same"
 
 
 def test_validation_is_asked_by_name(tmp_path):
@@ -198,7 +217,7 @@ def test_ids_of_categories_survive_packing_into_numbers_of_another_split(tmp_pat
     old = open_dataset(f"{out}/val-*.tar")
     assert old.category_ids is None
     assign_class_numbers(config(3), "val", old, Classes(3, ("bird", "cat", "dog"), "a run"))
-    assert category_ids(old, 3) == [None, None, 3], "its own numbers; of others there are no samples"
+    assert category_ids(old, 3) == [1, 2, 3], "its own numbers"
     path.write_text(json.dumps({**manifest, "category_ids": [None, 1.5]}))
     with pytest.raises(UserError, match="category_ids are no list of 4 ids"):
         open_dataset(f"{out}/val-*.tar")

@@ -215,8 +215,11 @@ def _check_objects(config: Config, split: str, dataset: Dataset, first: BatchReq
         config,
         dataset,
         first,
-        lambda sample: has_object(sample, dataset.numbers),
-        lambda samples: f"data.{split}={dataset.name}: none of {samples} has an object that is no crowd",
+        lambda sample: has_object(sample, dataset.numbers, training=split == "train"),
+        lambda samples: (
+            f"data.{split}={dataset.name}: none of {samples} has an object that is no crowd"
+            + (", of a pixel or more, and not marked `ignore`" if split == "train" else "")
+        ),
         "without objects",
     )
 

@@ -198,6 +198,11 @@ def assign_class_numbers(
         used = named if dataset.used is None else sorted({*named} & {*dataset.used})
         table = np.full(len(dataset.classes), NO_LABEL, dtype=np.int64)
         table[used] = numbers = classes.numbers([dataset.classes[label] for label in used], what)
+        if task == "detection":
+            # What is found of a class without objects has a number in the file, too.
+            for label in {*named} - {*used}:
+                if dataset.classes[label] in classes.names:
+                    table[label] = classes.names.index(dataset.classes[label])
         dataset.renumber(table)
         if missing := absent(classes, numbers):
             notes.append(

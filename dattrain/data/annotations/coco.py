@@ -28,12 +28,14 @@ from dattrain.data.source.sample import BadSample
 from dattrain.errors import UserError
 from dattrain.files import counted
 
+_BBOX = "a bbox is x and y of its upper left corner, its width and its height, in pixels"
+
 
 class CocoDataset(AnnotatedFiles):
     """Images of a COCO JSON with their objects; images without objects are samples too.
 
-    ``classes`` are the background and the categories by their ids, which may begin anywhere and have gaps. Objects that have no
-    area, a side below a pixel, or a box beyond their image are left out (as mmdetection does), and counted in ``notes``.
+    ``classes`` are the background and the categories by their ids, which may begin anywhere and have gaps. Objects that
+    training leaves out (``instances.degenerate``) are there, and counted in ``notes``.
 
     Args:
         path: of the JSON.
@@ -47,10 +49,13 @@ class CocoDataset(AnnotatedFiles):
 
     def __init__(self, path: str, images: str | None = None) -> None:
         content = _read(path)
+        if not content["images"]:
+            raise UserError(f"{path}: has no images; its 'images' are empty")
         rows = [_image(path, i, row) for i, row in enumerate(_list(path, content, "images"))]
         categories = _categories(path, _list(path, content, "categories"))
         self.classes = list(categories.names)
         self.category_ids = categories.ids
+        self.grounds = _grounds(_list(path, content, "annotations"), categories)
         files = [str(row["file_name"]) for row in rows]
         _check_once(path, [row["id"] for row in rows], "id")
         _check_once(path, files, "file_name")
@@ -67,6 +72,7 @@ class CocoDataset(AnnotatedFiles):
             )
         super().__init__(path, root, files, origin=f" (from {path})")
         # Objects are let go of as they become bytes: of a large file they are most of what is in memory.
+        self.used = {0, *(one["class"] for each in objects.values() for one in each)}
         self._rows = Rows(_row(rows[i], objects.pop(rows[i]["id"], [])) for i in self.place.tolist())
         sizes = [size if (size := instances.size_in(rows[i])) else (0, 0) for i in self.place.tolist()]
         self._sizes = np.asarray(sizes, dtype=np.int64)
@@ -123,7 +129,7 @@ def image_folder(path: str, files: Sequence[str], images: str | None) -> Path:
 class _Categories(NamedTuple):
     names: Sequence[str]
     """Of the classes, the background first."""
-    of_id: Mapping[int, int]
+    of_id: Mapping[Any, int]
     """Class by category id."""
     ids: Sequence[int | None]
     """``Dataset.category_ids``."""
@@ -141,7 +147,7 @@ def _read(path: str) -> dict[str, Any]:
     finally:
         if enabled:
             gc.enable()
-    if not isinstance(content, dict) or not {"images", "categories"} <= content.keys():
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
         keys = few(list(content)) if isinstance(content, dict) else type(content).__name__
         raise UserError(
             f"{path}: is no COCO JSON of objects: it has {keys}; `images`, `annotations` and `categories` are needed"
@@ -150,23 +156,28 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _list(path: str, content: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    rows = content.get(name, [])
+    rows = content[name]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: its {name!r} are no list of objects; a COCO JSON has one")
     return rows
 
 
 def _image(path: str, number: int, row: dict[str, Any]) -> dict[str, Any]:
-    file = row.get("file_name")
-    if not isinstance(row.get("id"), (int, str)) or not isinstance(file, str) or not file:
+    file, own = row.get("file_name"), instances.whole(row.get("id"))
+    if not isinstance(own, (int, str)) or not isinstance(file, str) or not file:
         raise UserError(
-            f"{path}: image {number} has id {row.get('id')!r} and file_name {file!r}; both are needed"
+            f"{path}: image {number} has id {own!r} and file_name {file!r}; both are needed, and the id is a whole number or a text"
         )
     if os.path.isabs(file) or ".." in file.replace("\\", "/").split("/"):
         raise UserError(
-            f"{path}: image {row['id']} has the file_name {file!r}; a path below the folder of the images is needed"
+            f"{path}: image {own} has the file_name {file!r}; a path below the folder of the images is needed"
         )
-    return row
+    size = {side: instances.whole(row.get(side)) for side in ("height", "width")}
+    if any(size.values()) and instances.size_in(size) is None:
+        raise UserError(
+            f"{path}: image {own} has height {size['height']!r} and width {size['width']!r}; whole numbers of pixels are right, or neither"
+        )
+    return {**row, **size, "id": own}
 
 
 def _categories(path: str, rows: Sequence[Mapping[str, Any]]) -> _Categories:
@@ -194,73 +205,106 @@ def _categories(path: str, rows: Sequence[Mapping[str, Any]]) -> _Categories:
 def _objects(
     path: str, found: Sequence[dict[str, Any]], images: Sequence[Mapping[str, Any]], categories: _Categories
 ) -> tuple[dict[Any, list[dict[str, Any]]], list[str], str]:
-    """Objects by image id as samples hold them; what was left out; and ``Dataset.maskless``."""
+    """Objects by image id as samples hold them; what is to be told of them; and ``Dataset.maskless``."""
     sizes = {row["id"]: instances.size_in(row) for row in images}
     kept: dict[Any, list[dict[str, Any]]] = {}
-    dropped: Counter[str] = Counter()
+    odd: Counter[str] = Counter()
     first: dict[str, str] = {}
-    boxes, first_box = 0, ""
+    learned: set[Any] = set()
+    boxes, first_box, beyond = 0, "", 0
     for number, one in enumerate(found):
         where = f"annotation {one.get('id', f'number {number}')}"
         image = one.get("image_id")
-        if image not in sizes:
+        if not isinstance(image, (int, float, str)) or image not in sizes:
             raise UserError(f"{path}: {where} is of image {image!r}, which its images do not list")
-        if one.get("category_id") not in categories.of_id:
+        category = one.get("category_id")
+        if not isinstance(category, (int, float, str)) or category not in categories.of_id:
             raise UserError(
-                f"{path}: {where} of image {image} has category_id {one.get('category_id')!r}; its categories are "
+                f"{path}: {where} of image {image} has category_id {category!r}; its categories are "
                 f"{few([f'{key} ({categories.names[i]})' for key, i in categories.of_id.items()])}"
             )
-        why, kept_as = _kept(
-            one, sizes[image], categories.of_id[one["category_id"]], f"{path}: {where} of image {image}"
-        )
-        if kept_as is None:
-            dropped[why] += 1
-            first.setdefault(why, f"{where} of image {image}")
-        else:
-            kept.setdefault(image, []).append(kept_as)
-            if "segmentation" not in kept_as:
-                boxes, first_box = boxes + 1, first_box or f"{where} of image {image}"
-    empty = sum(row["id"] not in kept for row in images)
+        where = f"{where} of image {image}"
+        why, kept_as = _kept(one, sizes[image], categories.of_id[category], f"{path}: {where}")
+        kept.setdefault(image, []).append(kept_as)
+        beyond += _ends_beyond(kept_as["bbox"], sizes[image])
+        if why:
+            odd[why] += 1
+            first.setdefault(why, where)
+            continue
+        learned.add(image)
+        if "segmentation" not in kept_as:
+            boxes, first_box = boxes + 1, first_box or where
+    if not learned:
+        raise UserError(f"{path}: has no object to learn from: {_nothing(found, odd)}")
+    empty = len(images) - len(learned)
     notes = [
-        f"{path}: {counted(count, 'object')} left out, with {why}: {first[why]}"
-        for why, count in dropped.most_common()
+        f"{path}: {counted(count, 'object')} with {why} ({first[why]}): {instances.UNLEARNED}"
+        for why, count in odd.most_common()
     ]
-    if empty:
+    if 2 * beyond > len(found):
         notes.append(
-            f"{path}: {empty:,} of its {len(images):,} images have no objects; they are background alone"
+            f"{path}: of {len(found):,} boxes {beyond:,} end beyond their image, as where x1, y1, x2, y2 are written; {_BBOX}"
         )
+    if empty:
+        notes.append(f"{path}: {empty:,} of its {len(images):,} images have no objects that are learned from")
     return kept, notes, instances.maskless(boxes, first_box)
+
+
+def _ends_beyond(box: Sequence[float], size: tuple[int, int] | None) -> bool:
+    x, y, width, height = box
+    return size is not None and (x + width > size[1] + 1 or y + height > size[0] + 1)
+
+
+def _nothing(found: Sequence[Mapping[str, Any]], odd: Mapping[str, int]) -> str:
+    """Why none of the objects that were found is one."""
+    if not found:
+        return "its 'annotations' are empty"
+    if all(0 <= x < 2 for one in found for x in one.get("bbox", [-1])):
+        return f"its boxes look like shares of the image's sides (one is {found[0]['bbox']}); {_BBOX}"
+    return f"of its {counted(len(found), 'object')} " + " and ".join(
+        f"{count:,} {'has' if count == 1 else 'have'} {why}" for why, count in odd.items()
+    )
+
+
+def _grounds(found: Sequence[Mapping[str, Any]], categories: _Categories) -> str:
+    """``Dataset.grounds``."""
+    ids = [key for key, index in categories.of_id.items() if index == 0]
+    own = [one for one in found if one.get("category_id") in ids]
+    if not own:
+        return ""
+    one = own[0]
+    what = f"annotation {one.get('id')} of image {one.get('image_id')}"
+    return (
+        f"{counted(len(own), 'object')} of the category {BACKGROUND} (id {', '.join(map(str, ids))}): {what}"
+    )
 
 
 def _kept(
     one: dict[str, Any], size: tuple[int, int] | None, index: int, where: str
-) -> tuple[str, dict[str, Any] | None]:
-    """An object as a sample holds it, or why it is left out."""
+) -> tuple[str, dict[str, Any]]:
+    """Why training leaves an object out, and the object as a sample holds it."""
     try:
         segmentation = instances.read_segmentation(one.get("segmentation"), where)
         if segmentation is not None:
             segmentation = instances.stored(segmentation, where)
         box = instances.box_said(one, segmentation, where)
+        crowd, ignored = (instances.flag(one, name, where) for name in ("iscrowd", "ignore"))
     except BadSample as error:
         raise UserError(f"{error}; correct it, or remove it") from error
-    area = one["area"] if "area" in one else instances.area_of(segmentation, box)
-    if not isinstance(area, (int, float)):
-        return f"an area of {area!r}", None
-    if why := instances.degenerate(box, area, size):
-        return why, None
+    area = instances.area_said(one, segmentation, box)
     kept = {
         "class": index,
         "bbox": one.get("bbox", list(box)),
         "area": area,
-        "iscrowd": int(bool(one.get("iscrowd", 0))),
+        "iscrowd": int(crowd),
     }
     if "id" in one:
         kept["id"] = one["id"]
-    if one.get("ignore"):
+    if ignored:
         kept["ignore"] = 1
     if segmentation is not None:
         kept["segmentation"] = segmentation
-    return "", kept
+    return instances.degenerate(box, area, segmentation, size), kept
 
 
 def _row(image: Mapping[str, Any], objects: Sequence[Mapping[str, Any]]) -> bytes:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dattrain.data.annotations import instances
+from dattrain.data.annotations import instances, rle
 from dattrain.data.annotations.instances import Instances
 from dattrain.data.source.index import NO_LABEL
 from dattrain.data.source.sample import BadSample, Dataset
@@ -25,16 +25,16 @@ def detected(
 ) -> Instances:
     """The objects of an image, their ``classes`` being numbers of the network.
 
-    Degenerate ones (``instances.degenerate``) are left out, and in training crowds and those marked ``ignore``, by mmdetection's rules
-    (``CocoDataset.parse_data_info``; its assigners here make no use of crowds). An evaluation has crowds, on which detections are neither
-    right nor wrong, and takes those marked ``ignore`` for objects like others, as COCO's own does.
+    In training degenerate ones (``instances.degenerate``), crowds and those marked ``ignore`` are left out, by mmdetection's rules
+    (``CocoDataset.parse_data_info``; its assigners here make no use of crowds). An evaluation has all: on crowds detections are neither
+    right nor wrong, degenerate ones and those marked ``ignore`` are objects like others, as in COCO's own.
 
     Args:
         annotation: ``Sample.annotation``: the JSON of objects that ``instances`` reads.
         size: height and width of the image as it was decoded.
         numbers: ``Dataset.numbers``, the network's class for each of the set's; None takes the set's own as they are.
         where: ``Sample.where``, for messages.
-        masks: whether each must have one.
+        masks: whether each must have one; a degenerate one that has none gets an empty one.
         training: whether they are to be learned from.
 
     Raises:
@@ -44,17 +44,19 @@ def detected(
     if not annotation:
         raise BadSample(f"{where}: has no annotation")
     found = instances.check(annotation, size, None, where)
+    why, segmentations = found.degenerate(size), list(found.segmentations)
     classes, keep = found.classes.copy(), np.ones(len(found), dtype=np.bool_)
     for i, own in enumerate(found.classes.tolist()):
         what = f"{where}: object {i} of its annotation"
         if numbers is not None:
             classes[i] = _number(own, numbers, what)
-        if masks and found.segmentations[i] is None:
-            raise BadSample(
-                f"{what} has a box and no mask; masks are learned from, by this task.head or geometry.copy_paste"
-            )
-        keep[i] = not instances.degenerate(found.boxes[i].tolist(), float(found.area[i]), size)
-        if training and (found.crowd[i] or i in found.ignored):
+        if masks and segmentations[i] is None:
+            if not why[i]:
+                raise BadSample(
+                    f"{what} has a box and no mask; masks are learned from, by this task.head or geometry.copy_paste"
+                )
+            segmentations[i] = {"size": list(size), "counts": rle.to_string([size[0] * size[1]])}
+        if training and (why[i] or found.crowd[i] or i in found.ignored):
             keep[i] = False
     return replace(
         found,
@@ -62,7 +64,7 @@ def detected(
         classes=classes[keep],
         area=found.area[keep],
         crowd=found.crowd[keep],
-        segmentations=tuple(found.segmentations[i] for i in np.flatnonzero(keep).tolist()),
+        segmentations=tuple(segmentations[i] for i in np.flatnonzero(keep).tolist()),
         ignored=frozenset(new for new, i in enumerate(np.flatnonzero(keep).tolist()) if i in found.ignored),
     )
 
@@ -87,9 +89,12 @@ def _number(own: int, numbers: NDArray[np.int64], what: str) -> int:
     if 0 <= own < len(numbers) and numbers[own] != NO_LABEL:
         return int(numbers[own])
     names = f"there are {len(numbers)} classes of its set (else model.num_classes), 0 to {len(numbers) - 1}"
+    if own == 0 and len(numbers):
+        raise BadSample(
+            f"{what} has class 0, which is the background of its set; in detection an object is of another"
+        )
     if 0 <= own < len(numbers):
         raise BadSample(
-            f"{what} has class {own}, which is the background of its set, or one of which its manifest counts no samples; in detection an "
-            "object is of another class: remove it, or pack the set again"
+            f"{what} has class {own}, of which the set's manifest counts no samples; pack the set again"
         )
     raise BadSample(f"{what} has class {own}, but {names}")

@@ -4,7 +4,8 @@
 "segmentation": ...}]}``. ``class`` is an index of the set's classes, which begin with the background; ``bbox`` is in pixels, as given;
 ``segmentation`` is a list of polygons (x, y, x, y, ...), or COCO's run lengths, compressed: ``{"size": [height, width], "counts": "..."}``;
 it is missing where there is a box alone. ``ignore`` marks what detection does not learn from. Shards that others wrote may say
-``category_id`` for ``class``, and leave out ``area``, and ``bbox`` where there is a segmentation.
+``category_id`` for ``class``, and leave out ``area``, and ``bbox`` where there is a segmentation. Objects that training leaves out
+(``degenerate``) are there, since COCO's own evaluation counts them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ BACKGROUND = "background"
 BACKGROUNDS = frozenset({BACKGROUND, "_background_", "__background__"})
 """What tools call it, in small letters (labelme's category has the id 0)."""
 
+UNLEARNED = "training leaves them out, an evaluation of detection counts them"
+"""Said of objects that are degenerate."""
+
 _FAR = 8 * images.MAX_SIDE
 """Pixels; corners beyond are no corners, and walking to them would take memory."""
 
@@ -43,7 +47,7 @@ class Instances:
     Attributes:
         boxes: N x 4 float64: x and y of the upper left corner, width, height, in pixels.
         classes: N int64, of the set's own.
-        area: N float64, pixels.
+        area: N float64, pixels; where the annotation says a number that number, even one that is no area.
         crowd: N bool, whether it stands for many objects that nobody told apart.
         segmentations: N, None for a box alone.
         size: height and width of the image that was annotated; None where nobody says.
@@ -60,6 +64,11 @@ class Instances:
 
     def __len__(self) -> int:
         return len(self.classes)
+
+    def degenerate(self, size: tuple[int, int] | None) -> list[str]:
+        """Of each object why training leaves it out, see ``degenerate``; of an image of that height and width."""
+        rows = zip(self.boxes.tolist(), self.area.tolist(), self.segmentations)
+        return [degenerate(box, area, segmentation, size) for box, area, segmentation in rows]
 
 
 def parse(annotation: bytes, where: str) -> Instances:
@@ -206,7 +215,8 @@ def painted(
 ) -> NDArray[np.uint8]:
     """The class of each pixel, H x W: ``void`` where objects overlap and in crowds, class 0 (the background) where there is none.
 
-    As in torchvision's reference for COCO (``references/segmentation/coco_utils.py``), but that its crowds are of their class.
+    As in torchvision's reference for COCO (``references/segmentation/coco_utils.py``), but that its crowds are of their class, and that
+    degenerate objects cover nothing.
 
     Raises:
         BadSample: an object without mask, or of a class that the set does not name.
@@ -220,8 +230,10 @@ def painted(
     out = np.full(size, table[0], dtype=np.uint8)
     seen = np.zeros(size, dtype=np.bool_)
     unclear = np.zeros(size, dtype=np.bool_)
-    for i, segmentation in enumerate(found.segmentations):
+    for i, (segmentation, why) in enumerate(zip(found.segmentations, found.degenerate(size))):
         what = places[i + 1]
+        if why:
+            continue
         if segmentation is None:
             raise BadSample(f"{what} has a box and no mask; segmentation learns from masks")
         pixels = mask(segmentation, size, what)
@@ -258,8 +270,13 @@ def _content(annotation: bytes, where: str) -> dict[str, Any]:
 def size_in(content: object) -> tuple[int, int] | None:
     """``height`` and ``width`` in the content of a JSON; None where these are no numbers of pixels."""
     fields = content if isinstance(content, dict) else {}
-    height, width = fields.get("height"), fields.get("width")
+    height, width = whole(fields.get("height")), whole(fields.get("width"))
     return (height, width) if type(height) is int and type(width) is int and min(height, width) > 0 else None
+
+
+def whole(value: Any) -> Any:
+    """A number like 640.0 as an int, which tools write it for; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _object(one: Mapping[str, Any], where: str) -> _Object:
@@ -268,11 +285,17 @@ def _object(one: Mapping[str, Any], where: str) -> _Object:
         raise BadSample(f"{where} has the class {index!r}, not a number from 0 on")
     segmentation = read_segmentation(one.get("segmentation"), where)
     box = box_said(one, segmentation, where)
-    area = one.get("area")
-    if not isinstance(area, (int, float)) or not math.isfinite(area):
-        area = area_of(segmentation, box)
-    crowd, ignored = bool(one.get("iscrowd", 0)), bool(one.get("ignore", 0))
+    area = area_said(one, segmentation, box)
+    crowd, ignored = (flag(one, name, where) for name in ("iscrowd", "ignore"))
     return _Object(box, index, float(area), crowd, segmentation, ignored)
+
+
+def flag(one: Mapping[str, Any], name: str, where: str) -> bool:
+    """A field of an object that is 0 or 1, also as text; missing or null it is 0. Raises BadSample."""
+    value = one.get(name)
+    if value not in (None, 0, 1, "0", "1"):
+        raise BadSample(f"{where} has {name} {value!r}, neither 0 nor 1")
+    return value in (1, "1")
 
 
 def box_said(one: Mapping[str, Any], segmentation: Segmentation | None, where: str) -> tuple[float, ...]:
@@ -283,6 +306,14 @@ def box_said(one: Mapping[str, Any], segmentation: Segmentation | None, where: s
     if box is None:
         raise BadSample(f"{where} has the bbox {one.get('bbox')!r}, not x, y, width and height")
     return box
+
+
+def area_said(one: Mapping[str, Any], segmentation: Segmentation | None, box: Sequence[float]) -> float:
+    """Pixels of an object: its ``area``, where that is a number (any: COCO's own evaluation goes by it), else ``area_of``."""
+    area = one.get("area")
+    if isinstance(area, (int, float)) and not isinstance(area, bool) and math.isfinite(area):
+        return area
+    return area_of(segmentation, box)
 
 
 def read_box(box: object) -> tuple[float, ...] | None:
@@ -321,8 +352,12 @@ def area_of(segmentation: Segmentation | None, box: Sequence[float]) -> float:
     return sum(map(polygons.area, corners)) or box[2] * box[3]
 
 
-def degenerate(box: Sequence[float], area: float, size: tuple[int, int] | None) -> str:
-    """Why an object is left out, in words, as by mmdetection's ``CocoDataset``; empty where it is not.
+def degenerate(
+    box: Sequence[float], area: float, segmentation: Segmentation | None, size: tuple[int, int] | None
+) -> str:
+    """Why training leaves out an object, in words, as by mmdetection's ``CocoDataset``; empty where it does not.
+
+    An area that is no positive number counts as none that is said: what has a box and a mask is an object.
 
     Args:
         box: x, y, width, height.
@@ -330,10 +365,10 @@ def degenerate(box: Sequence[float], area: float, size: tuple[int, int] | None) 
         size: height and width of the image; None where they are not known.
     """
     x, y, width, height = box
-    if not area > 0:
-        return f"an area of {area!r}"
     if width < 1 or height < 1:
         return "a side below one pixel"
+    if not area > 0 and not area_of(segmentation, box) > 0:
+        return "no area"
     if size is not None and (x + width <= 0 or y + height <= 0 or x >= size[1] or y >= size[0]):
         return "a box beyond their image"
     return ""

@@ -52,7 +52,9 @@ def requires_masks(config: Config, split: str) -> bool:
 
 
 def flaws(dataset: Dataset, task: str, masks: bool, metric: str = "") -> list[str]:
-    """What makes samples of a set bad for a task, as far as opening it tells: ``Dataset.flaws``, and objects without the mask that it needs.
+    """What makes samples of a set bad for a task, as far as opening it tells: ``Dataset.flaws``, and objects that it cannot use.
+
+    These are objects without the mask that it needs, and in detection those of the background.
 
     Args:
         task: ``task.kind``.
@@ -60,6 +62,10 @@ def flaws(dataset: Dataset, task: str, masks: bool, metric: str = "") -> list[st
         metric: ``checkpoint.metric``, where that of an evaluation is what needs them.
     """
     found = list(dataset.flaws)
+    if dataset.grounds and task == "detection":
+        found.append(
+            f"{dataset.name}: {dataset.grounds}; in detection the background is no class: remove these objects, or call the category otherwise"
+        )
     if dataset.maskless and masks:
         boxes = " or ".join(head for head in DETECTORS if not needs_masks("detection", head))
         learns = (

@@ -89,7 +89,7 @@ class VocObjects(AnnotatedFiles):
         boxes = [(len(row["annotations"]), row["filename"]) for row in rows if row and row["annotations"]]
         self.maskless = instances.maskless(sum(n for n, _ in boxes), f"in {boxes[0][1]}" if boxes else "")
         self.notes = tuple(
-            f"{path}: {counted(count, 'object')} {why}: {first[why]}" for why, count in notes.most_common()
+            f"{path}: {counted(count, 'object')} {why} ({first[why]})" for why, count in notes.most_common()
         )
         lost = sorted(stem for stem in stems if stem not in pictures)
         self.flaws = tuple(
@@ -208,9 +208,8 @@ def _row(
                 f"{where}: its {name!r} has no bndbox of xmin, ymin, xmax and ymax; correct it, or remove it"
             )
         area = box[2] * box[3]
-        if why := instances.degenerate(box, area, instances.size_in(row)):
-            odd.append(f"left out, with {'no area' if why.startswith('an area') else why}")
-            continue
+        if why := instances.degenerate(box, area, None, instances.size_in(row)):
+            odd.append(f"with {why}: {instances.UNLEARNED}")
         kept: dict[str, Any] = {"class": index[name], "bbox": list(box), "area": area, "iscrowd": 0}
         if difficult:
             kept["ignore"] = 1

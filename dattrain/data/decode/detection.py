@@ -182,13 +182,18 @@ def decode_sample(
     return StoredImage(image, found)
 
 
-def has_object(sample: Sample, numbers: NDArray[np.int64] | None) -> bool:
-    """Whether a sample has an object that is learned from; its image is not decoded. Raises BadSample as ``decode_sample``."""
+def has_object(sample: Sample, numbers: NDArray[np.int64] | None, *, training: bool) -> bool:
+    """Whether a sample has an object that is learned from, or one that an evaluation has to find; its image is not decoded.
+
+    Raises:
+        BadSample: as ``decode_sample``.
+    """
     try:
         size = images.size(sample.data)
     except images.BadImage as error:
         raise BadSample(f"{sample.where}: {error}") from error
-    return bool(len(detected(sample.annotation, size, numbers, sample.where, masks=False, training=True)))
+    found = detected(sample.annotation, size, numbers, sample.where, masks=False, training=training)
+    return bool((~found.crowd).any())
 
 
 def image_id(sample: Sample, key: str) -> int | str:

@@ -26,10 +26,10 @@ class Contents:
 
     Attributes:
         histogram: samples that have a class, by its number; of objects, all have the background.
-        crowds: those of ``histogram`` in which all objects of that class are crowds.
+        crowds: those of ``histogram`` in which all objects of that class are crowds (or degenerate).
         pixels, void: of maps, in all and of no class.
         void_alone: samples whose map is void everywhere; ``first_void`` is one.
-        boxes: objects with a box and no mask; ``first_box`` is one.
+        boxes: objects but degenerate ones with a box and no mask; ``first_box`` is one.
     """
 
     histogram: Counter[int] = field(default_factory=Counter)
@@ -59,9 +59,10 @@ class Contents:
     def of_objects(cls, annotation: bytes, background: int, name: str) -> Contents:
         """Of a sample's JSON. Raises BadSample."""
         found = instances.parse(annotation, name)
-        without = [i for i, segmentation in enumerate(found.segmentations) if segmentation is None]
+        whole = np.asarray([not why for why in found.degenerate(found.size)], dtype=np.bool_)
+        without = [i for i in np.flatnonzero(whole).tolist() if found.segmentations[i] is None]
         first = f"object {without[0]} of {name}" if without else ""
-        crowds = set(found.classes[found.crowd].tolist()) - set(found.classes[~found.crowd].tolist())
+        crowds = set(found.classes[found.crowd].tolist()) - set(found.classes[whole & ~found.crowd].tolist())
         return cls(
             Counter({background, *found.classes.tolist()}),
             Counter(crowds),

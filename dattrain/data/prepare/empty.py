@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 from numpy.typing import NDArray
 
+from dattrain.data.annotations import instances
 from dattrain.data.annotations.annotated import AnnotatedFiles
 from dattrain.data.decode import images
 from dattrain.data.source.dataset import BadSample, Dataset, locate
@@ -21,7 +20,7 @@ _CHUNK = 1024
 def find_empty(source: Dataset, *, jobs: int = 1) -> tuple[NDArray[np.bool_], list[dict[str, str]]]:
     """Which samples of a set of objects have none, or an image that is too small, as mmdetection's ``filter_empty_gt`` leaves them out.
 
-    A crowd is an object here, as it is there. What cannot be read stays, for packing to report.
+    A crowd is an object here, as it is there; a degenerate one (``instances.degenerate``) is none. What cannot be read stays, for packing to report.
 
     Returns:
         One bool per sample, numbered through the whole source; and ``key`` and ``reason`` (``EMPTY`` or ``SMALL``) of each that is found.
@@ -55,8 +54,9 @@ def _why(source: Dataset, shard: int, sample: int) -> str:
         else:
             found = source.read(shard, sample)
             annotation, data = found.annotation, found.data
-        if not json.loads(annotation)["annotations"]:
+        size = size if all(size) else images.size(data)
+        if all(instances.parse(annotation, "").degenerate(size)):
             return EMPTY
-        return SMALL if min(size if all(size) else images.size(data)) < MIN_SIDE else ""
-    except (BadSample, images.BadImage, ValueError, KeyError, TypeError, RecursionError):
+        return SMALL if min(size) < MIN_SIDE else ""
+    except (BadSample, images.BadImage):
         return ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dattrain.data.annotations.instances import Instances, degenerate
+from dattrain.data.annotations.instances import UNLEARNED, Instances
 from dattrain.files import counted
 
 MEDIUM, LARGE = 32**2, 96**2
@@ -22,12 +22,12 @@ class ObjectFigures:
     """Figures of images; ``+`` adds those of others.
 
     Attributes:
-        images, without: all, and those without objects.
-        objects, most: in all, and of the image with most, crowds among them.
+        images, without: all, and those without objects that are not degenerate.
+        objects, most: but degenerate ones in all, and of the image with most, crowds among them.
         small, medium, large: objects but crowds, by area.
         beyond: others whose boxes end more than a pixel beyond their image; ``first_beyond`` is the sample of one.
         ignored: objects marked ``ignore``.
-        degenerate: objects that are left out (``instances.degenerate``), by the reason; ``first`` is the sample of one of each.
+        degenerate: objects that training leaves out (``instances.degenerate``), by the reason; ``first`` is the sample of one of each.
     """
 
     images: int = 0
@@ -46,19 +46,19 @@ class ObjectFigures:
     @classmethod
     def of(cls, found: Instances, size: tuple[int, int], name: str) -> ObjectFigures:
         """Of an image of that height and width, the sample of that name."""
-        area = found.area[~found.crowd]
+        reasons = found.degenerate(size)
+        counts = Counter(why for why in reasons if why)
+        whole = np.asarray([not why for why in reasons], dtype=np.bool_)
+        area, total = found.area[whole & ~found.crowd], int(whole.sum())
         boxes: NDArray[np.float64] = found.boxes
         limit = np.asarray([size[1], size[0]], dtype=np.float64) + _BORDER
         outside = (boxes[:, :2] < -_BORDER) | (boxes[:, :2] + boxes[:, 2:] > limit)
-        reasons = [degenerate(box, one, size) for box, one in zip(boxes.tolist(), found.area.tolist())]
-        counts = Counter("no area" if why.startswith("an area") else why for why in reasons if why)
-        whole = np.asarray([not why for why in reasons], dtype=np.bool_)
         beyond = int((outside.any(axis=1) & whole).sum())
         return cls(
             1,
-            int(not len(found)),
-            len(found),
-            len(found),
+            int(not total),
+            total,
+            total,
             int((area < MEDIUM).sum()),
             int(((area >= MEDIUM) & (area < LARGE)).sum()),
             int((area >= LARGE).sum()),
@@ -96,9 +96,9 @@ class ObjectFigures:
         ]
 
     def oddities(self) -> list[str]:
-        """What detection leaves out or cuts, a line each; nothing where there is none."""
+        """What training leaves out or cuts, a line each; nothing where there is none."""
         out = [
-            f"{counted(count, 'object')} with {why} (in {self.first[why]}): left out in detection"
+            f"{counted(count, 'object')} with {why} (in {self.first[why]}): {UNLEARNED}"
             for why, count in sorted(self.degenerate.items())
         ]
         if self.ignored:

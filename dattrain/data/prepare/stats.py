@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.data.annotations import instances, maps
+from dattrain.data.annotations.instances import BACKGROUND
 from dattrain.data.decode import images
 from dattrain.data.philox import Stream, words
 from dattrain.data.prepare.object_figures import ObjectFigures
@@ -107,6 +108,10 @@ class Stats:
                 int(row[i]) if i < len(row) else 0 for row in (self.per_class, self.images_per_class)
             )
             out.append(f"  {names[i]:<20} {count:>14,} {count / max(1, total):>7.2%} {images:>9,} images")
+        if self.annotations == "instances" and not first and list(self.classes[:1]) == [BACKGROUND]:
+            out.append(
+                f"odd          {counted(int(self.per_class[0]), 'object')} of the {BACKGROUND}: bad samples in detection"
+            )
         if self.objects.images:
             out += self.objects.sizes() + [f"odd          {line}" for line in self.objects.oddities()]
         return out
@@ -148,7 +153,8 @@ def measure(
                     contents.append(_pixels(sample))
                 elif dataset.annotations == "instances":
                     found = instances.parse(sample.annotation, sample.where)
-                    crowds, counts = [int(found.crowd.sum())], np.bincount(found.classes)
+                    whole = np.asarray([not why for why in found.degenerate((height, width))], dtype=np.bool_)
+                    crowds, counts = [int((found.crowd & whole).sum())], np.bincount(found.classes[whole])
                     contents.append(np.concatenate((crowds, counts)).astype(np.int64))
                     objects += ObjectFigures.of(found, (height, width), sample.key)
                 rows.append((images.sniff(data), height, width, len(data)))

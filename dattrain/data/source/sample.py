@@ -55,6 +55,8 @@ class Dataset(Protocol):
     """Why samples are missing or will be bad, as far as opening the set tells: one line each. Who leaves out no bad samples refuses it."""
     maskless: str
     """Which of its objects have a box and no mask, in words; empty where none has, or nothing says."""
+    grounds: str
+    """Which of its objects are of the background, in words; empty where none is, or nothing says."""
     prefetches: bool
     """Whether ``prefetch`` does anything."""
     annotations: Annotations
@@ -107,6 +109,7 @@ class BaseDataset:
     notes: Sequence[str] = ()
     flaws: Sequence[str] = ()
     maskless: str = ""
+    grounds: str = ""
     prefetches: bool = False
     annotations: Annotations = "none"
     numbers: NDArray[np.int64] | None = None

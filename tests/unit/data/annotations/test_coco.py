@@ -11,6 +11,7 @@ import pytest
 from given import coco, size_of, turned
 
 from dattrain.data.annotations import rle
+from dattrain.data.annotations.instances import UNLEARNED
 from dattrain.data.annotations.semantic import semantic_map
 from dattrain.data.source.dataset import open_dataset
 from dattrain.data.source.sample import BadSample
@@ -66,7 +67,7 @@ def test_a_json_is_opened_as_it_is(tmp_path):
         "segmentation": {"size": [4, 5], "counts": rle.to_string(RUNS)},
     }  # fmt: skip
     assert [note.partition(": ")[2] for note in dataset.notes] == [
-        "1 of its 3 images have no objects; they are background alone"
+        "1 of its 3 images have no objects that are learned from"
     ]
 
 
@@ -94,11 +95,13 @@ def test_the_images_are_found_beside(tmp_path):
         open_dataset(str(path))
 
 
-def test_degenerate_objects_are_left_out_and_told(tmp_path):
+def test_degenerate_objects_are_told(tmp_path):
     content = changed(
         annotations=[
             box(id=4, area=0),
-            box(id=5, area=-1),
+            box(id=5, area=None),
+            box(id=10, area="4", segmentation=[BOX]),
+            box(id=11, area=0, segmentation={"size": [4, 5], "counts": [20]}),
             box(id=6, bbox=[1, 1, 0.5, 3]),
             box(id=7, bbox=[5, 0, 3, 3]),
             box(id=8, bbox=[-3, 0, 3, 3]),
@@ -107,13 +110,13 @@ def test_degenerate_objects_are_left_out_and_told(tmp_path):
     )
     dataset = open_dataset(str(coco(tmp_path, content)))
     assert [note.partition(": ")[2] for note in dataset.notes][:-1] == [
-        "2 objects left out, with a box beyond their image: annotation 7 of image 7",
-        "1 object left out, with an area of 0: annotation 4 of image 7",
-        "1 object left out, with an area of -1: annotation 5 of image 7",
-        "1 object left out, with a side below one pixel: annotation 6 of image 7",
+        f"2 objects with a box beyond their image (annotation 7 of image 7): {UNLEARNED}",
+        f"1 object with no area (annotation 11 of image 7): {UNLEARNED}",
+        f"1 object with a side below one pixel (annotation 6 of image 7): {UNLEARNED}",
     ]
-    kept = [json.loads(dataset.read(0, i).annotation) for i in range(3)]
-    assert sorted(one["id"] for row in kept for one in row["annotations"]) == [1, 2, 3, 9]
+    rows = [json.loads(dataset.read(0, i).annotation) for i in range(3)]
+    areas = {one["id"]: one["area"] for row in rows for one in row["annotations"]}
+    assert len(areas) == 11 and [areas[i] for i in (4, 5, 10)] == [0, 4, 4], "a number is what the file says"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +124,16 @@ def test_degenerate_objects_are_left_out_and_told(tmp_path):
     [
         (changed(annotations=[box(image_id=8)]), r"annotation 4 is of image 8, which its images do not list"),
         (changed(annotations=[box(category_id=1)]), r"annotation 4 of image 7 has category_id 1; its categories are 3 \(cat\), 90 \(dog\)"),
+        (changed(annotations=[box(category_id=[3])]), r"annotation 4 of image 7 has category_id \[3\]"),
+        (changed(annotations=[box(image_id=[7])]), r"annotation 4 is of image \[7\], which"),
+        (changed(annotations=[box(iscrowd="no")]), r"annotation 4 of image 7 has iscrowd 'no', neither 0 nor 1"),
+        (changed(images=[{"id": 8, "file_name": "x.jpg", "height": "4", "width": 5}]), r"image 8 has height '4' and width 5; whole"),
+        (changed(images=[{"id": 8.5, "file_name": "x.jpg"}]), r"image 3 has id 8.5 .* a whole number or a text"),
+        ({**CONTENT, "images": [], "annotations": []}, r"has no images; its 'images' are empty"),
+        ({**CONTENT, "annotations": []}, r"has no object to learn from: its 'annotations' are empty"),
+        ({**CONTENT, "annotations": [box(bbox=[0.1, 0.2, 0.5, 1])]}, r"has no object to learn from: its boxes look like shares of the image's sides .one is .0.1, 0.2, 0.5, 1..; a bbox is x and y"),
+        ({**CONTENT, "annotations": [box(bbox=[1, 2, 0.5, 1])]}, r"from: of its 1 object 1 has a side below one pixel"),
+        ({k: v for k, v in CONTENT.items() if k != "annotations"}, r"it has images, categories; `images`, `annotations` and"),
         (changed(annotations=[box(bbox=[1, 2])]), r"annotation 4 of image 7 has the bbox \[1, 2\]"),
         (changed(annotations=[box(segmentation={"size": [4, 5], "counts": [3]})]), r"annotation 4 of image 7 has a seg.*3 pixels, for a mask of 5 x 4\); correct it"),
         (changed(images=[{"id": 7, "file_name": "x.jpg"}]), r"two of its images have the id 7"),
@@ -143,6 +156,33 @@ def test_a_json_that_contradicts_itself_is_refused(tmp_path, content, message):
 def test_a_category_of_the_background_is_class_0(tmp_path):
     content = changed(categories=[{"id": 0, "name": "_background_"}], annotations=[box(category_id=0)])
     assert open_dataset(str(coco(tmp_path, content))).classes == ["background", "cat", "dog"]
+
+
+def test_boxes_written_as_corners_are_told(tmp_path):
+    corners = [box(id=1, bbox=[3, 1, 5, 4]), box(id=2, bbox=[0, 1, 5, 4]), box(id=3, bbox=[0, 0, 2, 2])]
+    notes = open_dataset(str(coco(tmp_path, {**CONTENT, "annotations": corners}))).notes
+    assert not any("x1, y1" in note for note in notes), "a pixel beyond is rounding"
+    corners[1]["bbox"] = [2, 2, 5, 4]
+    notes = open_dataset(str(coco(tmp_path, {**CONTENT, "annotations": corners}))).notes
+    assert any(
+        "of 3 boxes 2 end beyond their image, as where x1, y1, x2, y2 are written" in note for note in notes
+    )
+
+
+def test_whole_numbers_may_be_written_as_floats_and_flags_as_text(tmp_path):
+    content = copy.deepcopy(CONTENT)
+    for row in content["images"]:
+        row.update({name: float(row[name]) for name in ("id", "height", "width")})
+    path = coco(tmp_path, CONTENT)
+    same = open_dataset(str(path)).annotation_digest
+    content["annotations"][0]["iscrowd"], content["annotations"][1]["iscrowd"] = "0", "1"
+    path.write_text(json.dumps(content))
+    dataset = open_dataset(str(path))
+    assert (
+        len(dataset.notes) == 1
+        and dataset.annotation_digest == same
+        and (6, 3) in [dataset.image_size(0, i) for i in range(3)]
+    )
 
 
 def test_what_was_annotated_turned_comes_turned(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from given import coco, noise, size_of, turned
 from pictures import write_tar
@@ -11,7 +12,7 @@ from pictures import write_tar
 from dattrain.cli.main import main
 from dattrain.config.schema import Config
 from dattrain.data.annotations.detection import category_ids, detected
-from dattrain.data.annotations.kinds import KINDS, check_kind, needs_masks
+from dattrain.data.annotations.kinds import KINDS, check_kind, flaws, needs_masks
 from dattrain.data.classes import Classes
 from dattrain.data.factory import assign_class_numbers
 from dattrain.data.source.dataset import open_dataset
@@ -68,6 +69,25 @@ def test_the_background_is_no_class_of_the_network(tmp_path):
             BadSample, match="object 0 of its annotation has class 0, which is the background"
         ):
             detected(background, (6, 8), dataset.numbers, sample.where, masks=False)
+
+
+def test_objects_of_the_background_are_told_when_a_set_is_opened(tmp_path, capsys):
+    content = {**CONTENT, "categories": [{"id": 90, "name": "Background"}, CONTENT["categories"][1]]}
+    path = str(coco(tmp_path, content))
+    dataset = open_dataset(path)
+    (told,) = flaws(dataset, "detection", masks=False)
+    assert "1 object of the category background (id 90): annotation 1 of image 7; in detection" in told
+    assert not flaws(dataset, "segmentation", masks=True)
+    assert main(["data", "stats", path, "--jobs", "1"]) == 0
+    assert "odd          1 object of the background: bad samples in detection" in capsys.readouterr().out
+
+
+def test_a_class_without_objects_is_told(tmp_path):
+    content = {**CONTENT, "categories": [*CONTENT["categories"], {"id": 5, "name": "cow"}]}
+    dataset = open_dataset(str(coco(tmp_path, content)))
+    (note,) = assign_class_numbers(config(3), "train", dataset, None)[1]
+    assert note.endswith("has images of 2 of 3 classes; none of cow")
+    assert category_ids(dataset, 3) == [3, 5, 90], "results are in the file's own ids all the same"
 
 
 def test_validation_is_asked_by_name(tmp_path):
@@ -127,12 +147,12 @@ def test_what_is_learned_from_and_what_is_measured(tmp_path):
     ]
     annotation = json.dumps({"annotations": objects}).encode()
     learned = detected(annotation, (6, 8), None, "", masks=False, training=True)
-    assert learned.boxes.tolist() == [[-1, 4, 4, 4], [1, 1, 3, 2], [1, 0, 1, 2]]
-    assert learned.area.tolist() == [16, 3, 2], "of the mask where nothing is said"
-    assert learned.segmentations[0] is None and learned.segmentations[1] == [[1, 1, 4, 1, 4, 3]]
+    assert learned.boxes.tolist() == [[0, 0, 4, 4], [-1, 4, 4, 4], [1, 1, 3, 2], [1, 0, 1, 2]]
+    assert learned.area.tolist() == [0, 16, 3, 2], "of the mask where nothing is said"
+    assert learned.segmentations[1] is None and learned.segmentations[2] == [[1, 1, 4, 1, 4, 3]]
     measured = detected(annotation, (6, 8), None, "", masks=False)
-    assert measured.boxes[:2].tolist() == [[1, 1, 3, 2], [0, 0, 4, 4]] and len(measured) == 5
-    assert measured.crowd.tolist() == [False, True, False, False, False] and measured.ignored == {0}
+    assert measured.boxes[:2].tolist() == [[1, 1, 3, 2], [0, 0, 4, 4]] and len(measured) == 8
+    assert np.flatnonzero(measured.crowd).tolist() == [1] and measured.ignored == {0}
     content = {**CONTENT, "annotations": [{**CONTENT["annotations"][0], "ignore": 1}]}
     content["annotations"][0].pop("area")
     path = coco(tmp_path, content)
@@ -197,7 +217,7 @@ def test_ids_of_categories_survive_packing_into_numbers_of_another_split(tmp_pat
     old = open_dataset(f"{out}/val-*.tar")
     assert old.category_ids is None
     assign_class_numbers(config(3), "val", old, Classes(3, ("bird", "cat", "dog"), "a run"))
-    assert category_ids(old, 3) == [None, None, 3], "its own numbers; of others there are no samples"
+    assert category_ids(old, 3) == [1, 2, 3], "its own numbers"
     path.write_text(json.dumps({**manifest, "category_ids": [None, 1.5]}))
     with pytest.raises(UserError, match="category_ids are no list of 4 ids"):
         open_dataset(f"{out}/val-*.tar")

@@ -52,7 +52,10 @@ def test_boxes_are_packed_as_objects_without_masks(tmp_path, capsys):
     )
     err = capsys.readouterr().err
     assert "1 object marked difficult, from which detection does not learn" in err
-    assert "1 object left out, with no area" in err and "2 objects with a box and no mask" in err
+    assert (
+        "1 object with a side below one pixel: training leaves" in err
+        and "2 objects with a box and no mask" in err
+    )
     for spec in (str(path), str(out)):
         dataset = open_dataset(spec)
         assert dataset.annotations == "instances" and dataset.maskless
@@ -63,8 +66,8 @@ def test_boxes_are_packed_as_objects_without_masks(tmp_path, capsys):
         assert [dataset.image_size(0, i) for i in range(2)] == [(6, 8)] * 2
         measured = detected(samples["a"].annotation, (6, 8), None, "", masks=False)
         # Pixels count from 1, and the last one is within.
-        assert measured.boxes.tolist() == [[0, 0, 8, 6], [1, 2, 3.5, 1]]
-        assert measured.classes.tolist() == [3, 1] and measured.area.tolist() == [48, 3.5]
+        assert measured.boxes.tolist() == [[0, 0, 8, 6], [1, 2, 3.5, 1], [2, 2, 0, 3]]
+        assert measured.classes.tolist() == [3, 1, 1] and measured.area.tolist() == [48, 3.5, 0]
         assert not measured.crowd.any() and measured.ignored == {1}
         learned = detected(samples["a"].annotation, (6, 8), None, "", masks=False, training=True)
         assert learned.boxes.tolist() == [[0, 0, 8, 6]]

@@ -131,7 +131,7 @@ def test_coco_is_packed_whole(tmp_path, capsys):
     assert main(["data", "pack", "--coco", str(path), str(out), "--jobs", "1"]) == 0
     said = capsys.readouterr()
     assert "val-*.tar: 2 samples" in said.out, "the split is that of its name"
-    assert "1 object left out, with an area of 0: annotation 3 of image 4" in said.err
+    assert "1 object with a side below one pixel (annotation 3 of image 4): training leaves" in said.err
     assert "val: of cat there are crowds alone, which are void as a map" in said.err and "dog" not in said.err
     assert found_in(str(out)) == found_in(str(path)) and found_in(str(out))["b"] == [[0] * 8] * 6
     dataset = open_dataset(str(out))
@@ -187,7 +187,11 @@ def test_images_without_objects_are_dropped_on_request(tmp_path, capsys):
     pack(open_dataset(str(tmp_path / "all")), tmp_path / "again", PackOptions(drop_empty=True))
     assert open_dataset(str(tmp_path / "again")).counts.tolist() == [1]
     with pytest.raises(UserError, match="drop_empty leaves nothing: each of its 1 images has no objects or"):
-        only = {**content, "images": content["images"][1:2], "annotations": []}
+        only = {
+            **content,
+            "images": content["images"][2:3],
+            "annotations": [{"id": 3, "image_id": 3, **square}],
+        }
         pack(open_dataset(str(coco(tmp_path / "b", only))), tmp_path / "c", PackOptions(drop_empty=True))
     with pytest.raises(UserError, match="has maps, and --drop-empty is for sets of objects"):
         maps = open_annotated("ade", str(ade(tmp_path / "ADE", some_maps(1))))[0]

@@ -346,9 +346,13 @@ def test_plan_dry_run_and_submit_refuse_alike(
     (home / "maps" / "classes.txt").write_text("wall\nsky\ntree\n")
     (home / "a.jpg").touch()
     categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
-    (home / "objects.json").write_text(
-        json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "categories": categories})
-    )
+    annotations = [{"image_id": 1, "category_id": number, "bbox": [1, 1, 8, 8]} for number in (1, 2)]
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "categories": categories,
+        "annotations": annotations,
+    }
+    (home / "objects.json").write_text(json.dumps(content))
     code, message = _said(capsys, "submit", *words)
     assert code and re.search(expected, message), message
     assert _said(capsys, "submit", *words, "--dry-run") == (code, message)

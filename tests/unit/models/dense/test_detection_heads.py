@@ -98,12 +98,14 @@ def test_no_regions_are_no_predictions():
     assert tuple(masks.shape) == (0, CLASSES, 28, 28)
 
 
-def test_weights_are_drawn_as_mmdet_draws_them():
+@pytest.mark.parametrize(("channels", "std"), [(256, 0.01), (64, 0.02)])
+def test_weights_are_drawn_as_mmdet_draws_them(channels, std):
+    """Narrower towers with the gain that 256 channels have."""
     torch.manual_seed(0)
-    retina, rpn = RetinaHead(20, channels=64), RPNHead(channels=64)
+    retina, rpn = RetinaHead(20, channels=channels), RPNHead(channels=channels)
     for module in (*retina.modules(), *rpn.modules()):
         if isinstance(module, nn.Conv2d):
-            assert float(module.weight.detach().std()) == pytest.approx(0.01, rel=0.1)
+            assert float(module.weight.detach().std()) == pytest.approx(std, rel=0.1)
             assert module is retina.classes or not module.bias.any()
     assert retina.classes.bias.detach().sigmoid().tolist() == pytest.approx([0.01] * 180)
     assert float(retina.classes.bias.detach()[0]) == pytest.approx(-log(99))

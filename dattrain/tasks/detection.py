@@ -224,7 +224,7 @@ class Detection:
         kind = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
         arguments = {} if noise is None else {"drop_path_noise": noise}
         losses: Mapping[str, Tensor] = forward(
-            images.to(dtype, memory_format=kind), _sizes(batch), self._targets(batch), **arguments
+            images.to(dtype, memory_format=kind), _sizes(batch), batch.targets(), **arguments
         )
         value = torch.stack(list(losses.values())).sum()
         weight = batch.weight.sum().double()
@@ -234,18 +234,6 @@ class Detection:
             weight,
             {name: each.detach().double() * weight for name, each in losses.items()},
         )
-
-    def _targets(self, batch: DetectionBatch) -> list[dict[str, Tensor] | None]:
-        """What the detector takes of each image; None for a bad one."""
-        bad = {key for key, _ in batch.bad}
-        parts = {"boxes": batch.boxes, "labels": batch.labels}
-        if self._with_masks:
-            parts["masks"] = batch.masks
-        cut = {name: tensor.split(list(batch.counts)) for name, tensor in parts.items()}
-        return [
-            None if key in bad else {name: pieces[number] for name, pieces in cut.items()}
-            for number, key in enumerate(batch.keys)
-        ]
 
     def evaluator(self, device: torch.device, dtype: torch.dtype) -> CocoAP:
         """A fresh collection of results."""

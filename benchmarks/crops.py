@@ -25,7 +25,8 @@ from torchvision.transforms import v2
 from dattrain.bench.common import BenchReport, compare
 from dattrain.bench.data import with_cpu_throughput
 from dattrain.bench.jpegs import photographs
-from dattrain.cli.bench_output import add_output_arguments, emit, positive
+from dattrain.cli.arguments import positive
+from dattrain.cli.bench_output import add_output_arguments, emit
 from dattrain.config.schema import Config
 from dattrain.data.annotations import maps
 from dattrain.data.annotations.map_folder import ADE_NAMES

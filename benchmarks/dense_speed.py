@@ -24,8 +24,10 @@ from torch import nn
 from dattrain.bench import common
 from dattrain.bench.attention import pick_device, to_dtype
 from dattrain.bench.model import peak as cuda_peak
-from dattrain.cli.bench_output import add_output_arguments, emit, positive
-from dattrain.config.sections import DETECTORS, as_pair
+from dattrain.cli.arguments import positive
+from dattrain.cli.bench_output import add_output_arguments, emit
+from dattrain.config.sections import DETECTORS
+from dattrain.config.values import as_pair
 from dattrain.models.dense import create_backbone, create_detector, create_segmenter
 from dattrain.models.dense.create_detector import outs
 from dattrain.models.flops import flops, parameters

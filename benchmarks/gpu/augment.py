@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks.gpu.job import Job
 from dattrain.bench.attention import pick_device
-from dattrain.config.sections import Augment
+from dattrain.config.data_sections import Augment
 from dattrain.data.augment.device_transforms import augment as carry_out
 from dattrain.data.augment.plan import draw
 

@@ -1,7 +1,8 @@
-"""Stage ``dense``: real trainings of UperNet on the device, on scenes of the demo's pictures, and the speed of its recipe's size.
+"""Stages ``dense`` and ``detect``: real trainings on the device, on scenes of the demo's pictures, and the speed of the recipes' sizes.
 
-In deterministic mode, with SyncBatchNorm: one training that is never disturbed and one that is killed with SIGKILL and started again must
-end with the same bits. Then short ones, compiled, and with DALI where it is installed. Then ``benchmarks.dense_speed`` in bf16.
+In deterministic mode (UperNet with SyncBatchNorm, and RetinaNet): one training that is never disturbed and one that is killed with SIGKILL
+and started again must end with the same bits. Then short ones: compiled, and with DALI where it is installed; Mask R-CNN and its cascade. Then
+``benchmarks.dense_speed`` in bf16.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,45 +21,66 @@ from benchmarks.gpu.train import ROOT, differing, kill, pack, resumed, rows, tra
 from dattrain.bench.attention import pick_device
 from dattrain.runtime import environment
 
-RECIPE = ROOT / "configs" / "demo" / "segment.yaml"
+DEMO = ROOT / "configs" / "demo"
 
 
-def run(job: Job) -> None:
-    """Train, kill, resume, compare; then the speed."""
+def segmentation(job: Job) -> None:
+    """UperNet; at 512 x 512 beside Swin-T."""
+    settings = ["task.head=upernet", "geometry.distortion=true"]
+    settings += ["task.channels=16"] if job.dry else ["task.norm=sync"]
+    trainings(job, DEMO / "segment.yaml", settings, compiled_and_dali(job.dry))
+    speed(job, ["--norm", "sync", "--batch", "4"], ["--classes", "5"])
+
+
+def detection(job: Job) -> None:
+    """RetinaNet, Mask R-CNN and its cascade; Mask R-CNN at 800 x 1280 beside Swin-T."""
+    settings = ["task.channels=16"] if job.dry else []
+    # RoIAlign has no deterministic backward pass on CUDA: the R-CNNs are trained without.
+    others = {
+        "mask_rcnn": ["task.head=mask_rcnn"],
+        "cascade_mask_rcnn": ["task.head=cascade_mask_rcnn", f"task.norm={'group' if job.dry else 'sync'}"],
+    }
+    if not job.dry:
+        others["mask_rcnn fp16"] = ["task.head=mask_rcnn", "train.precision=fp16"]
+    trainings(job, DEMO / "detect.yaml", settings, others)
+    words = ["--head", "mask_rcnn", "--classes", "80", "--size", "800", "1280", "--batch", "2"]
+    speed(job, words, ["--head", "mask_rcnn", "--classes", "5"])
+
+
+def trainings(job: Job, recipe: Path, settings: Sequence[str], others: Mapping[str, Sequence[str]]) -> None:
+    """Train, kill, resume, compare; then short ones with ``others`` changed, by their name."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     steps, every = (4, 1) if job.dry else (40, 10)
-    settings = [*scenes(job.folder, 24 if job.dry else 512), "task.head=upernet", "geometry.distortion=true"]
-    settings += ["schedule.warmup_updates=2", f"checkpoint.every_steps={every}", "eval.every_steps=1000"]
+    common = [*scenes(job.folder, 24 if job.dry else 512), "schedule.warmup_updates=2"]
+    common += [f"checkpoint.every_steps={every}", "eval.every_steps=1000"]
     if job.dry:
-        settings += ["train.global_batch=4", "train.micro_batch=2", "data.workers=0", "task.channels=16"]
+        common += ["train.global_batch=4", "train.micro_batch=2", "data.workers=0"]
     else:
-        settings += ["task.norm=sync", "train.precision=bf16"]
-    exact = [*settings, "train.deterministic=true", f"schedule.updates={steps}"]
+        common += ["train.precision=bf16"]
+    exact = [*common, *settings, "train.deterministic=true", f"schedule.updates={steps}"]
     killed, whole = job.folder / "killed", job.folder / "whole"
-    job.figure("killed behind the save of step", kill(killed, exact, RECIPE))
+    job.figure("killed behind the save of step", kill(killed, exact, recipe))
     losses = []
     with environment.process_group(environment.resolve({}), pick_device(job.device)):
-        train(killed, exact, RECIPE)
+        train(killed, exact, recipe)
         job.figure("resumed", resumed(killed), "times")
-        train(whole, exact, RECIPE)
+        train(whole, exact, recipe)
         job.figure("tensors that differ after SIGKILL and resume", differing(whole, killed, steps))
         losses += rows(whole)
-        for name, setting in others(job.dry).items():
-            folder = job.folder / name
-            train(folder, [*settings, setting, f"schedule.updates={3 if job.dry else 20}"], RECIPE)
+        for name, changed in others.items():
+            folder = job.folder / name.replace(" ", "-")
+            train(folder, [*common, *settings, *changed, f"schedule.updates={3 if job.dry else 20}"], recipe)
             losses += rows(folder)
-            job.figure(f"{name}: UperNet on dat_atto", rows(folder)[-1]["images_per_s"], "images/s")
+            job.figure(f"{name}: dat_atto", rows(folder)[-1]["images_per_s"], "images/s")
     job.figure("losses not finite", sum(not math.isfinite(row["loss"]) for row in losses))
-    if job.dry or job.left() > 80:
-        speed(job)
 
 
-def others(dry: bool) -> dict[str, str]:
-    """Settings of the short trainings by their name."""
+def compiled_and_dali(dry: bool) -> dict[str, list[str]]:
+    """Settings of the short trainings of segmentation by their name."""
     # Without a GPU compilation takes longer than everything else.
-    found = {} if dry else {"compiled": "train.compile=block"}
+    found = {} if dry else {"compiled": ["train.compile=block"]}
     if find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None:
-        found["dali"] = "data.decoder=dali"
+        found["dali"] = ["data.decoder=dali"]
     else:
         print("DALI is not installed here", flush=True)
     return found
@@ -78,23 +101,30 @@ def scenes(folder: Path, count: int) -> list[str]:
     return [f"data.train={folder}/scene-shards/train-*.tar", "data.lanes=4"]
 
 
-def speed(job: Job) -> None:
-    """DAT-T beside Swin-T under UperNet at 512 x 512: images/s and peak memory."""
+def speed(job: Job, words: Sequence[str], dry: Sequence[str]) -> None:
+    """DAT-T beside Swin-T: images/s and peak memory, where there is time left; ``dry`` are the words of a dry run."""
+    if not job.dry and job.left() < 80:
+        return
     file = job.folder / "speed.json"
-    words = ["dat_tiny", "--norm", "sync", "--batch", "4", "--dtypes", "bf16", "--rounds", "5"]
     if job.dry:
-        words = ["dat_atto", "--vs", "pvt_v2_b0", "--size", "64", "--batch", "2", "--classes", "5"]
-        words += ["--channels", "16", "--rounds", "1"]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.dense_speed",
-        *words,
-        "--device",
-        job.device,
-        "--json",
-        str(file),
-    ]
+        small = [
+            "dat_atto",
+            "--vs",
+            "pvt_v2_b0",
+            "--size",
+            "64",
+            "--batch",
+            "2",
+            "--channels",
+            "16",
+            "--rounds",
+            "1",
+        ]
+        words = [*small, *dry]
+    else:
+        words = ["dat_tiny", "--dtypes", "bf16", "--rounds", "5", *words]
+    command = [sys.executable, "-m", "benchmarks.dense_speed", *words]
+    command += ["--device", job.device, "--json", str(file)]
     print("$", *command, flush=True)
     if code := subprocess.run(command).returncode:
         raise RuntimeError(f"benchmarks.dense_speed ended with exit code {code}")

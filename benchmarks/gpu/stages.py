@@ -43,9 +43,16 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "dense",
         "dense",
-        "run",
+        "segmentation",
         240,
         "segmentation: SIGKILL and exact resume with SyncBatchNorm, compiled, from DALI; UperNet on DAT-T beside Swin-T",
+    ),
+    Stage(
+        "detect",
+        "dense",
+        "detection",
+        240,
+        "detection: SIGKILL and exact resume of RetinaNet, Mask R-CNN and its cascade; Mask R-CNN on DAT-T beside Swin-T",
     ),
     Stage("step", "updates", "parts", 120, "an update of DAT-T taken apart, compiled, with CUDA graphs"),
     Stage("waits", "waits", "run", 90, "where the host waits for the device in an update"),

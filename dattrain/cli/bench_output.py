@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from dattrain.bench.common import BenchReport
+from dattrain.cli.arguments import positive
 from dattrain.errors import UserError
 
 
@@ -35,11 +36,3 @@ def emit(report: BenchReport, args: argparse.Namespace) -> None:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot write {path}: {error}") from error
         print(f"wrote {path}")
-
-
-def positive(text: str) -> int:
-    """An argument that must be a whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from dattrain.bench.defaults import VARY
-from dattrain.cli.bench_output import add_output_arguments, emit, positive
+from dattrain.cli.arguments import positive
+from dattrain.cli.bench_output import add_output_arguments, emit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,38 +7,19 @@ has seen.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from dattrain.cli.demo_steps import (
-    classification,
-    clear,
-    dattrain,
-    execute,
-    kill_half_way,
-    pack,
-    pack_scenes,
-    train_command,
-)
-from dattrain.errors import UserError
+from dattrain.cli.demo_scenes import SCENES, evaluate, finish, prepare, with_and_without
+from dattrain.cli.demo_steps import execute, train_command
 
-TRAININGS = ("detect", "scratch", "masks")
-RUNS = ("pretrain", "finetune", *TRAININGS)
-MADE = frozenset(
-    {
-        "shards",
-        "scenes",
-        "scene-shards",
-        *RUNS,
-        *(f"{name}-eval.json" for name in TRAININGS),
-        "detect.png",
-        "result.json",
-    }
-)
-SCENES = {"train": 2000, "val": 400}
+TRAININGS = {
+    "detect": "RetinaNet, from classification weights",
+    "scratch": "RetinaNet, from random weights",
+    "masks": "Mask R-CNN, from classification weights",
+}
+"""Titles by run folder."""
 
 
 def run(out: Path, nproc: int, init: Path | None, overrides: Sequence[str]) -> int:
@@ -54,49 +35,27 @@ def run(out: Path, nproc: int, init: Path | None, overrides: Sequence[str]) -> i
     from dattrain.demo.detection import picture
 
     started = time.perf_counter()
-    if init is not None and not init.is_dir():
-        raise UserError(f"--init {init}: no such run folder; `dattrain demo` makes demo-out/finetune")
-    clear(out, MADE, RUNS)
-    train, val = pack(out)
-    if init is None:
-        _, init = classification(out, nproc, train, val, ())
-    data = pack_scenes(out, train, val, SCENES)
-    detect, scratch, masks = (out / name for name in TRAININGS)
+    data, init = prepare(out, "detect", tuple(TRAININGS), nproc, init)
     trained = time.perf_counter()
-    command = train_command("detect", detect, nproc, [*data, f"init.from={init}", *overrides])
-    kill_half_way(command, detect)
-    execute(command)
-    execute(train_command("detect", scratch, nproc, [*data, *overrides]))
-    execute(train_command("masks", masks, nproc, [*data, f"init.from={init}", *overrides]))
+    with_and_without("detect", out, nproc, init, data, overrides)
+    execute(train_command("masks", out / "masks", nproc, [*data, f"init.from={init}", *overrides]))
     trained = time.perf_counter() - trained
-    found: dict[str, dict[str, Any]] = {}
-    for folder in (detect, scratch, masks):
-        report = out / f"{folder.name}-eval.json"
-        execute([*dattrain(), "eval", str(folder), "--json", str(report)])
-        found[folder.name] = json.loads(report.read_text())
-    titles = (
-        "RetinaNet, from classification weights",
-        "RetinaNet, from random weights",
-        "Mask R-CNN, from classification weights",
-    )
-    picture(out / "detect.png", dict(zip(titles, (detect, scratch, masks))), f"{out}/scene-shards/val-*.tar")
+    found = evaluate(out, tuple(TRAININGS))
+    runs = {title: out / name for name, title in TRAININGS.items()}
+    picture(out / "detect.png", runs, f"{out}/scene-shards/val-*.tar")
+    print(f"\n{'':46}{'AP':>8}{'AP50':>8}  on {SCENES['val']} scenes of unseen items")
+    for title, name, kind in (
+        *((title, name, "") for name, title in TRAININGS.items()),
+        ("    its masks", "masks", "mask_"),
+    ):
+        print(f"{title:46}{found[name][f'{kind}ap']:8.2f}{found[name][f'{kind}ap50']:8.2f}")
+    print(f"\ncurves and scenes: {out / 'detect.png'}")
+    print(f"training on scenes {trained:.0f} s, everything {time.perf_counter() - started:.0f} s")
     result = {
         "ap": found["detect"]["ap"],
         "ap50": found["detect"]["ap50"],
         "ap50_scratch": found["scratch"]["ap50"],
         "mask_ap50": found["masks"]["mask_ap50"],
     }
-    (out / "result.json").write_text(json.dumps(result) + "\n")
-    print(f"\n{'':46}{'AP':>8}{'AP50':>8}  on {SCENES['val']} scenes of unseen items")
-    for title, name, kind in (
-        *((title, name, "") for title, name in zip(titles, TRAININGS)),
-        ("    its masks", "masks", "mask_"),
-    ):
-        print(f"{title:46}{found[name][f'{kind}ap']:8.2f}{found[name][f'{kind}ap50']:8.2f}")
-    print(f"\ncurves and scenes: {out / 'detect.png'}")
-    print(f"training on scenes {trained:.0f} s, everything {time.perf_counter() - started:.0f} s")
-    if result["ap50"] <= result["ap50_scratch"] and not overrides:
-        raise UserError(
-            "pre-trained weights did not win over random ones: something is wrong on this machine; please report it"
-        )
+    finish(out, result, "ap50", overrides)
     return 0

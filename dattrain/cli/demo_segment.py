@@ -6,37 +6,14 @@ the same training is run from random weights beside it. Validation scenes hold i
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dattrain.cli.demo_steps import (
-    classification,
-    clear,
-    dattrain,
-    execute,
-    kill_half_way,
-    pack,
-    pack_scenes,
-    train_command,
-)
-from dattrain.errors import UserError
+from dattrain.cli.demo_scenes import SCENES, evaluate, finish, prepare, with_and_without
 
-RUNS = ("pretrain", "finetune", "segment", "scratch")
-MADE = frozenset(
-    {
-        "shards",
-        "scenes",
-        "scene-shards",
-        *RUNS,
-        "segment-eval.json",
-        "scratch-eval.json",
-        "segment.png",
-        "result.json",
-    }
-)
-SCENES = {"train": 2000, "val": 400}
+TRAININGS = {"segment": "from classification weights", "scratch": "from random weights"}
+"""Titles by run folder."""
 
 
 def run(out: Path, nproc: int, init: Path | None, overrides: Sequence[str]) -> int:
@@ -49,38 +26,18 @@ def run(out: Path, nproc: int, init: Path | None, overrides: Sequence[str]) -> i
     from dattrain.demo.segmentation import picture
 
     started = time.perf_counter()
-    if init is not None and not init.is_dir():
-        raise UserError(f"--init {init}: no such run folder; `dattrain demo` makes demo-out/finetune")
-    clear(out, MADE, RUNS)
-    train, val = pack(out)
-    if init is None:
-        _, init = classification(out, nproc, train, val, ())
-    data = pack_scenes(out, train, val, SCENES)
+    data, init = prepare(out, "segment", tuple(TRAININGS), nproc, init)
     trained = time.perf_counter()
-    segment, scratch = out / "segment", out / "scratch"
-    command = train_command("segment", segment, nproc, [*data, f"init.from={init}", *overrides])
-    kill_half_way(command, segment)
-    execute(command)
-    execute(train_command("segment", scratch, nproc, [*data, *overrides]))
+    with_and_without("segment", out, nproc, init, data, overrides)
     trained = time.perf_counter() - trained
-    found = {}
-    for folder in (segment, scratch):
-        report = out / f"{folder.name}-eval.json"
-        execute([*dattrain(), "eval", str(folder), "--json", str(report)])
-        found[folder.name] = json.loads(report.read_text())["miou"]
-    picture(out / "segment.png", segment, scratch, f"{out}/scene-shards/val-*.tar")
-    result = {"miou": found["segment"], "miou_scratch": found["scratch"]}
-    (out / "result.json").write_text(json.dumps(result) + "\n")
+    found = evaluate(out, tuple(TRAININGS))
+    runs = {title: out / name for name, title in TRAININGS.items()}
+    picture(out / "segment.png", runs, f"{out}/scene-shards/val-*.tar")
     print(f"\n{'':34}mIoU on {SCENES['val']} scenes of unseen items")
-    for name, miou in (
-        ("from classification weights", result["miou"]),
-        ("from random weights", result["miou_scratch"]),
-    ):
-        print(f"{name:34}{miou:6.2f} %")
+    for name, title in TRAININGS.items():
+        print(f"{title:34}{found[name]['miou']:6.2f} %")
     print(f"\ncurves and scenes: {out / 'segment.png'}")
     print(f"training on scenes {trained:.0f} s, everything {time.perf_counter() - started:.0f} s")
-    if result["miou"] <= result["miou_scratch"] and not overrides:
-        raise UserError(
-            "pre-trained weights did not win over random ones: something is wrong on this machine; please report it"
-        )
+    result = {"miou": found["segment"]["miou"], "miou_scratch": found["scratch"]["miou"]}
+    finish(out, result, "miou", overrides)
     return 0

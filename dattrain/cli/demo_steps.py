@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dattrain.errors import UserError
@@ -34,25 +34,6 @@ def classification(
     execute(command)
     execute(train_command("finetune", finetune, nproc, [*data, f"init.from={pretrain}", *overrides]))
     return pretrain, finetune
-
-
-def pack_scenes(out: Path, train: str, val: str, counts: Mapping[str, int]) -> list[str]:
-    """Make scenes of the items of two sets and pack them into ``out/scene-shards``; returns the overrides that name them.
-
-    Args:
-        counts: scenes of ``train`` and ``val``.
-    """
-    from dattrain.demo import scenes
-    from dattrain.demo.results import CLASSES, read
-
-    shards = out / "scene-shards"
-    for seed, (split, spec) in enumerate((("train", train), ("val", val))):
-        file = scenes.write(out / "scenes" / split, *read(spec), CLASSES, seed=seed, count=counts[split])
-        print(f"\n{counts[split]:,} scenes: {file}", flush=True)
-        execute(
-            [*dattrain(), "data", "pack", "--coco", str(file), str(shards), "--split", split, "--per-shard", "200"]
-        )  # fmt: skip
-    return [f"data.{split}={shards}/{split}-*.tar" for split in counts]
 
 
 def clear(out: Path, made: Collection[str], runs: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import log10, sqrt
 from typing import Any, Literal
 
-from dattrain.config.sections import Size
+from dattrain.config.values import Size
 
 
 @dataclass(frozen=True)

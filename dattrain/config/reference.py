@@ -50,7 +50,7 @@ def markdown() -> str:
     lines = [
         "# Every key of a recipe",
         "",
-        "Written by `dattrain config keys`; the meanings live in `dattrain/config/sections.py`.",
+        "Written by `dattrain config keys`; the meanings live in `dattrain/config/sections.py` and `data_sections.py`.",
     ]
     for name, field in Config.model_fields.items():
         part = section(field.annotation)

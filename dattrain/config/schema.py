@@ -9,23 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import model_validator
 
-from dattrain.config.sections import (
-    DETECTORS,
-    Augment,
-    Checkpoint,
-    Data,
-    Eval,
-    Geometry,
-    Init,
-    Model,
-    Optim,
-    Schedule,
-    Section,
-    Task,
-    Train,
-    Zero,
-    as_pair,
-)
+from dattrain.config.data_sections import Augment, Data, Eval, Geometry
+from dattrain.config.sections import DETECTORS, Checkpoint, Init, Model, Optim, Schedule, Task, Train, Zero
+from dattrain.config.values import Section, as_pair
 
 RENAMED = {"train.remat": "train.activation_checkpointing"}
 """Keys of former versions, which recipes and run folders may still have, and their names now."""

@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import torch
 
+from dattrain.config.data_sections import Geometry
 from dattrain.config.derive import micro_batch
 from dattrain.config.schema import Config
-from dattrain.config.sections import Geometry, as_pair
+from dattrain.config.values import as_pair
 from dattrain.data.annotations.map_folder import ADE_NAMES
 from dattrain.data.annotations.semantic import VOID
 from dattrain.data.augment.dense_plan import DensePlan, draw

@@ -11,7 +11,7 @@ import torch
 
 from dattrain.config.derive import check_samples, micro_batch
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
+from dattrain.config.values import as_pair
 from dattrain.data import identity
 from dattrain.data.annotations.kinds import KINDS, background_hint, check_kind, flaws, learned, requires_masks
 from dattrain.data.batch import Batch

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dattrain.config.sections import Augment
+from dattrain.config.data_sections import Augment
 from dattrain.data.augment.plan import AugmentPlan, draw, mates
 from dattrain.data.order import Order
 from dattrain.data.source.dataset import NO_LABEL, BadSample, Dataset, Sample

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from dattrain.config.sections import seconds
+from dattrain.config.values import seconds
 
 
 class LogInterval:

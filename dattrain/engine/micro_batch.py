@@ -17,7 +17,7 @@ from torch import nn
 
 from dattrain.config.derive import divisors, micro_batch, with_micro_batch
 from dattrain.config.schema import Config
-from dattrain.config.sections import Size, as_pair
+from dattrain.config.values import Size, as_pair
 from dattrain.engine import activation_checkpointing, memory
 from dattrain.engine.precision import WEIGHTS
 from dattrain.errors import UserError

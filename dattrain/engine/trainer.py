@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from dattrain.config.derive import check_source, derive
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
+from dattrain.config.values import as_pair
 from dattrain.engine import micro_batch, precision, resume_rules, run_folder, schedule, starts, zero
 from dattrain.engine.debug_dump import write_debug_dump
 from dattrain.engine.early_stopping import EarlyStopping

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,12 @@ from dattrain.data import detection_factory
 from dattrain.data.annotations.detection import category_ids
 from dattrain.errors import ConfigError, UserError
 from dattrain.evaluation import inference
-from dattrain.evaluation.options import Options, adjusted, autocast
+from dattrain.evaluation.dense import facts, opened, per_class, run_through
+from dattrain.evaluation.options import Options
 from dattrain.files import write_atomically
-from dattrain.models import flops
 from dattrain.models.dense.detector import Detector
-from dattrain.pretrained import class_names
 from dattrain.pretrained.preprocess import padded_size
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, classes_of
-from dattrain.pretrained.recipe_model import dense_recipe
-from dattrain.pretrained.weights import config_of
-from dattrain.runtime.progress import Progress
 from dattrain.tasks import coco_numbers
 from dattrain.tasks.coco_ap import CocoAP
 from dattrain.tasks.coco_numbers import ImageResult
@@ -73,24 +67,12 @@ def evaluate(
         ConfigError: options of other networks, or that do not go together.
         UserError: images that cannot be read; no object in the set; ``options.predictions`` cannot be written.
     """
-    options.check_task("detection", path)
-    config = adjusted(config_of(path) or dense_recipe(cfg), options)
-    spec = options.data or config.data.val
-    if spec is None:
-        raise ConfigError(f"{path} does not say which images to evaluate on (data.val): give --data")
+    config, spec = opened(path, cfg, options, "detection")
     if options.boundary and not model.has_masks:
         raise ConfigError(f"{path}: --boundary is of masks, and {config.task.head} gives boxes alone")
     coco_numbers.check_installed()
-    size = config.geometry.short_side, config.geometry.long_side
-    report: dict[str, Any] = {
-        "model": str(path),
-        "task": "detection",
-        "name": f"{cfg.name} with {config.task.head}",
-        "source": cfg.source,
-        "img_size": list(size),
-        "classes": cfg.num_classes,
-        "parameters": flops.parameters(model),
-        "gflops": flops.flops(model, padded_size(*size, cfg), cfg.in_chans) / 1e9,
+    size = padded_size(config.geometry.short_side, config.geometry.long_side, cfg)
+    report = facts(path, model, cfg, config, size) | {
         "data": mask(spec),
         "max_detections": config.eval.max_detections,
         "score_threshold": config.eval.score_threshold,
@@ -105,12 +87,8 @@ def evaluate(
         return report
     if options.predictions is not None:
         _write(Path(options.predictions), done)
-    names = class_names.names(cfg.num_classes, cfg.labels, cfg.classes)
-    rows = [
-        {"class": row["class"], "name": names[row["class"]], **row} for row in done.predictions["classes"]
-    ]
     metrics = {**done.metrics, **outlines, **done.speed, "images": int(done.metrics["images"])}
-    return report | metrics | {"per_class": rows}
+    return report | metrics | {"per_class": per_class(done.predictions["classes"], cfg)}
 
 
 def run(
@@ -139,27 +117,9 @@ def run(
     model.score_threshold, model.max_detections = config.eval.score_threshold, config.eval.max_detections
     evaluator = CocoAP(config, device, torch.float32)
     loader = detection_factory.eval_loader(config, classes_of(cfg), rank=rank, world=world, device=device)
-    started, network, images, bad = time.perf_counter(), 0.0, 0, 0
-    with (
-        closing(loader),
-        torch.inference_mode(),
-        autocast(device, precision),
-        Progress(mask(spec), "images", shown=rank == 0) as progress,
-    ):
-        for number, batch in enumerate(loader, 1):
-            before = inference.now(device)
-            evaluator.update(model, batch, lockstep=False)
-            network += inference.now(device) - before
-            images, bad = images + len(batch.keys), bad + len(batch.bad)
-            progress(number, len(loader))
-        ids = category_ids(loader.dataset, cfg.num_classes)
-    seconds = time.perf_counter() - started
+    ids = category_ids(loader.dataset, cfg.num_classes)
+    speed = run_through(loader, evaluator, model, spec=spec, device=device, precision=precision)
     ranks = inference.ranks()
-    speed = {
-        "bad": sum(ranks.gather(bad)),
-        "images_per_s": images / seconds,
-        "network_images_per_s": images / max(network, 1e-9),
-    }
     return Pass(evaluator.compute(ranks), dict(evaluator.predictions(ranks)), speed, evaluator.results, ids)
 
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dattrain.config.schema import Config
-from dattrain.errors import ConfigError
 from dattrain.evaluation import inference
-from dattrain.evaluation.options import Options, adjusted, autocast
-from dattrain.models import flops
+from dattrain.evaluation.dense import facts, opened, per_class, run_through
+from dattrain.evaluation.options import Options
 from dattrain.models.dense.segmenter import Segmenter
-from dattrain.pretrained import class_names
 from dattrain.pretrained.pretrained_cfg import PretrainedCfg, classes_of
-from dattrain.pretrained.recipe_model import dense_recipe
-from dattrain.pretrained.weights import config_of
-from dattrain.runtime.progress import Progress
 from dattrain.tasks.create import create_task
 from dattrain.urls import mask
 
@@ -42,22 +35,9 @@ def evaluate(
         ConfigError: options of classifiers, or that do not go together.
         UserError: images that cannot be read; no pixel has a label.
     """
-    options.check_task("segmentation", path)
-    config = adjusted(config_of(path) or dense_recipe(cfg), options)
-    spec = options.data or config.data.val
-    if spec is None:
-        raise ConfigError(f"{path} does not say which images to evaluate on (data.val): give --data")
+    config, spec = opened(path, cfg, options, "segmentation")
     geometry, how = config.geometry, config.eval
-    size = geometry.short_side, geometry.long_side
-    report: dict[str, Any] = {
-        "model": str(path),
-        "task": "segmentation",
-        "name": f"{cfg.name} with {config.task.head}",
-        "source": cfg.source,
-        "img_size": list(size),
-        "classes": cfg.num_classes,
-        "parameters": flops.parameters(model),
-        "gflops": flops.flops(model, size, cfg.in_chans) / 1e9,
+    report = facts(path, model, cfg, config, (geometry.short_side, geometry.long_side)) | {
         "data": mask(spec),
         "mode": how.mode,
         "scales": list(how.scales),
@@ -70,9 +50,8 @@ def evaluate(
     metrics, found, speed = run(config, model, cfg, spec, device, options.precision)
     if inference.rank_and_world()[0]:
         return report
-    names = class_names.names(cfg.num_classes, cfg.labels, cfg.classes)
-    rows = [{"class": row["class"], "name": names[row["class"]], **row} for row in found["classes"]]
-    return report | metrics | speed | {"images": int(metrics["images"]), "per_class": rows}
+    counted = {"images": int(metrics["images"]), "per_class": per_class(found["classes"], cfg)}
+    return report | metrics | speed | counted
 
 
 def run(
@@ -98,24 +77,6 @@ def run(
     loader = task.eval_loader(
         classes_of(cfg), rank=rank, world=world, device=device, img_size=config.model.img_size
     )
-    started, network, images, bad = time.perf_counter(), 0.0, 0, 0
-    with (
-        closing(loader),
-        torch.inference_mode(),
-        autocast(device, precision),
-        Progress(mask(spec), "images", shown=rank == 0) as progress,
-    ):
-        for number, batch in enumerate(loader, 1):
-            before = inference.now(device)
-            evaluator.update(model, batch, lockstep=False)
-            network += inference.now(device) - before
-            images, bad = images + len(batch.keys), bad + len(batch.bad)
-            progress(number, len(loader))
-    seconds = time.perf_counter() - started
+    speed = run_through(loader, evaluator, model, spec=spec, device=device, precision=precision)
     ranks = inference.ranks()
-    speed = {
-        "bad": sum(ranks.gather(bad)),
-        "images_per_s": images / seconds,
-        "network_images_per_s": images / max(network, 1e-9),
-    }
     return evaluator.compute(ranks), dict(evaluator.predictions(ranks)), speed

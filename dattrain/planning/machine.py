@@ -91,7 +91,7 @@ def dali() -> list[str]:
         return ["not installed (in the checkout: pip install -e '.[dali]'); data.decoder=cpu works without"]
     import torch
 
-    from dattrain.config.sections import Data
+    from dattrain.config.data_sections import Data
     from dattrain.data.decode import dali_probe
     from dattrain.data.decode.dali_pipeline import device_of
 

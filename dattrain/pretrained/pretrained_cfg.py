@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
+from dattrain.config.values import as_pair
 from dattrain.data import labels
 from dattrain.data.classes import Classes
 from dattrain.errors import UserError

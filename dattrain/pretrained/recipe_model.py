@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
+from dattrain.config.values import as_pair
 from dattrain.engine.optim import freeze_backbone
 from dattrain.errors import UserError
 from dattrain.pretrained.detection_cfg import DetectionCfg

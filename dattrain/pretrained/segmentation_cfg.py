@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from dattrain.config.schema import Config
-from dattrain.config.sections import SegmentationHead, as_pair
+from dattrain.config.sections import SegmentationHead
+from dattrain.config.values import as_pair
 
 
 @dataclass(frozen=True)

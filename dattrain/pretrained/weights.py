@@ -19,7 +19,7 @@ from torch import Tensor
 from dattrain.config.load import load as load_config
 from dattrain.config.run import run_of, split_checkpoint
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
+from dattrain.config.values import as_pair
 from dattrain.data.classes import read as read_classes
 from dattrain.data.source.dataset import open_dataset
 from dattrain.errors import ConfigError, UserError

@@ -17,7 +17,7 @@ from typing import Any
 from dattrain.clock import duration
 from dattrain.config.load import load
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
+from dattrain.config.values import as_pair
 from dattrain.data.classes import read as read_classes
 from dattrain.errors import UserError
 from dattrain.files import write_atomically

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dattrain.config.derive import derive
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
+from dattrain.config.values import as_pair
 
 GFLOPS = {
     "dat_atto": 0.303,

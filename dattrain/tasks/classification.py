@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
+from dattrain.config.values import as_pair
 from dattrain.data import factory
 from dattrain.data.augment.mixup import MixupCutmix, Normalize
 from dattrain.data.augment.plan import draw

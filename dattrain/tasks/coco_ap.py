@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dattrain.config.schema import Config
 from dattrain.data.annotations import rle
-from dattrain.data.annotations.instances import Instances, Segmentation
+from dattrain.data.annotations.instances import Instances
 from dattrain.data.annotations.kinds import needs_masks
+from dattrain.data.annotations.segmentations import Segmentation
 from dattrain.data.detection_batch import DetectionBatch
 from dattrain.errors import UserError
 from dattrain.files import counted

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dattrain.data.annotations.instances import Instances, Segmentation
+from dattrain.data.annotations.instances import Instances
+from dattrain.data.annotations.segmentations import Segmentation
 from dattrain.errors import UserError
 
 NAMES = (
@@ -108,7 +109,7 @@ def compressed(segmentation: Segmentation, size: tuple[int, int]) -> dict[str, A
     """Polygons or run lengths as COCO's compressed run lengths, rasterised as its own code does.
 
     Args:
-        segmentation: as ``instances.read_segmentation`` accepts it.
+        segmentation: as ``segmentations.read_segmentation`` accepts it.
         size: height and width of the image.
 
     Returns:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
+from dattrain.config.values import as_pair
 from dattrain.data.augment.dense_plan import resized_size
 from dattrain.data.augment.dense_transforms import resize
 from dattrain.data.augment.mixup import Normalize

@@ -6,7 +6,7 @@ Its evaluation is in ``coco_ap``, what of it a report shows in ``detected_images
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,22 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
-from dattrain.data import dense_factory, detection_factory
+from dattrain.data import detection_factory
 from dattrain.data.annotations.kinds import needs_masks
-from dattrain.data.augment.dense_transforms import normalised
 from dattrain.data.classes import Classes
 from dattrain.data.detection_batch import GRID, DetectionBatch
 from dattrain.data.loader import EvalLoader, TrainLoader
 from dattrain.errors import ConfigError, UserError
-from dattrain.models import flops, surgery
-from dattrain.models.dense.backbone import create_backbone
+from dattrain.models.dense.backbone import Backbone
 from dattrain.models.dense.create_detector import DetectorKind, create_detector, outs
 from dattrain.models.dense.detector import Detector
 from dattrain.models.dense.weights import initialise
 from dattrain.tasks import coco_ap, coco_numbers, detection_head, head
 from dattrain.tasks.base import Forward, Loss, Size
 from dattrain.tasks.coco_ap import CocoAP
+from dattrain.tasks.dense import DenseTask, check_norm
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ _EXAMPLES = 8
 """Objects of an image of ``Detection.example``: COCO's images have 7.3 of them in the mean."""
 
 
-class Detection:
+class Detection(DenseTask[Detector]):
     """See ``dattrain.tasks.base.Task``; its batch is a ``dattrain.data.detection_batch.DetectionBatch``.
 
     Raises:
@@ -45,43 +43,30 @@ class Detection:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         self.metrics = coco_ap.names(config.task.head)
         self._with_masks = needs_masks(config.task.kind, config.task.head)
-        _check(config)
 
     # The model
 
-    def build(self, img_size: Size, shapes: Mapping[str, Sequence[int]] | None = None) -> Detector:
-        """Backbone, pyramid and heads with fresh weights; ``img_size`` is the layout of the backbone's windows and tables.
+    @property
+    def outs(self) -> Sequence[int]:
+        """RetinaNet leaves out the first stage's."""
+        return outs(cast(DetectorKind, self.config.task.head))
 
-        With ``init.bias_table=sample`` its tables take the shapes of ``shapes``.
-        """
-        m, t, e = self.config.model, self.config.task, self.config.eval
-        kind = cast(DetectorKind, t.head)
-        torch.manual_seed(self.config.train.seed)
-        backbone = create_backbone(
-            m.name,
-            img_size=img_size,
-            outs=outs(kind),
-            drop_path_rate=m.drop_path,
-            init=m.init,
-            in_chans=m.in_chans,
-            **m.overrides,
-        )
-        model = create_detector(
+    def add_heads(self, backbone: Backbone) -> Detector:
+        """Pyramid and heads on the backbone."""
+        t, e = self.config.task, self.config.eval
+        return create_detector(
             backbone,
-            kind,
-            m.num_classes,
+            cast(DetectorKind, t.head),
+            self.config.model.num_classes,
             norm=t.norm,
             channels=t.channels,
             region_samples=t.region_samples,
             score_threshold=e.score_threshold,
             max_detections=e.max_detections,
         )
-        if shapes is not None and self.config.init.bias_table == "sample":
-            surgery.adopt_tables(model, shapes)
-        return model
 
     def initialise(
         self, model: nn.Module, tensors: Mapping[str, Tensor], source: Path, classes: Classes | None
@@ -127,33 +112,11 @@ class Detection:
             raise UserError(f"init.from={init.from_}: {error}") from error
         return f"{note}{report}"
 
-    def resize(self, tensors: Mapping[str, Tensor], img_size: Size) -> Iterator[tuple[str, Tensor]]:
-        """Parameters of a model whose windows and tables are laid out for ``img_size``."""
-        scratch = self.build(img_size)
-        state = {**scratch.state_dict(), **tensors}
-        initialise(scratch, state, bias_table=self.config.init.bias_table, keep_head=True)
-        yield from ((name, p.detach()) for name, p in scratch.named_parameters())
-
     def noise_width(self, model: nn.Module) -> int:
         """The backbone's branches and a column for each sampler; 0 where there is no sampler and nothing is dropped."""
         assert isinstance(model, Detector)
         samples = model.num_drop_path > model.backbone.num_drop_path
         return model.num_drop_path if samples or self.config.model.drop_path > 0 else 0
-
-    def input_size(self, img_size: Size) -> tuple[int, int]:
-        """The crop, or the largest whole image."""
-        return dense_factory.largest(self.config.geometry)
-
-    def flops(self, img_size: Size) -> float:
-        """Multiply-adds of the forward pass of a crop, or of ``short_side`` x ``long_side`` where whole images are trained on.
-
-        With 1000 proposals and 100 regions of masks, as the papers count (mmdetection's ``forward_dummy``).
-        """
-        g = self.config.geometry
-        with torch.device("meta"):
-            model = self.build(img_size)
-        size = (g.short_side, g.long_side) if g.crop is None else as_pair(g.crop)
-        return flops.flops(model, size, self.config.model.in_chans)
 
     # The data
 
@@ -161,7 +124,8 @@ class Detection:
         self, *, rank: int, world: int, samples_seen: int, device: torch.device, img_size: Size
     ) -> TrainLoader[DetectionBatch]:
         """Images with their objects; normalisation is left to ``loss``, on the device."""
-        _check_norm(self.config, device)
+        if "cascade" in self.config.task.head:  # the others' heads have no norms
+            check_norm(self.config, device)
         return detection_factory.train_loader(
             self.config, rank=rank, world=world, samples_seen=samples_seen, device=device
         )
@@ -183,21 +147,17 @@ class Detection:
         first: int = 0,
     ) -> DetectionBatch:
         """Noise with ``_EXAMPLES`` objects an image, as large as images of training get."""
-        height, width = self.input_size(img_size)
         generator = torch.Generator().manual_seed(self.config.train.seed + first)
-        if dtype == torch.uint8:
-            images = torch.randint(256, (count, 3, height, width), generator=generator, dtype=dtype)
-        else:
-            images = torch.zeros(count, 3, height, width, dtype=dtype)
+        images, sizes = self.noise(count, img_size, dtype, generator)
         objects = count * _EXAMPLES
         # Between a tenth and half of the image's sides.
         side = 0.1 + 0.4 * torch.rand(objects, 2, generator=generator)
         corner = torch.rand(objects, 2, generator=generator) * (1 - side)
-        scale = torch.tensor([width, height], dtype=torch.float32)
+        scale = torch.tensor(images.shape[:1:-1], dtype=torch.float32)  # width, height
         grid = GRID if self._with_masks else 0
         return DetectionBatch(
             images=images,
-            sizes=torch.tensor([[height, width]]).expand(count, 2),
+            sizes=sizes,
             boxes=torch.cat([corner * scale, (corner + side) * scale], 1),
             labels=torch.randint(self.config.model.num_classes, (objects,), generator=generator),
             masks=torch.randint(256, (objects, grid, grid), generator=generator, dtype=torch.uint8),
@@ -217,14 +177,9 @@ class Detection:
         So an update's loss is the mean over its micro-batches, whatever ranks they are of, and depends on ``train.micro_batch``. Bad
         samples have no part in it; the log weighs a micro-batch by the others that it has.
         """
-        augment = self.config.augment
-        images = batch.images
-        if not images.is_floating_point():
-            images = normalised(batch, augment.mean, augment.std)
-        kind = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
         arguments = {} if noise is None else {"drop_path_noise": noise}
         losses: Mapping[str, Tensor] = forward(
-            images.to(dtype, memory_format=kind), _sizes(batch), batch.targets(), **arguments
+            self.images(batch, dtype), _sizes(batch), batch.targets(), **arguments
         )
         value = torch.stack(list(losses.values())).sum()
         weight = batch.weight.sum().double()
@@ -254,33 +209,3 @@ class Detection:
 
 def _sizes(batch: Any) -> list[tuple[int, int]]:
     return [(height, width) for height, width in batch.sizes.tolist()]
-
-
-def _check(config: Config) -> None:
-    train = config.train
-    if train.compile != "none" and config.geometry.crop is None:
-        raise ConfigError(
-            f"train.compile={train.compile} compiles anew for every size, and geometry.crop=null trains on images of many; set "
-            "geometry.crop, or train.compile=none"
-        )
-    if train.cuda_graphs:
-        raise ConfigError(
-            "train.cuda_graphs replays small micro-batches, and is not for task.kind=detection; leave it out"
-        )
-
-
-def _check_norm(config: Config, device: torch.device) -> None:
-    """Cascade R-CNN's box heads alone have norms that keep statistics."""
-    norm, precision = config.task.norm, config.train.precision
-    if "cascade" not in config.task.head:
-        return
-    if norm == "sync" and device.type != "cuda":
-        raise ConfigError(
-            f"task.norm=sync is of CUDA devices, and this one is {device.type}; use task.norm=group, which is the same at every "
-            "number of devices, or task.norm=batch"
-        )
-    if norm != "group" and precision in ("bf16-pure", "fp16"):
-        raise ConfigError(
-            f"task.norm={norm} keeps running averages, and train.precision={precision} would keep them in 16 bits, where their "
-            "updates are lost; use train.precision=bf16, or task.norm=group"
-        )

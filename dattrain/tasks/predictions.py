@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dattrain.config.sections import Augment
+from dattrain.config.data_sections import Augment
 from dattrain.tasks.base import Ranks
 
 SHOWN = 12

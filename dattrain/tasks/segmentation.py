@@ -6,7 +6,7 @@ Its evaluation is in ``mean_iou``, what of it a report shows in ``segmented_imag
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -15,22 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dattrain.config.schema import Config
-from dattrain.config.sections import as_pair
+from dattrain.config.values import as_pair
 from dattrain.data import dense_factory
 from dattrain.data.annotations.semantic import VOID
-from dattrain.data.augment.dense_transforms import normalised
 from dattrain.data.classes import Classes
 from dattrain.data.dense_batch import SegmentationBatch
 from dattrain.data.loader import EvalLoader, TrainLoader
 from dattrain.data.to_device import to_device
 from dattrain.errors import ConfigError, UserError
-from dattrain.models import flops, surgery
 from dattrain.models.blocks import recompute
-from dattrain.models.dense.backbone import create_backbone
+from dattrain.models.dense.backbone import Backbone
 from dattrain.models.dense.segmenter import HeadKind, Segmenter, create_segmenter
 from dattrain.models.dense.weights import initialise
 from dattrain.tasks import head
 from dattrain.tasks.base import Forward, Loss, Size
+from dattrain.tasks.dense import DenseTask, check_norm
 from dattrain.tasks.dense_inference import stride_of
 from dattrain.tasks.mean_iou import MeanIoU
 
@@ -42,7 +41,7 @@ PARTS = ("loss_decode", "loss_aux")
 """The components of the loss where there is an auxiliary head; mmsegmentation's names."""
 
 
-class Segmentation:
+class Segmentation(DenseTask[Segmenter]):
     """See ``dattrain.tasks.base.Task``; its batch is a ``dattrain.data.dense_batch.SegmentationBatch``.
 
     Raises:
@@ -52,38 +51,23 @@ class Segmentation:
     metrics = ("miou", "macc", "aacc", "loss")
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         _check(config)
 
     # The model
 
-    def build(self, img_size: Size, shapes: Mapping[str, Sequence[int]] | None = None) -> Segmenter:
-        """Backbone and decoder with fresh weights; ``img_size`` is the layout of the backbone's windows and tables.
-
-        With ``init.bias_table=sample`` its tables take the shapes of ``shapes``.
-        """
-        m, t = self.config.model, self.config.task
-        torch.manual_seed(self.config.train.seed)
-        backbone = create_backbone(
-            m.name,
-            img_size=img_size,
-            drop_path_rate=m.drop_path,
-            init=m.init,
-            in_chans=m.in_chans,
-            **m.overrides,
-        )
-        model = create_segmenter(
+    def add_heads(self, backbone: Backbone) -> Segmenter:
+        """Decoder and auxiliary head on the backbone."""
+        t = self.config.task
+        return create_segmenter(
             backbone,
             cast(HeadKind, t.head),
-            m.num_classes,
+            self.config.model.num_classes,
             norm=t.norm,
             channels=t.channels,
             dropout=t.dropout,
             aux=t.aux_weight > 0,
         )
-        if shapes is not None and self.config.init.bias_table == "sample":
-            surgery.adopt_tables(model, shapes)
-        return model
 
     def initialise(
         self, model: nn.Module, tensors: Mapping[str, Tensor], source: Path, classes: Classes | None
@@ -125,32 +109,10 @@ class Segmentation:
             raise UserError(f"init.from={init.from_}: {error}") from error
         return f"{note}{report}"
 
-    def resize(self, tensors: Mapping[str, Tensor], img_size: Size) -> Iterator[tuple[str, Tensor]]:
-        """Parameters of a model whose windows and tables are laid out for ``img_size``."""
-        scratch = self.build(img_size)
-        state = {**scratch.state_dict(), **tensors}
-        initialise(scratch, state, bias_table=self.config.init.bias_table, keep_head=True)
-        yield from ((name, p.detach()) for name, p in scratch.named_parameters())
-
     def noise_width(self, model: nn.Module) -> int:
         """The backbone's branches and the decoder's channels, where any are dropped."""
         assert isinstance(model, Segmenter)
         return model.num_drop_path if self.config.model.drop_path > 0 or self.config.task.dropout > 0 else 0
-
-    def input_size(self, img_size: Size) -> tuple[int, int]:
-        """The crop, or the largest whole image."""
-        return dense_factory.largest(self.config.geometry)
-
-    def flops(self, img_size: Size) -> float:
-        """Multiply-adds of the forward pass of a crop, or of ``short_side`` x ``long_side`` where whole images are trained on.
-
-        Without the auxiliary head, as the papers count.
-        """
-        g = self.config.geometry
-        with torch.device("meta"):
-            model = self.build(img_size)
-        size = (g.short_side, g.long_side) if g.crop is None else as_pair(g.crop)
-        return flops.flops(model, size, self.config.model.in_chans)
 
     # The data
 
@@ -158,7 +120,7 @@ class Segmentation:
         self, *, rank: int, world: int, samples_seen: int, device: torch.device, img_size: Size
     ) -> TrainLoader[SegmentationBatch]:
         """Crops or whole images with their maps; normalisation is left to ``loss``, on the device."""
-        _check_norm(self.config, device)
+        check_norm(self.config, device)
         return dense_factory.train_loader(
             self.config, rank=rank, world=world, samples_seen=samples_seen, device=device
         )
@@ -179,17 +141,13 @@ class Segmentation:
         first: int = 0,
     ) -> SegmentationBatch:
         """Noise under random classes, as large as images of training get."""
-        height, width = self.input_size(img_size)
         generator = torch.Generator().manual_seed(self.config.train.seed + first)
-        if dtype == torch.uint8:
-            images = torch.randint(256, (count, 3, height, width), generator=generator, dtype=dtype)
-        else:
-            images = torch.zeros(count, 3, height, width, dtype=dtype)
+        images, sizes = self.noise(count, img_size, dtype, generator)
         classes = self.config.model.num_classes
         return SegmentationBatch(
             images=images,
-            maps=torch.randint(classes, (count, height, width), generator=generator, dtype=torch.uint8),
-            sizes=torch.tensor([[height, width]]).expand(count, 2),
+            maps=torch.randint(classes, (count, *images.shape[2:]), generator=generator, dtype=torch.uint8),
+            sizes=sizes,
             weight=torch.ones(count),
             position=torch.arange(first, first + count),
             keys=[f"synthetic:{first + number}" for number in range(count)],
@@ -205,13 +163,8 @@ class Segmentation:
         The mean is over all pixels of a crop, or of the sample's own area where whole images are trained on; void and padding
         are in its divisor, with no loss (mmsegmentation's ``avg_non_ignore=False``). Bad samples count in the divisor, too.
         """
-        augment = self.config.augment
-        images = batch.images
-        if not images.is_floating_point():
-            images = normalised(batch, augment.mean, augment.std)
-        kind = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
         arguments = {} if noise is None else {"drop_path_noise": noise}
-        found = forward(images.to(dtype, memory_format=kind), **arguments)
+        found = forward(self.images(batch, dtype), **arguments)
         outputs = found if isinstance(found, tuple) else (found,)
         share = batch.weight / self._area(batch)
         factors = (1.0, self.config.task.aux_weight)
@@ -286,31 +239,8 @@ def _check(config: Config) -> None:
                 f"eval.stride={eval_.stride} is more than geometry.crop={geometry.crop}: there would be pixels that no window "
                 "covers; use the crop's size or less"
             )
-    if train.compile != "none" and geometry.crop is None:
-        raise ConfigError(
-            f"train.compile={train.compile} compiles anew for every size, and geometry.crop=null trains on images of many; set "
-            "geometry.crop, or train.compile=none"
-        )
     if config.task.norm == "batch" and config.task.head == "upernet" and train.micro_batch == 1:
         raise ConfigError(
             "task.norm=batch with train.micro_batch=1: UperNet pools maps to one value a channel, of which a device's one sample of a "
             "micro-batch has no statistics; use a micro-batch of 2 or more, or task.norm=group"
-        )
-    if train.cuda_graphs:
-        raise ConfigError(
-            "train.cuda_graphs replays small micro-batches, and is not for task.kind=segmentation; leave it out"
-        )
-
-
-def _check_norm(config: Config, device: torch.device) -> None:
-    norm, precision = config.task.norm, config.train.precision
-    if norm == "sync" and device.type != "cuda":
-        raise ConfigError(
-            f"task.norm=sync is of CUDA devices, and this one is {device.type}; use task.norm=group, which is the same at every "
-            "number of devices, or task.norm=batch"
-        )
-    if norm != "group" and precision in ("bf16-pure", "fp16"):
-        raise ConfigError(
-            f"task.norm={norm} keeps running averages, and train.precision={precision} would keep them in 16 bits, where their "
-            "updates are lost; use train.precision=bf16, or task.norm=group"
         )

@@ -60,6 +60,8 @@ def test_every_stage_is_walked(names, tmp_path):
         ("train", "losses not finite in fp16"),
         ("dense", "tensors that differ after SIGKILL and resume"),
         ("dense", "losses not finite"),
+        ("detect", "tensors that differ after SIGKILL and resume"),
+        ("detect", "losses not finite"),
         ("augment", "images that differ from the CPU's"),
     ):
         if stage in names:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dattrain.data.annotations import instances
+from dattrain.data.annotations import instances, segmentations
 from dattrain.data.annotations.annotated import AnnotatedFiles, Rows
 from dattrain.data.annotations.instances import BACKGROUND, BACKGROUNDS
 from dattrain.data.classes import few, unique
@@ -284,9 +284,9 @@ def _kept(
 ) -> tuple[str, dict[str, Any]]:
     """Why training leaves an object out, and the object as a sample holds it."""
     try:
-        segmentation = instances.read_segmentation(one.get("segmentation"), where)
+        segmentation = segmentations.read_segmentation(one.get("segmentation"), where)
         if segmentation is not None:
-            segmentation = instances.stored(segmentation, where)
+            segmentation = segmentations.stored(segmentation, where)
         box = instances.box_said(one, segmentation, where)
         crowd, ignored = (instances.flag(one, name, where) for name in ("iscrowd", "ignore"))
     except BadSample as error:

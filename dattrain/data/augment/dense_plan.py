@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dattrain.config.sections import Augment, Geometry, as_pair
+from dattrain.config.data_sections import Augment, Geometry
+from dattrain.config.values import as_pair
 from dattrain.data.philox import Stream, uniform
 
 ATTEMPTS = 10

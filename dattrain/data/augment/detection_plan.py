@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dattrain.config.sections import Augment, Geometry
+from dattrain.config.data_sections import Augment, Geometry
 from dattrain.data.augment import dense_plan
 from dattrain.data.augment.dense_plan import DensePlan, crop_window, resized_size
 from dattrain.data.augment.placement import Placement

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dattrain.config.sections import Augment
+from dattrain.config.data_sections import Augment
 from dattrain.data.augment.plan import AugmentPlan
 from dattrain.data.batch import Batch
 from dattrain.data.to_device import to_device

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dattrain.data.annotations import instances
+from dattrain.data.annotations import segmentations
 from dattrain.data.annotations.instances import Instances
 from dattrain.data.augment.placement import Placement
 from dattrain.data.detection_batch import GRID
@@ -76,7 +76,7 @@ class PlacedObjects:
         """A part of an object's mask, in stored pixels."""
         segmentation = self.objects.segmentations[self.index[number]]
         assert segmentation is not None  # ``annotations.detection.detected`` was asked for masks
-        return instances.mask(segmentation, self.size, "", (rows, columns))
+        return segmentations.mask(segmentation, self.size, "", (rows, columns))
 
 
 def place(objects: Instances, size: tuple[int, int], placement: Placement) -> PlacedObjects:

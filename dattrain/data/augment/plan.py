@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dattrain.config.sections import Augment
+from dattrain.config.data_sections import Augment
 from dattrain.data.augment import randaugment
 from dattrain.data.philox import Stream, normal, uniform
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dattrain.config.sections import Data
+from dattrain.config.data_sections import Data
 from dattrain.data.augment.device_transforms import carry_out, prepare
 from dattrain.data.augment.plan import crop_box, eval_geometry, source_edges
 from dattrain.data.batch import Batch

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dattrain.config.sections import Data
+from dattrain.config.data_sections import Data
 from dattrain.data.augment.device_transforms import Work
 from dattrain.data.decode import images
 from dattrain.data.decode.dali_pipeline import (

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dattrain.config.sections import Data
+from dattrain.config.data_sections import Data
 from dattrain.data.annotations.semantic import VOID, semantic_map
 from dattrain.data.augment.dense_transforms import choose_crop, distort, train_sample
 from dattrain.data.augment.plan import source_edges

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dattrain.config.sections import Data
+from dattrain.config.data_sections import Data
 from dattrain.errors import UserError
 
 _TAIL = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dattrain.config.sections import Augment, Geometry
+from dattrain.config.data_sections import Augment, Geometry
 from dattrain.data.aspect_groups import grouped, padded_shares
 from dattrain.data.augment.detection_plan import draw
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 import warm
 
+from dattrain.config.data_sections import Augment
 from dattrain.config.schema import Config
-from dattrain.config.sections import Augment
 from dattrain.data.augment.mixup import MixupCutmix
 from dattrain.data.classes import Classes
 from dattrain.data.factory import eval_loader, train_loader
@@ -337,7 +337,7 @@ def _shift(path: Path) -> None:
 SCRIPT = """
     import itertools, os, signal, sys, torch
     from dattrain.config.schema import Config
-    from dattrain.config.sections import Augment
+    from dattrain.config.data_sections import Augment
     from dattrain.data.factory import train_loader
     folder, how = sys.argv[1:]
     cfg = Config.model_validate({"model": {"num_classes": 10}, "data": {"train": folder, "workers": 2},

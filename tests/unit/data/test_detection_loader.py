@@ -17,7 +17,7 @@ from PIL import Image
 from dattrain.config.load import loads
 from dattrain.config.schema import Config
 from dattrain.data import detection_factory
-from dattrain.data.annotations import instances
+from dattrain.data.annotations import segmentations
 from dattrain.data.classes import Classes
 from dattrain.data.dense_factory import largest
 from dattrain.data.detection_batch import GRID, DetectionBatch
@@ -268,7 +268,7 @@ def test_evaluation_takes_each_image_once_as_it_is(folder, head):
             known = list(objects.CATEGORIES)
             assert truth.classes.tolist() == [known.index(one["category_id"]) for one in own]
             for one, mask in zip(own, truth.segmentations):
-                assert instances.mask(mask, truth.size, "").sum() == one["area"]
+                assert segmentations.mask(mask, truth.size, "").sum() == one["area"]
     assert sorted(places) == list(range(SAMPLES)) and len(set(ids)) == SAMPLES
     assert any(one["iscrowd"] for one in content["annotations"])
 

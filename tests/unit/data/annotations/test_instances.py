@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from dattrain.data.annotations import instances, polygons, rle
+from dattrain.data.annotations import polygons, rle, segmentations
 from dattrain.data.annotations.semantic import VOID, semantic_map
 from dattrain.data.source.sample import BadSample
 
@@ -113,7 +113,7 @@ def test_all_forms_of_run_lengths_are_one():
     forms = [{"size": [4, 5], "counts": counts} for counts in (runs.tolist(), text, str(text.encode()))]
     maps = [semantic_map(annotation(box(1, form)), (4, 5), None, "w").tolist() for form in forms]
     assert maps[0] == maps[1] == maps[2] and maps[0][0] == [1, 0, 0, 1, 0]
-    assert all(instances.stored(form, "w") == {"size": [4, 5], "counts": text} for form in forms)
+    assert all(segmentations.stored(form, "w") == {"size": [4, 5], "counts": text} for form in forms)
 
 
 @pytest.mark.parametrize(
@@ -158,11 +158,11 @@ def test_a_part_of_a_mask_is_that_part_of_the_whole():
         height, width = random.integers(5, 60, 2).tolist()
         corners = random.uniform(-10, 70, (2, 2 * random.integers(3, 9))).round(2)
         drawn = [polygon.tolist() for polygon in corners]
-        whole = instances.mask(drawn, (height, width), "")
+        whole = segmentations.mask(drawn, (height, width), "")
         lengths = {"size": [height, width], "counts": rle.to_string(rle.encode(whole))}
         (top, bottom), (left, right) = (
             sorted(random.choice(side + 1, 2, replace=False).tolist()) for side in (height, width)
         )
         part = slice(top, bottom), slice(left, right)
         for segmentation in (drawn, lengths):
-            assert (instances.mask(segmentation, (height, width), "", part) == whole[part]).all()
+            assert (segmentations.mask(segmentation, (height, width), "", part) == whole[part]).all()

@@ -14,7 +14,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import functional as tvf
 
-from dattrain.config.sections import Augment
+from dattrain.config.data_sections import Augment
 from dattrain.data.augment.plan import crop_box, draw, eval_geometry, fill_color, mates
 
 SIZE = (224, 192)

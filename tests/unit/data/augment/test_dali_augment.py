@@ -10,7 +10,7 @@ import torch
 from host_waits import fake_cuda
 from PIL import Image
 
-from dattrain.config.sections import Augment
+from dattrain.config.data_sections import Augment
 from dattrain.data.augment import plan, randaugment
 from dattrain.data.augment.cpu_transforms import train_image
 from dattrain.data.augment.device_transforms import augment as on_device

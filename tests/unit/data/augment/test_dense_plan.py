@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dattrain.config.sections import Augment, Geometry
+from dattrain.config.data_sections import Augment, Geometry
 from dattrain.data.augment.dense_plan import DensePlan, draw, resized_size
 
 MANY = draw(Geometry(), Augment(interpolation="bilinear"), 3, np.arange(20_000))

@@ -10,7 +10,7 @@ from host_waits import fake_cuda
 from PIL import Image
 from small_scenes import COLOURS, scene
 
-from dattrain.config.sections import Augment, Geometry
+from dattrain.config.data_sections import Augment, Geometry
 from dattrain.data.annotations.semantic import VOID
 from dattrain.data.augment.dense_plan import DensePlan, draw
 from dattrain.data.augment.dense_transforms import (

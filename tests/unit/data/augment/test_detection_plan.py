@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dattrain.config.sections import Augment, Geometry
+from dattrain.config.data_sections import Augment, Geometry
 from dattrain.data.augment.dense_plan import resized_size
 from dattrain.data.augment.detection_plan import NOBODY, DetectionPlan, draw, with_partners
 

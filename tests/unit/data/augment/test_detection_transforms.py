@@ -10,8 +10,8 @@ import objects
 import pytest
 import torch
 
-from dattrain.config.sections import Augment, Geometry
-from dattrain.data.annotations import instances
+from dattrain.config.data_sections import Augment, Geometry
+from dattrain.data.annotations import segmentations
 from dattrain.data.annotations.instances import Instances
 from dattrain.data.augment import placed_objects
 from dattrain.data.augment.dense_transforms import distort
@@ -49,7 +49,7 @@ def stored(index: int, *, masks: bool = True) -> StoredImage:
 
 
 def masks_of(image: StoredImage) -> list[np.ndarray]:
-    return [instances.mask(one, image.size, "") for one in image.objects.segmentations]
+    return [segmentations.mask(one, image.size, "") for one in image.objects.segmentations]
 
 
 def test_coverage_by_hand():
@@ -275,7 +275,7 @@ def test_sixty_crowded_masks_take_the_memory_of_one(polygons, monkeypatch):
         np.array(boxes, float), np.zeros(60, np.int64), np.ones(60), np.zeros(60, bool), tuple(segmentations), size
     )  # fmt: skip
     largest = 0
-    whole = placed_objects.instances.mask
+    whole = placed_objects.segmentations.mask
 
     def mask(*args):
         nonlocal largest

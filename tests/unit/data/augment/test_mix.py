@@ -8,7 +8,7 @@ import torch
 from host_waits import fake_cuda
 from timm.data.mixup import Mixup, mixup_target
 
-from dattrain.config.sections import Augment
+from dattrain.config.data_sections import Augment
 from dattrain.data.augment.mixup import MixupCutmix, Normalize, hashed_normal
 from dattrain.data.augment.plan import draw
 from dattrain.data.batch import Batch

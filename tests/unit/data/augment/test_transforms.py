@@ -8,7 +8,7 @@ from torchvision import transforms as tvt
 from torchvision.transforms import functional as tvf
 from torchvision.transforms.v2 import functional as tv2
 
-from dattrain.config.sections import Augment
+from dattrain.config.data_sections import Augment
 from dattrain.data.augment import randaugment
 from dattrain.data.augment.cpu_transforms import eval_image, train_image
 from dattrain.data.augment.plan import crop_box, draw

@@ -13,7 +13,7 @@ import torch
 from pictures import encode, write_tar
 from PIL import Image
 
-from dattrain.config.sections import Augment, Data
+from dattrain.config.data_sections import Augment, Data
 from dattrain.data.decode import images
 from dattrain.data.decode.cpu import CpuDecoder, EvalTransform
 from dattrain.data.decode.dali import DaliDecoder

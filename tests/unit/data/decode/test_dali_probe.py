@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dattrain.config.sections import Data
+from dattrain.config.data_sections import Data
 from dattrain.data.decode import dali, dali_base, dali_probe
 from dattrain.data.decode.dali_pipeline import _decoding, device_of, require
 from dattrain.data.decode.dali_probe import command, examine, versions, who

@@ -11,7 +11,7 @@ import torch
 from host_waits import fake_cuda
 from pictures import write_tar
 
-from dattrain.config.sections import Augment, Data
+from dattrain.config.data_sections import Augment, Data
 from dattrain.data.decode import dali, dali_base
 from dattrain.data.feed import RankShare, TrainFeed, fetch
 from dattrain.data.order import Order

@@ -12,7 +12,7 @@ import torch
 from pictures import encode, write_tar
 from PIL import Image
 
-from dattrain.config.sections import Augment, Data
+from dattrain.config.data_sections import Augment, Data
 from dattrain.data.augment.cpu_transforms import eval_image, resize, resize_window, train_image
 from dattrain.data.augment.plan import draw, eval_geometry
 from dattrain.data.decode.cpu import CpuDecoder, EvalTransform

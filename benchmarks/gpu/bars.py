@@ -54,6 +54,8 @@ BARS: tuple[Bar, ...] = (
     Bar("train", "losses not finite in bf16-pure", "at most", 0),
     Bar("dense", "tensors that differ after SIGKILL and resume", "at most", 0),
     Bar("dense", "losses not finite", "at most", 0),
+    Bar("detect", "tensors that differ after SIGKILL and resume", "at most", 0),
+    Bar("detect", "losses not finite", "at most", 0),
     Bar("waits", "host waits inside an update that agree on nothing", "at most", 0),
     Bar("augment", "images that differ from the CPU's", "at most", 0),
     Bar("dali", "kinds of JPEG that were not decoded", "at most", 0),

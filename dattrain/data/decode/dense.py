@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -54,6 +54,7 @@ def fetch(dataset: Dataset, request: BatchRequest, plan: DensePlan | None, *, sk
     return EncodedMaps(request, read_samples(dataset, request, skip_bad=skip_bad), plan, dataset.numbers)
 
 
+@dataclass(frozen=True)
 class SegmentationDecoder:
     """Map from the number of a micro-batch to the decoded batch.
 
@@ -64,18 +65,11 @@ class SegmentationDecoder:
         buffer: where worker processes put their batches; None gives each batch memory of its own.
     """
 
-    def __init__(
-        self,
-        read: Callable[[int], EncodedMaps],
-        *,
-        pad_to: int,
-        skip_bad: bool,
-        buffer: SharedBatchBuffer | None = None,
-    ) -> None:
-        self.read = read
-        self.pad_to = pad_to
-        self.skip_bad = skip_bad
-        self.buffer = buffer
+    read: Callable[[int], EncodedMaps]
+    _: KW_ONLY
+    pad_to: int
+    skip_bad: bool
+    buffer: SharedBatchBuffer | None = None
 
     def __call__(self, number: int) -> SegmentationBatch:
         """Read and decode micro-batch ``number``. Raises UserError as ``read`` does, and as ``decode``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ def fetch(
     return EncodedObjects(request, read_samples(dataset, request, skip_bad=skip_bad), plan, dataset.numbers)
 
 
+@dataclass(frozen=True)
 class DetectionDecoder:
     """Map from the number of a micro-batch to the decoded batch.
 
@@ -62,22 +63,13 @@ class DetectionDecoder:
         buffer: where worker processes put their batches; None gives each batch memory of its own.
     """
 
-    def __init__(
-        self,
-        read: Callable[[int], EncodedObjects],
-        *,
-        masks: bool,
-        need_masks: bool,
-        pad_to: int,
-        skip_bad: bool,
-        buffer: SharedBatchBuffer | None = None,
-    ) -> None:
-        self.read = read
-        self.masks = masks
-        self.need_masks = need_masks
-        self.pad_to = pad_to
-        self.skip_bad = skip_bad
-        self.buffer = buffer
+    read: Callable[[int], EncodedObjects]
+    _: KW_ONLY
+    masks: bool
+    need_masks: bool
+    pad_to: int
+    skip_bad: bool
+    buffer: SharedBatchBuffer | None = None
 
     def __call__(self, number: int) -> DetectionBatch:
         """Read and decode micro-batch ``number``. Raises UserError as ``read`` does, and as ``decode``."""

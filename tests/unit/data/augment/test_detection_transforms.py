@@ -283,7 +283,7 @@ def test_sixty_crowded_masks_take_the_memory_of_one(polygons, monkeypatch):
         largest = max(largest, found.nbytes if found.base is None else found.base.nbytes)
         return found
 
-    monkeypatch.setattr(placed_objects.instances, "mask", mask)
+    monkeypatch.setattr(placed_objects.segmentations, "mask", mask)
     plain = Placement((0, 0, *size), size, slice(0, 800), slice(0, 1333), False)
     placed = place(crowd, size, plain)
     tracemalloc.start()

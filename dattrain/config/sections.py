@@ -259,6 +259,6 @@ class Init(Section):
     bias_table: Literal["resize", "sample"] = "resize"
     """Deformable bias tables: bicubic ``resize`` to the new map, or keep the continuous table and ``sample`` it unchanged."""
     head: Literal["keep", "new", "map"] = "keep"
-    """``map`` picks the head's rows by the names of classes (22K to 1K); ``new`` draws it afresh; ``keep`` needs the same classes."""
+    """``map`` picks the head's rows by the names of classes (22K to 1K); ``new`` draws it afresh, of a detector the rows of classes alone; ``keep`` needs the same classes."""
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)

@@ -80,10 +80,10 @@ stages:
 @pytest.mark.full
 def test_pre_training_then_detection_killed_and_resumed_then_its_evaluation(site: Site) -> None:
     recipe = copy.deepcopy(objects.RETINANET)
-    recipe["schedule"].update(updates=40, milestones=[30, 36])
+    recipe["schedule"].update(updates=150, milestones=[100, 130])
     recipe["train"].update(max_steps=None)
     recipe["checkpoint"].update(every_steps=10, keep_last=5)
-    recipe["eval"]["every_steps"] = 20
+    recipe["eval"]["every_steps"] = 75
     (site.folder / "objects.yaml").write_text(yaml.safe_dump(recipe))
     sets = objects.write(site.folder / "objects", train=48, val=8)
     (site.folder / "dense.yaml").write_text(DETECTION)
@@ -99,7 +99,7 @@ def test_pre_training_then_detection_killed_and_resumed_then_its_evaluation(site
     reports = {name: site.status(root / name) for name in ("pretrain", "detect", "evaluate")}
     assert {one["state"] for one in reports.values()} == {"finished"}
     assert len(reports["detect"]["restarts"]) == 1
-    assert step_of(run) == 40
+    assert step_of(run) == 150
     figures = json.loads((root / "evaluate" / "evaluation.json").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "ema_ap" in row][-1]

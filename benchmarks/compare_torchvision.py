@@ -68,8 +68,9 @@ class Theirs(nn.Module):
             image_std=[1.0] * 3,
             score_thresh=config.eval.score_threshold,
             detections_per_img=config.eval.max_detections,
-            _skip_resize=True,
         )
+        # Images come resized; torchvision's own `_skip_resize` is of training alone.
+        self.model.transform.resize = lambda image, target=None: (image, target)  # type: ignore[method-assign]
 
     def forward(
         self, x: Tensor, sizes: Sequence[tuple[int, int]], targets: Sequence[Any] | None = None, **_: Any

@@ -70,7 +70,7 @@ class Theirs(nn.Module):
             detections_per_img=config.eval.max_detections,
         )
         # Images come resized; torchvision's own `_skip_resize` is of training alone.
-        self.model.transform.resize = lambda image, target=None: (image, target)  # type: ignore[method-assign]
+        self.model.transform.resize = lambda image, target=None: (image, target)
 
     def forward(
         self, x: Tensor, sizes: Sequence[tuple[int, int]], targets: Sequence[Any] | None = None, **_: Any

@@ -1,8 +1,9 @@
 """RetinaNet of this package beside torchvision's own, on one backbone, the same batches, optimizer, schedule and evaluation: AP over seeds.
 
 Both have DAT's backbone from the same classification weights, a feature pyramid, and anchors and evaluation of the same sizes; each keeps its own
-head, anchor rounding, matching, losses with their normalisers, initial weights and postprocessing. Batches come from this package's loader,
-one process, fp32, AdamW by torch. Scenes: those that `dattrain demo detect` left behind.
+head, anchor rounding, matching, losses with their normalisers, initial weights and postprocessing. ``rescaled`` is torchvision's with the standard
+deviation of the weights of its head as ours have it, which is the same at 256 channels and not at the demo's 64. Batches come from this package's
+loader, one process, fp32, AdamW by torch. Scenes: those that `dattrain demo detect` left behind.
 
     dattrain demo detect
     python -m benchmarks.compare_torchvision --demo demo-detect --updates 600 --seeds 0 1 2 --markdown docs/benchmarks/torchvision.md
@@ -35,11 +36,13 @@ from dattrain.engine.schedule import rate
 from dattrain.evaluation import inference
 from dattrain.models.dense import Backbone, create_backbone
 from dattrain.models.dense.create_detector import outs
+from dattrain.models.dense.retina import gain_of_256
 from dattrain.models.dense.weights import Dense, initialise
 from dattrain.pretrained.weights import load_model
 from dattrain.tasks.create import create_task
 
 DEVICE = torch.device("cpu")
+CONTENDERS = ("ours", "torchvision", "rescaled")
 
 
 class Theirs(nn.Module):
@@ -118,6 +121,10 @@ def train(which: str, config: Config, args: argparse.Namespace) -> dict[str, flo
     task = create_task(config)
     torch.manual_seed(config.train.seed)
     model = task.build(config.model.img_size) if which == "ours" else Theirs(config)
+    if isinstance(model, Theirs) and which == "rescaled":
+        for module in model.model.head.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=gain_of_256(module.in_channels))
     if args.init:
         source, _ = load_model(args.init)
         initialise(cast(Dense, model), source.state_dict(), bias_table="sample")
@@ -180,13 +187,14 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[str] = []
     found: dict[str, list[dict[str, float]]] = {}
     for seed in args.seeds:
-        for which in ("ours", "torchvision"):
+        for which in args.contenders:
             one = train(which, recipe(args, seed), args)
             found.setdefault(which, []).append(one)
             rows.append(

@@ -136,12 +136,13 @@ class _Categories(NamedTuple):
 
 
 def _read(path: str) -> dict[str, Any]:
+    with explained(path):
+        data = read_file(path)
     # Millions of small objects, none of them garbage: looking through them again and again doubles the time.
     enabled = gc.isenabled()
     gc.disable()
     try:
-        with explained(path):
-            content = json.loads(read_file(path))
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: does not parse as JSON ({error})") from error
     finally:

@@ -48,6 +48,12 @@ def box(**fields) -> dict:
     return {"id": 4, "image_id": 7, "category_id": 3, "bbox": [0, 0, 2, 2], "area": 4, **fields}
 
 
+def test_a_json_that_is_not_there_is_said_to_be_so(tmp_path):
+    with pytest.raises(UserError, match="No such file") as refused:
+        open_dataset(f"{tmp_path}/nowhere.json")
+    assert "parse" not in str(refused.value)
+
+
 def test_a_json_is_opened_as_it_is(tmp_path):
     dataset = open_dataset(str(coco(tmp_path, CONTENT)))
     assert dataset.annotations == "instances"

@@ -211,6 +211,7 @@ def _objects(
     kept: dict[Any, list[dict[str, Any]]] = {}
     odd: Counter[str] = Counter()
     first: dict[str, str] = {}
+    usable = False
     learned: set[Any] = set()
     boxes, first_box, beyond = 0, "", 0
     for number, one in enumerate(found):
@@ -232,10 +233,12 @@ def _objects(
             odd[why] += 1
             first.setdefault(why, where)
             continue
-        learned.add(image)
+        usable = True
+        if not kept_as["iscrowd"] and "ignore" not in kept_as:
+            learned.add(image)
         if "segmentation" not in kept_as:
             boxes, first_box = boxes + 1, first_box or where
-    if not learned:
+    if not usable:
         raise UserError(f"{path}: has no object to learn from: {_nothing(found, odd)}")
     empty = len(images) - len(learned)
     notes = [

@@ -231,8 +231,13 @@ def test_ctrl_c_ends_what_runs_and_starts_nothing_else_and_the_same_again_goes_o
     process, runs = turns(chain=True, names="ab")
     _until(lambda: _step(runs[0]) > 12)
     pid = int((runs[0] / "pid_0").read_text())
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-    assert local_turns.follow(process, runs, again="dattrain submit chain", say=said.append) == 130
+    # What a shell starts in the background ignores Ctrl-C, these tests too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        assert local_turns.follow(process, runs, again="dattrain submit chain", say=said.append) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert said[-1].endswith("goes on with: dattrain submit chain")
     assert not Path(f"/proc/{pid}").exists() and _states(runs) == ["cancelled", "cancelled"]
     process, runs = turns(chain=True, names="ab")

@@ -77,6 +77,13 @@ def test_a_json_is_opened_as_it_is(tmp_path):
     ]
 
 
+def test_an_image_of_crowds_alone_is_counted_among_those_without_objects(tmp_path):
+    content = changed()
+    del content["annotations"][0]  # what is left of its image is a crowd
+    (note,) = open_dataset(str(coco(tmp_path, content))).notes
+    assert "2 of its 3 images have no objects that are learned from" in note
+
+
 def test_the_images_are_found_beside(tmp_path):
     path = coco(tmp_path, CONTENT)
     (tmp_path / "train2017").rename(tmp_path / "kept")

@@ -99,17 +99,17 @@ class DenseTask(ABC, Generic[M]):
         return flops.flops(model, size, self.config.model.in_chans)
 
     def images(self, batch: PaddedBatch, dtype: torch.dtype) -> Tensor:
-        """What the network gets of a micro-batch: normalised where it is not yet."""
+        """What the network gets of a micro-batch: B x 3 x H x W of ``dtype``, normalised where it is not yet."""
         augment, images = self.config.augment, batch.images
         if not images.is_floating_point():
             images = normalised(batch, augment.mean, augment.std)
         kind = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
         return images.to(dtype, memory_format=kind)
 
-    def noise(
+    def example_images(
         self, count: int, img_size: Size, dtype: torch.dtype, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Images of ``example`` as large as those of training get (black in a float dtype), and their sizes."""
+        """Of ``example``: B x 3 x H x W of ``dtype``, as large as images of training get, noise in uint8 and else 0; B x 2 int64 sizes."""
         height, width = self.input_size(img_size)
         shape = count, 3, height, width
         if dtype == torch.uint8:

@@ -148,7 +148,7 @@ class Detection(DenseTask[Detector]):
     ) -> DetectionBatch:
         """Noise with ``_EXAMPLES`` objects an image, as large as images of training get."""
         generator = torch.Generator().manual_seed(self.config.train.seed + first)
-        images, sizes = self.noise(count, img_size, dtype, generator)
+        images, sizes = self.example_images(count, img_size, dtype, generator)
         objects = count * _EXAMPLES
         # Between a tenth and half of the image's sides.
         side = 0.1 + 0.4 * torch.rand(objects, 2, generator=generator)

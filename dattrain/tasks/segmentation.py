@@ -142,7 +142,7 @@ class Segmentation(DenseTask[Segmenter]):
     ) -> SegmentationBatch:
         """Noise under random classes, as large as images of training get."""
         generator = torch.Generator().manual_seed(self.config.train.seed + first)
-        images, sizes = self.noise(count, img_size, dtype, generator)
+        images, sizes = self.example_images(count, img_size, dtype, generator)
         classes = self.config.model.num_classes
         return SegmentationBatch(
             images=images,

@@ -7,18 +7,22 @@ import os
 import sys
 from collections.abc import Iterator
 
+from dattrain.runtime.imports import uncollected
+
 
 @contextlib.contextmanager
 def loading(what: str, *, always: bool = False) -> Iterator[None]:
-    """Say ``loading ...`` on stderr while the block runs: on a terminal, where the line goes away again, or ``always``. One rank says it."""
+    """Say ``loading ...`` on stderr while the block runs, which imports: on a terminal, where the line goes away again, or ``always``. One rank says it."""
     terminal = sys.stderr.isatty()
     first = (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
     if not first or not (terminal or always):
-        yield
+        with uncollected("torch"):
+            yield
         return
     print(f"loading {what} ...", end="" if terminal else "\n", file=sys.stderr, flush=True)
     try:
-        yield
+        with uncollected("torch"):
+            yield
     finally:
         if terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

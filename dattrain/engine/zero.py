@@ -16,6 +16,7 @@ import os
 import sys
 import warnings
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from dattrain.config.schema import Config
 from dattrain.engine import precision
 from dattrain.errors import ConfigError
 from dattrain.runtime import environment
+from dattrain.runtime.imports import uncollected
 
 RESERVED = {"stage", "offload_optimizer", "offload_param"}
 """Keys of ``zero_optimization`` that have a setting of their own."""
@@ -125,8 +127,13 @@ def import_deepspeed(device: torch.device) -> Any:
     warnings.filterwarnings(
         "ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning
     )
-    import deepspeed
-    import deepspeed.ops
+    # It asks every optimizer whether it is Muon, whose module hands functions to torch.compile as it is imported: with that come
+    # TorchInductor and Triton, a second and more for nothing.
+    uncompiled = mock.patch.object(torch, "compile", lambda function: function)
+    with uncollected("deepspeed"), uncompiled:
+        import deepspeed
+        import deepspeed.ops
+        import deepspeed.runtime.zero.muon.original_muon
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name in ("DeepSpeed", "deepspeed"):

@@ -105,7 +105,10 @@ def _publish(path: Path, content: dict[str, Any]) -> None:
 
 def _train(run: Path) -> dict[str, Any]:
     from dattrain.config.load import load
-    from dattrain.report.training import train
+    from dattrain.runtime.imports import uncollected
+
+    with uncollected("torch"):
+        from dattrain.report.training import train
     from dattrain.submit.history import history
 
     outcome = train(load(run / "config.yaml").config, run, history)

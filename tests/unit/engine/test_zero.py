@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from ast import literal_eval
 from math import ceil, prod
 from pathlib import Path
@@ -85,3 +87,14 @@ def test_extra_cannot_contradict_a_setting(extra, message):
 def test_what_stage_0_does_wrong_is_refused_when_the_recipe_is_read(precision):
     with pytest.raises(ConfigError, match=rf"zero\.stage=0 with train\.precision={precision}"):
         loads(BASE, ["zero.stage=0", f"train.precision={precision}"])
+
+
+def test_deepspeed_comes_without_torch_inductor():
+    """Of every optimizer it asks whether it is Muon, whose module compiles functions while it is imported: over a second."""
+    code = (
+        "import sys, torch; from dattrain.engine import zero; zero.import_deepspeed(torch.device('cpu'));"
+        "from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam;"
+        "print([m for m in ('torch._inductor.compile_fx', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

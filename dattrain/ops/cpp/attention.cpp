@@ -70,9 +70,10 @@ template <class T, class S> struct Worker {
     const bool stretched;  // query columns step by something else than a table cell
     const bool tiled;
     const int64_t queries, dim, row, margin, pitch, block_rows, block, tile;
-    std::vector<T> scores, grads, qs, kk, vv, gg, padded, grad_padded, weights, slopes, tops, fractions, line, column_sum, acc_k, acc_v, acc_q, delta, inside, shrink;
+    std::vector<T> scores, grads, padded, grad_padded, weights, slopes, tops, fractions, line, column_sum, acc_k, acc_v, acc_q, delta, inside, shrink;
     std::vector<int32_t> columns_at;
     Dot<T, S> dot;
+    Weighted<T, S> weighted;
 
     Worker(const Call<T, S>& call, bool backward)
         : c(call), stretched(call.step_x > 1 || (1 - call.step_x) * T(call.width - 1) > 1), tiled(call.keys * call.width > in_cache / 4),
@@ -81,8 +82,6 @@ template <class T, class S> struct Worker {
           block_rows(std::max<int64_t>(1, std::min(call.height, tiled ? 640 / call.width : in_cache / (call.keys * call.width)))),
           block(round_up(block_rows * call.width, L)), tile(tiled ? std::min(call.keys, std::max<int64_t>(12, in_cache / block)) : call.keys) {
         scores.resize(tile * block + row + L);
-        kk.resize(c.keys * dim);
-        vv.resize(c.keys * dim);
         acc_q.resize(block * dim);
         line.resize(block);
         column_sum.resize(block);
@@ -96,8 +95,6 @@ template <class T, class S> struct Worker {
         if (c.table) padded.assign(c.table_height * pitch + row + 2 * L, 0);
         if (!backward) return;
         grads.resize(tile * block + row + L);
-        qs.resize(block * dim);
-        gg.resize(block * dim);
         acc_k.resize(c.keys * dim);
         acc_v.resize(c.keys * dim);
         delta.resize(block);
@@ -105,12 +102,6 @@ template <class T, class S> struct Worker {
         if (c.table) grad_padded.assign(c.heads * c.table_height * pitch + row + 2 * L, 0);
     }
 
-    void pack(const S* from, int64_t stride, int64_t rows, T* into) const {
-        for (int64_t i = 0; i < rows; ++i) {
-            widen_all(from + i * stride, c.dim, into + i * dim);
-            std::fill(into + i * dim + c.dim, into + (i + 1) * dim, T(0));
-        }
-    }
     const T* position(int64_t image, int64_t head, int64_t key) const {
         return c.positions + ((image * c.groups + head / (c.heads / c.groups)) * c.keys + key) * 2;
     }
@@ -269,7 +260,7 @@ template <class T, class S> struct Worker {
     }
 
     void forward(int64_t image, int64_t head) {
-        pack(c.at(c.v, 2, image, head), c.strides[8], c.keys, vv.data());
+        const S* v = c.at(c.v, 2, image, head);
         if (c.table) load_table(head);
         for (int64_t first = 0; first < c.height; first += block_rows) {
             const int64_t rows = std::min(block_rows, c.height - first), count = rows * c.width, columns = round_up(count, L);
@@ -278,13 +269,13 @@ template <class T, class S> struct Worker {
                 block_scores(image, head, first, rows, key, keys);
                 if (key == 0) {
                     exponentials(scores.data(), keys, columns, block, c.scale, line.data(), column_sum.data());
-                    product<T, false>(count, dim, keys, scores.data(), 1, block, vv.data(), dim, acc_q.data(), dim);
+                    weighted.template operator()<false>(count, scores.data(), 1, block, keys, v, c.strides[8], c.dim, acc_q.data());
                     continue;
                 }
                 more_exponentials(scores.data(), keys, columns, block, c.scale, line.data(), column_sum.data(), shrink.data());
                 for (int64_t i = 0; i < count; ++i)
                     for (int64_t d = 0; d < dim; d += L) store(acc_q.data() + i * dim + d, load(acc_q.data() + i * dim + d) * shrink[i]);
-                product<T, true>(count, dim, keys, scores.data(), 1, block, vv.data() + key * dim, dim, acc_q.data(), dim);
+                weighted.template operator()<true>(count, scores.data(), 1, block, keys, v + key * c.strides[8], c.strides[8], c.dim, acc_q.data());
             }
             S* out = c.at(c.out, 3, image, head) + first * c.width * c.strides[11];
             T* lse = c.lse + (image * c.heads + head) * queries + first * c.width;
@@ -296,25 +287,19 @@ template <class T, class S> struct Worker {
     }
 
     void backward(int64_t image, int64_t head) {
-        pack(c.at(c.k, 1, image, head), c.strides[5], c.keys, kk.data());
+        const S* k = c.at(c.k, 1, image, head);
         if (c.table) load_table(head);
         std::fill(acc_k.begin(), acc_k.end(), T(0));
         std::fill(acc_v.begin(), acc_v.end(), T(0));
         for (int64_t first = 0; first < c.height; first += block_rows) {
             const int64_t rows = std::min(block_rows, c.height - first), count = rows * c.width, columns = round_up(count, L);
             const S* grad_out = c.at(c.grad_out, 4, image, head) + first * c.width * c.strides[14];
-            pack(grad_out, c.strides[14], count, gg.data());
-            pack(c.at(c.q, 0, image, head) + first * c.width * c.strides[2], c.strides[2], count, qs.data());
-            pack(c.at(c.out_in, 3, image, head) + first * c.width * c.strides[11], c.strides[11], count, acc_q.data());
+            const S* q = c.at(c.q, 0, image, head) + first * c.width * c.strides[2];
+            const S* out = c.at(c.out_in, 3, image, head) + first * c.width * c.strides[11];
             const T* lse = c.lse_in + (image * c.heads + head) * queries + first * c.width;
-            std::fill(line.begin(), line.end(), T(0));
-            std::fill(delta.begin(), delta.end(), T(0));
-            for (int64_t i = 0; i < count; ++i) {
-                V<T> sum{};
-                for (int64_t d = 0; d < dim; d += L) sum += load(gg.data() + i * dim + d) * load(acc_q.data() + i * dim + d);
-                for (int j = 0; j < L; ++j) delta[i] += sum[j];
-                line[i] = lse[i];
-            }
+            std::fill(std::copy(lse, lse + count, line.begin()), line.end(), T(0));
+            std::fill(delta.begin() + count, delta.end(), T(0));
+            row_products(grad_out, c.strides[14], out, c.strides[11], count, c.dim, delta.data());
             for (int64_t key = 0; key < c.keys; key += tile) {
                 const int64_t keys = std::min(tile, c.keys - key);
                 block_scores(image, head, first, rows, key, keys);
@@ -326,10 +311,10 @@ template <class T, class S> struct Worker {
                         T* g = grads.data() + k * block + n;
                         store(g, weight * (load(g) - load(delta.data() + n)));
                     }
-                product<T, true>(keys, dim, count, scores.data(), block, 1, gg.data(), dim, acc_v.data() + key * dim, dim);
-                product<T, true>(keys, dim, count, grads.data(), block, 1, qs.data(), dim, acc_k.data() + key * dim, dim);
-                if (key == 0) product<T, false>(count, dim, keys, grads.data(), 1, block, kk.data(), dim, acc_q.data(), dim);
-                else product<T, true>(count, dim, keys, grads.data(), 1, block, kk.data() + key * dim, dim, acc_q.data(), dim);
+                weighted.template operator()<true>(keys, scores.data(), block, 1, count, grad_out, c.strides[14], c.dim, acc_v.data() + key * dim);
+                weighted.template operator()<true>(keys, grads.data(), block, 1, count, q, c.strides[2], c.dim, acc_k.data() + key * dim);
+                if (key == 0) weighted.template operator()<false>(count, grads.data(), 1, block, keys, k, c.strides[5], c.dim, acc_q.data());
+                else weighted.template operator()<true>(count, grads.data(), 1, block, keys, k + key * c.strides[5], c.strides[5], c.dim, acc_q.data());
                 if (c.table) bias_gradient(image, head, first, rows, key, keys);
             }
             S* grad_q = c.at(c.grad_q, 5, image, head) + first * c.width * c.strides[17];

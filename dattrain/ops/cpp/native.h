@@ -82,8 +82,11 @@ template <class T, class S> inline void narrow_all(const T* from, int64_t count,
 template <class T> struct Plain {
     typedef T Element;
     typedef V<T> Right;
-    static Right right(const T* p) { return load(p); }
-    static V<T> add(V<T> sum, T left, Right right) { return sum + left * right; }
+    typedef V<T> Sum;
+    static Right right(const T* p) { return ::load(p); }
+    static Sum load(const T* p) { return ::load(p); }
+    static void store(T* p, Sum sum) { ::store(p, sum); }
+    static Sum add(Sum sum, T left, Right right) { return sum + left * right; }
 };
 #ifdef __AVX512BF16__
 constexpr bool has_pairs = true;
@@ -91,9 +94,11 @@ struct Pairs {
     typedef uint32_t Element;
     typedef __m512i Right;
     static Right right(const uint32_t* p) { return _mm512_loadu_si512(p); }
-    static V<float> add(V<float> sum, uint32_t left, Right right) {
-        return (V<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)right);
-    }
+    // Sums are of the intrinsics' own type: cast at every step, GCC (12) keeps a copy of each on the stack, at half the speed.
+    typedef __m512 Sum;
+    static Sum load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, Sum sum) { _mm512_storeu_ps(p, sum); }
+    static Sum add(Sum sum, uint32_t left, Right right) { return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)right); }
 };
 #else
 constexpr bool has_pairs = false;
@@ -103,11 +108,11 @@ typedef Plain<float> Pairs;
 // c[m][n] (+)= sum over p of a[m * am + p * ap] * b[p * ldb + n], for ROWS rows and COLS vectors of columns.
 template <class How, class T, class E, int ROWS, int COLS, bool ADD>
 inline void tile(int64_t depth, const E* a, int64_t am, int64_t ap, const E* b, int64_t ldb, T* c, int64_t ldc) {
-    V<T> sum[ROWS][COLS];
+    typename How::Sum sum[ROWS][COLS];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-        for (int j = 0; j < COLS; ++j) sum[r][j] = ADD ? load(c + r * ldc + j * lanes<T>) : V<T>{};
+        for (int j = 0; j < COLS; ++j) sum[r][j] = ADD ? How::load(c + r * ldc + j * lanes<T>) : typename How::Sum{};
     for (int64_t p = 0; p < depth; ++p) {
         typename How::Right right[COLS];
 #pragma GCC unroll 4
@@ -122,7 +127,7 @@ inline void tile(int64_t depth, const E* a, int64_t am, int64_t ap, const E* b, 
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-        for (int j = 0; j < COLS; ++j) store(c + r * ldc + j * lanes<T>, sum[r][j]);
+        for (int j = 0; j < COLS; ++j) How::store(c + r * ldc + j * lanes<T>, sum[r][j]);
 }
 
 // columns is a multiple of the vector length; all matrices are padded to it.
@@ -189,6 +194,76 @@ template <class T, class S> struct Dot {
         }
     }
 };
+
+// Scores' weights or gradients times rows of S in memory: c[m][n] (+)= sum over p of a[m * am + p * ap] * b[p * stride + n]; am or ap
+// is 1, and c has ``columns`` rounded up to whole vectors. Where the CPU multiplies pairs of bf16, a is rounded to it, as torch's products in
+// bf16 take theirs.
+template <class T, class S> struct Weighted {
+    std::vector<T> wide;
+    std::vector<uint32_t> pa, pb;
+
+    template <bool ADD>
+    void operator()(int64_t rows, const T* a, int64_t am, int64_t ap, int64_t depth, const S* b, int64_t stride, int64_t columns, T* c) {
+        const int64_t padded = round_up(columns, lanes<T>);
+#ifdef __AVX512BF16__
+        if constexpr (std::is_same_v<S, bf16>) {
+            const int64_t half = (depth + 1) / 2, pitch = round_up(ap == 1 ? half : rows, 16);
+            pa.resize(ap == 1 ? rows * pitch : half * pitch);
+            pb.resize(half * padded);
+            for (int64_t n = 0; n < columns; n += 16) {
+                const auto mask = first(columns - n);
+                down([&](int64_t p) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b + p * stride + n)); }, depth, pb.data() + n, padded);
+            }
+            if (ap == 1) {
+                for (int64_t m = 0; m < rows; ++m)
+                    for (int64_t p = 0; p < depth; p += 16)
+                        _mm256_storeu_si256((__m256i*)(pa.data() + m * pitch + p / 2), narrowed(_mm512_maskz_loadu_ps(first(depth - p), a + m * am + p)));
+                product_of<Pairs, T, ADD>(rows, padded, half, pa.data(), pitch, 1, pb.data(), padded, c, padded);
+            } else {
+                for (int64_t m = 0; m < rows; m += 16)
+                    down([&](int64_t p) { return _mm512_cvtepu16_epi32(narrowed(_mm512_loadu_ps(a + p * ap + m))); }, depth, pa.data() + m, pitch);
+                product_of<Pairs, T, ADD>(rows, padded, half, pa.data(), 1, pitch, pb.data(), padded, c, padded);
+            }
+            return;
+        }
+#endif
+        wide.resize(depth * padded);
+        for (int64_t p = 0; p < depth; ++p) {
+            widen_all(b + p * stride, columns, wide.data() + p * padded);
+            std::fill(wide.begin() + p * padded + columns, wide.begin() + (p + 1) * padded, T(0));
+        }
+        product<T, ADD>(rows, padded, depth, a, am, ap, wide.data(), padded, c, padded);
+    }
+
+#ifdef __AVX512BF16__
+    static __mmask16 first(int64_t count) { return count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xffff); }
+    static __m256i narrowed(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+    // Numbers of a row and of the next, in pairs; the last of an odd number of rows has zeros for its next.
+    template <class Row> static void down(const Row& row, int64_t rows, uint32_t* into, int64_t pitch) {
+        for (int64_t p = 0; p < rows; p += 2) {
+            __m512i pair = row(p);
+            if (p + 1 < rows) pair = _mm512_or_si512(pair, _mm512_slli_epi32(row(p + 1), 16));
+            _mm512_storeu_si512(into + p / 2 * pitch, pair);
+        }
+    }
+#endif
+};
+
+// The sum of x * y, for rows of both: what a query's gradient of scores is less by.
+template <class T, class S>
+inline void row_products(const S* x, int64_t stride_x, const S* y, int64_t stride_y, int64_t rows, int64_t count, T* into) {
+    constexpr int L = lanes<T>;
+    for (int64_t i = 0; i < rows; ++i) {
+        const S *left = x + i * stride_x, *right = y + i * stride_y;
+        T partial[L] = {};
+        int64_t n = 0;
+        for (; n + L <= count; n += L)
+            for (int j = 0; j < L; ++j) partial[j] += widen(left[n + j]) * widen(right[n + j]);
+        for (int j = 0; n + j < count; ++j) partial[j] += widen(left[n + j]) * widen(right[n + j]);
+        into[i] = 0;
+        for (int j = 0; j < L; ++j) into[i] += partial[j];
+    }
+}
 
 // exp(scale * (s - highest)) of every column of keys x columns scores, in place; the highest scores, and the sums. columns is a
 // multiple of the vector length.

@@ -21,8 +21,9 @@ template <class T, class S> struct WindowWorker {
     static constexpr int L = lanes<T>;
     const Windows<T, S>& c;
     const int64_t dim, block, pairs;  // pairs: numbers of one head's bias
-    std::vector<T> scores, grads, qs, kk, vv, gg, acc, acc_k, acc_v, bias, grad_bias, column_sum, line, delta;
+    std::vector<T> scores, grads, acc, acc_k, acc_v, bias, grad_bias, column_sum, line, delta;
     Dot<T, S> dot;
+    Weighted<T, S> weighted;
 
     WindowWorker(const Windows<T, S>& call, bool backward)
         : c(call), dim(round_up(call.dim, L)), block(round_up(call.area, L)), pairs(c.area * block) {
@@ -31,19 +32,16 @@ template <class T, class S> struct WindowWorker {
         for (int64_t head = 0; head < c.heads; ++head)
             for (int64_t query = 0; query < c.area; ++query)
                 for (int64_t key = 0; key < c.area; ++key) bias[head * pairs + key * block + query] = c.bias[(head * c.area + query) * c.area + key] / c.scale;
-        for (auto* each : {&qs, &kk, &vv, &acc}) each->assign(block * dim, 0);
+        acc.assign(block * dim, 0);
         column_sum.assign(block, 0);
         line.assign(block, 0);
         if (!backward) return;
         grads.assign(pairs, 0);
         grad_bias.assign(c.heads * pairs, 0);
-        for (auto* each : {&gg, &acc_k, &acc_v}) each->assign(block * dim, 0);
+        for (auto* each : {&acc_k, &acc_v}) each->assign(block * dim, 0);
         delta.assign(block, 0);
     }
 
-    void pack(const S* from, int64_t stride, T* into) const {
-        for (int64_t i = 0; i < c.area; ++i) widen_all(from + i * stride, c.dim, into + i * dim);
-    }
     void unpack(const T* from, T factor, S* into, int64_t stride) const {
         for (int64_t i = 0; i < c.area; ++i) narrow_all(from + i * dim, c.dim, factor, into + i * stride);
     }
@@ -70,9 +68,9 @@ template <class T, class S> struct WindowWorker {
 
     void forward(int64_t item, int64_t head) {
         block_scores(item, head);
-        pack(c.qkv + item * c.area * 3 * c.channels() + 2 * c.channels() + head * c.dim, 3 * c.channels(), vv.data());
+        const S* v = c.qkv + item * c.area * 3 * c.channels() + 2 * c.channels() + head * c.dim;
         exponentials(scores.data(), c.area, block, block, c.scale, line.data(), column_sum.data());
-        product<T, false>(c.area, dim, c.area, scores.data(), 1, block, vv.data(), dim, acc.data(), dim);
+        weighted.template operator()<false>(c.area, scores.data(), 1, block, c.area, v, 3 * c.channels(), c.dim, acc.data());
         S* out = c.out + item * c.area * c.channels() + head * c.dim;
         T* lse = c.lse + (item * c.heads + head) * c.area;
         for (int64_t i = 0; i < c.area; ++i) {
@@ -84,19 +82,10 @@ template <class T, class S> struct WindowWorker {
     void backward(int64_t item, int64_t head) {
         block_scores(item, head);
         const S* q = c.qkv + item * c.area * 3 * c.channels() + head * c.dim;
-        pack(q, 3 * c.channels(), qs.data());
-        pack(q + c.channels(), 3 * c.channels(), kk.data());
         const int64_t at = item * c.area * c.channels() + head * c.dim;
-        pack(c.grad_out + at, c.channels(), gg.data());
-        pack(c.out_in + at, c.channels(), acc.data());
         const T* lse = c.lse_in + (item * c.heads + head) * c.area;
-        for (int64_t i = 0; i < c.area; ++i) {
-            V<T> sum{};
-            for (int64_t d = 0; d < dim; d += L) sum += load(gg.data() + i * dim + d) * load(acc.data() + i * dim + d);
-            delta[i] = 0;
-            for (int j = 0; j < L; ++j) delta[i] += sum[j];
-            line[i] = lse[i];
-        }
+        std::copy(lse, lse + c.area, line.begin());
+        row_products(c.grad_out + at, c.channels(), c.out_in + at, c.channels(), c.area, c.dim, delta.data());
         dot.template operator()<false>(c.area, q + 2 * c.channels(), 3 * c.channels(), c.area, c.grad_out + at, c.channels(), c.dim, grads.data(), block);
         T* into_bias = grad_bias.data() + head * pairs;
         for (int64_t i = 0; i < pairs; i += L) {
@@ -108,9 +97,9 @@ template <class T, class S> struct WindowWorker {
             store(into_bias + i, load(into_bias + i) + g);
         }
         // Columns past the last query hold weights of no query: the products below stop before them.
-        product<T, false>(c.area, dim, c.area, scores.data(), block, 1, gg.data(), dim, acc_v.data(), dim);
-        product<T, false>(c.area, dim, c.area, grads.data(), block, 1, qs.data(), dim, acc_k.data(), dim);
-        product<T, false>(c.area, dim, c.area, grads.data(), 1, block, kk.data(), dim, acc.data(), dim);
+        weighted.template operator()<false>(c.area, scores.data(), block, 1, c.area, c.grad_out + at, c.channels(), c.dim, acc_v.data());
+        weighted.template operator()<false>(c.area, grads.data(), block, 1, c.area, q, 3 * c.channels(), c.dim, acc_k.data());
+        weighted.template operator()<false>(c.area, grads.data(), 1, block, c.area, q + c.channels(), 3 * c.channels(), c.dim, acc.data());
         S* into = c.grad_qkv + item * c.area * 3 * c.channels() + head * c.dim;
         unpack(acc.data(), c.scale, into, 3 * c.channels());
         unpack(acc_k.data(), c.scale, into + c.channels(), 3 * c.channels());

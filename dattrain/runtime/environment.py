@@ -32,7 +32,7 @@ FIRST_PORT, PORTS = 20000, 12000
 """Ports of jobs, below Linux' ephemeral range (32768 on), so that no client socket of the node can sit on one."""
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """torchrun's, of a rank."""
-_LAZY = "TORCH_GLOO_LAZY_INIT"
+LAZY = "TORCH_GLOO_LAZY_INIT"
 """Two ranks connect when gloo first has something to send from one to the other. Else all connect with all as a group is made, for
 which each asks rank 0's store for everybody's list of addresses: at 1,024 ranks a million requests and 8.8 GB, for every
 group (docs/benchmarks/scale.md)."""
@@ -302,8 +302,8 @@ def device_name(device: torch.device) -> str:
 def raise_open_files() -> None:
     """Raise this process's soft limit of open files to the hard one; what is started from here inherits it.
 
-    The usual soft limit is 1,024. gloo has a few sockets open for each rank that it has exchanged something with, in each group, and
-    so have the store, on rank 0 for each rank, and NCCL; data loaders have shards.
+    The usual soft limit is 1,024. Rank 0 has a socket for each rank in its store, and one for each in every group of gloo's that it
+    gathers in; beside them are NCCL's, and the shards of the data.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
@@ -331,7 +331,7 @@ def connect(env: Env, device: torch.device, timeout_s: float = 1800.0) -> None:
         env.rank, env.local_rank, env.world, env.local_world or 1, env.master_addr, env.master_port or 29500
     )  # fmt: skip
     os.environ.update(zip(VARIABLES, map(str, values)))
-    os.environ.setdefault(_LAZY, "1")
+    os.environ.setdefault(LAZY, "1")
     limit = timedelta(seconds=timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -388,7 +388,7 @@ def process_group(
     if dist.is_initialized():
         yield
         return
-    before = {name: os.environ.get(name) for name in (*VARIABLES, _LAZY)}
+    before = {name: os.environ.get(name) for name in (*VARIABLES, LAZY)}
     try:
         connect(env, device, timeout_s)
         try:

@@ -26,7 +26,7 @@ from dattrain.clock import Stopwatch
 from dattrain.errors import STALLED
 from dattrain.files import reason, write_atomically
 
-_GRACE_S = 10.0
+GRACE_S = 10.0
 """Between noticing a stall and ending the process: the other ranks need it to notice, and to dump their stacks."""
 
 _TICK_S = 5.0
@@ -37,6 +37,11 @@ _LOOKS = 256.0
 """Looks at the shared folder in a second, by all ranks together, that are not worth sparing."""
 
 log = logging.getLogger(__name__)
+
+
+def pause(world: int, limit_s: float, notice_s: float) -> float:
+    """Seconds between two looks of each of ``world`` ranks: seldom enough for the file system, and often enough for ``notice_s``."""
+    return min(max(1.0, min(world / _LOOKS, 0.4 * notice_s)), limit_s / 10)
 
 
 class Action(Enum):
@@ -124,13 +129,12 @@ class Watchdog:
         host: str,
         world: int = 1,
         exit: Callable[[int], object] = os._exit,
-        notice_s: float = _GRACE_S,
+        notice_s: float = GRACE_S,
     ) -> None:
         self.limit_s, self.notice_s = limit_s, notice_s
         self.attempt: str | None = None
         """What all ranks of this attempt share and no other attempt has; without it no other rank's marker is believed."""
-        # Seldom enough for the file system, and often enough to see a marker well within ``notice_s``.
-        self._pause = min(max(1.0, min(world / _LOOKS, 0.4 * notice_s)), limit_s / 10)
+        self._pause = pause(world, limit_s, notice_s)
         self._marker = run_dir / "logs" / "stalled.json"
         self._file, self._rank, self._host, self._exit = file, rank, host, exit
         self._place = "starting"

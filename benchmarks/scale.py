@@ -126,7 +126,7 @@ def order(world: int, folder: Path) -> Row:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     # One window of every lane: which node reads which shard.
-    updates = -(-known.window_samples * known.lanes // share.global_batch)
+    updates = max(1, known.window_samples * known.lanes // share.global_batch)
     readers: set[tuple[int, int]] = set()
     node = np.arange(share.global_batch) // (PER_RANK * RANKS_OF_A_NODE)
     for update in range(updates):

@@ -10,15 +10,15 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, ProcessGroupGloo, Store
 
 LIMIT = timedelta(seconds=120)
 
 
-class CountingStore(dist.Store):
+class CountingStore(Store):
     """A rank's view of a store: counts requests by kind, and bytes of values. It has what gloo calls."""
 
-    def __init__(self, inner: dist.Store, counts: Counter[str], lock: threading.Lock) -> None:
+    def __init__(self, inner: Store, counts: Counter[str], lock: threading.Lock) -> None:
         super().__init__()
         self._inner, self._counts, self._lock = inner, counts, lock
 
@@ -47,13 +47,13 @@ class GlooGroup:
     def __init__(self, world: int) -> None:
         self.world, self.counts = world, Counter[str]()
         before = _descriptors()
-        inner, lock = dist.HashStore(), threading.Lock()
+        inner, lock = HashStore(), threading.Lock()
         # Kept: a group that connects later calls them.
         self._stores = [CountingStore(inner, self.counts, lock) for _ in range(world)]
         self._groups: list[Any] = [None] * world
 
         def make(rank: int) -> None:
-            self._groups[rank] = dist.ProcessGroupGloo(self._stores[rank], rank, world, timeout=LIMIT)  # type: ignore[attr-defined,unused-ignore]
+            self._groups[rank] = ProcessGroupGloo(self._stores[rank], rank, world, timeout=LIMIT)
 
         self._on_all(make)
         self.descriptors = _descriptors() - before

@@ -249,9 +249,10 @@ def counted() -> Iterator[Count]:
         "synced": ("fsync",),
         "listed": ("listdir", "scandir"),
     }
-    noted = {call: noting(name, getattr(os, call)) for name, group in calls.items() for call in group}
+    patches: dict[str, Any] = {"open": opened, "preadv": read, "write": written}
+    patches |= {call: noting(name, getattr(os, call)) for name, group in calls.items() for call in group}
     with (
-        mock.patch.multiple(os, open=opened, preadv=read, write=written, **noted),
+        mock.patch.multiple(os, **patches),
         mock.patch.object(io, "open", opened_file),
         mock.patch.object(builtins, "open", opened_file),
     ):

@@ -1,13 +1,16 @@
-"""A resume by thousands of ranks in one process, one rank after another: the product's code, with counted opens and reads.
+"""A save or a resume by thousands of ranks in one process, one rank after another: the product's code, with counted calls.
 
 ``Checkpointer.resume`` runs for every rank with the exchanges of ``dattrain.runtime.collectives`` played from records. What a rank sends
 never depends on what it receives, so three passes are enough: each rank up to the first gather (what it misses); if any misses
 something, each rank with silence from the others (what it opens, reads and sends); and some ranks with everything. The
-last pass must open and read what was counted in the others.
+last pass must open and read what was counted in the others. A save has no exchange but for the token at the beginning; rank 0,
+which waits for the others' files, comes last.
 """
 
 from __future__ import annotations
 
+import builtins
+import io
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +27,9 @@ from torch import Tensor
 from dattrain.runtime import collectives
 from dattrain.state import checkpointer
 from dattrain.state.format import checkpoint, rank_file
-from dattrain.state.format.manifest import MANIFEST, Manifest, Parameter, rank_file_name, read_manifest
+from dattrain.state.format.manifest import Manifest, Parameter, rank_file_name
 from dattrain.state.format.rank_file import Piece
+from dattrain.state.format.retention import Policy
 from dattrain.state.partition import Fragment
 
 STATES = ("param", "exp_avg", "exp_avg_sq", "ema")
@@ -86,6 +90,18 @@ class Local:
 
     def create_moments(self, steps: Mapping[str, int]) -> None:
         assert set(steps.values()) == {7}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """As of the optimizer."""
+        return [{"lr": 1e-3, "weight_decay": 0.05}, {"lr": 1e-3, "weight_decay": 0.0}]
+
+    def scalars(self) -> dict[str, Any]:
+        return {"global_steps": 7}
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """None that could be hooked."""
+        return []
 
     def begin_write(self) -> None:
         """Nothing is gathered."""
@@ -157,7 +173,11 @@ def write(
 
 @dataclass
 class Count:
-    """What one rank did: files opened, files asked for their size, bytes and calls of reading, seconds of CPU."""
+    """What one rank did: files opened to be read, files asked for their size, bytes and calls of reading, seconds of CPU.
+
+    And beside ``names`` (of the files opened): files opened to be written, looked for, renamed and removed, calls of fsync,
+    folders listed, bytes of files written.
+    """
 
     opens: int = 0
     stats: int = 0
@@ -165,20 +185,43 @@ class Count:
     reads: int = 0
     cpu: float = 0.0
     names: list[str] = field(default_factory=list)
+    writes: int = 0
+    looked: int = 0
+    renamed: int = 0
+    removed: int = 0
+    synced: int = 0
+    listed: int = 0
+    written: int = 0
 
 
 @contextmanager
 def counted() -> Iterator[Count]:
     """Counts every file that Python opens and every byte that it reads from one, on any thread."""
     count = Count()
-    real_open, real_preadv, real_lstat = os.open, os.preadv, os.lstat
+    real_open, real_file, real_preadv, real_write = os.open, io.open, os.preadv, os.write
     begin = time.process_time()
+
+    def saw(path: Any, *, new: bool) -> None:
+        if new:
+            count.writes += 1
+        else:
+            count.opens += 1
+            count.names.append(Path(path).name)
 
     def opened(path: Any, flags: int, *rest: Any, **more: Any) -> int:
         if not flags & os.O_DIRECTORY:
-            count.opens += 1
-            count.names.append(Path(path).name)
+            saw(path, new=bool(flags & os.O_CREAT))
         return real_open(path, flags, *rest, **more)
+
+    def opened_file(path: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        # By Python's own file objects whole files are read.
+        file = real_file(path, mode, *rest, **more)
+        if not isinstance(path, int):
+            saw(path, new="r" not in mode)
+        if "r" in mode:
+            count.nbytes += os.fstat(file.fileno()).st_size
+            count.reads += 1
+        return file
 
     def read(fd: int, buffers: Any, offset: int, *rest: Any) -> int:
         got = real_preadv(fd, buffers, offset, *rest)
@@ -186,25 +229,60 @@ def counted() -> Iterator[Count]:
         count.reads += 1
         return got
 
-    def asked(path: Any, **more: Any) -> os.stat_result:
-        count.stats += 1
-        return real_lstat(path, **more)
+    def written(fd: int, data: Any) -> int:
+        done = real_write(fd, data)
+        count.written += done
+        return done
 
-    def whole(folder: Path) -> Manifest:
-        # The manifest is read by Python's own file object.
-        count.nbytes += (folder / MANIFEST).stat().st_size
-        count.reads += 1
-        return real_manifest(folder)
+    def noting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            setattr(count, name, getattr(count, name) + 1)
+            return real(*args, **more)
 
-    real_manifest = read_manifest
+        return call
+
+    calls = {
+        "stats": ("lstat",),
+        "looked": ("stat",),
+        "renamed": ("rename", "replace"),
+        "removed": ("unlink", "remove"),
+        "synced": ("fsync",),
+        "listed": ("listdir", "scandir"),
+    }
+    patches: dict[str, Any] = {"open": opened, "preadv": read, "write": written}
+    patches |= {call: noting(name, getattr(os, call)) for name, group in calls.items() for call in group}
     with (
-        mock.patch.object(os, "open", opened),
-        mock.patch.object(os, "preadv", read),
-        mock.patch.object(os, "lstat", asked),
-        mock.patch.object(checkpoint, "read_manifest", whole),
+        mock.patch.multiple(os, **patches),
+        mock.patch.object(io, "open", opened_file),
+        mock.patch.object(builtins, "open", opened_file),
     ):
         yield count
     count.cpu = time.process_time() - begin
+
+
+def save(
+    run: Path, shapes: Mapping[str, tuple[int, ...]], world: int, stage: int, policy: Policy | None = None
+) -> list[Count]:
+    """``Checkpointer.save`` of step 8 by ``world`` ranks under ``stage``; what each did, pruning by ``policy`` included."""
+    counts = [Count()] * world
+
+    def on(rank: int) -> Any:
+        return mock.patch.multiple(
+            collectives,
+            broadcast=lambda value, source=0: "many",
+            all_gather=lambda value: [value] * world,
+            rank_and_world=lambda: (rank, world),
+        )
+
+    with on(0):  # as it begins it removes what lies about
+        first = checkpointer.Checkpointer(run, policy)
+    for rank in (*range(1, world), 0):
+        local = Local(shapes, rank, world, stage)
+        with on(rank), mock.patch.object(checkpointer, "LocalState", lambda engine: engine):
+            keeper = checkpointer.Checkpointer(run, policy) if rank else first
+            with counted() as counts[rank]:
+                keeper.save(local, [local.flat["ema"]], {"step": 8, "samples_seen": 80}, background=False)
+    return counts
 
 
 class _Stop(BaseException):

@@ -70,7 +70,9 @@ def train(
         log_file = RankLog(run_dir, env.rank, env.host)
         stack.callback(log_file.close)
         health = config.train.health
-        watchdog = Watchdog(health.stall_seconds, run_dir, log_file.file, env.rank, env.host).start()
+        watchdog = Watchdog(
+            health.stall_seconds, run_dir, log_file.file, env.rank, env.host, env.world
+        ).start()
         stack.callback(watchdog.close)
         trainer: Trainer | None = None
         try:

@@ -18,6 +18,13 @@ T = TypeVar("T")
 
 _LOOK_S = 0.2
 """Between two looks of a rank that waits for the first."""
+_LOOKS = 5000.0
+"""Looks that all together take in a second at most: a store answers 20,000 or so."""
+
+
+def pause(world: int) -> float:
+    """Seconds between two looks of each of ``world`` ranks that wait for the first."""
+    return max(_LOOK_S, world / _LOOKS)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -119,7 +126,7 @@ def on_first(action: Callable[[], T], waiting: Callable[[], object] = lambda: No
         return done[0]
     while not store.check([key]):
         waiting()
-        time.sleep(_LOOK_S)
+        time.sleep(pause(world))
     value: T
     value, reported = pickle.loads(store.get(key))
     # The last to have read it leaves nothing behind.

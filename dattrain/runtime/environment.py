@@ -32,6 +32,10 @@ FIRST_PORT, PORTS = 20000, 12000
 """Ports of jobs, below Linux' ephemeral range (32768 on), so that no client socket of the node can sit on one."""
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """torchrun's, of a rank."""
+LAZY = "TORCH_GLOO_LAZY_INIT"
+"""Two ranks connect when gloo first has something to send from one to the other. Else all connect with all as a group is made, for
+which each asks rank 0's store for everybody's list of addresses: at 1,024 ranks a million requests and 8.8 GB, for every
+group (docs/benchmarks/scale.md)."""
 _FILES = 1 << 20
 """Open files at most: some containers allow a billion, and there are programs that close each number one by one."""
 RENDEZVOUS_HINT = (
@@ -298,7 +302,8 @@ def device_name(device: torch.device) -> str:
 def raise_open_files() -> None:
     """Raise this process's soft limit of open files to the hard one; what is started from here inherits it.
 
-    gloo opens up to three sockets for each other rank, and the usual soft limit of 1,024 is reached at 341 ranks.
+    The usual soft limit is 1,024. Rank 0 has a socket for each rank in its store, and one for each in every group of gloo's that it
+    gathers in; beside them are NCCL's, and the shards of the data.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
@@ -326,6 +331,7 @@ def connect(env: Env, device: torch.device, timeout_s: float = 1800.0) -> None:
         env.rank, env.local_rank, env.world, env.local_world or 1, env.master_addr, env.master_port or 29500
     )  # fmt: skip
     os.environ.update(zip(VARIABLES, map(str, values)))
+    os.environ.setdefault(LAZY, "1")
     limit = timedelta(seconds=timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -382,7 +388,7 @@ def process_group(
     if dist.is_initialized():
         yield
         return
-    before = {name: os.environ.get(name) for name in VARIABLES}
+    before = {name: os.environ.get(name) for name in (*VARIABLES, LAZY)}
     try:
         connect(env, device, timeout_s)
         try:

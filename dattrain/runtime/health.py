@@ -26,13 +26,22 @@ from dattrain.clock import Stopwatch
 from dattrain.errors import STALLED
 from dattrain.files import reason, write_atomically
 
-_GRACE_S = 10.0
+GRACE_S = 10.0
 """Between noticing a stall and ending the process: the other ranks need it to notice, and to dump their stacks."""
 
 _TICK_S = 5.0
-"""Most that one look at the clock counts as silence. The thread looks every second; what is much later, it was kept from."""
+"""Most that one look at the clock counts as silence. The thread looks every second, with a thousand ranks every four; what is much
+later, it was kept from."""
+
+_LOOKS = 256.0
+"""Looks at the shared folder in a second, by all ranks together, that are not worth sparing."""
 
 log = logging.getLogger(__name__)
+
+
+def pause(world: int, limit_s: float, notice_s: float) -> float:
+    """Seconds between two looks of each of ``world`` ranks: seldom enough for the file system, and often enough for ``notice_s``."""
+    return min(max(1.0, min(world / _LOOKS, 0.4 * notice_s)), limit_s / 10)
 
 
 class Action(Enum):
@@ -107,6 +116,7 @@ class Watchdog:
         limit_s: silence that counts as a stall.
         run_dir: shared; the first rank that notices leaves ``logs/stalled.json`` there, and the others dump too.
         file: this rank's log, where stacks go.
+        world: ranks; the more there are, the less often each looks for the others' marker, on a file system that all share.
         exit: called with ``STALLED`` in the end; tests pass their own.
     """
 
@@ -117,12 +127,14 @@ class Watchdog:
         file: IO[str],
         rank: int,
         host: str,
+        world: int = 1,
         exit: Callable[[int], object] = os._exit,
-        notice_s: float = _GRACE_S,
+        notice_s: float = GRACE_S,
     ) -> None:
         self.limit_s, self.notice_s = limit_s, notice_s
         self.attempt: str | None = None
         """What all ranks of this attempt share and no other attempt has; without it no other rank's marker is believed."""
+        self._pause = pause(world, limit_s, notice_s)
         self._marker = run_dir / "logs" / "stalled.json"
         self._file, self._rank, self._host, self._exit = file, rank, host, exit
         self._place = "starting"
@@ -162,8 +174,7 @@ class Watchdog:
             self._thread.join(timeout=5)
 
     def _watch(self) -> None:
-        pause = min(1.0, self.limit_s / 10)
-        while not self._stop.wait(pause):
+        while not self._stop.wait(self._pause):
             silent = self._silence.look()
             other = self._other()
             if silent > self.limit_s or other is not None:

@@ -26,6 +26,8 @@ from dattrain.runtime.environment import RENDEZVOUS_HINT, Env
 _ELEMENTS = 1 << 20
 _VISIBLE_S = 60.0
 """Seconds in which every rank must see what rank 0 has renamed."""
+_LOOK_S, _LONGEST_S = 0.05, 2.0
+"""Between the first two looks for that, and at most: each time twice as long, since all ranks look, and each lists a folder."""
 
 
 @dataclass(frozen=True)
@@ -137,18 +139,23 @@ def _all_reduce(device: torch.device, problems: list[str]) -> float:
     rank, world = dist.get_rank(), dist.get_world_size()
     times = []
     for _ in range(5):
-        values = torch.full((_ELEMENTS,), float(rank + 1), device=device)
+        values = torch.full((_ELEMENTS,), _share(rank), device=device)
         dist.barrier()
         begin = time.perf_counter()
         dist.all_reduce(values)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)
-        expected = world * (world + 1) / 2
+        expected = sum(map(_share, range(world)))
         if not bool((values == expected).all()):
             problems.append(f"all-reduce gave {float(values[0])}, not {expected}")
             break
     return sorted(times)[len(times) // 2]
+
+
+def _share(rank: int) -> float:
+    """What a rank gives: fp32 holds every sum of them exactly, up to 130,000 ranks."""
+    return float(rank % 256 + 1)
 
 
 def _save(folder: Path, env: Env, problems: list[str]) -> float:
@@ -208,14 +215,15 @@ def _write(folder: Path, name: str, text: str) -> None:
 
 
 def _look(path: Path, token: str, problems: list[str]) -> None:
-    end = time.perf_counter() + _VISIBLE_S
+    end, pause = time.perf_counter() + _VISIBLE_S, _LOOK_S
     while True:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if path.read_text(encoding="utf-8") == token:
                 return
         if time.perf_counter() > end:
             break
-        time.sleep(0.05)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_S)
         # Network file systems cache a folder's listing; opening it anew is what refreshes that.
         with contextlib.suppress(OSError):
             os.listdir(path.parents[1])

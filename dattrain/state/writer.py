@@ -171,10 +171,15 @@ class Writer:
             why = str(error)
         else:
             return error
+        text = f"the checkpoint of step {step} could not be written to {self.root}: {why}"
+        if self.rank:
+            # Rank 0 says what is left. A full disk fails on all of them: a thousand that ask for the size of every file of every
+            # checkpoint would be a million questions and more.
+            return UserError(text)
         newest = checkpoint.find(self.root).folder
         left = (
             f"the last complete checkpoint is {newest.name}"
             if newest
             else "there is no complete checkpoint yet"
         )
-        return UserError(f"the checkpoint of step {step} could not be written to {self.root}: {why}; {left}")
+        return UserError(f"{text}; {left}")

@@ -308,7 +308,7 @@ def one_rank_cannot_write(run: Path) -> None:
     if dist.get_rank() == 1:
         os.write = real
     assert "step 2 could not be written" in message and "No space left on device" in message, message
-    assert "the last complete checkpoint is step_00000001" in message
+    assert ("the last complete checkpoint is step_00000001" in message) == (dist.get_rank() == 0), message
     dist.barrier()
     if dist.get_rank() == 0:
         assert sorted(p.name for p in keeper.root.iterdir() if not p.name.startswith(".new")) == [
@@ -332,7 +332,8 @@ def the_next_step_hears_of_it(run: Path) -> None:
     keeper.save(engine, None, META)
     while not keeper.failed:
         time.sleep(0.01)
-    assert "Input/output error; there is no complete checkpoint yet" in told(keeper.wait)
+    left = "; there is no complete checkpoint yet" if dist.get_rank() == 0 else ""
+    assert told(keeper.wait).endswith(f"Input/output error{left}")
     keeper.wait()
     rank_file.write = real
     dist.barrier()

@@ -21,7 +21,7 @@ from typing import Any
 from dattrain.errors import Damaged, UserError
 from dattrain.files import doing, sync, write_atomically
 from dattrain.state.format.manifest import MANIFEST, Manifest, read_manifest
-from dattrain.state.format.rank_file import BLOCK, Reader, check_regular, open_regular, read_block
+from dattrain.state.format.rank_file import BLOCK, Reader, check_regular
 
 PIN = "pinned"
 """An empty file of this name in a checkpoint's folder keeps retention away from it."""
@@ -53,16 +53,11 @@ def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, tot
     """
     manifest, done = check(folder), 0
     for name, digest in manifest.files.items():
-        path = folder / name
-        fd = open_regular(path, digest.size)
-        try:
-            for index in range(-(-digest.size // BLOCK)):
-                done += len(read_block(fd, path, digest, index))
-                progress(done, manifest.nbytes)
-        finally:
-            os.close(fd)
-        with Reader(path, digest) as reader:
+        with Reader(folder / name, digest) as reader:
             reader.pieces()
+            for index in range(-(-digest.size // BLOCK)):
+                done += len(reader.block(index))
+                progress(done, manifest.nbytes)
     return manifest
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import math
 import os
 import resource
 import tempfile
@@ -6,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from counting_store import GlooGroup
 
 from dattrain.errors import UserError
 from dattrain.runtime.environment import (
@@ -206,6 +208,19 @@ def test_a_process_that_was_no_rank_is_none_after_its_group(fails, monkeypatch):
         if fails:
             raise KeyError
     assert dict(os.environ) == before and not torch.distributed.is_initialized()
+
+
+def test_ranks_that_have_nothing_to_say_to_each_other_do_not_connect():
+    """gloo would connect all with all, each asking the one store for everybody's list of addresses: that grows as ranks cubed."""
+    world = 16
+    with process_group(resolve({}), torch.device("cpu")):
+        group = GlooGroup(world)
+        made = group.counts["set"], group.counts["get"], group.descriptors
+        group.use()
+    assert made[:2] == (world, 0) and made[2] <= 5 * world
+    # By the algorithms: the ring of an all-reduce, the trees of a broadcast, the distances of a barrier, a gather's star.
+    assert group.counts["get"] <= 2 * world * math.log2(world)
+    assert group.counts["get bytes"] <= 256 * group.counts["get"]
 
 
 def test_a_process_that_meets_others_may_open_as_many_files_as_the_hard_limit_lets_it():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dattrain.clock import Stopwatch
+from dattrain.runtime import health
 from dattrain.runtime.health import STALLED, Action, NonFinitePolicy, Watchdog
 
 G, S, R, X = Action.NONE, Action.SKIP, Action.ROLL_BACK, Action.STOP
@@ -83,6 +84,14 @@ def test_a_rank_that_beats_is_left_alone(tmp_path):
         time.sleep(0.05)
     dog.close()
     assert not ended.is_set() and not codes
+
+
+def test_a_thousand_ranks_look_for_a_marker_no_more_often_than_256_and_soon_enough():
+    pauses = {world: health.pause(world, 1800, health.GRACE_S) for world in (1, 256, 1024, 4096)}
+    assert pauses[1] == pauses[256] == 1.0 and 1024 / pauses[1024] <= 256
+    assert max(pauses.values()) < health.GRACE_S / 2, (
+        "or a stall ends the process before the others have seen it"
+    )
 
 
 @pytest.mark.parametrize("attempt", ["now", "before"])

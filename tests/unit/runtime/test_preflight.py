@@ -102,3 +102,17 @@ def test_a_link_to_nowhere_in_place_of_the_checkpoints_is_named(tmp_path):
     (tmp_path / "checkpoints").symlink_to(tmp_path / "purged")
     with pytest.raises(UserError, match=r"folders cannot be made in .* \(EEXIST: "):
         check(tmp_path)
+
+
+def test_what_does_not_appear_is_looked_for_more_and_more_seldom(tmp_path, monkeypatch):
+    """By every rank at once, and each look lists a folder."""
+    now, looks, problems = [0.0], [], []
+    monkeypatch.setattr(preflight.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(preflight.time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
+    monkeypatch.setattr(preflight.os, "listdir", looks.append)
+    preflight._look(tmp_path / "a" / "b", "token", problems)
+    assert len(looks) <= 40 and now[0] <= preflight._VISIBLE_S + 2 and "is missing" in problems[0]
+
+
+def test_the_sum_that_is_checked_is_exact_in_fp32_for_any_number_of_ranks():
+    assert sum(map(preflight._share, range(100_000))) < 2**24

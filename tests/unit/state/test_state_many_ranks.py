@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
 from unittest import mock
 
 import pytest
 import torch
-from many_ranks import Group, Local, counted, write
+from many_ranks import Group, Local, counted, save, write
 from state_fakes import write_shard
 
 from dattrain.errors import UserError
 from dattrain.state import checkpointer, gather
-from dattrain.state.format import checkpoint, retention
+from dattrain.state.format import checkpoint, rank_file, retention
 from dattrain.state.format.manifest import MANIFEST, rank_file_name, read_manifest
 from dattrain.state.format.rank_file import Piece
+from dattrain.state.writer import Staged, Writer
 
 SHAPES = {"stem.weight": (48, 3, 4, 4), "stem.bias": (48,), "odd": (7,), "fc.weight": (300, 501), "scale": ()}
 
@@ -106,6 +108,42 @@ def test_a_hole_and_an_overlap_are_damage_whatever_the_checksums_say(tmp_path, w
         checkpointer.Checkpointer(tmp_path).resume(local, None)
     with pytest.raises(UserError, match="elements exactly once"):
         gather.load_tensors(tmp_path)
+
+
+def test_a_save_costs_rank_0_a_few_calls_for_each_rank_and_the_others_nothing_more(tmp_path):
+    found = {}
+    for world in (8, 16):
+        write(tmp_path / str(world), SHAPES, world, 2, value)
+        found[world] = save(tmp_path / str(world), SHAPES, world, 2, retention.Policy(keep_last=1))
+        assert [e.step for e in checkpoint.list_all(tmp_path / str(world) / "checkpoints")] == [8]
+    for counts in found.values():
+        for count in counts[1:]:
+            assert (count.writes, count.synced, count.renamed, count.opens, count.stats) == (3, 1, 1, 0, 0)
+    few, more = found[8][0], found[16][0]
+    assert few.writes == more.writes and few.synced == more.synced and few.renamed == more.renamed
+    # A marker is looked for, read and removed, and a file's size asked for, in the new checkpoint and in the old one.
+    for name, most in {"opens": 1, "looked": 1, "stats": 2, "removed": 3}.items():
+        assert getattr(more, name) - getattr(few, name) <= 8 * most, name
+
+
+def test_a_rank_that_cannot_save_looks_at_nobodys_files(tmp_path, monkeypatch):
+    """A full disk fails on all ranks at once: each file of each checkpoint, asked for by each of them, is ranks squared."""
+    folder = write(tmp_path, SHAPES, 8, 2, value)
+    monkeypatch.setattr(rank_file, "write", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    layout, manifest = rank_file.layout([Piece("param", "w", 0, 4)]), read_manifest(folder)
+    staged = Staged(layout, memoryview(bytearray(layout.size)), mock.Mock())
+    for rank in (3, 0):
+        writer = Writer(folder.parent, rank, 8, 1.0, lambda: None)
+        with counted() as count, pytest.raises(UserError, match="step 7 could not be written"):
+            writer.write(folder.parent / ".new-x", manifest, staged)
+        assert (count.opens, count.stats) == (0, 0) if rank else count.stats > 8
+
+
+def test_verifying_opens_each_file_once(tmp_path):
+    folder = write(tmp_path, SHAPES, 16, 2, value)
+    with counted() as count:
+        checkpoint.verify(folder)
+    assert sorted(count.names) == sorted([MANIFEST, *map(rank_file_name, range(16))])
 
 
 def test_whole_tensors_are_put_together_in_groups_each_in_one_pass(tmp_path, monkeypatch):

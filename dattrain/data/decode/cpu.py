@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dattrain.data.augment.cpu_transforms import eval_image, train_image
+from dattrain.data.augment.plan import reduction
 from dattrain.data.batch import Batch
 from dattrain.data.decode import images
 from dattrain.data.feed import Encoded, bad_sample_message
@@ -83,16 +84,23 @@ def decode_sample(encoded: Encoded, i: int, transform: EvalTransform | None, out
     """
     data, plan = encoded.data[i], encoded.request.plan
     assert data is not None
+
+    def reduce(height: int, width: int) -> int:
+        # Evaluation is compared with others' to the digit. A crop is no larger than its image, and few images are large.
+        if plan is None or reduction((height, width), plan.size) == 1:
+            return 1
+        return plan.region(i, height, width).factor
+
     try:
-        image = images.decode(data)
+        decoded = images.decode_reduced(data, reduce)
     except images.BadImage as error:
         return f"{encoded.where[i]}: {error}"
     if plan is not None:
-        train_image(image, plan, i, out)
+        train_image(decoded.pixels, plan, i, out, size=decoded.size, factor=decoded.factor)
     elif transform is not None:
         size = out.shape[0], out.shape[1]
         eval_image(
-            image,
+            decoded.pixels,
             size,
             out,
             policy=transform.resize,

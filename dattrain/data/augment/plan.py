@@ -28,7 +28,7 @@ _GAMMA_ATTEMPTS = 8
 REDUCING_GAP = 2
 """A crop may be reduced by 2, 4 or 8 before it is resized where that leaves at least so many times the output's pixels on each side.
 
-The word is Pillow's (``Image.resize``, ``Image.thumbnail``, whose default is 2 too). What it changes: docs/benchmarks/data-cpu.md.
+The word is Pillow's (``Image.resize``, ``Image.thumbnail``, whose default is 2 too). What it changes: docs/benchmarks/decode-cpu.md.
 """
 
 

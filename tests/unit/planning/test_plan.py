@@ -181,7 +181,7 @@ def test_arithmetic_of_steps_hours_and_reading() -> None:
     assert found["hours"] == pytest.approx(found["steps"] * 64 / 1000 / 3600)
     assert found["read_bytes_per_s"] == 1000 * plan.IMAGE_BYTES
     assert found["decoding"]["cores_per_node"] == pytest.approx(
-        500 / images_per_core((64, 64), randaugment=True)
+        500 / images_per_core((32, 32), randaugment=True)
     )
     assert found["accumulation"] == 2
     assert found["parameters"] == sum(

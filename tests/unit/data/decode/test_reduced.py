@@ -19,7 +19,7 @@ from dattrain.data.decode.cpu import EvalTransform, decode_sample
 
 PLAIN = Augment(randaugment=None)
 MAX, MEAN = 12, 1.3
-"""What docs/benchmarks/data-cpu.md states, in levels of 255: of a value, and of an image's mean."""
+"""What docs/benchmarks/decode-cpu.md states, in levels of 255: of a value, and of an image's mean."""
 
 
 def trained(decoded: images.Decoded, plan, i: int) -> torch.Tensor:

@@ -79,8 +79,8 @@ def evaluated(data: bytes, size: tuple[int, int]) -> np.ndarray:
 def same_part(data: bytes, part: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
     """``part`` (left, top, right, bottom, of 1) of an image, resized between pixels."""
     image = images.decode_pillow(data)
-    box = tuple(edge * side for edge, side in zip(part, image.size * 2))
-    pixels = image.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
+    left, top, right, bottom = (edge * side for edge, side in zip(part, image.size * 2))
+    pixels = image.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, right, bottom))
     return np.asarray(pixels).astype(int)
 
 

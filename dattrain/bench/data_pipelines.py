@@ -25,6 +25,7 @@ from dattrain.bench.data_images import Images
 from dattrain.config.schema import Config
 from dattrain.data.augment.mixup import MixupCutmix, Normalize
 from dattrain.data.decode import images as formats
+from dattrain.data.decode.dali_pipeline import require
 from dattrain.data.factory import train_loader
 from dattrain.data.fork import kept
 from dattrain.data.source.dataset import open_dataset
@@ -112,7 +113,9 @@ class Pipelines:
         return found
 
     def _dali_decompression(self, files: list[NDArray[np.uint8]]) -> None:
-        from nvidia.dali import Pipeline, fn, types
+        from nvidia.dali import Pipeline
+
+        fn, types = require()
 
         pipeline = Pipeline(batch_size=self.batch, num_threads=1, device_id=None)
         batches = [files[at : at + self.batch] for at in range(0, self.per_turn, self.batch)]

@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import webdataset
+from numpy.typing import NDArray
 from timm.data.dataset_factory import create_dataset
 from timm.data.loader import create_loader
 from torch.utils.data import DataLoader
@@ -23,6 +25,7 @@ from dattrain.bench.data_images import Images
 from dattrain.config.schema import Config
 from dattrain.data.augment.mixup import MixupCutmix, Normalize
 from dattrain.data.decode import images as formats
+from dattrain.data.decode.dali_pipeline import require
 from dattrain.data.factory import train_loader
 from dattrain.data.fork import kept
 from dattrain.data.source.dataset import open_dataset
@@ -34,6 +37,14 @@ OURS = "dattrain"
 LIMIT = "libjpeg-turbo, decompression alone"
 # Level 8 without spread: at level 10, timm's posterize asks for 0 bits, which Pillow 12 and later refuse.
 _RANDAUGMENT = "rand-m8-inc1"
+
+
+def _dali_is_there() -> bool:
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 class Pipelines:
@@ -66,11 +77,7 @@ class Pipelines:
         add(f"{OURS}, normalised", "float32, normalised in the trainer", partial(ours, mix=True))
         add(f"{OURS}, RandAugment", "uint8", partial(ours, randaugment=_RANDAUGMENT))
         add("timm, RandAugment", "uint8, normalised in the trainer", partial(self._timm, _RANDAUGMENT))
-        try:
-            import nvidia.dali  # noqa: F401
-        except ImportError:
-            pass
-        else:
+        if _dali_is_there():
             one_worker = partial(self._ours, workers=1, decoder="dali")
             add(f"{OURS}, DALI decoder on {self.device.type}", "uint8", one_worker)
         return found
@@ -91,14 +98,42 @@ class Pipelines:
                 formats.decode_pillow(data).load()
 
         ours = partial(self._ours, workers=0)
-        return {
+        found: dict[str, Callable[[], object]] = {
             LIMIT: limit,
             "Pillow, decompression alone": pillow,
             OURS: ours,
             f"{OURS}, RandAugment": partial(ours, randaugment=_RANDAUGMENT),
         }
+        if _dali_is_there():
+            arrays = [np.frombuffer(data, dtype=np.uint8) for data in files]
+            found["DALI on cpu, decompression alone"] = partial(self._dali_decompression, arrays)
+            if self.device.type == "cpu":
+                one_thread = partial(self._ours, workers=1, decoder="dali", dali_threads=1)
+                found[f"{OURS}, DALI decoder on cpu"] = one_thread
+        return found
 
-    def config(self, *, workers: int, decoder: str = "cpu", randaugment: str | None = None) -> Config:
+    def _dali_decompression(self, files: list[NDArray[np.uint8]]) -> None:
+        from nvidia.dali import Pipeline
+
+        fn, types = require()
+
+        pipeline = Pipeline(batch_size=self.batch, num_threads=1, device_id=None)
+        batches = [files[at : at + self.batch] for at in range(0, self.per_turn, self.batch)]
+        with pipeline:
+            encoded = fn.external_source(source=batches, batch=True)
+            pipeline.set_outputs(fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False))
+        pipeline.build()
+        for _ in batches:
+            pipeline.run()
+
+    def config(
+        self,
+        *,
+        workers: int,
+        decoder: str = "cpu",
+        randaugment: str | None = None,
+        dali_threads: int | None = None,
+    ) -> Config:
         """A recipe with this bench's sizes."""
         dataset = open_dataset(self.images.shards)
         dataset.close()
@@ -111,7 +146,7 @@ class Pipelines:
                     "train": self.images.shards,
                     "workers": workers,
                     "decoder": decoder,
-                    "dali_threads": self.workers,
+                    "dali_threads": dali_threads or self.workers,
                     "on_bad": "skip",
                 },
                 "augment": {"randaugment": randaugment},
@@ -126,9 +161,12 @@ class Pipelines:
         mix: bool = False,
         decoder: str = "cpu",
         randaugment: str | None = None,
+        dali_threads: int | None = None,
     ) -> None:
 
-        config = self.config(workers=workers, decoder=decoder, randaugment=randaugment)
+        config = self.config(
+            workers=workers, decoder=decoder, randaugment=randaugment, dali_threads=dali_threads
+        )
         device = self.device if decoder == "dali" else torch.device("cpu")
         normalize = Normalize(config.augment)
         loader = train_loader(config, rank=0, world=1, samples_seen=0, device=device, img_size=self.size)

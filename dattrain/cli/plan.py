@@ -156,6 +156,7 @@ def render(config: Config, p: dict[str, Any]) -> str:
         lines += [
             f"reading {p['read_bytes_per_s'] / 1e6:,.0f} MB/s at {p['images_per_s']:,.0f} images/s ({p['images_per_s_from']}), "
             f"{p['image_bytes'] / 1e3:.0f} kB an image ({p['image_bytes_from']})",
+            *_decoding(p["decoding"]),
             f"step {p['step_s']:.3g} s; {p['hours']:,.2f} hours, {p['hours'] * p['world']:,.1f} device hours, evaluation left out",
         ]
     elif p["cpu_time"]:
@@ -169,3 +170,13 @@ def render(config: Config, p: dict[str, Any]) -> str:
             "--images-per-second, or a run folder instead of the recipe"
         )
     return "\n".join([*lines, *(f"PROBLEM: {problem}" for problem in p["problems"])])
+
+
+def _decoding(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    return [
+        f"decoding: {found['cores_per_node']:.1f} cores a node beside those of the ranks, at {found['images_per_s_of_core']:.0f} images/s a core "
+        "(one AMD EPYC's: an assumption, docs/benchmarks/images-per-node.md); "
+        f"data.workers of at least {found['workers']} a rank, set is {found['workers_set']}"
+    ]

@@ -11,6 +11,7 @@ import torch
 
 from dattrain.config.derive import SAMPLES, derive, with_micro_batch
 from dattrain.config.schema import Config
+from dattrain.config.values import as_pair
 from dattrain.data.factory import assign_class_numbers
 from dattrain.data.source.dataset import ShardDataset, open_dataset
 from dattrain.data.source.listing import is_remote
@@ -20,6 +21,7 @@ from dattrain.engine.micro_batch import BESIDE, by_memory, largest_size
 from dattrain.errors import ConfigError, UserError
 from dattrain.models import flops
 from dattrain.observe.metrics import read as read_metrics
+from dattrain.planning.decoding import decoding
 from dattrain.submit import cluster, cpu_time
 from dattrain.tasks.create import create_task
 
@@ -150,11 +152,21 @@ def plan(config: Config, resources: Resources, measured: float | None = None) ->
         "image_bytes": image_bytes,
         "image_bytes_from": bytes_from,
         "read_bytes_per_s": rate * image_bytes if rate else None,
+        "decoding": _decoding(config, rate, resources.nodes, world),
         "hours": steps * config.train.global_batch / rate / 3600 if rate else None,
         "cpu_time": None if bound is None else {**asdict(bound), "cores": resources.cpu_cores, "words": bound.words},
         "device_gb": resources.device_gb,
         "problems": problems,
     }  # fmt: skip
+
+
+def _decoding(config: Config, rate: float | None, nodes: int, world: int) -> dict[str, Any] | None:
+    """Cores and workers for ``rate``; None where it is not known, or the rate of a core is not."""
+    if rate is None or config.task.kind != "classification" or config.data.decoder != "cpu":
+        return None
+    size, randaugment = as_pair(config.model.img_size), config.augment.randaugment is not None
+    found = decoding(rate, size, nodes=nodes, world=world, randaugment=randaugment)
+    return {**asdict(found), "workers_set": config.data.workers}
 
 
 def measured_rate(run: Path) -> float | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 
 from dattrain.data.augment import randaugment
-from dattrain.data.augment.plan import AugmentPlan, crop_box, eval_geometry, source_edges
+from dattrain.data.augment.plan import AugmentPlan, eval_geometry, source_edges
 
 _WHOLE = 8
 """An image whose resized form has more than this many times the pixels of the part that is taken from it (one 6 times as long as
@@ -25,14 +25,25 @@ _SUPPORT = {"bicubic": 2, "bilinear": 1}
 _JITTER = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
-def train_image(image: torch.Tensor, plan: AugmentPlan, sample: int, out: torch.Tensor) -> None:
+def train_image(
+    image: torch.Tensor,
+    plan: AugmentPlan,
+    sample: int,
+    out: torch.Tensor,
+    *,
+    size: tuple[int, int] | None = None,
+    factor: int = 1,
+) -> None:
     """Crop, resize, flip and augment as sample ``sample`` of the plan says.
 
     Args:
         image: 3 x H x W uint8.
         out: height x width x 3 uint8, written.
+        size: height and width of the file; None where ``image`` has them.
+        factor: by which ``image`` was reduced: 1, or that of the plan's region.
     """
-    top, left, height, width = crop_box(plan.crop[sample], image.shape[1], image.shape[2], plan.crop_ratio)
+    region = plan.region(sample, *(size or image.shape[1:]))
+    top, left, height, width = (edge // factor for edge in region[:4])
     crop = image[:, top : top + height, left : left + width]
     pixels = resize(crop, plan.size, plan.interpolation).permute(1, 2, 0)
     if plan.flip[sample]:

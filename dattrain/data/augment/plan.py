@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +24,22 @@ _ATTEMPTS = 10
 _ERASE_AREA = (0.02, 1 / 3)
 _ERASE_ASPECT = (0.3, 1 / 0.3)
 _GAMMA_ATTEMPTS = 8
+
+REDUCING_GAP = 2
+"""A crop may be reduced by 2, 4 or 8 before it is resized where that leaves at least so many times the output's pixels on each side.
+
+The word is Pillow's (``Image.resize``, ``Image.thumbnail``, whose default is 2 too). What it changes: docs/benchmarks/decode-cpu.md.
+"""
+
+
+class Region(NamedTuple):
+    """A crop in pixels of the file, and by how much it may be reduced before it is resized; ``factor`` divides the others."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    factor: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,14 @@ class AugmentPlan:
         """B bool: whether any operation or jitter falls on a sample."""
         found: NDArray[np.bool_] = (self.ops >= 0).any(1) | (self.jitter != 1).any(1)
         return found
+
+    def region(self, sample: int, height: int, width: int) -> Region:
+        """What is taken of ``sample``, an image of ``height`` x ``width``: its ``crop_box``, and a large one's edges on a grid.
+
+        A function of these alone, whatever file holds the image and whoever decodes it.
+        """
+        box = crop_box(self.crop[sample], height, width, self.crop_ratio)
+        return on_grid(box, reduction((box[2], box[3]), self.size), height, width)
 
     def without_mixing(self, bad: NDArray[np.bool_]) -> AugmentPlan:
         """The plan with those unmixed that are bad or have a bad partner, whose pixels must not enter a good one.
@@ -192,6 +217,27 @@ def crop_box(
     elif width / height > ratio[1]:
         cw = min(width, max(1, round(height * ratio[1])))
     return (height - ch) // 2, (width - cw) // 2, ch, cw
+
+
+def reduction(crop: Sequence[int], size: Sequence[int]) -> int:
+    """8, 4, 2 or 1: the most by which a crop may be reduced before it is resized to ``size``, both (height, width)."""
+    room = min(side / (REDUCING_GAP * out) for side, out in zip(crop, size))
+    return next((factor for factor in (8, 4, 2) if room >= factor), 1)
+
+
+def on_grid(box: tuple[int, int, int, int], factor: int, height: int, width: int) -> Region:
+    """``box`` (top, left, height, width) with each edge at the nearest multiple of ``factor`` within the image.
+
+    So an image that is reduced by ``factor`` can be cropped between two of its pixels. An edge moves by half of ``factor``,
+    a quarter of a pixel of the output at most; at the lower and right border, where the side is no multiple, by less than ``factor``.
+    """
+    if factor == 1:
+        return Region(*box, 1)
+    top, left, rows, columns = box
+    y0, x0 = round(top / factor), round(left / factor)
+    y1 = min(round((top + rows) / factor), height // factor)
+    x1 = min(round((left + columns) / factor), width // factor)
+    return Region(y0 * factor, x0 * factor, (y1 - y0) * factor, (x1 - x0) * factor, factor)
 
 
 def eval_geometry(

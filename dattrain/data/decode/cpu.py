@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dattrain.data.augment.cpu_transforms import eval_image, train_image
+from dattrain.data.augment.plan import AugmentPlan, reduction
 from dattrain.data.batch import Batch
 from dattrain.data.decode import images
 from dattrain.data.feed import Encoded, bad_sample_message
@@ -84,22 +85,37 @@ def decode_sample(encoded: Encoded, i: int, transform: EvalTransform | None, out
     data, plan = encoded.data[i], encoded.request.plan
     assert data is not None
     try:
-        image = images.decode(data)
+        if plan is not None:
+            decode_training(data, plan, i, out)
+        elif transform is not None:
+            eval_image(
+                images.decode(
+                    data
+                ),  # in full: figures of an evaluation are compared with others' to the digit
+                (out.shape[0], out.shape[1]),
+                out,
+                policy=transform.resize,
+                crop_pct=transform.crop_pct,
+                interpolation=transform.interpolation,
+            )
     except images.BadImage as error:
         return f"{encoded.where[i]}: {error}"
-    if plan is not None:
-        train_image(image, plan, i, out)
-    elif transform is not None:
-        size = out.shape[0], out.shape[1]
-        eval_image(
-            image,
-            size,
-            out,
-            policy=transform.resize,
-            crop_pct=transform.crop_pct,
-            interpolation=transform.interpolation,
-        )
     return None
+
+
+def decode_training(data: bytes, plan: AugmentPlan, i: int, out: torch.Tensor) -> None:
+    """Decode an image, reduced where its crop allows it, and carry out sample ``i`` of the plan into ``out`` (H x W x 3 uint8).
+
+    Raises:
+        BadImage: see ``images.decode``.
+    """
+
+    def factor(height: int, width: int) -> int:
+        # A crop is no larger than its image, and few images are large enough.
+        return 1 if reduction((height, width), plan.size) == 1 else plan.region(i, height, width).factor
+
+    found = images.decode_reduced(data, factor)
+    train_image(found.pixels, plan, i, out, size=found.size, factor=found.factor)
 
 
 def assemble(pixels: torch.Tensor, encoded: Encoded, bad: dict[int, str]) -> Batch:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dattrain.config.data_sections import Data
 from dattrain.data.augment.device_transforms import carry_out, prepare
-from dattrain.data.augment.plan import crop_box, eval_geometry, source_edges
+from dattrain.data.augment.plan import eval_geometry, source_edges
 from dattrain.data.batch import Batch
 from dattrain.data.decode.cpu import EvalTransform, assemble, decode_sample
 from dattrain.data.decode.dali_base import PipelineDecoder, Prepared
@@ -100,10 +100,7 @@ class DaliDecoder(PipelineDecoder[Encoded, Batch]):
             ]
             both = np.asarray(edges, dtype=np.float32).reshape(-1, 2, 2)
             return np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1])
-        boxes = [
-            crop_box(plan.crop[i], *hw, plan.crop_ratio) if here[i] else (0, 0, *hw)
-            for i, hw in enumerate(sizes)
-        ]
+        boxes = [plan.region(i, *hw)[:4] if here[i] else (0, 0, *hw) for i, hw in enumerate(sizes)]
         table = np.asarray(boxes, dtype=np.int32).reshape(-1, 4)
         corner, extent = np.ascontiguousarray(table[:, :2]), np.ascontiguousarray(table[:, 2:])
         return corner, extent, plan.flip.astype(np.int32)

@@ -10,8 +10,9 @@ import io
 import math
 import struct
 import warnings
+from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -88,12 +89,13 @@ def size(data: bytes) -> tuple[int, int]:
     Raises:
         BadImage: not an image, or larger than ``MAX_SIDE`` or ``MAX_PIXELS``.
     """
-    kind = sniff(data)
-    found: tuple[int, int] | None = None
-    if kind == "jpeg":
-        frame = _jpeg_frame(data)
-        found = None if frame is None else frame[:2]
-    elif kind == "png" and len(data) >= 24 and data[12:16] == b"IHDR":
+    return _size(data, sniff(data), _jpeg_frame(data))
+
+
+def _size(data: bytes, kind: str, frame: tuple[int, int, int] | None) -> tuple[int, int]:
+    """``size`` of what is known to be of ``kind``, and of a JPEG its ``_jpeg_frame``."""
+    found = None if frame is None else frame[:2]
+    if kind == "png" and len(data) >= 24 and data[12:16] == b"IHDR":
         width, height = struct.unpack(">II", data[16:24])
         found = height, width
     if found is None:
@@ -121,17 +123,45 @@ def decode(data: bytes) -> torch.Tensor:
     Raises:
         BadImage: not an image, cut short, too large, or of numbers that say no brightness.
     """
+    return decode_reduced(data, lambda height, width: 1).pixels
+
+
+class Decoded(NamedTuple):
+    """RGB pixels of an image of ``size`` (height, width), 3 x ceil(height / factor) x ceil(width / factor) uint8, channels last."""
+
+    pixels: torch.Tensor
+    size: tuple[int, int]
+    factor: int
+
+
+def decode_reduced(data: bytes, factor: Callable[[int, int], int]) -> Decoded:
+    """As ``decode``; a JPEG is reduced by ``factor(height, width)``, one of 1, 2, 4 and 8, while it is decoded.
+
+    That is libjpeg's scaled inverse DCT: 8 x 8 coefficients become 4 x 4, 2 x 2 or 1 pixels, and the rest is never made. What
+    libjpeg-turbo does not decode is not reduced either, and has a factor of 1.
+
+    Raises:
+        BadImage: see ``decode``.
+    """
     import torch  # here, since whoever lists shards needs the names of this file alone
 
-    size(data)
-    frame = _jpeg_frame(data) if sniff(data) == "jpeg" else None
+    frame = _jpeg_frame(data)
+    height, width = _size(data, sniff(data), frame)
     # Of four components libjpeg-turbo makes RGB in a way of its own.
     if frame is not None and frame[2] != 4:
+        by = factor(height, width)
+        least = -(-height // by), -(-width // by)
         try:
-            return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
+            array = simplejpeg.decode_jpeg(
+                data, min_height=least[0] * (by > 1), min_width=least[1] * (by > 1)
+            )
         except ValueError:
             pass  # Pillow has its own libjpeg and more patience; where it fails too, its message is the better one.
-    return torch.from_numpy(np.array(decode_pillow(data))).permute(2, 0, 1)
+        else:
+            size = (height, width) if by > 1 else array.shape[:2]
+            return Decoded(torch.from_numpy(array).permute(2, 0, 1), size, by)
+    array = np.array(decode_pillow(data))
+    return Decoded(torch.from_numpy(array).permute(2, 0, 1), array.shape[:2], 1)
 
 
 def decode_pillow(data: bytes) -> Image.Image:
@@ -238,7 +268,9 @@ def _reason(error: Exception) -> str:
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
-    """Height, width and number of components from the frame header (ITU-T T.81, B.2.2); None where there is none."""
+    """Height, width and number of components from a JPEG's frame header (ITU-T T.81, B.2.2); None where there is none."""
+    if sniff(data) != "jpeg":
+        return None
     at, end = 2, len(data) - 9
     while at < end:
         if data[at] != 0xFF:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from importlib.metadata import distributions
 
 import numpy as np
 import torch
@@ -56,6 +57,9 @@ def test_a_whole_run(tmp_path, capsys):
     for name in ("timm", "webdataset, Pillow bicubic", "dattrain", "dattrain, RandAugment"):
         assert rows["whole pipeline", name]["cpu"][0] > 0
     assert ("one process", bench.LIMIT) in rows and ("one process", "dattrain") in rows
+    if "nvidia-dali-cuda130" in {d.name for d in distributions()}:
+        for name in ("DALI on cpu, decompression alone", "dattrain, DALI decoder on cpu"):
+            assert rows["one process", name]["items"] == 40 and rows["one process", name]["cpu"][0] > 0
     shown = capsys.readouterr().out
     assert "the bar is 2.2" in shown and "the bar is 0.75" in shown and "Waiting for data" in shown
 

@@ -26,6 +26,7 @@ from dattrain.engine import activation_checkpointing, memory
 from dattrain.errors import ConfigError, UserError
 from dattrain.models import flops, zoo
 from dattrain.planning import plan
+from dattrain.planning.decoding import images_per_core
 from dattrain.submit import cpu_time
 from dattrain.tasks.create import create_task
 
@@ -179,6 +180,9 @@ def test_arithmetic_of_steps_hours_and_reading() -> None:
     assert found["steps"] == -(-2 * 1_281_167 // 64)
     assert found["hours"] == pytest.approx(found["steps"] * 64 / 1000 / 3600)
     assert found["read_bytes_per_s"] == 1000 * plan.IMAGE_BYTES
+    assert found["decoding"]["cores_per_node"] == pytest.approx(
+        500 / images_per_core((32, 32), randaugment=True)
+    )
     assert found["accumulation"] == 2
     assert found["parameters"] == sum(
         p.numel() for p in zoo.create("dat_atto", num_classes=10, img_size=32).parameters()

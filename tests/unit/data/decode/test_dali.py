@@ -118,6 +118,17 @@ def test_training_pixels(mixed, interpolation):
     assert dali.rebuilt == 0
 
 
+def test_crops_that_the_cpu_decoder_reduces_are_the_same_region(tmp_path, photo):
+    """DALI reduces nothing, and takes the edges that the reduction's grid has."""
+    dataset = open_dataset(shards(tmp_path / "set", [encode(photo, quality=92)] * 16))
+    feed = train_feed(dataset, size=(36, 36), batch=16)
+    cpu, dali = both(dataset, feed, (36, 36))
+    a, b = cpu(0), next(dali)
+    dali.close()
+    assert sum(a.plan.region(i, photo.height, photo.width).factor > 1 for i in range(16)) > 8
+    assert difference(a, b)[:, 1].max() <= 1.0
+
+
 @pytest.mark.parametrize("policy", ["shorter", "squash"])
 def test_evaluation_pixels(mixed, policy):
     dataset = open_dataset(mixed)

@@ -21,7 +21,7 @@ def fresh():
     return [draw[0], draw[1], 0.1 * draw[2], 0.01 * torch.rand(N, generator=generator)]
 
 
-def naive(members):
+def torchs(members):
     weights, gradients, averages, squares, steps = (list(column) for column in zip(*members))
     adam(
         weights, gradients, averages, squares, [], [s.clone() for s in steps], fused=True, decoupled_weight_decay=True,
@@ -46,9 +46,9 @@ CUTTINGS = [
 
 
 def differing(update, cuttings):
-    """Elements, of all cuttings, which are not what they are in one piece."""
+    """Elements, of all cuttings, which are not what torch's update makes of them in one piece of whole vectors."""
     whole = fresh()
-    update(cut(whole, []))
+    torchs(cut(whole, []))
     found = 0
     for borders in cuttings:
         parts = fresh()
@@ -64,7 +64,7 @@ def test_an_elements_bits_do_not_depend_on_how_the_tensor_is_cut(threads):
     try:
         assert differing(ours, CUTTINGS) == 0
         if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
-            assert differing(naive, CUTTINGS[-1:]) > 0  # or there is nothing here to be careful of any more
+            assert differing(torchs, CUTTINGS[-1:]) > 0  # or there is nothing here to be careful of any more
     finally:
         torch.set_num_threads(before)
 

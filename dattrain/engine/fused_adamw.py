@@ -50,9 +50,9 @@ def step(
         flat = _in_memory_order(tensors)
         vectors = flat[0].numel() - flat[0].numel() % (UNIT // flat[0].element_size()) if flat else 0
         if vectors:
-            whole.append(Member(*(t[:vectors] for t in flat), steps.clone()))
+            whole.append(Member._make([*(t[:vectors] for t in flat), steps.clone()]))
         if vectors < tensors[0].numel():
-            rest = Member(*(t[vectors:] for t in flat), steps) if flat else member
+            rest = Member._make([*(t[vectors:] for t in flat), steps]) if flat else member
             rests.setdefault((float(steps), tensors[0].dtype), []).append(rest)
     padded = [_padded(rest) for rest in rests.values()]
     every = [*whole, *padded]
@@ -64,8 +64,8 @@ def step(
         fused=True, decoupled_weight_decay=True, amsgrad=False, maximize=False,
         lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay,
     )  # fmt: skip
-    for rest, stepped in zip(rests.values(), padded):
-        _give_back(stepped, rest)
+    for stepped, sources in zip(padded, rests.values()):
+        _give_back(stepped, sources)
 
 
 def _in_memory_order(tensors: list[Tensor]) -> list[Tensor]:
@@ -82,7 +82,8 @@ def _padded(rest: list[Member]) -> Member:
     first = rest[0].weights
     zeros = first.new_zeros(-sum(member.weights.numel() for member in rest) % (UNIT // first.element_size()))
     columns = list(zip(*rest))[:-1]
-    return Member(*(torch.cat([*(t.reshape(-1) for t in c), zeros]) for c in columns), rest[0].steps.clone())
+    joined = [torch.cat([*(t.reshape(-1) for t in column), zeros]) for column in columns]
+    return Member._make([*joined, rest[0].steps.clone()])
 
 
 def _give_back(stepped: Member, rest: list[Member]) -> None:

@@ -95,7 +95,7 @@ class AdamW(torch.optim.AdamW):
                 views = [p, g, m, v]
                 if run.numel < p.numel():
                     views = [t.narrow(0, run.start, run.numel) for t in views]
-                by_scale.setdefault(run.scale, []).append(fused_adamw.Member(*views, step))
+                by_scale.setdefault(run.scale, []).append(fused_adamw.Member._make([*views, step]))
         for scale, members in by_scale.items():
             _update(members, group, group["lr"] * scale)
         for step in steps:

@@ -2,7 +2,8 @@
 
 ZeRO gives every optimizer group its own flat partition, with its own reductions; one group per layer would make dozens of
 small ones. So there are two groups at most, and the rate of a layer is a factor on a run of elements of the flat fp32
-partition: ``AdamW.set_scales`` takes the runs, and ``step`` hands views of them, by factor, to torch's own update.
+partition: ``AdamW.set_scales`` takes the runs, and ``step`` hands views of them, by factor, to torch's own update: on a CPU by way
+of ``fused_adamw``, which keeps the bits from depending on where a tensor was cut.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from dattrain.config.schema import Config
+from dattrain.engine import fused_adamw
 from dattrain.engine.zero import cpu_adam
 from dattrain.errors import UserError
 from dattrain.state.partition import LocalState
@@ -69,10 +71,10 @@ class AdamW(torch.optim.AdamW):
         if self._skipped:
             self._skipped = False
             return None
-        if not getattr(self, "_runs", None):
+        if not getattr(self, "_runs", None) and not any(_on_host(group) for group in self.param_groups):
             return super().step(closure)
         if closure is not None:
-            raise ValueError("layer-wise rates take no closure")
+            raise ValueError("a step by runs, or fused on a CPU, takes no closure")
         for group in self.param_groups:
             self._step_group(group)
         return None
@@ -85,40 +87,50 @@ class AdamW(torch.optim.AdamW):
         steps: list[Tensor] = []
         init_group: Any = self._init_group  # untyped
         init_group(group, params, grads, averages, squares, [], steps)
-        by_scale: dict[float, list[list[Tensor]]] = {}
+        runs = getattr(self, "_runs", {})
+        by_scale: dict[float, list[fused_adamw.Member]] = {}
         for p, g, m, v, step in zip(params, grads, averages, squares, steps):
-            cut = self._runs.get(id(p))
-            parts = cut[1] if cut else (Run(0, p.numel(), 1.0),)
-            for run in parts:
-                # The update counts a step per tensor that it is given, so each view has a counter of its own.
+            cut = runs.get(id(p))
+            for run in cut[1] if cut else (Run(0, p.numel(), 1.0),):
                 views = [p, g, m, v]
                 if run.numel < p.numel():
                     views = [t.narrow(0, run.start, run.numel) for t in views]
-                by_scale.setdefault(run.scale, []).append([*views, step.clone()])
+                by_scale.setdefault(run.scale, []).append(fused_adamw.Member._make([*views, step]))
         for scale, members in by_scale.items():
-            parts_p, parts_g, parts_m, parts_v, counters = (list(column) for column in zip(*members))
-            adam(
-                parts_p,
-                parts_g,
-                parts_m,
-                parts_v,
-                [],
-                counters,
-                foreach=group["foreach"],
-                capturable=group["capturable"],
-                differentiable=False,
-                fused=group["fused"],
-                decoupled_weight_decay=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"] * scale,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            _update(members, group, group["lr"] * scale)
         for step in steps:
             step += 1
+
+
+def _on_host(group: Mapping[str, Any]) -> bool:
+    return bool(group["fused"]) and all(p.device.type == "cpu" for p in group["params"])
+
+
+def _update(members: list[fused_adamw.Member], group: Mapping[str, Any], lr: float) -> None:
+    settings: dict[str, Any] = {"lr": lr, "eps": group["eps"], "weight_decay": group["weight_decay"]}
+    if _on_host(group):
+        fused_adamw.step(members, betas=group["betas"], **settings)
+        return
+    weights, gradients, averages, squares, steps = (list(column) for column in zip(*members))
+    adam(
+        weights,
+        gradients,
+        averages,
+        squares,
+        [],
+        # The update counts a step per tensor that it is given, so each view has a counter of its own.
+        [step.clone() for step in steps],
+        foreach=group["foreach"],
+        capturable=group["capturable"],
+        differentiable=False,
+        fused=group["fused"],
+        decoupled_weight_decay=True,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        maximize=False,
+        **settings,
+    )
 
 
 def build(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
@@ -139,7 +151,7 @@ def build(model: nn.Module, config: Config, device: torch.device) -> torch.optim
     offloaded = config.zero.offload.optimizer is not None
     if offloaded and device.type == "cuda" and optim.layer_decay == 1:
         return cpu_adam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-    fused = device.type == "cuda" and not offloaded
+    fused = device.type == "cpu" or not offloaded
     return AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused or None)
 
 

@@ -200,7 +200,7 @@ def test_the_image_grows_on_the_way_and_a_resume_is_exact_at_and_after_the_bound
     assert tables and all("bias_table" in key for key in tables)
 
 
-def test_layer_wise_rates_equal_torchs_adamw_with_a_group_per_layer_under_every_stage(folder):
+def test_layer_wise_rates_equal_an_unpartitioned_adamw_with_a_group_per_layer_under_every_stage(folder):
     found = said(folder, "layer-decay")
     elements = sum(7 * n + n for n in (9, 10, 11))
     for stage in range(4):

@@ -9,33 +9,14 @@ takes from it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from dattrain.config.derive import divisors, micro_batch
-from dattrain.config.schema import Config
-from dattrain.config.values import as_pair
-from dattrain.engine.micro_batch import BESIDE, by_memory
-from dattrain.engine.precision import REDUCE_BUCKET, STAGE_0_BUCKET, WEIGHTS
+from dattrain.engine.precision import REDUCE_BUCKET, STAGE_0_BUCKET
 from dattrain.errors import ConfigError
-from dattrain.models import flops
 from dattrain.planning.network import Network, given, ring_bytes
-from dattrain.tasks.create import create_task
 
-BUCKETS = (1_000_000, 2_000_000, REDUCE_BUCKET, 10_000_000, 20_000_000, 50_000_000, 200_000_000)
-"""Elements of a reduction bucket that are compared."""
 PERSISTENT = 100_000
 """Elements up to which stage 3 leaves a weight whole on every device (DeepSpeed's ``stage3_param_persistence_threshold``)."""
-RECOMPUTED = {"none": 1.0, "selective": 1.0, "block": 4 / 3, "stage": 4 / 3}
-"""Work by ``train.activation_checkpointing``: a second forward pass beside forward and a backward of twice that; what
-``selective`` computes again is counted as nothing."""
-WORTH = 0.01
-"""Share of an update that a change must save to be named."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +29,11 @@ class Constants(Network):
         "take as long per FLOP of forward",
     )
     eager_us_per_operation: float = given(
-        128 / 1086 / 757 * 1e6,
-        "measured there: an update of DAT-T at 1,086 images/s, 757 operations; assumed: all of it is the host launching, which waits for nothing",
+        128 / 1086 / 816 * 1e6,
+        "measured there: an update of DAT-T at 1,086 images/s, 816 operations; assumed: all of it is the host launching them",
     )
     compiled_us_per_operation: float = given(
-        128 / 1418 / 757 * 1e6, "likewise with train.compile=block, 1,418 images/s"
+        128 / 1418 / 816 * 1e6, "likewise with train.compile=block, 1,418 images/s"
     )
     graph_us_per_operation: float = given(
         3.4,
@@ -66,7 +47,8 @@ class Constants(Network):
         4.0, "small all-reduces of an update: two norms and an overflow (DeepSpeed), the status (ours)"
     )
     images_per_core_s: float = given(
-        552.0, "measured (data-cpu.md): decoded, cropped and RandAugmented per second of a core of an AMD EPYC"
+        552.0,
+        "measured (data-cpu.md): decoded, cropped and RandAugmented per second of a core of an AMD EPYC",
     )
 
 
@@ -151,7 +133,9 @@ class Rate:
         if cuda_graphs:
             each, how = constants.graph_us_per_operation, "train.cuda_graphs"
         launching = each * 1e-6 * work.operations * work.recomputed
-        words = f"assumed: {image * 1e3:.3g} ms an image, at least {launching * 1e3:.3g} ms a micro-batch ({how})"
+        words = (
+            f"assumed: {image * 1e3:.3g} ms an image, at least {launching * 1e3:.3g} ms a micro-batch ({how})"
+        )
         return cls(((launching / image, launching),), words)
 
 
@@ -280,132 +264,3 @@ def _gathered(large: Sequence[tuple[int, float]], forward: float, gather: Callab
             now = max(now, end)
         now += share * forward
     return now - forward
-
-
-def work_of(config: Config) -> Work:
-    """The recipe's work, counted on the meta device."""
-    task = create_task(config)
-    size = as_pair(task.input_size(config.model.img_size))
-    with torch.device("meta"):
-        model = task.build(config.model.img_size)
-    by_name = flops.by_module(model, size, config.model.in_chans)
-    total = float(sum(by_name.values()))
-    layers = tuple(
-        Layer(tuple(p.numel() for p in module.parameters(recurse=False)), by_name.get(name, 0) / total)
-        for name, module in model.named_modules()
-        if name in by_name or next(module.parameters(recurse=False), None) is not None
-    )
-    return Work(
-        global_batch=config.train.global_batch,
-        layers=layers,
-        flops=total,
-        operations=operations(model, size, config.model.in_chans),
-        element_bytes=WEIGHTS[config.train.precision].itemsize,
-        recomputed=RECOMPUTED[config.train.activation_checkpointing],
-        averaged=config.train.ema_decay > 0,
-    )
-
-
-def operations(model: nn.Module, size: tuple[int, int], in_chans: int = 3) -> int:
-    """Calls of forward and backward that write something, views left out; on the meta device, ``model`` is left alone."""
-    network = deepcopy(model).to("meta").train()
-    run = getattr(network, "forward_dummy", network)
-    with _Count() as count:
-        outputs = run(torch.empty(2, in_chans, *size, device="meta"))
-        found = [x for x in torch.utils._pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
-        torch.stack([x.sum() for x in found if x.requires_grad]).sum().backward()
-    return count.number
-
-
-class _Count(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        self.number += not views
-        return func(*args, **(kwargs or {}))
-
-
-def scaling(
-    config: Config,
-    worlds: Sequence[int],
-    *,
-    per_node: int,
-    constants: Constants,
-    rates: Sequence[tuple[int, float]] = (),
-    device_gb: float = 80.0,
-    image_bytes: float = 0.0,
-    steps: int | None = None,
-) -> dict[str, Any]:
-    """An update on each number of devices, as the recipe divides it and with the one setting changed that helps most.
-
-    Args:
-        worlds: numbers of devices.
-        per_node: devices of a node.
-        rates: images/s of one device by micro-batch, as measured; none takes ``Rate.assumed``.
-        device_gb: memory of a device, in 10^9 bytes, which bounds the micro-batch.
-        image_bytes: mean of a sample.
-        steps: updates of the run, for its hours.
-
-    Raises:
-        ConfigError: the batch does not divide over some number of devices.
-    """
-    worlds = sorted(set(worlds))
-    stage, train = config.zero.stage, config.train
-    work = work_of(config)
-    rate = (
-        Rate.measured(rates)
-        if rates
-        else Rate.assumed(work, constants, compile=train.compile, cuda_graphs=train.cuda_graphs)
-    )
-    bucket = int(config.zero.extra.get("reduce_bucket_size", REDUCE_BUCKET))
-    fits = by_memory(config, worlds[0], device="cuda", budget=device_gb * 1e9 - BESIDE)[-1]
-    asked = fits if train.micro_batch == "auto" else train.micro_batch
-    bounded = config.model_copy(update={"train": train.model_copy(update={"micro_batch": asked})})
-    stages = [s for s in (0, 1, 2, 3) if s or train.precision in ("fp32", "bf16")]
-    if train.cuda_graphs:
-        stages = [2]  # the only one that the recipe may have then
-    alone = Layout(1, per_node, micro_batch(bounded, 1), stage, bucket)
-    single = work.global_batch / update(work, alone, rate, constants).seconds
-    rows = []
-    for world in worlds:
-        layout = Layout(world, per_node, micro_batch(bounded, world), stage, bucket)
-        found = update(work, layout, rate, constants)
-        nodes = -(-world // per_node)
-        images = work.global_batch / found.seconds
-        sizes = [m for m in divisors(work.global_batch // world) if m <= fits and m % config.augment.group == 0]
-        options = {
-            "micro_batch": [replace(layout, micro_batch=m) for m in sizes],
-            "stage": [replace(layout, stage=s) for s in stages],
-            "bucket": [replace(layout, bucket=b) for b in BUCKETS] if stage else [],
-        }  # fmt: skip
-        better = {}
-        for name, layouts in options.items():
-            times = {option: update(work, option, rate, constants).seconds for option in layouts}
-            best = min(times, key=lambda option: times[option], default=layout)
-            saved = 1 - times.get(best, found.seconds) / found.seconds
-            if saved >= WORTH:
-                better[name] = {"value": getattr(best, name), "saves": saved}
-        rows.append(
-            {
-                "world": world, "nodes": nodes, "micro_batch": layout.micro_batch,
-                "accumulation": work.global_batch // (world * layout.micro_batch),
-                "seconds": found.seconds, "compute_s": found.compute, "reduction_s": found.reduction,
-                "weights_s": found.weights, "optimizer_s": found.optimizer, "agreement_s": found.agreement,
-                "communication_s": found.moved, "sent_bytes": found.sent,
-                "images_per_s": images, "efficiency": images / (world * single),
-                "compute_efficiency": work.global_batch / found.compute / (world * single),
-                "hours": None if steps is None else steps * found.seconds / 3600,
-                "node_images_per_s": images / nodes, "node_bytes_per_s": images / nodes * image_bytes,
-                "node_cores": images / nodes / constants.images_per_core_s,
-                "better": better,
-            }
-        )  # fmt: skip
-    return {
-        "rows": rows, "per_node": per_node, "stage": stage, "bucket": bucket, "single_images_per_s": single,
-        "single_micro_batch": alone.micro_batch, "rate": rate.source, "rate_points": rate.points,
-        "largest_micro_batch": fits, "reductions": len(list(buckets(work.layers, bucket))),
-        "gradient_bytes": work.elements * work.element_bytes, "operations": work.operations,
-    }  # fmt: skip

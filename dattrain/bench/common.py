@@ -195,7 +195,7 @@ class BenchReport:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def _columns(self) -> tuple[list[str], list[list[str]]]:
-        all_rows = [*self.measurements, *self.unmeasured]
+        all_rows: list[Measurement | Unmeasured] = [*self.measurements, *self.unmeasured]
         cases = list(dict.fromkeys(row.case for row in all_rows))
         extras = list(dict.fromkeys(key for row in all_rows for key in row.extra))
         throughput = any(m.items is not None for m in self.measurements)

@@ -149,7 +149,8 @@ def needed(name: str, size: int, batch: int, train: bool) -> int:
     with torch.device("meta"):
         network = model.build(name, size, 0.0, torch.device("meta")).train(train)
         images = torch.empty(batch, 3, size, size)
-    with torch.set_grad_enabled(train), Ledger([*network.parameters(), *network.buffers()]) as ledger:
+    ledger = Ledger([*network.parameters(), *network.buffers()])
+    with torch.set_grad_enabled(train), ledger:
         logits = network(images)
         if train:
             logits.float().sum().backward()

@@ -34,8 +34,8 @@ def largest_micro_batch(figures: dict[str, Any]) -> int:
     """Images that a device holds at a time, by a plan's memory of one micro-batch, which grows with its images."""
     memory = figures["bytes_per_device"]
     left = figures["device_gb"] * 1e9 - BESIDE - (memory["total"] - memory["activations_peak"])
-    held = int(left / (memory["activations_peak"] / figures["micro_batch"]))
-    return max(figures["micro_batch"], min(MOST["cuda"], held))
+    taken: int = figures["micro_batch"]
+    return max(taken, min(MOST["cuda"], int(left / (memory["activations_peak"] / taken))))
 
 
 def _compare(
@@ -77,7 +77,8 @@ def operations(model: nn.Module, size: tuple[int, int], in_chans: int = 3) -> in
     """Calls of forward and backward that write something, views left out; on the meta device, ``model`` is left alone."""
     network = deepcopy(model).to("meta").train()
     run = getattr(network, "forward_dummy", network)
-    with _Count() as count:
+    count = _Count()
+    with count:
         outputs = run(torch.empty(2, in_chans, *size, device="meta"))
         found = [x for x in torch.utils._pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
         torch.stack([x.sum() for x in found if x.requires_grad]).sum().backward()
@@ -175,7 +176,7 @@ def table(
                 "seconds_by": seconds, "better": better,
             }
         )  # fmt: skip
-    short = [row["world"] for row in rows if work.global_batch // row["world"] < rate.points[0][0]]
+    short = [world for world in worlds if work.global_batch // world < rate.points[0][0]]
     return {
         "rows": rows, "least_micro_batch": rate.points[0][0], "too_small_from": short[0] if short else None, "per_node": per_node, "stage": stage, "bucket": bucket, "single_images_per_s": single,
         "single_micro_batch": alone.micro_batch, "rate": rate.source, "rate_points": rate.points,

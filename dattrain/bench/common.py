@@ -147,6 +147,16 @@ def compare(
 
 
 @dataclass(frozen=True)
+class Unmeasured:
+    """A contender of a case that was not measured, and why: a row of the report all the same."""
+
+    case: str
+    name: str
+    reason: str
+    extra: Mapping[str, float | str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Breakdown:
     """The parts of a duration: seconds by part, in the order in which they are shown."""
 
@@ -178,18 +188,25 @@ class BenchReport:
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
     machine: dict[str, str] = field(default_factory=lambda: describe_machine())
     breakdowns: list[Breakdown] = field(default_factory=list)
+    unmeasured: list[Unmeasured] = field(default_factory=list)
 
     def as_json(self) -> str:
         """Everything, times in seconds."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def _columns(self) -> tuple[list[str], list[list[str]]]:
-        extras = list(dict.fromkeys(key for m in self.measurements for key in m.extra))
+        all_rows: list[Measurement | Unmeasured] = [*self.measurements, *self.unmeasured]
+        cases = list(dict.fromkeys(row.case for row in all_rows))
+        extras = list(dict.fromkeys(key for row in all_rows for key in row.extra))
         throughput = any(m.items is not None for m in self.measurements)
         header = ["case", "contender", "ratio (quartiles)", "ratio by CPU time", "ms", "quartiles", "CPU ms"]
         header += [f"{self.item}s/s"] * throughput + extras
         rows = []
-        for m in self.measurements:
+        for m in sorted(all_rows, key=lambda row: cases.index(row.case)):
+            cells = ["" if m.extra.get(key) is None else _cell(m.extra[key]) for key in extras]
+            if isinstance(m, Unmeasured):
+                rows.append([m.case, m.name, f"not measured: {m.reason}", *[""] * (4 + throughput), *cells])
+                continue
             row = [
                 m.case,
                 m.name,
@@ -203,8 +220,7 @@ class BenchReport:
             ]
             if throughput:
                 row.append("" if m.throughput is None else _digits(m.throughput))
-            row += ["" if m.extra.get(key) is None else _cell(m.extra[key]) for key in extras]
-            rows.append(row)
+            rows.append([*row, *cells])
         return header, rows
 
     def as_text(self) -> str:

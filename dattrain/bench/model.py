@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 import torch
@@ -20,18 +20,18 @@ from dattrain import ops
 from dattrain.bench import common
 from dattrain.bench.attention import straightforward as straightforward_module
 from dattrain.bench.attention import to_dtype
-from dattrain.bench.defaults import TABLE
 from dattrain.errors import UserError
 from dattrain.models.zoo import VARIANTS, create
 
 PLAIN = "+straightforward"
+Turn: TypeAlias = Callable[[], object]
+Columns: TypeAlias = dict[str, float | str | None]
 
 
 def bench(
     models: Sequence[str],
     *,
     baseline: str,
-    table: bool,
     straightforward: bool,
     sizes: Sequence[int],
     batch: int | None,
@@ -48,7 +48,6 @@ def bench(
     Args:
         models: names, ours or timm's.
         baseline: the model that ratios are relative to.
-        table: add the models of ``defaults.TABLE``.
         straightforward: add ours with the straightforward attention core.
         sizes: sides of the images, in pixels.
         batch: images; None takes 128 on CUDA, else 8.
@@ -64,7 +63,7 @@ def bench(
         UserError: no such model, or one that cannot be built for a size.
     """
     batch = batch or (128 if device.type == "cuda" else 8)
-    names = list(dict.fromkeys([baseline, *(TABLE if table else ()), *models]))
+    names = list(dict.fromkeys([baseline, *models]))
     if straightforward:
         names += [name + PLAIN for name in names if is_ours(name)]
     notes: list[str] = []
@@ -76,29 +75,13 @@ def bench(
                 # Each case is a graph of its own, and torch keeps a few per function: what came after them would run
                 # uncompiled.
                 torch._dynamo.reset()
-                built = {name: build(name, size, drop_path if train else 0.0, device) for name in names}
-                extra: dict[str, dict[str, float | str | None]] = {}
-                steps: dict[str, Callable[[], object]] = {}
-                turn = functools.partial(
-                    step,
-                    size=size,
-                    batch=batch,
-                    dtype=to_dtype(dtype),
-                    train=train,
-                    device=device,
-                    channels_last=channels_last,
-                )
-                for name, model in built.items():
-                    if channels_last:
-                        model.to(memory_format=torch.channels_last)
-                    one = turn(model, name)
-                    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-                    extra[name] = {"parameters M": round(parameters, 2)}
-                    if compile:
-                        one = compiled(turn, model, name, notes) or one
-                    if device.type == "cuda":
-                        extra[name]["GB peak"] = peak(one, device)
-                    steps[name] = one
+                steps: dict[str, Turn] = {}
+                extra: dict[str, Columns] = {}
+                for name in names:
+                    steps[name], extra[name] = contender(
+                        name, size=size, batch=batch, dtype=dtype, train=train, drop_path=drop_path, compile=compile,
+                        channels_last=channels_last, device=device, notes=notes,
+                    )  # fmt: skip
                 measurements += common.compare(
                     f"{size} px B{batch} {dtype} {direction}",
                     steps,
@@ -109,14 +92,46 @@ def bench(
                     extra=extra,
                     synchronize=torch.cuda.synchronize if device.type == "cuda" else None,
                 )
-    title = f"{', '.join(models)} against {baseline}" if not table else "Throughput table"
     return common.BenchReport(
-        title + (" (torch.compile)" if compile else ""),
+        f"{', '.join(models)} against {baseline}" + (" (torch.compile)" if compile else ""),
         measurements,
         item="image",
         notes=list(dict.fromkeys(notes)),
         machine=common.describe_machine(str(device)),
     )
+
+
+def contender(
+    name: str,
+    *,
+    size: int,
+    batch: int,
+    dtype: str,
+    train: bool,
+    drop_path: float,
+    compile: bool,
+    channels_last: bool,
+    device: torch.device,
+    notes: list[str],
+) -> tuple[Turn, Columns]:
+    """A turn of this model, and further columns of its row. What ``torch.compile`` refuses is told in ``notes``.
+
+    Raises:
+        UserError: as ``build``.
+    """
+    model = build(name, size, drop_path if train else 0.0, device)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    turn = functools.partial(
+        step, size=size, batch=batch, dtype=to_dtype(dtype), train=train, device=device, channels_last=channels_last
+    )  # fmt: skip
+    one = turn(model, name)
+    columns: Columns = {"parameters M": round(sum(p.numel() for p in model.parameters()) / 1e6, 2)}
+    if compile:
+        one = compiled(turn, model, name, notes) or one
+    if device.type == "cuda":
+        columns["GB peak"] = peak(one, device)
+    return one, columns
 
 
 def peak(call: Callable[[], object], device: torch.device) -> float:

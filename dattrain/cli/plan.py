@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dattrain.cli import plan_scaling
+
 if TYPE_CHECKING:
     from dattrain.config.schema import Config
     from dattrain.submit.plan import Stage
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--write-mb-per-s", type=float, default=500.0, metavar="X",
         help="what one rank writes to the run folder's file system (an assumption: 500)",
     )  # fmt: skip
+    plan_scaling.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="as JSON, in bytes, seconds and counts")
 
 
@@ -92,13 +95,19 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(alone, indent=2))
     else:
         print("\n\n".join(render(config, figures) for _, config, figures in found), flush=True)
+        constants = plan_scaling.constants(args.assume)
+        for name, _, figures in found:
+            if "scaling" in figures:
+                print(f"\n{name}: {plan_scaling.render(figures['scaling'], constants)}", flush=True)
     if refusal is not None:
         raise refusal
     return 1 if any(figures["problems"] for _, _, figures in found) else 0
 
 
 def _figures(stage: Stage, args: argparse.Namespace) -> dict[str, Any]:
+    from dattrain.errors import ConfigError
     from dattrain.planning.plan import Resources, measured_rate, plan
+    from dattrain.planning.scaling_table import largest_micro_batch, table
     from dattrain.submit import checks
 
     profile, folder = stage.profile, stage.runs[0]
@@ -114,7 +123,22 @@ def _figures(stage: Stage, args: argparse.Namespace) -> dict[str, Any]:
         write_mb_per_s=args.write_mb_per_s,
     )
     measured = measured_rate(folder) if Path(args.config).is_dir() else None
-    return plan(stage.loaded[0].config, resources, measured=measured)
+    config = stage.loaded[0].config
+    figures = plan(config, resources, measured=measured)
+    if args.scaling is not None:
+        if resources.device != "cuda":
+            raise ConfigError("--scaling is a model of GPUs: it needs a profile with gpus_per_node")
+        figures["scaling"] = table(
+            config,
+            plan_scaling.numbers(args.scaling),
+            per_node=profile.tasks,
+            constants=plan_scaling.constants(args.assume),
+            rates=plan_scaling.rates(args.device_rates),
+            fits=largest_micro_batch(figures),
+            image_bytes=figures["image_bytes"],
+            steps=figures["steps"],
+        )
+    return figures
 
 
 def render(config: Config, p: dict[str, Any]) -> str:

@@ -88,11 +88,12 @@ def decode_sample(encoded: Encoded, i: int, transform: EvalTransform | None, out
         if plan is not None:
             decode_training(data, plan, i, out)
         elif transform is not None:
+            # In full: figures of an evaluation are compared with others' to the digit.
+            image = images.decode(data)
+            size = out.shape[0], out.shape[1]
             eval_image(
-                images.decode(
-                    data
-                ),  # in full: figures of an evaluation are compared with others' to the digit
-                (out.shape[0], out.shape[1]),
+                image,
+                size,
                 out,
                 policy=transform.resize,
                 crop_pct=transform.crop_pct,

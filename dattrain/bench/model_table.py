@@ -76,7 +76,7 @@ def bench(
                     name, size=size, batch=batch, dtype=dtype, train=train, drop_path=drop_path, compile=compile,
                     channels_last=channels_last, device=device, notes=notes,
                 )  # fmt: skip
-                return turn, {"px": size, V100: printed.get((name, size)), **columns}
+                return turn, {"px": size, V100: _as_printed(printed.get((name, size))), **columns}
 
             torch._dynamo.reset()
             ours, columns = make(baseline, 224)
@@ -103,7 +103,7 @@ def bench(
                         reason = f"out of memory: {str(error).splitlines()[0]}"
                     turn = None  # type: ignore[assignment]  # its model goes before the next one comes
                 if reason is not None:
-                    told = {"px": row.img_size, V100: row.v100}
+                    told = {"px": row.img_size, V100: _as_printed(row.v100)}
                     report.unmeasured.append(common.Unmeasured(case, name, reason, told))
                     continue
                 # The baseline's turns beside the first row stand for it; ratios are of each row's own.
@@ -117,6 +117,11 @@ def shown(row: Row) -> str:
     """A row's name; its resolution is said where it is not 224 and the model's name does not say it."""
     plain = row.img_size == 224 or row.model.endswith(f"_{row.img_size}")
     return row.model if plain else f"{row.model} at {row.img_size} px"
+
+
+def _as_printed(figure: float | None) -> str | None:
+    """Not rounded: the paper's digits."""
+    return None if figure is None else f"{figure:g}"
 
 
 def remarks(baseline: str) -> list[str]:

@@ -30,13 +30,13 @@ def test_every_row_is_a_model_that_there_is() -> None:
 def test_rows_have_their_own_size_and_the_printed_figure_and_none_is_missing(
     monkeypatch: MonkeyPatch,
 ) -> None:
-    rows = [Row("dat_atto", 32, 12.5), Row("resnet10t", 64), Row("test_vit", 160), Row("dat_atto", 64)]
+    rows = [Row("dat_atto", 32, 1156.7), Row("resnet10t", 64), Row("test_vit", 160), Row("dat_atto", 64)]
     monkeypatch.setattr(
         model_table, "too_large", lambda row, **_: "too large" if row.model == "test_vit" else None
     )
     report = model_table.bench([], baseline="resnet10t", most_seconds=60.0, rows=rows, **SETTINGS)
     assert [(m.name, m.extra["px"], m.extra[model_table.V100]) for m in report.measurements] == [
-        ("resnet10t", 224, None), ("dat_atto at 32 px", 32, 12.5), ("resnet10t at 64 px", 64, None), ("dat_atto at 64 px", 64, None),
+        ("resnet10t", 224, None), ("dat_atto at 32 px", 32, "1156.7"), ("resnet10t at 64 px", 64, None), ("dat_atto at 64 px", 64, None),
     ]  # fmt: skip
     page = report.as_markdown()
     assert "| test_vit at 160 px | not measured: too large |" in page and "Liu et al." in page

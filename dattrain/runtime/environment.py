@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from dattrain.errors import UserError
+from dattrain.runtime import malloc
 
 if TYPE_CHECKING:
     import torch
@@ -242,10 +243,12 @@ def configure(
     """Settings of torch that hold for the process; before the device is touched. ``threads`` 0 leaves torch's choice.
 
     Without ``tf32`` fp32 convolutions are exact too, which torch alone computes in TF32. Where ``env`` says that other ranks
-    may be on this node, Triton's cache goes to the node's own disk.
+    may be on this node, Triton's cache goes to the node's own disk. Without CUDA the process keeps the memory that it frees.
     """
     import torch
 
+    if not torch.cuda.is_available():
+        malloc.keep_freed()
     if env is not None and env.world > 1 and env.local_world != 1:
         _cache_on_the_node()
     if threads:

@@ -32,8 +32,8 @@ from tests.host_waits import fake_cuda, faked, on_the_cpu
 
 CPU = torch.device("cpu")
 ACCUMULATION = 2
-NOT_ON_CUDA = "dattrain/engine/optim.py"
-"""AdamW counts its steps on the host where it is not fused; on CUDA it is."""
+NOT_ON_CUDA = "dattrain/engine/fused_adamw.py"
+"""What AdamW on a CPU alone goes through: it reads how often a tensor was stepped."""
 
 
 @contextmanager

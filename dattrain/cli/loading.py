@@ -16,12 +16,12 @@ def loading(what: str, *, always: bool = False) -> Iterator[None]:
     terminal = sys.stderr.isatty()
     first = (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
     if not first or not (terminal or always):
-        with uncollected("torch"):
+        with uncollected("torch", ours=True):
             yield
         return
     print(f"loading {what} ...", end="" if terminal else "\n", file=sys.stderr, flush=True)
     try:
-        with uncollected("torch"):
+        with uncollected("torch", ours=True):
             yield
     finally:
         if terminal:

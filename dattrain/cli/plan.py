@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dattrain.cli import plan_scaling
+from dattrain.cli.arguments import positive_number
 
 if TYPE_CHECKING:
     from dattrain.config.schema import Config
@@ -38,16 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose kernels keep what (cuda, where the profile has devices)",
     )
     parser.add_argument(
-        "--device-gb", type=float, default=80.0, metavar="GB", help="memory of a device, in 10^9 bytes (80)"
+        "--device-gb",
+        type=positive_number,
+        default=80.0,
+        metavar="GB",
+        help="memory of a device, in 10^9 bytes (80)",
     )
     parser.add_argument(
-        "--images-per-second", type=float, metavar="X", help="of the whole job, measured or expected"
+        "--images-per-second",
+        type=positive_number,
+        metavar="X",
+        help="of the whole job, measured or expected",
     )
     parser.add_argument(
         "--samples", type=int, metavar="N", help="training images, where neither shards nor labels tell"
     )
     parser.add_argument(
-        "--write-mb-per-s", type=float, default=500.0, metavar="X",
+        "--write-mb-per-s", type=positive_number, default=500.0, metavar="X",
         help="what one rank writes to the run folder's file system (an assumption: 500)",
     )  # fmt: skip
     plan_scaling.add_arguments(parser)

@@ -18,6 +18,8 @@ NAMES = {
     "bucket": "zero.extra.reduce_bucket_size",
 }
 """Settings by the names that ``planning.scaling`` has for them."""
+SHARES = ("backward_share", "net_achieved")
+"""Constants that are parts of something."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +64,7 @@ def rates(text: str | None) -> list[tuple[int, float]]:
         found = [(int(m), float(x)) for m, x in (part.split(":") for part in text.split(","))]
     except ValueError:
         found = []
-    if not found or any(m < 1 or x <= 0 for m, x in found) or len(dict(found)) < len(found):
+    if not found or any(m < 1 or not 0 < x < float("inf") for m, x in found) or len(dict(found)) < len(found):
         raise ConfigError(f"--device-rates {text}: MICRO_BATCH:IMAGES_PER_SECOND, such as 32:610,128:1050")
     return found
 
@@ -87,6 +89,8 @@ def constants(assumed: Sequence[str]) -> Constants:
             found[name] = 0.0
         if not 0 < found[name] < float("inf"):
             raise ConfigError(f"--assume {part}: {name} is a positive number")
+        if name in SHARES and found[name] > 1:
+            raise ConfigError(f"--assume {part}: {name} is a share, 1 at most")
     return Constants(**found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from dattrain.cli.arguments import positive_number
 from dattrain.cli.run_argument import run_folder
 
 
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run folder (runs/NAME; of an array or a chain: their parent)",
     )
     parser.add_argument(
-        "--images-per-second", type=float, metavar="X",
+        "--images-per-second", type=positive_number, metavar="X",
         help="of the whole job, measured or expected: checks that a step and a save fit into the time limit",
     )  # fmt: skip
     parser.add_argument(

@@ -9,11 +9,15 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def uncollected(library: str) -> Iterator[None]:
-    """Hold the garbage collector off while the block imports ``library``, and let it leave alone what is there then (``gc.freeze``).
+def uncollected(library: str, *, ours: bool = False) -> Iterator[None]:
+    """Hold the garbage collector off while the block imports ``library``; nothing happens where that is imported already.
 
     What a module makes stays. Looking there for garbage takes a quarter of the imports of a training, and as much again while the
-    model is built (docs/benchmarks/start-cpu.md). Nothing happens where ``library`` is imported already: this is for once a process.
+    model is built (docs/benchmarks/start-cpu.md).
+
+    Args:
+        library: the module.
+        ours: whether nobody else's objects are in this process: what is there afterwards is then left alone for good (``gc.freeze``).
     """
     if library in sys.modules:
         yield
@@ -23,6 +27,7 @@ def uncollected(library: str) -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
+        if ours:
+            gc.freeze()
         if enabled:
             gc.enable()

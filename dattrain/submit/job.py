@@ -107,7 +107,7 @@ def _train(run: Path) -> dict[str, Any]:
     from dattrain.config.load import load
     from dattrain.runtime.imports import uncollected
 
-    with uncollected("torch"):
+    with uncollected("torch", ours=True):
         from dattrain.report.training import train
     from dattrain.submit.history import history
 

@@ -153,6 +153,9 @@ def test_what_the_command_line_says_of_it() -> None:
         ("--scaling 8,x", lambda: plan_scaling.numbers("8,x")),
         ("--device-rates 32", lambda: plan_scaling.rates("32")),
         ("--device-rates 8:1,8:2", lambda: plan_scaling.rates("8:1,8:2")),
+        ("--device-rates 32:nan", lambda: plan_scaling.rates("32:nan")),
+        ("--device-rates 32:inf", lambda: plan_scaling.rates("32:inf")),
+        ("--assume net_achieved=2", lambda: plan_scaling.constants(["net_achieved=2"])),
         ("--assume net=3", lambda: plan_scaling.constants(["net=3"])),
         ("--assume net_gb_s=-1", lambda: plan_scaling.constants(["net_gb_s=-1"])),
     ):

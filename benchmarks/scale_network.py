@@ -16,6 +16,7 @@ from typing import Any
 
 from dattrain.config.sections import Health
 from dattrain.files import readable_size
+from dattrain.planning.network import Network
 from dattrain.runtime import collectives, environment, health, preflight
 from tests.counting_store import GlooGroup
 
@@ -28,8 +29,6 @@ too. An order of magnitude."""
 IN_ONE_PROCESS = {"full": 64, "lazy": 256}
 """Ranks that one process can hold with 20,000 descriptors."""
 
-# NCCL's own constants for choosing an algorithm (src/graph/tuning.cc, Tree with LL): microseconds.
-NCCL_BASE, NCCL_NVLINK, NCCL_NETWORK = 6.8, 0.6, 5.0
 GLOO_ALPHA, GLOO_BETA = 30.0, 1 / 1250
 """Microseconds of a message over TCP between nodes, and of a byte at 10 Gbit/s. Assumed."""
 STALL_S = Health().stall_seconds
@@ -117,8 +116,7 @@ def _looks() -> int:
 
 def agreement(world: int, folder: Path) -> dict[str, Any]:
     """What it takes to agree on an update's status, to wait for a barrier, and to send a piece of a checkpoint to all. Model."""
-    nodes, steps = world // RANKS_OF_A_NODE, math.ceil(math.log2(world))
-    tree = NCCL_BASE + 2 * ((RANKS_OF_A_NODE - 1) * NCCL_NVLINK + math.log2(nodes) * NCCL_NETWORK)
+    steps = math.ceil(math.log2(world))
     message = GLOO_ALPHA + STATUS * GLOO_BETA
     ring = 2 * (world - 1) * (GLOO_ALPHA + STATUS / world * GLOO_BETA)
     chunk = 16 << 20
@@ -126,7 +124,7 @@ def agreement(world: int, folder: Path) -> dict[str, Any]:
     size = 1.75e9 / files
     relayed = files * steps * (3 * GLOO_ALPHA + size * GLOO_BETA) / 1e6
     return {
-        "status on GPUs: NCCL's tree, us": tree,
+        "status on GPUs: NCCL, us": 1e6 * Network().all_reduce(STATUS, world, RANKS_OF_A_NODE),
         "status on CPUs: gloo's ring, us": ring,
         "status by recursive doubling, us": steps * message,
         "barrier of gloo, us": steps * GLOO_ALPHA,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeAlias
 
@@ -28,106 +29,108 @@ Turn: TypeAlias = Callable[[], object]
 Columns: TypeAlias = dict[str, float | str | None]
 
 
-def bench(
-    models: Sequence[str],
-    *,
-    baseline: str,
-    straightforward: bool,
-    sizes: Sequence[int],
-    batch: int | None,
-    dtypes: Sequence[str],
-    directions: Sequence[str],
-    drop_path: float,
-    compile: bool,
-    channels_last: bool,
-    device: torch.device,
-    rounds: int,
-) -> common.BenchReport:
-    """Time every case.
+@dataclass(frozen=True)
+class Settings:
+    """What all contenders of a bench have in common."""
 
-    Args:
-        models: names, ours or timm's.
-        baseline: the model that ratios are relative to.
-        straightforward: add ours with the straightforward attention core.
-        sizes: sides of the images, in pixels.
-        batch: images; None takes 128 on CUDA, else 8.
-        dtypes: of ``defaults.DTYPES``.
-        directions: ``training``, ``inference``; both where empty.
-        drop_path: stochastic depth while training.
-        compile: ``torch.compile`` every model.
-        channels_last: images and convolutions in channels-last memory.
-        device: where.
-        rounds: turns of each contender.
+    baseline: str
+    """The model that ratios are relative to."""
+    straightforward: bool
+    """Add ours with the straightforward attention core."""
+    sizes: Sequence[int]
+    """Sides of the images, in pixels."""
+    batch: int | None
+    """Images; None takes 128 on CUDA, else 8."""
+    dtypes: Sequence[str]
+    """Of ``defaults.DTYPES``."""
+    directions: Sequence[str]
+    """``training``, ``inference``; both where empty."""
+    drop_path: float
+    """Stochastic depth while training."""
+    compile: bool
+    """``torch.compile`` every model."""
+    channels_last: bool
+    """Images and convolutions in channels-last memory."""
+    device: torch.device
+    rounds: int
+    """Turns of each contender."""
+
+    @property
+    def images(self) -> int:
+        """Of a turn."""
+        return self.batch or (128 if self.device.type == "cuda" else 8)
+
+    @property
+    def cases(self) -> list[tuple[str, str]]:
+        """Directions and dtypes."""
+        return [(d, t) for d in self.directions or ("training", "inference") for t in self.dtypes]
+
+    @property
+    def synchronize(self) -> Callable[[], object] | None:
+        """What a clock waits for."""
+        return torch.cuda.synchronize if self.device.type == "cuda" else None
+
+
+def bench(models: Sequence[str], settings: Settings) -> common.BenchReport:
+    """Time every case of ``models``, ours or timm's names.
 
     Raises:
         UserError: no such model, or one that cannot be built for a size.
     """
-    batch = batch or (128 if device.type == "cuda" else 8)
+    baseline = settings.baseline
     names = list(dict.fromkeys([baseline, *models]))
-    if straightforward:
+    if settings.straightforward:
         names += [name + PLAIN for name in names if is_ours(name)]
     notes: list[str] = []
     measurements: list[common.Measurement] = []
-    for size in sizes:
-        for direction in directions or ("training", "inference"):
-            for dtype in dtypes:
-                train = direction == "training"
-                # Each case is a graph of its own, and torch keeps a few per function: what came after them would run
-                # uncompiled.
-                torch._dynamo.reset()
-                steps: dict[str, Turn] = {}
-                extra: dict[str, Columns] = {}
-                for name in names:
-                    steps[name], extra[name] = contender(
-                        name, size=size, batch=batch, dtype=dtype, train=train, drop_path=drop_path, compile=compile,
-                        channels_last=channels_last, device=device, notes=notes,
-                    )  # fmt: skip
-                measurements += common.compare(
-                    f"{size} px B{batch} {dtype} {direction}",
-                    steps,
-                    baseline=baseline,
-                    rounds=rounds,
-                    warmup=1,
-                    items=batch,
-                    extra=extra,
-                    synchronize=torch.cuda.synchronize if device.type == "cuda" else None,
+    for size in settings.sizes:
+        for direction, dtype in settings.cases:
+            # Each case is a graph of its own, and torch keeps a few per function: what came after them would run
+            # uncompiled.
+            torch._dynamo.reset()
+            steps: dict[str, Turn] = {}
+            extra: dict[str, Columns] = {}
+            for name in names:
+                steps[name], extra[name] = contender(
+                    name, settings, size=size, dtype=dtype, train=direction == "training", notes=notes
                 )
+            measurements += common.compare(
+                f"{size} px B{settings.images} {dtype} {direction}",
+                steps,
+                baseline=baseline,
+                rounds=settings.rounds,
+                warmup=1,
+                items=settings.images,
+                extra=extra,
+                synchronize=settings.synchronize,
+            )
     return common.BenchReport(
-        f"{', '.join(models)} against {baseline}" + (" (torch.compile)" if compile else ""),
+        f"{', '.join(models)} against {baseline}" + (" (torch.compile)" if settings.compile else ""),
         measurements,
         item="image",
         notes=list(dict.fromkeys(notes)),
-        machine=common.describe_machine(str(device)),
+        machine=common.describe_machine(str(settings.device)),
     )
 
 
 def contender(
-    name: str,
-    *,
-    size: int,
-    batch: int,
-    dtype: str,
-    train: bool,
-    drop_path: float,
-    compile: bool,
-    channels_last: bool,
-    device: torch.device,
-    notes: list[str],
+    name: str, settings: Settings, *, size: int, dtype: str, train: bool, notes: list[str]
 ) -> tuple[Turn, Columns]:
     """A turn of this model, and further columns of its row. What ``torch.compile`` refuses is told in ``notes``.
 
     Raises:
         UserError: as ``build``.
     """
-    model = build(name, size, drop_path if train else 0.0, device)
-    if channels_last:
+    device = settings.device
+    model = build(name, size, settings.drop_path if train else 0.0, device)
+    if settings.channels_last:
         model.to(memory_format=torch.channels_last)
     turn = functools.partial(
-        step, size=size, batch=batch, dtype=to_dtype(dtype), train=train, device=device, channels_last=channels_last
+        step, size=size, batch=settings.images, dtype=to_dtype(dtype), train=train, device=device, channels_last=settings.channels_last
     )  # fmt: skip
     one = turn(model, name)
     columns: Columns = {"parameters M": round(sum(p.numel() for p in model.parameters()) / 1e6, 2)}
-    if compile:
+    if settings.compile:
         one = compiled(turn, model, name, notes) or one
     if device.type == "cuda":
         columns["GB peak"] = peak(one, device)

@@ -22,93 +22,72 @@ V100 = "V100 images/s (Swin paper)"
 
 
 def bench(
-    models: Sequence[str],
-    *,
-    baseline: str,
-    straightforward: bool,
-    sizes: Sequence[int],
-    batch: int | None,
-    dtypes: Sequence[str],
-    directions: Sequence[str],
-    drop_path: float,
-    compile: bool,
-    channels_last: bool,
-    device: torch.device,
-    rounds: int,
-    most_seconds: float,
-    rows: Sequence[Row] = TABLE,
+    models: Sequence[str], settings: model.Settings, *, most_seconds: float, rows: Sequence[Row] = TABLE
 ) -> common.BenchReport:
-    """Time every row against the baseline; what cannot be, or would take too long, is a row that says why.
+    """Time every row against the baseline at 224 pixels; what cannot be, or would take too long, is a row that says why.
 
     Args:
-        models: further rows, each at every one of ``sizes``.
-        baseline: the model, at 224 pixels, that ratios are relative to.
+        models: further rows, each at every size of ``settings``.
+        settings: ``sizes`` are of ``models`` alone.
         most_seconds: a row whose first turn takes longer has no more of them.
         rows: the table.
-
-    The others are those of ``model.bench``.
 
     Raises:
         UserError: no such model, or one that cannot be built for a size.
     """
-    batch = batch or (128 if device.type == "cuda" else 8)
-    wanted = [*rows, *(Row(name, size) for name in models for size in sizes)]
-    if straightforward:
+    baseline, batch, device = settings.baseline, settings.images, settings.device
+    wanted = [*rows, *(Row(name, size) for name in models for size in settings.sizes)]
+    if settings.straightforward:
         wanted += [row._replace(model=row.model + model.PLAIN) for row in wanted if model.is_ours(row.model)]
     wanted = [row for row in dict.fromkeys(wanted) if (row.model, row.img_size) != (baseline, 224)]
     printed = {(row.model, row.img_size): row.v100 for row in rows}
     notes: list[str] = []
     report = common.BenchReport(
-        "Throughput table" + (" (torch.compile)" if compile else ""),
+        "Throughput table" + (" (torch.compile)" if settings.compile else ""),
         [],
         item="image",
         notes=notes,
         machine=common.describe_machine(str(device)),
     )
-    for direction in directions or ("training", "inference"):
-        for dtype in dtypes:
-            case, train = f"B{batch} {dtype} {direction}", direction == "training"
+    for direction, dtype in settings.cases:
+        case, train = f"B{batch} {dtype} {direction}", direction == "training"
 
-            def make(
-                name: str, size: int, dtype: str = dtype, train: bool = train
-            ) -> tuple[model.Turn, model.Columns]:
-                turn, columns = model.contender(
-                    name, size=size, batch=batch, dtype=dtype, train=train, drop_path=drop_path, compile=compile,
-                    channels_last=channels_last, device=device, notes=notes,
-                )  # fmt: skip
-                return turn, {"px": size, V100: _as_printed(printed.get((name, size))), **columns}
+        def make(
+            name: str, size: int, dtype: str = dtype, train: bool = train
+        ) -> tuple[model.Turn, model.Columns]:
+            turn, columns = model.contender(name, settings, size=size, dtype=dtype, train=train, notes=notes)
+            return turn, {"px": size, V100: _as_printed(printed.get((name, size))), **columns}
 
+        torch._dynamo.reset()
+        ours, columns = make(baseline, 224)
+        first: common.Measurement | None = None
+        for row in wanted:
+            gc.collect()  # what the last row left
             torch._dynamo.reset()
-            ours, columns = make(baseline, 224)
-            first: common.Measurement | None = None
-            for row in wanted:
-                gc.collect()  # what the last row left
-                torch._dynamo.reset()
-                name = shown(row)
-                reason = too_large(row, batch=batch, train=train, device=device)
-                measured: list[common.Measurement] = []
-                if reason is None:
-                    try:
-                        turn, extra = make(row.model, row.img_size)
-                        took = _seconds(turn, device)
-                        if took > most_seconds:
-                            reason = f"a first turn took {took:.0f} s, more than {most_seconds:g}"
-                        else:
-                            measured = common.compare(
-                                case, {baseline: ours, name: turn}, baseline=baseline, rounds=rounds, warmup=1,
-                                items=batch, extra={baseline: columns, name: extra},
-                                synchronize=torch.cuda.synchronize if device.type == "cuda" else None,
-                            )  # fmt: skip
-                    except torch.OutOfMemoryError as error:
-                        reason = f"out of memory: {str(error).splitlines()[0]}"
-                    turn = None  # type: ignore[assignment]  # its model goes before the next one comes
-                if reason is not None:
-                    told = {"px": row.img_size, V100: _as_printed(row.v100)}
-                    report.unmeasured.append(common.Unmeasured(case, name, reason, told))
-                    continue
-                # The baseline's turns beside the first row stand for it; ratios are of each row's own.
-                report.measurements += measured if first is None else measured[1:]
-                first = first or measured[0]
+            name = shown(row)
+            reason = too_large(row, batch=batch, train=train, device=device)
+            measured: list[common.Measurement] = []
+            if reason is None:
+                try:
+                    turn, extra = make(row.model, row.img_size)
+                    took = _seconds(turn, device)
+                    if took > most_seconds:
+                        reason = f"a first turn took {took:.0f} s, more than {most_seconds:g}"
+                    else:
+                        measured = common.compare(
+                            case, {baseline: ours, name: turn}, baseline=baseline, rounds=settings.rounds, warmup=1,
+                            items=batch, extra={baseline: columns, name: extra}, synchronize=settings.synchronize,
+                        )  # fmt: skip
+                except torch.OutOfMemoryError as error:
+                    reason = f"out of memory: {str(error).splitlines()[0]}"
+                turn = None  # type: ignore[assignment]  # its model goes before the next one comes
+            if reason is not None:
+                told = {"px": row.img_size, V100: _as_printed(row.v100)}
+                report.unmeasured.append(common.Unmeasured(case, name, reason, told))
+                continue
+            # The baseline's turns beside the first row stand for it; ratios are of each row's own.
+            report.measurements += measured if first is None else measured[1:]
+            first = first or measured[0]
     notes[:] = [*dict.fromkeys(notes), *remarks(baseline)]
     return report
 

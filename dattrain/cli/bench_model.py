@@ -54,22 +54,22 @@ def run(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings = {
-        "baseline": args.vs or BASELINE,
-        "straightforward": args.straightforward,
-        "sizes": args.img_size,
-        "batch": args.batch,
-        "dtypes": args.dtypes,
-        "directions": [d for d, only in (("training", args.train), ("inference", args.infer)) if only],
-        "drop_path": args.drop_path,
-        "compile": args.compile,
-        "channels_last": args.channels_last,
-        "device": pick_device(args.device),
-        "rounds": args.rounds,
-    }
+    settings = model.Settings(
+        baseline=args.vs or BASELINE,
+        straightforward=args.straightforward,
+        sizes=args.img_size,
+        batch=args.batch,
+        dtypes=args.dtypes,
+        directions=[d for d, only in (("training", args.train), ("inference", args.infer)) if only],
+        drop_path=args.drop_path,
+        compile=args.compile,
+        channels_last=args.channels_last,
+        device=pick_device(args.device),
+        rounds=args.rounds,
+    )
     if args.table:
-        report = model_table.bench(args.models, **settings, most_seconds=args.most_seconds)
+        report = model_table.bench(args.models, settings, most_seconds=args.most_seconds)
     else:
-        report = model.bench(args.models or ["dat_tiny"], **settings)
+        report = model.bench(args.models or ["dat_tiny"], settings)
     emit(report, args)
     return 0

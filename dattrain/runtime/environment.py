@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from dattrain.errors import UserError
-from dattrain.runtime import malloc
+from dattrain.runtime import host_memory
 
 if TYPE_CHECKING:
     import torch
@@ -248,7 +248,7 @@ def configure(
     import torch
 
     if not torch.cuda.is_available():
-        malloc.keep_freed()
+        host_memory.keep_freed()
     if env is not None and env.world > 1 and env.local_world != 1:
         _cache_on_the_node()
     if threads:

@@ -10,10 +10,10 @@ from dattrain.bench import model, model_table
 from dattrain.bench.defaults import BASELINE, TABLE, Row
 from dattrain.runtime import host_memory
 
-SETTINGS = {
-    "straightforward": False, "sizes": [64], "batch": 1, "dtypes": ["fp32"], "directions": ["inference"], "drop_path": 0.0,
-    "compile": False, "channels_last": False, "device": torch.device("cpu"), "rounds": 1,
-}  # fmt: skip
+SETTINGS = model.Settings(
+    baseline="resnet10t", straightforward=False, sizes=[64], batch=1, dtypes=["fp32"], directions=["inference"], drop_path=0.0,
+    compile=False, channels_last=False, device=torch.device("cpu"), rounds=1,
+)  # fmt: skip
 
 
 def test_every_row_is_a_model_that_there_is() -> None:
@@ -34,7 +34,7 @@ def test_rows_have_their_own_size_and_the_printed_figure_and_none_is_missing(
     monkeypatch.setattr(
         model_table, "too_large", lambda row, **_: "too large" if row.model == "test_vit" else None
     )
-    report = model_table.bench([], baseline="resnet10t", most_seconds=60.0, rows=rows, **SETTINGS)
+    report = model_table.bench([], SETTINGS, most_seconds=60.0, rows=rows)
     assert [(m.name, m.extra["px"], m.extra[model_table.V100]) for m in report.measurements] == [
         ("resnet10t", 224, None), ("dat_atto at 32 px", 32, "1156.7"), ("resnet10t at 64 px", 64, None), ("dat_atto at 64 px", 64, None),
     ]  # fmt: skip
@@ -42,7 +42,7 @@ def test_rows_have_their_own_size_and_the_printed_figure_and_none_is_missing(
     assert "| test_vit at 160 px | not measured: too large |" in page and "Liu et al." in page
     widths = {line.count("|") for line in page.splitlines() if line.startswith("|")}
     assert len(widths) == 1
-    slow = model_table.bench([], baseline="resnet10t", most_seconds=0.0, rows=rows[:1], **SETTINGS)
+    slow = model_table.bench([], SETTINGS, most_seconds=0.0, rows=rows[:1])
     assert not slow.measurements and "more than 0" in slow.unmeasured[0].reason
 
 

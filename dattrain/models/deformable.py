@@ -226,9 +226,10 @@ class DeformableAttention(Interior):
 
     def _interior(self, q: Tensor, kv: Tensor, positions: Tensor) -> Tensor:
         """Attention and output projection; q is B x H x W x C, kv B x Ns x 2C, positions B x groups x Ns x 2."""
-        batch, height, width, dim = q.shape
+        batch, height, width, _ = q.shape
         query = q.view(batch, height * width, self.heads, -1).transpose(1, 2)
-        k, v = kv.view(batch, -1, 2, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        # Halves of the channels, so that the gradients of k and v are put together by one copy.
+        k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in kv.chunk(2, 2))
         out = self._attend(query, k, v, positions, height, width).transpose(1, 2).reshape(q.shape)
         if self.position_conv is not None:
             out = out + self.position_conv(q)

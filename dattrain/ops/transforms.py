@@ -89,10 +89,13 @@ def register_autograd(
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.settings = inputs[tensors:]
+        ctx.set_materialize_grads(False)  # no zeros for the results whose gradient is not used
         ctx.save_for_backward(*inputs[:tensors], *(output if isinstance(output, tuple) else ()))
 
-    def run(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def run(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         saved, settings = ctx.saved_tensors, ctx.settings
+        if grad is None:
+            return (None,) * (tensors + len(settings))
         inputs = saved[:tensors]
         grads = gradients(lambda *again: plain(*again, *settings), inputs, grad)
         if grads is None:

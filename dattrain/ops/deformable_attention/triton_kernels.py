@@ -30,10 +30,10 @@ MAGIC_BITS = tl.constexpr(0x4B400000)
 
 @triton.jit
 def _cell(start, query):
-    """Cell of a table index (int32) and where in it, from its centre, in [-.5, .5]. ``start`` is half a cell early."""
+    """Cell of a table index, MAGIC_BITS too high, and where in it, from its centre, in [-.5, .5]. ``start`` is half a cell early."""
     index = start + query
     shifted = index + MAGIC
-    return shifted.to(tl.int32, bitcast=True) - MAGIC_BITS, index - (shifted - MAGIC)
+    return shifted.to(tl.int32, bitcast=True), index - (shifted - MAGIC)
 
 
 @triton.jit
@@ -92,15 +92,17 @@ def _separate(x, S: tl.constexpr):
 
 
 @triton.jit
-def _bias(planes, y, x, row, column, step_y, PITCH: tl.constexpr, R: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+def _bias(planes, y, x, row, column, step_y, pitch, R: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """Bias of a tile, keys x (S * R * C) queries, and the slopes along y and x of each sub-tile; times log2 e."""
     cell_x, gx = _cell(x[:, None], column[None, :])
+    # What both cells are too high by, taken off once for S sub-tiles; products of 32 bits wrap around.
+    cell_x -= MAGIC_BITS * pitch + MAGIC_BITS
     values = ()
     slopes_y = ()
     slopes_x = ()
     for s in tl.static_range(S):
         cell_y, gy = _cell(y[:, None], (row + (s * R) * step_y)[None, :])
-        a, b, c, d = _plane(planes, cell_y * PITCH + cell_x, HALF)
+        a, b, c, d = _plane(planes, cell_y * pitch + cell_x, HALF)
         along_y = c + gx * d
         values = values + ((a + gx * b) + gy * along_y,)
         slopes_y = slopes_y + (along_y,)
@@ -116,9 +118,9 @@ def _queries(n, first_row, first_column, R: tl.constexpr, C: tl.constexpr, S: tl
 
 @triton.jit
 def _forward_step(
-    q_tile, k, v, starts, planes, first, n_keys, k_n, v_n, row, column, step_y, scale, result, maximum, total,
+    q_tile, k, v, starts, planes, first, n_keys, k_n, v_n, row, column, step_y, scale, result, maximum, total, pitch,
     D: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
-    HAS_TABLE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_TABLE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, with a running maximum (Milakov and Gimelshein 2018), in units of log 2."""
     d = tl.arange(0, D)
@@ -132,7 +134,7 @@ def _forward_step(
         v_tile = tl.trans(tl.load(v + key[None, :] * v_n + d[:, None]))
     if HAS_TABLE:
         y, x = _start(starts, key, in_keys, MASKED)
-        bias, _, _ = _bias(planes, y, x, row, column, step_y, PITCH, R, S, HALF)
+        bias, _, _ = _bias(planes, y, x, row, column, step_y, pitch, R, S, HALF)
         if MASKED:
             bias = tl.where(in_keys[:, None], bias, float("-inf"))
         logits = tl.dot(q_tile, k_tile, input_precision=PRECISION) * scale + tl.trans(bias)
@@ -148,23 +150,23 @@ def _forward_step(
     return result, highest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "pitch", "words"])
 def forward_kernel(
-    q, k, v, starts, planes, out, lse, heads, groups, n_keys,
+    q, k, v, starts, planes, out, lse, heads, groups, n_keys, height, width, pitch, words,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, step_y, step_x, scale,
     H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-    BLOCK_K: tl.constexpr, TAIL: tl.constexpr, HAS_TABLE: tl.constexpr, HALF: tl.constexpr,
-    PITCH: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, TAIL: tl.constexpr, HAS_TABLE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A patch of queries of one head of one image over all keys; grid (batch * heads, patches)."""
+    """A patch of queries of one head of one image over all keys; grid (batch * heads, patches down, patches across)."""
+    height = H if H > 0 else height
+    width = W if W > 0 else width
     image = (tl.program_id(0) // heads).to(tl.int64)
     head = tl.program_id(0) % heads
-    ACROSS: tl.constexpr = (W + C - 1) // C
-    first_row = tl.program_id(1) // ACROSS * (S * R)
-    first_column = tl.program_id(1) % ACROSS * C
+    first_row = tl.program_id(1) * (S * R)
+    first_column = tl.program_id(2) * C
     query_row, query_column = _queries(tl.arange(0, S * R * C), first_row, first_column, R, C, S)
-    in_map = (query_row < H) & (query_column < W)
-    query = query_row * W + query_column
+    in_map = (query_row < height) & (query_column < width)
+    query = query_row * width + query_column
     d = tl.arange(0, D)
     q_tile = tl.trans(
         tl.load(
@@ -172,7 +174,7 @@ def forward_kernel(
         )
     )
     starts += (image * groups + head // (heads // groups)) * n_keys
-    planes += head * WORDS
+    planes += head * words
     m = tl.arange(0, R * C)
     row = (first_row + m // C).to(tl.float32) * step_y
     column = (first_column + m % C).to(tl.float32) * step_x
@@ -186,58 +188,37 @@ def forward_kernel(
     for first in range(0, whole, BLOCK_K):
         result, maximum, total = _forward_step(
             q_tile, k, v, starts, planes, first, n_keys, k_n, v_n, row, column, step_y, scale, result, maximum, total,
-            D, R, S, BLOCK_K, False, HAS_TABLE, HALF, PITCH, PRECISION,
+            pitch, D, R, S, BLOCK_K, False, HAS_TABLE, HALF, PRECISION,
         )  # fmt: skip
     if TAIL > 0:
         result, maximum, total = _forward_step(
             q_tile, k, v, starts, planes, whole, n_keys, k_n, v_n, row, column, step_y, scale, result, maximum, total,
-            D, R, S, TAIL, True, HAS_TABLE, HALF, PITCH, PRECISION,
+            pitch, D, R, S, TAIL, True, HAS_TABLE, HALF, PRECISION,
         )  # fmt: skip
     result = tl.trans((result / total[:, None]).to(out.dtype.element_ty))
     out += image * o_b + head * o_h
     tl.store(out + query[None, :] * o_n + d[:, None], result, mask=in_map[None, :])
-    lse += (image * heads + head) * (H * W)
+    lse += (image * heads + head) * (height * width)
     tl.store(lse + query, (maximum + tl.log2(total)) * LN2, mask=in_map)
 
 
-@triton.jit
-def delta_kernel(
-    grad_out, out, delta, heads, queries, g_b, g_h, g_n, o_b, o_h, o_n, D: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Row sums of grad_out * out: what the softmax's gradient subtracts (Dao et al. 2022, appendix B.2)."""
-    image = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
-    query = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    valid = query < queries
-    d = tl.arange(0, D)
-    g = tl.load(
-        grad_out + image * g_b + head * g_h + query[:, None] * g_n + d[None, :],
-        mask=valid[:, None],
-        other=0.0,
-    )
-    o = tl.load(
-        out + image * o_b + head * o_h + query[:, None] * o_n + d[None, :], mask=valid[:, None], other=0.0
-    )
-    total = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + (image * heads + head) * queries + query, total, mask=valid)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "pitch", "words"])
 def backward_kernel(
     grad_out, q, k, v, starts, planes, lse, delta, grad_k, grad_v, grad_starts, grad_logits,
-    heads, groups, n_keys, first_key,
+    heads, groups, n_keys, first_key, places, height, width, pitch, words,
     g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     step_y, step_x, slope_y, slope_x, scale,
     H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-    BLOCK_K: tl.constexpr, MASKED: tl.constexpr, HAS_TABLE: tl.constexpr, HALF: tl.constexpr,
-    PITCH: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, MASKED: tl.constexpr, HAS_TABLE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys over all queries: grad_k, grad_v, a head's share of the positions' gradient, and the scores' gradient."""
     image = (tl.program_id(0) // heads).to(tl.int64)
     head = tl.program_id(0) % heads
+    height = H if H > 0 else height
+    width = W if W > 0 else width
     BLOCK_Q: tl.constexpr = S * R * C
     ACROSS: tl.constexpr = (W + C - 1) // C
-    PATCHES: tl.constexpr = (H + S * R - 1) // (S * R) * ACROSS
+    places = (H + S * R - 1) // (S * R) * ACROSS * BLOCK_Q if H > 0 else places
     d = tl.arange(0, D)
     n = tl.arange(0, BLOCK_Q)
     m = tl.arange(0, R * C)
@@ -248,21 +229,24 @@ def backward_kernel(
     k_tile = tl.trans(tl.load(k + key[None, :] * k_n + d[:, None], mask=in_keys[None, :], other=0.0))
     v_tile = tl.trans(tl.load(v + key[None, :] * v_n + d[:, None], mask=in_keys[None, :], other=0.0))
     starts += (image * groups + head // (heads // groups)) * n_keys
-    planes += head * WORDS
-    line = (image * heads + head) * (H * W)
+    planes += head * words
+    line = (image * heads + head) * (height * width)
     q += image * q_b + head * q_h
     grad_out += image * g_b + head * g_h
-    grad_logits += (image * heads + head) * n_keys * (PATCHES * BLOCK_Q)
+    grad_logits += (image * heads + head) * n_keys * places
     sum_k = tl.zeros([BLOCK_K, D], tl.float32)
     sum_v = tl.zeros([BLOCK_K, D], tl.float32)
     sum_y = tl.zeros([BLOCK_K, R * C], tl.float32)
     sum_x = tl.zeros([BLOCK_K, R * C], tl.float32)
-    for patch in range(0, PATCHES):
-        first_row = patch // ACROSS * (S * R)
-        first_column = patch % ACROSS * C
+    first_row = 0
+    first_column = 0
+    for patch in range(0, places // BLOCK_Q):
+        if H > 0:
+            first_row = patch // ACROSS * (S * R)
+            first_column = patch % ACROSS * C
         query_row, query_column = _queries(n, first_row, first_column, R, C, S)
-        in_map = (query_row < H) & (query_column < W)
-        query = query_row * W + query_column
+        in_map = (query_row < height) & (query_column < width)
+        query = query_row * width + query_column
         q_tile = tl.load(q + query[None, :] * q_n + d[:, None], mask=in_map[None, :], other=0.0)
         g_tile = tl.load(grad_out + query[None, :] * g_n + d[:, None], mask=in_map[None, :], other=0.0)
         normaliser = tl.load(lse + line + query, mask=in_map, other=float("inf")) * LOG2E
@@ -271,7 +255,7 @@ def backward_kernel(
             row = (first_row + m // C).to(tl.float32) * step_y
             column = (first_column + m % C).to(tl.float32) * step_x
             y, x = _start(starts, key, in_keys, MASKED)
-            bias, slopes_y, slopes_x = _bias(planes, y, x, row, column, step_y, PITCH, R, S, HALF)
+            bias, slopes_y, slopes_x = _bias(planes, y, x, row, column, step_y, pitch, R, S, HALF)
             logits = tl.dot(k_tile, q_tile, input_precision=PRECISION) * (scale * LOG2E) + bias
         else:
             logits = tl.dot(k_tile, q_tile, input_precision=PRECISION) * (scale * LOG2E)
@@ -281,7 +265,7 @@ def backward_kernel(
         grad_weights = tl.dot(v_tile, g_tile, input_precision=PRECISION)
         grad = weights * (grad_weights - subtracted[None, :])
         rounded = grad.to(q_tile.dtype)
-        place = key[None, :] * (PATCHES * BLOCK_Q) + (patch * BLOCK_Q + n)[:, None]
+        place = key[None, :] * places + (patch * BLOCK_Q + n)[:, None]
         tl.store(grad_logits + place, tl.trans(rounded), mask=in_keys[None, :])
         sum_k += tl.dot(rounded, tl.trans(q_tile), input_precision=PRECISION)
         if HAS_TABLE:
@@ -289,6 +273,11 @@ def backward_kernel(
             for s in tl.static_range(S):
                 sum_y += parts[s] * slopes_y[s]
                 sum_x += parts[s] * slopes_x[s]
+        if H == 0:
+            first_column += C
+            if first_column >= width:
+                first_column = 0
+                first_row += S * R
     grad_k += image * dk_b + head * dk_h
     grad_v += image * dv_b + head * dv_h
     sum_k = tl.trans((sum_k * scale).to(grad_k.dtype.element_ty))
@@ -299,108 +288,3 @@ def backward_kernel(
         grad_starts += ((image * heads + head) * n_keys + key) * 2
         tl.store(grad_starts, tl.sum(sum_y, 1) * (slope_y * LN2), mask=in_keys)
         tl.store(grad_starts + 1, tl.sum(sum_x, 1) * (slope_x * LN2), mask=in_keys)
-
-
-@triton.jit
-def query_gradient_kernel(
-    grad_logits, k, grad_q, heads, n_keys, k_b, k_h, k_n, d_b, d_h, d_n, scale,
-    H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-    PLACES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """grad_q of some places of one head, from the scores' gradient (keys x places): grad_logits^T @ k."""
-    image = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
-    place = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    d = tl.arange(0, D)
-    grad_logits += (image * heads + head) * n_keys * PLACES
-    k += image * k_b + head * k_h
-    result = tl.zeros([BLOCK_Q, D], tl.float32)
-    key = tl.arange(0, BLOCK_K)
-    whole = n_keys // BLOCK_K * BLOCK_K
-    for _ in range(0, whole, BLOCK_K):
-        grad = tl.load(grad_logits + key[:, None] * PLACES + place[None, :])
-        k_tile = tl.load(k + key[:, None] * k_n + d[None, :])
-        result = tl.dot(tl.trans(grad), k_tile, result, input_precision=PRECISION)
-        grad_logits += BLOCK_K * PLACES
-        k += BLOCK_K * k_n
-    if TAIL > 0:
-        key = tl.arange(0, TAIL)
-        in_keys = (key < n_keys - whole)[:, None]
-        grad = tl.load(grad_logits + key[:, None] * PLACES + place[None, :], mask=in_keys, other=0.0)
-        k_tile = tl.load(k + key[:, None] * k_n + d[None, :], mask=in_keys, other=0.0)
-        result = tl.dot(tl.trans(grad), k_tile, result, input_precision=PRECISION)
-    patch = place // (S * R * C)
-    ACROSS: tl.constexpr = (W + C - 1) // C
-    row, column = _queries(place % (S * R * C), patch // ACROSS * (S * R), patch % ACROSS * C, R, C, S)
-    grad_q += image * d_b + head * d_h + (row * W + column)[:, None] * d_n + d[None, :]
-    tl.store(
-        grad_q,
-        (result * scale).to(grad_q.dtype.element_ty),
-        mask=((row < H) & (column < W))[:, None],
-    )
-
-
-@triton.jit
-def _hat(distance):
-    """Weight of a table entry for an index that far away."""
-    return tl.maximum(1.0 - tl.abs(distance), 0.0)
-
-
-@triton.jit
-def table_gradient_kernel(
-    grad_logits, starts, partial, batch, heads, groups, n_keys, per_program, step_y, step_x, offset_y, offset_x,
-    table_height, table_width,
-    H: tl.constexpr, W: tl.constexpr, PLACES: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, TOGETHER: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile of the table's gradient over some (image, key) pairs, for TOGETHER heads of one group, which share their hats.
-
-    Per pair it is hats_x @ gradient^T @ hats_y, where a hat is the weight of a table entry for a query; in a fixed order.
-    Grid: (splits of the pairs, heads / TOGETHER, tiles of the table).
-    """
-    head = tl.program_id(1) * TOGETHER
-    group = head // (heads // groups)
-    tiles_x = tl.cdiv(table_width, TILE_X)
-    table_y = tl.program_id(2) // tiles_x * TILE_Y + tl.arange(0, TILE_Y)
-    table_x = tl.program_id(2) % tiles_x * TILE_X + tl.arange(0, TILE_X)
-    low: tl.constexpr = grad_logits.dtype.element_ty
-    ACROSS: tl.constexpr = (W + C - 1) // C
-    results = ()
-    for _ in tl.static_range(TOGETHER):
-        results = results + (tl.zeros([TILE_X, TILE_Y], tl.float32),)
-    first = tl.program_id(0) * per_program
-    for pair in range(first, tl.minimum(first + per_program, batch * n_keys)):
-        image = (pair // n_keys).to(tl.int64)
-        key = pair % n_keys
-        packed = tl.load(starts + (image * groups + group) * n_keys + key)
-        y = _fp32(packed, 0) + offset_y
-        x = _fp32(packed, 32) + offset_x
-        sums = ()
-        source = grad_logits + ((image * heads + head) * n_keys + key) * PLACES
-        for h in tl.static_range(TOGETHER):
-            result = results[h]
-            for i in tl.static_range(0, H, ROWS):
-                row = i + tl.arange(0, ROWS)
-                for j in tl.static_range(0, W, COLUMNS):
-                    column = j + tl.arange(0, COLUMNS)
-                    hats_x = _hat(
-                        (x + column.to(tl.float32) * step_x)[None, :] - table_x.to(tl.float32)[:, None]
-                    )
-                    patch = (row // (S * R) * ACROSS)[None, :] + column[:, None] // C
-                    within = ((row % R) * C * S + row % (S * R) // R)[None, :] + (column % C * S)[:, None]
-                    inside = (row < H)[None, :] & (column < W)[:, None]
-                    grad = tl.load(source + patch * (S * R * C) + within, mask=inside, other=0.0)
-                    if j == 0:
-                        half = tl.dot(hats_x.to(low), grad, input_precision=PRECISION)
-                    else:
-                        half = tl.dot(hats_x.to(low), grad, half, input_precision=PRECISION)
-                hats_y = _hat((y + row.to(tl.float32) * step_y)[:, None] - table_y.to(tl.float32)[None, :])
-                result = tl.dot(half.to(low), hats_y.to(low), result, input_precision=PRECISION)
-            sums = sums + (result,)
-            source += n_keys * PLACES
-        results = sums
-    inside = (table_y < table_height)[None, :] & (table_x < table_width)[:, None]
-    for h in tl.static_range(TOGETHER):
-        target = partial + (tl.program_id(0) * heads + head + h) * (table_height * table_width)
-        tl.store(target + table_y[None, :] * table_width + table_x[:, None], results[h], mask=inside)

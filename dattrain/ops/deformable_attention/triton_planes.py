@@ -1,4 +1,4 @@
-"""The bias table as the attention kernels read it: planes, and where in them each key starts (``triton_kernels`` says why)."""
+"""What the attention kernels read: the bias table as planes, where in them each key starts, and the rows' sums (``triton_kernels`` says why)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dattrain.ops.deformable_attention.coordinates import Geometry, QueryGrid, start_and_step
+from dattrain.ops.deformable_attention.triton_tiles import Piece
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK = 256
 """Keys, or cells of the planes, of a program."""
+BLOCK_Q = 64
+"""Queries of a program; twice that where it leaves no more of the last one empty."""
 EDGE = 2.0**-16
 """How far below a whole index its cell begins already.
 
@@ -33,39 +36,68 @@ class Bias(NamedTuple):
     slope: tuple[float, float]
     offset: tuple[float, float]
     """What turns a start into a table index."""
+    pitch: int
+    """Cells of a row of the planes."""
+    words: int
+    """8-byte numbers of a head's planes."""
     constants: dict[str, Any]
 
-    def of_images(self, images: slice) -> Bias:
-        """Some of the batch."""
-        return self._replace(starts=self.starts[images])
+    def of(self, piece: Piece) -> Bias:
+        """Some images, heads or keys."""
+        starts = self.starts[piece.positions]
+        return self._replace(
+            starts=starts, planes=self.planes[piece.heads] if self.constants["HAS_TABLE"] else self.planes
+        )
 
-    @classmethod
-    def of(cls, positions: Tensor, table: Tensor | None, q: Tensor, geometry: Geometry) -> Bias:
-        """Two small kernels; nothing where there is no table."""
-        half = q.element_size() == 2
-        if table is None:
-            constants = {"HAS_TABLE": False, "HALF": half, "PITCH": 1, "WORDS": 1}
-            return cls(positions, positions, (0.0, 0.0), (0.0, 0.0), (0.0, 0.0), constants)
+
+class Rows(NamedTuple):
+    """What the softmax's gradient subtracts from each row, to be made: ``delta`` (B x heads x queries, fp32)."""
+
+    grad_out: Tensor
+    out: Tensor
+    delta: Tensor
+
+
+def prepare(
+    positions: Tensor, table: Tensor | None, q: Tensor, geometry: Geometry, rows: Rows | None = None
+) -> Bias:
+    """Starts and planes, where there is a table, and for backward ``rows.delta``: all by one launch."""
+    half = q.element_size() == 2
+    if table is None:
+        bias = Bias(
+            positions, positions, (0.0, 0.0), (0.0, 0.0), (0.0, 0.0), 1, 1, {"HAS_TABLE": False, "HALF": half}
+        )
+        programs, scalars = (0, 0), (0, 0, 0, 0, *[0.0] * 8, 0)
+    else:
         positions, table = positions.contiguous(), table.contiguous()
         heads, *sizes = table.shape
         y, x = (_Axis.of(n, size, geometry.grid) for n, size in zip((geometry.height, geometry.width), sizes))
         broken = sizes[0] + 2 * y.pad
-        rows, pitch = broken + y.pad, sizes[1] + 2 * x.pad
+        pitch = sizes[1] + 2 * x.pad
         starts = positions.new_empty(positions.shape[:3], dtype=torch.int64)
-        planes = table.new_empty(heads, rows, pitch, 1 if half else 2, dtype=torch.int64)
-        starts_kernel[(triton.cdiv(starts.numel(), BLOCK),)](
-            positions, starts, starts.numel(), y.origin, x.origin, y.slope, x.slope, y.low, x.low, y.high, x.high,
-            float(broken), BLOCK=BLOCK,
+        planes = table.new_empty(heads, broken + y.pad, pitch, 1 if half else 2, dtype=torch.int64)
+        bias = Bias(
+            starts, planes, (y.step, x.step), (y.slope, x.slope), (y.offset, x.offset), pitch, planes[0].numel(),
+            {"HAS_TABLE": True, "HALF": half},
         )  # fmt: skip
-        cells = heads * rows * pitch
-        planes_kernel[(triton.cdiv(cells, BLOCK),)](
-            table, planes, cells, rows * pitch, pitch, *sizes, y.pad, x.pad, broken, 0.5 - EDGE, HALF=half,
-            BLOCK=BLOCK,
+        cells = heads * (broken + y.pad) * pitch
+        programs = triton.cdiv(starts.numel(), BLOCK), triton.cdiv(cells, BLOCK)
+        scalars = (
+            *sizes, y.pad, x.pad, y.origin, x.origin, y.slope, x.slope, y.low, x.low, y.high, x.high, broken
         )  # fmt: skip
-        return cls(
-            starts, planes, (y.step, x.step), (y.slope, x.slope), (y.offset, x.offset),
-            {"HAS_TABLE": True, "HALF": half, "PITCH": pitch, "WORDS": planes[0].numel()},
+    grad_out, out, delta = rows or (q, q, positions)
+    batch, heads, queries, dim = grad_out.shape
+    block_q = 2 * BLOCK_Q if triton.cdiv(queries, BLOCK_Q) % 2 == 0 else BLOCK_Q
+    blocks = triton.cdiv(queries, block_q) if rows else 0
+    launched = sum(programs) + batch * heads * blocks
+    if launched:
+        prepare_kernel[(launched,)](
+            positions, bias.starts, positions if table is None else table, bias.planes, grad_out, out, delta,
+            *programs, bias.starts.numel(), *bias.planes.shape[:2], bias.pitch, *scalars, 0.5 - EDGE,
+            heads, queries, blocks, *grad_out.stride()[:3], *out.stride()[:3],
+            HALF=half, BLOCK=BLOCK, DELTA=rows is not None, D=dim, BLOCK_Q=block_q,
         )  # fmt: skip
+    return bias
 
 
 class _Axis(NamedTuple):
@@ -89,16 +121,49 @@ class _Axis(NamedTuple):
         return cls(origin + shift, slope, step, low + shift, high + shift, pad, -shift)
 
 
+@triton.jit(
+    do_not_specialize=[
+        "starts_programs", "planes_programs", "n_starts", "n_heads", "n_rows", "pitch", "table_height", "table_width",
+        "pad_y", "pad_x", "broken", "heads", "queries", "blocks",
+    ]
+)  # fmt: skip
+def prepare_kernel(
+    positions, starts, table, planes, grad_out, out, delta,
+    starts_programs, planes_programs, n_starts, n_heads, n_rows, pitch, table_height, table_width, pad_y, pad_x,
+    origin_y, origin_x, slope_y, slope_x, low_y, low_x, high_y, high_x, broken, at,
+    heads, queries, blocks, g_b, g_h, g_n, o_b, o_h, o_n,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, DELTA: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Programs for the starts, then for the planes, then for delta."""
+    program = tl.program_id(0)
+    if program < starts_programs:
+        _starts(
+            program, positions, starts, n_starts, origin_y, origin_x, slope_y, slope_x, low_y, low_x, high_y, high_x,
+            broken.to(tl.float32), BLOCK,
+        )  # fmt: skip
+    elif program < starts_programs + planes_programs:
+        _planes(
+            program - starts_programs, table, planes, n_heads * n_rows * pitch, n_rows * pitch, pitch, table_height,
+            table_width, pad_y, pad_x, broken, at, HALF, BLOCK,
+        )  # fmt: skip
+    elif DELTA:
+        program -= starts_programs + planes_programs
+        _delta(
+            program // blocks, program % blocks, grad_out, out, delta, heads, queries, g_b, g_h, g_n, o_b, o_h, o_n,
+            D, BLOCK_Q,
+        )  # fmt: skip
+
+
 @triton.jit
-def starts_kernel(
-    positions, starts, n, origin_y, origin_x, slope_y, slope_x, low_y, low_x, high_y, high_x, broken,
+def _starts(
+    program, positions, starts, n, origin_y, origin_x, slope_y, slope_x, low_y, low_x, high_y, high_x, broken,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Planes' index of every key for the first query, y and x as fp32 in 8 bytes, clamped to where all is zero.
 
     A key that is not finite starts at the row ``broken``, where the planes are no numbers.
     """
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = program * BLOCK + tl.arange(0, BLOCK)
     y = tl.load(positions + 2 * i, mask=i < n, other=0.0)
     x = tl.load(positions + 2 * i + 1, mask=i < n, other=0.0)
     start_y = tl.minimum(tl.maximum(origin_y + slope_y * y, low_y), high_y)
@@ -117,12 +182,12 @@ def _entry(table, y, x, height, width, valid):
 
 
 @triton.jit
-def planes_kernel(
-    table, planes, n, cells, pitch, table_height, table_width, pad_y, pad_x, broken, at,
+def _planes(
+    program, table, planes, n, cells, pitch, table_height, table_width, pad_y, pad_x, broken, at,
     HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The planes of every cell of every head's table (module's docstring), about the point ``at`` of a cell along both axes."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = program * BLOCK + tl.arange(0, BLOCK)
     valid = i < n
     y = i % cells // pitch - pad_y
     x = i % pitch - pad_x
@@ -155,3 +220,21 @@ def _bits16(x):
 @triton.jit
 def _bits32(x):
     return x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+
+
+@triton.jit
+def _delta(
+    line, block, grad_out, out, delta, heads, queries, g_b, g_h, g_n, o_b, o_h, o_n, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Row sums of grad_out * out: what the softmax's gradient subtracts (Dao et al. 2022, appendix B.2)."""
+    image = (line // heads).to(tl.int64)
+    head = line % heads
+    query = block * BLOCK + tl.arange(0, BLOCK)
+    valid = query < queries
+    d = tl.arange(0, D)
+    grad_out += image * g_b + head * g_h
+    out += image * o_b + head * o_h
+    g = tl.load(grad_out + query[:, None] * g_n + d[None, :], mask=valid[:, None], other=0.0)
+    o = tl.load(out + query[:, None] * o_n + d[None, :], mask=valid[:, None], other=0.0)
+    total = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta + (image * heads + head) * queries + query, total, mask=valid)

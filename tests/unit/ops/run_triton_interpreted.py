@@ -11,10 +11,11 @@ import numpy as np
 import torch
 import triton.language as tl
 from attention_cases import Case
+from torch import Tensor
 from triton.runtime import interpreter
 
 from dattrain import ops
-from dattrain.ops.deformable_attention import backend_triton, triton_planes
+from dattrain.ops.deformable_attention import backend_triton, triton_planes, triton_tiles
 
 CASES = {
     "center": Case(batch=1, heads=2, groups=1, keys=3),
@@ -28,6 +29,10 @@ CASES = {
     "empty batch": Case(batch=0),
     "wide heads": Case(batch=1, heads=1, groups=1, height=2, width=2, keys=18, table=(3, 3), dim=100),
     "coarse queries": Case(batch=1, heads=1, groups=1, height=3, width=4, keys=4, table=(16, 12), spread=1.2),
+    "two keys in a tile": Case(batch=2, heads=2, groups=1, height=7, width=8, keys=5, table=(13, 15)),
+    "stretched over several tiles": Case(
+        batch=1, heads=2, groups=1, height=35, width=20, keys=3, table=(7, 7)
+    ),
     "tiled table": Case(batch=1, heads=1, groups=1, height=34, width=2, keys=2, table=(67, 3), grid="corner"),
 }
 HALF = {
@@ -136,14 +141,37 @@ def check_broken_key() -> None:
         assert gradient[1, 0].isnan().any() and gradient[0].isfinite().all()
 
 
-def check_some_images_at_a_time() -> None:
-    """A batch whose scores' gradient would be too large at once."""
-    before = backend_triton.SCORES_BYTES
-    backend_triton.SCORES_BYTES = 1
+def check_pieces() -> None:
+    """A scores' gradient that is too large at once: some images, heads or keys at a time, in no more memory than allowed."""
+    case = Case(batch=2, heads=2, groups=1, height=2, width=8, keys=66, table=(3, 5), dim=16)
+    places = 32  # a patch
+    of_a_key, of_a_head = places * 4, 66 * places * 4
+    allowed, splits, fill = triton_tiles.SCORES_BYTES, triton_tiles.SPLITS, backend_triton._scores_gradient
+    triton_tiles.SPLITS = 2 * case.heads
+    taken: list[int] = []
+
+    def noted(grad_logits: Tensor, *others: object) -> None:
+        taken.append(grad_logits.untyped_storage().nbytes())
+        fill(grad_logits, *others)
+
+    backend_triton._scores_gradient = noted
     try:
-        check("image by image", CASES["corner"], torch.float32)
+        for bytes_, most, pieces in (
+            (3 * of_a_head, 2 * of_a_head, 2),  # an image
+            (of_a_head, of_a_head, 4),
+            (1, 64 * of_a_key, 8),  # a tile of keys, and what is left
+        ):
+            triton_tiles.SCORES_BYTES = bytes_
+            taken.clear()
+            check(f"{bytes_} bytes", case, torch.float32)
+            assert set(taken) == {most} and len(taken) == pieces, (bytes_, taken)
+        check("keys in pieces", replace(case, batch=1, heads=1, groups=1), torch.float16)
     finally:
-        backend_triton.SCORES_BYTES = before
+        triton_tiles.SCORES_BYTES, triton_tiles.SPLITS, backend_triton._scores_gradient = (
+            allowed,
+            splits,
+            fill,
+        )
 
 
 def main(full: bool) -> None:
@@ -157,7 +185,7 @@ def main(full: bool) -> None:
         check(name, case, dtype)
     # A head dim that needs no padding, which would lay the inputs out anew.
     check("strided", replace(CASES["center"], dim=16), torch.float32, strided=True)
-    check_some_images_at_a_time()
+    check_pieces()
     check_kinks()
     check_broken_key()
 

@@ -63,6 +63,11 @@ class Measurement:
         """Items per second at the median."""
         return None if self.items is None else self.items / self.wall.median
 
+    @property
+    def shown_ratio(self) -> str:
+        """``1.05x (1.03-1.06)``: median and quartiles."""
+        return f"{self.ratio.median:.2f}x ({self.ratio.low:.2f}-{self.ratio.high:.2f})"
+
 
 def compare(
     case: str,
@@ -210,9 +215,7 @@ class BenchReport:
             row = [
                 m.case,
                 m.name,
-                "1 (baseline)"
-                if m.name == m.baseline
-                else f"{m.ratio.median:.2f}x ({m.ratio.low:.2f}-{m.ratio.high:.2f})",
+                "1 (baseline)" if m.name == m.baseline else m.shown_ratio,
                 "" if m.name == m.baseline else f"{m.cpu_ratio.median:.2f}x",
                 _digits(m.wall.median * 1e3),
                 _quartiles(m.wall),

@@ -7,11 +7,11 @@ is left out. bf16 is autocast over fp32 weights, as in training.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import timm
 import torch
@@ -25,6 +25,9 @@ from dattrain.errors import UserError
 from dattrain.models.zoo import VARIANTS, create
 
 PLAIN = "+straightforward"
+COMPILED = "torch.compile: images/s"
+COMPILED_RATIO = "torch.compile: ratio (quartiles)"
+COMPILED_PEAK = "torch.compile: GB peak"
 Turn: TypeAlias = Callable[[], object]
 Columns: TypeAlias = dict[str, float | str | None]
 
@@ -48,7 +51,7 @@ class Settings:
     drop_path: float
     """Stochastic depth while training."""
     compile: bool
-    """``torch.compile`` every model."""
+    """Every model under ``torch.compile`` too, in columns of its own."""
     channels_last: bool
     """Images and convolutions in channels-last memory."""
     device: torch.device
@@ -88,24 +91,15 @@ def bench(models: Sequence[str], settings: Settings) -> common.BenchReport:
             # Each case is a graph of its own, and torch keeps a few per function: what came after them would run
             # uncompiled.
             torch._dynamo.reset()
-            steps: dict[str, Turn] = {}
-            extra: dict[str, Columns] = {}
-            for name in names:
-                steps[name], extra[name] = contender(
+            contenders = {
+                name: contender(
                     name, settings, size=size, dtype=dtype, train=direction == "training", notes=notes
                 )
-            measurements += common.compare(
-                f"{size} px B{settings.images} {dtype} {direction}",
-                steps,
-                baseline=baseline,
-                rounds=settings.rounds,
-                warmup=1,
-                items=settings.images,
-                extra=extra,
-                synchronize=settings.synchronize,
-            )
+                for name in names
+            }
+            measurements += compare(f"{size} px B{settings.images} {dtype} {direction}", contenders, settings)
     return common.BenchReport(
-        f"{', '.join(models)} against {baseline}" + (" (torch.compile)" if settings.compile else ""),
+        f"{', '.join(models)} against {baseline}",
         measurements,
         item="image",
         notes=list(dict.fromkeys(notes)),
@@ -113,10 +107,50 @@ def bench(models: Sequence[str], settings: Settings) -> common.BenchReport:
     )
 
 
+class Contender(NamedTuple):
+    """A model of a case."""
+
+    turn: Turn
+    columns: Columns
+    """Further ones of its row."""
+    compiled: tuple[Turn, Columns] | None = None
+    """Both under ``torch.compile``, if that was asked for and succeeds."""
+
+
+def compare(case: str, contenders: Mapping[str, Contender], settings: Settings) -> list[common.Measurement]:
+    """Time contenders in turns; then their compiled turns, whose figures are columns of the same rows."""
+
+    def measure(turns: Mapping[str, Turn], columns: Mapping[str, Columns]) -> list[common.Measurement]:
+        return common.compare(
+            case, turns, baseline=settings.baseline, rounds=settings.rounds, warmup=1, items=settings.images,
+            extra=columns, synchronize=settings.synchronize,
+        )  # fmt: skip
+
+    rows = measure(
+        {name: one.turn for name, one in contenders.items()},
+        {name: one.columns for name, one in contenders.items()},
+    )
+    compiled = {name: one.compiled for name, one in contenders.items() if one.compiled is not None}
+    if settings.baseline not in compiled:
+        return rows
+    columns: dict[str, Columns] = {
+        m.name: {
+            COMPILED: m.throughput,
+            COMPILED_RATIO: None if m.name == m.baseline else m.shown_ratio,
+            **m.extra,
+        }
+        for m in measure(
+            {name: turn for name, (turn, _) in compiled.items()},
+            {name: extra for name, (_, extra) in compiled.items()},
+        )
+    }
+    return [replace(row, extra={**row.extra, **columns.get(row.name, {})}) for row in rows]
+
+
 def contender(
     name: str, settings: Settings, *, size: int, dtype: str, train: bool, notes: list[str]
-) -> tuple[Turn, Columns]:
-    """A turn of this model, and further columns of its row. What ``torch.compile`` refuses is told in ``notes``.
+) -> Contender:
+    """This model's turns. What ``torch.compile`` refuses is told in ``notes``.
 
     Raises:
         UserError: as ``build``.
@@ -130,11 +164,14 @@ def contender(
     )  # fmt: skip
     one = turn(model, name)
     columns: Columns = {"parameters M": round(sum(p.numel() for p in model.parameters()) / 1e6, 2)}
-    if settings.compile:
-        one = compiled(turn, model, name, notes) or one
     if device.type == "cuda":
         columns["GB peak"] = peak(one, device)
-    return one, columns
+    fast = compiled(turn, model, name, notes) if settings.compile else None
+    if fast is None:
+        return Contender(one, columns)
+    return Contender(
+        one, columns, (fast, {COMPILED_PEAK: peak(fast, device)} if device.type == "cuda" else {})
+    )
 
 
 def peak(call: Callable[[], object], device: torch.device) -> float:
@@ -239,12 +276,10 @@ def compiled(
     turn: Callable[..., Callable[[], object]], model: torch.nn.Module, name: str, notes: list[str]
 ) -> Callable[[], object] | None:
     """The turn with the model under torch.compile, run once; None and a line in ``notes`` if that fails."""
-    one = turn(torch.compile(model, dynamic=False), name)
     try:
+        one = turn(torch.compile(model, dynamic=False), name)
         one()
     except Exception as error:
-        notes.append(
-            f"{name}: torch.compile failed, measured eager: {type(error).__name__}: {str(error).splitlines()[0]}"
-        )
+        notes.append(f"{name}: torch.compile failed: {type(error).__name__}: {str(error).splitlines()[0]}")
         return None
     return one

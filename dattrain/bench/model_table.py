@@ -43,7 +43,7 @@ def bench(
     printed = {(row.model, row.img_size): row.v100 for row in rows}
     notes: list[str] = []
     report = common.BenchReport(
-        "Throughput table" + (" (torch.compile)" if settings.compile else ""),
+        "Throughput table",
         [],
         item="image",
         notes=notes,
@@ -52,14 +52,13 @@ def bench(
     for direction, dtype in settings.cases:
         case, train = f"B{batch} {dtype} {direction}", direction == "training"
 
-        def make(
-            name: str, size: int, dtype: str = dtype, train: bool = train
-        ) -> tuple[model.Turn, model.Columns]:
-            turn, columns = model.contender(name, settings, size=size, dtype=dtype, train=train, notes=notes)
-            return turn, {"px": size, V100: _as_printed(printed.get((name, size))), **columns}
+        def make(name: str, size: int, dtype: str = dtype, train: bool = train) -> model.Contender:
+            made = model.contender(name, settings, size=size, dtype=dtype, train=train, notes=notes)
+            own: model.Columns = {"px": size, V100: _as_printed(printed.get((name, size)))}
+            return made._replace(columns={**own, **made.columns})
 
         torch._dynamo.reset()
-        ours, columns = make(baseline, 224)
+        beside = make(baseline, 224)
         first: common.Measurement | None = None
         for row in wanted:
             gc.collect()  # what the last row left
@@ -69,18 +68,15 @@ def bench(
             measured: list[common.Measurement] = []
             if reason is None:
                 try:
-                    turn, extra = make(row.model, row.img_size)
-                    took = _seconds(turn, device)
+                    one = make(row.model, row.img_size)
+                    took = _seconds(one.turn, device)
                     if took > most_seconds:
                         reason = f"a first turn took {took:.0f} s, more than {most_seconds:g}"
                     else:
-                        measured = common.compare(
-                            case, {baseline: ours, name: turn}, baseline=baseline, rounds=settings.rounds, warmup=1,
-                            items=batch, extra={baseline: columns, name: extra}, synchronize=settings.synchronize,
-                        )  # fmt: skip
+                        measured = model.compare(case, {baseline: beside, name: one}, settings)
                 except torch.OutOfMemoryError as error:
                     reason = f"out of memory: {str(error).splitlines()[0]}"
-                turn = None  # type: ignore[assignment]  # its model goes before the next one comes
+                one = None  # type: ignore[assignment]  # its model goes before the next one comes
             if reason is not None:
                 told = {"px": row.img_size, V100: _as_printed(row.v100)}
                 report.unmeasured.append(common.Unmeasured(case, name, reason, told))

@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drop-path", type=float, default=0.2, metavar="P", help="stochastic depth while training (.2)"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile every model")
+    parser.add_argument(
+        "--compile", action="store_true", help="every model under torch.compile too, in columns of its own"
+    )
     parser.add_argument(
         "--channels-last", action="store_true", help="images and convolutions in channels-last memory"
     )

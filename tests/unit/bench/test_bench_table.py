@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import timm
 import torch
 from pytest import MonkeyPatch, approx
@@ -44,6 +46,31 @@ def test_rows_have_their_own_size_and_the_printed_figure_and_none_is_missing(
     assert len(widths) == 1
     slow = model_table.bench([], SETTINGS, most_seconds=0.0, rows=rows[:1])
     assert not slow.measurements and "more than 0" in slow.unmeasured[0].reason
+
+
+def test_torch_compile_has_columns_of_its_own(monkeypatch: MonkeyPatch) -> None:
+    def compile(network: torch.nn.Module, **_: object) -> torch.nn.Module:
+        if not isinstance(network, timm.models.ResNet):
+            raise RuntimeError("no")
+        return network
+
+    monkeypatch.setattr(torch, "compile", compile)
+    settings = replace(SETTINGS, sizes=[32], compile=True)
+    report = model.bench(["test_resnet", "dat_atto"], settings)
+    rows = {m.name: m.extra for m in report.measurements}
+    assert [rows[name].get(model.COMPILED, 0) > 0 for name in ("resnet10t", "test_resnet", "dat_atto")] == [
+        True,
+        True,
+        False,
+    ]
+    assert (
+        "(" in str(rows["test_resnet"][model.COMPILED_RATIO])
+        and rows["resnet10t"][model.COMPILED_RATIO] is None
+    )
+    assert report.notes == ["dat_atto: torch.compile failed: RuntimeError: no"]
+    table = model_table.bench([], settings, most_seconds=60.0, rows=[Row("test_resnet", 64)])
+    assert all(m.extra[model.COMPILED] for m in table.measurements)
+    assert model.COMPILED not in model.bench(["test_resnet"], replace(settings, compile=False)).as_markdown()
 
 
 def test_what_a_turn_needs_is_known_before(monkeypatch: MonkeyPatch) -> None:

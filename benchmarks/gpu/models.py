@@ -1,4 +1,4 @@
-"""Stages ``model``, ``table`` and ``large``: whole models by ``dattrain bench model``, images/s and peak memory."""
+"""Stages ``model``, ``table``, ``large`` and ``cpu``: whole models by ``dattrain bench model``, images/s and peak memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from benchmarks.gpu.job import Job
+from dattrain.bench.common import describe_machine
 from dattrain.bench.model import COMPILED, COMPILED_PEAK
 
 DRY = ("--vs", "test_resnet", "--img-size", "32", "--batch", "2", "--dtypes", "fp32", "--rounds", "1")
@@ -96,6 +97,20 @@ def large(job: Job) -> None:
     job.figure(figure, speed(ours) / speed(plain), "times")
 
 
+def cpu(job: Job) -> None:
+    """DAT-T beside Swin-T on two threads of the host, which may be another processor than others were measured on."""
+    from dattrain.ops.cpp import build
+
+    job.figure("processor", describe_machine()["device"])
+    job.figure("native backend", build.status()[1])
+    words = ["dat_tiny", "--img-size", "224", "384", "--batch", "8", "--threads", "2", "--rounds", "3"]
+    rows = bench(job, "model", [*(["dat_atto", *DRY] if job.dry else words), "--device", "cpu"], "cpu")
+    report(job, rows)
+    for row in rows:
+        if row["name"] != row["baseline"]:
+            job.figure(f"{row['case']}: speed, {row['baseline']} = 1", row["ratio"][0], "times")
+
+
 def bench(job: Job, verb: str, words: list[str], name: str) -> list[dict[str, Any]]:
     """The measurements of ``dattrain bench verb words``, which is printed first.
 
@@ -106,7 +121,7 @@ def bench(job: Job, verb: str, words: list[str], name: str) -> list[dict[str, An
 
     file = job.folder / f"{name.strip('-')}.json"
     # ``bench checkpoint`` starts ranks, which take the devices that they see.
-    where = [] if verb == "checkpoint" else ["--device", job.device]
+    where = [] if verb == "checkpoint" or "--device" in words else ["--device", job.device]
     command = ["bench", verb, *words, *where, "--json", str(file)]
     print("$ dattrain", *command, flush=True)
     # DeepSpeed keeps groups of the first process group of a process, and the second ``bench step`` in it would meet them.

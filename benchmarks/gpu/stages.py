@@ -71,6 +71,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage("large", "models", "large", 300, "DAT-B at 384 beside the straightforward core, both compiled"),
     Stage("largest", "updates", "largest", 90, "the largest micro-batch that fits"),
+    Stage("cpu", "models", "cpu", 200, "DAT-T beside Swin-T on the host's processor"),
     Stage("sanitizer", "tools", "sanitizer", 120, "compute-sanitizer's memcheck on small cases"),
     Stage("counters", "tools", "counters", 120, "Nsight Compute's counters of the core's kernels"),
     Stage("tests", "tools", "tests", 300, "pytest -m gpu"),

@@ -9,7 +9,7 @@
 // table serve many rows of queries. Along y, two blended rows make a row of the bias; a vector of columns goes down all rows, the two blended rows of the
 // moment in registers. Compiled by dattrain/ops/cpp/build.py; called by deformable_attention/backend_native.py.
 
-#include "native.h"
+#include "products.h"
 
 namespace {
 
@@ -304,11 +304,11 @@ template <class T, class S> struct Worker {
                 const int64_t keys = std::min(tile, c.keys - key);
                 block_scores(image, head, first, rows, key, keys);
                 dot.template operator()<false>(keys, c.at(c.v, 2, image, head) + key * c.strides[8], c.strides[8], count, grad_out, c.strides[14], c.dim, grads.data(), block);
-                for (int64_t k = 0; k < keys; ++k)
+                for (int64_t i = 0; i < keys; ++i)
                     for (int64_t n = 0; n < columns; n += L) {
-                        const V<T> weight = exponential(load(scores.data() + k * block + n) * c.scale - load(line.data() + n));
-                        store(scores.data() + k * block + n, weight);
-                        T* g = grads.data() + k * block + n;
+                        const V<T> weight = exponential(load(scores.data() + i * block + n) * c.scale - load(line.data() + n));
+                        store(scores.data() + i * block + n, weight);
+                        T* g = grads.data() + i * block + n;
                         store(g, weight * (load(g) - load(delta.data() + n)));
                     }
                 weighted.template operator()<true>(keys, scores.data(), block, 1, count, grad_out, c.strides[14], c.dim, acc_v.data() + key * dim);
@@ -448,6 +448,14 @@ int call(void** p, const int64_t* strides, const int64_t* sizes, const double* n
 }  // namespace
 
 extern "C" {
+// Whether products of bf16 are the tile unit's.
+int dattrain_tile_unit() {
+#ifdef DATTRAIN_TILES
+    return TileUnit::usable();
+#else
+    return 0;
+#endif
+}
 int dattrain_core_f32(void** p, const int64_t* s, const int64_t* n, const double* x, int64_t b, int64_t t) { return call<float, float>(p, s, n, x, b, t); }
 int dattrain_core_f64(void** p, const int64_t* s, const int64_t* n, const double* x, int64_t b, int64_t t) { return call<double, double>(p, s, n, x, b, t); }
 int dattrain_core_bf16(void** p, const int64_t* s, const int64_t* n, const double* x, int64_t b, int64_t t) { return call<float, bf16>(p, s, n, x, b, t); }

@@ -19,7 +19,9 @@ import tempfile
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-SOURCES = tuple(_HERE / name for name in ("native.h", "attention.cpp", "maps.cpp", "windows.cpp"))
+SOURCES = tuple(
+    _HERE / name for name in ("native.h", "products.h", "attention.cpp", "maps.cpp", "windows.cpp")
+)
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=fast"]
 
 
@@ -27,10 +29,11 @@ _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=fa
 def status() -> tuple[bool, str]:
     """Whether the backend can run here and why (not); compiles if that has not been done on this machine."""
     try:
-        path = _compiled()[1]
+        loaded, path = _compiled()
     except (OSError, subprocess.SubprocessError) as error:
         return False, (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return True, f"compiled for this CPU ({path}); the default on CPU"
+    tiles = ", with its tile unit (AMX)" if loaded.dattrain_tile_unit() else ""
+    return True, f"compiled for this CPU{tiles} ({path}); the default on CPU"
 
 
 def library() -> ctypes.CDLL:
@@ -99,7 +102,8 @@ def _compile(compiler: str, arch: list[str], path: Path) -> None:
                 break
         else:
             # No fault of the folder: in another one it would fail as well.
-            why = done.stderr.strip().splitlines()[-1:]
+            lines = done.stderr.strip().splitlines()
+            why = next((line for line in lines if "error" in line.lower()), *lines[-1:])
             raise subprocess.SubprocessError(f"{compiler} cannot compile {units}: {why}")
         # Ranks may all compile at once; the last to finish wins, with the same bytes.
         built.replace(path)

@@ -3,7 +3,7 @@
 // first-level cache. Scores are key-major, as in attention.cpp, so the bias is kept transposed. Called by
 // dattrain/ops/cpp/bindings.py.
 
-#include "native.h"
+#include "products.h"
 
 namespace {
 

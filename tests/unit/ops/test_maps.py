@@ -72,6 +72,11 @@ def test_sampling_reads_maps_bilinearly_in_full_precision(backend):
             ops.sample(x, positions[:1])
         with pytest.raises(ValueError, match="sample needs"):
             ops.sample(x[..., :9], positions)
+        for empty in (x[:, :0], x[:, :, :0]):
+            with pytest.raises(ValueError, match="no map and no group empty"):
+                ops.sample(empty, positions)
+        with pytest.raises(ValueError, match="no map and no group empty"):
+            ops.sample(x, positions[:, :0])
     assert narrow.dtype == torch.bfloat16
     torch.testing.assert_close(narrow.float(), expected)
 

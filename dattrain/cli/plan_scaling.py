@@ -19,7 +19,9 @@ NAMES = {
 }
 """Settings by the names that ``planning.scaling`` has for them."""
 SHARES = ("backward_share", "net_achieved")
-"""Constants that are parts of something."""
+"""Constants that are parts of something, 1 at most."""
+FACTOR = 1000.0
+"""By which a constant may differ from its default: beyond it is another unit or a slip."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--assume", action="append", default=[], metavar="NAME=X",
         help="for --scaling: another value for one of the constants that it lists",
     )  # fmt: skip
+
+
+def asked(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The arguments as those of ``scaling_table.table``; None without ``--scaling``.
+
+    Raises:
+        ConfigError: one of them is not what it should be, or goes with ``--scaling`` alone.
+    """
+    if args.scaling is None:
+        if args.assume or args.device_rates is not None:
+            raise ConfigError("--assume and --device-rates go with --scaling alone")
+        return None
+    return {
+        "worlds": numbers(args.scaling),
+        "rates": rates(args.device_rates),
+        "constants": constants(args.assume),
+    }
 
 
 def numbers(text: str) -> list[int]:
@@ -64,8 +83,15 @@ def rates(text: str | None) -> list[tuple[int, float]]:
         found = [(int(m), float(x)) for m, x in (part.split(":") for part in text.split(","))]
     except ValueError:
         found = []
-    if not found or any(m < 1 or not 0 < x < float("inf") for m, x in found) or len(dict(found)) < len(found):
-        raise ConfigError(f"--device-rates {text}: MICRO_BATCH:IMAGES_PER_SECOND, such as 32:610,128:1050")
+    if (
+        not found
+        or not all(1 <= m <= 1e6 and 1e-3 <= x <= 1e6 for m, x in found)
+        or len(dict(found)) < len(found)
+    ):
+        raise ConfigError(
+            f"--device-rates {text}: MICRO_BATCH:IMAGES_PER_SECOND, such as 32:610,128:1050; a micro-batch from 1 to a million images, "
+            "from 0.001 to a million a second"
+        )
     return found
 
 
@@ -73,11 +99,11 @@ def constants(assumed: Sequence[str]) -> Constants:
     """The model's constants with those that the command line changes.
 
     Raises:
-        ConfigError: no such constant, or no positive number.
+        ConfigError: no such constant, or no number within ``FACTOR`` of its default, or a share above 1.
     """
     from dattrain.planning.scaling import Constants
 
-    known = [each.name for each in fields(Constants)]
+    known = {each.name: float(str(each.default)) for each in fields(Constants)}
     found: dict[str, float] = {}
     for part in assumed:
         name, _, value = part.partition("=")
@@ -87,10 +113,9 @@ def constants(assumed: Sequence[str]) -> Constants:
             found[name] = float(value)
         except ValueError:
             found[name] = 0.0
-        if not 0 < found[name] < float("inf"):
-            raise ConfigError(f"--assume {part}: {name} is a positive number")
-        if name in SHARES and found[name] > 1:
-            raise ConfigError(f"--assume {part}: {name} is a share, 1 at most")
+        least, most = known[name] / FACTOR, 1.0 if name in SHARES else known[name] * FACTOR
+        if not least <= found[name] <= most:
+            raise ConfigError(f"--assume {part}: {name} is a number from {least:.3g} to {most:,.6g}")
     return Constants(**found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -152,7 +153,7 @@ def render(found: dict[str, Any], used: Constants) -> str:
         for r in rows
     ]  # fmt: skip
     lines += columns([header, *table], right=range(len(header)))
-    lines += ["", *_alternatives(rows), ""]
+    lines += ["", *_alternatives(rows), *_slower(found["rate_points"]), ""]
     if found["too_small_from"] is not None:
         lines.append(
             f"below {found['least_micro_batch']:.3g} images a micro-batch takes no less time: from {found['too_small_from']:,} devices on "
@@ -175,6 +176,17 @@ def render(found: dict[str, Any], used: Constants) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _slower(points: Sequence[tuple[float, float]]) -> list[str]:
+    """A line where a larger micro-batch was measured to give fewer images/s, by a hundredth or more."""
+    for (low, before), (high, after) in itertools.pairwise(points):
+        if high / after < 0.99 * low / before:
+            return [
+                f"--device-rates: {high:.0f} images at a time are slower ({high / after:,.0f} images/s) than {low:.0f} ({low / before:,.0f}), "
+                "which is taken as it is given: measure again, or do not make train.micro_batch larger"
+            ]
+    return []
 
 
 def _alternatives(rows: Sequence[dict[str, Any]]) -> list[str]:

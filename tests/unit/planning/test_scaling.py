@@ -141,6 +141,11 @@ def test_a_recipe_on_several_numbers_of_devices() -> None:
     assert found["gradient_bytes"] == 4 * flops.parameters(create_task(config).build(32))
     shown = plan_scaling.render(found, replace(Constants(), net_gb_s=25))
     assert "train.micro_batch=16 (-75%)" in shown and "net_gb_s=25: given" in shown
+    assert "slower" not in shown
+    found["rate_points"] = Rate.measured([(32, 900), (64, 700), (128, 950)]).points
+    assert "64 images at a time are slower (700 images/s) than 32 (900)" in plan_scaling.render(
+        found, Constants()
+    )
     config = config.model_copy(update={"zero": Zero(stage=2, offload=Offload(optimizer={"device": "cpu"}))})
     with pytest.raises(ConfigError, match=r"zero\.offload"):
         scaling_table.table(config, [2], per_node=2, constants=Constants(), fits=16)

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,20 @@ def _full(world: int) -> tuple[int, int]:
     """Values that all ask for together where all connect with all, and the bytes of one: counted at small worlds."""
     sizes = {}
     for each in (8, 16, min(world, IN_ONE_PROCESS["full"])):
-        with _connecting(lazily=False):
-            counts = GlooGroup(each).counts
-        assert counts["get"] == counts["wait"] == each**2, counts
-        sizes[each] = counts["get bytes"] // each**2
+        sizes[each] = _counted(each)
     slope = (sizes[16] - sizes[8]) // 8
     base = sizes[8] - 8 * slope
     assert all(size == base + slope * each for each, size in sizes.items()), sizes
     return world**2, base + slope * world
+
+
+@cache
+def _counted(world: int) -> int:
+    """Bytes of a value of ``world`` ranks that connect all with all: 64 take 20 s, and each larger number asks for them."""
+    with _connecting(lazily=False):
+        counts = GlooGroup(world).counts
+    assert counts["get"] == counts["wait"] == world**2, counts
+    return counts["get bytes"] // world**2
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ def zeros(state: str, name: str, start: int, numel: int) -> Tensor:
 
 def _cut(shapes: Mapping[str, tuple[int, ...]], rank: int, world: int, stage: int) -> list[Fragment]:
     """As ZeRO cuts one optimizer group: the flattened group (1, 2), each parameter (3), or nothing (0: a share is saved)."""
-    sizes = {n: int(np.prod(s)) for n, s in shapes.items()}
+    sizes = {n: math.prod(s) for n, s in shapes.items()}
     found, offset, at = [], 0, 0
     total = -(-sum(sizes.values()) // world)
     for name, size in sizes.items():
@@ -130,10 +131,11 @@ def write(
     folder.mkdir(parents=True)
     files = {}
     for rank in range(world):
+        cut = _cut(shapes, rank, world, stage)
         pieces = [
             Piece(s, f.name, f.start + f.saved[0], f.saved[1] - f.saved[0])
             for s in STATES
-            for f in _cut(shapes, rank, world, stage)
+            for f in cut
             if f.saved[0] < f.saved[1]
         ]
         if rank == 0:

@@ -84,13 +84,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _classes(manifest: Mapping[str, Any]) -> str:
-    """How many a packed split has samples of."""
-    there = counted(len(manifest["histogram"]), "class")
-    if not manifest["classes"] and manifest.get("annotations"):
-        return f"{there} without names"
-    if manifest.get("annotations") == "instances":
-        return f"{counted(len(manifest['histogram']) - 1, 'class')} and the background"
-    return there
+    """How many a packed split has samples of, and of how many that have a name."""
+    there, named, more = len(manifest["histogram"]), len(manifest["classes"] or ()), ""
+    if manifest.get("annotations") and not named:
+        more = " without names"
+    elif manifest.get("annotations") == "instances":
+        there, named, more = there - 1, named - 1, " and the background"
+    return (f"{there:,} of {counted(named, 'class')}" if named > there else counted(there, "class")) + more
 
 
 def _dropped(rows: Sequence[Mapping[str, str]]) -> list[str]:

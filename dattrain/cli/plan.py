@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from dattrain.submit.plan import SubmitRequest
     from dattrain.submit.plan import plan as stages_of
 
+    scaling = plan_scaling.asked(args)
     request = SubmitRequest(
         args.config,
         tuple(args.overrides),
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         refusal = error
     trained = [stage for stage in planned.stages if stage.action == "train"]
     try:
-        found = [(stage.name, stage.loaded[0].config, _figures(stage, args)) for stage in trained]
+        found = [(stage.name, stage.loaded[0].config, _figures(stage, args, scaling)) for stage in trained]
     except UserError:
         if refusal is not None:
             raise refusal from None
@@ -103,16 +104,17 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(alone, indent=2))
     else:
         print("\n\n".join(render(config, figures) for _, config, figures in found), flush=True)
-        constants = plan_scaling.constants(args.assume)
         for name, _, figures in found:
-            if "scaling" in figures:
-                print(f"\n{name}: {plan_scaling.render(figures['scaling'], constants)}", flush=True)
+            if scaling is not None:
+                print(
+                    f"\n{name}: {plan_scaling.render(figures['scaling'], scaling['constants'])}", flush=True
+                )
     if refusal is not None:
         raise refusal
     return 1 if any(figures["problems"] for _, _, figures in found) else 0
 
 
-def _figures(stage: Stage, args: argparse.Namespace) -> dict[str, Any]:
+def _figures(stage: Stage, args: argparse.Namespace, scaling: dict[str, Any] | None) -> dict[str, Any]:
     from dattrain.errors import ConfigError
     from dattrain.planning.plan import Resources, measured_rate, plan
     from dattrain.planning.scaling_table import largest_micro_batch, table
@@ -133,18 +135,16 @@ def _figures(stage: Stage, args: argparse.Namespace) -> dict[str, Any]:
     measured = measured_rate(folder) if Path(args.config).is_dir() else None
     config = stage.loaded[0].config
     figures = plan(config, resources, measured=measured)
-    if args.scaling is not None:
+    if scaling is not None:
         if resources.device != "cuda":
             raise ConfigError("--scaling is a model of GPUs: it needs a profile with gpus_per_node")
         figures["scaling"] = table(
             config,
-            plan_scaling.numbers(args.scaling),
             per_node=profile.tasks,
-            constants=plan_scaling.constants(args.assume),
-            rates=plan_scaling.rates(args.device_rates),
             fits=largest_micro_batch(figures),
             image_bytes=figures["image_bytes"],
             steps=figures["steps"],
+            **scaling,
         )
     return figures
 

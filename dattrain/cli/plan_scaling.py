@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ NAMES = {
 }
 """Settings by the names that ``planning.scaling`` has for them."""
 SHARES = ("backward_share", "net_achieved")
-"""Constants that are parts of something."""
+"""Constants that are parts of something, 1 at most."""
+FACTOR = 1000.0
+"""By which a constant may differ from its default: beyond it is another unit or a slip."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +38,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--assume", action="append", default=[], metavar="NAME=X",
         help="for --scaling: another value for one of the constants that it lists",
     )  # fmt: skip
+
+
+def asked(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The arguments as those of ``scaling_table.table``; None without ``--scaling``.
+
+    Raises:
+        ConfigError: one of them is not what it should be, or goes with ``--scaling`` alone.
+    """
+    if args.scaling is None:
+        if args.assume or args.device_rates is not None:
+            raise ConfigError("--assume and --device-rates go with --scaling alone")
+        return None
+    return {
+        "worlds": numbers(args.scaling),
+        "rates": rates(args.device_rates),
+        "constants": constants(args.assume),
+    }
 
 
 def numbers(text: str) -> list[int]:
@@ -64,8 +84,15 @@ def rates(text: str | None) -> list[tuple[int, float]]:
         found = [(int(m), float(x)) for m, x in (part.split(":") for part in text.split(","))]
     except ValueError:
         found = []
-    if not found or any(m < 1 or not 0 < x < float("inf") for m, x in found) or len(dict(found)) < len(found):
-        raise ConfigError(f"--device-rates {text}: MICRO_BATCH:IMAGES_PER_SECOND, such as 32:610,128:1050")
+    if (
+        not found
+        or not all(1 <= m <= 1e6 and 1e-3 <= x <= 1e6 for m, x in found)
+        or len(dict(found)) < len(found)
+    ):
+        raise ConfigError(
+            f"--device-rates {text}: MICRO_BATCH:IMAGES_PER_SECOND, such as 32:610,128:1050; a micro-batch from 1 to a million images, "
+            "from 0.001 to a million a second"
+        )
     return found
 
 
@@ -73,11 +100,11 @@ def constants(assumed: Sequence[str]) -> Constants:
     """The model's constants with those that the command line changes.
 
     Raises:
-        ConfigError: no such constant, or no positive number.
+        ConfigError: no such constant, or no number within ``FACTOR`` of its default, or a share above 1.
     """
     from dattrain.planning.scaling import Constants
 
-    known = [each.name for each in fields(Constants)]
+    known = {each.name: float(str(each.default)) for each in fields(Constants)}
     found: dict[str, float] = {}
     for part in assumed:
         name, _, value = part.partition("=")
@@ -87,10 +114,9 @@ def constants(assumed: Sequence[str]) -> Constants:
             found[name] = float(value)
         except ValueError:
             found[name] = 0.0
-        if not 0 < found[name] < float("inf"):
-            raise ConfigError(f"--assume {part}: {name} is a positive number")
-        if name in SHARES and found[name] > 1:
-            raise ConfigError(f"--assume {part}: {name} is a share, 1 at most")
+        least, most = known[name] / FACTOR, 1.0 if name in SHARES else known[name] * FACTOR
+        if not least <= found[name] <= most:
+            raise ConfigError(f"--assume {part}: {name} is a number from {least:.3g} to {most:,.6g}")
     return Constants(**found)
 
 
@@ -127,7 +153,7 @@ def render(found: dict[str, Any], used: Constants) -> str:
         for r in rows
     ]  # fmt: skip
     lines += columns([header, *table], right=range(len(header)))
-    lines += ["", *_alternatives(rows), ""]
+    lines += ["", *_alternatives(rows), *_slower(found["rate_points"]), ""]
     if found["too_small_from"] is not None:
         lines.append(
             f"below {found['least_micro_batch']:.3g} images a micro-batch takes no less time: from {found['too_small_from']:,} devices on "
@@ -150,6 +176,17 @@ def render(found: dict[str, Any], used: Constants) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _slower(points: Sequence[tuple[float, float]]) -> list[str]:
+    """A line where a larger micro-batch was measured to give fewer images/s, by a hundredth or more."""
+    for (low, before), (high, after) in itertools.pairwise(points):
+        if high / after < 0.99 * low / before:
+            return [
+                f"--device-rates: {high:.0f} images at a time are slower ({high / after:,.0f} images/s) than {low:.0f} ({low / before:,.0f}), "
+                "which is taken as it is given: measure again, or do not make train.micro_batch larger"
+            ]
+    return []
 
 
 def _alternatives(rows: Sequence[dict[str, Any]]) -> list[str]:

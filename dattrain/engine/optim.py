@@ -39,10 +39,20 @@ class AdamW(torch.optim.AdamW):
 
     The state (``exp_avg``, ``exp_avg_sq``, ``step``) is that of ``torch.optim.AdamW``, one entry per tensor. The result of
     a step equals that of ``torch.optim.AdamW`` with one group per rate: decoupled weight decay is scaled too.
+
+    Raises:
+        ValueError: a group wants ``maximize`` or ``amsgrad``, which such a step does not do.
     """
 
     _runs: dict[int, tuple[Tensor, tuple[Run, ...]]]
     _skipped = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, which calls it for every group; see the class."""
+        super().add_param_group(param_group)
+        for name in ("maximize", "amsgrad"):
+            if self.param_groups[-1][name]:
+                raise ValueError(f"this AdamW steps without {name}; torch.optim.AdamW has it")
 
     def skip_next(self) -> None:
         """Let the next ``step`` do nothing: its gradients are not finite, and under stage 0 DeepSpeed does not look."""

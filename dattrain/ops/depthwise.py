@@ -25,7 +25,23 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> 
 
     Returns:
         B x ceil(H / stride) x ceil(W / stride) x (groups * c), in the dtype of ``x``.
+
+    Raises:
+        ValueError: if the shapes do not fit.
     """
+    if (
+        x.dim() != 4
+        or weight.dim() != 4
+        or weight.shape[0] < 1
+        or weight.shape[1] != 1
+        or x.shape[3] % weight.shape[0]
+        or tuple(bias.shape) != (weight.shape[0],)
+        or stride < 1
+    ):
+        raise ValueError(
+            "depthwise_conv needs x B x H x W x (groups * c), weight c x 1 x k x k, bias c and a stride of at least 1, "
+            f"not {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(bias.shape)} and {stride}"
+        )
     if (
         x.dtype in bindings.SUFFIXES
         and weight.shape[-1] in bindings.KERNELS

@@ -36,10 +36,11 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
         or positions.dim() != 4
         or positions.shape[-1] != 2
         or positions.shape[0] != x.shape[0]
+        or 0 in (x.shape[1], x.shape[2], positions.shape[1])
         or x.shape[3] % positions.shape[1]
     ):
         raise ValueError(
-            "sample needs x B x H x W x (groups * c) and positions B x groups x Ns x 2, "
+            "sample needs x B x H x W x (groups * c) and positions B x groups x Ns x 2, no map and no group empty, "
             f"not {tuple(x.shape)} and {tuple(positions.shape)}"
         )
     computes = positions.dtype == torch.promote_types(x.dtype, torch.float32)

@@ -26,7 +26,23 @@ def window_attention(qkv: Tensor, bias: Tensor, mask: Tensor | None, heads: int)
 
     Returns:
         B x windows x area x C, in the dtype of ``qkv``.
+
+    Raises:
+        ValueError: if the shapes do not fit.
     """
+    pairs = (heads, *qkv.shape[2:3] * 2)
+    if (
+        qkv.dim() != 4
+        or heads < 1
+        or qkv.shape[3] < 1
+        or qkv.shape[3] % (3 * heads)
+        or tuple(bias.shape) != pairs
+        or (mask is not None and tuple(mask.shape) != (qkv.shape[1], *pairs[1:]))
+    ):
+        raise ValueError(
+            "window_attention needs qkv B x windows x area x (3 * heads * d), bias heads x area x area and mask windows x area x area, "
+            f"not {tuple(qkv.shape)}, {tuple(bias.shape)} and {None if mask is None else tuple(mask.shape)} with {heads} heads"
+        )
     if qkv.dtype in bindings.SUFFIXES and resolve(qkv, None) == "native":
         wide = torch.promote_types(qkv.dtype, torch.float32)
         out: Tensor = _windows(qkv, bias.to(wide), None if mask is None else mask.to(wide), heads)[0]

@@ -28,7 +28,9 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_S = 5.0
 """Between the first rank's death and SIGKILL to the others: time for their error messages."""
 _TRACEBACK = "Traceback (most recent call last)"
-_LOST = re.compile(r"Connection (reset|closed|refused)|Broken pipe|Read error|Write error", re.IGNORECASE)
+_LOST = re.compile(
+    r"Connection (was likely )?(reset|closed|refused)|Broken pipe|Read error|Write error", re.IGNORECASE
+)
 """What gloo and torch's store raise where the other side is gone."""
 CLEAN_GRACE_S = 120.0
 """The same after an orderly end (0 or ``REQUEUE``): all ranks are about to end by themselves."""
@@ -66,7 +68,14 @@ def launch(command: Sequence[str], nproc: int, environ: Mapping[str, str] | None
             ranks.append(
                 subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_die_with_parent)
             )
-        code = _wait(ranks)
+        rank, code = _wait(ranks)
+        if code < 0:
+            # No report says why: this line does, and comes last, where it is seen.
+            _print_reports(reports, told=True)
+            _print_end(rank, f"was killed by {signal.Signals(-code).name}")
+            return 128 - code
+        if code not in (0, REQUEUE):
+            _print_end(rank, f"ended with exit code {code}")
         _print_reports(reports)
         return code
     finally:
@@ -80,8 +89,9 @@ def launch(command: Sequence[str], nproc: int, environ: Mapping[str, str] | None
         shutil.rmtree(reports, ignore_errors=True)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    first: tuple[int, int] | None = None  # rank and exit code of the first that failed
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
+    """Rank and exit code (-n for signal n) of the first that failed; if none did, any rank and 0 or ``REQUEUE``."""
+    first: tuple[int, int] | None = None
     deadline = float("inf")
     while True:
         codes = [process.poll() for process in ranks]
@@ -89,7 +99,8 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         failed = [code for code in ended if code not in (0, REQUEUE)]
         now = time.monotonic()
         if failed and first is None:
-            first = (codes.index(failed[0]), failed[0])
+            # Of several at once one that was killed: the others lost it.
+            first = (codes.index(min(failed)), min(failed))
             deadline = now + GRACE_S
         elif ended and deadline == float("inf"):
             deadline = now + CLEAN_GRACE_S
@@ -104,12 +115,11 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
                 if process.poll() is None:
                     process.kill()
         time.sleep(0.05)
-    if first is None:
-        return REQUEUE if REQUEUE in ended else 0
-    rank, code = first
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    print(f"dattrain: rank {rank} {how}; the other ranks were ended too", file=sys.stderr)
-    return 128 - code if code < 0 else code
+    return first or (0, REQUEUE if REQUEUE in ended else 0)
+
+
+def _print_end(rank: int, how: str) -> None:
+    print(f"dattrain: rank {rank} {how}; the other ranks were ended too", file=sys.stderr, flush=True)
 
 
 def report(text: str) -> None:
@@ -121,14 +131,15 @@ def report(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _print_reports(folder: Path) -> None:
+def _print_reports(folder: Path, told: bool = False) -> None:
+    """Print what ranks reported. ``told``: why the job ends is said anyway."""
     texts = [
         path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"), key=lambda p: int(p.stem))
     ]
-    said = [text for text in texts if not text.startswith(_TRACEBACK)]
+    told = told or any(not text.startswith(_TRACEBACK) for text in texts)
     for text in dict.fromkeys(texts):
         # What a rank met whose peer ended for a reason that is told tells nothing more; its log has it.
-        if not (said and text.startswith(_TRACEBACK) and _LOST.search(text.rstrip().rpartition("\n")[2])):
+        if not (told and text.startswith(_TRACEBACK) and _LOST.search(text.rstrip().rpartition("\n")[2])):
             print(text, file=sys.stderr, flush=True)
 
 

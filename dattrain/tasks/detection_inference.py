@@ -41,8 +41,9 @@ class Objects:
         return len(self.scores)
 
     def above(self, score: float) -> Objects:
-        """Those of at least a score."""
-        kept = self.scores >= score
+        """Those of at least a score, but for boxes of which their image's edge has left nothing (R-CNN heads give them)."""
+        there = (self.boxes[:, 2:] > self.boxes[:, :2]).all(1)
+        kept = (self.scores >= score) & there
         masks = None if self.masks is None else self.masks[kept]
         return Objects(self.boxes[kept], self.scores[kept], self.classes[kept], masks)
 

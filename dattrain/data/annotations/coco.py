@@ -250,7 +250,9 @@ def _objects(
             f"{path}: of {len(found):,} boxes {beyond:,} end beyond their image, as where x1, y1, x2, y2 are written; {_BBOX}"
         )
     if empty:
-        notes.append(f"{path}: {empty:,} of its {len(images):,} images have no objects that are learned from")
+        notes.append(
+            f"{path}: {empty:,} of its {len(images):,} images {'has' if empty == 1 else 'have'} no objects that are learned from"
+        )
     return kept, notes, instances.maskless(boxes, first_box)
 
 

@@ -11,7 +11,7 @@ it is missing where there is a box alone. ``ignore`` marks what detection does n
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dattrain.data.annotations.segmentations import (
+    FAR,
     Segmentation,
     area_of,
     box_of,
@@ -260,23 +261,23 @@ def box_said(one: Mapping[str, Any], segmentation: Segmentation | None, where: s
     if box is None and segmentation is not None and "bbox" not in one:
         box = box_of(segmentation)
     if box is None:
-        raise BadSample(f"{where} has the bbox {one.get('bbox')!r}, not x, y, width and height")
+        raise BadSample(f"{where} has the bbox {one.get('bbox')!r}, not x, y, width and height in pixels")
     return box
 
 
 def area_said(one: Mapping[str, Any], segmentation: Segmentation | None, box: Sequence[float]) -> float:
     """Pixels of an object: its ``area``, where that is a number (any: COCO's own evaluation goes by it), else ``area_of``."""
     area = one.get("area")
-    if isinstance(area, (int, float)) and not isinstance(area, bool) and math.isfinite(area):
+    if isinstance(area, (int, float)) and not isinstance(area, bool) and abs(area) <= sys.float_info.max:
         return area
     return area_of(segmentation, box)
 
 
 def read_box(box: object) -> tuple[float, ...] | None:
-    """Four finite numbers, or None."""
+    """Four numbers of pixels, below ``FAR``, or None."""
     if not isinstance(box, (list, tuple)) or len(box) != 4:
         return None
-    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in box):
+    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < FAR for x in box):
         return None
     return tuple(map(float, box))
 
@@ -294,6 +295,8 @@ def degenerate(
         size: height and width of the image; None where they are not known.
     """
     x, y, width, height = box
+    if width < 0 or height < 0:
+        return "a negative width or height"
     if width < 1 or height < 1:
         return "a side below one pixel"
     if not area > 0 and not area_of(segmentation, box) > 0:

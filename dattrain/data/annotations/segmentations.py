@@ -13,8 +13,8 @@ from dattrain.data.annotations import polygons, rle
 from dattrain.data.decode import images
 from dattrain.data.source.sample import BadSample
 
-_FAR = 8 * images.MAX_SIDE
-"""Pixels; corners beyond are no corners, and walking to them would take memory."""
+FAR = 8 * images.MAX_SIDE
+"""Pixels; corners and boxes beyond are none, and walking to such corners would take memory."""
 
 Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]
 """Polygons, or run lengths: a compressed string (or its bytes), or a list."""
@@ -117,7 +117,7 @@ def _is_polygon(value: object) -> bool:
             len(value) % 2 == 0
             and set(map(type, value)) <= {int, float}
             and math.isfinite(sum(value))
-            and -_FAR < min(value) <= max(value) < _FAR
+            and -FAR < min(value) <= max(value) < FAR
         )
     )
 

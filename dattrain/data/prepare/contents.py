@@ -115,7 +115,9 @@ class Contents:
             )
         absent = [name for number, name in enumerate(classes or ()) if number not in self.histogram]
         if absent:
-            out.append(f"{len(absent):,} of {len(classes or ()):,} classes never occur: {few(absent)}")
+            # The background of objects is no class that could be missing.
+            known = len(classes or ()) - (self.pixels == 0)
+            out.append(f"{len(absent):,} of {counted(known, 'class')} never occur: {few(absent)}")
         crowds = [
             name
             for number, name in enumerate(classes or ())

@@ -80,6 +80,8 @@ def _check(inputs: Inputs, height: int, width: int, query_grid: str) -> None:
             f"q, k, v must be B x heads x length x d, k and v alike, not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     batch, heads, queries, dim = q.shape
+    if height < 1 or width < 1 or dim < 1:
+        raise ValueError(f"height, width and head dim must be at least 1, not {height}, {width} and {dim}")
     if k.shape[:2] != (batch, heads) or k.shape[3] != dim:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch, heads or head dim")
     if queries != height * width:

@@ -58,6 +58,15 @@ def test_neighbouring_runs_of_one_rate_are_joined_and_a_whole_one_steps_as_plain
     assert [run for _, runs in optimizer._runs.values() for run in runs] == [Run(0, 10, 0.5)]
 
 
+@pytest.mark.parametrize("name", ["maximize", "amsgrad"])
+def test_what_a_step_would_leave_out_is_refused(name):
+    weight = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match=f"without {name}"):
+        AdamW([weight], fused=True, **{name: True})
+    with pytest.raises(ValueError, match=f"without {name}"):
+        AdamW([{"params": [weight], name: True}])
+
+
 def test_groups_decay_matrices_alone():
     net = model()
     groups = {group["name"]: group for group in optim.param_groups(net, 0.05)}

@@ -300,6 +300,8 @@ def test_the_same_bits_every_time(backend: str) -> None:
         ({"bias_table": torch.zeros(4, 0, 9)}, "no empty side"),
         ({"k": torch.zeros(2, 4, 7, 8, dtype=torch.float16)}, "one float dtype"),
         ({"query_grid": "centre"}, "neither"),
+        ({"q": torch.zeros(2, 4, 0, 8), "height": 0}, "height, width and head dim must be at least 1, not 0"),
+        ({x: torch.zeros(2, 4, n, 0) for x, n in (("q", 15), ("k", 7), ("v", 7))}, "and 0$"),
         (
             {
                 "k": torch.zeros(2, 4, 0, 8),

@@ -72,8 +72,30 @@ def test_sampling_reads_maps_bilinearly_in_full_precision(backend):
             ops.sample(x, positions[:1])
         with pytest.raises(ValueError, match="sample needs"):
             ops.sample(x[..., :9], positions)
+        for empty in (x[:, :0], x[:, :, :0]):
+            with pytest.raises(ValueError, match="no map and no group empty"):
+                ops.sample(empty, positions)
+        with pytest.raises(ValueError, match="no map and no group empty"):
+            ops.sample(x, positions[:, :0])
     assert narrow.dtype == torch.bfloat16
     torch.testing.assert_close(narrow.float(), expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ops.window_attention(torch.zeros(1, 2, 9, 24), torch.zeros(2, 3, 3), None, 2),
+        lambda: ops.window_attention(torch.zeros(1, 2, 9, 24), torch.zeros(5, 9, 9), None, 5),
+        lambda: ops.window_attention(torch.zeros(1, 2, 9, 0), torch.zeros(2, 9, 9), None, 2),
+        lambda: ops.window_attention(torch.zeros(1, 2, 9, 24), torch.zeros(2, 9, 9), torch.zeros(1, 9, 9), 2),
+        lambda: ops.depthwise_conv(torch.zeros(1, 9, 9, 24), torch.zeros(5, 1, 3, 3), torch.zeros(5)),
+        lambda: ops.depthwise_conv(torch.zeros(1, 9, 9, 24), torch.zeros(24, 1, 3, 3), torch.zeros(1)),
+        lambda: ops.depthwise_conv(torch.zeros(1, 9, 9, 24), torch.zeros(24, 1, 3, 3), torch.zeros(24), 0),
+    ],
+)
+def test_shapes_that_would_be_read_beyond_their_memory_are_refused(call):
+    with pytest.raises(ValueError, match=r"(window_attention|depthwise_conv) needs"):
+        call()
 
 
 @NEEDS_NATIVE

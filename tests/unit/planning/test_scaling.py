@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dattrain.cli import plan_scaling
+from dattrain.cli.main import main
 from dattrain.config.schema import Config
 from dattrain.config.sections import Offload, Zero
 from dattrain.errors import ConfigError
@@ -140,12 +141,17 @@ def test_a_recipe_on_several_numbers_of_devices() -> None:
     assert found["gradient_bytes"] == 4 * flops.parameters(create_task(config).build(32))
     shown = plan_scaling.render(found, replace(Constants(), net_gb_s=25))
     assert "train.micro_batch=16 (-75%)" in shown and "net_gb_s=25: given" in shown
+    assert "slower" not in shown
+    found["rate_points"] = Rate.measured([(32, 900), (64, 700), (128, 950)]).points
+    assert "64 images at a time are slower (700 images/s) than 32 (900)" in plan_scaling.render(
+        found, Constants()
+    )
     config = config.model_copy(update={"zero": Zero(stage=2, offload=Offload(optimizer={"device": "cpu"}))})
     with pytest.raises(ConfigError, match=r"zero\.offload"):
         scaling_table.table(config, [2], per_node=2, constants=Constants(), fits=16)
 
 
-def test_what_the_command_line_says_of_it() -> None:
+def test_what_the_command_line_says_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan_scaling.numbers("8,16") == [8, 16]
     assert plan_scaling.rates("32:610,128:1050.5") == [(32, 610), (128, 1050.5)]
     assert plan_scaling.constants(["net_gb_s=25"]).net_gb_s == 25
@@ -155,9 +161,23 @@ def test_what_the_command_line_says_of_it() -> None:
         ("--device-rates 8:1,8:2", lambda: plan_scaling.rates("8:1,8:2")),
         ("--device-rates 32:nan", lambda: plan_scaling.rates("32:nan")),
         ("--device-rates 32:inf", lambda: plan_scaling.rates("32:inf")),
-        ("--assume net_achieved=2", lambda: plan_scaling.constants(["net_achieved=2"])),
+        ("--device-rates 32:1e308", lambda: plan_scaling.rates("32:1e308")),
+        (f"--device-rates {10**400}:1", lambda: plan_scaling.rates(f"{10**400}:1")),
+        (
+            "--assume agreements=1e308.* from 0.004 to 4,000",
+            lambda: plan_scaling.constants(["agreements=1e308"]),
+        ),
+        ("--assume net_achieved=1e-310", lambda: plan_scaling.constants(["net_achieved=1e-310"])),
+        ("--assume net_achieved=2.* to 1$", lambda: plan_scaling.constants(["net_achieved=2"])),
         ("--assume net=3", lambda: plan_scaling.constants(["net=3"])),
         ("--assume net_gb_s=-1", lambda: plan_scaling.constants(["net_gb_s=-1"])),
     ):
         with pytest.raises(ConfigError, match=wrong):
             call()
+    # Before the recipe is looked at, whose own refusal would hide it.
+    for given, why in (
+        (["--scaling", "8", "--assume", "net=3"], "net=3"),
+        (["--assume", "agreements=3"], "--scaling"),
+    ):
+        assert main(["plan", "no_such_recipe", *given]) == 2
+        assert why in capsys.readouterr().err

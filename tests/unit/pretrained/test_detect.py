@@ -20,6 +20,7 @@ from dattrain.drawing import colour
 from dattrain.errors import ConfigError
 from dattrain.pretrained import preprocess
 from dattrain.pretrained.detect import Detection, detect
+from dattrain.tasks.detection_inference import Objects
 
 LOW = 0.2
 """A score that objects of several classes have."""
@@ -91,6 +92,16 @@ def test_scores_below_the_networks_own_threshold_can_be_asked_for(detector, dete
     assert detector.score_threshold == 0.05
     assert repr(one) == f"Detection({one.pixels.shape[0]} x {one.pixels.shape[1]}: nothing)"
     assert one.masks.shape == (0, *one.pixels.shape[:2]) and (one.overlay() == one.pixels).all()
+
+
+def test_a_box_that_was_clipped_to_nothing_is_no_object(monkeypatch, detector, detector_cfg, file):
+    boxes = torch.tensor([[73, 2, 73, 30], [1, 2, 9, 30], [4, 0, 9, 0], [0, 0, 0, 0], [3.2, 4, 3.3, 5]])
+    given = Objects(
+        boxes.float(), torch.full((5,), 0.9), torch.zeros(5, dtype=torch.int64), torch.ones(5, 28, 28)
+    )
+    monkeypatch.setattr("dattrain.pretrained.detect.DetectionInference.__call__", lambda *_: given)
+    (found,) = detect(detector, detector_cfg, [file])
+    assert (found.boxes == boxes[[1, 4]].numpy()).all() and len(found.masks) == len(found) == 2
 
 
 def test_pictures_tables_and_cocos_format(tmp_path, capsys, detector_file, file, found):

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from dattrain.errors import REQUEUE
+from dattrain.runtime import spawn
 from dattrain.runtime.spawn import launch
 
 
@@ -58,6 +59,29 @@ def test_a_rank_that_loses_one_with_a_message_says_nothing_of_it(tmp_path, capfd
     assert launch(script(tmp_path, body), 2) == 1
     said = capfd.readouterr().err
     assert said.endswith("dattrain train: a.png: not an image\n") and ("Traceback" in said) == shown
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        ("gloo: Read error [127.0.0.1]:7: Connection reset by peer", False),
+        ("Failed to recv, got 0 bytes. Connection was likely closed.", False),
+        ("a bug", True),
+    ],
+)
+def test_a_rank_that_was_killed_is_said_last_without_who_lost_it(tmp_path, monkeypatch, capfd, error, shown):
+    body = f"""
+    from dattrain.runtime.spawn import report
+    if rank == 1: os.kill(os.getpid(), 9)
+    report("Traceback (most recent call last):\\n  File ...\\nRuntimeError: " + {error!r} + "\\n")
+    sys.exit(1)
+    """
+    wait = spawn._wait  # finds that both have ended: rank 0, which it meets first, only lost the other
+    monkeypatch.setattr(spawn, "_wait", lambda ranks: ([rank.wait() for rank in ranks], wait(ranks))[1])
+    assert launch(script(tmp_path, body), 2) == 128 + 9
+    said = capfd.readouterr().err
+    assert said.endswith("dattrain: rank 1 was killed by SIGKILL; the other ranks were ended too\n")
+    assert ("Traceback" in said) == shown
 
 
 LAUNCHER = "import sys\nfrom dattrain.runtime.spawn import launch\nsys.exit(launch(sys.argv[1:], 2))"

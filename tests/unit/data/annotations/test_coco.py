@@ -73,7 +73,7 @@ def test_a_json_is_opened_as_it_is(tmp_path):
         "segmentation": {"size": [4, 5], "counts": rle.to_string(RUNS)},
     }  # fmt: skip
     assert [note.partition(": ")[2] for note in dataset.notes] == [
-        "1 of its 3 images have no objects that are learned from"
+        "1 of its 3 images has no objects that are learned from"
     ]
 
 
@@ -113,9 +113,11 @@ def test_degenerate_objects_are_told(tmp_path):
         annotations=[
             box(id=4, area=0),
             box(id=5, area=None),
+            box(id=13, area=10**400),
             box(id=10, area="4", segmentation=[BOX]),
             box(id=11, area=0, segmentation={"size": [4, 5], "counts": [20]}),
             box(id=6, bbox=[1, 1, 0.5, 3]),
+            box(id=12, bbox=[3, 3, -2, -2]),
             box(id=7, bbox=[5, 0, 3, 3]),
             box(id=8, bbox=[-3, 0, 3, 3]),
             box(id=9, bbox=[-2, 0, 3, 3], segmentation=[[1, 1, 2, 2]]),
@@ -126,10 +128,13 @@ def test_degenerate_objects_are_told(tmp_path):
         f"2 objects with a box beyond their image (annotation 7 of image 7): {UNLEARNED}",
         f"1 object with no area (annotation 11 of image 7): {UNLEARNED}",
         f"1 object with a side below one pixel (annotation 6 of image 7): {UNLEARNED}",
+        f"1 object with a negative width or height (annotation 12 of image 7): {UNLEARNED}",
     ]
     rows = [json.loads(dataset.read(0, i).annotation) for i in range(3)]
     areas = {one["id"]: one["area"] for row in rows for one in row["annotations"]}
-    assert len(areas) == 11 and [areas[i] for i in (4, 5, 10)] == [0, 4, 4], "a number is what the file says"
+    assert len(areas) == 13 and [areas[i] for i in (4, 5, 10, 13)] == [0, 4, 4, 4], (
+        "a number is what the file says"
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,6 +152,8 @@ def test_degenerate_objects_are_told(tmp_path):
         ({**CONTENT, "annotations": [box(bbox=[0.1, 0.2, 0.5, 1])]}, r"has no object to learn from: its boxes look like shares of the image's sides .one is .0.1, 0.2, 0.5, 1..; a bbox is x and y"),
         ({**CONTENT, "annotations": [box(bbox=[1, 2, 0.5, 1])]}, r"from: of its 1 object 1 has a side below one pixel"),
         ({k: v for k, v in CONTENT.items() if k != "annotations"}, r"it has images, categories; `images`, `annotations` and"),
+        (changed(annotations=[box(bbox=[1, 2, 1e300, 3])]), r"annotation 4 of image 7 has the bbox \[1, 2, 1e\+300, 3\]"),
+        (changed(annotations=[box(bbox=[1, 2, 10**400, 3])]), r"annotation 4 of image 7 has the bbox"),
         (changed(annotations=[box(bbox=[1, 2])]), r"annotation 4 of image 7 has the bbox \[1, 2\]"),
         (changed(annotations=[box(segmentation={"size": [4, 5], "counts": [3]})]), r"annotation 4 of image 7 has a seg.*3 pixels, for a mask of 5 x 4\); correct it"),
         (changed(images=[{"id": 7, "file_name": "x.jpg"}]), r"two of its images have the id 7"),

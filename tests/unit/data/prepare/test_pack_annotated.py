@@ -161,7 +161,7 @@ def test_images_without_objects_are_dropped_on_request(tmp_path, capsys):
             {"id": 4, "file_name": "flat.jpg", "height": 32, "width": 40},
             {"id": 5, "file_name": "unsaid.jpg"},
         ],
-        "categories": [{"id": 3, "name": "cat"}],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}],
         "annotations": [
             *({"id": i, "image_id": i, **square} for i in (1, 3, 5)),
             {"id": 4, "image_id": 4, **square, "bbox": [0, 0, 2, 0.5]},
@@ -171,7 +171,8 @@ def test_images_without_objects_are_dropped_on_request(tmp_path, capsys):
     args = ["data", "pack", "--coco", path]
     assert main([*args, str(tmp_path / "all"), "--jobs", "1"]) == 0
     said = capsys.readouterr()
-    assert "5 samples in 1 shard" in said.out and "1 class and the background, instances" in said.out
+    assert "5 samples in 1 shard" in said.out and "1 of 2 classes and the background, instances" in said.out
+    assert "train: 1 of 2 classes never occur: dog" in said.err
     assert "dropped" not in json.loads((tmp_path / "all/_train.manifest.json").read_text())
     out = tmp_path / "out"
     assert main([*args, str(out), "--drop-empty", "--jobs", "1"]) == 0
@@ -343,7 +344,7 @@ def test_what_the_maps_hold_is_counted_and_said(tmp_path, capsys):
     args = ["data", "pack", "--ade", str(tmp_path / "ADE"), str(out), "--per-shard", "1", "--jobs", "1"]
     assert main(args) == 0
     said = capsys.readouterr()
-    assert "2 samples in 2 shards" in said.out and "2 classes, maps" in said.out
+    assert "2 samples in 2 shards" in said.out and "2 of 3 classes, maps" in said.out
     assert "train: 62.5% of the pixels are void; 1 sample holds nothing else: training:b.jpg" in said.err
     assert "train: 1 of 3 classes never occur: building" in said.err
     manifest = (out / "_train.manifest.json").read_bytes()

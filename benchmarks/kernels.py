@@ -61,8 +61,10 @@ LAYERS = {
     "100x160": Layer(2, 6, 2, 1000, 28),
     "200x320": Layer(2, 3, 1, 1000, 56),
 }
-"""By the map, rows x columns: DAT-T's at 224 (7, 14), DAT-B's at 384 (12, 24), DAT++'s first stages at 224 (56, 28); then dense prediction's,
-whose tables are those of 224 stretched (any other map is taken for DAT-T's third stage): DAT-T's at 800 x 1280 (50x80, 25x40) and at 512 x 2048, DAT++-T's first stages at 800 x 1280 (200x320, 100x160)."""
+"""By the map, rows x columns: DAT-T's at 224 (7, 14), DAT-B's at 384 (12, 24), DAT++'s first stages at 224 (56, 28).
+
+Then dense prediction's, whose tables are those of 224 stretched: DAT-T's at 800 x 1280 (50x80, 25x40) and 512 x 2048 (32x128), a
+square one, DAT++-T's first stages at 800 x 1280 (200x320, 100x160). Any other map is taken for DAT-T's third stage."""
 
 
 LIMITS = {
@@ -75,7 +77,7 @@ LIMITS = {
         "table_gradient_kernel": 37, "sums_kernel": 0.4, "sum": 117,
     },
 }  # fmt: skip
-"""Instructions per score that a kernel may take on 9.0 (bf16, head dim 32), by the map's side; a change that raises one says why."""
+"""Instructions per score that a kernel may take on 9.0 (bf16, head dim 32), by the map; a change that raises one says why."""
 LAUNCHES = {"7x7": 8, "12x12": 9, "14x14": 9, "24x24": 8, "28x28": 9, "56x56": 8}
 """Launches of forward and backward together, at most: two, and six of ours (five where no tile of keys is left over) and one of torch."""
 BLOCKS = {"forward_kernel": 6, "backward_kernel": 3}

@@ -100,7 +100,8 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
         now = time.monotonic()
         if failed and first is None:
             # Of several at once one that was killed: the others lost it.
-            first = (codes.index(min(failed)), min(failed))
+            code = next((code for code in failed if code < 0), failed[0])
+            first = (codes.index(code), code)
             deadline = now + GRACE_S
         elif ended and deadline == float("inf"):
             deadline = now + CLEAN_GRACE_S

@@ -10,6 +10,7 @@
 // moment in registers. Compiled by dattrain/ops/cpp/build.py; called by deformable_attention/backend_native.py.
 
 #include "products.h"
+#include "stretched.h"
 
 namespace {
 
@@ -71,7 +72,7 @@ template <class T, class S> struct Worker {
     const bool tiled;
     const int64_t queries, dim, row, margin, pitch, block_rows, block, tile;
     std::vector<T> scores, grads, padded, grad_padded, weights, slopes, tops, fractions, line, column_sum, acc_k, acc_v, acc_q, delta, inside, shrink;
-    std::vector<int32_t> columns_at;
+    std::vector<Columns<T>> entries;
     Dot<T, S> dot;
     Weighted<T, S> weighted;
 
@@ -90,7 +91,7 @@ template <class T, class S> struct Worker {
         tops.resize(round_up(block_rows, L));
         fractions.resize(round_up(block_rows, L));
         inside.resize(row);
-        columns_at.resize(row);
+        entries.resize(row / L);
         std::fill(inside.begin(), inside.begin() + c.width, T(1));
         if (c.table) padded.assign(c.table_height * pitch + row + 2 * L, 0);
         if (!backward) return;
@@ -132,16 +133,14 @@ template <class T, class S> struct Worker {
         }
         return whole == whole ? int64_t(whole) - 1 : -c.width - 4;
     }
-    // The left of the two entries of every query column, and how far it is beyond; outside the table both are in its zeros.
+    // The two entries of every query column; outside the table both are in its zeros.
     void entries_of(T x) {
         const T start = c.origin_x + c.slope_x * x;
         const V<T> low = V<T>{} - 2, high = V<T>{} + T(c.table_width);
         for (int64_t i = 0; i < row; i += L) {
             V<T> at = start + (counting<T>() + T(i)) * c.step_x;
             at = at < low ? low : at > high ? high : at;
-            const V<T> left = floored<T>(at);
-            store(weights.data() + i, at - left);
-            for (int j = 0; j < L; ++j) columns_at[i + j] = int32_t(left[j]);
+            entries[i / L].set(at, floored<T>(at));
         }
     }
     // Upper table row and fraction of every query row; false where all of them are outside the table.
@@ -171,36 +170,14 @@ template <class T, class S> struct Worker {
     };
     // The same of a stretched table.
     struct Spread {
-        const int32_t* at;
-        V<T> fraction;
+        const Columns<T>& columns;
         const T* first;
         int64_t pitch, height;
-        V<T> operator()(int64_t y) const {
-            if (y < 0 || y >= height) return V<T>{};
-            const T* t = first + y * pitch;
-            V<T> left, right;
-            for (int j = 0; j < L; ++j) {
-                left[j] = t[at[j]];
-                right[j] = t[at[j] + 1];
-            }
-            return left + fraction * (right - left);
-        }
-        V<T> slope(int64_t y) const {
-            const T* t = first + y * pitch;
-            V<T> rise;
-            for (int j = 0; j < L; ++j) rise[j] = t[at[j] + 1] - t[at[j]];
-            return rise;
-        }
-        void add(T* table, int64_t y, V<T> g) const {
-            T* t = table + y * pitch;
-            const V<T> right = fraction * g, left = g - right;
-            for (int j = 0; j < L; ++j) {
-                t[at[j]] += left[j];
-                t[at[j] + 1] += right[j];
-            }
-        }
+        V<T> operator()(int64_t y) const { return y < 0 || y >= height ? V<T>{} : columns.blend(first + y * pitch); }
+        V<T> slope(int64_t y) const { return columns.slope(first + y * pitch); }
+        void add(T* table, int64_t y, V<T> g) const { columns.add(table + y * pitch, g); }
     };
-    Spread spread(int64_t i) const { return {columns_at.data() + i, load(weights.data() + i), padded.data() + margin, pitch, c.table_height}; }
+    Spread spread(int64_t i) const { return {entries[i / L], padded.data() + margin, pitch, c.table_height}; }
     Taps taps(const std::vector<T>& by, int64_t x, int64_t i) const {
         return {{load(by.data() + i), load(by.data() + row + i), load(by.data() + 2 * row + i)}, padded.data() + margin + x + i, pitch, c.table_height};
     }

@@ -19,9 +19,7 @@ import tempfile
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-SOURCES = tuple(
-    _HERE / name for name in ("native.h", "products.h", "attention.cpp", "maps.cpp", "windows.cpp")
-)
+SOURCES = tuple(sorted([*_HERE.glob("*.h"), *_HERE.glob("*.cpp")]))
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=fast"]
 
 

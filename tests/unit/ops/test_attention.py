@@ -223,6 +223,29 @@ def test_low_precision_stays_within_its_bound(dtype: torch.dtype, bound: float, 
         assert ((a.double() - b).abs().max() / b.abs().max()).item() < bound, name
 
 
+@needs_native
+@pytest.mark.parametrize(
+    ("height", "width", "table"),
+    # Entries from column to column: .06, .17, .28, .46, .97 (sixteen columns fit sixteen entries now and then), 1.2, and one column.
+    [
+        (9, 50, (11, 5)),
+        (9, 50, (11, 16)),
+        (33, 18, (9, 9)),
+        (12, 37, (13, 33)),
+        (4, 60, (7, 115)),
+        (5, 17, (9, 40)),
+        (3, 1, (9, 9)),
+    ],
+)
+def test_native_stretched_tables_in_fp32(height: int, width: int, table: tuple[int, int]) -> None:
+    case = Case(height=height, width=width, keys=40, table=table, spread=1.2)
+    inputs = case.inputs(torch.float32)
+    exact = [x.detach().double().requires_grad_() for x in inputs if x is not None]
+    (out, grads), (expected, expected_grads) = run(case, inputs, "native"), run(case, exact, "reference")
+    for name, a, b in zip(("out", *NAMES), (out, *grads), (expected, *expected_grads)):
+        assert ((a.double() - b).abs().max() / b.abs().max()).item() < 2e-5, name
+
+
 def test_autocast_casts_queries_and_never_positions(small: Case) -> None:
     inputs = small.inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -194,12 +194,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "scattered loads, or more instructions than agreed",
     )
     args = parser.parse_args(argv)
-    maps = {name: _map(name) for name in args.map if re.fullmatch(r"[1-9]\d*x[1-9]\d*", name)}
+    maps = {name: _map(name) for name in args.map if re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", name)}
     if unknown := [name for name in args.map if name not in maps]:
-        parser.error(f"--map {unknown[0]}: a map is ROWSxCOLUMNS")
+        parser.error(f"--map {unknown[0]}: a map is ROWSxCOLUMNS, each below 10,000, such as 50x80")
     for dim in args.head_dim:
         if not 0 < dim <= MAX_TRITON_HEAD_DIM:
             parser.error(f"--head-dim {dim}: the kernels take 1 to {MAX_TRITON_HEAD_DIM}")
+    if args.json and args.json.is_dir():
+        parser.error(f"--json {args.json}: this is a folder; name a file")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     if args.json and max(map(len, (args.capability, args.dtype, args.head_dim))) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dattrain.bench.defaults import DTYPES
+from dattrain.cli.arguments import positive
 from dattrain.cli.bench_output import add_output_arguments, emit
 from dattrain.errors import UserError
 
@@ -15,7 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes", type=int, nargs="+", default=[14, 24], metavar="N", help="sides of the map (14 24)"
     )
     parser.add_argument(
-        "--batch", type=int, nargs="+", metavar="B", help="images, per size (8 2 on a CPU, 128 32 on CUDA)"
+        "--batch",
+        type=positive,
+        nargs="+",
+        metavar="B",
+        help="images, per size (8 2 on a CPU, 128 32 on CUDA)",
     )
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--groups", type=int, default=3)
@@ -30,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="add the straightforward formulation under torch.compile"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     add_output_arguments(parser)
 
 

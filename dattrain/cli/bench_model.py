@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dattrain.bench.defaults import BASELINE, TABLE
+from dattrain.cli.arguments import positive
 from dattrain.cli.bench_output import add_output_arguments, emit
 
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --table: a model whose first turn takes longer is a row that says so (120)",
     )  # fmt: skip
     parser.add_argument("--img-size", type=int, nargs="+", default=[224], metavar="PX")
-    parser.add_argument("--batch", type=int, metavar="B", help="images (8 on a CPU, 128 on CUDA)")
+    parser.add_argument("--batch", type=positive, metavar="B", help="images (8 on a CPU, 128 on CUDA)")
     parser.add_argument(
         "--dtypes", "--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"]
     )
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--channels-last", action="store_true", help="images and convolutions in channels-last memory"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     add_output_arguments(parser)
 
 

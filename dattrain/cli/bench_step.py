@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accumulation", type=positive, default=1, metavar="N", help="micro-batches of an update (1)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: the recipe's)")
+    parser.add_argument("--threads", type=positive, default=0, help="CPU threads (default: the recipe's)")
     add_output_arguments(parser)
     parser.set_defaults(rounds=5)
 

@@ -128,7 +128,7 @@ def render(found: dict[str, Any], used: Constants) -> str:
     lines = [
         f"strong scaling, estimated by a model and not measured: ZeRO-{found['stage']}, {found['gradient_bytes'] / 1e6:,.0f} MB of gradients in "
         f"{found['reductions']} reductions (buckets of {found['bucket']:,} elements), nodes of {found['per_node']} devices",
-        f"one device alone: {found['single_images_per_s']:,.0f} images/s at {found['single_micro_batch']} a time ({found['rate']})",
+        f"one device alone: {found['single_images_per_s']:,.0f} images/s at {found['single_micro_batch']} a time ({_source(found)})",
         "",
     ]
     header = [
@@ -176,6 +176,14 @@ def render(found: dict[str, Any], used: Constants) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _source(found: dict[str, Any]) -> str:
+    """Where the rate of one device is from; that it lies between or beyond the given ones, where it does."""
+    given = [f"{m:.0f}" for m, _ in found["rate_points"]]
+    if found["rate"] != "given" or str(found["single_micro_batch"]) in given:
+        return str(found["rate"])
+    return f"not given: by those at {', '.join(given)}"
 
 
 def _slower(points: Sequence[tuple[float, float]]) -> list[str]:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dattrain.ops import transforms
 from dattrain.ops.cpp import bindings, build
-from dattrain.ops.dispatch import resolve
+from dattrain.ops.dispatch import check_devices, resolve
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
@@ -27,21 +27,24 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> 
         B x ceil(H / stride) x ceil(W / stride) x (groups * c), in the dtype of ``x``.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, or devices differ.
     """
     if (
         x.dim() != 4
         or weight.dim() != 4
         or weight.shape[0] < 1
         or weight.shape[1] != 1
+        or x.shape[3] < 1
         or x.shape[3] % weight.shape[0]
+        or not (weight.shape[2] % 2 and weight.shape[3] % 2)
         or tuple(bias.shape) != (weight.shape[0],)
         or stride < 1
     ):
         raise ValueError(
-            "depthwise_conv needs x B x H x W x (groups * c), weight c x 1 x k x k, bias c and a stride of at least 1, "
+            "depthwise_conv needs x B x H x W x (groups * c), weight c x 1 x k x k, k odd, bias c and a stride of at least 1, "
             f"not {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(bias.shape)} and {stride}"
         )
+    check_devices(x, weight, bias)
     if (
         x.dtype in bindings.SUFFIXES
         and weight.shape[-1] in bindings.KERNELS

@@ -101,6 +101,15 @@ def resolve(q: Tensor, asked: str | None, head_dim: int = 0) -> Backend:
     return chosen
 
 
+def check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """Raise ValueError where ``others`` are on another device than ``x``: kernels are given addresses alone."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(
+                f"tensors of one call must be on one device, not on {x.device} and {other.device}"
+            )
+
+
 def compiles(device: torch.device) -> bool:
     """Whether Triton can compile for ``device``; if not, a line in the log says so once."""
     if _interpreted():

@@ -29,20 +29,22 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
         B x Ns x C, in the dtype of ``x``.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, or devices differ.
     """
     if (
         x.dim() != 4
         or positions.dim() != 4
         or positions.shape[-1] != 2
         or positions.shape[0] != x.shape[0]
-        or 0 in (x.shape[1], x.shape[2], positions.shape[1])
+        or 0 in (*x.shape[1:], *positions.shape[1:3])
         or x.shape[3] % positions.shape[1]
+        or not x.is_floating_point()
     ):
         raise ValueError(
-            "sample needs x B x H x W x (groups * c) and positions B x groups x Ns x 2, no map and no group empty, "
-            f"not {tuple(x.shape)} and {tuple(positions.shape)}"
+            "sample needs x B x H x W x (groups * c) in a float dtype and positions B x groups x Ns x 2, none of them empty but for B, "
+            f"not {tuple(x.shape)} in {x.dtype} and {tuple(positions.shape)}"
         )
+    dispatch.check_devices(x, positions)
     computes = positions.dtype == torch.promote_types(x.dtype, torch.float32)
     chosen = dispatch.resolve(x, None)
     # Under torch.compile the question cannot be traced (it runs a compiler); the operator meets the answer.

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dattrain.ops import transforms
 from dattrain.ops.cpp import bindings, build
-from dattrain.ops.dispatch import resolve
+from dattrain.ops.dispatch import check_devices, resolve
 
 
 def window_attention(qkv: Tensor, bias: Tensor, mask: Tensor | None, heads: int) -> Tensor:
@@ -28,7 +28,7 @@ def window_attention(qkv: Tensor, bias: Tensor, mask: Tensor | None, heads: int)
         B x windows x area x C, in the dtype of ``qkv``.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, or devices differ.
     """
     pairs = (heads, *qkv.shape[2:3] * 2)
     if (
@@ -43,6 +43,7 @@ def window_attention(qkv: Tensor, bias: Tensor, mask: Tensor | None, heads: int)
             "window_attention needs qkv B x windows x area x (3 * heads * d), bias heads x area x area and mask windows x area x area, "
             f"not {tuple(qkv.shape)}, {tuple(bias.shape)} and {None if mask is None else tuple(mask.shape)} with {heads} heads"
         )
+    check_devices(qkv, bias, mask)
     if qkv.dtype in bindings.SUFFIXES and resolve(qkv, None) == "native":
         wide = torch.promote_types(qkv.dtype, torch.float32)
         out: Tensor = _windows(qkv, bias.to(wide), None if mask is None else mask.to(wide), heads)[0]
@@ -60,7 +61,20 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Te
     Args:
         q, k, v: B x heads x length x d; k and v may have another length.
         bias: broadcastable to B x heads x queries x keys, any float dtype; None for none.
+
+    Raises:
+        ValueError: if the shapes do not fit, or devices differ.
     """
+    if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3:] != k.shape[3:]:
+        raise ValueError(
+            f"biased_attention needs q, k, v B x heads x length x d, k and v alike, not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    pairs = (*q.shape[:3], k.shape[2])
+    if bias is not None and (
+        bias.dim() > 4 or any(n not in (1, m) for n, m in zip(bias.shape[::-1], pairs[::-1]))
+    ):
+        raise ValueError(f"the bias of biased_attention must broadcast to {pairs}, not {tuple(bias.shape)}")
+    check_devices(q, k, v, bias)
     slow = bias is not None and q.device.type == "cpu" and torch.is_grad_enabled()
     if slow and any(x is not None and x.requires_grad for x in (q, k, v, bias)):
         return _equations(q, k, v, bias)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dattrain.ops.deformable_attention import backend_reference, torch_op
 from dattrain.ops.deformable_attention.coordinates import Geometry, Inputs, QueryGrid
-from dattrain.ops.dispatch import Backend, resolve
+from dattrain.ops.dispatch import Backend, check_devices, resolve
 
 
 def deform_attention(
@@ -79,6 +79,7 @@ def _check(inputs: Inputs, height: int, width: int, query_grid: str) -> None:
         raise ValueError(
             f"q, k, v must be B x heads x length x d, k and v alike, not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
+    check_devices(q, k, v, positions, bias_table)
     batch, heads, queries, dim = q.shape
     if height < 1 or width < 1 or dim < 1:
         raise ValueError(f"height, width and head dim must be at least 1, not {height}, {width} and {dim}")

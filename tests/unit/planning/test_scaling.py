@@ -181,3 +181,9 @@ def test_what_the_command_line_says_of_it(capsys: pytest.CaptureFixture[str]) ->
     ):
         assert main(["plan", "no_such_recipe", *given]) == 2
         assert why in capsys.readouterr().err
+
+
+def test_a_rate_that_was_not_given_is_not_called_so() -> None:
+    given = {"rate": "given", "rate_points": [(32.0, 0.05), (128.0, 0.12)], "single_micro_batch": 32}
+    assert plan_scaling._source(given) == "given"
+    assert plan_scaling._source({**given, "single_micro_batch": 8}) == "not given: by those at 32, 128"

@@ -180,10 +180,10 @@ def render(found: dict[str, Any], used: Constants) -> str:
 
 def _source(found: dict[str, Any]) -> str:
     """Where the rate of one device is from; that it lies between or beyond the given ones, where it does."""
-    given = [f"{m:.0f}" for m, _ in found["rate_points"]]
-    if found["rate"] != "given" or str(found["single_micro_batch"]) in given:
+    given = [m for m, _ in found["rate_points"]]
+    if found["rate"] != "given" or found["single_micro_batch"] in given:
         return str(found["rate"])
-    return f"not given: by those at {', '.join(given)}"
+    return "not given: by those at " + ", ".join(f"{m:.0f}" for m in given)
 
 
 def _slower(points: Sequence[tuple[float, float]]) -> list[str]:
